@@ -1,0 +1,23 @@
+"""Shards in, batches out: plain torch, no trainer."""
+
+from dualenc.data.benchmarks import BenchmarkSet
+from dualenc.data.images import ImageError, Preprocess, RandomResizedCrop, decode_image
+from dualenc.data.pairs import PairDataset, PairLoader, Pairs
+from dualenc.data.plan import EpochPlan
+from dualenc.data.shards import DataError, ShardIndex
+from dualenc.data.tokenizer import Tokenizer
+
+__all__ = [
+    "BenchmarkSet",
+    "DataError",
+    "EpochPlan",
+    "ImageError",
+    "PairDataset",
+    "PairLoader",
+    "Pairs",
+    "Preprocess",
+    "RandomResizedCrop",
+    "ShardIndex",
+    "Tokenizer",
+    "decode_image",
+]

@@ -1,0 +1,129 @@
+"""Pictures: bytes from strangers to uint8 tensors, and the transform that evaluation uses.
+
+Everything up to the device is uint8: a quarter of the bytes of float32 between processes, and torch's antialiased
+resize on uint8 in channels-last layout is the fastest there is on a CPU. Normalisation happens on the device.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import simplejpeg
+import torch
+import torchvision.transforms.v2 as transforms
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 1 << 27  # 134 million: above any photo, below what a header can claim to exhaust memory
+
+Augmentation = Callable[[Tensor], Tensor]  # uint8 (3, H, W) -> uint8 (3, S, S), drawing from torch's generator
+
+
+class ImageError(ValueError):
+    """A picture that cannot be decoded, or must not be."""
+
+
+def decode_image(data: bytes) -> Tensor:
+    """Decodes JPEG, PNG or WebP to what a viewer shows: RGB, upright, on white where it is transparent.
+
+    Returns:
+        uint8 (3, H, W), stored channels last.
+
+    Raises:
+        ImageError: other formats, broken data, or more than `MAX_PIXELS` pixels by the header.
+    """
+    if data[:3] == b"\xff\xd8\xff" and b"Exif\0" not in data[:65536]:  # a rotation tag is left to Pillow
+        try:
+            height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+            if height * width <= MAX_PIXELS and colour in ("YCbCr", "Gray", "RGB"):
+                return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
+        except ValueError:  # rare but valid JPEGs, and broken ones: Pillow decides which
+            pass
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            return to_tensor(image)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly everything on broken data
+        raise ImageError(f"cannot be decoded as JPEG, PNG or WebP ({type(error).__name__}: {error})") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A Pillow image as uint8 (3, H, W), stored channels last; see `decode_image`."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGBA", rgba.size, "white")
+        image.alpha_composite(rgba)
+    return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(
+        image.height, image.width, 3
+    ).permute(2, 0, 1)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The evaluation transform and the normalisation: what `preprocess.json` of a model directory holds.
+
+    Attributes:
+        size: output height and width in pixels.
+        mean, std: by channel, of images in [0, 1].
+        interpolation: of the antialiased resize.
+        resize: the shorter side to `size` and the middle cut out ("shortest"), both sides to `size` ("squash"), or the
+            longer side to `size` on a black ground ("longest").
+    """
+
+    size: int = 224
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Literal["shortest", "squash", "longest"] = "shortest"
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 (3, H, W) of any size to uint8 (3, size, size)."""
+        height, width = image.shape[-2:]
+        if self.resize == "squash":
+            target = [self.size, self.size]
+        else:
+            side = (max if self.resize == "longest" else min)(height, width)
+            target = [max(1, round(height * self.size / side)), max(1, round(width * self.size / side))]
+        mode = transforms.InterpolationMode(self.interpolation)
+        if target != [height, width]:
+            image = TF.resize(image, target, interpolation=mode, antialias=True)
+        return TF.center_crop(image, [self.size, self.size])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (..., 3, S, S) to float32, zero mean and unit deviation by channel; on the images' device."""
+        shape = (3, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(shape) * 255
+        std = torch.tensor(self.std, device=images.device).view(shape) * 255
+        return (images.float() - mean) / std
+
+
+class RandomResizedCrop(transforms.RandomResizedCrop):
+    """The default augmentation: a crop of 90 to 100% of the area, resized by antialiased bicubic interpolation.
+
+    No flip: captions say "left of". This is what open_clip trains with.
+    """
+
+    def __init__(self, size: int, scale: tuple[float, float] = (0.9, 1.0)) -> None:
+        super().__init__(size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True)
+
+
+def open_image(source: Any) -> Tensor:
+    """A path or a Pillow image as uint8 (3, H, W).
+
+    Raises:
+        ImageError: the picture cannot be decoded; names the path.
+    """
+    if isinstance(source, Image.Image):
+        return to_tensor(source)
+    try:
+        with open(source, "rb") as file:
+            return decode_image(file.read())
+    except ImageError as error:
+        raise ImageError(f"{source}: {error}") from None

@@ -1,0 +1,255 @@
+"""Index and plan to batches of image-text pairs."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image
+from dualenc.data.plan import EpochPlan, draw
+from dualenc.data.shards import DataError, Sample, ShardIndex
+from dualenc.data.tokenizer import Tokenizer
+from dualenc.tokens import Tokens
+
+
+class Pairs(NamedTuple):
+    """A batch: pair i is images[i] and the tokenizer's text i."""
+
+    images: Tensor  # (B, 3, S, S) uint8
+    tokens: Tokens
+    rows: Tensor  # (B,) int64, number of each sample in the index
+
+
+def captions_of(sample: Sample, source: str) -> list[str]:
+    """The captions of a sample.
+
+    Args:
+        sample: where to read.
+        source: "txt" for the text file, or "json.FIELD" for a string or a list of strings in the `.json`.
+
+    Raises:
+        DataError: none, an empty one, or no UTF-8.
+    """
+    if source == "txt":
+        try:
+            found: Any = sample.read("txt").decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{sample}: .txt is not UTF-8 ({error})") from None
+    else:
+        fields = sample.read_json()
+        field = source.removeprefix("json.")
+        if not isinstance(fields, dict) or field not in fields:
+            raise DataError(f"{sample}: its .json has no field {field!r}")
+        found = fields[field]
+    captions = found if isinstance(found, list) else [found]
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise DataError(f"{sample}: {source} holds no caption, or an empty one")
+    return captions
+
+
+def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
+    """The samples that have an image and a caption file, and the keys of those that have not.
+
+    Raises:
+        DataError: `source` is neither "txt" nor "json.FIELD"; or no sample has both.
+    """
+    if source != "txt" and not source.startswith("json."):
+        raise DataError(f"captions {source!r} must be 'txt' or 'json.FIELD'")
+    where = f"{index.shards[0]}{f' and {len(index.shards) - 1} more shards' if len(index.shards) > 1 else ''}"
+    image, text = index.having(IMAGE_EXTENSIONS), index.having([source.partition(".")[0]])
+    if not image.any():
+        raise DataError(f"{where}: no images among {len(index)} samples; wanted: .{', .'.join(IMAGE_EXTENSIONS)}")
+    if not text.any():
+        raise DataError(f"{where}: no captions among {len(index)} samples; wanted: .{source.partition('.')[0]} members")
+    both = image & text
+    if not both.any():
+        raise DataError(f"{where}: no sample of {len(index)} has an image and a caption")
+    if both.all():
+        return index, []
+    return index.take(np.flatnonzero(both)), [index.key(i) for i in np.flatnonzero(~both)]
+
+
+class PairDataset(Dataset[Pairs]):
+    """Whole batches by request, in a worker or in the main process.
+
+    Args:
+        index: samples that all have an image and captions.
+        captions: see `captions_of`.
+        tokenizer: texts to `Tokens`.
+        transform: uint8 (3, H, W) to uint8 (3, S, S); may draw from torch's default generator and from `random`.
+        seed: of augmentation and caption choice; None for the first caption.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        captions: str,
+        tokenizer: Tokenizer,
+        transform: Callable[[Tensor], Tensor],
+        seed: int | None = None,
+    ) -> None:
+        self.index, self.captions = index, captions
+        self.tokenizer, self.transform, self.seed = tokenizer, transform, seed
+
+    def __getitem__(self, request: tuple[int, int, np.ndarray]) -> Pairs:
+        """The batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch."""
+        epoch, position, rows = request
+        images, texts = [], []
+        with _own_generators():
+            for place, row in enumerate(rows.tolist(), position):
+                sample = self.index[row]
+                captions = captions_of(sample, self.captions)
+                choice = 0
+                if self.seed is not None:
+                    key = draw(self.seed, epoch, place)
+                    torch.default_generator.manual_seed(key)
+                    random.seed(key)
+                    choice = key % len(captions)
+                images.append(self.transform(decode_sample(sample)))
+                texts.append(captions[choice])
+        return Pairs(torch.stack(images).contiguous(), self.tokenizer(texts), torch.from_numpy(rows))
+
+
+class _own_generators:
+    """Leaves the process's generators as they were: with 0 workers they are the training loop's."""
+
+    def __enter__(self) -> None:
+        self.state = torch.default_generator.get_state(), random.getstate()
+
+    def __exit__(self, *exc: object) -> None:
+        torch.default_generator.set_state(self.state[0])
+        random.setstate(self.state[1])
+
+
+def decode_sample(sample: Sample) -> Tensor:
+    """The picture of a sample, uint8 (3, H, W).
+
+    Raises:
+        DataError: there is none, or it cannot be decoded; names shard, key and cause.
+    """
+    extension = sample.image
+    if extension is None:
+        raise DataError(f"{sample}: no image among its members {sorted(sample.members)}")
+    try:
+        return decode_image(sample.read(extension))
+    except ImageError as error:
+        raise DataError(f"{sample}: .{extension} {error}") from None
+
+
+class PairLoader:
+    """Batches for one rank, in an order that depends on (seed, epoch) alone, resumable at any batch.
+
+    Each pass of `for batch in loader` is one epoch, from where the state stands to its end. Every rank has the same
+    number of batches; rank r gets its part of each global batch.
+
+    Args:
+        dataset: what the plan's numbers mean.
+        batch_size: global, over all ranks; a multiple of `world`.
+        seed: of the order.
+        window: shards shuffled together; see `EpochPlan`.
+        shuffle: false for the order of the shards, the tail included (validation).
+        rank, world: this process and how many there are.
+        workers: processes that decode; 0 for none.
+        pin_memory: for a fast copy to a GPU.
+
+    Raises:
+        DataError: the batch is larger than the data, or no multiple of `world`.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        window: int = 64,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.batch_size, self.seed, self.window = dataset, batch_size, seed, window
+        self.shuffle, self.rank, self.world = shuffle, rank, world
+        self.workers, self.pin_memory = workers, pin_memory
+        self.epoch, self.batch = 0, 0
+        if batch_size % world:
+            raise DataError(f"batch_size {batch_size} (over all ranks) is no multiple of the {world} ranks")
+        self._length = len(self._plan(0))
+
+    def _plan(self, epoch: int) -> Sequence[np.ndarray]:
+        if not self.shuffle:
+            rows = np.arange(len(self.dataset.index))
+            return np.split(rows, range(self.batch_size, len(rows), self.batch_size))
+        try:
+            return EpochPlan(self.dataset.index.counts(), self.seed, epoch, self.batch_size, self.window)  # type: ignore[return-value]
+        except ValueError as error:
+            raise DataError(str(error)) from None
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever the state stands."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Pairs]:
+        plan = self._plan(self.epoch)
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,
+            sampler=_Requests(plan, self),  # type: ignore[arg-type]
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # or the loader draws a base seed from the global one
+            prefetch_factor=4 if self.workers else None,
+        )
+        for batch in loader:
+            self.batch += 1  # counted when handed over, not when a worker reads ahead
+            last = self.batch == self._length
+            if last:
+                self.epoch, self.batch = self.epoch + 1, 0
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, equal on all ranks."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "window": self.window,
+            "fingerprint": self.dataset.index.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where another loader stood.
+
+        Raises:
+            DataError: that loader read other data, or in another order; names the field.
+        """
+        mine = self.state_dict()
+        for name in ("batch_size", "seed", "window", "fingerprint"):
+            if state[name] != mine[name]:
+                raise DataError(f"the checkpoint's data loader had {name} {state[name]}, this run has {mine[name]}")
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+class _Requests:
+    """What `PairDataset` is asked for, from the loader's place to the epoch's end."""
+
+    def __init__(self, plan: Sequence[np.ndarray], loader: PairLoader) -> None:
+        self.plan, self.epoch, self.start = plan, loader.epoch, loader.batch
+        self.rank, self.world, self.size = loader.rank, loader.world, loader.batch_size
+
+    def __len__(self) -> int:
+        return len(self.plan) - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        for k in range(self.start, len(self.plan)):
+            rows = self.plan[k]
+            share = -(-len(rows) // self.world)  # only an unshuffled tail is not divided evenly
+            mine = rows[self.rank * share : (self.rank + 1) * share]
+            if len(mine):
+                yield self.epoch, k * self.size + self.rank * share, mine

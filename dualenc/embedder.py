@@ -1,0 +1,344 @@
+"""The embedder: model, tokenizer and preprocessing together, and the model directory they live in."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dualenc.data.benchmarks import BenchmarkSet
+from dualenc.data.images import Preprocess, open_image
+from dualenc.data.pairs import Pairs
+from dualenc.data.tokenizer import Tokenizer
+from dualenc.evaluation import (
+    classification_metrics,
+    multilabel_metrics,
+    retrieval_metrics,
+    zero_shot_classifier,
+)
+from dualenc.models.dual import DualConfig, DualEncoder
+
+FORMAT = 1
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocess.json")
+
+
+class ModelError(ValueError):
+    """A model directory or spec that cannot be used; the message names the file or key."""
+
+
+class Embedder:
+    """Embeds images and texts into one space.
+
+    Args:
+        model: the dual encoder.
+        tokenizer: whose ids fit the model's vocabulary.
+        preprocess: whose size is the image encoder's.
+
+    Raises:
+        ModelError: the parts do not fit together.
+    """
+
+    def __init__(self, model: DualEncoder, tokenizer: Tokenizer, preprocess: Preprocess, name: str = "model") -> None:
+        self.model, self.tokenizer, self.preprocess, self.name = model, tokenizer, preprocess, name
+        text, image = model.config.text, model.config.image
+        if tokenizer.vocab_size > text.vocab_size:
+            raise ModelError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size {text.vocab_size}")
+        if tokenizer.context_length > text.context_length:
+            raise ModelError(
+                f"the tokenizer gives {tokenizer.context_length} tokens, the model takes {text.context_length}"
+            )
+        if preprocess.size != image.img_size:
+            raise ModelError(f"preprocess.json makes {preprocess.size} pixels, the image encoder takes {image.img_size}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where embeddings are made."""
+        return next(self.model.parameters()).device
+
+    def embed_images(self, images: Any, batch_size: int = 64) -> Tensor:
+        """Embeddings (N, E) of unit length, on the CPU.
+
+        Args:
+            images: one or an iterable of paths, Pillow images, uint8 tensors (3, H, W) of any size; or of batches
+                (B, 3, S, S) uint8 as loaders give them. Float tensors are taken as already normalised.
+            batch_size: images a forward pass, where they come one by one.
+        """
+        images = [images] if isinstance(images, str | os.PathLike | Image.Image) else images
+        with self._evaluating():
+            parts = [
+                self.model.encode_image(self._normalised(batch)).float().cpu()
+                for batch in self._image_batches(images, batch_size)
+            ]
+        if not parts:
+            raise ValueError("there are no images to embed")
+        return torch.cat(parts)
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Embeddings (N, E) of unit length, on the CPU, of N strings in any order of lengths."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("there are no texts to embed")
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # equal lengths together: less to compute
+        out = torch.empty(len(texts), self.model.config.embed_dim)
+        with self._evaluating():
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                tokens = self.tokenizer([texts[i] for i in part]).to(self.device)
+                out[part] = self.model.encode_text(tokens).float().cpu()
+        return out
+
+    def classify(self, images: Any, names: Sequence[str], templates: Sequence[str] = ("a photo of a {c}.",)) -> Tensor:
+        """Probabilities (N, C) of the named classes for each image, on the CPU."""
+        classifier = zero_shot_classifier(self, names, templates)
+        scale = self.model.logits()[0].detach().float().cpu()
+        return torch.softmax(scale * self.embed_images(images) @ classifier.T, dim=-1)
+
+    def evaluate(self, data: BenchmarkSet | str | os.PathLike[str], workers: int = 0) -> dict[str, Any]:
+        """Zero-shot classification or retrieval on an evaluation set, by its own type.
+
+        Args:
+            data: a set, or its folder in the layout of CLIP_benchmark.
+            workers: processes that decode.
+
+        Returns:
+            `dataset`, `model`, `n` (images), `complete`, `metrics` (name to number) and `intervals` (name to lower and
+            upper 95% bound) of the metrics that have one; all as plain Python, ready for JSON.
+
+        Raises:
+            DataError: the set is not in the layout, or a sample of it cannot be read.
+        """
+        data = data if isinstance(data, BenchmarkSet) else BenchmarkSet.open(data)
+        intervals: dict[str, tuple[float, float]] = {}
+        if data.kind == "retrieval":
+            captions, owner = data.captions  # labels first: what is wrong with them shows before the work
+            images = self.embed_images(data.images(self.preprocess, workers=workers))
+            metrics, intervals = retrieval_metrics(images, self.embed_texts(captions), owner)
+        else:
+            targets = data.targets
+            classifier = zero_shot_classifier(self, data.classnames, data.templates)
+            images = self.embed_images(data.images(self.preprocess, workers=workers))
+            if data.kind == "multilabel":
+                metrics = multilabel_metrics(images @ classifier.T, targets)
+            else:
+                metrics, intervals = classification_metrics(images, classifier, targets)
+        return {
+            "dataset": data.name,
+            "model": self.name,
+            "n": len(images),
+            "complete": True,  # a sample that cannot be read has stopped the evaluation before this
+            "metrics": metrics,
+            "intervals": {name: list(bounds) for name, bounds in intervals.items()},
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a model directory; an older one of this name is replaced once the new one is whole.
+
+        Raises:
+            ModelError: the path is taken by something that is no model directory.
+        """
+        path = Path(path)
+        if path.exists() and not (path / "config.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+            raise ModelError(f"{path} exists and is no model directory: choose another path")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            beside.chmod(0o755)
+            _write_json(beside / "config.json", {"format": FORMAT, **dataclasses.asdict(self.model.config)})
+            _write_json(beside / "preprocess.json", dataclasses.asdict(self.preprocess))
+            self.tokenizer.save(beside / "tokenizer.json")
+            state = {name: x.detach().cpu().contiguous() for name, x in self.model.state_dict().items()}
+            save_file(state, beside / "model.safetensors")
+            (beside / "README.md").write_text(self._card(), "utf-8")
+            if path.exists():
+                shutil.rmtree(path)
+            beside.rename(path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    def _card(self) -> str:
+        config = self.model.config
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return (
+            "---\nlibrary_name: dualenc\ntags: [image-text, zero-shot-image-classification]\n---\n\n"
+            f"# {self.name}\n\nA dual encoder of images and texts ({millions:.1f} M parameters): {config.image.name} at "
+            f"{config.image.img_size} pixels, a text encoder of {config.text.layers} layers of width "
+            f"{config.text.width}, {config.embed_dim} dimensions in common.\n\n"
+            "```python\nimport dualenc\n\nembedder = dualenc.load(\"path/of/this/folder\")\n"
+            'images = embedder.embed_images(["photo.jpg"])  # (1, E), unit length\n'
+            'texts = embedder.embed_texts(["a dog on a beach"])\nprint(images @ texts.T)\n```\n\n'
+            f"Written by dualenc {version('dualenc')}.\n"
+        )  # fmt: skip
+
+    def _image_batches(self, images: Iterable[Any], batch_size: int) -> Iterator[Tensor]:
+        if isinstance(images, Tensor) and images.dim() == 3:
+            images = [images]
+        if isinstance(images, Tensor):
+            yield from images.split(batch_size)
+            return
+        waiting: list[Tensor] = []
+        for item in images:
+            item = item.images if isinstance(item, Pairs) else item
+            if isinstance(item, Tensor) and item.dim() == 4:
+                yield item
+                continue
+            image = item if isinstance(item, Tensor) else open_image(item)
+            waiting.append(image if image.is_floating_point() else self.preprocess(image))
+            if len(waiting) == batch_size:
+                yield torch.stack(waiting)
+                waiting = []
+        if waiting:
+            yield torch.stack(waiting)
+
+    def _normalised(self, batch: Tensor) -> Tensor:
+        if not batch.is_floating_point() and batch.shape[-1] != self.preprocess.size:
+            batch = torch.stack([self.preprocess(image) for image in batch])
+        batch = batch.to(self.device, non_blocking=True)
+        batch = batch if batch.is_floating_point() else self.preprocess.normalize(batch)
+        return batch.to(next(self.model.parameters()).dtype)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode without gradients; the model's own mode comes back afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+
+def load(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:
+    """Loads a model.
+
+    Args:
+        spec: a model directory; a run directory (its `best/`, or else `last/`); or `hf-hub:owner/name[@revision]`.
+        device: absent, CUDA if there is one, else the CPU.
+
+    Raises:
+        ModelError: a file is missing, of a newer format, or does not fit; names it.
+    """
+    spec = os.fspath(spec)
+    path = _hub(spec) if spec.startswith("hf-hub:") else Path(spec)
+    if not path.is_dir():
+        raise ModelError(f"model {spec!r} is no folder, and no hf-hub:owner/name")
+    if not (path / "config.json").exists():
+        inside = [path / name for name in ("best", "last") if (path / name / "config.json").exists()]
+        path = inside[0] if inside else path
+    if missing := [name for name in FILES if not (path / name).is_file()]:
+        raise ModelError(f"{path} is no whole model directory: {', '.join(missing)} missing")
+    fields = _read_json(path / "config.json")
+    _check_format(fields, path / "config.json")
+    config: DualConfig = _from_dict(DualConfig, fields, str(path / "config.json"))
+    where = path / "preprocess.json"
+    preprocess: Preprocess = _from_dict(Preprocess, _read_json(where), str(where))
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json", config.text.context_length)
+    try:
+        state = load_file(path / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path / 'model.safetensors'} cannot be read ({error})") from None
+    try:
+        model = DualEncoder.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path / 'config.json'}: {error}") from None
+    _load_state(model, state, path / "model.safetensors")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Embedder(model.to(device).eval(), tokenizer, preprocess, name=spec)
+
+
+def _hub(spec: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = spec.removeprefix("hf-hub:").partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*FILES, "README.md"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{spec} cannot be had from the hub ({str(error).splitlines()[0]})") from None
+
+
+def _check_format(fields: Any, path: Path) -> None:
+    found = fields.pop("format", None) if isinstance(fields, dict) else None
+    if not isinstance(found, int):
+        raise ModelError(f"{path} says no 'format': it is no config of dualenc")
+    if found > FORMAT:
+        raise ModelError(f"{path} has format {found}, dualenc {version('dualenc')} reads up to {FORMAT}: upgrade dualenc")
+
+
+def _load_state(model: DualEncoder, state: dict[str, Tensor], path: Path) -> None:
+    wanted = model.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in state]
+    wrong += [f"{name} is unknown" for name in state if name not in wanted]
+    wrong += [
+        f"{name} has shape {tuple(x.shape)} and not {tuple(wanted[name].shape)}"
+        for name, x in state.items()
+        if name in wanted and x.shape != wanted[name].shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ModelError(f"{path} does not fit config.json: {'; '.join(wrong[:5])}{more}")
+    model.load_state_dict(state)
+
+
+def _from_dict(cls: type[Any], fields: Any, where: str) -> Any:
+    """A frozen dataclass from parsed JSON: every key and every type as declared, nothing missing, nothing more."""
+    if not isinstance(fields, dict):
+        raise ModelError(f"{where} must be an object, not {fields!r}")
+    hints = typing.get_type_hints(cls)
+    if unknown := [key for key in fields if key not in hints]:
+        raise ModelError(f"{where} has the unknown key {unknown[0]!r}: it needs a newer dualenc, or a correction")
+    if missing := [key for key in hints if key not in fields]:
+        raise ModelError(f"{where} has no key {missing[0]!r}")
+    values = {}
+    for key, hint in hints.items():
+        value = fields[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _from_dict(typing.cast(type, hint), value, f"{where}: {key}")
+        elif not _is(value, hint):
+            raise ModelError(f"{where}: {key} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+        else:
+            values[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ModelError(f"{where}: {error}") from None
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of parsed JSON is of a declared type, of those that the configs use."""
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind is typing.Literal:
+        return value in parts
+    if kind in (typing.Union, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if kind is tuple:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(_is, value, parts))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind or hint)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error})") from None

@@ -1,0 +1,172 @@
+"""Ranks of the right answers, and the retrieval metrics made from them.
+
+A rank is decided by comparing scores, so it must not depend on how a matrix product was cut into blocks. The blockwise
+fp32 product decides every comparison that its rounding error cannot turn; the few scores closer to the positive's than
+that error are computed again in float64. A tie, which is a difference below 1e-12, counts against the query.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dualenc.evaluation.bootstrap import bootstrap_mean
+
+TIE = 1e-12  # in units of the score; float64 rounding of a product of unit vectors is below 1e-13
+
+
+def match_ranks(queries: Tensor, candidates: Tensor, positives: Tensor, *, chunk: int = 4096) -> Tensor:
+    """Rank of each query's best positive among all candidates, 0-based.
+
+    Args:
+        queries: (Q, E).
+        candidates: (C, E).
+        positives: (Q,) index of the one positive, or (Q, P) indices padded with -1.
+        chunk: rows of a block of the product, both ways.
+
+    Returns:
+        (Q,) int64: how many candidates that are no positive score higher than the best positive, or the same.
+
+    Raises:
+        ValueError: a query has no positive, or an index is out of range.
+    """
+    return _ranks(queries, candidates, positives, None, chunk)[0]
+
+
+def retrieval_ranks(image: Tensor, text: Tensor, image_of_text: Tensor, *, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+    """Ranks in both directions from one product.
+
+    Args:
+        image: (I, E).
+        text: (T, E).
+        image_of_text: (T,) the image that each text belongs to; every image needs a text.
+
+    Returns:
+        (T,) rank of its image for each text, and (I,) rank of its best text for each image; 0-based.
+    """
+    counts = torch.bincount(image_of_text, minlength=len(image))
+    if len(counts) > len(image) or not bool((counts > 0).all()):
+        raise ValueError(f"image_of_text must name every image from 0 to {len(image) - 1} at least once")
+    order = torch.argsort(image_of_text, stable=True)
+    texts_of_image = pad_sequence(order.split(counts.tolist()), batch_first=True, padding_value=-1)  # (I, P)
+    by_text, by_image = _ranks(text, image, image_of_text, texts_of_image, chunk)
+    assert by_image is not None
+    return by_text, by_image
+
+
+def recall_at(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:
+    """Share of queries with a positive among the first K: `{"recall@1": ..., ...}`, 0-d float64 each."""
+    return {f"recall@{k}": (ranks < k).double().mean() for k in ks}
+
+
+def retrieval_metrics(
+    image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = (1, 5, 10)
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Metrics of a retrieval set by the names of CLIP_benchmark, and 95% bootstrap intervals over its images.
+
+    Args:
+        image: (I, E) of unit length.
+        text: (T, E) of unit length.
+        image_of_text: (T,) the image that each text belongs to.
+        ks: K of the recalls; those above the number of candidates are left out.
+
+    Returns:
+        `image_retrieval_recall@K`: share of texts whose image is among the first K. `text_retrieval_recall@K`: share of
+        images with any own text among the first K. `mean_recall@1`: mean of the two at 1. `median_rank` (1-based) and
+        `mrr`: of the text's own image.
+    """
+    by_text, by_image = retrieval_ranks(image, text, image_of_text)
+    metrics: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+    image_of_text = image_of_text.cpu()
+    own = torch.arange(len(image))
+    for direction, ranks, owner, others in (
+        ("image_retrieval", by_text, image_of_text, len(image)),
+        ("text_retrieval", by_image, own, len(text)),
+    ):
+        for k in (k for k in ks if k <= others):
+            name = f"{direction}_recall@{k}"
+            metrics[name] = recall_at(ranks, (k,))[f"recall@{k}"].item()
+            intervals[name] = bootstrap_mean((ranks < k).double(), owner)
+    metrics["mean_recall@1"] = (metrics["image_retrieval_recall@1"] + metrics["text_retrieval_recall@1"]) / 2
+    metrics["median_rank"] = (by_text.double().quantile(0.5) + 1).item()
+    metrics["mrr"] = (1 / (by_text.double() + 1)).mean().item()
+    intervals["mrr"] = bootstrap_mean(1 / (by_text.double() + 1), image_of_text)
+    return metrics, intervals
+
+
+def _ranks(
+    queries: Tensor, candidates: Tensor, positives: Tensor, back: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor | None]:
+    """Ranks of queries among candidates and, with the candidates' own positives `back`, the other way round."""
+    for name, x in (("queries", queries), ("candidates", candidates)):
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"the {name} hold embeddings that are not finite: they cannot be ranked")
+    # Rounding bound of a product of E terms, for any order of summation, and of the cast of the threshold.
+    norms = queries.norm(dim=1).max() * candidates.norm(dim=1).max()
+    margin = 2 * (queries.shape[1] + 4) * 2.0**-24 * float(norms)
+    rows = _Counter(queries, candidates, positives, margin, chunk)
+    columns = None if back is None else _Counter(candidates, queries, back, margin, chunk)
+    with _full_precision():
+        for i in range(0, len(queries), chunk):
+            block = queries[i : i + chunk].float()
+            for j in range(0, len(candidates), chunk):
+                scores = block @ candidates[j : j + chunk].float().T
+                rows.count(scores, i, j)
+                if columns is not None:
+                    columns.count(scores.T, j, i)
+    return rows.ranks(), None if columns is None else columns.ranks()
+
+
+class _Counter:
+    """Counts, block by block, the candidates that score at least as high as each query's best positive."""
+
+    def __init__(self, queries: Tensor, candidates: Tensor, positives: Tensor, margin: float, chunk: int) -> None:
+        positives = positives.to(queries.device)
+        positives = positives[:, None] if positives.dim() == 1 else positives
+        if len(positives) != len(queries):
+            raise ValueError(f"{len(positives)} rows of positives for {len(queries)} queries")
+        if not bool((positives >= 0).any(1).all()) or int(positives.max()) >= len(candidates):
+            raise ValueError(f"every query needs a positive between 0 and {len(candidates) - 1}")
+        self.queries, self.candidates, self.margin = queries, candidates, margin
+        best, tied = [], []
+        for i in range(0, len(queries), chunk):
+            index = positives[i : i + chunk]  # (q, P)
+            query = torch.arange(i, i + len(index), device=index.device)[:, None].expand_as(index)
+            scores = self._exact(query.flatten(), index.clamp(min=0).flatten()).view_as(index)
+            scores = scores.masked_fill(index < 0, -torch.inf)
+            best.append(scores.max(1).values)
+            tied.append((scores >= best[-1][:, None] - TIE).sum(1))
+        self.best = torch.cat(best)  # (Q,) float64
+        self.number = -torch.cat(tied)  # (Q,) the positives themselves are counted below and must not be
+
+    def _exact(self, query: Tensor, candidate: Tensor) -> Tensor:
+        return (self.queries[query].double() * self.candidates[candidate].double()).sum(1)
+
+    def count(self, scores: Tensor, i: int, j: int) -> None:
+        """Takes a block (q, c) of scores; its first row and column are query i and candidate j."""
+        best = self.best[i : i + len(scores), None]
+        number = self.number[i : i + len(scores)]
+        above = scores > (best + self.margin).float()
+        number += above.sum(1)
+        unsure = torch.nonzero((scores >= (best - self.margin).float()) & ~above)
+        for part in unsure.split(1 << 16):  # bounds the float64 copies
+            query, candidate = part.unbind(1)
+            ties = self._exact(query + i, candidate + j) >= best[query, 0] - TIE
+            number.index_add_(0, query, ties.long())
+
+    def ranks(self) -> Tensor:
+        return self.number.cpu()
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32: its error would make every comparison an unsure one."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,136 @@
+"""Attention over packed texts: every token meets the tokens of its own text, and nothing else is computed.
+
+Three ways, chosen by where the tensors are:
+
+- CPU: texts of equal length (neighbours, since `Tokens` sorts them) go through one SDPA call together. It is a
+  custom op, because the loop over groups depends on the data: torch.compile sees one node and never a graph break.
+- CUDA, fp16 or bf16: torch's varlen attention.
+- elsewhere (CUDA fp32, MPS): padded inside the attention only, to the longest text of the batch.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dualenc.tokens import padding_index
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a build without it: the padded path serves
+    varlen_attn = None
+
+
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int) -> Tensor:
+    """Bidirectional softmax attention inside each text of a packed batch (Vaswani et al. 2017, section 3.2.1).
+
+    Args:
+        q, k, v: (N, H, Dh) for N tokens of B texts.
+        offsets: (B+1,) int32, row r is tokens offsets[r] to offsets[r+1].
+        max_len: length of the longest text.
+
+    Returns:
+        (N, H, Dh).
+    """
+    if q.device.type == "cpu":
+        return grouped_attention(q, k, v, offsets)
+    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        out = varlen_attn(q, k, v, offsets, offsets, max_len, max_len)
+        assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+        return out
+    return repadded_attention(q, k, v, offsets, max_len)
+
+
+def repadded_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int) -> Tensor:
+    """The same result as `ragged_attention` by padding to (B, H, T, Dh) around one SDPA call."""
+    index, mask = padding_index(offsets, max_len)  # (B, T)
+    padded = (x[index].transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*padded, attn_mask=mask[:, None, None, :])
+    # Back to packed by arithmetic on the offsets: a boolean mask would ask the device how many are true.
+    token = torch.arange(len(q), device=q.device)
+    row = torch.searchsorted(offsets[1:].long(), token, right=True)
+    return out.transpose(1, 2)[row, token - offsets[row]]
+
+
+def _groups(offsets: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Runs of neighbouring rows of one length, as (slice of tokens, rows, length)."""
+    bounds = offsets.tolist()
+    start, rows = bounds[0], 0
+    for left, right, after in zip(bounds, bounds[1:], [*bounds[2:], None], strict=False):
+        rows, length = rows + 1, right - left
+        if after is None or after - right != length:
+            yield slice(start, right), rows, length
+            start, rows = right, 0
+
+
+@torch.library.custom_op("dualenc::grouped_attention", mutates_args=())
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    """`ragged_attention` by one SDPA call for each run of texts of equal length."""
+    out = torch.empty(q.shape, dtype=q.dtype)  # (N, H, Dh)
+    for tokens, rows, length in _groups(offsets):
+        queries, keys, values = (_heads(x, tokens, rows, length) for x in (q, k, v))
+        _heads(out, tokens, rows, length).copy_(F.scaled_dot_product_attention(queries, keys, values))
+    return out
+
+
+@torch.library.custom_op("dualenc::grouped_attention_backward", mutates_args=())
+def grouped_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `grouped_attention`, the probabilities computed again (Dao et al. 2022, appendix B)."""
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    scale = 1 / math.sqrt(q.shape[-1])
+    wide = torch.promote_types(q.dtype, torch.float32)  # half-precision sums would lose what the forward kept
+    for tokens, rows, length in _groups(offsets):
+        g, queries, keys, values = (_heads(x, tokens, rows, length).to(wide) for x in (grad, q, k, v))
+        p = torch.softmax(queries @ keys.mT * scale, dim=-1)  # (rows, H, T, T)
+        dp = g @ values.mT
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        for out, x in zip(grads, (ds @ keys, ds.mT @ queries, p.mT @ g), strict=True):
+            _heads(out, tokens, rows, length).copy_(x)
+    return grads[0], grads[1], grads[2]
+
+
+def _heads(x: Tensor, tokens: slice, rows: int, length: int) -> Tensor:
+    """A view of a run of packed rows (rows * length, H, Dh) as (rows, H, length, Dh)."""
+    return x[tokens].unflatten(0, (rows, length)).transpose(1, 2)
+
+
+@grouped_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@grouped_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.dualenc.grouped_attention_backward(grad, *ctx.saved_tensors), None)
+
+
+grouped_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _products(q: Tensor, offsets: Tensor) -> int:
+    """FLOPs of one (T, Dh) x (Dh, T) product for every head of every text."""
+    return sum(2 * rows * length**2 for _, rows, length in _groups(offsets)) * q.shape[1] * q.shape[2]
+
+
+@register_flop_formula(torch.ops.dualenc.grouped_attention, get_raw=True)
+def _(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * _products(q, offsets)
+
+
+@register_flop_formula(torch.ops.dualenc.grouped_attention_backward, get_raw=True)
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 5 * _products(q, offsets)

@@ -1,0 +1,134 @@
+"""The dual encoder: an image tower and a text tower that project into one embedding space (CLIP, Radford et al. 2021)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualenc.models.image import ImageConfig, ImageEncoder
+from dualenc.models.text import TextConfig, TextEncoder
+from dualenc.tokens import Tokens
+
+MAX_SCALE = 100.0  # Radford et al. 2021, section 2.5
+
+
+@dataclass(frozen=True)
+class DualConfig:
+    """Architecture of a `DualEncoder`: what `config.json` of a model directory holds."""
+
+    image: ImageConfig
+    text: TextConfig
+    embed_dim: int = 512
+    projection: Literal["linear", "mlp"] = "linear"
+    logit_bias: bool = False
+
+
+class Embeddings(NamedTuple):
+    """What a step of contrastive training compares."""
+
+    image: Tensor  # (B, E), unit length
+    text: Tensor  # (B, E), unit length
+    scale: Tensor  # (1,), the factor itself, not its logarithm
+    bias: Tensor | None  # (1,)
+
+
+class Logits(nn.Module):
+    """The learned temperature, and a bias where the loss is a sigmoid (SigLIP, Zhai et al. 2023).
+
+    Args:
+        bias: whether there is a bias.
+        init_scale: the factor at the start.
+        init_bias: the bias at the start.
+    """
+
+    def __init__(self, bias: bool, init_scale: float, init_bias: float) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(init_scale)))
+        self.logit_bias = nn.Parameter(torch.full((1,), init_bias)) if bias else None
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        # An alias, so that no caller gets hold of the parameter itself.
+        bias = None if self.logit_bias is None else self.logit_bias.view(1)
+        return self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp(), bias
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Brings the parameter back to the bound after a step; past it the clamp in `forward` gives no gradient."""
+        self.logit_scale.clamp_(max=math.log(MAX_SCALE))
+
+
+class DualEncoder(nn.Module):
+    """Image and text encoder with projections into one space of `embed_dim` dimensions.
+
+    Args:
+        image, text: architectures of the towers.
+        embed_dim: E.
+        projection: one linear map without bias a tower ("linear"), or two with a GELU between ("mlp").
+        logit_bias: learn a bias for the sigmoid loss.
+        init_scale, init_bias: temperature factor and bias before training; absent, CLIP's 1/0.07, or SigLIP's 10 and
+            -10 where there is a bias.
+        patch_dropout: see `ImageEncoder`; no part of the architecture.
+    """
+
+    def __init__(
+        self,
+        image: ImageConfig,
+        text: TextConfig,
+        embed_dim: int = 512,
+        projection: Literal["linear", "mlp"] = "linear",
+        logit_bias: bool = False,
+        *,
+        init_scale: float | None = None,
+        init_bias: float = -10.0,
+        patch_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.config = DualConfig(image, text, embed_dim, projection, logit_bias)
+        self.image = ImageEncoder(image, patch_dropout)
+        self.text = TextEncoder(text)
+        self.image_projection = _projection(projection, self.image.width, embed_dim)
+        self.text_projection = _projection(projection, text.width, embed_dim)
+        self.logits = Logits(logit_bias, init_scale or (10.0 if logit_bias else 1 / 0.07), init_bias)
+
+    @classmethod
+    def from_config(cls, config: DualConfig) -> "DualEncoder":
+        """A model of this architecture with random weights."""
+        return cls(config.image, config.text, config.embed_dim, config.projection, config.logit_bias)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Embeddings (B, E) of unit length of normalised images (B, 3, S, S)."""
+        return _unit(self.image_projection(self.image(images)))
+
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        """Embeddings (B, E) of unit length, in the order in which the caller gave the texts."""
+        return _unit(self.text_projection(self.text.pool(self.text(tokens), tokens)))
+
+    def forward(self, images: Tensor, tokens: Tokens) -> Embeddings:
+        """Embeddings of a batch of pairs, with the temperature and bias that scale their products."""
+        return Embeddings(self.encode_image(images), self.encode_text(tokens), *self.logits())
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades computation for memory in both towers."""
+        self.image.set_grad_checkpointing(enable)
+        self.text.grad_checkpointing = enable
+
+
+def _projection(kind: str, width: int, embed_dim: int) -> nn.Module:
+    if kind == "linear":
+        layers = [nn.Linear(width, embed_dim, bias=False)]
+    elif kind == "mlp":
+        layers = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, embed_dim)]
+    else:
+        raise ValueError(f"projection must be 'linear' or 'mlp', not {kind!r}")
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def _unit(x: Tensor) -> Tensor:
+    # fp32 at least: a half-precision unit vector is off by 1e-3, and the loss multiplies that by up to 100.
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -1,0 +1,90 @@
+"""The image encoder: any timm vision transformer behind one class."""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import PatchDropout
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Architecture of an `ImageEncoder`.
+
+    Attributes:
+        name: a timm model name, with or without the tag of its weights (`vit_base_patch32_224.augreg_in21k`).
+        img_size: input height and width in pixels.
+        overrides: further arguments of `timm.create_model` that shape the network (`patch_size`, `depth`,
+            `embed_dim`, `num_heads`, `global_pool`, ...).
+    """
+
+    name: str = "vit_base_patch32_224"
+    img_size: int = 224
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+class ImageEncoder(nn.Module):
+    """A timm ViT without classifier: images to pooled features.
+
+    Args:
+        config: the architecture.
+        patch_dropout: share of patches left out in training (FLIP, Li et al. 2023, section 3); they are gathered
+            away before the blocks, so their work is not done.
+
+    Raises:
+        ValueError: timm has no such model, or it is not a vision transformer that takes these arguments.
+    """
+
+    def __init__(self, config: ImageConfig, patch_dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = _create(config, patch_drop_rate=patch_dropout) if patch_dropout else _create(config)
+        self.width: int = self.vit.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features (B, D) of normalised images (B, 3, S, S)."""
+        return self.vit(images)
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """What timm says of the model's input: `mean`, `std`, `interpolation`."""
+        data = resolve_model_data_config(self.vit)
+        return {"mean": tuple(data["mean"]), "std": tuple(data["std"]), "interpolation": data["interpolation"]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keeps only each block's input for the backward pass and computes the rest again."""
+        self.vit.set_grad_checkpointing(enable)
+
+    def load_pretrained(self, file: str | None = None) -> None:
+        """Loads timm's weights for this name, or those in a local file, position embeddings resampled to `img_size`.
+
+        Raises:
+            ValueError: timm has no weights for the name, or the file's tensors do not fit.
+        """
+        source = {"file": file} if file else None
+        # timm resamples position embeddings and drops the classifier while it builds, so a second model is built.
+        state = _create(self.config, pretrained=True, pretrained_cfg_overlay=source).state_dict()
+        self.vit.load_state_dict(state)
+
+
+def _create(config: ImageConfig, **kwargs: Any) -> Any:
+    """`timm.create_model` with errors that name what to change."""
+    name = config.name
+    base = name.split(".")[0].removeprefix("hf-hub:")
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models("*vit*"), n=3)
+        hint = f"; close names: {', '.join(close)}" if close else "; `timm.list_models('vit*')` lists them"
+        raise ValueError(f"timm knows no model {name!r}{hint}")
+    try:
+        vit = timm.create_model(name, num_classes=0, img_size=config.img_size, **config.overrides, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{name!r} is no vision transformer that takes these image arguments: {error}") from None
+    except (RuntimeError, OSError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {name!r} (img_size {config.img_size}, {kwargs or ''}): {error}") from None
+    if not hasattr(vit, "patch_embed"):
+        raise ValueError(f"{name!r} is no vision transformer: it has no patch embedding")
+    return vit
