@@ -55,13 +55,17 @@ class Embedder:
         self.model, self.tokenizer, self.preprocess, self.name = model, tokenizer, preprocess, name
         text, image = model.config.text, model.config.image
         if tokenizer.vocab_size > text.vocab_size:
-            raise ModelError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size {text.vocab_size}")
+            raise ModelError(
+                f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size {text.vocab_size}"
+            )
         if tokenizer.context_length > text.context_length:
             raise ModelError(
                 f"the tokenizer gives {tokenizer.context_length} tokens, the model takes {text.context_length}"
             )
         if preprocess.size != image.img_size:
-            raise ModelError(f"preprocess.json makes {preprocess.size} pixels, the image encoder takes {image.img_size}")
+            raise ModelError(
+                f"preprocess.json makes {preprocess.size} pixels, the image encoder takes {image.img_size}"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -275,7 +279,9 @@ def _check_format(fields: Any, path: Path) -> None:
     if not isinstance(found, int):
         raise ModelError(f"{path} says no 'format': it is no config of dualenc")
     if found > FORMAT:
-        raise ModelError(f"{path} has format {found}, dualenc {version('dualenc')} reads up to {FORMAT}: upgrade dualenc")
+        raise ModelError(
+            f"{path} has format {found}, dualenc {version('dualenc')} reads up to {FORMAT}: upgrade dualenc"
+        )
 
 
 def _load_state(model: DualEncoder, state: dict[str, Tensor], path: Path) -> None:

@@ -232,14 +232,15 @@ class ShardIndex:
     def take(self, rows: np.ndarray) -> "ShardIndex":
         """The index of some of the samples, given by ascending numbers."""
         counts = np.diff(self.first)[rows]
-        member = np.concatenate([np.arange(self.first[i], self.first[i + 1]) for i in rows] or [np.zeros(0, np.int64)])
+        first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        member = np.repeat(self.first[rows] - first[:-1], counts) + np.arange(first[-1])
         keys = [self.key(i).encode("utf-8", "surrogateescape") for i in rows]
         arrays = {
             "shard": self.shard[rows],
-            "first": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            "extension": self.extension[member.astype(np.int64)],
-            "offset": self.offset[member.astype(np.int64)],
-            "size": self.size[member.astype(np.int64)],
+            "first": first,
+            "extension": self.extension[member],
+            "offset": self.offset[member],
+            "size": self.size[member],
             "key_end": np.cumsum([len(key) for key in keys], dtype=np.int64),
             "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
         }
@@ -330,7 +331,7 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
                     if info.offset_data + info.size > size:
                         raise DataError(f"shard {path} is cut off inside {info.name!r}")
                     yield info.name, info.offset_data, info.size
-                tar.members = []  # tarfile keeps every header it has seen
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile keeps every header it has seen
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"shard {path} cannot be read as an uncompressed tar ({error})") from None
 

@@ -50,7 +50,7 @@ def retrieval_ranks(image: Tensor, text: Tensor, image_of_text: Tensor, *, chunk
     if len(counts) > len(image) or not bool((counts > 0).all()):
         raise ValueError(f"image_of_text must name every image from 0 to {len(image) - 1} at least once")
     order = torch.argsort(image_of_text, stable=True)
-    texts_of_image = pad_sequence(order.split(counts.tolist()), batch_first=True, padding_value=-1)  # (I, P)
+    texts_of_image = pad_sequence(list(order.split(counts.tolist())), batch_first=True, padding_value=-1)  # (I, P)
     by_text, by_image = _ranks(text, image, image_of_text, texts_of_image, chunk)
     assert by_image is not None
     return by_text, by_image

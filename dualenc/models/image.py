@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-import torch
 from timm.data import resolve_model_data_config
-from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 

@@ -113,16 +113,16 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.width)
-        self.position = nn.Embedding(config.context_length, config.width)
-        self.type = nn.Embedding(config.types, config.width) if config.types else None
+        self.words = nn.Embedding(config.vocab_size, config.width)
+        self.places = nn.Embedding(config.context_length, config.width)
+        self.segments = nn.Embedding(config.types, config.width) if config.types else None
         self.norm = nn.LayerNorm(config.width, config.norm_eps) if config.norm == "post" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-        x = self.word(ids) + self.position(positions)
-        if self.type is not None:
-            x = x + self.type(torch.zeros_like(ids) if types is None else types)
+        x = self.words(ids) + self.places(positions)
+        if self.segments is not None:
+            x = x + self.segments(torch.zeros_like(ids) if types is None else types)
         return self.dropout(self.norm(x))
 
 
