@@ -177,8 +177,8 @@ class Embedder:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         return (
             "---\nlibrary_name: dualenc\ntags: [image-text, zero-shot-image-classification]\n---\n\n"
-            f"# {self.name}\n\nA dual encoder of images and texts ({millions:.1f} M parameters): {config.image.name} at "
-            f"{config.image.img_size} pixels, a text encoder of {config.text.layers} layers of width "
+            f"# {self.name}\n\nA dual encoder of images and texts ({millions:.1f} M parameters): {config.image.name} "
+            f"at {config.image.img_size} pixels, a text encoder of {config.text.layers} layers of width "
             f"{config.text.width}, {config.embed_dim} dimensions in common.\n\n"
             "```python\nimport dualenc\n\nembedder = dualenc.load(\"path/of/this/folder\")\n"
             'images = embedder.embed_images(["photo.jpg"])  # (1, E), unit length\n'

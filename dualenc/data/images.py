@@ -38,7 +38,7 @@ def decode_image(data: bytes) -> Tensor:
     if data[:3] == b"\xff\xd8\xff" and b"Exif\0" not in data[:65536]:  # a rotation tag is left to Pillow
         try:
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-            if height * width <= MAX_PIXELS and colour in ("YCbCr", "Gray", "RGB"):
+            if int(height) * int(width) <= MAX_PIXELS and colour in ("YCbCr", "Gray", "RGB"):
                 return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
         except ValueError:  # rare but valid JPEGs, and broken ones: Pillow decides which
             pass

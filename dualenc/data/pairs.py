@@ -70,7 +70,7 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
         raise DataError(f"{where}: no sample of {len(index)} has an image and a caption")
     if both.all():
         return index, []
-    return index.take(np.flatnonzero(both)), [index.key(i) for i in np.flatnonzero(~both)]
+    return index.take(np.flatnonzero(both)), [index.key(int(i)) for i in np.flatnonzero(~both)]
 
 
 class PairDataset(Dataset[Pairs]):

@@ -67,7 +67,7 @@ class EpochPlan:
 def permutation(n: int, *key: int) -> np.ndarray:
     """A random order of 0 .. n-1 that depends on the key alone, in every version of numpy.
 
-    Sorts the raw output of the counter-based generator Philox (Salmon et al. 2011), whose stream numpy promises to keep.
+    Sorts the raw output of the counter-based generator Philox (Salmon et al. 2011), a stream that numpy keeps.
     """
     return np.argsort(stream(*key).random_raw(n), kind="stable")
 

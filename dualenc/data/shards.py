@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import escape, glob
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def expand_shards(shards: str | os.PathLike[str] | Sequence[str | os.PathLike[st
     """
     parts = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     paths: list[str] = []
-    for part in map(os.fspath, parts):
+    for part in (os.fspath(part) for part in parts):
         if "://" in part or part.startswith("pipe:"):
             raise DataError(f"shards {part!r}: only local paths are read; copy the shards to a local disk first")
         for pattern in [part] if os.path.exists(part) else braceexpand(part):
@@ -388,4 +389,4 @@ def _expression(text: str) -> Callable[[Any], bool]:
 
 
 def _neighbours(items: list[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(items, items[1:], strict=False))
+    return list(pairwise(items))

@@ -73,7 +73,7 @@ class Tokenizer:
             letters.update(dict.fromkeys(word, count))
         alphabet = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:MAX_LETTERS])
         inside = {letter for word in words for letter in word[1:]}
-        # The trainer numbers the pieces "##a" as it meets them in a hash map; given beforehand, ids and so ties are fixed.
+        # The trainer would number the pieces "##a" in a hash map's order; given beforehand, ids and ties are fixed.
         given = [*SPECIAL, *alphabet, *(f"##{letter}" for letter in alphabet if letter in inside)]
         if vocab_size < len(given):
             raise DataError(

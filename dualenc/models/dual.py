@@ -1,4 +1,4 @@
-"""The dual encoder: an image tower and a text tower that project into one embedding space (CLIP, Radford et al. 2021)."""
+"""The dual encoder: an image and a text tower that project into one space (CLIP, Radford et al. 2021)."""
 
 import math
 from dataclasses import dataclass
@@ -50,6 +50,7 @@ class Logits(nn.Module):
         self.logit_bias = nn.Parameter(torch.full((1,), init_bias)) if bias else None
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Scale factor and bias, (1,) each."""
         # An alias, so that no caller gets hold of the parameter itself.
         bias = None if self.logit_bias is None else self.logit_bias.view(1)
         return self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp(), bias

@@ -74,6 +74,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(..., D) to (..., D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, Dh) each
         return self.out(attend(q, k, v).flatten(-2))
 
@@ -101,6 +102,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(..., D) to (..., D)."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), attend))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -120,6 +122,7 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """Ids (...) to vectors (..., D)."""
         x = self.words(ids) + self.places(positions)
         if self.segments is not None:
             x = x + self.segments(torch.zeros_like(ids) if types is None else types)

@@ -1,0 +1,263 @@
+"""The command line, and the only parser.
+
+`fit`, `validate`, `test` and `predict` are LightningCLI's; every other command is a plain function of this module,
+parsed by jsonargparse from its signature. A user's mistake is one line on standard error, never a traceback: exit
+status 2 for wrong use, 1 for work that failed.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+class UsageError(Exception):
+    """The command line, the configuration or what they name is wrong: exit status 2."""
+
+
+class WorkError(Exception):
+    """Work that had begun failed: exit status 1."""
+
+
+def zeroshot(model: str, data: list[str], split: str | None = None, out: Path | None = None, workers: int = 2) -> None:
+    """Zero-shot classification on evaluation sets.
+
+    Args:
+        model: model directory, run directory, or hf-hub:owner/name[@revision].
+        data: folders in the layout of CLIP_benchmark.
+        split: absent, "test" or the only split there is.
+        out: folder for zeroshot.json and report.html.
+        workers: processes that decode.
+    """
+    _evaluate("zeroshot", ("classification", "multilabel"), model, data, split, out, workers)
+
+
+def retrieval(model: str, data: list[str], split: str | None = None, out: Path | None = None, workers: int = 2) -> None:
+    """Cross-modal retrieval on evaluation sets.
+
+    Args:
+        model: model directory, run directory, or hf-hub:owner/name[@revision].
+        data: folders in the layout of CLIP_benchmark.
+        split: absent, "test" or the only split there is.
+        out: folder for retrieval.json and report.html.
+        workers: processes that decode.
+    """
+    _evaluate("retrieval", ("retrieval",), model, data, split, out, workers)
+
+
+def configs(name: str | None = None) -> None:
+    """Lists the configurations that come with the package, or prints one.
+
+    Args:
+        name: which to print, with or without `.yaml`.
+    """
+    found = {path.stem: path for path in sorted(_config_folder().glob("*.yaml"))}
+    if name is None:
+        for stem, path in found.items():
+            first = path.read_text("utf-8").splitlines()[0].removeprefix("# ")
+            print(f"{stem:20} {first}")
+        print("\nPrint one with `dualenc configs NAME`; run it with `dualenc fit --config NAME.yaml`.")
+    elif name.removesuffix(".yaml") in found:
+        print(found[name.removesuffix(".yaml")].read_text("utf-8"), end="")
+    else:
+        raise UsageError(f"there is no configuration {name!r}, only {', '.join(found)}")
+
+
+def demo(out: Path = Path("demo")) -> None:
+    """Draws scenes, trains on them, measures: minutes on two CPU cores.
+
+    Args:
+        out: folder for shards, run and results; must not exist yet.
+    """
+    from dualenc.demo import run
+
+    if out.exists():
+        raise UsageError(f"{out} exists already: name another folder, or remove it")
+    run(out, _config_folder() / "smoke.yaml", _trainer_command)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (demo, configs, zeroshot, retrieval)}
+
+
+def _evaluate(
+    command: str,
+    kinds: Sequence[str],
+    model: str,
+    data: list[str],
+    split: str | None,
+    out: Path | None,
+    workers: int,
+) -> None:
+    from rich.progress import track
+
+    from dualenc import BenchmarkSet, DataError, load
+    from dualenc.report import print_table, write_json, write_report
+
+    sets = [BenchmarkSet.open(folder, split) for folder in data]
+    for item in sets:
+        if item.kind not in kinds:
+            other = "retrieval" if item.kind == "retrieval" else "zeroshot"
+            raise DataError(f"{item.path} is a {item.kind} set: use `dualenc {other}`")
+    embedder = load(model)
+    progress = track(sets, command, transient=True, disable=not sys.stderr.isatty())
+    try:
+        results = [embedder.evaluate(item, workers) for item in progress]
+    except DataError as error:
+        raise WorkError(error) from error
+    print_table(results)
+    if out is not None:
+        write_json(out, command, results)
+        write_report(out, command, results)
+
+
+def _config_folder() -> Path:
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def _trainer_command(arguments: list[str]) -> None:
+    """LightningCLI with this package's defaults."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import RichProgressBar
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from dualenc import DataError
+    from dualenc.training.callbacks import MetricsFile, RunDirectory
+
+    # Lightning's greetings and tips hide what matters; its warnings stay.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # its own business with torch
+    begun = False
+
+    class Begin(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            nonlocal begun
+            begun = True
+
+        on_validation_start = on_test_start = on_train_start
+
+    class Parser(LightningArgumentParser):
+        error = _Parser.error
+
+    class CLI(LightningCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            self.config = parser.parse_args(args)
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_lightning_class_args(RunDirectory, "run")
+            parser.link_arguments("seed_everything", "model.init_args.seed")
+            parser.link_arguments("seed_everything", "data.init_args.seed")
+            for source, target in (("preprocess", "preprocess"), ("text_config", "text")):
+                # As dicts: jsonargparse makes the dataclass itself.
+                parser.link_arguments(f"model.{source}", f"data.init_args.{target}", asdict, apply_on="instantiate")
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            config = self.config[str(self.subcommand)].clone()
+            config.pop("config", None)  # where it was read from is no part of it
+            self._get(self.config_init, "run").config_yaml = self._parser(self.subcommand).dump(config, skip_none=False)
+            trainer = super().instantiate_trainer(**kwargs)
+            if self.subcommand == "fit":
+                trainer.loggers = [MetricsFile(trainer.default_root_dir), *trainer.loggers]
+            return trainer
+
+        def after_validate(self) -> None:
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                print(f"{name:45} {value:.4g}")
+
+        after_test = after_validate
+
+        def _parse_ckpt_path(self) -> None:
+            """Only checks that it is a local file: what it holds must not override the command line."""
+            path = self.config[self.config["subcommand"]].get("ckpt_path")
+            if path and not Path(path).is_file():
+                raise UsageError(f"--ckpt_path {path} is no local file")
+
+        def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+            """Checkpoints are data, never pickled code."""
+            return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    try:
+        CLI(
+            parser_class=Parser,
+            trainer_defaults={
+                "default_root_dir": "runs/dualenc",
+                "logger": False,
+                "use_distributed_sampler": False,  # the plan gives each rank its part
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 10,
+                "enable_model_summary": False,
+                "callbacks": [Begin(), *([RichProgressBar()] if sys.stderr.isatty() else [])],
+            },
+            seed_everything_default=0,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            load_from_checkpoint_support=False,
+            args=arguments,
+        )
+    except (ValueError, MisconfigurationException) as error:
+        if not begun:
+            raise UsageError(error) from error
+        if isinstance(error, DataError):
+            raise WorkError(error) from error
+        raise
+
+
+def _run(arguments: list[str]) -> None:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in TRAINER_COMMANDS:
+        _trainer_command(arguments)
+    elif command in COMMANDS:
+        function = COMMANDS[command]
+        parser = _Parser(prog=f"dualenc {command}", description=(function.__doc__ or "").split("\n\n")[0])
+        parser.add_function_arguments(function, as_positional=True)
+        function(**vars(parser.instantiate(parser.parse_args(rest))))
+    elif command == "--version":
+        print(f"dualenc {version('dualenc')}")
+    elif command in ("--help", "-h"):
+        print("usage: dualenc COMMAND ...\n\nWhat it can do; `dualenc COMMAND --help` says how:\n")
+        print("  fit, validate, test, predict   train and measure by a configuration: --config FILE [--key value]")
+        for name, function in COMMANDS.items():
+            print(f"  {name:30} {(function.__doc__ or '').splitlines()[0]}")
+    else:
+        raise UsageError(f"there is no command {command!r}, only {', '.join((*TRAINER_COMMANDS, *COMMANDS))}")
+
+
+class _Parser(ArgumentParser):
+    """Errors are for `main` to print."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        raise UsageError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command; exits with its status."""
+    from dualenc import DataError, ModelError
+
+    try:
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+    except (UsageError, DataError, ModelError) as error:
+        _fail(error, 2)
+    except WorkError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(error: object, status: int) -> NoReturn:
+    """One line on standard error, and the exit status."""
+    # What fails in a worker process arrives with that process's traceback before it.
+    text = str(error).rpartition("DataError: ")[2] if "Original Traceback" in str(error) else str(error)
+    print(f"dualenc: error: {' '.join(text.split())}", file=sys.stderr)
+    raise SystemExit(status)

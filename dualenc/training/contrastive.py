@@ -1,0 +1,222 @@
+"""The contrastive task: towers, loss, optimizer and schedule, each from the configuration."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dualenc.data import Pairs, Preprocess
+from dualenc.data.plan import draw
+from dualenc.losses import clip_loss
+from dualenc.models import DualEncoder, ImageConfig, TextConfig
+from dualenc.training.metrics import PairRetrieval
+from dualenc.training.optim import WarmupCosine, parameter_groups
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Tells the user, once for all ranks."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def adamw(parameters: Iterable[Any]) -> AdamW:
+    """AdamW with the constants of CLIP's ViT models (Radford et al. 2021, table 19)."""
+    return AdamW(parameters, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+
+
+class ContrastiveTask(LightningModule):
+    """Trains a dual encoder on pairs of images and captions.
+
+    Args:
+        image: architecture of the image tower.
+        text: architecture of the text tower.
+        embed_dim: dimensions of the common space.
+        projection: from each tower into it, "linear" or "mlp".
+        loss: function of (image, text, scale, bias, group=...), such as `dualenc.losses.clip_loss` or `siglip_loss`.
+        logit_bias: learn a bias; `siglip_loss` needs it.
+        init_scale: temperature factor at the start; absent, 1/0.07, or 10 with a bias.
+        init_bias: bias at the start.
+        optimizer: from parameter groups; the second has no weight decay.
+        scheduler: from the optimizer and the number of steps; a class.
+        pretrained: true for timm's weights of the image tower's name, or a local file of weights.
+        patch_dropout: share of image patches left out in training.
+        grad_checkpointing: less memory, more computation.
+        resize: how evaluation makes images square; see `Preprocess`.
+        seed: of dropout; the command line gives it `seed_everything`.
+    """
+
+    trainer: Any  # Lightning declares less than its Trainer has
+    sums: Tensor
+
+    def __init__(
+        self,
+        image: ImageConfig,
+        text: TextConfig,
+        embed_dim: int = 512,
+        projection: Literal["linear", "mlp"] = "linear",
+        loss: Callable = clip_loss,
+        logit_bias: bool = False,
+        init_scale: float | None = None,
+        init_bias: float = -10.0,
+        optimizer: Callable[[Iterable], Optimizer] = adamw,
+        scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
+        pretrained: bool | str = False,
+        patch_dropout: float = 0.0,
+        grad_checkpointing: bool = False,
+        resize: Literal["shortest", "squash", "longest"] = "shortest",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = DualEncoder(
+            image,
+            text,
+            embed_dim,
+            projection,
+            logit_bias,
+            init_scale=init_scale,
+            init_bias=init_bias,
+            patch_dropout=patch_dropout,
+        )
+        self.model.set_grad_checkpointing(grad_checkpointing)
+        self.preprocess = Preprocess(image.img_size, resize=resize, **self.model.image.data_config)
+        self.text_config = text
+        self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
+        self.pretrained, self.seed = pretrained, seed
+        self.retrieval = PairRetrieval(embed_dim)
+        # Sums since the last log, on the device; part of a checkpoint, so that a resumed run logs the same.
+        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64))  # loss, steps, real tokens, padded tokens
+        self._grad_norm: Tensor | None = None
+        self._clock, self._lr = 0.0, 0.0
+
+    def setup(self, stage: str) -> None:
+        """Loads pretrained weights where a new run begins."""
+        if stage == "fit":
+            if self.trainer.accumulate_grad_batches != 1:
+                raise ValueError(
+                    "trainer.accumulate_grad_batches must be 1: the loss compares the pairs of one batch, so summing "
+                    "gradients of small batches is not the gradient of a large one; raise data.batch_size instead, "
+                    "with model.grad_checkpointing if memory is short"
+                )
+            if self.pretrained and not self.trainer.ckpt_path:
+                self.model.image.load_pretrained(self.pretrained if isinstance(self.pretrained, str) else None)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over decay and no-decay groups, its schedule stepped every batch."""
+        optimizer = self.optimizer(parameter_groups(self.model))
+        scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Says how large the model is; starts the clock of samples/s."""
+        image, text = (
+            sum(p.numel() for p in tower.parameters()) / 1e6 for tower in (self.model.image, self.model.text)
+        )
+        say(f"{image:.1f} M parameters in the image tower, {text:.1f} M in the text tower")
+        self._clock = time.monotonic()
+
+    def on_train_batch_start(self, batch: Pairs, batch_idx: int) -> None:
+        """Dropout depends on (seed, step, rank) alone, so that nothing of a generator needs saving."""
+        torch.manual_seed(draw(self.seed, self.global_step, self.global_rank))
+
+    def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        out = self.model(self.preprocess.normalize(batch.images), batch.tokens)
+        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # this step's; the schedule moves on before the log
+        loss = self.loss(*out, group=dist.group.WORLD if self.trainer.world_size > 1 else None)
+        # A padded batch would be as wide as the context length. The counts are on the host: no sync.
+        padded = len(batch.rows) * self.text_config.context_length
+        for i, term in enumerate((loss.detach(), 1, len(batch.tokens.ids), padded)):
+            self.sums[i] += term
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by `trainer.gradient_clip_val`; keeps the norm before clipping for the log."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            return
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Pairs, batch_idx: int) -> None:
+        """Keeps the temperature in bounds; every `trainer.log_every_n_steps` writes what has summed up."""
+        self.model.logits.project()
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            loss, steps, real, padded = self.sums.tolist()
+            now = time.monotonic()
+            seconds, self._clock = now - self._clock, now
+            scale, bias = self.model.logits()
+            metrics = {
+                "train/loss": loss / steps,
+                "train/lr": self._lr,
+                "train/logit_scale": scale.item(),
+                "train/samples_per_second": steps * len(batch.rows) * self.trainer.world_size / seconds,
+                "train/padding_avoided": 1 - real / padded,
+            }
+            if bias is not None:
+                metrics["train/logit_bias"] = bias.item()
+            if self._grad_norm is not None:
+                metrics["train/grad_norm"] = self._grad_norm.item()
+            self.sums.zero_()
+            self.publish(metrics, bar=("train/loss", "train/samples_per_second"))
+
+    def publish(self, metrics: dict[str, float], bar: Iterable[str] = ()) -> None:
+        """Gives numbers to the loggers at the current step, to callbacks, and some to the progress bar.
+
+        Not through the trainer's own logging, which takes up to a millisecond a step whether it writes or not.
+        """
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.global_step)
+        for name, value in metrics.items():
+            self.trainer.callback_metrics[name] = torch.tensor(value)
+            if name in bar:
+                short = name.partition("/")[2].replace("samples_per_second", "samples/s").replace("mean_recall", "R")
+                self.trainer.progress_bar_metrics[short] = value
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts anew; an empty update, so that a rank without a batch still takes part in the exchange."""
+        self.retrieval.reset()
+        nothing = torch.zeros(0, self.model.config.embed_dim, device=self.device)
+        self.retrieval.update(nothing, nothing)
+
+    def validation_step(self, batch: Pairs, batch_idx: int) -> None:
+        """Embeds held-out pairs."""
+        out = self.model(self.preprocess.normalize(batch.images), batch.tokens)
+        self.retrieval.update(out.image, out.text)
+
+    def on_validation_epoch_end(self) -> None:
+        """Retrieval among all held-out pairs of all ranks."""
+        metrics = self.retrieval.compute()
+        if not self.trainer.sanity_checking:
+            stage = "test" if self.trainer.testing else "val"
+            self.publish({f"{stage}/{name}": value for name, value in metrics.items()}, bar=("val/mean_recall@1",))
+
+    def on_validation_end(self) -> None:
+        """Validation is no part of samples/s."""
+        self._clock = time.monotonic()
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, *args: Any) -> None:
+        """Not here.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a dual encoder embeds: `dualenc.load(RUN).embed_images(...)`; predict is for text tasks")

@@ -1,0 +1,574 @@
+import io
+import itertools
+import json
+import os
+import pickle
+import tarfile
+import types
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import encode, pixels, write_shards, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+import dualenc.data.shards as shards_module
+from dualenc.data import DataError, ShardIndex
+from dualenc.data.shards import expand_shards
+
+
+def contents(index):
+    return [(sample.key, {extension: sample.read(extension) for extension in sample.members}) for sample in index]
+
+
+def by_webdataset(paths):
+    """The samples of the same shards by webdataset's own reading, nothing decoded."""
+    with ExitStack() as stack:  # it leaves files that it opens itself open
+        shards = [{"url": str(path), "stream": stack.enter_context(open(path, "rb"))} for path in paths]
+        return [
+            (sample["__key__"], {name: value for name, value in sample.items() if not name.startswith("__")})
+            for sample in group_by_keys(tar_file_expander(iter(shards)))
+        ]
+
+
+def raw_tar(path, members, **options):
+    """A tar with these (name, bytes) in this order, by the standard library."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def tricky(rng):
+    return [
+        {"__key__": "plain", "jpg": rng.bytes(700), "txt": b""},
+        {"__key__": "folder/of things/x", "seg.png": rng.bytes(3), "png": rng.bytes(512), "json": b"{}"},
+        {"__key__": "other/plain", "JPG": rng.bytes(10), "a.b.txt": b"t"},
+        {"__key__": "ключ-猫-é", "txt": "猫".encode()},
+        {"__key__": "d.o.t/s", "txt": b"x"},
+        {"__key__": "./dot/slash", "txt": b"y"},
+        {"__key__": "trailing ", "txt": b"z"},
+    ]
+
+
+@pytest.mark.parametrize("form", ["webdataset", tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_reads_what_webdataset_reads(tmp_path, seed, form):
+    rng = np.random.default_rng(seed)
+    long = f"{'long/' * 40}{'n' * 90}"
+    samples = tricky(rng)
+    if form != tarfile.USTAR_FORMAT:  # which has no room for it
+        samples.insert(2, {"__key__": long, "jpg": rng.bytes(40), "a.b.jpg": b"1"})
+
+    def write(name, samples):
+        if form == "webdataset":
+            return write_tar(tmp_path / name, samples)
+        members = [(f"{s['__key__']}.{e}", data) for s in samples for e, data in s.items() if e != "__key__"]
+        return raw_tar(tmp_path / name, members, format=form)
+
+    paths = [write("a.tar", samples), write("b.tar", []), write("c.tar", samples[::-1])]
+    index = ShardIndex.build(paths)
+    assert contents(index) == by_webdataset(paths)
+    assert index.counts() == [len(samples), 0, len(samples)]
+    assert [sample.shard for sample in index] == [paths[0]] * len(samples) + [paths[2]] * len(samples)
+
+
+names = st.sampled_from(["a", "b", "a.x", "f/a", "f/a.x", "g.h/a", "ab", "A"])
+extensions = st.sampled_from(["jpg", "txt", "JPG", "tar.gz", "x.y.z", "json", ""])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(names, extensions, st.binary(max_size=20)), max_size=12))
+def test_reads_any_order_of_members_as_webdataset_does(tmp_path_factory, members):
+    path = tmp_path_factory.mktemp("any") / "s.tar"
+    raw_tar(path, [(f"{name}.{extension}", data) for name, extension, data in members])
+    try:
+        expected = by_webdataset([path])
+    except ValueError as error:
+        assert "duplicate file name" in str(error)
+        with pytest.raises(DataError, match="two members"):
+            ShardIndex.build(path)
+        return
+    assert contents(ShardIndex.build(path)) == expected
+
+
+def test_folders_links_and_files_without_extension_belong_to_no_sample(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for name in ("README", "f/README", "a.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"ok"))
+    assert contents(ShardIndex.build(tmp_path / "s.tar")) == [("a", {"txt": b"ok"})]
+    assert by_webdataset([tmp_path / "s.tar"]) == [("a", {"txt": b"ok"})]
+
+
+def test_names_that_are_not_utf8_and_names_that_climb_are_only_names(tmp_path):
+    path = raw_tar(tmp_path / "s.tar", [("b\udcff.txt", b"1"), ("../../etc/passwd.txt", b"2"), ("/abs/x.txt", b"3")])
+    index = ShardIndex.build(path)
+    assert contents(index)[1:] == [("../../etc/passwd", {"txt": b"2"}), ("/abs/x", {"txt": b"3"})]
+    assert index[0].read("txt") == b"1"
+    assert "\udcff" in index[0].key
+    index.save(tmp_path / "i.npz")
+    assert contents(ShardIndex.load(tmp_path / "i.npz")) == contents(index)
+
+
+def test_save_and_load(tmp_path, seed):
+    index = ShardIndex.build(write_shards(tmp_path, [3, 0, 5], seed))
+    index.save(tmp_path / "index")  # the name as given, without .npz put on
+    again = ShardIndex.load(tmp_path / "index")
+    assert contents(again) == contents(index)
+    assert again.shards == index.shards
+    assert again.fingerprint == index.fingerprint
+    assert len(again) == 8
+
+
+def test_an_index_of_nothing(tmp_path):
+    index = ShardIndex.build(write_tar(tmp_path / "a.tar", []))
+    assert len(index) == 0
+    assert list(index) == []
+    assert index.counts() == [0]
+    with pytest.raises(IndexError):
+        index[0]
+
+
+def test_negative_numbers_and_ends(tmp_path, seed):
+    index = ShardIndex.build(write_shards(tmp_path, [3, 2], seed))
+    keys = [sample.key for sample in index]
+    assert keys == [f"{i:06d}" for i in range(5)]
+    for i in (5, 100):
+        with pytest.raises(IndexError):
+            index[i]
+    try:
+        found = index[-1].key
+    except IndexError:
+        return
+    assert found == keys[-1]
+
+
+def test_many_extensions(monkeypatch, tmp_path):
+    """Names such as img.001.jpg make every sample's extension another one: more than 16 bits count."""
+    count = 70_000
+    path = raw_tar(tmp_path / "s.tar", [])
+    monkeypatch.setattr(
+        shards_module, "_members", lambda _: ((f"img.{i}.jpg", 512 * i, 1) if i else ("a.txt", 0, 1) for i in range(count))
+    )
+    index = ShardIndex.build(path)
+    assert len(index) == 2
+    members = index[1].members
+    assert len(members) == count - 1
+    assert members["40000.jpg"] == (512 * 40_000, 1)
+
+
+def test_fingerprint_changes_with_anything_that_moves(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+
+    def fingerprint(folder, samples, name="s.tar"):
+        return ShardIndex.build(write_tar(tmp_path / folder / name, samples)).fingerprint
+
+    base = [{"__key__": "a", "txt": rng.bytes(5)}, {"__key__": "b", "txt": rng.bytes(600)}]
+    same = fingerprint("1", base)
+    assert fingerprint("2", base) == same  # another folder
+    assert fingerprint("3", base, "t.tar") != same
+    assert fingerprint("4", base[::-1]) != same
+    assert fingerprint("5", base[:1]) != same
+    assert fingerprint("6", [{**base[0], "__key__": "c"}, base[1]]) != same
+    assert fingerprint("7", [{**base[0], "txt": b"123456"}, base[1]]) != same
+    assert fingerprint("8", [{"__key__": "a", "cls": base[0]["txt"]}, base[1]]) != same
+
+
+# Selecting
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = [
+        {"width": 100, "licence": "cc0", "tags": ["cat", "dog"], "ok": True},
+        {"width": 200, "licence": "cc-by", "tags": []},
+        {"width": 300, "licence": "none", "tags": ["cat"], "ok": False, "height": -5},
+        {"licence": "cc0", "height": 1.5},
+        {"width": "wide"},
+        {"width": None, "licence": 7},
+        ["no", "object"],
+    ]
+    samples = [{"__key__": f"k{i}", "json": json.dumps(row).encode(), "txt": b"x"} for i, row in enumerate(rows)]
+    samples.append({"__key__": "k7", "txt": b"no json"})
+    return ShardIndex.build(write_tar(tmp_path / "t.tar", samples))
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("width == 200", [1]),
+        ("width != 200", [0, 2, 4, 5]),
+        ("width < 200", [0]),
+        ("width <= 200", [0, 1]),
+        ("width > 100", [1, 2]),
+        ("100 < width < 300", [1]),
+        ("width >= 200 and licence in ['cc0', 'cc-by']", [1]),
+        ("licence in ('cc0', 'none')", [0, 2, 3]),
+        ("licence not in ['cc0']", [1, 2, 5]),
+        ("'cat' in tags", [0, 2]),
+        ("not ok", [2]),
+        ("ok", [0]),
+        ("height == -5", [2]),
+        ("height > -6", [2, 3]),
+        ("width == 100 or width == 300", [0, 2]),
+        ("not (width == 100 or width == 300)", [1, 4, 5]),
+        ("'wide' == width", [4]),
+        ("width == None", [5]),
+    ],
+)
+def test_expressions(table, expression, expected):
+    assert [sample.key for sample in table.select(expression)] == [f"k{i}" for i in expected]
+
+
+def test_a_sample_without_a_field_is_not_selected_whatever_the_order(table):
+    """Samples 0, 1 and 2 have `width`, only 2 and 3 have `height`: 2 alone has what the expression asks for."""
+    for expression in ("width > 0 or height > 0", "height > 0 or width > 0", "width > 0 or not height > 0"):
+        assert [sample.key for sample in table.select(expression)] == ["k2"]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os').system('touch hacked')",
+        "__import__('os')",
+        "width.__class__",
+        "width and width.__class__",
+        "width > 10**6 and open('x')",
+        "nothing == 1 or exec('1')",
+        "[x for x in width]",
+        "(lambda: 1)()",
+        "width if width else 1",
+        "width[0] == 1",
+        "2 ** 9999999 > width",
+        "f'{width}'",
+        "(y := 3)",
+        "width is None",
+        "{'a': 1}",
+        "*width",
+        "width; licence",
+        "width ==",
+        "",
+    ],
+)
+def test_only_comparisons_are_understood(table, tmp_path, monkeypatch, expression):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="not understood|neither a file of keys nor an expression"):
+        table.select(expression)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_selecting_nothing_is_an_error(table):
+    with pytest.raises(DataError, match="'width > 10000' selects none of 8"):
+        table.select("width > 10000")
+    with pytest.raises(DataError, match="selects none"):
+        table.select([])
+
+
+def test_select_by_keys_and_by_file(table, tmp_path):
+    assert contents(table.select(["k3", "k0"])) == [contents(table)[0], contents(table)[3]]
+    (tmp_path / "keys.txt").write_text("k7\n\n k2 \n")
+    assert [sample.key for sample in table.select(str(tmp_path / "keys.txt"))] == ["k2", "k7"]
+    with pytest.raises(DataError, match="2 keys are in no shard, such as 'k8'"):
+        table.select(["k1", "k9", "k8"])
+    (tmp_path / "keys.txt").write_text("k8\n")
+    with pytest.raises(DataError, match=r"keys\.txt: 1 keys are in no shard"):
+        table.select(str(tmp_path / "keys.txt"))
+
+
+def test_a_selection_reads_the_same_bytes(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    index = ShardIndex.build(write_shards(tmp_path, [4, 0, 6, 3], seed))
+    rows = np.flatnonzero(rng.random(13) < 0.5)
+    part = index.take(rows)
+    assert contents(part) == [contents(index)[i] for i in rows]
+    assert part.counts() == np.bincount(index.shard[rows], minlength=4).tolist()
+    assert len(index.take(np.array([], dtype=np.int64))) == 0
+
+
+# Splitting
+
+
+def test_split_is_about_right_stable_and_keeps_equal_pictures_together(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    pictures = [rng.bytes(40) for _ in range(1500)]
+    samples = [{"__key__": f"a{i}", "jpg": picture} for i, picture in enumerate(pictures)]
+    samples += [{"__key__": f"b{i}", "png": pictures[int(rng.integers(1500))], "txt": b"x"} for i in range(500)]
+    paths = [write_tar(tmp_path / f"{i}.tar", samples[i::4]) for i in range(4)]
+    train, val = ShardIndex.build(paths).split(0.2)
+    assert len(train) + len(val) == 2000
+    assert abs(len(val) / 2000 - 0.2) < 0.06  # 5.5 standard deviations, the twins counted
+    held = {sample.key for sample in val}
+    sides = [{next(iter(data[e] for e in ("jpg", "png") if e in data)) for _, data in contents(p)} for p in (train, val)]
+    assert not sides[0] & sides[1]
+    fewer = ShardIndex.build(paths[:2])
+    assert {sample.key for sample in fewer.split(0.2)[1]} == held & {sample.key for sample in fewer}
+    moved = ShardIndex.build([write_tar(tmp_path / "new" / "z.tar", samples[::-1])])
+    assert {sample.key for sample in moved.split(0.2)[1]} == held  # neither place nor order counts
+    assert {sample.key for sample in ShardIndex.build(paths).split(0.1)[1]} <= held
+
+
+def test_split_of_large_pictures_with_equal_ends(tmp_path, seed):
+    """Only a piece of a large file is read; it is not the header, which many files share."""
+    rng = np.random.default_rng(seed)
+    ends = rng.bytes(20_000)
+    samples = [{"__key__": f"{i}", "jpg": ends + rng.bytes(100) + ends} for i in range(60)]
+    train, val = ShardIndex.build(write_tar(tmp_path / "a.tar", samples)).split(0.5)
+    assert min(len(train), len(val)) > 5
+
+
+def test_split_that_leaves_a_side_empty_is_refused(tmp_path, seed):
+    index = ShardIndex.build(write_shards(tmp_path, [4], seed))
+    for share in (0.0, 1.0):
+        with pytest.raises(DataError, match="one side empty"):
+            index.split(share)
+    texts = ShardIndex.build(write_tar(tmp_path / "t.tar", [{"__key__": "lonely", "txt": b"x"}]))
+    with pytest.raises(DataError, match="'lonely': no image"):
+        texts.split(0.5)
+
+
+# Naming shards
+
+
+def test_expand_shards(tmp_path, monkeypatch):
+    for name in ("a-000.tar", "a-001.tar", "a-002.tar", "b.tar", "odd[1].tar", "n{1}.tar", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    full = lambda *names: [str(tmp_path / name) for name in names]  # noqa: E731
+    assert expand_shards(tmp_path) == sorted(full("a-000.tar", "a-001.tar", "a-002.tar", "b.tar", "odd[1].tar", "n{1}.tar"))
+    assert expand_shards(f"{tmp_path}/a-*.tar") == full("a-000.tar", "a-001.tar", "a-002.tar")
+    assert expand_shards(f"{tmp_path}/a-{{000..002}}.tar") == full("a-000.tar", "a-001.tar", "a-002.tar")
+    assert expand_shards(f"{tmp_path}/{{b,a-00[01]}}.tar") == full("b.tar", "a-000.tar", "a-001.tar")
+    assert expand_shards([tmp_path / "b.tar", f"{tmp_path}/a-000.tar"]) == full("b.tar", "a-000.tar")  # as listed
+    assert expand_shards(tmp_path / "odd[1].tar") == full("odd[1].tar")  # an existing file is no pattern
+    assert expand_shards(tmp_path / "n{1}.tar") == full("n{1}.tar")
+    monkeypatch.chdir(tmp_path)
+    assert expand_shards("b.tar") == ["b.tar"]
+
+
+def test_shards_that_match_nothing_are_named(tmp_path):
+    (tmp_path / "a-0.tar").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for pattern, named in (
+        (f"{tmp_path}/no*.tar", "no*.tar"),
+        (f"{tmp_path}/a-{{0..2}}.tar", "a-1.tar"),
+        (f"{tmp_path}/empty", "empty"),
+        ([f"{tmp_path}/a-0.tar", f"{tmp_path}/gone.tar"], "gone.tar"),
+    ):
+        with pytest.raises(DataError, match="match no file") as error:
+            expand_shards(pattern)
+        assert named in str(error.value)
+    with pytest.raises(DataError, match="list of shards is empty"):
+        expand_shards([])
+    with pytest.raises(DataError, match=r"named twice: .*a-0\.tar"):
+        expand_shards([f"{tmp_path}/a-0.tar", f"{tmp_path}/a-*.tar"])
+
+
+@pytest.mark.parametrize("spec", ["pipe:touch hacked", "https://x.org/a.tar", "s3://b/{0..9}.tar", "file:///a.tar"])
+def test_only_local_paths(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    for shards in (spec, [spec]):
+        with pytest.raises(DataError, match="only local paths are read") as error:
+            ShardIndex.build(shards)
+        assert spec in str(error.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("spec", ["a-{0..2.tar", "a-0}.tar"])
+def test_unbalanced_braces_are_named(spec):
+    with pytest.raises(DataError) as error:
+        expand_shards(spec)
+    assert spec in str(error.value)
+
+
+# Broken shards
+
+
+@pytest.fixture
+def five(tmp_path, seed):
+    """A shard of five members, each a header of 512 bytes, 3000 bytes of data and 72 of padding: 3584 together."""
+    data = np.random.default_rng(seed).bytes
+    return Path(raw_tar(tmp_path / "five.tar", [(f"k{i}.jpg", data(3000)) for i in range(5)], format=tarfile.GNU_FORMAT))
+
+
+@pytest.mark.parametrize("length", [513, 2 * 3584 + 513, 2 * 3584 + 512 + 2999, 4 * 3584 + 512])
+def test_a_shard_cut_inside_a_member(five, length):
+    os.truncate(five, length)
+    with pytest.raises(DataError, match=r"five\.tar is cut off"):
+        ShardIndex.build(five)
+
+
+@pytest.mark.parametrize("length", [3584, 2 * 3584 + 1, 2 * 3584 + 511, 4 * 3584, 5 * 3584])
+def test_a_shard_cut_inside_a_header_or_between_members(five, length):
+    """tarfile takes both for the end: the samples after it would be dropped without a word."""
+    os.truncate(five, length)
+    with pytest.raises(DataError, match=r"five\.tar"):
+        ShardIndex.build(five)
+
+
+def test_a_shard_with_a_broken_header(five, seed):
+    whole = bytearray(five.read_bytes())
+    whole[2 * 3584 : 2 * 3584 + 512] = np.random.default_rng(seed).bytes(512)
+    five.write_bytes(whole)
+    with pytest.raises(DataError, match=r"five\.tar"):
+        ShardIndex.build(five)
+
+
+def test_however_much_padding_follows_the_end_is_the_end(five):
+    whole = five.read_bytes()
+    for length in (5 * 3584 + 512, 5 * 3584 + 1024, len(whole)):
+        five.write_bytes(whole[:length])
+        assert len(ShardIndex.build(five)) == 5
+    five.write_bytes(whole + bytes(100_000))
+    assert len(ShardIndex.build(five)) == 5
+
+
+def test_a_sparse_member_is_not_read_as_plain_bytes(tmp_path):
+    """In a sparse member the data on disk is not the file's content."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 1024
+        tar.addfile(info, io.BytesIO(b"x" * 1024))
+    data = bytearray(buffer.getvalue())
+    data[156:157] = tarfile.GNUTYPE_SPARSE
+    data[386:398], data[398:410] = b"00000002000\0", b"00000002000\0"  # 1024 bytes of data that belong at 1024
+    data[483:495] = b"00000004000\0"  # of 2048 in all
+    data[257:265] = b"ustar  \0"
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (tmp_path / "s.tar").write_bytes(data)
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        assert next(iter(tar)).issparse()
+    try:
+        found = ShardIndex.build(tmp_path / "s.tar")[0].read("jpg")
+    except DataError:
+        return
+    assert found == by_webdataset([tmp_path / "s.tar"])[0][1]["jpg"]
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_compressed_shards_are_refused(tmp_path, mode):
+    with tarfile.open(tmp_path / "a.tar", mode) as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    with pytest.raises(DataError, match=r"a\.tar cannot be read as an uncompressed tar"):
+        ShardIndex.build(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", b"x" * 5000, encode(np.zeros((4, 4, 3), np.uint8))])
+def test_files_that_are_no_tar_are_refused(tmp_path, data):
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.tar cannot be read"):
+        ShardIndex.build(tmp_path / "a.tar")
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    path = raw_tar(tmp_path / "s.tar", [("a.jpg", b"1"), ("a.txt", b"2"), ("a.jpg", b"3")])
+    with pytest.raises(DataError, match=r"s\.tar sample 'a': two members \.jpg"):
+        ShardIndex.build(path)
+
+
+def test_a_shard_that_changed_after_indexing(tmp_path, seed):
+    index = ShardIndex.build(write_shards(tmp_path, [5], seed))
+    path = index.shards[0]
+    assert index[4].read("png")
+    os.truncate(path, 1500)
+    with pytest.raises(DataError, match=r"part-000\.tar sample '000004': \.png is cut off"):
+        index[4].read("png")
+
+
+def test_a_shard_that_is_gone(tmp_path, seed):
+    index = ShardIndex.build(write_shards(tmp_path, [2], seed))
+    os.remove(index.shards[0])
+    with pytest.raises(DataError, match=r"part-000\.tar is gone since it was indexed"):
+        index[0].read("png")
+
+
+def test_more_shards_than_files_kept_open(tmp_path, seed):
+    index = ShardIndex.build(write_shards(tmp_path, [1] * 80, seed))
+    before = contents(index)
+    assert len(os.listdir("/proc/self/fd")) < 150
+    assert contents(index.take(np.arange(80))) == before
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", b"PK\x03\x04garbage", pickle.dumps({"a": 1})])
+def test_garbage_is_no_index(tmp_path, data):
+    (tmp_path / "i.npz").write_bytes(data)
+    with pytest.raises(DataError, match=r"i\.npz is no shard index"):
+        ShardIndex.load(tmp_path / "i.npz")
+
+
+def test_other_numpy_files_are_no_index(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    np.savez(tmp_path / "b.npz", x=np.zeros(3))
+    np.savez(tmp_path / "c.npz", head=np.frombuffer(b"[]", np.uint8), **{n: np.zeros(1) for n in shards_module._ARRAYS})
+    for name in ("a.npy", "b.npz", "c.npz", "missing.npz"):
+        with pytest.raises(DataError, match=name):
+            ShardIndex.load(tmp_path / name)
+
+
+def test_a_cut_or_newer_index_is_refused(tmp_path, seed, monkeypatch):
+    index = ShardIndex.build(write_shards(tmp_path, [3], seed))
+    index.save(tmp_path / "i.npz")
+    data = (tmp_path / "i.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"cut\.npz is no shard index"):
+        ShardIndex.load(tmp_path / "cut.npz")
+    monkeypatch.setattr(shards_module, "FORMAT", 2)
+    index.save(tmp_path / "new.npz")
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"new\.npz has index format 2, this version reads 1"):
+        ShardIndex.load(tmp_path / "new.npz")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_in_a_shard_is_executed(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    bomb = pickle.dumps(Bomb(str(tmp_path / "hacked")))
+    index_bomb = np.empty(1, dtype=object)
+    index_bomb[0] = Bomb(str(tmp_path / "hacked"))
+    np.save(tmp_path / "bomb.npy", index_bomb, allow_pickle=True)
+    (tmp_path / "hacked").rmdir() if (tmp_path / "hacked").exists() else None
+    extensions = ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "ten", "mp")
+    sample = {"__key__": "a", "png": encode(pixels(rng)), "txt": b"x", "json": b'{"a": 1}', **dict.fromkeys(extensions, bomb)}
+    sample["npy"] = (tmp_path / "bomb.npy").read_bytes()
+    index = ShardIndex.build(write_tar(tmp_path / "s.tar", [sample, {**sample, "__key__": "b"}]))
+    for found in itertools.chain(index, index.select("a == 1")):
+        assert found.read("pyd") == bomb
+        found.read_json()
+    index.save(tmp_path / "i.npz")
+    ShardIndex.load(tmp_path / "i.npz")
+    with pytest.raises(DataError):
+        ShardIndex.load(tmp_path / "bomb.npy")
+    assert not (tmp_path / "hacked").exists()
+    pickle.loads(bomb)  # the control: it would have gone off
+    assert (tmp_path / "hacked").exists()
+
+
+def test_reading_a_member_that_is_not_there(tmp_path, seed):
+    index = ShardIndex.build(write_shards(tmp_path, [1], seed))
+    with pytest.raises(DataError, match=r"part-000\.tar sample '000000': no \.cls among its members \['json', 'png'"):
+        index[0].read("cls")
+
+
+def test_having(tmp_path):
+    samples = [{"__key__": "a", "jpg": b"1"}, {"__key__": "b", "txt": b"1"}, {"__key__": "c", "png": b"", "txt": b""}]
+    index = ShardIndex.build(write_tar(tmp_path / "s.tar", samples))
+    assert index.having(["jpg", "png"]).tolist() == [True, False, True]
+    assert index.having(["webp"]).tolist() == [False, False, False]
+    assert isinstance(index[0].members, dict | types.MappingProxyType)

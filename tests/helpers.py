@@ -1,0 +1,144 @@
+"""What several tests need: small pictures, shards written by webdataset itself, tiny models, evaluation sets."""
+
+import io
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+
+from dualenc.data import Preprocess, RandomResizedCrop, Tokenizer
+from dualenc.embedder import Embedder
+from dualenc.models import DualEncoder, ImageConfig, TextConfig
+
+WORDS = "a cat dog sits runs on under the red blue green mat sofa tree house with two hats and boats".split()
+SIZE = 16
+
+
+def pixels(rng: np.random.Generator, height: int = 8, width: int = 8, channels: int = 3) -> np.ndarray:
+    """Noise (H, W, C) uint8: no two alike."""
+    return rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A soft random picture (H, W, 3) uint8, as photos are."""
+    coarse = Image.fromarray(pixels(rng, 5, 5))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encode(image: np.ndarray | Image.Image, kind: str = "png", **options: Any) -> bytes:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, kind.upper().replace("JPG", "JPEG"), **options)
+    return file.getvalue()
+
+
+def caption(rng: np.random.Generator) -> str:
+    return " ".join(rng.choice(WORDS, int(rng.integers(1, 9))))
+
+
+def write_tar(path: Path, samples: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """One shard of samples `{"__key__": ..., extension: bytes}`, by webdataset's own writer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wds.TarWriter(str(path), encoder=False, **options) as tar:
+        for sample in samples:
+            tar.write(dict(sample))
+    return str(path)
+
+
+def write_shards(folder: Path, layout: Sequence[int], seed: int, captions: int = 1) -> list[str]:
+    """Shards with `layout[i]` samples in shard i: `.png`, `.txt` and a `.json` with as many captions as asked."""
+    rng = np.random.default_rng(seed)
+    paths, number = [], 0
+    for i, count in enumerate(layout):
+        samples = []
+        for _ in range(count):
+            texts = [f"{caption(rng)} {n}" for n in range(captions)]
+            fields = {"captions": texts, "width": int(rng.integers(1, 500)), "number": number}
+            samples.append({
+                "__key__": f"{number:06d}",
+                "png": encode(pixels(rng)),
+                "txt": texts[0].encode(),
+                "json": json.dumps(fields).encode(),
+            })  # fmt: skip
+            number += 1
+        paths.append(write_tar(folder / f"part-{i:03d}.tar", samples))
+    return paths
+
+
+def tiny_tokenizer(context_length: int = 12) -> Tokenizer:
+    return Tokenizer.train([" ".join(WORDS), "0 1 2 3 4 5 6 7 8 9 . photo of class"], 200, context_length)
+
+
+def tiny_embedder(seed: int, **config: Any) -> Embedder:
+    """A dual encoder of two layers, every parameter random: initial LayerNorms and zero biases hide mistakes."""
+    tokenizer = tiny_tokenizer()
+    vit = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    generator = torch.Generator().manual_seed(seed)
+    model = DualEncoder(
+        ImageConfig("vit_tiny_patch16_224", SIZE, vit),
+        TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=tokenizer.context_length),
+        embed_dim=8,
+        **config,
+    )
+    with torch.no_grad():
+        for parameter in model.image.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for parameter in model.text.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    preprocess = Preprocess(SIZE, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+    return Embedder(model.eval(), tokenizer, preprocess)
+
+
+class Augment:
+    """A random transform that draws from torch's and from Python's generator."""
+
+    def __init__(self, size: int = 8) -> None:
+        self.crop = RandomResizedCrop(size, scale=(0.3, 1.0))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        image = self.crop(image)
+        return image.flip(-1) if random.random() < 0.5 else image
+
+
+def write_benchmark(
+    folder: Path,
+    seed: int,
+    kind: str = "classification",
+    *,
+    counts: Sequence[int] = (3, 4),
+    classes: int = 6,
+    split: str = "test",
+) -> Path:
+    """A set in the layout of CLIP_benchmark; `counts[i]` samples in shard i."""
+    rng = np.random.default_rng(seed)
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    (folder / split / "nshards.txt").write_text(str(len(counts)))
+    if kind != "classification":
+        (folder / "dataset_type.txt").write_text(kind + "\n")
+    if kind != "retrieval":
+        (folder / "classnames.txt").write_text("\n".join(f"class {i}" for i in range(classes)) + "\n")
+        (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\nthe {c}\n")
+    number = 0
+    for i, count in enumerate(counts):
+        samples = []
+        for _ in range(count):
+            sample: dict[str, Any] = {"__key__": f"s{number:05d}", "jpg": encode(smooth(rng, 20, 24), "jpeg")}
+            if kind == "classification":
+                sample["cls"] = str(number % classes).encode()
+            elif kind == "multilabel":
+                file = io.BytesIO()
+                np.save(file, (rng.random(classes) < 0.4).astype(np.int64))
+                sample["npy"] = file.getvalue()
+            else:
+                sample["txt"] = "\n".join(caption(rng) for _ in range(1 + number % 3)).encode()
+            samples.append(sample)
+            number += 1
+        write_tar(folder / split / f"{i}.tar", samples)
+    return folder
