@@ -5,6 +5,7 @@ parsed by jsonargparse from its signature. A user's mistake is one line on stand
 status 2 for wrong use, 1 for work that failed.
 """
 
+import inspect
 import logging
 import sys
 import warnings
@@ -221,7 +222,11 @@ def _run(arguments: list[str]) -> None:
     elif command in COMMANDS:
         function = COMMANDS[command]
         parser = _Parser(prog=f"dualenc {command}", description=(function.__doc__ or "").split("\n\n")[0])
-        parser.add_function_arguments(function, as_positional=True)
+        first = next(iter(inspect.signature(function).parameters.values()))
+        optional = first.default is not inspect.Parameter.empty  # `dualenc demo [OUT]`: a positional all the same
+        if optional:
+            parser.add_argument(first.name, nargs="?", type=first.annotation, default=first.default)
+        parser.add_function_arguments(function, as_positional=True, skip={first.name} if optional else set())
         function(**vars(parser.instantiate(parser.parse_args(rest))))
     elif command == "--version":
         print(f"dualenc {version('dualenc')}")

@@ -17,7 +17,24 @@ from dualenc.data import Preprocess, RandomResizedCrop, Tokenizer
 from dualenc.embedder import Embedder
 from dualenc.models import DualEncoder, ImageConfig, TextConfig
 
-WORDS = "a cat dog sits runs on under the red blue green mat sofa tree house with two hats and boats".split()
+WORDS = [
+    "a",
+    "cat",
+    "dog",
+    "sits",
+    "runs",
+    "on",
+    "the",
+    "red",
+    "blue",
+    "mat",
+    "tree",
+    "with",
+    "two",
+    "hats",
+    "and",
+    "boats",
+]
 SIZE = 16
 
 

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -26,8 +27,9 @@ def inputs(dtype=torch.float64, count=BATCH):
     return [x.requires_grad_() for x in (image, text, scale, bias)]
 
 
-def evaluate(loss, arguments):
-    value = loss(*arguments)
+def evaluate(loss, arguments, autocast=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # around the forward alone, as torch says
+        value = loss(*arguments)
     return [value.detach(), *torch.autograd.grad(value, arguments, materialize_grads=True)]
 
 
@@ -57,9 +59,8 @@ def test_single_precision(name):
 def test_autocast_changes_nothing(name):
     arguments = inputs(torch.float32)
     want = evaluate(LOSSES[name], arguments)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = evaluate(LOSSES[name], arguments)
-        plain = evaluate(reference(name), arguments)
+    got = evaluate(LOSSES[name], arguments, autocast=True)
+    plain = evaluate(reference(name), arguments, autocast=True)
     assert all(map(torch.equal, got, want))
     assert abs(plain[0] - want[0]) > 1e-5  # control: autocast is at work
 
@@ -84,7 +85,7 @@ def test_siglip_needs_a_bias():
         siglip_loss(image, text, scale)
 
 
-# Several processes: this file again, as a program, once for each rank.
+# Several processes: this file again, as a program that forks into its ranks (one import of torch for all of them).
 
 
 class Towers(nn.Module):
@@ -121,8 +122,7 @@ def rank_main(folder, rank, world):
             value = loss(*model(x, y), group=dist.group.WORLD if grouped else None)
             value.backward()
             grads = {key: parameter.grad for key, parameter in model.module.named_parameters()}
-            results[name, grouped] = {"loss": value.detach(), **grads}
-    results = {f"{name} {'grouped' if grouped else 'alone'}": result for (name, grouped), result in results.items()}
+            results[f"{name} {'grouped' if grouped else 'alone'}"] = {"loss": value.detach(), **grads}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -138,14 +138,9 @@ def test_split_batch_equals_whole_batch(world, tmp_path):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     torch.save({"x": x, "y": y, **{name: model.state_dict() for name, model in models.items()}}, tmp_path / "inputs.pt")
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank), str(world)], env=environment) for rank in range(world)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * world
-    finally:
-        for rank in ranks:
-            rank.kill()
+    command = [sys.executable, __file__, str(tmp_path), str(world)]
+    run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
     for name, model in models.items():
@@ -157,8 +152,9 @@ def test_split_batch_equals_whole_batch(world, tmp_path):
             got = result[f"{name} grouped"]
             assert got.keys() == want.keys()
             for key in want:
+                label = f"{name} {key}: "
                 torch.testing.assert_close(
-                    got[key], want[key], rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{name} {key}: {m}"
+                    got[key], want[key], rtol=1e-10, atol=1e-10, msg=lambda m, label=label: label + m
                 )
             alone = result[f"{name} alone"]  # control: each rank for itself
             for key in want:
@@ -166,4 +162,11 @@ def test_split_batch_equals_whole_batch(world, tmp_path):
 
 
 if __name__ == "__main__":
-    rank_main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    folder, world = sys.argv[1], int(sys.argv[2])
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=rank_main, args=(folder, rank, world), daemon=True) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    sys.exit(any(process.exitcode != 0 for process in ranks))

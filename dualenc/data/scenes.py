@@ -7,6 +7,7 @@ where things are, and easy enough to learn on two CPU cores.
 import io
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,12 +51,19 @@ class Scene(NamedTuple):
 
 def draw_scene(rng: np.random.Generator, things: int = 2, size: int = 64) -> Scene:
     """A scene of one or two things of different names, apart from each other."""
-    placed: list[Thing] = []
-    while len(placed) < things:
-        x, y = rng.uniform(0.2, 0.8, 2)
-        thing = Thing(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), x, y, rng.uniform(0.12, 0.2))
-        if all(max(abs(thing.x - t.x), abs(thing.y - t.y)) > 0.42 and thing.name != t.name for t in placed):
-            placed.append(thing)
+    while True:  # both anew: beside a thing in the middle there is no room for another
+        placed = [
+            Thing(
+                str(rng.choice(list(COLOURS))),
+                str(rng.choice(SHAPES)),
+                *rng.uniform(0.2, 0.8, 2),
+                rng.uniform(0.12, 0.2),
+            )
+            for _ in range(things)
+        ]
+        apart = all(max(abs(a.x - b.x), abs(a.y - b.y)) > 0.42 for a, b in pairwise(placed))
+        if apart and len({thing.name for thing in placed}) == things:
+            break
     scale = 4  # drawn large and made small: smooth edges
     ground = tuple(int(v) for v in rng.integers(200, 256, 3))
     image = Image.new("RGB", (size * scale, size * scale), ground)

@@ -163,13 +163,14 @@ def test_state_is_equal_on_all_ranks(folders, seed):
 
 def test_global_generators_are_untouched(folders, seed):
     loader = make(folders([12, 3]), 4, seed=seed)
-    torch.manual_seed(seed), random.seed(seed), np.random.seed(seed % 2**32)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.manual_seed(seed), random.seed(seed), np.random.seed(seed % 2**32)  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     for batch in loader:
         assert torch.equal(before[0], torch.get_rng_state())
         assert before[1] == random.getstate()
         del batch
-    assert all(np.array_equal(a, b) for a, b in zip(before[2], np.random.get_state(), strict=True))
+    after = np.random.get_state()  # noqa: NPY002
+    assert all(np.array_equal(a, b) for a, b in zip(before[2], after, strict=True))
 
 
 def test_the_callers_generators_do_not_matter(folders, seed):
@@ -289,7 +290,7 @@ def test_sizes_that_do_not_fit_are_refused(folders):
     index = folders([3, 2])
     with pytest.raises(DataError, match="batch size 6 is larger than the data, which has 5 samples"):
         make(index, 6)
-    with pytest.raises(DataError, match="batch_size 5 .* no multiple of the 2 ranks"):
+    with pytest.raises(DataError, match=r"batch_size 5 .* no multiple of the 2 ranks"):
         make(index, 5, world=2)
 
 

@@ -88,8 +88,7 @@ def test_reads_any_order_of_members_as_webdataset_does(tmp_path_factory, members
     raw_tar(path, [(f"{name}.{extension}", data) for name, extension, data in members])
     try:
         expected = by_webdataset([path])
-    except ValueError as error:
-        assert "duplicate file name" in str(error)
+    except ValueError:  # a duplicate file name
         with pytest.raises(DataError, match="two members"):
             ShardIndex.build(path)
         return
@@ -139,18 +138,13 @@ def test_an_index_of_nothing(tmp_path):
         index[0]
 
 
-def test_negative_numbers_and_ends(tmp_path, seed):
+def test_no_sample_outside_the_index(tmp_path, seed):
     index = ShardIndex.build(write_shards(tmp_path, [3, 2], seed))
     keys = [sample.key for sample in index]
     assert keys == [f"{i:06d}" for i in range(5)]
-    for i in (5, 100):
+    for i in (-1, 5, 100):
         with pytest.raises(IndexError):
             index[i]
-    try:
-        found = index[-1].key
-    except IndexError:
-        return
-    assert found == keys[-1]
 
 
 def test_many_extensions(monkeypatch, tmp_path):
@@ -158,7 +152,9 @@ def test_many_extensions(monkeypatch, tmp_path):
     count = 70_000
     path = raw_tar(tmp_path / "s.tar", [])
     monkeypatch.setattr(
-        shards_module, "_members", lambda _: ((f"img.{i}.jpg", 512 * i, 1) if i else ("a.txt", 0, 1) for i in range(count))
+        shards_module,
+        "_members",
+        lambda _: ((f"img.{i}.jpg", 512 * i, 1) if i else ("a.txt", 0, 1) for i in range(count)),
     )
     index = ShardIndex.build(path)
     assert len(index) == 2
@@ -262,7 +258,7 @@ def test_a_sample_without_a_field_is_not_selected_whatever_the_order(table):
 )
 def test_only_comparisons_are_understood(table, tmp_path, monkeypatch, expression):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="not understood|neither a file of keys nor an expression"):
+    with pytest.raises(DataError, match=r"not understood|neither a file of keys nor an expression"):
         table.select(expression)
     assert not (tmp_path / "hacked").exists()
 
@@ -308,7 +304,9 @@ def test_split_is_about_right_stable_and_keeps_equal_pictures_together(tmp_path,
     assert len(train) + len(val) == 2000
     assert abs(len(val) / 2000 - 0.2) < 0.06  # 5.5 standard deviations, the twins counted
     held = {sample.key for sample in val}
-    sides = [{next(iter(data[e] for e in ("jpg", "png") if e in data)) for _, data in contents(p)} for p in (train, val)]
+    sides = [
+        {next(iter(data[e] for e in ("jpg", "png") if e in data)) for _, data in contents(p)} for p in (train, val)
+    ]
     assert not sides[0] & sides[1]
     fewer = ShardIndex.build(paths[:2])
     assert {sample.key for sample in fewer.split(0.2)[1]} == held & {sample.key for sample in fewer}
@@ -343,7 +341,9 @@ def test_expand_shards(tmp_path, monkeypatch):
     for name in ("a-000.tar", "a-001.tar", "a-002.tar", "b.tar", "odd[1].tar", "n{1}.tar", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     full = lambda *names: [str(tmp_path / name) for name in names]  # noqa: E731
-    assert expand_shards(tmp_path) == sorted(full("a-000.tar", "a-001.tar", "a-002.tar", "b.tar", "odd[1].tar", "n{1}.tar"))
+    assert expand_shards(tmp_path) == sorted(
+        full("a-000.tar", "a-001.tar", "a-002.tar", "b.tar", "odd[1].tar", "n{1}.tar")
+    )
     assert expand_shards(f"{tmp_path}/a-*.tar") == full("a-000.tar", "a-001.tar", "a-002.tar")
     assert expand_shards(f"{tmp_path}/a-{{000..002}}.tar") == full("a-000.tar", "a-001.tar", "a-002.tar")
     assert expand_shards(f"{tmp_path}/{{b,a-00[01]}}.tar") == full("b.tar", "a-000.tar", "a-001.tar")
@@ -396,7 +396,9 @@ def test_unbalanced_braces_are_named(spec):
 def five(tmp_path, seed):
     """A shard of five members, each a header of 512 bytes, 3000 bytes of data and 72 of padding: 3584 together."""
     data = np.random.default_rng(seed).bytes
-    return Path(raw_tar(tmp_path / "five.tar", [(f"k{i}.jpg", data(3000)) for i in range(5)], format=tarfile.GNU_FORMAT))
+    return Path(
+        raw_tar(tmp_path / "five.tar", [(f"k{i}.jpg", data(3000)) for i in range(5)], format=tarfile.GNU_FORMAT)
+    )
 
 
 @pytest.mark.parametrize("length", [513, 2 * 3584 + 513, 2 * 3584 + 512 + 2999, 4 * 3584 + 512])
@@ -545,7 +547,13 @@ def test_nothing_in_a_shard_is_executed(tmp_path, seed):
     np.save(tmp_path / "bomb.npy", index_bomb, allow_pickle=True)
     (tmp_path / "hacked").rmdir() if (tmp_path / "hacked").exists() else None
     extensions = ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "ten", "mp")
-    sample = {"__key__": "a", "png": encode(pixels(rng)), "txt": b"x", "json": b'{"a": 1}', **dict.fromkeys(extensions, bomb)}
+    sample = {
+        "__key__": "a",
+        "png": encode(pixels(rng)),
+        "txt": b"x",
+        "json": b'{"a": 1}',
+        **dict.fromkeys(extensions, bomb),
+    }
     sample["npy"] = (tmp_path / "bomb.npy").read_bytes()
     index = ShardIndex.build(write_tar(tmp_path / "s.tar", [sample, {**sample, "__key__": "b"}]))
     for found in itertools.chain(index, index.select("a == 1")):

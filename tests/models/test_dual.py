@@ -87,8 +87,9 @@ def test_scale_is_clamped_and_comes_back():
     logits.project()
     assert logits.logit_scale.requires_grad
     scale, bias = logits()
-    torch.testing.assert_close(scale, torch.tensor([100.0]))
-    torch.testing.assert_close(torch.autograd.grad(scale.sum(), logits.logit_scale)[0], torch.tensor([100.0]))
+    torch.testing.assert_close(scale, torch.tensor([100.0]), rtol=1e-4, atol=0)
+    gradient = torch.autograd.grad(scale.sum(), logits.logit_scale)[0]  # clamp's own is 0 at the bound (torch 2.15)
+    torch.testing.assert_close(gradient, torch.tensor([100.0]), rtol=1e-4, atol=0)
     assert bias == -10
 
     logits = Logits(False, 99.0, 0.0)  # below the bound nothing happens
@@ -112,10 +113,8 @@ def test_every_parameter_is_called_and_gets_a_gradient(loss, projection, norm, p
     images, tokens = batch()
     loss(*model(images, tokens)).backward()
     # FSDP2 gathers a module's own parameters when that module is called, and at no other time.
-    uncalled = [
-        name for name, module in model.named_modules() if module not in called and any(module.parameters(False))
-    ]
-    assert not uncalled
+    owners = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    assert [name for name, module in owners.items() if module not in called] == []
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

@@ -109,14 +109,20 @@ def test_load_pretrained_with_patch_dropout(tmp_path):
     assert torch.equal(model.eval()(x), source.eval()(x))
 
 
-def test_load_pretrained_refuses_what_does_not_fit(tmp_path):
-    save_file(build(depth=2).vit.state_dict(), tmp_path / "deeper.safetensors")
-    model = build()
+@pytest.mark.parametrize("fault", ["shallower", "foreign", "wider", "absent"])
+def test_load_pretrained_refuses_what_does_not_fit(fault, tmp_path):
+    model, file = build(depth=2), tmp_path / "weights.safetensors"
+    fits = model.vit.state_dict()
+    tensors = {
+        "shallower": build(depth=1).vit.state_dict(),  # a block would keep its random weights
+        "foreign": {f"model.visual.{name}": value for name, value in fits.items()},  # all of them would
+        "wider": {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in fits.items()},
+    }
+    if fault != "absent":
+        save_file(tensors[fault], file)
     before = model.vit.pos_embed.clone()
-    with pytest.raises(ValueError, match=NAME):
-        model.load_pretrained(str(tmp_path / "deeper.safetensors"))
-    with pytest.raises(ValueError, match=r"nowhere\.safetensors"):
-        model.load_pretrained(str(tmp_path / "nowhere.safetensors"))
+    with pytest.raises(ValueError, match=rf"{NAME}.*weights\.safetensors"):
+        model.load_pretrained(str(file))
     assert torch.equal(model.vit.pos_embed, before)
 
 

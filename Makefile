@@ -1,0 +1,35 @@
+# Everything runs in one virtual environment, made when missing and reused after.
+PYTHON ?= python3
+READY := .venv/ready
+
+.PHONY: demo test slow lint format clean
+
+demo: $(READY)  ## draw scenes, train on them, measure
+	rm -rf demo
+	.venv/bin/dualenc demo demo
+
+test: $(READY)  ## the tests, in under 10 minutes on two cores
+	.venv/bin/python -m pytest -m "not slow"
+
+slow: $(READY)  ## the tests that need longer
+	.venv/bin/python -m pytest -m slow
+
+lint: $(READY)  ## style, types, import contracts
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+
+format: $(READY)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv demo runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dualenc needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	touch $(READY)

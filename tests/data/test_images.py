@@ -1,0 +1,292 @@
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from helpers import encode, pixels, smooth
+from PIL import Image, ImageOps
+from torchvision.transforms import v2 as transforms
+
+import dualenc.data.images as images_module
+from dualenc.data import ImageError, Preprocess, RandomResizedCrop, decode_image
+from dualenc.data.images import open_image, to_tensor
+
+
+def array(image):
+    assert image.dtype == torch.uint8
+    assert image.shape[0] == 3
+    return image.permute(1, 2, 0).numpy().astype(int)
+
+
+def by_pillow(data):
+    """What a viewer shows: upright, on white, RGB."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        colour, alpha = np.asarray(image)[..., :3] / 255, np.asarray(image)[..., 3:] / 255
+        return np.round((colour * alpha + 1 - alpha) * 255).astype(int)
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def close(image, data, most=1, mean=0.5):
+    difference = np.abs(array(image) - by_pillow(data))
+    assert difference.max() <= most
+    assert difference.mean() <= mean
+
+
+@pytest.fixture(params=[(1, 1), (7, 5), (40, 33)])
+def picture(request, seed):
+    return smooth(np.random.default_rng(seed), *request.param)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}, {"quality": 30}]
+)
+def test_jpeg(picture, options):
+    data = encode(picture, "jpeg", **options)
+    close(decode_image(data), data, most=2)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "1"])
+def test_jpeg_of_other_colours(picture, mode):
+    data = encode(Image.fromarray(picture).convert(mode), "jpeg")
+    close(decode_image(data), data)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_upright_whatever_exif_says(seed, orientation, kind):
+    upright = smooth(np.random.default_rng(seed), 24, 40)
+    turn = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+            7: "TRANSVERSE", 8: "ROTATE_270"}[orientation]  # fmt: skip
+    stored = Image.fromarray(upright)
+    stored = stored if turn is None else stored.transpose(Image.Transpose[turn])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "webp" else {"quality": 97, "subsampling": 0} if kind == "jpeg" else {}
+    image = array(decode_image(encode(stored, kind, exif=exif, **options)))
+    assert image.shape == (24, 40, 3)
+    assert np.abs(image - upright).mean() < 4
+    assert orientation == 1 or np.abs(image[:20, :20] - np.asarray(stored)[:20, :20]).mean() > 4  # the control
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_lossless(picture, kind):
+    data = encode(picture, kind, **({"lossless": True} if kind == "webp" else {}))
+    assert np.array_equal(array(decode_image(data)), picture)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_transparent_is_on_white(seed, kind):
+    rng = np.random.default_rng(seed)
+    rgba = pixels(rng, 9, 11, 4)
+    rgba[0, 0, 3], rgba[1, 1, 3] = 0, 255
+    data = encode(rgba, kind, **({"lossless": True, "exact": True} if kind == "webp" else {}))
+    image = decode_image(data)
+    close(image, data)
+    assert image[:, 0, 0].tolist() == [255, 255, 255]
+    assert image[:, 1, 1].tolist() == rgba[1, 1, :3].tolist()
+
+
+def test_grey_with_alpha_palette_and_one_bit(seed):
+    rng = np.random.default_rng(seed)
+    close(decode_image(data := encode(Image.fromarray(pixels(rng, 9, 7, 2), "LA"))), data)
+    close(decode_image(data := encode(Image.fromarray(pixels(rng, 9, 7)[..., 0]))), data)
+    close(decode_image(data := encode(Image.fromarray(pixels(rng, 9, 7)[..., 0]).convert("1"))), data)
+    indices = rng.integers(0, 4, (9, 7), dtype=np.uint8)
+    indices[0, :4] = range(4)
+    palette = Image.fromarray(indices, "P")
+    palette.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 9, 9, 9])
+    close(decode_image(data := encode(palette)), data)
+    for transparency in (2, bytes([255, 128, 0, 64])):
+        data = encode(palette, transparency=transparency)
+        image = decode_image(data)
+        close(image, data)
+        assert image[:, 0, 2].tolist() == [255, 255, 255]
+    close(decode_image(data := encode(Image.new("RGB", (3, 2), (9, 8, 7)), transparency=(9, 8, 7))), data)
+    assert (decode_image(data) == 255).all()
+
+
+def test_sixteen_bits_of_grey(seed):
+    """A viewer scales them down; Pillow's own conversion clips all above 255 to white."""
+    grey = np.random.default_rng(seed).integers(0, 1 << 16, (9, 7)).astype(np.uint16)
+    image = array(decode_image(encode(Image.fromarray(grey))))
+    assert np.abs(image - (grey / 257)[..., None]).max() <= 1
+
+
+def test_layout_is_channels_last(picture):
+    for kind in ("jpeg", "png"):
+        image = decode_image(encode(picture, kind))
+        assert image.permute(1, 2, 0).is_contiguous()
+        image.add_(0)  # writable
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_every_cut_is_an_image_error_or_the_whole_picture(seed, kind):
+    data = encode(pixels(np.random.default_rng(seed), 24, 24), kind)
+    whole, refused = decode_image(data), 0
+    for length in range(0, len(data), 37):
+        try:
+            assert torch.equal(decode_image(data[:length]), whole)  # nothing but an end mark was lost
+        except ImageError:
+            refused += 1
+    assert refused >= length // 37 - 1
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_flipped_bytes_never_raise_anything_else(seed, kind):
+    rng = np.random.default_rng(seed)
+    data = encode(smooth(rng, 24, 24), kind)
+    for _ in range(150):
+        broken = bytearray(data)
+        for place in rng.integers(0, len(data), 3):
+            broken[place] = rng.integers(0, 256)
+        with contextlib.suppress(ImageError):
+            assert decode_image(bytes(broken)).shape[0] == 3
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"hello" * 100])
+def test_garbage(data):
+    with pytest.raises(ImageError, match="cannot be decoded as JPEG, PNG or WebP"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["gif", "eps", "bmp", "tiff", "ppm", "ico", "tga", "pcx"])
+def test_other_formats_are_refused(seed, kind):
+    data = encode(pixels(np.random.default_rng(seed), 16, 16), kind)
+    with pytest.raises(ImageError, match="cannot be decoded as JPEG, PNG or WebP"):
+        decode_image(data)
+
+
+def forged_png(width, height):
+    """A header that promises much and a body that holds nothing."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_pixel_cap_is_read_from_the_header(monkeypatch):
+    with pytest.raises(ImageError, match="pixels"):
+        decode_image(forged_png(60_000, 60_000))
+    with pytest.raises(ImageError, match="pixels"):
+        decode_image(forged_png(2**31 - 1, 2**31 - 1))
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 200)
+    for kind in ("jpeg", "png", "webp"):
+        decode_image(encode(np.zeros((10, 20, 3), np.uint8), kind))
+        with pytest.raises(ImageError, match=r"10 x 21 pixels|21 x 10 pixels"):
+            decode_image(encode(np.zeros((10, 21, 3), np.uint8), kind))
+    with pytest.raises(ImageError, match="pixels"):
+        to_tensor(Image.new("RGB", (21, 10)))
+
+
+def test_a_huge_jpeg_header_is_refused():
+    data = bytearray(encode(np.zeros((16, 16, 3), np.uint8), "jpeg"))
+    place = data.index(b"\xff\xc0")
+    data[place + 5 : place + 9] = b"\xff\xff\xff\xff"  # 65,535 x 65,535
+    with pytest.raises(ImageError, match="pixels"):
+        decode_image(bytes(data))
+
+
+def test_between_pillows_own_cap_and_ours_there_is_no_warning():
+    """89 to 134 million pixels: Pillow warns, which is noise in a log and an error under -W error."""
+    with pytest.raises(ImageError) as error:
+        decode_image(forged_png(10_000, 10_000))
+    assert "DecompressionBomb" not in str(error.value)
+
+
+def test_open_image(tmp_path, picture):
+    (tmp_path / "a.png").write_bytes(encode(picture))
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(picture)):
+        assert np.array_equal(array(open_image(source)), picture)
+    (tmp_path / "b.png").write_bytes(b"x")
+    with pytest.raises(ImageError, match=r"b\.png: cannot be decoded"):
+        open_image(tmp_path / "b.png")
+    with pytest.raises(FileNotFoundError, match=r"c\.png"):
+        open_image(tmp_path / "c.png")
+
+
+# Preprocess
+
+SIZES = [(16, 16), (37, 53), (53, 37), (16, 90), (90, 16), (101, 33), (9, 13), (13, 9), (200, 17), (17, 17)]
+
+
+def reference(image, size, mode, resample):
+    """The transform by Pillow: open_clip's rounding of the longer side, the middle cut out or put on black."""
+    height, width = image.shape[:2]
+    if mode == "squash":
+        target = (size, size)
+    elif mode == "shortest":
+        side = min(height, width)
+        target = (height * size // side, width * size // side)
+    else:
+        side = max(height, width)
+        target = (max(1, round(height * size / side)), max(1, round(width * size / side)))
+    resized = Image.fromarray(image).resize((target[1], target[0]), resample)
+    if mode == "longest":
+        ground = Image.new("RGB", (size, size))
+        ground.paste(resized, ((size - target[1]) // 2, (size - target[0]) // 2))
+        return np.asarray(ground).astype(int)
+    left, top = round((target[1] - size) / 2), round((target[0] - size) / 2)
+    return np.asarray(resized.crop((left, top, left + size, top + size))).astype(int)
+
+
+@pytest.mark.parametrize("resize", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", SIZES)
+def test_preprocess_equals_pillow(seed, resize, interpolation, shape):
+    image = smooth(np.random.default_rng(seed), *shape)
+    out = Preprocess(16, interpolation=interpolation, resize=resize)(to_tensor(Image.fromarray(image)))
+    assert out.shape == (3, 16, 16)
+    expected = reference(image, 16, resize, Image.Resampling[interpolation.upper()])
+    assert np.abs(array(out) - expected).mean() < 0.6
+
+
+@pytest.mark.parametrize("resize", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("shape", SIZES)
+def test_preprocess_equals_open_clip(seed, resize, shape):
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    image = Image.fromarray(smooth(np.random.default_rng(seed), *shape))
+    peer = open_clip.image_transform(16, False, mean, std, resize_mode=resize, interpolation="bicubic", fill_color=0)
+    ours = Preprocess(16, mean, std, resize=resize)
+    difference = (ours.normalize(ours(to_tensor(image))) - peer(image)).abs().mean()
+    assert difference < 0.6 / 255 / 0.2
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (480, 640), (333, 500), (427, 640), (500, 334)])
+def test_preprocess_of_photo_sizes_equals_open_clip(seed, shape):
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(pixels(rng, *shape))  # noise: a shift by one pixel shows
+    peer = open_clip.image_transform(64, False, (0, 0, 0), (1, 1, 1), resize_mode="shortest", interpolation="bicubic")
+    assert np.abs(array(Preprocess(64)(to_tensor(image))) / 255 - peer(image).permute(1, 2, 0).numpy()).mean() < 1 / 255
+
+
+def test_normalize_equals_torchvision(seed):
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    images = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
+    peer = transforms.Normalize(mean, std)(images.double() / 255)
+    ours = Preprocess(9, mean, std).normalize(images)
+    assert ours.dtype == torch.float32
+    assert (ours - peer).abs().max() < 2e-6
+    assert torch.equal(Preprocess(9, mean, std).normalize(images[0]), ours[0])
+
+
+def test_random_resized_crop_depends_on_the_generator_alone(seed):
+    image = to_tensor(Image.fromarray(smooth(np.random.default_rng(seed), 40, 50)))
+    crop = RandomResizedCrop(16)
+    torch.manual_seed(seed)
+    first = [crop(image) for _ in range(3)]
+    torch.manual_seed(seed)
+    assert all(torch.equal(a, crop(image)) for a in first)
+    assert first[0].shape == (3, 16, 16)
+    assert first[0].dtype == torch.uint8
+    assert not torch.equal(first[0], first[1])
+    flipped = min((a.float().flip(-1) - Preprocess(16, resize="squash")(image).float()).abs().mean() for a in first)
+    straight = max((a.float() - Preprocess(16, resize="squash")(image).float()).abs().mean() for a in first)
+    assert straight < flipped  # no flip

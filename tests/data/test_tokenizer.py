@@ -1,0 +1,238 @@
+import pickle
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import WORDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertTokenizerFast
+
+from dualenc.data import DataError, Tokenizer
+from dualenc.tokens import Tokens, padding_index
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+WHOLE = ["the", "cat", "dog", "##ing", "sit", "sep", "cls", "mask", "un", "猫", "犬", "é", "straße"]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *".,!?'-[]#", *(f"##{x}" for x in LETTERS), *WHOLE]
+
+
+def rows(tokens):
+    ids, mask, _ = tokens.padded()
+    return [text[real].tolist() for text, real in zip(ids, mask, strict=True)]
+
+
+def captions(rng, count=200):
+    letters = "abcdefghij"
+    made = ["".join(rng.choices(letters, k=rng.randint(1, 7))) for _ in range(60)] + WORDS
+    return [" ".join(rng.choices(made, k=rng.randint(0, 9))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    path.write_text("\n".join(VOCAB) + "\n", "utf-8")
+    return path
+
+
+def test_training_depends_on_the_captions_alone(seed):
+    """The trainer works with hash maps whose order changes from one to the next: several runs, all equal."""
+    texts = captions(random.Random(seed))
+    first = Tokenizer.train(texts, 150, 16)
+    for i in range(6):
+        shuffled = random.Random(i).sample(texts, len(texts))
+        other = Tokenizer.train(iter(shuffled), 150, 16)
+        assert other.backend.to_str() == first.backend.to_str()
+    assert Tokenizer.train(texts[:150], 150, 16).backend.to_str() != first.backend.to_str()  # the control
+
+
+def test_training_in_another_process(seed):
+    texts = captions(random.Random(seed), 60)
+    code = f"from dualenc.data import Tokenizer; print(Tokenizer.train({texts!r}, 120, 16).backend.to_str())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == Tokenizer.train(texts, 120, 16).backend.to_str()
+
+
+def test_trained_vocabulary(seed):
+    texts = captions(random.Random(seed))
+    tokenizer = Tokenizer.train(texts, 150, 64)
+    assert tokenizer.vocab_size <= 150
+    special = [tokenizer.backend.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
+    assert special == [0, 1, 2, 3, 4]
+    found = rows(tokenizer(texts))
+    assert all(row[0] == 2 and row[-1] == 3 for row in found)
+    assert not any(set(row[1:-1]) & set(special) for row in found)  # every letter is known
+    assert [tokenizer.backend.decode(row) for row in found] == [" ".join(text.split()) for text in texts]
+    small = Tokenizer.train(texts, 60, 64)
+    assert len(tokenizer(texts).ids) < len(small(texts).ids)  # a larger vocabulary has longer pieces
+
+
+def test_a_vocabulary_without_room_is_refused():
+    with pytest.raises(DataError, match="vocab_size 7 is too small: 11 entries"):
+        Tokenizer.train(["abc cba"], 7, 16)
+    assert Tokenizer.train(["abc cba"], 11, 16).vocab_size == 11
+
+
+PLAIN = ["the", "cats", "dogs", "sitting", "The", "CAT", "é", "e\u0301", "straße", "猫", "猫犬", "x" * 101]
+ODD = ["[SEP]", "[CLS]", "[MASK]", "##s", "don't", "a.b", "☃", "\u200b", "\t", "\x00", "U.N.", "-"]
+words = st.sampled_from(PLAIN + ODD)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(words, max_size=12).map(" ".join), min_size=1, max_size=6))
+def test_equals_transformers(vocab, texts):
+    peer = BertTokenizerFast(vocab=str(vocab), do_lower_case=True, split_special_tokens=True)
+    ours = Tokenizer.from_file(vocab, 24)
+    expected = peer(texts, truncation=True, max_length=24, split_special_tokens=True)["input_ids"]
+    assert rows(ours(texts)) == expected
+
+
+def test_equals_transformers_cased(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB, "The", "C", "##AT"]) + "\n", "utf-8")
+    peer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), do_lower_case=False)
+    texts = ["The CAT the cat", "é E", "THE"]
+    assert rows(Tokenizer.from_file(tmp_path, 24)(texts)) == peer(texts)["input_ids"]
+
+
+def test_only_a_line_feed_ends_an_entry(tmp_path):
+    """Entries such as U+2028 or U+0085, taken for line ends, would shift every id after them."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB[:40], "\u2028", "\x85", *VOCAB[40:]]) + "\n", "utf-8")
+    ours = Tokenizer.from_file(tmp_path / "vocab.txt", 24)
+    assert ours.backend.token_to_id(VOCAB[-1]) == len(VOCAB) + 1
+
+
+@pytest.mark.parametrize("text", ["[SEP]", "a [CLS] b", "[PAD][MASK]", "x[UNK]y", "[sep] [SEP]", "[CLS]" * 40])
+def test_special_tokens_in_a_caption_stay_text(vocab, tmp_path, text):
+    trained = Tokenizer.train([text, "a b x y [ ]", *"sepclmaskdunk"], 200, 24)
+    trained.save(tmp_path / "tokenizer.json")
+    for tokenizer in (Tokenizer.from_file(vocab, 24), trained, Tokenizer.from_file(tmp_path, 24),
+                      pickle.loads(pickle.dumps(trained))):  # fmt: skip
+        special = {tokenizer.backend.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
+        (ids,) = rows(tokenizer([text]))
+        assert not special & set(ids[1:-1])
+        assert ids[0] == tokenizer.backend.token_to_id("[CLS]")
+        assert ids[-1] == tokenizer.backend.token_to_id("[SEP]")
+        assert len(ids) > 4
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 30])
+def test_truncation_keeps_the_closing_token(vocab, seed, length):
+    texts = captions(random.Random(seed), 30)
+    whole, cut = rows(Tokenizer.from_file(vocab, 500)(texts)), rows(Tokenizer.from_file(vocab, length)(texts))
+    assert cut == [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in whole]
+
+
+def test_empty_captions_are_their_ends(vocab):
+    assert rows(Tokenizer.from_file(vocab, 8)(["", "  ", "cat"]))[:2] == [[2, 3], [2, 3]]
+    with pytest.raises(ValueError, match="no texts at all"):
+        Tokenizer.from_file(vocab, 8)([])
+
+
+def test_pickle_and_save(vocab, tmp_path, seed):
+    texts = captions(random.Random(seed))
+    for tokenizer in (Tokenizer.from_file(vocab, 9), Tokenizer.train(texts, 150, 9)):
+        expected = rows(tokenizer(texts))
+        assert rows(pickle.loads(pickle.dumps(tokenizer))(texts)) == expected
+        assert pickle.loads(pickle.dumps(tokenizer)).context_length == 9
+        tokenizer.save(tmp_path / "tokenizer.json")
+        for path in (tmp_path, tmp_path / "tokenizer.json"):
+            again = Tokenizer.from_file(path, 9)
+            assert rows(again(texts)) == expected
+            assert again.vocab_size == tokenizer.vocab_size
+        longer = rows(Tokenizer.from_file(tmp_path, 100)(texts))  # the file holds no length of its own
+        assert max(map(len, longer)) > 9
+        assert max(map(len, expected)) == 9
+
+
+def test_the_callers_backend_is_left_alone(vocab):
+    backend = Tokenizer.from_file(vocab, 100).backend
+    Tokenizer(backend, 3)
+    assert backend.truncation["max_length"] == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("tokenizer.json", b"garbage", "is no tokenizer"),
+        ("tokenizer.json", b"{}", "is no tokenizer"),
+        ("tokenizer.json", b"", "is no tokenizer"),
+        ("tokenizer.json", b"\xff\xfe", "is no tokenizer"),
+        ("vocab.txt", b"\xff\xfe", "is no tokenizer"),
+        ("vocab.txt", b"", "entries"),
+        ("vocab.txt", b"the\ncat\n[UNK]\n", r"\[CLS\], \[SEP\]"),
+    ],
+)
+def test_garbage_names_the_file(tmp_path, name, content, cause):
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=cause) as error:
+            Tokenizer.from_file(path, 8)
+        assert name in str(error.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"holds neither tokenizer.json nor vocab.txt"):
+        Tokenizer.from_file(tmp_path, 8)
+    with pytest.raises(DataError, match=r"tokenizer .*absent\.json does not exist"):
+        Tokenizer.from_file(tmp_path / "absent.json", 8)
+
+
+# Tokens
+
+texts_of_ids = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts_of_ids, st.booleans())
+def test_pack_and_padded(texts, with_types):
+    types = [[(id + i) % 2 for i, id in enumerate(text)] for text in texts] if with_types else None
+    tokens = Tokens.pack(texts, types)
+    ids, mask, padded_types = tokens.padded()
+    longest = max(map(len, texts))
+    assert ids.tolist() == [text + [0] * (longest - len(text)) for text in texts]
+    assert mask.tolist() == [[i < len(text) for i in range(longest)] for text in texts]
+    if types is None:
+        assert padded_types is None
+    else:
+        assert padded_types.tolist() == [kind + [0] * (longest - len(kind)) for kind in types]
+    assert tokens.max_len == longest
+    assert tokens.ids.shape == tokens.positions.shape == (sum(map(len, texts)),)
+    lengths = tokens.offsets.diff().tolist()
+    assert lengths == sorted(len(text) for text in texts)
+    assert tokens.offsets[0] == 0
+    for i, text in enumerate(texts):
+        row = int(tokens.rows[i])
+        part = slice(int(tokens.offsets[row]), int(tokens.offsets[row + 1]))
+        assert tokens.ids[part].tolist() == text
+        assert tokens.positions[part].tolist() == list(range(len(text)))
+        assert types is None or tokens.types[part].tolist() == types[i]
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts_of_ids)
+def test_padding_index_is_always_safe(texts):
+    tokens = Tokens.pack(texts)
+    index, mask = padding_index(tokens.offsets, tokens.max_len)
+    assert index.min() >= 0
+    assert index.max() < len(tokens.ids)
+    assert sorted(index[mask].tolist()) == list(range(len(tokens.ids)))
+    assert mask.sum() == len(tokens.ids)
+
+
+def test_dtypes_and_moving():
+    tokens = Tokens.pack([[1, 2], [3]], [[0, 1], [0]])
+    moved = tokens.to("cpu")
+    assert (tokens.ids.dtype, tokens.offsets.dtype, tokens.rows.dtype) == (torch.int64, torch.int32, torch.int64)
+    assert moved.max_len == 2
+    assert torch.equal(moved.types, tokens.types)
+    assert Tokens.pack([[1]]).to("cpu").types is None
+    assert repr(tokens) == "Tokens(2 texts, 3 tokens, longest 2)"
+
+
+@pytest.mark.parametrize(
+    ("texts", "named"), [([], "no texts at all"), ([[1], [], [2], []], r"\[1, 3\]"), ([[]], r"\[0\]")]
+)
+def test_texts_without_a_token_are_refused(texts, named):
+    with pytest.raises(ValueError, match=named):
+        Tokens.pack(texts)

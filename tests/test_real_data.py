@@ -1,0 +1,84 @@
+"""The sets of shared/data, where the checkout has them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_embedder
+
+from dualenc.data import BenchmarkSet, Preprocess, ShardIndex, decode_image
+from dualenc.data.pairs import captions_of, only_pairs
+
+ROOT = Path(__file__).parents[1]
+DATA = next((path for path in (ROOT.parent / "shared" / "data", ROOT / "shared" / "data") if path.is_dir()), None)
+pytestmark = pytest.mark.skipif(DATA is None, reason="no shared/data beside the checkout")
+
+SETS = {  # folder: kind, samples by split, classes
+    "zeroshot_cifar10": ("classification", {"test": 2000, "train": 1500}, 10),
+    "zeroshot_clothing": ("classification", {"test": 372}, 10),
+    "zeroshot_flowers5": ("classification", {"test": 500, "train": 750}, 5),
+    "zeroshot_tinyimagenet_a": ("classification", {"test": 1200}, 100),
+    "retrieval_emoji_twemoji": ("retrieval", {"test": 493}, 0),
+    "retrieval_flickr8k_test_a": ("retrieval", {"test": 500}, 0),
+    "retrieval_flickr8k_val": ("retrieval", {"test": 1000}, 0),
+}
+TRAIN = {"emoji": 2317, "flickr8k": 6000, "photos_full": 240}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_evaluation_sets(name, seed):
+    kind, splits, classes = SETS[name]
+    for split, count in splits.items():
+        data = BenchmarkSet.open(DATA / name, split)
+        assert (data.kind, len(data), len(data.classnames)) == (kind, count, classes)
+        if kind == "retrieval":
+            captions, owner = data.captions
+            each = 1 if "emoji" in name else 5
+            assert len(captions) == each * count
+            assert torch.equal(owner.bincount(), torch.full((count,), each))
+        else:
+            assert sorted(set(data.targets.tolist())) == list(range(classes))
+        rows = np.sort(np.random.default_rng(seed).choice(count, 3, replace=False))
+        for sample in data.index.take(rows):
+            image = Preprocess(32)(decode_image(sample.read(sample.image)))
+            assert image.shape == (3, 32, 32)
+            assert image.float().std() > 1
+    assert BenchmarkSet.open(DATA / name).split == "test"
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_training_sets(name, seed):
+    index = ShardIndex.build(DATA / name)
+    assert len(index) == TRAIN[name]
+    pairs, without = only_pairs(index, "txt")
+    assert len(pairs) == len(index)
+    assert without == []
+    rows = np.sort(np.random.default_rng(seed).choice(len(index), 5, replace=False))
+    for sample in index.take(rows):
+        assert captions_of(sample, "txt")
+        assert decode_image(sample.read(sample.image)).float().std() > 1
+        assert isinstance(sample.read_json(), dict)
+    if name == "flickr8k":
+        fields = index[0].read_json()
+        (field,) = [key for key, value in fields.items() if isinstance(value, list)]
+        assert len(captions_of(index[0], f"json.{field}")) == 5
+
+
+def test_every_transparent_emoji_stands_on_white():
+    index = ShardIndex.build(DATA / "emoji" / "train-000000.tar")
+    corners = [decode_image(index[i].read("png"))[:, 0, 0].tolist() for i in range(0, len(index), 25)]
+    assert corners.count([255, 255, 255]) > len(corners) * 0.8
+
+
+def test_emoji_split_keeps_equal_pictures_together():
+    train, val = ShardIndex.build(DATA / "emoji").split(0.1)
+    assert len(train) + len(val) == 2317
+    assert 0.07 < len(val) / 2317 < 0.13
+    assert not {s.read("png") for s in train} & {s.read("png") for s in val}
+
+
+def test_a_tiny_model_is_evaluated_on_a_real_set(seed):
+    result = tiny_embedder(seed).evaluate(DATA / "zeroshot_clothing")
+    assert result["n"] == 372
+    assert result["metrics"]["acc1"] < result["metrics"]["acc5"]
