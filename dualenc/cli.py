@@ -8,6 +8,7 @@ status 2 for wrong use, 1 for work that failed.
 import inspect
 import logging
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -171,6 +173,10 @@ def _trainer_command(arguments: list[str]) -> None:
                 trainer.loggers = [MetricsFile(trainer.default_root_dir), *trainer.loggers]
             return trainer
 
+        def before_fit(self) -> None:
+            if self._get(self.config, "ckpt_path") and hasattr(self.model, "pretrained"):
+                self.model.pretrained = False  # the checkpoint has its own weights, and the file may be gone
+
         def after_validate(self) -> None:
             for name, value in sorted(self.trainer.callback_metrics.items()):
                 print(f"{name:45} {value:.4g}")
@@ -197,6 +203,7 @@ def _trainer_command(arguments: list[str]) -> None:
                 "num_sanity_val_steps": 0,
                 "log_every_n_steps": 10,
                 "enable_model_summary": False,
+                "enable_progress_bar": sys.stderr.isatty(),
                 "callbacks": [Begin(), *([RichProgressBar()] if sys.stderr.isatty() else [])],
             },
             seed_everything_default=0,
@@ -221,13 +228,7 @@ def _run(arguments: list[str]) -> None:
         _trainer_command(arguments)
     elif command in COMMANDS:
         function = COMMANDS[command]
-        parser = _Parser(prog=f"dualenc {command}", description=(function.__doc__ or "").split("\n\n")[0])
-        first = next(iter(inspect.signature(function).parameters.values()))
-        optional = first.default is not inspect.Parameter.empty  # `dualenc demo [OUT]`: a positional all the same
-        if optional:
-            parser.add_argument(first.name, nargs="?", type=first.annotation, default=first.default)
-        parser.add_function_arguments(function, as_positional=True, skip={first.name} if optional else set())
-        function(**vars(parser.instantiate(parser.parse_args(rest))))
+        function(**vars(_function_parser(function).parse_args(rest)))
     elif command == "--version":
         print(f"dualenc {version('dualenc')}")
     elif command in ("--help", "-h"):
@@ -237,6 +238,25 @@ def _run(arguments: list[str]) -> None:
             print(f"  {name:30} {(function.__doc__ or '').splitlines()[0]}")
     else:
         raise UsageError(f"there is no command {command!r}, only {', '.join((*TRAINER_COMMANDS, *COMMANDS))}")
+
+
+def _function_parser(function: Callable[..., None]) -> ArgumentParser:
+    """Required parameters and the first one are positional, a list takes one or more; the others are options."""
+    text = docstring_parser.parse(function.__doc__ or "")
+    parser = _Parser(prog=f"dualenc {function.__name__}", description=text.short_description)
+    help_of = {item.arg_name: item.description for item in text.params}
+    positional = set()
+    for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
+        required = parameter.default is inspect.Parameter.empty
+        if required or i == 0:
+            positional.add(name)
+            many = typing.get_origin(parameter.annotation) is list
+            kind = typing.get_args(parameter.annotation)[0] if many else parameter.annotation
+            how: dict[str, Any] = {"nargs": "+"} if many else {} if required else {"nargs": "?"}
+            how |= {} if required else {"default": parameter.default}
+            parser.add_argument(name, type=kind, help=help_of[name], **how)
+    parser.add_function_arguments(function, skip=positional)
+    return parser
 
 
 class _Parser(ArgumentParser):

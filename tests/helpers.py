@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
+from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor
 
@@ -159,3 +160,15 @@ def write_benchmark(
             number += 1
         write_tar(folder / split / f"{i}.tar", samples)
     return folder
+
+
+class StopAt(Callback):
+    """Ends a run after a step, with a checkpoint there, as a stopped run would have it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+            raise KeyboardInterrupt

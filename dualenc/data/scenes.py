@@ -52,15 +52,7 @@ class Scene(NamedTuple):
 def draw_scene(rng: np.random.Generator, things: int = 2, size: int = 64) -> Scene:
     """A scene of one or two things of different names, apart from each other."""
     while True:  # both anew: beside a thing in the middle there is no room for another
-        placed = [
-            Thing(
-                str(rng.choice(list(COLOURS))),
-                str(rng.choice(SHAPES)),
-                *rng.uniform(0.2, 0.8, 2),
-                rng.uniform(0.12, 0.2),
-            )
-            for _ in range(things)
-        ]
+        placed = [_thing(rng) for _ in range(things)]
         apart = all(max(abs(a.x - b.x), abs(a.y - b.y)) > 0.42 for a, b in pairwise(placed))
         if apart and len({thing.name for thing in placed}) == things:
             break
@@ -70,6 +62,11 @@ def draw_scene(rng: np.random.Generator, things: int = 2, size: int = 64) -> Sce
     for thing in placed:
         _draw(ImageDraw.Draw(image), thing, size * scale, ground)
     return Scene(image.resize((size, size), Image.Resampling.LANCZOS), _caption(rng, placed), tuple(placed))
+
+
+def _thing(rng: np.random.Generator) -> Thing:
+    x, y = rng.uniform(0.2, 0.8, 2)
+    return Thing(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), x, y, rng.uniform(0.12, 0.2))
 
 
 def _draw(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, ground: tuple[int, ...]) -> None:

@@ -131,16 +131,20 @@ class RunDirectory(Checkpoint):
         self.monitor = monitor
         self.best_value = -float("inf")
         self.config_yaml: str | None = None
+        self._continues = False
         self._began = time.time()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the folder."""
+        self.root = Path(trainer.default_root_dir)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a folder that holds another run.
 
         Raises:
             ValueError: it does, and this one does not continue it.
         """
-        self.root = Path(trainer.default_root_dir)
-        if stage == "fit" and trainer.is_global_zero and not trainer.ckpt_path and (self.root / "run.json").exists():
+        if trainer.is_global_zero and not self._continues and (self.root / "run.json").exists():
             raise ValueError(
                 f"{self.root} holds a run already: continue it with --ckpt_path {self.root}/checkpoints/last.ckpt, "
                 "or name another folder with --trainer.default_root_dir"
@@ -178,7 +182,8 @@ class RunDirectory(Checkpoint):
         return {"best_value": self.best_value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the best value."""
+        """Takes up the best value of the run that this one continues."""
+        self._continues = True
         self.best_value = state_dict["best_value"]
 
     def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:

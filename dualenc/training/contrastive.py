@@ -92,9 +92,10 @@ class ContrastiveTask(LightningModule):
         self.pretrained, self.seed = pretrained, seed
         self.retrieval = PairRetrieval(embed_dim)
         # Sums since the last log, on the device; part of a checkpoint, so that a resumed run logs the same.
-        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64))  # loss, steps, real tokens, padded tokens
+        # They are of loss, steps, samples, real tokens, tokens if padded.
+        self.register_buffer("sums", torch.zeros(5, dtype=torch.float64))
         self._grad_norm: Tensor | None = None
-        self._clock, self._lr = 0.0, 0.0
+        self._clock = 0.0
 
     def setup(self, stage: str) -> None:
         """Loads pretrained weights where a new run begins."""
@@ -105,7 +106,7 @@ class ContrastiveTask(LightningModule):
                     "gradients of small batches is not the gradient of a large one; raise data.batch_size instead, "
                     "with model.grad_checkpointing if memory is short"
                 )
-            if self.pretrained and not self.trainer.ckpt_path:
+            if self.pretrained:
                 self.model.image.load_pretrained(self.pretrained if isinstance(self.pretrained, str) else None)
 
     def configure_optimizers(self) -> Any:
@@ -129,11 +130,11 @@ class ContrastiveTask(LightningModule):
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         out = self.model(self.preprocess.normalize(batch.images), batch.tokens)
-        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # this step's; the schedule moves on before the log
         loss = self.loss(*out, group=dist.group.WORLD if self.trainer.world_size > 1 else None)
         # A padded batch would be as wide as the context length. The counts are on the host: no sync.
-        padded = len(batch.rows) * self.text_config.context_length
-        for i, term in enumerate((loss.detach(), 1, len(batch.tokens.ids), padded)):
+        size = len(batch.rows)
+        terms = (loss.detach(), 1, size, len(batch.tokens.ids), size * self.text_config.context_length)
+        for i, term in enumerate(terms):
             self.sums[i] += term
         return loss
 
@@ -152,19 +153,24 @@ class ContrastiveTask(LightningModule):
             self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def on_train_batch_end(self, outputs: Any, batch: Pairs, batch_idx: int) -> None:
-        """Keeps the temperature in bounds; every `trainer.log_every_n_steps` writes what has summed up."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step; then the temperature back in bounds and, every `trainer.log_every_n_steps`, what has summed up.
+
+        Here and not at the batch's end, so that a checkpoint of any callback holds the state after both.
+        """
+        super().optimizer_step(*args, **kwargs)
         self.model.logits.project()
-        if self.global_step % self.trainer.log_every_n_steps == 0:
-            loss, steps, real, padded = self.sums.tolist()
+        step = self.global_step + 1  # the trainer counts it when this returns
+        if step % self.trainer.log_every_n_steps == 0:
+            loss, steps, samples, real, padded = self.sums.tolist()
             now = time.monotonic()
             seconds, self._clock = now - self._clock, now
             scale, bias = self.model.logits()
             metrics = {
                 "train/loss": loss / steps,
-                "train/lr": self._lr,
+                "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
                 "train/logit_scale": scale.item(),
-                "train/samples_per_second": steps * len(batch.rows) * self.trainer.world_size / seconds,
+                "train/samples_per_second": samples * self.trainer.world_size / seconds,
                 "train/padding_avoided": 1 - real / padded,
             }
             if bias is not None:
@@ -172,15 +178,15 @@ class ContrastiveTask(LightningModule):
             if self._grad_norm is not None:
                 metrics["train/grad_norm"] = self._grad_norm.item()
             self.sums.zero_()
-            self.publish(metrics, bar=("train/loss", "train/samples_per_second"))
+            self.publish(metrics, step, bar=("train/loss", "train/samples_per_second"))
 
-    def publish(self, metrics: dict[str, float], bar: Iterable[str] = ()) -> None:
-        """Gives numbers to the loggers at the current step, to callbacks, and some to the progress bar.
+    def publish(self, metrics: dict[str, float], step: int | None = None, bar: Iterable[str] = ()) -> None:
+        """Gives numbers to the loggers (at the current step, or the one named), to callbacks, and some to the bar.
 
         Not through the trainer's own logging, which takes up to a millisecond a step whether it writes or not.
         """
         for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.global_step)
+            logger.log_metrics(metrics, step=self.global_step if step is None else step)
         for name, value in metrics.items():
             self.trainer.callback_metrics[name] = torch.tensor(value)
             if name in bar:

@@ -1,7 +1,9 @@
 """Pairs for a trainer: shards, split, tokenizer and loaders from one set of arguments."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -33,6 +35,8 @@ class PairData(LightningDataModule):
         seed: of order, augmentation and choice of captions; the command line gives it `seed_everything`.
     """
 
+    trainer: Any  # Lightning declares less than its Trainer has
+
     def __init__(
         self,
         train: str | list[str],
@@ -59,15 +63,17 @@ class PairData(LightningDataModule):
         self.tokenizer: Tokenizer | None = None
 
     def prepare_data(self) -> None:
-        """Trains the tokenizer, on one process of each machine, if the run directory has none."""
-        if self.tokenizer_path is None and not self._own_tokenizer.exists():
+        """Trains the tokenizer, on one process of each machine, unless the folder holds a run that has one."""
+        if self.tokenizer_path is None and not self._own_tokenizer.with_name("run.json").exists():
             self._build_indexes()
             assert self.train_index is not None
             say(f"training a tokenizer of {self.text.vocab_size:,} entries on the captions")
             captions = (caption for sample in self.train_index for caption in captions_of(sample, self.captions))
             tokenizer = Tokenizer.train(captions, self.text.vocab_size, self.text.context_length)
             self._own_tokenizer.parent.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(self._own_tokenizer)
+            beside = self._own_tokenizer.with_name(f".tokenizer-{os.getpid()}.json")
+            tokenizer.save(beside)
+            beside.replace(self._own_tokenizer)
 
     def setup(self, stage: str) -> None:
         """Finds the shards, splits them, reads the tokenizer.
@@ -85,13 +91,16 @@ class PairData(LightningDataModule):
                 f"that, not {self.text.vocab_size}"
             )
         held = len(self.val_index) if self.val_index else 0
+        if not held and stage == "fit":
+            self.trainer.limit_val_batches = 0  # no validation at all, rather than one without data
+        elif not held:
+            raise DataError(f"data.val is null: there is nothing to {stage}")
         say(
             f"{len(self.train_index):,} pairs in {len(self.train_index.shards):,} shards to train on, {held:,} held out"
         )
 
     @property
     def _own_tokenizer(self) -> Path:
-        assert self.trainer is not None
         return Path(self.trainer.default_root_dir) / "tokenizer.json"
 
     def _build_indexes(self) -> None:
@@ -122,18 +131,17 @@ class PairData(LightningDataModule):
         """This rank's part of each training batch."""
         return self._loader(self.train_index, train=True)
 
-    def val_dataloader(self) -> PairLoader | list[PairLoader]:
-        """This rank's part of the held-out pairs; none, where there are none."""
-        return self._loader(self.val_index, train=False) if self.val_index else []
+    def val_dataloader(self) -> PairLoader:
+        """This rank's part of the held-out pairs."""
+        return self._loader(self.val_index, train=False)
 
-    def test_dataloader(self) -> PairLoader | list[PairLoader]:
+    def test_dataloader(self) -> PairLoader:
         """The held-out pairs."""
         return self.val_dataloader()
 
     def _loader(self, index: ShardIndex | None, train: bool) -> PairLoader:
         assert index is not None
         assert self.tokenizer is not None
-        assert self.trainer is not None
         transform = self.augment if train else self.preprocess
         return PairLoader(
             PairDataset(index, self.captions, self.tokenizer, transform, seed=self.seed if train else None),

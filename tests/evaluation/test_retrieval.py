@@ -88,7 +88,7 @@ def test_ranks_do_not_depend_on_how_the_product_was_cut():
     positives = torch.randint(200, (50,))
     expected = match_ranks(queries, candidates, positives)
     assert expected.tolist() == brute_force(queries, candidates, positives)
-    for chunk in (1, 2, 17, 63, 200):
+    for chunk in (7, 63, 200):
         assert torch.equal(match_ranks(queries, candidates, positives, chunk=chunk), expected)
     turn = torch.randperm(200)
     where = torch.argsort(turn)

@@ -40,8 +40,12 @@ def ragged():
 
 
 def draw(lengths, types=0):
-    """Texts without the padding id 0, and segments for them."""
-    texts = [torch.randint(1, VOCAB, (n,)).tolist() for n in lengths]
+    """Different texts without the padding id 0, and segments for them."""
+    texts = []
+    for length in lengths:
+        while (text := torch.randint(1, VOCAB, (length,)).tolist()) in texts:
+            pass
+        texts.append(text)
     return texts, [torch.randint(0, types, (n,)).tolist() for n in lengths] if types else None
 
 
@@ -182,11 +186,11 @@ def test_flops_are_those_of_the_real_tokens(norm):
     pairs = layers * WIDTH * sum(n**2 for n in lengths)
     with FlopCounterMode(display=False) as forward:
         hidden = model(tokens)
-    assert forward.get_total_flops() == pytest.approx(linears + 4 * pairs, rel=0.02)
+    assert forward.get_total_flops() == pytest.approx(linears + 4 * pairs, rel=0.002)
     with FlopCounterMode(display=False) as both:
         hidden = model(tokens)
         model.pool(hidden, tokens).sum().backward()
-    assert both.get_total_flops() == pytest.approx(3 * linears + (4 + 10) * pairs, rel=0.02)
+    assert both.get_total_flops() == pytest.approx(3 * linears + (4 + 10) * pairs, rel=0.002)
 
     with FlopCounterMode(display=False) as padded:  # control: the padded path does the padding's work
         model.forward_padded(*tokens.padded())
@@ -236,7 +240,7 @@ def test_attention_against_its_formula(way, order):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_in_lower_precision(dtype):
-    """Forward and backward are as near to float64 as plain SDPA, text by text, is."""
+    """Forward and backward are about as near to float64 as plain SDPA on each text alone, or nearer."""
     lengths = ragged()
     offsets = offsets_of(lengths)
     q, k, v = heads(lengths, dtype=dtype)
@@ -254,8 +258,8 @@ def test_attention_in_lower_precision(dtype):
 
     exact = all_of(per_text, torch.float64)
     for got, plain, want in zip(all_of(grouped_attention, dtype), all_of(sdpa, dtype), exact, strict=True):
-        floor = torch.finfo(dtype).eps * want.abs().max()
-        assert (got - want).abs().max() <= 2 * (plain - want).abs().max() + floor
+        # Sums in bf16 instead of fp32 would be at 1.4 to 1.9, this is at 0.6 to 1.0.
+        assert (got - want).norm() <= 1.2 * (plain - want).norm()
 
 
 def test_gradcheck():
@@ -430,6 +434,43 @@ def test_equals_bert_of_transformers(activation, theirs):
     places = torch.arange(ids.shape[1]) + 1  # control: positions off by one
     other = bert(input_ids=ids, attention_mask=mask.long(), token_type_ids=kinds, position_ids=places[None])
     assert (other.last_hidden_state[mask] - got).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_equals_transformer_encoder_of_torch(norm):
+    model = build(norm=norm)
+    layer = torch.nn.TransformerEncoderLayer(
+        WIDTH, HEADS, MLP, 0.0, F.gelu, layer_norm_eps=1e-5, batch_first=True, norm_first=norm == "pre"
+    )
+    last = torch.nn.LayerNorm(WIDTH) if norm == "pre" else None
+    peer = torch.nn.TransformerEncoder(layer, 2, last, enable_nested_tensor=False).double()
+    renames = {
+        "attention.qkv.": "self_attn.in_proj_",
+        "attention.out.": "self_attn.out_proj.",
+        "attention_norm.": "norm1.",
+        "mlp.0.": "linear1.",
+        "mlp.2.": "linear2.",
+        "mlp_norm.": "norm2.",
+        "blocks.": "layers.",
+    }
+    state = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in renames.items():
+            name = name.replace(ours, theirs)
+        if not name.startswith("embeddings"):
+            state[name] = value
+    peer.load_state_dict(state)
+
+    tokens = Tokens.pack(draw(ragged())[0])
+    ids, mask, _ = tokens.padded()
+    x = model.embeddings.words.weight[ids] + model.embeddings.places.weight[: ids.shape[1]]
+    if norm == "post":
+        x = F.layer_norm(x, (WIDTH,), model.embeddings.norm.weight, model.embeddings.norm.bias, 1e-5)
+    want = peer(x, src_key_padding_mask=~mask)[mask]
+    hidden = model(tokens)
+    got = torch.cat([hidden[tokens.offsets[r] : tokens.offsets[r + 1]] for r in tokens.rows])
+    torch.testing.assert_close(got, want, **EXACT)
+    assert (peer(x)[mask] - got).abs().max() > 1e-3  # control: with the padding attended
 
 
 def test_width_must_be_divisible_by_heads():

@@ -1,0 +1,183 @@
+"""The command line as a user meets it: what it writes, and one line for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import webdataset
+from helpers import encode, pixels, tiny_embedder, write_benchmark, write_shards, write_tar
+from test_configs import CONFIGS, SMALL
+
+from dualenc.cli import main
+
+SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 2) -> str:
+    """Runs a command that must fail; its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("dualenc: error: ")]
+    assert caught.value.code == status, err
+    assert len(lines) == 1, err
+    assert err.rstrip().endswith(lines[0])
+    assert "Traceback" not in out + err
+    return lines[0]
+
+
+def fit(folder: Path, *more: str) -> list[str]:
+    run = ["--trainer.default_root_dir", str(folder / "run"), "--data.train", str(folder / "shards")]
+    return ["fit", "--config", str(SMOKE), *SMALL, *run, *more]
+
+
+@pytest.fixture
+def shards(tmp_path: Path, seed: int) -> Path:
+    write_shards(tmp_path / "shards", [12, 12], seed)
+    return tmp_path
+
+
+def test_evaluation_writes_results(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    kinds = {"zeroshot": "classification", "retrieval": "retrieval"}
+    for command, kind in kinds.items():
+        data = [str(write_benchmark(tmp_path / f"{kind}{i}", seed + i, kind)) for i in range(2)]
+        main([command, str(tmp_path / "model"), *data, "--out", str(tmp_path / "out"), "--workers", "0"])
+        results = json.loads((tmp_path / "out" / f"{command}.json").read_text())
+        assert [result["dataset"] for result in results] == [f"{kind}0", f"{kind}1"]
+        assert all(set(result) >= {"dataset", "model", "n", "complete", "metrics", "intervals"} for result in results)
+        html = (tmp_path / "out" / "report.html").read_text()
+        printed = capsys.readouterr().out
+        for name in results[0]["metrics"]:
+            assert name in printed
+            assert name in html
+        assert "http:" not in html
+        assert "https:" not in html
+
+
+def test_report_escapes(tmp_path: Path, seed: int) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    data = write_benchmark(tmp_path / "<script>alert(1)<", seed)
+    main(["zeroshot", str(tmp_path / "model"), str(data), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert "<script>" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_configs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["configs"])
+    listed = capsys.readouterr().out
+    assert all(path.stem in listed for path in CONFIGS)
+    main(["configs", "smoke"])
+    assert capsys.readouterr().out == SMOKE.read_text()
+
+
+def test_help_and_version() -> None:
+    for arguments in (["--help"], ["zeroshot", "--help"], ["fit", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-m", "dualenc", *arguments], capture_output=True, text=True, check=True)
+        assert "dualenc" in done.stdout
+
+
+def test_unknown_command_and_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'train'" in fails(capsys, ["train"])
+    assert "--nope" in fails(capsys, ["zeroshot", "model", "data", "--nope", "1"])
+    assert "'nope'" in fails(capsys, ["configs", "nope"])
+    assert "exists already" in fails(capsys, ["demo", str(tmp_path)])
+
+
+def test_wrong_yaml_key(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = shards / "wrong.yaml"
+    wrong.write_text(SMOKE.read_text().replace("context_length", "context_lenght"))
+    arguments = fit(shards)
+    arguments[2] = str(wrong)
+    assert "context_lenght" in fails(capsys, arguments)
+    assert "no.yaml" in fails(capsys, ["fit", "--config", "no.yaml"])
+    assert "batchsize" in fails(capsys, fit(shards, "--data.batchsize", "3"))
+
+
+def test_unknown_timm_model(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "vit_huge_patch99" in fails(capsys, fit(shards, "--model.image.name", "vit_huge_patch99"))
+    assert "resnet18" in fails(capsys, fit(shards, "--model.image.name", "resnet18"))
+
+
+def test_shards_that_are_not_there(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = str(shards / "none-{00..03}.tar")
+    assert "none-00.tar" in fails(capsys, fit(shards, "--data.train", pattern))
+    assert "pipe:" in fails(capsys, fit(shards, "--data.train", "pipe:cat x.tar"))
+
+
+def test_shards_without_images_or_captions(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    picture = encode(pixels(np.random.default_rng(seed)))
+    write_tar(tmp_path / "text.tar", [{"__key__": "a", "txt": b"a cat"}])
+    write_tar(tmp_path / "image.tar", [{"__key__": "a", "png": picture}])
+    for name, what in (("text", "no images"), ("image", "no captions")):
+        line = fails(capsys, fit(tmp_path, "--data.train", str(tmp_path / f"{name}.tar")))
+        assert what in line
+        assert f"{name}.tar" in line
+
+
+def test_batch_larger_than_the_data(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, fit(shards, "--data.batch_size", "1000"))
+    assert "1000" in line
+    assert "larger than the data" in line
+
+
+def test_accumulation_is_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "accumulate_grad_batches" in fails(capsys, fit(shards, "--trainer.accumulate_grad_batches", "2"))
+
+
+def test_folder_not_in_the_layout(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    line = fails(capsys, ["zeroshot", str(tmp_path / "model"), str(tmp_path / "empty")])
+    assert "nshards.txt" in line
+    data = write_benchmark(tmp_path / "set", seed, "retrieval")
+    assert "dualenc retrieval" in fails(capsys, ["zeroshot", str(tmp_path / "model"), str(data)])
+
+
+def test_model_directory_that_is_not_whole(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_benchmark(tmp_path / "set", seed)
+    model = tmp_path / "model"
+    tiny_embedder(seed).save(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "format": 2}))
+    assert "format 2" in fails(capsys, ["zeroshot", str(model), str(data)])
+    (model / "model.safetensors").unlink()
+    assert "model.safetensors" in fails(capsys, ["zeroshot", str(model), str(data)])
+    assert "nowhere" in fails(capsys, ["zeroshot", "nowhere", str(data)])
+
+
+def test_broken_picture_is_failed_work(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found while at work: status 1, with shard and key, from a worker process too."""
+    tiny_embedder(seed).save(tmp_path / "model")
+    data = write_benchmark(tmp_path / "set", seed, counts=(3,))
+    write_tar(data / "test" / "0.tar", [{"__key__": "bad", "jpg": b"no jpeg", "cls": b"0"}])
+    for workers in "01":
+        line = fails(capsys, ["zeroshot", str(tmp_path / "model"), str(data), "--workers", workers], status=1)
+        assert "'bad'" in line
+        assert "0.tar" in line
+    write_tar(tmp_path / "shards" / "0.tar", [{"__key__": f"{i}", "png": b"no png", "txt": b"a"} for i in range(64)])
+    for workers in "01":
+        line = fails(capsys, fit(tmp_path, "--data.val", "null", "--data.workers", workers), status=1)
+        assert "0.tar" in line
+        assert "cannot be decoded" in line
+        for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_missing_checkpoint(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "https://example.org/x.ckpt" in fails(capsys, fit(shards, "--ckpt_path", "https://example.org/x.ckpt"))
+    assert "gone.ckpt" in fails(capsys, fit(shards, "--ckpt_path", "gone.ckpt"))
+
+
+def test_scenes_are_read_by_webdataset(tmp_path: Path, seed: int) -> None:
+    from dualenc.data.scenes import write_scenes
+
+    write_scenes(tmp_path, train=7, held_out=3, shard=4, seed=seed)
+    names = sorted(path.name for path in tmp_path.glob("*.tar"))
+    read = list(webdataset.WebDataset([str(tmp_path / name) for name in names], shardshuffle=False))
+    assert len(read) == 7
+    assert all(sample["png"][:4] == b"\x89PNG" and sample["txt"] for sample in read)

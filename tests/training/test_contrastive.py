@@ -1,0 +1,129 @@
+"""The task in a trainer: resume, ranks, groups, schedule, what is logged and written."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import WORDS, write_benchmark, write_shards
+from test_configs import CONFIGS, SMALL, metrics, small_fit
+
+import dualenc
+from dualenc.cli import main
+from dualenc.models import DualEncoder, ImageConfig, TextConfig
+from dualenc.training import WarmupCosine, parameter_groups
+
+SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
+
+
+def test_parameter_groups_spare_vectors_and_embeddings() -> None:
+    vit = {"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = DualEncoder(
+        ImageConfig("vit_tiny_patch16_224", 32, vit), TextConfig(50, 16, 1, 2, types=2), 8, logit_bias=True
+    )
+    decay, plain = parameter_groups(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    with_decay = {names[id(p)] for p in decay["params"]}
+    without = {names[id(p)] for p in plain["params"]}
+    assert with_decay | without == set(names.values())
+    assert not with_decay & without
+    assert plain["weight_decay"] == 0.0
+    assert all(name.endswith("weight") and dict(model.named_parameters())[name].ndim >= 2 for name in with_decay)
+    assert {"text.embeddings.words.weight", "text.embeddings.places.weight", "image.vit.pos_embed"} <= without
+    assert {"logits.logit_scale", "logits.logit_bias", "image.vit.cls_token"} <= without
+    assert {"text.blocks.0.attention.qkv.weight", "image_projection.weight"} <= with_decay
+
+
+@pytest.mark.parametrize(("warmup", "rising"), [(0.25, 10), (4, 4), (0, 1)])
+def test_warmup_cosine(warmup: float, rising: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = WarmupCosine(optimizer, 40, warmup=warmup, final=0.1)
+    rates = []
+    for _ in range(41):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [
+        2 * (k + 1) / rising
+        if k < rising
+        else 2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (k - rising) / (40 - rising))))
+        for k in range(41)
+    ]
+    assert rates == pytest.approx(expected)
+
+
+def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_fit(SMOKE, tmp_path, seed)
+    names = {"loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "padding_avoided"}
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    train = {row["metric"].removeprefix("train/") for row in rows if row["metric"].startswith("train/")}
+    assert train == names
+    assert [int(row["step"]) for row in rows if row["metric"] == "train/loss"] == list(range(1, 25))
+    rates = metrics(run, "train/lr")
+    assert rates[:3] == pytest.approx([0.0015, 0.003, 0.003])
+    assert 0 < metrics(run, "train/padding_avoided")[0] < 1
+    assert {"val/image_retrieval_recall@1", "val/mean_recall@1", "val/median_rank"} <= {row["metric"] for row in rows}
+    record = json.loads((run / "run.json").read_text())
+    assert record["step"] == 24
+    assert record["train_pairs"] + record["held_out_pairs"] == 48
+    # The model directories give what the run measured, by the very same code.
+    measured = metrics(run, "set/mrr")[-1]
+    loaded = dualenc.load(run / "last", "cpu").evaluate(tmp_path / "set")
+    assert loaded["metrics"]["mrr"] == pytest.approx(measured, 1e-6)
+    # The same folder again is refused, its own configuration runs again elsewhere and gives the same numbers.
+    again = ["fit", "--config", str(run / "config.yaml")]
+    with pytest.raises(SystemExit):
+        main(again)
+    assert "holds a run already" in capsys.readouterr().err
+    main([*again, "--trainer.default_root_dir", str(tmp_path / "again")])
+    assert metrics(tmp_path / "again", "train/loss") == metrics(run, "train/loss")
+
+
+def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, seed: int) -> None:
+    """A run stopped at step 5 of 24, inside an epoch, and continued gives the losses and weights of the unbroken one, to the bit."""
+    dropout = ["--model.text.dropout", "0.2", "--model.patch_dropout", "0.5"]
+    whole = small_fit(SMOKE, tmp_path / "whole", seed, *dropout)
+
+    write_shards(tmp_path / "shards", [20, 15, 13], seed)
+    base = ["fit", "--config", str(whole / "config.yaml"), "--trainer.default_root_dir", str(tmp_path / "part")]
+    stop = '[{"class_path": "helpers.StopAt", "init_args": {"step": 5}}]'
+    with pytest.raises(SystemExit):
+        main([*base, "--trainer.callbacks", stop])
+    assert len(metrics(tmp_path / "part", "train/loss")) == 5
+    main([*base, "--ckpt_path", str(tmp_path / "part" / "checkpoints" / "last.ckpt")])
+    assert metrics(tmp_path / "part", "train/loss") == metrics(whole, "train/loss")
+    first, second = (dualenc.load(path / "last", "cpu").model.state_dict() for path in (whole, tmp_path / "part"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_two_ranks_follow_one(tmp_path: Path, seed: int) -> None:
+    """The same batches, the same losses: two processes with half of each batch, and one with the whole."""
+    write_shards(tmp_path / "shards", [20, 15, 13], seed)
+    sets = write_benchmark(tmp_path / "set", seed, "retrieval")
+    evaluation = f'[{{"class_path": "dualenc.training.Evaluation", "init_args": {{"data": ["{sets}"]}}}}]'
+    tokenizer = dualenc.Tokenizer.train([" ".join(WORDS), "0 1 2 3"], 300, 20)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    runs = []
+    for ranks in (1, 2):
+        run = tmp_path / f"ranks{ranks}"
+        subprocess.run(
+            [
+                sys.executable, "-m", "dualenc", "fit", "--config", str(SMOKE), *SMALL,
+                "--data.train", str(tmp_path / "shards"), "--data.tokenizer", str(tmp_path / "tokenizer.json"),
+                "--trainer.default_root_dir", str(run), "--trainer.callbacks", evaluation,
+                "--trainer.devices", str(ranks), "--trainer.precision", "64-true", "--seed_everything", str(seed),
+                *(["--trainer.strategy", "ddp"] if ranks > 1 else []),
+            ],
+            check=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+        runs.append(run)
+    for name in ("train/loss", "val/mrr", "set/mrr", "train/grad_norm"):
+        one, two = (metrics(run, name) for run in runs)
+        assert len(one) == len(two) > 0
+        assert one == pytest.approx(two, rel=1e-6), name
