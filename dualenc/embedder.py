@@ -154,7 +154,7 @@ class Embedder:
             ModelError: the path is taken by something that is no model directory.
         """
         path = Path(path)
-        if path.exists() and not (path / "config.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= {*FILES, "README.md"}):
             raise ModelError(f"{path} exists and is no model directory: choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -199,7 +199,11 @@ class Embedder:
                 yield item
                 continue
             image = item if isinstance(item, Tensor) else open_image(item)
-            waiting.append(image if image.is_floating_point() else self.preprocess(image))
+            image = image if image.is_floating_point() else self.preprocess(image)
+            if waiting and waiting[0].dtype != image.dtype:  # stack would turn pixels into normalised values
+                yield torch.stack(waiting)
+                waiting = []
+            waiting.append(image)
             if len(waiting) == batch_size:
                 yield torch.stack(waiting)
                 waiting = []
@@ -207,7 +211,7 @@ class Embedder:
             yield torch.stack(waiting)
 
     def _normalised(self, batch: Tensor) -> Tensor:
-        if not batch.is_floating_point() and batch.shape[-1] != self.preprocess.size:
+        if not batch.is_floating_point() and batch.shape[-2:] != (self.preprocess.size, self.preprocess.size):
             batch = torch.stack([self.preprocess(image) for image in batch])
         batch = batch.to(self.device, non_blocking=True)
         batch = batch if batch.is_floating_point() else self.preprocess.normalize(batch)
@@ -256,7 +260,7 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
         raise ModelError(f"{path / 'model.safetensors'} cannot be read ({error})") from None
     try:
         model = DualEncoder.from_config(config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ModelError(f"{path / 'config.json'}: {error}") from None
     _load_state(model, state, path / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -319,7 +323,7 @@ def _from_dict(cls: type[Any], fields: Any, where: str) -> Any:
             values[key] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**values)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise ModelError(f"{where}: {error}") from None
 
 
@@ -346,5 +350,5 @@ def _write_json(path: Path, data: Any) -> None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error})") from None

@@ -64,7 +64,7 @@ class BenchmarkSet:
             if without := [template for template in templates if "{c}" not in template]:
                 raise DataError(f"{path / 'zeroshot_classification_templates.txt'}: {without[0]!r} has no {{c}}")
         number = _text(path / split / "nshards.txt").strip()
-        if not number.isdigit() or int(number) == 0:
+        if not number.isdecimal() or len(number) > 9 or int(number) == 0:
             raise DataError(f"{path / split / 'nshards.txt'}: {number!r} is no number of shards")
         shards = [path / split / f"{i}.tar" for i in range(int(number))]
         if absent := [str(shard) for shard in shards if not shard.is_file()]:
@@ -96,16 +96,19 @@ class BenchmarkSet:
         labels = []
         for sample in self.index:
             if self.kind == "multilabel":
+                data = sample.read("npy")
                 try:
-                    label = np.load(io.BytesIO(sample.read("npy")), allow_pickle=False).reshape(-1)
-                except ValueError as error:
+                    label = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False).reshape(-1)
+                except (ValueError, EOFError, MemoryError) as error:
                     raise DataError(f"{sample}: .npy cannot be read ({error})") from None
+                if label.dtype.kind not in "biuf":
+                    raise DataError(f"{sample}: .npy holds {label.dtype} and no numbers")
                 if len(label) != len(self.classnames):
                     raise DataError(f"{sample}: {len(label)} labels for {len(self.classnames)} classes")
                 labels.append(torch.from_numpy(label != 0))
             else:
                 text = sample.read("cls").decode("utf-8", "replace").strip()
-                if not text.isdigit() or int(text) >= len(self.classnames):
+                if not text.isdecimal() or len(text) > 9 or int(text) >= len(self.classnames):
                     raise DataError(f"{sample}: class {text!r} is none of 0 to {len(self.classnames) - 1}")
                 labels.append(torch.tensor(int(text)))
         return torch.stack(labels)
@@ -152,7 +155,9 @@ def _text(path: Path) -> str:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path.parent} is not in the CLIP_benchmark layout: {path.name} is missing")
-    lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    lines = [line.strip() for line in _text(path).rstrip().splitlines()]
     if not lines:
         raise DataError(f"{path} is empty")
+    if "" in lines:
+        raise DataError(f"{path}: line {lines.index('') + 1} is blank, which would shift what follows")
     return lines

@@ -5,10 +5,12 @@ resize on uint8 in channels-last layout is the fastest there is on a CPU. Normal
 """
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import simplejpeg
 import torch
 import torchvision.transforms.v2 as transforms
@@ -43,8 +45,10 @@ def decode_image(data: bytes) -> Tensor:
         except ValueError:  # rare but valid JPEGs, and broken ones: Pillow decides which
             pass
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            return to_tensor(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the bound here
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+                return to_tensor(image)
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly everything on broken data
@@ -56,6 +60,8 @@ def to_tensor(image: Image.Image) -> Tensor:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, "white")
@@ -90,7 +96,9 @@ class Preprocess:
             target = [self.size, self.size]
         else:
             side = (max if self.resize == "longest" else min)(height, width)
-            target = [max(1, round(height * self.size / side)), max(1, round(width * self.size / side))]
+            # torchvision, and so open_clip, cuts the fraction off where the shorter side is given
+            whole = round if self.resize == "longest" else int
+            target = [max(1, whole(height * self.size / side)), max(1, whole(width * self.size / side))]
         mode = transforms.InterpolationMode(self.interpolation)
         if target != [height, width]:
             image = TF.resize(image, target, interpolation=mode, antialias=True)

@@ -143,8 +143,8 @@ def decode_sample(sample: Sample) -> Tensor:
 class PairLoader:
     """Batches for one rank, in an order that depends on (seed, epoch) alone, resumable at any batch.
 
-    Each pass of `for batch in loader` is one epoch, from where the state stands to its end. Every rank has the same
-    number of batches; rank r gets its part of each global batch.
+    Each pass of `for batch in loader` is one epoch, from where the state stands (unshuffled: always the start) to its
+    end. Every rank has the same number of batches; rank r gets its part of each global batch.
 
     Args:
         dataset: what the plan's numbers mean.
@@ -195,7 +195,9 @@ class PairLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Pairs]:
-        plan = self._plan(self.epoch)
+        if not self.shuffle:
+            self.batch = 0  # a trainer's sanity check or limit may have left the last pass early
+        epoch, plan = self.epoch, self._plan(self.epoch)
         loader = DataLoader(
             self.dataset,
             batch_size=None,
@@ -207,10 +209,11 @@ class PairLoader:
         )
         for batch in loader:
             self.batch += 1  # counted when handed over, not when a worker reads ahead
-            last = self.batch == self._length
-            if last:
+            if self.batch == self._length:
                 self.epoch, self.batch = self.epoch + 1, 0
             yield batch
+        if self.epoch == epoch:  # the tail had no part for this rank
+            self.epoch, self.batch = epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, equal on all ranks."""

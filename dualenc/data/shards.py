@@ -11,6 +11,7 @@ import json
 import operator
 import os
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,7 +44,11 @@ def expand_shards(shards: str | os.PathLike[str] | Sequence[str | os.PathLike[st
     for part in (os.fspath(part) for part in parts):
         if "://" in part or part.startswith("pipe:"):
             raise DataError(f"shards {part!r}: only local paths are read; copy the shards to a local disk first")
-        for pattern in [part] if os.path.exists(part) else braceexpand(part):
+        try:
+            patterns = [part] if os.path.exists(part) else list(braceexpand(part))
+        except ValueError as error:
+            raise DataError(f"shards {part!r}: {error}") from None
+        for pattern in patterns:
             if os.path.isdir(pattern):
                 found = sorted(glob(os.path.join(escape(pattern), "*.tar")))
             else:
@@ -90,9 +95,10 @@ class Sample:
         Raises:
             DataError: it is missing or no JSON.
         """
+        data = self.read("json")
         try:
-            return json.loads(self.read("json"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:  # DataError, a ValueError, comes from outside the parser only
             raise DataError(f"{self}: .json cannot be read ({error})") from None
 
     @property
@@ -111,7 +117,8 @@ class _File:
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if hasattr(self, "descriptor"):  # os.open may have failed
+            os.close(self.descriptor)
 
 
 @lru_cache(maxsize=64)
@@ -134,7 +141,7 @@ class ShardIndex:
         self.extensions = extensions
         self.shard = arrays["shard"]  # (S,) int32, ascending
         self.first = arrays["first"]  # (S+1,) int64 into the member arrays
-        self.extension = arrays["extension"]  # (M,) int16 into `extensions`
+        self.extension = arrays["extension"]  # (M,) int32 into `extensions`
         self.offset = arrays["offset"]  # (M,) int64, bytes
         self.size = arrays["size"]  # (M,) int64, bytes
         self.key_end = arrays["key_end"]  # (S,) int64 into `key_bytes`
@@ -178,7 +185,7 @@ class ShardIndex:
         arrays = {
             "shard": np.array(shard, dtype=np.int32),
             "first": np.array([*first, len(member)], dtype=np.int64),
-            "extension": table[:, 0].astype(np.int16),
+            "extension": table[:, 0].astype(np.int32),
             "offset": table[:, 1].copy(),
             "size": table[:, 2].copy(),
             "key_end": np.cumsum([len(key) for key in keys], dtype=np.int64),
@@ -201,13 +208,14 @@ class ShardIndex:
             DataError: the file is no index, or of a newer format.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
                 head = json.loads(file["head"].tobytes())
                 arrays = {name: file[name] for name in _ARRAYS}
-        except (OSError, ValueError, KeyError) as error:
+                version = head["format"]
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is no shard index ({error})") from None
-        if head.get("format") != FORMAT:
-            raise DataError(f"{path} has index format {head.get('format')}, this version reads {FORMAT}: build it anew")
+        if version != FORMAT:
+            raise DataError(f"{path} has index format {version}, this version reads {FORMAT}: build it anew")
         return cls(head["shards"], head["extensions"], arrays)
 
     def __len__(self) -> int:
@@ -326,13 +334,18 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of the regular files of an uncompressed tar."""
     try:
         size = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
+                if info.issparse():
+                    raise DataError(f"shard {path}: {info.name!r} is stored sparse; pack it without --sparse")
                 if info.isreg():
                     if info.offset_data + info.size > size:
                         raise DataError(f"shard {path} is cut off inside {info.name!r}")
                     yield info.name, info.offset_data, info.size
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile keeps every header it has seen
+            file.seek(tar.offset)  # tarfile takes a header that is cut or broken for the end
+            if (end := file.read(512)).strip(b"\0") or not end:
+                raise DataError(f"shard {path} is cut off or broken at byte {tar.offset:,}: no tar header, no end mark")
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"shard {path} cannot be read as an uncompressed tar ({error})") from None
 
@@ -344,10 +357,6 @@ _COMPARE: dict[type, Callable[[Any, Any], bool]] = {
 }  # fmt: skip
 
 
-class _Missing(Exception):
-    pass
-
-
 def _expression(text: str) -> Callable[[Any], bool]:
     """A test of a dict of fields, from a small part of Python's expressions: never `eval`."""
 
@@ -356,8 +365,6 @@ def _expression(text: str) -> Callable[[Any], bool]:
             case ast.Constant():
                 return node.value
             case ast.Name():
-                if not isinstance(fields, dict) or node.id not in fields:
-                    raise _Missing
                 return fields[node.id]
             case ast.List() | ast.Tuple():
                 return [value(item, fields) for item in node.elts]
@@ -371,20 +378,38 @@ def _expression(text: str) -> Callable[[Any], bool]:
             case ast.Compare() if all(type(op) in _COMPARE for op in node.ops):
                 items = [value(item, fields) for item in (node.left, *node.comparators)]
                 return all(_COMPARE[type(op)](*pair) for op, pair in zip(node.ops, _neighbours(items), strict=True))
-        raise DataError(f"select {text!r}: {ast.unparse(node)!r} is not understood; see ShardIndex.select")
+        raise AssertionError(node)
+
+    def check(node: ast.expr) -> None:
+        match node:
+            case ast.Constant() | ast.Name() | ast.UnaryOp(op=ast.Not() | ast.USub()) | ast.BoolOp():
+                pass
+            case ast.List() | ast.Tuple():
+                pass
+            case ast.Compare() if all(type(op) in _COMPARE for op in node.ops):
+                pass
+            case _:
+                raise DataError(f"select {text!r}: {ast.unparse(node)!r} is not understood; see ShardIndex.select")
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr):
+                check(child)
 
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError as error:
         raise DataError(f"select {text!r} is neither a file of keys nor an expression ({error.msg})") from None
 
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
     def test(fields: Any) -> bool:
+        if not isinstance(fields, dict) or not names <= fields.keys():
+            return False
         try:
             return bool(value(tree, fields))
-        except (_Missing, TypeError):  # a field that is absent, or not comparable, is not a match
+        except TypeError:  # not comparable: no match
             return False
 
-    test({})  # an expression that is not understood fails here, before any sample is read
+    check(tree)  # an expression that is not understood fails here, before any sample is read
     return test
 
 

@@ -47,8 +47,9 @@ class Tokenizer:
         if not path.is_file():
             raise DataError(f"tokenizer {path} does not exist")
         try:
-            backend = _wordpiece(path.read_text("utf-8").splitlines()) if path.suffix == ".txt" else None
-            return cls(backend or Backend.from_file(str(path)), context_length)
+            if path.suffix == ".txt":  # only "\n" ends an entry: U+2028 and its like are entries
+                return cls(_wordpiece(path.read_text("utf-8").removesuffix("\n").split("\n")), context_length)
+            return cls(Backend.from_file(str(path)), context_length)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         except Exception as error:  # the library raises plain Exception

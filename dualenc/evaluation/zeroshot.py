@@ -67,6 +67,8 @@ def multilabel_metrics(scores: Tensor, targets: Tensor) -> dict[str, float]:
         The metric. A class without images counts as 0, as in CLIP_benchmark; among equal scores the wrong ones stand
         first.
     """
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("the scores are not finite: they cannot be ranked")
     precisions = []
     for score, truth in zip(scores.T.double(), targets.T.bool(), strict=True):
         wrong_first = torch.argsort(truth.long(), stable=True)

@@ -24,6 +24,11 @@ class ImageConfig:
     img_size: int = 224
     overrides: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        weights = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+        if wrong := [name for name in weights if name in self.overrides]:
+            raise ValueError(f"image.overrides shape the network; {wrong[0]!r} names weights and is refused")
+
 
 class ImageEncoder(nn.Module):
     """A timm ViT without classifier: images to pooled features.

@@ -281,12 +281,12 @@ def test_random_resized_crop_depends_on_the_generator_alone(seed):
     image = to_tensor(Image.fromarray(smooth(np.random.default_rng(seed), 40, 50)))
     crop = RandomResizedCrop(16)
     torch.manual_seed(seed)
-    first = [crop(image) for _ in range(3)]
+    first = [crop(image) for _ in range(8)]
     torch.manual_seed(seed)
     assert all(torch.equal(a, crop(image)) for a in first)
     assert first[0].shape == (3, 16, 16)
     assert first[0].dtype == torch.uint8
-    assert not torch.equal(first[0], first[1])
+    assert any(not torch.equal(first[0], other) for other in first)
     flipped = min((a.float().flip(-1) - Preprocess(16, resize="squash")(image).float()).abs().mean() for a in first)
     straight = max((a.float() - Preprocess(16, resize="squash")(image).float()).abs().mean() for a in first)
     assert straight < flipped  # no flip

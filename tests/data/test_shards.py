@@ -542,10 +542,10 @@ class Bomb:
 def test_nothing_in_a_shard_is_executed(tmp_path, seed):
     rng = np.random.default_rng(seed)
     bomb = pickle.dumps(Bomb(str(tmp_path / "hacked")))
-    index_bomb = np.empty(1, dtype=object)
-    index_bomb[0] = Bomb(str(tmp_path / "hacked"))
-    np.save(tmp_path / "bomb.npy", index_bomb, allow_pickle=True)
-    (tmp_path / "hacked").rmdir() if (tmp_path / "hacked").exists() else None
+    objects = np.empty(1, dtype=object)
+    objects[0] = Bomb(str(tmp_path / "hacked"))
+    np.save(tmp_path / "bomb.npy", objects, allow_pickle=True)
+    np.savez(tmp_path / "bomb.npz", **dict.fromkeys(("head", *shards_module._ARRAYS), objects))
     extensions = ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "ten", "mp")
     sample = {
         "__key__": "a",
@@ -561,8 +561,9 @@ def test_nothing_in_a_shard_is_executed(tmp_path, seed):
         found.read_json()
     index.save(tmp_path / "i.npz")
     ShardIndex.load(tmp_path / "i.npz")
-    with pytest.raises(DataError):
-        ShardIndex.load(tmp_path / "bomb.npy")
+    for name in ("bomb.npy", "bomb.npz"):
+        with pytest.raises(DataError):
+            ShardIndex.load(tmp_path / name)
     assert not (tmp_path / "hacked").exists()
     pickle.loads(bomb)  # the control: it would have gone off
     assert (tmp_path / "hacked").exists()

@@ -1,3 +1,4 @@
+import json
 import pickle
 import random
 import subprocess
@@ -140,6 +141,7 @@ def test_pickle_and_save(vocab, tmp_path, seed):
             again = Tokenizer.from_file(path, 9)
             assert rows(again(texts)) == expected
             assert again.vocab_size == tokenizer.vocab_size
+        assert json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["truncation"] is None
         longer = rows(Tokenizer.from_file(tmp_path, 100)(texts))  # the file holds no length of its own
         assert max(map(len, longer)) > 9
         assert max(map(len, expected)) == 9
