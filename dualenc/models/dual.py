@@ -53,11 +53,13 @@ class Logits(nn.Module):
         """Scale factor and bias, (1,) each."""
         # An alias, so that no caller gets hold of the parameter itself.
         bias = None if self.logit_bias is None else self.logit_bias.view(1)
-        return self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp(), bias
+        # Not clamp: its gradient at the bound itself is 0, and the scale could never come down again.
+        bound = math.log(MAX_SCALE)
+        return torch.where(self.logit_scale > bound, bound, self.logit_scale).exp(), bias
 
     @torch.no_grad()
     def project(self) -> None:
-        """Brings the parameter back to the bound after a step; past it the clamp in `forward` gives no gradient."""
+        """Brings the parameter back to the bound after a step; past it `forward` gives no gradient."""
         self.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -68,10 +69,18 @@ class ImageEncoder(nn.Module):
         Raises:
             ValueError: timm has no weights for the name, or the file's tensors do not fit.
         """
-        source = {"file": file} if file else None
-        # timm resamples position embeddings and drops the classifier while it builds, so a second model is built.
-        state = _create(self.config, pretrained=True, pretrained_cfg_overlay=source).state_dict()
-        self.vit.load_state_dict(state)
+        known = self.vit.pretrained_cfg
+        source: dict[str, Any] = {"file": file} if file else {}
+        classes = known["num_classes"]
+        if file and Path(file).is_file():
+            head = timm.models.load_state_dict(file, weights_only=True).get(f"{known['classifier']}.weight")
+            classes = source["num_classes"] = 0 if head is None else len(head)
+        # timm resamples position embeddings while it builds, so a second model is built; with the weights' own
+        # classifier, or it would load them leniently and leave random what does not fit.
+        state = _create(
+            self.config, num_classes=classes, pretrained=True, pretrained_cfg_overlay=source or None
+        ).state_dict()
+        self.vit.load_state_dict({name: state[name] for name in self.vit.state_dict()})
 
 
 def _create(config: ImageConfig, **kwargs: Any) -> Any:
@@ -83,7 +92,7 @@ def _create(config: ImageConfig, **kwargs: Any) -> Any:
         hint = f"; close names: {', '.join(close)}" if close else "; `timm.list_models('vit*')` lists them"
         raise ValueError(f"timm knows no model {name!r}{hint}")
     try:
-        vit = timm.create_model(name, num_classes=0, img_size=config.img_size, **config.overrides, **kwargs)
+        vit = timm.create_model(name, img_size=config.img_size, **{"num_classes": 0, **config.overrides, **kwargs})
     except TypeError as error:
         raise ValueError(f"{name!r} is no vision transformer that takes these image arguments: {error}") from None
     except (RuntimeError, OSError, AssertionError) as error:

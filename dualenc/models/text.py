@@ -10,6 +10,7 @@ Decisions:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,6 +22,12 @@ from dualenc.models.attention import ragged_attention
 from dualenc.tokens import Tokens
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (..., H, Dh) -> (..., H, Dh)
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+}
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,11 @@ class TextConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
+        for name, known in (("norm", ("post", "pre")), ("pool", ("cls", "mean")), ("activation", tuple(ACTIVATIONS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"text.{name} {getattr(self, name)!r} is none of {', '.join(known)}")
         if self.width % self.heads:
             raise ValueError(f"text.width {self.width} is not divisible by text.heads {self.heads}")
-
-
-def _activation(name: str) -> nn.Module:
-    return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "relu": nn.ReLU()}[name]
 
 
 class Attention(nn.Module):
@@ -85,7 +91,7 @@ class MLP(nn.Sequential):
     def __init__(self, config: TextConfig) -> None:
         hidden = config.mlp_width or 4 * config.width
         super().__init__(
-            nn.Linear(config.width, hidden), _activation(config.activation), nn.Linear(hidden, config.width)
+            nn.Linear(config.width, hidden), ACTIVATIONS[config.activation](), nn.Linear(hidden, config.width)
         )
 
 

@@ -85,7 +85,7 @@ def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixt
 
 
 def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, seed: int) -> None:
-    """A run stopped at step 5 of 24, inside an epoch, and continued gives the losses and weights of the unbroken one, to the bit."""
+    """Stopped at step 5 of 24, inside an epoch, and continued: losses and weights of the unbroken run, to the bit."""
     dropout = ["--model.text.dropout", "0.2", "--model.patch_dropout", "0.5"]
     whole = small_fit(SMOKE, tmp_path / "whole", seed, *dropout)
 
@@ -127,3 +127,27 @@ def test_two_ranks_follow_one(tmp_path: Path, seed: int) -> None:
         one, two = (metrics(run, name) for run in runs)
         assert len(one) == len(two) > 0
         assert one == pytest.approx(two, rel=1e-6), name
+
+
+def test_without_held_out_pairs(tmp_path: Path, seed: int) -> None:
+    """Evaluation sets are measured all the same; a logger named in YAML writes beside metrics.csv."""
+    logger = f'{{"class_path": "TensorBoardLogger", "init_args": {{"save_dir": "{tmp_path / "board"}"}}}}'
+    run = small_fit(SMOKE, tmp_path, seed, "--data.val", "null", "--run.monitor", "set/mrr", "--trainer.logger", logger)
+    assert len(metrics(run, "set/mrr")) == 8
+    assert (run / "best" / "model.safetensors").is_file()
+    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
+
+
+def test_selected_and_augmented_from_yaml(tmp_path: Path, seed: int) -> None:
+    """Loss, optimizer, schedule and augmentation by import path; a selection by the fields of .json."""
+    config = tmp_path / "run.yaml"
+    text = SMOKE.read_text()
+    text = text.replace("class_path: torch.optim.AdamW", "class_path: torch.optim.SGD").replace(
+        "init_args: {lr: 2.0e-3, betas: [0.9, 0.98], weight_decay: 0.1}", "init_args: {lr: 2.0e-3, momentum: 0.9}"
+    )
+    text = text.replace("    embed_dim: 128\n", "    embed_dim: 128\n    loss: helpers.upside_down_loss\n")
+    text += "    augment: {class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {scale: [0.5, 1.0]}}\n"
+    config.write_text(text)
+    run = small_fit(config, tmp_path, seed, "--data.select", "number < 40", "--data.val", "null")
+    assert json.loads((run / "run.json").read_text())["train_pairs"] == 40
+    assert all(loss < 0 for loss in metrics(run, "train/loss"))
