@@ -139,6 +139,7 @@ def _trainer_command(arguments: list[str]) -> None:
     # Lightning's greetings and tips hide what matters; its warnings stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "The number of training batches")  # of its logging; ours counts through epochs
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # its own business with torch
     begun = False
 

@@ -63,16 +63,17 @@ Python {{ python }}, {{ date }}.</p></footer>
 def print_table(results: Sequence[Result]) -> None:
     """Prints the metrics of each data set, with intervals."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("data set", "images", "metric", "value", "95% interval", box=None, pad_edge=False)
+    console = Console()
     for result in results:
-        first = (result["dataset"], f"{result['n']:,}")
+        console.print(f"[bold]{escape(result['dataset'])}[/bold], {result['n']:,} images", highlight=False)
+        table = Table("metric", "value", "95% interval", box=None, pad_edge=False)
         for name, value in result["metrics"].items():
             low_high = result["intervals"].get(name)
-            table.add_row(*first, name, f"{value:.4g}", "{:.4g} to {:.4g}".format(*low_high) if low_high else "")
-            first = ("", "")
-    Console(soft_wrap=True).print(table)
+            table.add_row(name, f"{value:.4g}", "{:.4g} to {:.4g}".format(*low_high) if low_high else "")
+        console.print(table)
 
 
 def write_json(folder: str | os.PathLike[str], command: str, results: Sequence[Result]) -> None:

@@ -4,8 +4,8 @@ Three ways, chosen by where the tensors are:
 
 - CPU: texts of equal length (neighbours, since `Tokens` sorts them) go through one SDPA call together. It is a
   custom op, because the loop over groups depends on the data: torch.compile sees one node and never a graph break.
-- CUDA, fp16 or bf16: torch's varlen attention.
-- elsewhere (CUDA fp32, MPS): padded inside the attention only, to the longest text of the batch.
+- CUDA, fp16 or bf16: torch's varlen attention, which has its own backward and its own meta kernel.
+- elsewhere (CUDA fp32, MPS, odd head sizes): padded inside the attention only, to the longest text of the batch.
 """
 
 import math
@@ -38,7 +38,8 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: 
     """
     if q.device.type == "cpu":
         return grouped_attention(q, k, v, offsets)
-    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if varlen_attn is not None and q.is_cuda and half and q.shape[-1] % 8 == 0:  # its kernel wants multiples of 8
         out = varlen_attn(q, k, v, offsets, offsets, max_len, max_len)
         assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
         return out

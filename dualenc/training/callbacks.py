@@ -103,7 +103,10 @@ class Evaluation(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures, where no pairs are held out and so no validation runs."""
         if not trainer.enable_validation:
+            assert isinstance(pl_module, ContrastiveTask)
+            pl_module.pause_clock()
             self._measure(trainer, pl_module)
+            pl_module.start_clock()
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -127,7 +130,7 @@ class RunDirectory(Checkpoint):
     `checkpoints/last.ckpt` is written at the end of each epoch.
     """
 
-    def __init__(self, monitor: str = "val/mean_recall@1") -> None:
+    def __init__(self, monitor: str = "val/mrr") -> None:
         self.monitor = monitor
         self.best_value = -float("inf")
         self.config_yaml: str | None = None
@@ -144,7 +147,8 @@ class RunDirectory(Checkpoint):
         Raises:
             ValueError: it does, and this one does not continue it.
         """
-        if trainer.is_global_zero and not self._continues and (self.root / "run.json").exists():
+        taken = trainer.strategy.broadcast(not self._continues and (self.root / "run.json").exists())
+        if taken:  # on every rank: one that went on alone would wait for the others for ever
             raise ValueError(
                 f"{self.root} holds a run already: continue it with --ckpt_path {self.root}/checkpoints/last.ckpt, "
                 "or name another folder with --trainer.default_root_dir"

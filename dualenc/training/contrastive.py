@@ -95,7 +95,7 @@ class ContrastiveTask(LightningModule):
         # They are of loss, steps, samples, real tokens, tokens if padded.
         self.register_buffer("sums", torch.zeros(5, dtype=torch.float64))
         self._grad_norm: Tensor | None = None
-        self._clock = 0.0
+        self._seconds, self._started = 0.0, 0.0  # of training since the last log; when the clock was started
 
     def setup(self, stage: str) -> None:
         """Loads pretrained weights where a new run begins."""
@@ -115,13 +115,34 @@ class ContrastiveTask(LightningModule):
         scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def transfer_batch_to_device(self, batch: Pairs, device: torch.device, dataloader_idx: int) -> Pairs:
+        """Without waiting for the copies; what only names the samples stays on the host."""
+        images = batch.images.to(device, non_blocking=True)
+        return Pairs(images, batch.tokens.to(device, non_blocking=True), batch.rows)
+
     def on_train_start(self) -> None:
         """Says how large the model is; starts the clock of samples/s."""
         image, text = (
             sum(p.numel() for p in tower.parameters()) / 1e6 for tower in (self.model.image, self.model.text)
         )
         say(f"{image:.1f} M parameters in the image tower, {text:.1f} M in the text tower")
-        self._clock = time.monotonic()
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """From here on, time counts for samples/s."""
+        self._started = time.monotonic()
+
+    def pause_clock(self) -> None:
+        """Until `start_clock`, time does not count: validation is no training."""
+        self._seconds += time.monotonic() - self._started
+
+    def on_validation_start(self) -> None:
+        """See `pause_clock`."""
+        self.pause_clock()
+
+    def on_validation_end(self) -> None:
+        """See `start_clock`."""
+        self.start_clock()
 
     def on_train_batch_start(self, batch: Pairs, batch_idx: int) -> None:
         """Dropout depends on (seed, step, rank) alone, so that nothing of a generator needs saving."""
@@ -163,8 +184,9 @@ class ContrastiveTask(LightningModule):
         step = self.global_step + 1  # the trainer counts it when this returns
         if step % self.trainer.log_every_n_steps == 0:
             loss, steps, samples, real, padded = self.sums.tolist()
-            now = time.monotonic()
-            seconds, self._clock = now - self._clock, now
+            self.pause_clock()
+            seconds, self._seconds = self._seconds, 0.0
+            self.start_clock()
             scale, bias = self.model.logits()
             metrics = {
                 "train/loss": loss / steps,
@@ -210,10 +232,6 @@ class ContrastiveTask(LightningModule):
         if not self.trainer.sanity_checking:
             stage = "test" if self.trainer.testing else "val"
             self.publish({f"{stage}/{name}": value for name, value in metrics.items()}, bar=("val/mean_recall@1",))
-
-    def on_validation_end(self) -> None:
-        """Validation is no part of samples/s."""
-        self._clock = time.monotonic()
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

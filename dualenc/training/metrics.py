@@ -30,4 +30,4 @@ class PairRetrieval(Metric):
     def compute(self) -> dict[str, float]:
         """The metrics over all pairs of all ranks."""
         image, text = (torch.cat(x) if isinstance(x, list) else x for x in (self.image, self.text))
-        return retrieval_metrics(image, text, torch.arange(len(image), device=image.device))[0]
+        return retrieval_metrics(image, text, torch.arange(len(image), device=image.device), replicates=0)[0]
