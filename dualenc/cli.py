@@ -99,6 +99,8 @@ def _evaluate(
     out: Path | None,
     workers: int,
 ) -> None:
+    from functools import partial
+
     from rich.progress import track
 
     from dualenc import BenchmarkSet, DataError, load
@@ -110,11 +112,21 @@ def _evaluate(
             other = "retrieval" if item.kind == "retrieval" else "zeroshot"
             raise DataError(f"{item.path} is a {item.kind} set: use `dualenc {other}`")
     embedder = load(model)
-    progress = track(sets, command, transient=True, disable=not sys.stderr.isatty())
-    try:
-        results = [embedder.evaluate(item, workers) for item in progress]
-    except DataError as error:
-        raise WorkError(error) from error
+    if workers < 0:
+        raise UsageError(f"--workers {workers} must not be negative")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        except OSError as error:
+            raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
+    quiet = not sys.stderr.isatty()
+    results = []
+    for item in sets:
+        bar = partial(track, description=item.name, transient=True, disable=quiet, total=-(-len(item) // 64))
+        try:
+            results.append(embedder.evaluate(item, workers, bar))
+        except ValueError as error:
+            raise WorkError(error if isinstance(error, DataError) else f"{item.name}: {error}") from error
     print_table(results)
     if out is not None:
         write_json(out, command, results)
@@ -128,6 +140,7 @@ def _config_folder() -> Path:
 
 def _trainer_command(arguments: list[str]) -> None:
     """LightningCLI with this package's defaults."""
+    import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback
     from lightning.pytorch.callbacks import RichProgressBar
@@ -175,20 +188,39 @@ def _trainer_command(arguments: list[str]) -> None:
             return trainer
 
         def before_fit(self) -> None:
-            if self._get(self.config, "ckpt_path") and hasattr(self.model, "pretrained"):
+            checkpoint = self._get(self.config, "ckpt_path")
+            root = Path(self.trainer.default_root_dir)
+            if checkpoint and (root / "run.json").exists() and root.resolve() not in Path(checkpoint).resolve().parents:
+                raise UsageError(
+                    f"{root} holds another run than --ckpt_path {checkpoint}: name its folder, or a new one"
+                )
+            if checkpoint and hasattr(self.model, "pretrained"):
                 self.model.pretrained = False  # the checkpoint has its own weights, and the file may be gone
 
+        def before_validate(self) -> None:
+            if not self._get(self.config, "ckpt_path"):
+                raise UsageError(f"{self.subcommand} needs --ckpt_path: without it there are only random weights")
+
+        before_test = before_validate
+
         def after_validate(self) -> None:
+            if not self.trainer.is_global_zero:
+                return
             for name, value in sorted(self.trainer.callback_metrics.items()):
                 print(f"{name:45} {value:.4g}")
 
         after_test = after_validate
 
         def _parse_ckpt_path(self) -> None:
-            """Only checks that it is a local file: what it holds must not override the command line."""
+            """Only checks that it is a local checkpoint: what it holds must not override the command line."""
             path = self.config[self.config["subcommand"]].get("ckpt_path")
             if path and not Path(path).is_file():
                 raise UsageError(f"--ckpt_path {path} is no local file")
+            if path:
+                try:
+                    torch.load(path, weights_only=True, map_location="cpu", mmap=True)["state_dict"]
+                except Exception as error:  # whatever the unpickler stumbles over
+                    raise UsageError(f"--ckpt_path {path} is no checkpoint that can be read safely") from error
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
             """Checkpoints are data, never pickled code."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from dualenc.data.scenes import write_scenes
 from dualenc.embedder import load
 from dualenc.report import print_table, write_json, write_report
@@ -22,6 +24,7 @@ def run(out: Path, config: Path, fit: Callable[[list[str]], None]) -> None:
         "fit", "--config", str(config),
         "--data.train", str(out / "scenes"),
         "--trainer.default_root_dir", str(out / "run"),
+        "--trainer.devices", "1", "--trainer.accelerator", "gpu" if torch.cuda.is_available() else "cpu",
     ])  # fmt: skip
     embedder = load(out / "run")
     results = {name: embedder.evaluate(out / "scenes" / name) for name in ("zeroshot", "retrieval")}

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -110,12 +110,18 @@ class Embedder:
         scale = self.model.logits()[0].detach().float().cpu()
         return torch.softmax(scale * self.embed_images(images) @ classifier.T, dim=-1)
 
-    def evaluate(self, data: BenchmarkSet | str | os.PathLike[str], workers: int = 0) -> dict[str, Any]:
+    def evaluate(
+        self,
+        data: BenchmarkSet | str | os.PathLike[str],
+        workers: int = 0,
+        track: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+    ) -> dict[str, Any]:
         """Zero-shot classification or retrieval on an evaluation set, by its own type.
 
         Args:
             data: a set, or its folder in the layout of CLIP_benchmark.
             workers: processes that decode.
+            track: wraps the image batches, for a progress bar.
 
         Returns:
             `dataset`, `model`, `n` (images), `complete`, `metrics` (name to number) and `intervals` (name to lower and
@@ -128,12 +134,12 @@ class Embedder:
         intervals: dict[str, tuple[float, float]] = {}
         if data.kind == "retrieval":
             captions, owner = data.captions  # labels first: what is wrong with them shows before the work
-            images = self.embed_images(data.images(self.preprocess, workers=workers))
+            images = self.embed_images(track(data.images(self.preprocess, workers=workers)))
             metrics, intervals = retrieval_metrics(images, self.embed_texts(captions), owner)
         else:
             targets = data.targets
             classifier = zero_shot_classifier(self, data.classnames, data.templates)
-            images = self.embed_images(data.images(self.preprocess, workers=workers))
+            images = self.embed_images(track(data.images(self.preprocess, workers=workers)))
             if data.kind == "multilabel":
                 metrics = multilabel_metrics(images @ classifier.T, targets)
             else:
@@ -166,9 +172,11 @@ class Embedder:
             state = {name: x.detach().cpu().contiguous() for name, x in self.model.state_dict().items()}
             save_file(state, beside / "model.safetensors")
             (beside / "README.md").write_text(self._card(), "utf-8")
+            old = beside.with_name(f"{beside.name}-old")
             if path.exists():
-                shutil.rmtree(path)
+                path.rename(old)  # whatever happens now, one of the two is whole
             beside.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -214,8 +222,8 @@ class Embedder:
         if not batch.is_floating_point() and batch.shape[-2:] != (self.preprocess.size, self.preprocess.size):
             batch = torch.stack([self.preprocess(image) for image in batch])
         batch = batch.to(self.device, non_blocking=True)
-        batch = batch if batch.is_floating_point() else self.preprocess.normalize(batch)
-        return batch.to(next(self.model.parameters()).dtype)
+        dtype = next(self.model.parameters()).dtype
+        return batch.to(dtype) if batch.is_floating_point() else self.preprocess.normalize(batch, dtype)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

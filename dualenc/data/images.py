@@ -6,22 +6,20 @@ resize on uint8 in channels-last layout is the fastest there is on a CPU. Normal
 
 import io
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
 import torch
 import torchvision.transforms.v2 as transforms
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 1 << 27  # 134 million: above any photo, below what a header can claim to exhaust memory
-
-Augmentation = Callable[[Tensor], Tensor]  # uint8 (3, H, W) -> uint8 (3, S, S), drawing from torch's generator
 
 
 class ImageError(ValueError):
@@ -37,7 +35,7 @@ def decode_image(data: bytes) -> Tensor:
     Raises:
         ImageError: other formats, broken data, or more than `MAX_PIXELS` pixels by the header.
     """
-    if data[:3] == b"\xff\xd8\xff" and b"Exif\0" not in data[:65536]:  # a rotation tag is left to Pillow
+    if data[:3] == b"\xff\xd8\xff" and _upright(data):
         try:
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
             if int(height) * int(width) <= MAX_PIXELS and colour in ("YCbCr", "Gray", "RGB"):
@@ -53,6 +51,17 @@ def decode_image(data: bytes) -> Tensor:
         raise
     except Exception as error:  # Pillow's decoders raise nearly everything on broken data
         raise ImageError(f"cannot be decoded as JPEG, PNG or WebP ({type(error).__name__}: {error})") from error
+
+
+def _upright(data: bytes) -> bool:
+    """Whether a JPEG has no tag that turns it: simplejpeg knows nothing of them."""
+    if data.find(b"Exif\0", 0, 65536) < 0:
+        return True
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:  # as below; the decoder will say what is wrong
+        return False
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -104,12 +113,17 @@ class Preprocess:
             image = TF.resize(image, target, interpolation=mode, antialias=True)
         return TF.center_crop(image, [self.size, self.size])
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (..., 3, S, S) to float32, zero mean and unit deviation by channel; on the images' device."""
-        shape = (3, 1, 1)
-        mean = torch.tensor(self.mean, device=images.device).view(shape) * 255
-        std = torch.tensor(self.std, device=images.device).view(shape) * 255
-        return (images.float() - mean) / std
+    def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 (..., 3, S, S) to `dtype`, zero mean and unit deviation by channel; on the images' device."""
+        mean, std = _channels(self.mean, self.std, images.device)
+        return ((images.float() - mean) / std).to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _channels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (3, 1, 1) in units of uint8; kept, since a copy to a GPU waits for what runs there."""
+    mean_std = torch.tensor([mean, std], dtype=torch.float32)[:, :, None, None] * 255
+    return mean_std[0].to(device), mean_std[1].to(device)
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):

@@ -151,13 +151,14 @@ class PairLoader:
         batch_size: global, over all ranks; a multiple of `world`.
         seed: of the order.
         window: shards shuffled together; see `EpochPlan`.
-        shuffle: false for the order of the shards, the tail included (validation).
+        shuffle: false for the order of the shards in batches of nearly `batch_size`, nothing left out (validation);
+            no rank goes without a part of any batch, since the others would wait for it.
         rank, world: this process and how many there are.
         workers: processes that decode; 0 for none.
         pin_memory: for a fast copy to a GPU.
 
     Raises:
-        DataError: the batch is larger than the data, or no multiple of `world`.
+        DataError: the batch is larger than the data, or no multiple of `world`; fewer unshuffled pairs than ranks.
     """
 
     def __init__(
@@ -184,7 +185,9 @@ class PairLoader:
     def _plan(self, epoch: int) -> Sequence[np.ndarray]:
         if not self.shuffle:
             rows = np.arange(len(self.dataset.index))
-            return np.split(rows, range(self.batch_size, len(rows), self.batch_size))
+            if len(rows) < self.world:
+                raise DataError(f"{len(rows)} held-out pairs are fewer than the {self.world} ranks")
+            return np.array_split(rows, -(-len(rows) // self.batch_size))
         try:
             return EpochPlan(self.dataset.index.counts(), self.seed, epoch, self.batch_size, self.window)  # type: ignore[return-value]
         except ValueError as error:
@@ -197,7 +200,7 @@ class PairLoader:
     def __iter__(self) -> Iterator[Pairs]:
         if not self.shuffle:
             self.batch = 0  # a trainer's sanity check or limit may have left the last pass early
-        epoch, plan = self.epoch, self._plan(self.epoch)
+        plan = self._plan(self.epoch)
         loader = DataLoader(
             self.dataset,
             batch_size=None,
@@ -212,8 +215,6 @@ class PairLoader:
             if self.batch == self._length:
                 self.epoch, self.batch = self.epoch + 1, 0
             yield batch
-        if self.epoch == epoch:  # the tail had no part for this rank
-            self.epoch, self.batch = epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, equal on all ranks."""
@@ -251,8 +252,5 @@ class _Requests:
 
     def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
         for k in range(self.start, len(self.plan)):
-            rows = self.plan[k]
-            share = -(-len(rows) // self.world)  # only an unshuffled tail is not divided evenly
-            mine = rows[self.rank * share : (self.rank + 1) * share]
-            if len(mine):
-                yield self.epoch, k * self.size + self.rank * share, mine
+            parts = np.array_split(self.plan[k], self.world)  # equal, but for unshuffled pairs
+            yield self.epoch, k * self.size + sum(map(len, parts[: self.rank])), parts[self.rank]

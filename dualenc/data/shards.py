@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from glob import escape, glob
 from itertools import pairwise
 from pathlib import Path
@@ -84,7 +84,7 @@ class Sample:
         if extension not in self.members:
             raise DataError(f"{self}: no .{extension} among its members {sorted(self.members)}")
         offset, size = self.members[extension]
-        data = os.pread(_descriptor(self.shard, os.getpid()), size, offset)
+        data = os.pread(_descriptor(self.shard), size, offset)
         if len(data) != size:
             raise DataError(f"{self}: .{extension} is cut off; the shard changed or was not written whole")
         return data
@@ -122,13 +122,15 @@ class _File:
 
 
 @lru_cache(maxsize=64)
-def _open(path: str, process: int) -> _File:
+def _open(path: str, inode: int, changed: int) -> _File:
+    """Kept open by what the file is, not only by its name: another file of that name is opened anew."""
     return _File(path)
 
 
-def _descriptor(path: str, process: int) -> int:
+def _descriptor(path: str) -> int:
     try:
-        return _open(path, process).descriptor
+        status = os.stat(path)
+        return _open(path, status.st_ino, status.st_mtime_ns).descriptor
     except FileNotFoundError:
         raise DataError(f"shard {path} is gone since it was indexed") from None
 
@@ -265,7 +267,7 @@ class ShardIndex:
         """Samples in each shard."""
         return np.bincount(self.shard, minlength=len(self.shards)).tolist()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of every sample's key, place and size, and of the shards' names without their folders."""
         digest = hashlib.blake2b(digest_size=16)
@@ -377,7 +379,7 @@ def _expression(text: str) -> Callable[[Any], bool]:
                 return all(parts) if isinstance(node.op, ast.And) else any(parts)
             case ast.Compare() if all(type(op) in _COMPARE for op in node.ops):
                 items = [value(item, fields) for item in (node.left, *node.comparators)]
-                return all(_COMPARE[type(op)](*pair) for op, pair in zip(node.ops, _neighbours(items), strict=True))
+                return all(_COMPARE[type(op)](*pair) for op, pair in zip(node.ops, pairwise(items), strict=True))
         raise AssertionError(node)
 
     def check(node: ast.expr) -> None:
@@ -411,7 +413,3 @@ def _expression(text: str) -> Callable[[Any], bool]:
 
     check(tree)  # an expression that is not understood fails here, before any sample is read
     return test
-
-
-def _neighbours(items: list[Any]) -> list[tuple[Any, Any]]:
-    return list(pairwise(items))

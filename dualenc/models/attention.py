@@ -5,7 +5,7 @@ Three ways, chosen by where the tensors are:
 - CPU: texts of equal length (neighbours, since `Tokens` sorts them) go through one SDPA call together. It is a
   custom op, because the loop over groups depends on the data: torch.compile sees one node and never a graph break.
 - CUDA, fp16 or bf16: torch's varlen attention, which has its own backward and its own meta kernel.
-- elsewhere (CUDA fp32, MPS, odd head sizes): padded inside the attention only, to the longest text of the batch.
+- elsewhere (CUDA fp32, older GPUs, odd head sizes): padded inside the attention only, to the longest text of the batch.
 """
 
 import math
@@ -38,12 +38,18 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: 
     """
     if q.device.type == "cpu":
         return grouped_attention(q, k, v, offsets)
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if varlen_attn is not None and q.is_cuda and half and q.shape[-1] % 8 == 0:  # its kernel wants multiples of 8
+    if varlen_attn is not None and _flash(q):
         out = varlen_attn(q, k, v, offsets, offsets, max_len, max_len)
         assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
         return out
     return repadded_attention(q, k, v, offsets, max_len)
+
+
+def _flash(q: Tensor) -> bool:
+    """Whether the kernel behind varlen attention takes it: Ampere or newer, half precision, heads of 8 to 256."""
+    size = q.shape[-1]
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def repadded_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int) -> Tensor:

@@ -112,11 +112,17 @@ class Evaluation(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ContrastiveTask)
-        results = None
+        results: Any = None
         if trainer.is_global_zero:
             embedder = embedder_of(trainer, pl_module)
-            results = [embedder.evaluate(data, self.workers) for data in self.sets]
-        for result in trainer.strategy.broadcast(results) or []:  # to every rank, so that all decide alike
+            try:
+                results = [embedder.evaluate(data, self.workers) for data in self.sets]
+            except ValueError as error:
+                results = str(error)
+        results = trainer.strategy.broadcast(results)  # to every rank, so that all decide alike
+        if isinstance(results, str):
+            raise DataError(results)
+        for result in results:
             pl_module.publish({f"{result['dataset']}/{name}": value for name, value in result["metrics"].items()})
 
 
@@ -136,6 +142,7 @@ class RunDirectory(Checkpoint):
         self.config_yaml: str | None = None
         self._continues = False
         self._began = time.time()
+        self._before: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the folder."""
@@ -149,15 +156,18 @@ class RunDirectory(Checkpoint):
         """
         taken = trainer.strategy.broadcast(not self._continues and (self.root / "run.json").exists())
         if taken:  # on every rank: one that went on alone would wait for the others for ever
+            checkpoint = self.root / "checkpoints" / "last.ckpt"
+            way = f"continue it with --ckpt_path {checkpoint}" if checkpoint.exists() else "remove it"
             raise ValueError(
-                f"{self.root} holds a run already: continue it with --ckpt_path {self.root}/checkpoints/last.ckpt, "
-                "or name another folder with --trainer.default_root_dir"
+                f"{self.root} holds a run already: {way}, or name another folder with --trainer.default_root_dir"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the configuration and the record of the run."""
         if trainer.is_global_zero:
             self.root.mkdir(parents=True, exist_ok=True)
+            if self._continues:
+                self._cut_back(trainer.global_step)
             if self.config_yaml is not None:
                 (self.root / "config.yaml").write_text(self.config_yaml, "utf-8")
             self._record(trainer)
@@ -190,6 +200,14 @@ class RunDirectory(Checkpoint):
         self._continues = True
         self.best_value = state_dict["best_value"]
 
+    def _cut_back(self, step: int) -> None:
+        """Takes lines out of `metrics.csv` that the stopped run wrote after its checkpoint."""
+        path = self.root / "metrics.csv"
+        if path.exists():
+            head, *lines = path.read_text("utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if int(line.split(",")[0]) <= step]
+            path.write_text("".join([head, *kept]), "utf-8")
+
     def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor)
         if value is not None and float(value) > self.best_value:
@@ -203,6 +221,9 @@ class RunDirectory(Checkpoint):
 
     def _record(self, trainer: Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
+        path = self.root / "run.json"
+        if self._before is None:  # what the stopped run took, where this one continues it
+            self._before = json.loads(path.read_text("utf-8"))["seconds"] if self._continues and path.exists() else 0.0
         record = {
             "command": shlex.join(sys.argv),
             "versions": {name: version(name) for name in ("dualenc", "torch", "timm", "lightning", "tokenizers")},
@@ -214,6 +235,6 @@ class RunDirectory(Checkpoint):
             "fingerprint": data.train_index.fingerprint,
             "step": trainer.global_step,
             "samples_seen": trainer.global_step * data.batch_size,
-            "seconds": round(time.time() - self._began, 1),
+            "seconds": round(self._before + time.time() - self._began, 1),
         }
-        (self.root / "run.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")

@@ -1,5 +1,6 @@
 """The contrastive task: towers, loss, optimizer and schedule, each from the configuration."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dualenc.data import Pairs, Preprocess
 from dualenc.data.plan import draw
 from dualenc.losses import clip_loss
-from dualenc.models import DualEncoder, ImageConfig, TextConfig
+from dualenc.models import DualEncoder, Embeddings, ImageConfig, TextConfig
 from dualenc.training.metrics import PairRetrieval
 from dualenc.training.optim import WarmupCosine, parameter_groups
 
@@ -54,7 +55,6 @@ class ContrastiveTask(LightningModule):
     """
 
     trainer: Any  # Lightning declares less than its Trainer has
-    sums: Tensor
 
     def __init__(
         self,
@@ -90,10 +90,10 @@ class ContrastiveTask(LightningModule):
         self.text_config = text
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
         self.pretrained, self.seed = pretrained, seed
-        self.retrieval = PairRetrieval(embed_dim)
-        # Sums since the last log, on the device; part of a checkpoint, so that a resumed run logs the same.
-        # They are of loss, steps, samples, real tokens, tokens if padded.
-        self.register_buffer("sums", torch.zeros(5, dtype=torch.float64))
+        self.retrieval = PairRetrieval()
+        # Since the last log: loss on the device; steps, samples, real tokens and tokens if padded on the host.
+        self._loss: Tensor | float = 0.0
+        self._counts = [0, 0, 0, 0]
         self._grad_norm: Tensor | None = None
         self._seconds, self._started = 0.0, 0.0  # of training since the last log; when the clock was started
 
@@ -110,15 +110,17 @@ class ContrastiveTask(LightningModule):
                 self.model.image.load_pretrained(self.pretrained if isinstance(self.pretrained, str) else None)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over decay and no-decay groups, its schedule stepped every batch."""
-        optimizer = self.optimizer(parameter_groups(self.model))
-        scheduler = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        """The optimizer over decay and no-decay groups, its schedule stepped every batch.
 
-    def transfer_batch_to_device(self, batch: Pairs, device: torch.device, dataloader_idx: int) -> Pairs:
-        """Without waiting for the copies; what only names the samples stays on the host."""
-        images = batch.images.to(device, non_blocking=True)
-        return Pairs(images, batch.tokens.to(device, non_blocking=True), batch.rows)
+        Raises:
+            ValueError: the run has no end that a schedule could aim at.
+        """
+        optimizer = self.optimizer(parameter_groups(self.model))
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("set trainer.max_epochs or trainer.max_steps: the schedule needs the number of steps")
+        scheduler = self.scheduler(optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """Says how large the model is; starts the clock of samples/s."""
@@ -150,14 +152,26 @@ class ContrastiveTask(LightningModule):
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        out = self.model(self.preprocess.normalize(batch.images), batch.tokens)
+        out = self._embed(batch)
         loss = self.loss(*out, group=dist.group.WORLD if self.trainer.world_size > 1 else None)
-        # A padded batch would be as wide as the context length. The counts are on the host: no sync.
-        size = len(batch.rows)
-        terms = (loss.detach(), 1, size, len(batch.tokens.ids), size * self.text_config.context_length)
-        for i, term in enumerate(terms):
-            self.sums[i] += term
+        self._loss = self._loss + loss.detach()
+        size = len(batch.rows)  # and a padded batch would be as wide as the context length
+        for i, count in enumerate((1, size, len(batch.tokens.ids), size * self.text_config.context_length)):
+            self._counts[i] += count
         return loss
+
+    def _embed(self, batch: Pairs) -> Embeddings:
+        images = self.preprocess.normalize(batch.images, next(self.model.parameters()).dtype)
+        return self.model(images, batch.tokens)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What has summed up is part of a checkpoint, so that a resumed run logs the same."""
+        checkpoint["running"] = {"loss": float(self._loss), "counts": self._counts, "seconds": self._seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `on_save_checkpoint`."""
+        running = checkpoint["running"]
+        self._loss, self._counts, self._seconds = running["loss"], list(running["counts"]), running["seconds"]
 
     def configure_gradient_clipping(
         self,
@@ -167,10 +181,11 @@ class ContrastiveTask(LightningModule):
     ) -> None:
         """Clips by `trainer.gradient_clip_val`; keeps the norm before clipping for the log."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+        scaled = str(self.trainer.precision).startswith("16")  # where a fused optimizer may undo the scale itself
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
             self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
             return
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if self._due(self.global_step + 1):
             self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -182,14 +197,14 @@ class ContrastiveTask(LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.model.logits.project()
         step = self.global_step + 1  # the trainer counts it when this returns
-        if step % self.trainer.log_every_n_steps == 0:
-            loss, steps, samples, real, padded = self.sums.tolist()
+        if self._due(step):
+            steps, samples, real, padded = self._counts
             self.pause_clock()
             seconds, self._seconds = self._seconds, 0.0
             self.start_clock()
             scale, bias = self.model.logits()
             metrics = {
-                "train/loss": loss / steps,
+                "train/loss": float(self._loss) / steps,
                 "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
                 "train/logit_scale": scale.item(),
                 "train/samples_per_second": samples * self.trainer.world_size / seconds,
@@ -199,8 +214,12 @@ class ContrastiveTask(LightningModule):
                 metrics["train/logit_bias"] = bias.item()
             if self._grad_norm is not None:
                 metrics["train/grad_norm"] = self._grad_norm.item()
-            self.sums.zero_()
+            self._loss, self._counts = 0.0, [0, 0, 0, 0]
             self.publish(metrics, step, bar=("train/loss", "train/samples_per_second"))
+
+    def _due(self, step: int) -> bool:
+        every = self.trainer.log_every_n_steps  # 0 for never
+        return bool(every) and step % every == 0
 
     def publish(self, metrics: dict[str, float], step: int | None = None, bar: Iterable[str] = ()) -> None:
         """Gives numbers to the loggers (at the current step, or the one named), to callbacks, and some to the bar.
@@ -216,14 +235,12 @@ class ContrastiveTask(LightningModule):
                 self.trainer.progress_bar_metrics[short] = value
 
     def on_validation_epoch_start(self) -> None:
-        """Starts anew; an empty update, so that a rank without a batch still takes part in the exchange."""
+        """Starts anew."""
         self.retrieval.reset()
-        nothing = torch.zeros(0, self.model.config.embed_dim, device=self.device)
-        self.retrieval.update(nothing, nothing)
 
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
         """Embeds held-out pairs."""
-        out = self.model(self.preprocess.normalize(batch.images), batch.tokens)
+        out = self._embed(batch)
         self.retrieval.update(out.image, out.text)
 
     def on_validation_epoch_end(self) -> None:
@@ -236,11 +253,3 @@ class ContrastiveTask(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
-
-    def predict_step(self, *args: Any) -> None:
-        """Not here.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("a dual encoder embeds: `dualenc.load(RUN).embed_images(...)`; predict is for text tasks")

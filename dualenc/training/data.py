@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from dualenc.data import DataError, PairDataset, PairLoader, Preprocess, RandomResizedCrop, ShardIndex, Tokenizer
+from dualenc.data import DataError, PairDataset, PairLoader, Pairs, Preprocess, RandomResizedCrop, ShardIndex, Tokenizer
 from dualenc.data.pairs import captions_of, only_pairs
 from dualenc.models import TextConfig
 from dualenc.training.contrastive import say
@@ -64,7 +64,8 @@ class PairData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Trains the tokenizer, on one process of each machine, unless the folder holds a run that has one."""
-        if self.tokenizer_path is None and not self._own_tokenizer.with_name("run.json").exists():
+        taken = self._own_tokenizer.with_name("run.json").exists()
+        if self.tokenizer_path is None and self.trainer.state.fn == "fit" and not taken:
             self._build_indexes()
             assert self.train_index is not None
             say(f"training a tokenizer of {self.text.vocab_size:,} entries on the captions")
@@ -81,6 +82,8 @@ class PairData(LightningDataModule):
         Raises:
             DataError: shards, captions or tokenizer are missing or do not fit.
         """
+        if stage == "predict":
+            raise DataError("a dual encoder predicts nothing; embed with `dualenc.load(RUN).embed_images(...)`")
         self._build_indexes()
         assert self.train_index is not None
         path = self.tokenizer_path or self._own_tokenizer
@@ -138,6 +141,11 @@ class PairData(LightningDataModule):
     def test_dataloader(self) -> PairLoader:
         """The held-out pairs."""
         return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: Pairs, device: torch.device, dataloader_idx: int) -> Pairs:
+        """Without waiting for the copies; what only names the samples stays on the host."""
+        images = batch.images.to(device, non_blocking=True)
+        return Pairs(images, batch.tokens.to(device, non_blocking=True), batch.rows)
 
     def _loader(self, index: ShardIndex | None, train: bool) -> PairLoader:
         assert index is not None

@@ -16,9 +16,8 @@ class PairRetrieval(Metric):
     image: list[Tensor]
     text: list[Tensor]
 
-    def __init__(self, embed_dim: int, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.embed_dim = embed_dim
         self.add_state("image", default=[], dist_reduce_fx="cat")
         self.add_state("text", default=[], dist_reduce_fx="cat")
 

@@ -324,3 +324,22 @@ def test_a_sample_is_what_the_shard_holds(folders):
     assert sample.image == "png"
     assert "txt" in sample
     assert "cls" not in sample
+
+
+def test_validation_gives_every_rank_a_part_of_every_batch(tmp_path: Path, seed: int) -> None:
+    """A rank without a part would not take part in what the others wait for."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(4, 30))
+    index = ShardIndex.build(write_shards(tmp_path, [count], seed))
+    dataset = PairDataset(index, "txt", tiny_tokenizer(), Preprocess(8))
+    for world in (1, 2, 3, 4):
+        for batch_size in (world, 4 * world, 12 * world):
+            ranks = [
+                list(PairLoader(dataset, batch_size, shuffle=False, rank=rank, world=world)) for rank in range(world)
+            ]
+            assert len({len(batches) for batches in ranks}) == 1
+            assert all(len(batch.rows) for batches in ranks for batch in batches)
+            rows = [row for parts in zip(*ranks, strict=True) for batch in parts for row in batch.rows.tolist()]
+            assert rows == list(range(count))
+    with pytest.raises(DataError, match="fewer than"):
+        PairLoader(dataset, 64, shuffle=False, world=32)
