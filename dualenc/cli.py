@@ -190,10 +190,9 @@ def _trainer_command(arguments: list[str]) -> None:
         def before_fit(self) -> None:
             checkpoint = self._get(self.config, "ckpt_path")
             root = Path(self.trainer.default_root_dir)
-            if checkpoint and (root / "run.json").exists() and root.resolve() not in Path(checkpoint).resolve().parents:
-                raise UsageError(
-                    f"{root} holds another run than --ckpt_path {checkpoint}: name its folder, or a new one"
-                )
+            taken = (root / "run.json").exists()
+            if checkpoint and taken and root.resolve() not in Path(checkpoint).resolve().parents:
+                raise UsageError(f"--ckpt_path {checkpoint} is not of the run in {root}: name its folder, or a new one")
             if checkpoint and hasattr(self.model, "pretrained"):
                 self.model.pretrained = False  # the checkpoint has its own weights, and the file may be gone
 

@@ -142,7 +142,7 @@ class RunDirectory(Checkpoint):
         self.config_yaml: str | None = None
         self._continues = False
         self._began = time.time()
-        self._before: float | None = None
+        self._before = -1.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the folder."""
@@ -222,7 +222,7 @@ class RunDirectory(Checkpoint):
     def _record(self, trainer: Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         path = self.root / "run.json"
-        if self._before is None:  # what the stopped run took, where this one continues it
+        if self._before < 0:  # seconds of the stopped run, where this one continues it
             self._before = json.loads(path.read_text("utf-8"))["seconds"] if self._continues and path.exists() else 0.0
         record = {
             "command": shlex.join(sys.argv),
