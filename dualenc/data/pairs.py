@@ -187,7 +187,8 @@ class PairLoader:
             rows = np.arange(len(self.dataset.index))
             if len(rows) < self.world:
                 raise DataError(f"{len(rows)} held-out pairs are fewer than the {self.world} ranks")
-            return np.array_split(rows, -(-len(rows) // self.batch_size))
+            # As many batches as it takes, but none smaller than the ranks that share it.
+            return np.array_split(rows, min(-(-len(rows) // self.batch_size), len(rows) // self.world))
         try:
             return EpochPlan(self.dataset.index.counts(), self.seed, epoch, self.batch_size, self.window)  # type: ignore[return-value]
         except ValueError as error:
