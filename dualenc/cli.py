@@ -67,7 +67,7 @@ def configs(name: str | None = None) -> None:
         for stem, path in found.items():
             first = path.read_text("utf-8").splitlines()[0].removeprefix("# ")
             print(f"{stem:20} {first}")
-        print("\nPrint one with `dualenc configs NAME`; run it with `dualenc fit --config NAME.yaml`.")
+        print("\nTake one by `dualenc configs NAME > run.yaml`, change it, run it by `dualenc fit --config run.yaml`.")
     elif name.removesuffix(".yaml") in found:
         print(found[name.removesuffix(".yaml")].read_text("utf-8"), end="")
     else:
@@ -145,6 +145,7 @@ def _trainer_command(arguments: list[str]) -> None:
     from lightning.pytorch import Callback
     from lightning.pytorch.callbacks import RichProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.utilities.model_helpers import is_overridden
 
     from dualenc import DataError
     from dualenc.training.callbacks import MetricsFile, RunDirectory
@@ -201,6 +202,12 @@ def _trainer_command(arguments: list[str]) -> None:
                 raise UsageError(f"{self.subcommand} needs --ckpt_path: without it there are only random weights")
 
         before_test = before_validate
+
+        def before_predict(self) -> None:
+            if not is_overridden("predict_step", self.model):
+                raise UsageError(
+                    f"{type(self.model).__name__} predicts nothing; embed by `dualenc.load(RUN).embed_images(...)`"
+                )
 
         def after_validate(self) -> None:
             if not self.trainer.is_global_zero:

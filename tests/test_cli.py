@@ -181,3 +181,18 @@ def test_scenes_are_read_by_webdataset(tmp_path: Path, seed: int) -> None:
     read = list(webdataset.WebDataset([str(tmp_path / name) for name in names], shardshuffle=False))
     assert len(read) == 7
     assert all(sample["png"][:4] == b"\x89PNG" and sample["txt"] for sample in read)
+
+
+def test_wrong_use_of_options(shards: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_embedder(seed).save(shards / "model")
+    data = str(write_benchmark(shards / "set", seed))
+    zeroshot = ["zeroshot", str(shards / "model"), data]
+    assert "--workers" in fails(capsys, [*zeroshot, "--workers", "-1"])
+    (shards / "file").write_text("taken")
+    assert "--out" in fails(capsys, [*zeroshot, "--out", str(shards / "file" / "out")])
+    assert "max_steps" in fails(capsys, [*fit(shards), "--trainer.max_steps", "-1", "--data.val", "null"])
+    rest = ["--config", str(SMOKE), *SMALL, "--data.train", str(shards / "shards")]
+    assert "--ckpt_path" in fails(capsys, ["validate", *rest])
+    assert "embed" in fails(capsys, ["predict", *rest])
+    (shards / "wrong.ckpt").write_text("no checkpoint")
+    assert "wrong.ckpt" in fails(capsys, fit(shards, "--ckpt_path", str(shards / "wrong.ckpt")))

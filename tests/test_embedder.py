@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -467,3 +468,27 @@ def test_evaluate_stops_at_a_bad_sample(embedder, tmp_path, seed):
     (folder / "test" / "1.tar").write_bytes(data)
     with pytest.raises(DataError, match=r"test/1\.tar sample 's00003': \.jpg cannot be decoded"):
         embedder.evaluate(folder)
+
+
+def test_hub_specs_are_fetched_at_their_revision(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own client is asked for the named revision; a stand-in answers, since tests have no network."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    embedder = tiny_embedder(seed)
+    embedder.save(tmp_path / "snapshot")
+    asked = []
+
+    def download(name: str, revision: str | None = None, **kwargs: object) -> str:
+        asked.append((name, revision))
+        if name == "owner/gone":
+            raise LocalEntryNotFoundError("not in the cache, and the hub cannot be reached")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    loaded = load("hf-hub:owner/name@v1", "cpu")
+    assert torch.equal(loaded.embed_texts(["a cat"]), embedder.embed_texts(["a cat"]))
+    load("hf-hub:owner/name", "cpu")
+    assert asked == [("owner/name", "v1"), ("owner/name", None)]
+    with pytest.raises(ModelError, match="owner/gone"):
+        load("hf-hub:owner/gone", "cpu")

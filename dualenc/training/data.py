@@ -82,8 +82,6 @@ class PairData(LightningDataModule):
         Raises:
             DataError: shards, captions or tokenizer are missing or do not fit.
         """
-        if stage == "predict":
-            raise DataError("a dual encoder predicts nothing; embed with `dualenc.load(RUN).embed_images(...)`")
         self._build_indexes()
         assert self.train_index is not None
         path = self.tokenizer_path or self._own_tokenizer
