@@ -18,7 +18,7 @@ SMALL = [
     "--model.text.width", "32", "--model.text.layers", "2", "--model.text.heads", "2",
     "--model.text.vocab_size", "300", "--model.embed_dim", "32",
     "--model.optimizer.lr", "0.003", "--model.scheduler.warmup", "2",
-    "--data.batch_size", "16", "--data.workers", "0", "--data.val", "0.25",
+    "--data.batch_size", "16", "--data.workers", "0", "--data.val", "0.25", "--run.monitor", "val/mrr",
     "--trainer.max_steps", "24", "--trainer.max_epochs", "-1", "--trainer.log_every_n_steps", "1",
     "--trainer.accelerator", "cpu", "--trainer.devices", "1",
 ]  # fmt: skip

@@ -188,8 +188,13 @@ class RunDirectory(Checkpoint):
         self._save(trainer, pl_module, "last")
         if trainer.is_global_zero:
             self._record(trainer)
-            best = f"; best/ has {self.monitor} {self.best_value:.4g}" if (self.root / "best").exists() else ""
-            say(f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}{best}")
+            found = self.best_value > -float("inf")
+            best = (
+                f"best/ has {self.monitor} {self.best_value:.4g}"
+                if found
+                else f"no best/: no {self.monitor} was measured"
+            )
+            say(f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}; {best}")
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
