@@ -7,6 +7,7 @@ status 2 for wrong use, 1 for work that failed.
 
 import inspect
 import logging
+import re
 import sys
 import typing
 import warnings
@@ -323,5 +324,9 @@ def _fail(error: object, status: int) -> NoReturn:
     """One line on standard error, and the exit status."""
     # What fails in a worker process arrives with that process's traceback before it.
     text = str(error).rpartition("DataError: ")[2] if "Original Traceback" in str(error) else str(error)
-    print(f"dualenc: error: {' '.join(text.split())}", file=sys.stderr)
+    text = " ".join(text.split())
+    # jsonargparse tells of each type that a value might have had, and repeats the value; what went wrong is the first.
+    text = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: - ", "", text)
+    text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*", "", text)
+    print(f"dualenc: error: {text}", file=sys.stderr)
     raise SystemExit(status)

@@ -26,6 +26,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int 
     assert len(lines) == 1, err
     assert err.rstrip().endswith(lines[0])
     assert "Traceback" not in out + err
+    assert "Union subtypes" not in err
     return lines[0]
 
 
