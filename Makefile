@@ -17,7 +17,7 @@ slow: $(READY)  ## the tests that need longer
 lint: $(READY)  ## style, types, import contracts
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/pyright
+	.venv/bin/pyright --pythonpath .venv/bin/python
 	.venv/bin/lint-imports
 
 format: $(READY)
