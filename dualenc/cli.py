@@ -91,6 +91,9 @@ def demo(out: Path = Path("demo")) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (demo, configs, zeroshot, retrieval)}
 
 
+_TITLES = {"zeroshot": "Zero-shot classification", "retrieval": "Retrieval"}
+
+
 def _evaluate(
     command: str,
     kinds: Sequence[str],
@@ -105,6 +108,7 @@ def _evaluate(
     from rich.progress import track
 
     from dualenc import BenchmarkSet, DataError, load
+    from dualenc.embedder import score
     from dualenc.report import print_table, write_json, write_report
 
     sets = [BenchmarkSet.open(folder, split) for folder in data]
@@ -121,17 +125,18 @@ def _evaluate(
         except OSError as error:
             raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
     quiet = not sys.stderr.isatty()
-    results = []
+    sections = []
     for item in sets:
         bar = partial(track, description=item.name, transient=True, disable=quiet, total=-(-len(item) // 64))
         try:
-            results.append(embedder.evaluate(item, workers, bar))
+            sections.append(score(item, embedder.embed_set(item, workers, bar), embedder.name))
         except ValueError as error:
             raise WorkError(error if isinstance(error, DataError) else f"{item.name}: {error}") from error
+    results = [section.result for section in sections]
     print_table(results)
     if out is not None:
         write_json(out, command, results)
-        write_report(out, command, results)
+        print(f"report: {write_report(out, _TITLES[command], sections, {'data': ' '.join(data)})}")
 
 
 def _config_folder() -> Path:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -24,12 +25,17 @@ from dualenc.data.images import Preprocess, open_image
 from dualenc.data.pairs import Pairs
 from dualenc.data.tokenizer import Tokenizer
 from dualenc.evaluation import (
+    Scores,
+    average_precision,
     classification_metrics,
     multilabel_metrics,
+    predictions,
+    retrieval_answers,
     retrieval_metrics,
     zero_shot_classifier,
 )
 from dualenc.models.dual import DualConfig, DualEncoder
+from dualenc.report import Answers, Classes, Labels, Section
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocess.json")
@@ -124,34 +130,50 @@ class Embedder:
             track: wraps the image batches, for a progress bar.
 
         Returns:
-            `dataset`, `model`, `n` (images), `complete`, `metrics` (name to number) and `intervals` (name to lower and
-            upper 95% bound) of the metrics that have one; all as plain Python, ready for JSON.
+            `dataset`, `model`, `n` (images), `complete`, `metrics` (name to number), `intervals` (name to lower and
+            upper 95% bound) of the metrics that have one, and `chance` (what an order drawn at random would give); all
+            as plain Python, ready for JSON.
 
         Raises:
             DataError: the set is not in the layout, or a sample of it cannot be read.
         """
         data = data if isinstance(data, BenchmarkSet) else BenchmarkSet.open(data)
-        intervals: dict[str, tuple[float, float]] = {}
+        return score(data, self.embed_set(data, workers, track), self.name).result
+
+    def embed_set(
+        self,
+        data: BenchmarkSet,
+        workers: int = 0,
+        track: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+        rank: int = 0,
+        world: int = 1,
+    ) -> "SetEmbeddings":
+        """Embeddings of an evaluation set, or of the share of one rank; `score` takes those of the whole set.
+
+        Args:
+            data: the set.
+            workers: processes that decode.
+            track: wraps the image batches, for a progress bar.
+            rank, world: which of how many parts, in order and as equal as they can be.
+        """
+
+        def part(count: int) -> range:
+            share = np.array_split(np.arange(count), world)[rank]
+            return range(share[0], share[-1] + 1) if len(share) else range(0)
+
+        nothing = torch.empty(0, self.model.config.embed_dim)
+        text = nothing
         if data.kind == "retrieval":
-            captions, owner = data.captions  # labels first: what is wrong with them shows before the work
-            images = self.embed_images(track(data.images(self.preprocess, workers=workers)))
-            metrics, intervals = retrieval_metrics(images, self.embed_texts(captions), owner)
+            captions, _ = data.captions  # labels first: what is wrong with them shows before the work
+            if own := part(len(captions)):
+                text = self.embed_texts(captions[own.start : own.stop])
         else:
-            targets = data.targets
-            classifier = zero_shot_classifier(self, data.classnames, data.templates)
-            images = self.embed_images(track(data.images(self.preprocess, workers=workers)))
-            if data.kind == "multilabel":
-                metrics = multilabel_metrics(images @ classifier.T, targets)
-            else:
-                metrics, intervals = classification_metrics(images, classifier, targets)
-        return {
-            "dataset": data.name,
-            "model": self.name,
-            "n": len(images),
-            "complete": True,  # a sample that cannot be read has stopped the evaluation before this
-            "metrics": metrics,
-            "intervals": {name: list(bounds) for name, bounds in intervals.items()},
-        }
+            _ = data.targets
+            if own := part(len(data.classnames)):
+                text = zero_shot_classifier(self, data.classnames[own.start : own.stop], data.templates)
+        rows = part(len(data))
+        image = self.embed_images(track(data.images(self.preprocess, rows, workers=workers))) if rows else nothing
+        return SetEmbeddings(image, text)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a model directory; an older one of this name is replaced once the new one is whole.
@@ -235,6 +257,56 @@ class Embedder:
                 yield
         finally:
             self.model.train(training)
+
+
+class SetEmbeddings(NamedTuple):
+    """An evaluation set in the common space, on the CPU."""
+
+    image: Tensor  # (N, E)
+    text: Tensor  # (T, E), the captions; or (C, E), the zero-shot classifier
+
+
+def score(data: BenchmarkSet, embedded: SetEmbeddings, model: str) -> Section:
+    """What `Embedder.evaluate` returns, and what the report shows of it, from the embeddings of a whole set."""
+    image, text = embedded
+    if data.kind == "retrieval":
+        return score_retrieval(data.name, image, text, *data.captions, picture=data.thumbnail, model=model)
+    if data.kind == "multilabel":
+        found = multilabel_metrics(image @ text.T, data.targets)
+        precision = average_precision(image @ text.T, data.targets)
+        findings = Labels(data.classnames, data.targets.sum(0).numpy(), precision.numpy())
+    else:
+        found = classification_metrics(image, text, data.targets)
+        taken_for = predictions(image, text, data.targets, found.ranks["image"])
+        findings = Classes(data.classnames, data.targets.numpy(), taken_for.numpy(), data.thumbnail)
+    return Section(_result(data.name, model, len(image), found), findings)
+
+
+def score_retrieval(
+    name: str,
+    image: Tensor,
+    text: Tensor,
+    captions: Sequence[str],
+    owner: Tensor,
+    picture: Callable[[int], bytes],
+    model: str,
+) -> Section:
+    """Like `score`, for images (N, E) and captions (T, E), caption i belonging to image owner[i]."""
+    found = retrieval_metrics(image, text, owner)
+    answers = retrieval_answers(image, text, owner, found.ranks)
+    return Section(_result(name, model, len(image), found), Answers(captions, answers, picture))
+
+
+def _result(name: str, model: str, count: int, found: Scores) -> dict[str, Any]:
+    return {
+        "dataset": name,
+        "model": model,
+        "n": count,
+        "complete": True,  # a sample that cannot be read has stopped the evaluation before this
+        "metrics": found.metrics,
+        "intervals": {name: list(bounds) for name, bounds in found.intervals.items()},
+        "chance": found.chance,
+    }
 
 
 def load(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:

@@ -5,6 +5,7 @@ rank; the gradients are such that their mean over the ranks, which is what DDP c
 over the whole batch. The collectives live here because the backward pass needs them.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ def _whole(loss: Tensor, group: Group | None) -> Tensor:
     return loss + (mean / dist.get_world_size(group) - loss.detach())
 
 
+def _blocks(x: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time: without gradients no more than their scores are ever held."""
+    return zip(x.split(1024), target.split(1024))
+
+
 def _exact(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(image.dtype, torch.float32)
     return image.to(dtype), text.to(dtype)
@@ -71,9 +77,11 @@ def clip_loss(
         target = torch.arange(start, start + len(image), device=image.device)
         both = _gather(torch.cat([image, text], dim=1), group)  # one collective for both towers
         all_image, all_text = both.chunk(2, dim=1)  # (W*B, E)
-        by_image = F.cross_entropy(scale * (image @ all_text.T), target)
-        by_text = F.cross_entropy(scale * (text @ all_image.T), target)
-        return _whole((by_image + by_text) / 2, group)
+        loss = image.new_zeros(())
+        for queries, keys in ((image, all_text), (text, all_image)):
+            for x, own in _blocks(queries, target):
+                loss = loss + F.cross_entropy(scale * (x @ keys.T), own, reduction="sum")
+        return _whole(loss / (2 * len(image)), group)
 
 
 def siglip_loss(
@@ -97,8 +105,13 @@ def siglip_loss(
         raise ValueError("siglip_loss needs a bias: set the model's logit_bias to true")
     with torch.autocast(image.device.type, enabled=False):
         image, text = _exact(image, text)
-        logits = scale * (image @ _gather(text, group).T) + bias  # (B, W*B)
-        # +1 for pairs that belong together, -1 for the others.
-        sign = torch.full_like(logits, -1.0)
-        sign.diagonal(0 if group is None else dist.get_rank(group) * len(image)).fill_(1.0)
-        return _whole(-F.logsigmoid(sign * logits).sum() / len(image), group)
+        start = 0 if group is None else dist.get_rank(group) * len(image)
+        target = torch.arange(start, start + len(image), device=image.device)
+        all_text = _gather(text, group)
+        loss = image.new_zeros(())
+        for x, own in _blocks(image, target):
+            logits = scale * (x @ all_text.T) + bias  # (b, W*B)
+            # +1 for pairs that belong together, -1 for the others.
+            sign = torch.full_like(logits, -1.0).scatter_(1, own[:, None], 1.0)
+            loss = loss - F.logsigmoid(sign * logits).sum()
+        return _whole(loss / len(image), group)

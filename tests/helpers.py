@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor
 
-from dualenc.data import Preprocess, RandomResizedCrop, Tokenizer
+from dualenc.data import Augment, Preprocess, Tokenizer
 from dualenc.embedder import Embedder
 from dualenc.losses import clip_loss
 from dualenc.models import DualEncoder, ImageConfig, TextConfig
@@ -115,11 +115,11 @@ def tiny_embedder(seed: int, **config: Any) -> Embedder:
     return Embedder(model.eval(), tokenizer, preprocess)
 
 
-class Augment:
+class Shake:
     """A random transform that draws from torch's and from Python's generator."""
 
     def __init__(self, size: int = 8) -> None:
-        self.crop = RandomResizedCrop(size, scale=(0.3, 1.0))
+        self.crop = Augment(size, scale=(0.3, 1.0))
 
     def __call__(self, image: Tensor) -> Tensor:
         image = self.crop(image)

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dualenc.data.images import thumbnail
 from dualenc.data.pairs import decode_sample
 from dualenc.data.shards import DataError, ShardIndex
 
@@ -82,9 +83,23 @@ class BenchmarkSet:
         """The folder's name."""
         return self.path.resolve().name
 
-    def images(self, transform: Callable[[Tensor], Tensor], batch_size: int = 64, workers: int = 0) -> DataLoader:
-        """Batches (B, 3, S, S) uint8 of all images in order; a picture that cannot be decoded raises `DataError`."""
-        return DataLoader(_Images(self.index, transform), batch_size, num_workers=workers)  # type: ignore[arg-type]
+    def images(
+        self,
+        transform: Callable[[Tensor], Tensor],
+        rows: Sequence[int] | None = None,
+        batch_size: int = 64,
+        workers: int = 0,
+    ) -> DataLoader:
+        """Batches (B, 3, S, S) uint8 of all images in order, or of some.
+
+        A picture that cannot be decoded raises `DataError`.
+        """
+        rows = range(len(self)) if rows is None else rows
+        return DataLoader(_Images(self.index, transform, rows), batch_size, num_workers=workers)  # type: ignore[arg-type]
+
+    def thumbnail(self, i: int) -> bytes:
+        """Image i for a page; see `dualenc.data.images.thumbnail`."""
+        return thumbnail(decode_sample(self.index[i]))
 
     @cached_property
     def targets(self) -> Tensor:
@@ -135,14 +150,14 @@ class BenchmarkSet:
 
 
 class _Images(Dataset[Tensor]):
-    def __init__(self, index: ShardIndex, transform: Callable[[Tensor], Tensor]) -> None:
-        self.index, self.transform = index, transform
+    def __init__(self, index: ShardIndex, transform: Callable[[Tensor], Tensor], rows: Sequence[int]) -> None:
+        self.index, self.transform, self.rows = index, transform, rows
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.rows)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.transform(decode_sample(self.index[i])).contiguous()
+        return self.transform(decode_sample(self.index[self.rows[i]])).contiguous()
 
 
 def _text(path: Path) -> str:

@@ -126,14 +126,76 @@ def _channels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.dev
     return mean_std[0].to(device), mean_std[1].to(device)
 
 
-class RandomResizedCrop(transforms.RandomResizedCrop):
-    """The default augmentation: a crop of 90 to 100% of the area, resized by antialiased bicubic interpolation.
+class Augment(torch.nn.Module):
+    """The training transform: uint8 (3, H, W) to uint8 (3, size, size).
 
-    No flip: captions say "left of". This is what open_clip trains with.
+    By default what open_clip trains with, a crop resized by antialiased bicubic interpolation and nothing else: no
+    flip, since captions say "left of", and no colours, since they say "red".
+
+    Args:
+        size: output height and width in pixels.
+        scale: least and largest area of the crop as shares of the picture's. Above 1, the picture is first set on a
+            ground of the colour of its corners, and so shown smaller.
+        flip: share of the pictures that are mirrored.
+        rotate: largest angle in degrees, either way; what comes in from outside has the colour of the corners.
+        colour: brightness, contrast and saturation are multiplied by up to 1 + colour, and down to 1 - colour.
+        hue: largest shift of the hue, in turns of the colour wheel: up to 0.5.
+        grey: share of the pictures that lose their colour.
     """
 
-    def __init__(self, size: int, scale: tuple[float, float] = (0.9, 1.0)) -> None:
-        super().__init__(size, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True)
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float] = (0.9, 1.0),
+        flip: float = 0.0,
+        rotate: float = 0.0,
+        colour: float = 0.0,
+        hue: float = 0.0,
+        grey: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.margin = (max(1.0, scale[1]) ** 0.5 - 1) / 2  # on each side, so that the whole has the largest area
+        whole = (1 + 2 * self.margin) ** 2
+        self.rotate = rotate
+        self.crop = transforms.RandomResizedCrop(
+            size,
+            scale=(scale[0] / whole, scale[1] / whole),
+            interpolation=transforms.InterpolationMode.BICUBIC,
+            antialias=True,
+        )
+        self.look = transforms.Compose([
+            *([transforms.RandomHorizontalFlip(flip)] if flip else []),
+            *([transforms.ColorJitter(colour, colour, colour, hue)] if colour or hue else []),
+            *([transforms.RandomGrayscale(grey)] if grey else []),
+            torch.nn.Identity(),
+        ])  # fmt: skip
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 (3, H, W) of any size to uint8 (3, size, size)."""
+        if self.margin or self.rotate:
+            image = self._on_ground(image)
+        return self.look(self.crop(image))
+
+    def _on_ground(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        ground = image[:, :: max(1, height - 1), :: max(1, width - 1)].float().mean((1, 2)).round().tolist()
+        if self.margin:
+            x, y = round(self.margin * width), round(self.margin * height)
+            image = TF.pad(image, [x, y, x, y], fill=ground)
+        if self.rotate:
+            angle = float(torch.empty(()).uniform_(-self.rotate, self.rotate))
+            image = TF.rotate(image, angle, transforms.InterpolationMode.BILINEAR, fill=ground)
+        return image
+
+
+def thumbnail(image: Tensor, side: int = 160) -> bytes:
+    """A uint8 (3, H, W) picture as a JPEG that fits into a square of `side` pixels; a smaller one keeps its size."""
+    height, width = image.shape[-2:]
+    if max(height, width) > side:
+        size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
+        image = TF.resize(image, size, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True)
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return simplejpeg.encode_jpeg(pixels, quality=88, colorspace="RGB", colorsubsampling="444")
 
 
 def open_image(source: Any) -> Tensor:

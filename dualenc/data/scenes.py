@@ -1,12 +1,13 @@
-"""Synthetic scenes: coloured shapes at places, and sentences that say what is there.
+"""Synthetic scenes: coloured shapes of a size at places, and sentences that say what is there.
 
-A data set that can be made anywhere in seconds, hard enough that a model has to bind colours to shapes and understand
-where things are, and easy enough to learn on two CPU cores.
+A data set that can be made anywhere in seconds, easy enough to learn on two CPU cores, and hard enough to tell
+something: a model has to bind colours to shapes and understand where things are, and it is asked for pairs of colour
+and shape that never stand in the training data. A caption leaves out what its writer did not think of, as people's do.
 """
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +19,15 @@ from webdataset.writer import TarWriter
 from dualenc.data.plan import stream
 
 COLOURS = {
-    "red": (214, 40, 40), "orange": (247, 127, 0), "yellow": (250, 210, 30), "green": (40, 150, 70),
+    "red": (214, 40, 40), "brown": (140, 85, 45), "yellow": (250, 210, 30), "green": (40, 150, 70),
     "blue": (40, 90, 200), "purple": (130, 60, 170), "pink": (250, 140, 190), "black": (20, 20, 20),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIDES = ("left", "right", "top", "bottom")
+NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+# Never in a training scene: one of each colour's six, and no shape misses more than two of its eight.
+UNSEEN = tuple(f"{colour} {SHAPES[(i * 5 + 3) % 6]}" for i, colour in enumerate(COLOURS))
+SEEN = tuple(name for name in NAMES if name not in UNSEEN)
+SIZES = {"small": (0.13, 0.17), "big": (0.21, 0.26)}  # radius as a share of the picture's side
 TEMPLATES = ("a {c}.", "a picture of a {c}.", "there is a {c} in the scene.")
 
 
@@ -31,6 +36,7 @@ class Thing(NamedTuple):
 
     colour: str
     shape: str
+    size: str
     x: float
     y: float
     radius: float
@@ -49,24 +55,28 @@ class Scene(NamedTuple):
     things: tuple[Thing, ...]
 
 
-def draw_scene(rng: np.random.Generator, things: int = 2, size: int = 64) -> Scene:
-    """A scene of one or two things of different names, apart from each other."""
+def draw_scene(rng: np.random.Generator, names: Sequence[str] = NAMES, things: int = 2, pixels: int = 64) -> Scene:
+    """A scene of one or two things of different names out of `names`, apart from each other."""
     while True:  # both anew: beside a thing in the middle there is no room for another
-        placed = [_thing(rng) for _ in range(things)]
-        apart = all(max(abs(a.x - b.x), abs(a.y - b.y)) > 0.42 for a, b in pairwise(placed))
+        placed = [_thing(rng, names) for _ in range(things)]
+        apart = all(max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius for a, b in pairwise(placed))
         if apart and len({thing.name for thing in placed}) == things:
             break
     scale = 4  # drawn large and made small: smooth edges
     ground = tuple(int(v) for v in rng.integers(200, 256, 3))
-    image = Image.new("RGB", (size * scale, size * scale), ground)
+    image = Image.new("RGB", (pixels * scale, pixels * scale), ground)
     for thing in placed:
-        _draw(ImageDraw.Draw(image), thing, size * scale, ground)
-    return Scene(image.resize((size, size), Image.Resampling.LANCZOS), _caption(rng, placed), tuple(placed))
+        _draw(ImageDraw.Draw(image), thing, pixels * scale, ground)
+    image = image.resize((pixels, pixels), Image.Resampling.LANCZOS)
+    return Scene(image, _caption(rng, placed), tuple(placed))
 
 
-def _thing(rng: np.random.Generator) -> Thing:
-    x, y = rng.uniform(0.2, 0.8, 2)
-    return Thing(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), x, y, rng.uniform(0.12, 0.2))
+def _thing(rng: np.random.Generator, names: Sequence[str]) -> Thing:
+    colour, shape = names[rng.integers(len(names))].split()
+    size = tuple(SIZES)[rng.integers(2)]
+    radius = rng.uniform(*SIZES[size])
+    x, y = rng.uniform(radius, 1 - radius, 2)
+    return Thing(colour, shape, size, x, y, radius)
 
 
 def _draw(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, ground: tuple[int, ...]) -> None:
@@ -77,7 +87,8 @@ def _draw(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, ground: tuple[in
         case "circle":
             canvas.ellipse(box, fill=fill)
         case "square":
-            canvas.rectangle(box, fill=fill)
+            s = r * 0.88  # as much paint as the circle, so that not the area tells them apart
+            canvas.rectangle((x - s, y - s, x + s, y + s), fill=fill)
         case "triangle":
             canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=fill)
         case "cross":
@@ -93,31 +104,41 @@ def _draw(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, ground: tuple[in
 
 
 def _caption(rng: np.random.Generator, things: list[Thing]) -> str:
+    """One of many ways to say it; a size, a place, a relation, now and then a colour or a shape is left out."""
+
+    def one_of(*ways: str) -> str:
+        return ways[rng.integers(len(ways))]
+
     def said(thing: Thing) -> str:
-        size = "big " if thing.radius > 0.17 else "small " if thing.radius < 0.15 else ""
-        return f"a {size if rng.random() < 0.5 else ''}{thing.name}"
+        size = f"{thing.size} " if rng.random() < 0.5 else ""
+        missing = rng.random()
+        if missing < 0.05:
+            return f"a {size}{thing.shape}"
+        if missing < 0.10:
+            return f"something {size}{thing.colour}"
+        return f"a {size}{thing.name}"
 
     if len(things) == 1:
-        thing = things[0]
-        offset = {"left": -thing.x, "right": thing.x - 1, "top": -thing.y, "bottom": thing.y - 1}
-        side = max(offset, key=lambda name: offset[name])
-        place = ("", f" at the {side}", f" near the {side}")[rng.integers(3)]
-        start = ("", "a picture of ", "there is ")[rng.integers(3)]
-        return f"{start}{said(thing)}{place}"
+        (thing,) = things
+        vertical = "top" if thing.y < 0.4 else "bottom" if thing.y > 0.6 else ""
+        sideways = "left" if thing.x < 0.4 else "right" if thing.x > 0.6 else ""
+        place = f"{vertical} {sideways}".strip() or "middle"
+        ways = ("", "", f" at the {place}", f" in the {place} of the picture", f", {place}")
+        return f"{one_of('', 'a picture of ', 'there is ', 'only ')}{said(thing)}{one_of(*ways)}"
     a, b = things if rng.random() < 0.5 else things[::-1]
-    if rng.random() < 0.25:
-        return f"{said(a)} and {said(b)}"
     if abs(a.x - b.x) > abs(a.y - b.y):
-        relation = "left of" if a.x < b.x else "right of"
+        relation = one_of("left of", "to the left of") if a.x < b.x else one_of("right of", "to the right of")
     else:
-        relation = "above" if a.y < b.y else "below"
-    return f"{said(a)} {relation} {said(b)}"
+        relation = one_of("above", "over") if a.y < b.y else one_of("below", "under")
+    if rng.random() < 0.3:
+        return f"{said(a)} {one_of('and', 'with', 'beside')} {said(b)}"
+    return f"{one_of('', 'there is ', 'a picture of ')}{said(a)} {relation} {said(b)}"
 
 
 def _scenes(seed: int, part: int, count: int) -> Iterator[Scene]:
     for i in range(count):
         rng = np.random.Generator(stream(seed, part, i))
-        yield draw_scene(rng, things=1 + int(rng.random() < 0.5))
+        yield draw_scene(rng, SEEN, things=1 + int(rng.random() < 0.5))
 
 
 def write_scenes(
@@ -127,7 +148,8 @@ def write_scenes(
 
     Args:
         folder: gets `train-000000.tar` ..., and in the layout of CLIP_benchmark `retrieval/` (held-out scenes) and
-            `zeroshot/` (one thing each, classified by colour and shape: 48 classes).
+            `zeroshot_seen/` and `zeroshot_unseen/`: one thing each, of a pair of colour and shape that the training
+            scenes have or have not, to be found among all 48 pairs.
         train: number of training pairs.
         held_out: number of scenes in each evaluation set.
         shard: samples in a training shard.
@@ -146,14 +168,15 @@ def write_scenes(
             tar.write({"__key__": f"{i:07d}", "png": _png(scene.image), "txt": scene.caption.encode()})
     (folder / "retrieval" / "dataset_type.txt").write_text("retrieval\n")
 
-    names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    with TarWriter(str(_split(folder / "zeroshot")), mtime=0) as tar:
-        for i in range(held_out):
-            scene = draw_scene(np.random.Generator(stream(seed, 2, i)), things=1)
-            label = names.index(scene.things[0].name)
-            tar.write({"__key__": f"{i:07d}", "png": _png(scene.image), "cls": str(label).encode()})
-    (folder / "zeroshot" / "classnames.txt").write_text("\n".join(names) + "\n")
-    (folder / "zeroshot" / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    for part, (kind, names) in enumerate((("seen", SEEN), ("unseen", UNSEEN)), 2):
+        name = f"zeroshot_{kind}"
+        with TarWriter(str(_split(folder / name)), mtime=0) as tar:
+            for i in range(held_out):
+                scene = draw_scene(np.random.Generator(stream(seed, part, i)), names, things=1)
+                label = NAMES.index(scene.things[0].name)
+                tar.write({"__key__": f"{i:07d}", "png": _png(scene.image), "cls": str(label).encode()})
+        (folder / name / "classnames.txt").write_text("\n".join(NAMES) + "\n")
+        (folder / name / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
 
 
 def _split(folder: Path) -> Path:

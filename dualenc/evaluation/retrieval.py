@@ -5,8 +5,11 @@ fp32 product decides every comparison that its rounding error cannot turn; the f
 that error are computed again in float64. A tie, which is a difference below 1e-12, counts against the query.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +18,25 @@ from torch.nn.utils.rnn import pad_sequence
 from dualenc.evaluation.bootstrap import bootstrap_mean
 
 TIE = 1e-12  # in units of the score; float64 rounding of a product of unit vectors is below 1e-13
+
+
+class Scores(NamedTuple):
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]  # 95% bootstrap, of the metrics that have one
+    chance: dict[str, float]  # expected of an order drawn at random
+    ranks: dict[str, Tensor]  # 0-based rank of the right answer, by what was asked: "text", "image"
+
+
+class Answer(NamedTuple):
+    """One query with what came first."""
+
+    query: int
+    rank: int  # of the best positive, 0-based
+    best: list[int]  # candidates, the highest score first
+    scores: list[float]  # of these
+    right: list[int]  # the positives, the highest score first
 
 
 def match_ranks(queries: Tensor, candidates: Tensor, positives: Tensor, *, chunk: int = 4096) -> Tensor:
@@ -63,8 +85,8 @@ def recall_at(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor
 
 def retrieval_metrics(
     image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = (1, 5, 10), *, replicates: int = 1000
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Metrics of a retrieval set by the names of CLIP_benchmark, and 95% bootstrap intervals over its images.
+) -> Scores:
+    """Metrics of a retrieval set by the names of CLIP_benchmark, with 95% bootstrap intervals over its images.
 
     Args:
         image: (I, E) of unit length.
@@ -81,23 +103,71 @@ def retrieval_metrics(
     by_text, by_image = retrieval_ranks(image, text, image_of_text)
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
+    chance: dict[str, float] = {}
     image_of_text = image_of_text.cpu()
-    own = torch.arange(len(image))
+    images, texts = len(image), len(text)
+    own = Counter(torch.bincount(image_of_text).tolist())
     for direction, ranks, owner, others in (
-        ("image_retrieval", by_text, image_of_text, len(image)),
-        ("text_retrieval", by_image, own, len(text)),
+        ("image_retrieval", by_text, image_of_text, images),
+        ("text_retrieval", by_image, torch.arange(images), texts),
     ):
         for k in (k for k in ks if k <= others):
             name = f"{direction}_recall@{k}"
             metrics[name] = recall_at(ranks, (k,))[f"recall@{k}"].item()
             if replicates:
                 intervals[name] = bootstrap_mean((ranks < k).double(), owner, replicates=replicates)
+            if direction == "image_retrieval":
+                chance[name] = k / images
+            else:  # one less the share of draws of k texts that miss all of the image's own
+                missed = (many * math.comb(texts - n, k) / math.comb(texts, k) for n, many in own.items())
+                chance[name] = 1 - sum(missed) / images
     metrics["mean_recall@1"] = ((by_text < 1).double().mean() + (by_image < 1).double().mean()).item() / 2
     metrics["median_rank"] = (by_text.double().quantile(0.5) + 1).item()
     metrics["mrr"] = (1 / (by_text.double() + 1)).mean().item()
     if replicates:
         intervals["mrr"] = bootstrap_mean(1 / (by_text.double() + 1), image_of_text, replicates=replicates)
-    return metrics, intervals
+    chance["mean_recall@1"] = 1 / images  # both ways: an image has T / I of the T texts, in the mean
+    chance["median_rank"] = (images + 1) / 2
+    chance["mrr"] = sum(1 / rank for rank in range(1, images + 1)) / images
+    return Scores(metrics, intervals, chance, {"text": by_text, "image": by_image})
+
+
+def retrieval_answers(
+    image: Tensor, text: Tensor, image_of_text: Tensor, ranks: dict[str, Tensor], count: int = 4, k: int = 5
+) -> dict[str, list[Answer]]:
+    """Some queries of each direction, right and wrong ones, drawn blindly, with their first candidates.
+
+    Args:
+        image: (I, E).
+        text: (T, E).
+        image_of_text: (T,) the image that each text belongs to.
+        ranks: by "text" and by "image", as `retrieval_metrics` found them.
+        count: how many right and how many wrong ones of each direction.
+        k: candidates of each.
+
+    Returns:
+        By "text" (which look for an image) and by "image": the answers, right ones first. The draw is the same for the
+        same number of right and wrong ones.
+    """
+    image_of_text = image_of_text.cpu()
+    found = {}
+    for asked, queries, candidates in (("text", text, image), ("image", image, text)):
+        chosen: list[int] = []
+        for kind in (ranks[asked] == 0, ranks[asked] > 0):
+            rows = torch.nonzero(kind)[:, 0]
+            chosen += rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]].tolist()
+        found[asked] = []
+        for query in chosen:
+            scores = (candidates.float() @ queries[query].float()).cpu()
+            texts = torch.nonzero(image_of_text == query)[:, 0].tolist()
+            own = [int(image_of_text[query])] if asked == "text" else texts
+            # Among equal scores the wrong ones stand first, as the rank has it.
+            behind = torch.zeros(len(scores)).index_fill_(0, torch.tensor(own), 1.0)
+            order = torch.argsort(behind, stable=True)
+            best = order[torch.argsort(scores[order], descending=True, stable=True)][:k].tolist()
+            right = sorted(own, key=lambda i: -float(scores[i]))
+            found[asked].append(Answer(query, int(ranks[asked][query]), best, scores[best].tolist(), right))
+    return found
 
 
 def _ranks(

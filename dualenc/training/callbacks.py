@@ -13,14 +13,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from dualenc.data import BenchmarkSet, DataError
-from dualenc.embedder import Embedder
+from dualenc.data.images import thumbnail
+from dualenc.data.pairs import captions_of, decode_sample
+from dualenc.embedder import Embedder, SetEmbeddings, score, score_retrieval
+from dualenc.report import Section, write_report
 from dualenc.training.contrastive import ContrastiveTask, say
 
 
@@ -74,19 +80,23 @@ def embedder_of(trainer: Trainer, task: ContrastiveTask) -> Embedder:
 
 
 class Evaluation(Callback):
-    """Zero-shot classification and retrieval on evaluation sets after each validation.
+    """Zero-shot classification and retrieval on evaluation sets during training.
 
     Args:
         data: folders in the layout of CLIP_benchmark.
-        workers: processes that decode.
+        every_n_epochs: measure at the end of every so many epochs; 0 for never.
+        every_n_steps: measure after every so many steps, too; 0 for never.
+        workers: processes a rank that decode.
 
-    The numbers are those of `dualenc zeroshot` and `dualenc retrieval`, logged as `SET/METRIC`. They are computed on
-    the first rank while the others wait.
+    The numbers are those of `dualenc zeroshot` and `dualenc retrieval`, logged as `SET/METRIC`. Each rank embeds its
+    share of a set's images and texts. `dualenc validate` and `test` measure the sets as well.
     """
 
-    def __init__(self, data: Sequence[str], workers: int = 0) -> None:
+    def __init__(self, data: Sequence[str], every_n_epochs: int = 1, every_n_steps: int = 0, workers: int = 0) -> None:
         self.folders, self.workers = list(data), workers
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.sets: list[BenchmarkSet] = []
+        self.sections: list[Section] = []  # of the last measurement, on the first rank
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Opens the sets, so that a wrong one stops the run before it begins."""
@@ -95,35 +105,82 @@ class Evaluation(Callback):
         if twice := {name for name in names if names.count(name) > 1}:
             raise DataError(f"two evaluation sets are called {twice.pop()!r}: their numbers would be mixed up")
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures, beside the held-out pairs."""
-        if not trainer.sanity_checking:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures, if it is time by the number of steps."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures, where no pairs are held out and so no validation runs."""
-        if not trainer.enable_validation:
-            assert isinstance(pl_module, ContrastiveTask)
-            pl_module.pause_clock()
+        """Measures, if it is time by the number of epochs, and this step has not been measured."""
+        done = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0 and not done:
             self._measure(trainer, pl_module)
-            pl_module.start_clock()
 
-    on_test_epoch_end = on_validation_epoch_end
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures, where this is no part of training."""
+        if trainer.state.fn == "validate":
+            self._measure(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures."""
+        self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ContrastiveTask)
-        results: Any = None
-        if trainer.is_global_zero:
-            embedder = embedder_of(trainer, pl_module)
+        pl_module.pause_clock()
+        embedder = embedder_of(trainer, pl_module)
+        rank, world = trainer.global_rank, trainer.world_size
+        sections, error = [], ""
+        for data in self.sets:
+            embedded: SetEmbeddings | None = None
             try:
-                results = [embedder.evaluate(data, self.workers) for data in self.sets]
-            except ValueError as error:
-                results = str(error)
-        results = trainer.strategy.broadcast(results)  # to every rank, so that all decide alike
-        if isinstance(results, str):
-            raise DataError(results)
-        for result in results:
-            pl_module.publish({f"{result['dataset']}/{name}": value for name, value in result["metrics"].items()})
+                embedded = embedder.embed_set(data, self.workers, rank=rank, world=world)
+            except ValueError as raised:
+                error = str(raised)
+            _raise_together(error, world)  # or the others would wait for this one's embeddings
+            assert embedded is not None
+            texts = len(data.captions[0] if data.kind == "retrieval" else data.classnames)
+            whole = SetEmbeddings(
+                _whole(embedded.image, len(data), pl_module, world), _whole(embedded.text, texts, pl_module, world)
+            )
+            if trainer.is_global_zero:
+                try:
+                    sections.append(score(data, whole, embedder.name))
+                except ValueError as raised:
+                    error = str(raised)
+            _raise_together(error, world)
+        self.sections = sections
+        metrics = {
+            f"{section.result['dataset']}/{name}": value
+            for section in sections
+            for name, value in section.result["metrics"].items()
+        }
+        pl_module.publish(trainer.strategy.broadcast(metrics))
+        pl_module.start_clock()
+
+
+def _raise_together(error: str, world: int) -> None:
+    """Stops all ranks where one has failed."""
+    errors: list[Any] = [error]
+    if world > 1:
+        errors = [""] * world
+        dist.all_gather_object(errors, error)
+    if found := next(filter(None, errors), None):
+        raise DataError(found)
+
+
+def _whole(part: Tensor, count: int, task: LightningModule, world: int) -> Tensor:
+    """The ranks' parts (n, E) of `count` rows put together, on the CPU; the parts are those of `np.array_split`."""
+    if world == 1:
+        return part
+    sizes = [len(share) for share in np.array_split(np.arange(count), world)]
+    padded = part.new_zeros(max(sizes), part.shape[1])
+    padded[: len(part)] = part
+    gathered = task.all_gather(padded.to(task.device))
+    assert isinstance(gathered, Tensor)  # (W, n, E)
+    return torch.cat([rows[:size] for rows, size in zip(gathered.cpu(), sizes)])
 
 
 class RunDirectory(Checkpoint):
@@ -177,24 +234,33 @@ class RunDirectory(Checkpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_best(trainer, pl_module)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes `best/` if the metric has improved."""
+        self._save_best(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the checkpoint."""
-        if not trainer.enable_validation:
-            self._save_best(trainer, pl_module)
+        """Writes `best/` if the metric has improved, and the checkpoint."""
+        self._save_best(trainer, pl_module)
         trainer.save_checkpoint(self.root / "checkpoints" / "last.ckpt")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes `last/`."""
+        """Writes `last/` and the report."""
         self._save(trainer, pl_module, "last")
         if trainer.is_global_zero:
             self._record(trainer)
+            self._report(trainer, pl_module)
             found = self.best_value > -float("inf")
             best = (
                 f"best/ has {self.monitor} {self.best_value:.4g}"
                 if found
                 else f"no best/: no {self.monitor} was measured"
             )
-            say(f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}; {best}")
+            say(
+                f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}; {best}; "
+                f"report: {self.root / 'report.html'}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
@@ -218,6 +284,41 @@ class RunDirectory(Checkpoint):
         if value is not None and float(value) > self.best_value:
             self.best_value = float(value)
             self._save(trainer, pl_module, "best")
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """`report.html`: the curves, and the last measurement of everything that was measured."""
+        assert isinstance(pl_module, ContrastiveTask)
+        record = json.loads((self.root / "run.json").read_text("utf-8"))
+        sections = [
+            section for callback in trainer.callbacks if isinstance(callback, Evaluation)  # type: ignore[attr-defined]
+            for section in callback.sections
+        ]  # fmt: skip
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if pl_module.held_out is not None:
+            index, source = data.val_index, data.captions
+            captions = [captions_of(sample, source)[0] for sample in index]
+            owner = torch.arange(len(captions))
+            sections.append(
+                score_retrieval(
+                    "held-out pairs", *pl_module.held_out, captions, owner,
+                    picture=lambda i: thumbnail(decode_sample(index[i])), model=str(self.root),
+                )
+            )  # fmt: skip
+        config = pl_module.model.config
+        minutes, seconds = divmod(round(record["seconds"]), 60)
+        about = {
+            "model": self.root,
+            "image tower": f"{config.image.name} {config.image.overrides or ''} at {config.image.img_size} pixels",
+            "text tower": f"{config.text.layers} layers of width {config.text.width}, "
+            f"{config.text.vocab_size:,} entries, up to {config.text.context_length} tokens",
+            "parameters": f"{sum(p.numel() for p in pl_module.model.parameters()) / 1e6:.1f} M",
+            "data": " ".join([data.train_shards] if isinstance(data.train_shards, str) else data.train_shards),
+            "pairs": f"{record['train_pairs']:,} to train on, {record['held_out_pairs']:,} held out; "
+            f"fingerprint {record['fingerprint']}",
+            "training": f"{record['step']:,} steps, {record['samples_seen']:,} samples seen in {minutes} min "
+            f"{seconds} s on {record['ranks']} x {record['device']}",
+        }
+        write_report(self.root, f"Training of {self.root.name}", sections, about, self.root / "metrics.csv")
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         assert isinstance(pl_module, ContrastiveTask)

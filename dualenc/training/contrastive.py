@@ -16,9 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import Pairs, Preprocess
 from dualenc.data.plan import draw
+from dualenc.evaluation import retrieval_metrics
 from dualenc.losses import clip_loss
 from dualenc.models import DualEncoder, Embeddings, ImageConfig, TextConfig
-from dualenc.training.metrics import PairRetrieval
+from dualenc.training.metrics import PairEmbeddings
 from dualenc.training.optim import WarmupCosine, parameter_groups
 
 
@@ -90,7 +91,8 @@ class ContrastiveTask(LightningModule):
         self.text_config = text
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
         self.pretrained, self.seed = pretrained, seed
-        self.retrieval = PairRetrieval()
+        self._held_out = PairEmbeddings()
+        self.held_out: tuple[Tensor, Tensor] | None = None  # embeddings of the last validation, on the first rank
         # Since the last log: loss on the device; steps, samples, real tokens and tokens if padded on the host.
         self._loss: Tensor | float = 0.0
         self._counts = [0, 0, 0, 0]
@@ -231,24 +233,35 @@ class ContrastiveTask(LightningModule):
         for name, value in metrics.items():
             self.trainer.callback_metrics[name] = torch.tensor(value)
             if name in bar:
-                short = name.partition("/")[2].replace("samples_per_second", "samples/s").replace("mean_recall", "R")
+                short = name.removeprefix("train/").replace("samples_per_second", "samples/s")
                 self.trainer.progress_bar_metrics[short] = value
 
     def on_validation_epoch_start(self) -> None:
         """Starts anew."""
-        self.retrieval.reset()
+        self._held_out.reset()
 
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
         """Embeds held-out pairs."""
         out = self._embed(batch)
-        self.retrieval.update(out.image, out.text)
+        self._held_out.update(out.image, out.text, batch.rows)
 
     def on_validation_epoch_end(self) -> None:
-        """Retrieval among all held-out pairs of all ranks."""
-        metrics = self.retrieval.compute()
+        """Loss and retrieval among all held-out pairs of all ranks, whatever the batch they came in.
+
+        The loss compares all of them with all: of 1,000 pairs it is that of a batch of 1,000.
+        """
+        image, text = self._held_out.compute()
+        metrics: dict[str, float] = {}
+        if self.trainer.is_global_zero:
+            metrics["loss"] = float(self.loss(image, text, *self.model.logits()))
+            own = torch.arange(len(image), device=image.device)
+            metrics |= retrieval_metrics(image, text, own, replicates=0).metrics
+            self.held_out = image.cpu(), text.cpu()
+        metrics = self.trainer.strategy.broadcast(metrics)
         if not self.trainer.sanity_checking:
             stage = "test" if self.trainer.testing else "val"
-            self.publish({f"{stage}/{name}": value for name, value in metrics.items()}, bar=("val/mean_recall@1",))
+            bar = ("val/loss", "val/mean_recall@1")
+            self.publish({f"{stage}/{name}": value for name, value in metrics.items()}, bar=bar)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

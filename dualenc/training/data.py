@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from dualenc.data import DataError, PairDataset, PairLoader, Pairs, Preprocess, RandomResizedCrop, ShardIndex, Tokenizer
+from dualenc.data import Augment, DataError, PairDataset, PairLoader, Pairs, Preprocess, ShardIndex, Tokenizer
 from dualenc.data.pairs import captions_of, only_pairs
 from dualenc.models import TextConfig
 from dualenc.training.contrastive import say
@@ -48,7 +48,7 @@ class PairData(LightningDataModule):
         tokenizer: str | None = None,
         batch_size: int = 256,
         window: int = 64,
-        augment: Callable[[int], nn.Module] = RandomResizedCrop,
+        augment: Callable[[int], nn.Module] = Augment,
         workers: int = 2,
         seed: int = 0,
     ) -> None:

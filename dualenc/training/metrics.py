@@ -6,27 +6,28 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dualenc.evaluation import retrieval_metrics
 
-
-class PairRetrieval(Metric):
-    """Retrieval among held-out pairs, one caption an image; see `retrieval_metrics`."""
+class PairEmbeddings(Metric):
+    """Embeddings of held-out pairs, from all ranks, in the order of the index."""
 
     full_state_update = False
     image: list[Tensor]
     text: list[Tensor]
+    rows: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("image", default=[], dist_reduce_fx="cat")
-        self.add_state("text", default=[], dist_reduce_fx="cat")
+        for name in ("image", "text", "rows"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, image: Tensor, text: Tensor) -> None:
-        """Takes (B, E) embeddings of pairs."""
+    def update(self, image: Tensor, text: Tensor, rows: Tensor) -> None:
+        """Takes (B, E) embeddings of pairs and their numbers (B,) in the index."""
         self.image.append(image.float())
         self.text.append(text.float())
+        self.rows.append(rows.to(image.device))
 
-    def compute(self) -> dict[str, float]:
-        """The metrics over all pairs of all ranks."""
-        image, text = (torch.cat(x) if isinstance(x, list) else x for x in (self.image, self.text))
-        return retrieval_metrics(image, text, torch.arange(len(image), device=image.device), replicates=0)[0]
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """(N, E) embeddings of images and of texts."""
+        image, text, rows = (torch.cat(x) if isinstance(x, list) else x for x in (self.image, self.text, self.rows))
+        order = torch.argsort(rows)
+        return image[order], text[order]

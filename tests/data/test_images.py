@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2 as transforms
 
 import dualenc.data.images as images_module
-from dualenc.data import ImageError, Preprocess, RandomResizedCrop, decode_image
+from dualenc.data import Augment, ImageError, Preprocess, decode_image
 from dualenc.data.images import open_image, to_tensor
 
 
@@ -279,7 +279,7 @@ def test_normalize_equals_torchvision(seed):
 
 def test_random_resized_crop_depends_on_the_generator_alone(seed):
     image = to_tensor(Image.fromarray(smooth(np.random.default_rng(seed), 40, 50)))
-    crop = RandomResizedCrop(16)
+    crop = Augment(16)
     torch.manual_seed(seed)
     first = [crop(image) for _ in range(8)]
     torch.manual_seed(seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Augment, encode, pixels, tiny_tokenizer, write_shards, write_tar
+from helpers import Shake, encode, pixels, tiny_tokenizer, write_shards, write_tar
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ def prints(batch):
 
 def make(index, batch, *, seed=0, captions="json.captions", transform=None, dataset_seed=None, **options):
     dataset = PairDataset(
-        index, captions, TOKENIZER, transform or Augment(), seed if dataset_seed is None else dataset_seed
+        index, captions, TOKENIZER, transform or Shake(), seed if dataset_seed is None else dataset_seed
     )
     return PairLoader(dataset, batch, seed=seed, window=options.pop("window", 2), **options)
 
@@ -140,7 +140,7 @@ def test_augmentation_is_keyed_by_seed_epoch_and_place(folders, seed):
     index = folders([6])
 
     def pictures(seed, epoch, place):
-        dataset = PairDataset(index, "json.captions", TOKENIZER, Augment(), seed)
+        dataset = PairDataset(index, "json.captions", TOKENIZER, Shake(), seed)
         return [picture for picture, *_ in prints(dataset[epoch, place, np.full(12, 2)])]
 
     base = pictures(seed, 3, 10)
