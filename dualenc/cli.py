@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import docstring_parser
 from jsonargparse import ArgumentParser
@@ -88,7 +88,99 @@ def demo(out: Path = Path("demo")) -> None:
     run(out, _config_folder() / "smoke.yaml", _trainer_command)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (demo, configs, zeroshot, retrieval)}
+def make_shards(
+    source: Path,
+    out: Path,
+    images: Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    templates: list[str] | None = None,
+    val: float = 0.0,
+    samples: int = 1000,
+    seed: int = 0,
+    workers: int = 2,
+) -> None:
+    """Writes shards from a caption table, COCO captions, Flickr token files or class folders.
+
+    Args:
+        source: table (.csv, .tsv, .jsonl, .parquet), COCO's captions .json, token file of Flickr8k or Flickr30k, a
+            folder with one of these, or a folder with a folder of images for each class.
+        out: new folder for train-000000.tar ... and summary.json; the same command again continues a stopped one.
+        images: folder that the image names start from; absent, looked for beside the table.
+        image_column: of a table; absent, guessed.
+        caption_column: of a table; absent, guessed.
+        templates: captions of class folders, with {c} for the name, as a list '["a photo of a {c}.", ...]'.
+        val: share of the samples to hold out, by image content, as an evaluation set in OUT/val.
+        samples: in a shard.
+        seed: of the order.
+        workers: processes that read and decode.
+    """
+    from functools import partial
+
+    from rich.progress import track
+
+    from dualenc.data.convert import make_shards
+
+    summary = make_shards(
+        source,
+        out,
+        images=images,
+        image_column=image_column,
+        caption_column=caption_column,
+        templates=templates,
+        val=val,
+        samples=samples,
+        seed=seed,
+        workers=workers,
+        track=partial(track, description="pictures", transient=True, disable=not sys.stderr.isatty()),
+    )
+    print("\n".join(summary.lines()))
+
+
+def tokenizer(
+    shards: list[str],
+    out: Path,
+    captions: str = "txt",
+    kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece",
+    vocab_size: int = 30_000,
+) -> None:
+    """Trains a vocabulary on the captions of shards, and says how long they are in its tokens.
+
+    Args:
+        shards: paths, globs, brace patterns or folders.
+        out: file to write, a .json.
+        captions: "txt", or "json.FIELD" for a field of the .json that may list several.
+        kind: "wordpiece" as BERT has it, "bpe" on bytes as GPT-2 has it, or "unigram" as SentencePiece has it.
+        vocab_size: the most entries.
+    """
+    import numpy as np
+
+    from dualenc import ShardIndex, Tokenizer
+    from dualenc.data.pairs import captions_of, only_pairs
+
+    if out.suffix != ".json":
+        raise UsageError(f"{out} must be a .json file")
+    index, left_out = only_pairs(ShardIndex.build(shards), captions)
+    texts = [caption for sample in index for caption in captions_of(sample, captions)]
+    made = Tokenizer.train(texts, vocab_size, sys.maxsize, kind)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made.save(out)
+    lengths = np.diff(made(texts).offsets.numpy())
+    most, nearly, mean = lengths.max(), int(np.quantile(lengths, 0.99, method="higher")), lengths.mean()
+    if left_out:
+        print(f"{len(left_out):,} samples have no image or no caption and were left out")
+    print(
+        f"{out}: {made.vocab_size:,} entries from {len(texts):,} captions, which take {mean:.1f} tokens in the mean, "
+        f"99% of them at most {nearly}, the longest {most}\n"
+        f"next: dualenc fit --config run.yaml --data.tokenizer {out} --model.text.vocab_size {made.vocab_size} "
+        f"--model.text.context_length {nearly}"
+    )
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (demo, configs, make_shards, tokenizer, zeroshot, retrieval)
+}
 
 
 _TITLES = {"zeroshot": "Zero-shot classification", "retrieval": "Retrieval"}
@@ -288,7 +380,7 @@ def _run(arguments: list[str]) -> None:
 def _function_parser(function: Callable[..., None]) -> ArgumentParser:
     """Required parameters and the first one are positional, a list takes one or more; the others are options."""
     text = docstring_parser.parse(function.__doc__ or "")
-    parser = _Parser(prog=f"dualenc {function.__name__}", description=text.short_description)
+    parser = _Parser(prog=f"dualenc {function.__name__.replace('_', '-')}", description=text.short_description)
     help_of = {item.arg_name: item.description for item in text.params}
     positional = set()
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import dualenc
 from dualenc import BenchmarkSet, DataError, ModelError, Preprocess, ShardIndex
 from dualenc.data import ImageError, PairDataset, PairLoader, decode_image
-from dualenc.embedder import FILES, Embedder, load
+from dualenc.embedder import FILES, Embedder, load, score
 
 TEXTS = ["a cat", "", "two hats and boats", "the red dog sits on a blue mat under the green tree", "dog", "a", "a dog"]
 
@@ -445,6 +445,72 @@ def test_evaluate(embedder, tmp_path, seed, kind):
     assert set(result["intervals"]) <= expected
     assert all(low <= high for low, high in result["intervals"].values())
     assert embedder.evaluate(BenchmarkSet.open(folder))["metrics"] == result["metrics"]
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "retrieval"])
+def test_the_parts_of_the_ranks_are_the_whole(embedder, tmp_path, seed, kind):
+    """In order, as equal as can be; more ranks than images or classes leave some with nothing."""
+    data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(2, 2), classes=3))
+    whole = embedder.embed_set(data)
+    texts = len(data.captions[0]) if kind == "retrieval" else 3
+    assert (whole.image.shape, whole.text.shape) == ((4, 8), (texts, 8))
+    images = embedder.embed_images([decode_image(sample.read("jpg")) for sample in data.index])
+    assert (whole.image - images).abs().max() < 1e-6
+    if kind == "retrieval":
+        text = embedder.embed_texts(data.captions[0])
+    else:
+        text = dualenc.zero_shot_classifier(embedder, data.classnames, data.templates)
+    assert (whole.text - text).abs().max() < 1e-6
+    assert (whole.image[0] - whole.image[1]).abs().max() > 1e-3  # the control: rows differ
+    assert (whole.text[0] - whole.text[1]).abs().max() > 1e-3
+    for world in range(1, 6):
+        parts = [embedder.embed_set(data, rank=rank, world=world) for rank in range(world)]
+        for part in parts:
+            assert part.image.dtype == part.text.dtype == torch.float32
+            assert part.image.shape[1] == part.text.shape[1] == 8
+        for mine, every in ((0, whole.image), (1, whole.text)):
+            sizes = [len(part[mine]) for part in parts]
+            assert max(sizes) - min(sizes) <= 1
+            assert (torch.cat([part[mine] for part in parts]) - every).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "retrieval"])
+def test_evaluate_is_score_of_embed_set(embedder, tmp_path, seed, kind):
+    data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(9, 5)))
+    section = score(data, embedder.embed_set(data), embedder.name)
+    assert section.result == embedder.evaluate(data)
+    assert set(section.result["chance"]) == set(section.result["metrics"])
+    assert section.result["model"] == embedder.name
+    image, text = embedder.embed_set(data)
+    findings = section.findings
+    if kind == "classification":
+        right = (findings.predicted == findings.truth).mean()
+        assert right == pytest.approx(section.result["metrics"]["acc1"])
+        assert findings.truth.tolist() == data.targets.tolist()
+        assert findings.predicted.tolist() == (image @ text.T).argmax(1).tolist()
+    elif kind == "multilabel":
+        assert findings.counts.tolist() == data.targets.sum(0).tolist()
+        assert findings.precision.mean() == pytest.approx(section.result["metrics"]["mean_average_precision"])
+    else:
+        assert findings.captions == data.captions[0]
+        right = {asked: [a.rank for a in answers if a.rank == 0] for asked, answers in findings.answers.items()}
+        recall = section.result["metrics"]["image_retrieval_recall@1"]
+        assert bool(right["text"]) == (recall > 0)
+    if kind != "multilabel":
+        assert findings.picture(3) == data.thumbnail(3)
+
+
+def test_evaluate_shows_its_progress(embedder, tmp_path, seed):
+    data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, counts=(70,)))
+    seen = []
+
+    def track(batches):
+        for batch in batches:
+            seen.append(len(batch))
+            yield batch
+
+    assert embedder.evaluate(data, track=track)["n"] == sum(seen) == 70
+    assert seen == [64, 6]
 
 
 def test_evaluate_equals_the_plain_computation(embedder, tmp_path, seed):

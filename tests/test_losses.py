@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualenc.losses import clip_loss, siglip_loss
 
@@ -83,6 +84,53 @@ def test_siglip_needs_a_bias():
     image, text, scale, _ = inputs()
     with pytest.raises(ValueError, match="logit_bias"):
         siglip_loss(image, text, scale)
+
+
+@pytest.mark.parametrize("count", [1024, 1025, 2048 + 317])
+@pytest.mark.parametrize("name", LOSSES)
+def test_many_rows_equal_the_dense_matrix(name, count):
+    """More rows than are computed at a time, and rows that fill the last block or are its only one."""
+    arguments = inputs(count=count)
+    image, text, scale, bias = arguments
+    got = evaluate(LOSSES[name], arguments)
+    logits = scale * image @ text.T
+    if name == "clip":
+        own = logits.diagonal()
+        dense = (logits.logsumexp(0) + logits.logsumexp(1) - 2 * own).sum() / (2 * count)
+    else:
+        dense = -F.logsigmoid((2 * torch.eye(count, dtype=torch.float64) - 1) * (logits + bias)).sum() / count
+    want = [dense.detach(), *torch.autograd.grad(dense, arguments, materialize_grads=True)]
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(LOSSES[name](*arguments), want[0], rtol=1e-10, atol=1e-10)
+        assert abs(LOSSES[name](image, text.roll(1, 0), scale, bias) - want[0]) > 1e-4  # control
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_gradients_no_square_is_held(name):
+    count = 6000
+    arguments = [x.detach() for x in inputs(torch.float32, count)]
+    with torch.no_grad(), Largest() as ours:
+        LOSSES[name](*arguments)
+    with torch.no_grad(), Largest() as plain:
+        reference(name)(*arguments)
+    assert plain.elements == count * count  # control: the mode sees it
+    assert ours.elements <= count * count / 5
 
 
 # Several processes: this file again, as a program that forks into its ranks (one import of torch for all of them).

@@ -27,8 +27,8 @@ NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 # Never in a training scene: one of each colour's six, and no shape misses more than two of its eight.
 UNSEEN = tuple(f"{colour} {SHAPES[(i * 5 + 3) % 6]}" for i, colour in enumerate(COLOURS))
 SEEN = tuple(name for name in NAMES if name not in UNSEEN)
-SIZES = {"small": (0.13, 0.17), "big": (0.21, 0.26)}  # radius as a share of the picture's side
-TEMPLATES = ("a {c}.", "a picture of a {c}.", "there is a {c} in the scene.")
+SIZES = {"small": (0.13, 0.17), "big": (0.21, 0.28)}  # radius as a share of the picture's side
+TEMPLATES = ("a {c}", "a picture of a {c}", "there is a {c}", "only a {c}")
 
 
 class Thing(NamedTuple):
@@ -63,7 +63,7 @@ def draw_scene(rng: np.random.Generator, names: Sequence[str] = NAMES, things: i
         if apart and len({thing.name for thing in placed}) == things:
             break
     scale = 4  # drawn large and made small: smooth edges
-    ground = tuple(int(v) for v in rng.integers(200, 256, 3))
+    ground = tuple(int(v) for v in rng.integers(225, 256, 3))
     image = Image.new("RGB", (pixels * scale, pixels * scale), ground)
     for thing in placed:
         _draw(ImageDraw.Draw(image), thing, pixels * scale, ground)
@@ -72,8 +72,8 @@ def draw_scene(rng: np.random.Generator, names: Sequence[str] = NAMES, things: i
 
 
 def _thing(rng: np.random.Generator, names: Sequence[str]) -> Thing:
-    colour, shape = names[rng.integers(len(names))].split()
-    size = tuple(SIZES)[rng.integers(2)]
+    colour, shape = names[int(rng.integers(len(names)))].split()
+    size = tuple(SIZES)[int(rng.integers(2))]
     radius = rng.uniform(*SIZES[size])
     x, y = rng.uniform(radius, 1 - radius, 2)
     return Thing(colour, shape, size, x, y, radius)
@@ -112,9 +112,9 @@ def _caption(rng: np.random.Generator, things: list[Thing]) -> str:
     def said(thing: Thing) -> str:
         size = f"{thing.size} " if rng.random() < 0.5 else ""
         missing = rng.random()
-        if missing < 0.05:
+        if missing < 0.20:
             return f"a {size}{thing.shape}"
-        if missing < 0.10:
+        if missing < 0.25:
             return f"something {size}{thing.colour}"
         return f"a {size}{thing.name}"
 
@@ -138,7 +138,7 @@ def _caption(rng: np.random.Generator, things: list[Thing]) -> str:
 def _scenes(seed: int, part: int, count: int) -> Iterator[Scene]:
     for i in range(count):
         rng = np.random.Generator(stream(seed, part, i))
-        yield draw_scene(rng, SEEN, things=1 + int(rng.random() < 0.5))
+        yield draw_scene(rng, SEEN, things=1 + int(rng.random() < 0.4))
 
 
 def write_scenes(

@@ -32,6 +32,35 @@ def test_images_by_workers_in_order(folder):
     assert all(np.array_equal(a, b) for a, b in zip(alone, workers, strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_some_rows(folder, workers):
+    data = BenchmarkSet.open(folder)
+    whole = np.concatenate([batch.numpy() for batch in data.images(Preprocess(SIZE))])
+    assert len(np.unique(whole, axis=0)) == 7
+    for rows in (range(2, 6), [5, 0, 5, 3], range(7), [6]):
+        batches = list(data.images(Preprocess(SIZE), rows, batch_size=3, workers=workers))
+        assert [len(batch) for batch in batches] == [min(3, len(rows) - i) for i in range(0, len(rows), 3)]
+        assert np.array_equal(np.concatenate([batch.numpy() for batch in batches]), whole[list(rows)])
+    assert not list(data.images(Preprocess(SIZE), []))
+
+
+def test_rows_that_are_not_asked_for_are_not_decoded(folder):
+    replace_sample(folder, png=b"broken", cls=b"0")  # row 3
+    data = BenchmarkSet.open(folder)
+    assert len(next(iter(data.images(Preprocess(SIZE), [0, 1, 2])))) == 3
+    with pytest.raises(DataError, match="cannot be decoded"):
+        list(data.images(Preprocess(SIZE), [2, 3]))
+
+
+def test_thumbnail(folder):
+    data = BenchmarkSet.open(folder)
+    for i, sample in enumerate(data.index):
+        found = decode_image(data.thumbnail(i)).numpy().astype(int)
+        expected = decode_image(sample.read("jpg")).numpy()
+        assert found.shape == expected.shape == (3, 20, 24)
+        assert np.abs(found - expected).mean() < 4
+
+
 def test_multilabel(tmp_path, seed):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "m", seed, "multilabel"))
     assert data.kind == "multilabel"

@@ -152,7 +152,7 @@ def coco(folder, rng, split="train2017", images="train2017"):
     annotations = [{"id": i, "image_id": image, "caption": text} for i, (image, text) in enumerate(shuffled)]
     for name, image in zip(made, about, strict=True):
         captions[name] = [text for number, text in shuffled if number == image["id"]]
-    (folder / "annotations").mkdir()
+    (folder / "annotations").mkdir(exist_ok=True)
     path = folder / "annotations" / f"captions_{split}.json"
     path.write_text(json.dumps({"info": {}, "images": about, "annotations": annotations}))
     return path, made, captions
@@ -217,6 +217,30 @@ def test_the_broken_line_of_flickr30k(tmp_path):
     assert make_shards(tmp_path, tmp_path / "out", workers=0).left_out == {"row broken": ["line 3"]}
 
 
+def test_a_quote_left_open_swallows_no_rows_in_silence(tmp_path):
+    for name in "abcde":
+        (tmp_path / f"{name}.png").write_bytes(encode(np.zeros((2, 2, 3), np.uint8)))
+    rows = [
+        "image,caption",
+        "a.png,one",
+        'b.png,"open',
+        "c.png,lost",
+        'd.png,"also "lost""',
+        "e.png,two",
+        'a.png,"end',
+        "",
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    summary = make_shards(tmp_path / "t.csv", tmp_path / "out", workers=0)
+    assert summary.left_out == {"row broken": ["lines 3 to 5", "line 7"]}
+    assert {sample["txt"] for sample in read(tmp_path / "out")} == {b"one", b"two"}
+    tabs = [row.replace(",", "\t") for row in rows]  # here a line is a row, whatever its quotes
+    (tmp_path / "t.tsv").write_text("\n".join([*tabs[:-2], 'e.png\t"quoted ""so"""', ""]))
+    make_shards(tmp_path / "t.tsv", tmp_path / "out2", workers=0)
+    captions = {caption for sample in read(tmp_path / "out2") for caption in json.loads(sample["json"])["captions"]}
+    assert captions == {"one", '"open', "lost", 'also "lost"', "two", 'quoted "so"'}
+
+
 def class_folders(folder, rng, classes=4, each=9):
     made = {}
     for i in range(classes):
@@ -245,6 +269,7 @@ def test_class_folders(tmp_path, seed):
         assert sample["txt"].decode() == about["captions"][0]
         turns[[t.replace("{c}", name) for t in templates].index(about["captions"][0])] += 1
     assert not made
+    assert sorted(turns) == [0, 1, 2]
     assert max(turns.values()) - min(turns.values()) <= 1
     shards = [{s.read_json()["class"] for s in ShardIndex.build(p)} for p in sorted((tmp_path / "out").glob("*.tar"))]
     assert len(shards) == 4
@@ -352,14 +377,23 @@ def test_more_than_half_unusable(tmp_path, seed):
         make_shards(empty, tmp_path / "out3", workers=0)
 
 
-ESCAPES = ["../secret.png", "sub/../../secret.png", "/etc/hostname", "{secret}", "./../secret.png", "a\0b.png"]
+ESCAPES = [
+    "../secret.png",
+    "../set-more/secret.png",
+    "sub/../../secret.png",
+    "/etc/hostname",
+    "{secret}",
+    "./../secret.png",
+    "a\0b.png",
+]
 
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_no_name_leads_out_of_the_image_folder(tmp_path, seed, name):
     made = list(pictures(tmp_path / "set", np.random.default_rng(seed), 3))
     (tmp_path / "secret.png").write_bytes(encode(np.zeros((4, 4, 3), np.uint8)))
-    (tmp_path / "set-secret").mkdir()
+    (tmp_path / "set-more").mkdir()
+    (tmp_path / "set-more" / "secret.png").write_bytes(encode(np.zeros((4, 4, 3), np.uint8)))
     name = name.replace("{secret}", str(tmp_path / "secret.png"))
     rows = [{"image": n, "caption": "x"} for n in [*made, name]]
     summary = make_shards(table_of(tmp_path / "set" / "t.jsonl", rows), tmp_path / "out", workers=0)

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import random
 import struct
 import zlib
 
@@ -13,7 +14,7 @@ from torchvision.transforms import v2 as transforms
 
 import dualenc.data.images as images_module
 from dualenc.data import Augment, ImageError, Preprocess, decode_image
-from dualenc.data.images import open_image, to_tensor
+from dualenc.data.images import open_image, thumbnail, to_tensor
 
 
 def array(image):
@@ -277,16 +278,177 @@ def test_normalize_equals_torchvision(seed):
     assert torch.equal(Preprocess(9, mean, std).normalize(images[0]), ours[0])
 
 
-def test_random_resized_crop_depends_on_the_generator_alone(seed):
-    image = to_tensor(Image.fromarray(smooth(np.random.default_rng(seed), 40, 50)))
-    crop = Augment(16)
+# Augment
+
+EVERYTHING = {"scale": (0.5, 1.3), "flip": 0.5, "rotate": 20, "colour": 0.3, "hue": 0.2, "grey": 0.3}
+
+
+@pytest.fixture
+def photo(seed):
+    return to_tensor(Image.fromarray(smooth(np.random.default_rng(seed), 40, 50)))
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": (0.3, 1.0)}, EVERYTHING])
+def test_augment_depends_on_torchs_generator_alone(seed, photo, options):
+    augment, before = Augment(16, **options), photo.clone()
     torch.manual_seed(seed)
-    first = [crop(image) for _ in range(8)]
+    first = [augment(photo) for _ in range(12)]
+    random.seed(seed + 1)
+    np.random.seed(seed % 1000)  # noqa: NPY002 (which it must not draw from)
     torch.manual_seed(seed)
-    assert all(torch.equal(a, crop(image)) for a in first)
-    assert first[0].shape == (3, 16, 16)
-    assert first[0].dtype == torch.uint8
+    again = Augment(16, **options)
+    assert all(torch.equal(a, again(photo)) for a in first)
+    assert all((a.shape, a.dtype) == ((3, 16, 16), torch.uint8) for a in first)
     assert any(not torch.equal(first[0], other) for other in first)
-    flipped = min((a.float().flip(-1) - Preprocess(16, resize="squash")(image).float()).abs().mean() for a in first)
-    straight = max((a.float() - Preprocess(16, resize="squash")(image).float()).abs().mean() for a in first)
-    assert straight < flipped  # no flip
+    assert torch.equal(photo, before)
+
+
+def test_augment_crops_and_does_nothing_else(seed, photo):
+    """What open_clip trains with, draw for draw; no mirror, no colours."""
+    peer = transforms.RandomResizedCrop(16, (0.9, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
+    for i in range(10):
+        torch.manual_seed(seed + i)
+        found = Augment(16)(photo)
+        torch.manual_seed(seed + i)
+        assert torch.equal(found, peer(photo))
+        torch.manual_seed(seed + i)
+        assert not torch.equal(found, Augment(16, flip=1.0)(photo))  # the control
+
+
+def test_augment_mirrors(seed, photo):
+    torch.manual_seed(seed)
+    plain = [Augment(16)(photo) for _ in range(5)]
+    torch.manual_seed(seed)
+    mirrored = [Augment(16, flip=1.0)(photo) for _ in range(5)]
+    assert (mirrored[0].flip(-1).float() - plain[0].float()).abs().max() <= 1  # the first: the same draws before it
+    whole = Preprocess(16, resize="squash")(photo).float()
+    both = [(out.float() - whole.flip(-1)).abs().mean() < (out.float() - whole).abs().mean() for out in mirrored]
+    assert all(both)
+    half = Augment(16, flip=0.5)
+    outs = [half(photo).float() for _ in range(200)]
+    share = np.mean([bool((out - whole.flip(-1)).abs().mean() < (out - whole).abs().mean()) for out in outs])
+    assert 0.3 < share < 0.7  # 5.6 standard deviations
+
+
+def grey_of(image):
+    return image.float().mul(torch.tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0)
+
+
+def test_augment_changes_colours_and_nothing_else(seed):
+    """On a grey picture a shift of the hue does nothing; on a coloured square on grey it changes the square alone."""
+    picture = torch.full((3, 30, 30), 128, dtype=torch.uint8)
+    picture[:, 8:22, 8:22] = torch.tensor([200, 60, 40], dtype=torch.uint8)[:, None, None]
+    hue = Augment(16, scale=(1.0, 1.0), hue=0.5)
+    plain = Augment(16, scale=(1.0, 1.0))(picture)
+    outs = [hue(picture) for _ in range(20)]
+    assert all((out[:, 0].int() - 128).abs().max() <= 1 for out in outs)
+    middles = torch.stack([out[:, 8, 8] for out in outs]).float()
+    assert (middles.max(1).values - 200).abs().max() < 8  # the value stays, the hue goes anywhere
+    assert (middles.argmax(1) != 0).any()
+    assert any((out.float() - plain.float()).abs().max() > 20 for out in outs)
+
+    colour = Augment(16, scale=(1.0, 1.0), colour=0.4)
+    outs = [colour(picture) for _ in range(20)]
+    assert len({tuple(out[:, 8, 8].tolist()) for out in outs}) > 10
+    assert all(bool((out[0, 8, 8] >= out[1, 8, 8]) & (out[1, 8, 8] >= out[2, 8, 8])) for out in outs)  # a red stays red
+    levels = torch.stack([out[:, 0, 0] for out in outs]).float()
+    assert (levels.max(1).values - levels.min(1).values).max() <= 2  # and grey grey
+    assert levels.std() > 3
+
+
+def test_augment_takes_the_colour_away(seed, photo):
+    grey = Augment(16, grey=1.0)
+    for i in range(5):
+        torch.manual_seed(seed + i)
+        out = grey(photo)
+        assert torch.equal(out[0], out[1])
+        assert torch.equal(out[0], out[2])
+        torch.manual_seed(seed + i)
+        assert (out[0].float() - grey_of(Augment(16)(photo))).abs().max() <= 1.5
+    outs = [Augment(16, grey=0.5)(photo) for _ in range(200)]
+    share = np.mean([torch.equal(out[0], out[1]) for out in outs])
+    assert 0.3 < share < 0.7
+
+
+def emoji(ground, colour, height=44, width=44):
+    picture = torch.tensor(ground, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
+    picture[:, height // 4 : -(height // 4), width // 4 : -(width // 4)] = torch.tensor(colour)[:, None, None]
+    return picture
+
+
+@pytest.mark.parametrize("ground", [(255, 255, 255), (230, 240, 210)])
+@pytest.mark.parametrize("shape", [(44, 44), (30, 60), (61, 33)])
+def test_augment_sets_small_pictures_on_the_colour_of_their_corners(ground, shape):
+    """No black border comes in, neither around nor by turning; the picture takes the share of the area asked for."""
+    colour = (200, 140, 150)  # every channel between the ground's and black
+    picture = emoji(ground, colour, *shape)
+    low, high = torch.tensor(colour) - 22, torch.tensor(ground) + 22  # bicubic interpolation overshoots
+    for options in ({"scale": (2.0, 2.0)}, {"scale": (1.0, 1.0), "rotate": 45}, {"scale": (0.6, 2.0), "rotate": 30}):
+        augment = Augment(32, **options)
+        for _ in range(6):
+            out = augment(picture).int()
+            assert bool((out >= low[:, None, None]).all()), options
+            assert bool((out <= high[:, None, None]).all()), options
+            if options["scale"] == (2.0, 2.0):  # the square has a quarter of the picture, an eighth of the whole
+                edge = torch.cat([out[:, 0], out[:, -1], out[:, :, 0], out[:, :, -1]], 1)
+                assert (edge - torch.tensor(ground)[:, None]).abs().max() <= 1
+                square = ((out - torch.tensor(colour)[:, None, None]).abs().sum(0) < 60).float().mean()
+                cropped = max(shape) / min(shape) * 3 / 4 if max(shape) / min(shape) > 4 / 3 else 1.0
+                assert square == pytest.approx(cropped / 8, rel=0.3)
+
+
+@pytest.mark.parametrize("options", [{"scale": (0.8, 1.7)}, {"rotate": 45}, {"scale": (1.5, 1.5), "rotate": 45}])
+def test_augment_leaves_no_seam(options):
+    """A picture of one colour stays one, where the ground around begins too."""
+    colour = torch.randint(100, 256, (3, 1, 1), dtype=torch.uint8)
+    for _ in range(10):
+        out = Augment(32, **options)(colour.expand(3, 40, 50).contiguous())
+        assert (out.int() - colour.int()).abs().max() <= 1
+
+
+def test_augment_turns(seed):
+    """About the middle, by angles up to the largest, either way, as Pillow turns."""
+    picture = emoji((255, 255, 255), (30, 60, 90), 60, 60)
+    picture[:, :20, 28:32] = 0
+    augment = Augment(60, scale=(1.0, 1.0), rotate=30)
+    shifts = []
+    for _ in range(40):
+        out = augment(picture)
+        dark = torch.nonzero(out.int().sum(0)[:12] < 120)[:, 1].float()  # where the bar's top end is, from the middle
+        assert len(dark)
+        shifts.append(float(dark.mean()) - 29.5)
+    assert min(shifts) < -5
+    assert max(shifts) > 5
+    assert max(map(abs, shifts)) < 30 * np.sin(np.radians(30)) + 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 2), (9, 1), (3, 200)])
+def test_augment_takes_any_size(seed, shape):
+    out = Augment(16, **EVERYTHING)(to_tensor(Image.fromarray(pixels(np.random.default_rng(seed), *shape))))
+    assert (out.shape, out.dtype) == ((3, 16, 16), torch.uint8)
+
+
+# Thumbnails
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 120), (160, 160), (161, 40), (40, 33), (1, 1), (2, 900), (900, 2)])
+@pytest.mark.parametrize("side", [160, 50])
+def test_thumbnail(seed, shape, side):
+    picture = smooth(np.random.default_rng(seed), *shape)
+    data = thumbnail(to_tensor(Image.fromarray(picture)), side)
+    assert data[:2] == b"\xff\xd8"
+    found = Image.open(io.BytesIO(data))
+    assert (found.format, found.mode) == ("JPEG", "RGB")
+    share = min(1, side / max(shape))
+    assert max(found.size) == min(side, max(shape))
+    for length, full in zip(found.size, shape[::-1], strict=True):
+        assert abs(length - max(1, full * share)) <= 0.5
+    expected = Image.fromarray(picture).resize(found.size, Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).mean() < 3
+
+
+def test_thumbnail_of_a_view(seed):
+    """Tensors that are no whole piece of memory: what a flip and a crop give."""
+    image = to_tensor(Image.fromarray(smooth(np.random.default_rng(seed), 50, 60))).transpose(1, 2)[:, 5:45:2, 3:40]
+    found = np.asarray(Image.open(io.BytesIO(thumbnail(image)))).astype(int)
+    assert np.abs(found - image.permute(1, 2, 0).numpy()).mean() < 3

@@ -1,12 +1,15 @@
 import math
+import statistics
+from itertools import permutations, product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualenc.evaluation import match_ranks, recall_at, retrieval_metrics, retrieval_ranks
+from dualenc.evaluation import match_ranks, recall_at, retrieval_answers, retrieval_metrics, retrieval_ranks
 
 
 def brute_force(queries, candidates, positives):
@@ -109,7 +112,7 @@ def test_a_collapsed_model_has_the_worst_ranks():
     """All embeddings equal: a metric that breaks ties in its own favour would call this perfect."""
     same = unit(1, 8).expand(20, -1).float()
     assert match_ranks(same, same, torch.arange(20)).tolist() == [19] * 20
-    metrics, _ = retrieval_metrics(same, same, torch.arange(20))
+    metrics = retrieval_metrics(same, same, torch.arange(20)).metrics
     assert metrics["image_retrieval_recall@10"] == metrics["text_retrieval_recall@10"] == 0
 
 
@@ -199,7 +202,7 @@ def test_metrics_are_clip_benchmarks(images):
     owner = ownership(images, images * 4)
     image = unit(images, 12).float()
     text = F.normalize(image[owner] + 1.5 * unit(len(owner), 12).float(), dim=-1)
-    metrics, intervals = retrieval_metrics(image, text, owner)
+    metrics, intervals, chance, both_ways = retrieval_metrics(image, text, owner)
     expected = {}
     for k in (1, 5, 10):
         expected |= clip_benchmark_recalls(image, text, owner, k)
@@ -213,28 +216,155 @@ def test_metrics_are_clip_benchmarks(images):
     assert metrics["mean_recall@1"] == pytest.approx(both / 2, abs=1e-12)
     assert set(metrics) == {*expected, "mean_recall@1", "median_rank", "mrr"}
     assert all(low <= metrics[name] <= high for name, (low, high) in intervals.items())
-    assert all(isinstance(value, float) for value in metrics.values())
+    assert all(isinstance(value, float) for value in (*metrics.values(), *chance.values()))
+    assert set(chance) == set(metrics)
+    by_text, by_image = retrieval_ranks(image, text, owner)
+    assert set(both_ways) == {"text", "image"}
+    assert torch.equal(both_ways["text"], by_text)
+    assert torch.equal(both_ways["image"], by_image)
 
 
 def test_a_k_above_the_number_of_candidates_is_left_out():
-    metrics, intervals = retrieval_metrics(unit(4, 5), unit(7, 5), torch.tensor([0, 1, 2, 3, 3, 3, 3]))
+    metrics, intervals, chance, _ = retrieval_metrics(unit(4, 5), unit(7, 5), torch.tensor([0, 1, 2, 3, 3, 3, 3]))
+    assert set(chance) == set(metrics)
     assert {name for name in metrics if "@" in name} == {
         "image_retrieval_recall@1", "text_retrieval_recall@1", "text_retrieval_recall@5", "mean_recall@1"}  # fmt: skip
     assert set(intervals) <= set(metrics)
 
 
 def test_other_ks():
-    metrics, _ = retrieval_metrics(unit(9, 5), unit(9, 5), torch.arange(9), ks=(2, 3))
+    metrics = retrieval_metrics(unit(9, 5), unit(9, 5), torch.arange(9), ks=(2, 3)).metrics
     assert {"image_retrieval_recall@2", "text_retrieval_recall@3"} <= set(metrics)
     assert "image_retrieval_recall@1" not in metrics
-    one = retrieval_metrics(unit(1, 5), unit(1, 5), torch.tensor([0]))[0]
-    assert one["image_retrieval_recall@1"] == one["mrr"] == one["median_rank"] == 1
+    one = retrieval_metrics(unit(1, 5), unit(1, 5), torch.tensor([0]))
+    for found in (one.metrics, one.chance):
+        assert found["image_retrieval_recall@1"] == found["text_retrieval_recall@1"] == found["mrr"] == 1
+        assert found["median_rank"] == found["mean_recall@1"] == 1
 
 
 def test_the_order_of_images_and_texts_does_not_matter():
     owner = ownership(12, 30)
     image, text = unit(12, 6), unit(30, 6)
-    metrics, _ = retrieval_metrics(image, text, owner)
+    metrics = retrieval_metrics(image, text, owner).metrics
     turn, shuffle = torch.randperm(12), torch.randperm(30)
-    moved, _ = retrieval_metrics(image[turn], text[shuffle], torch.argsort(turn)[owner[shuffle]])
+    moved = retrieval_metrics(image[turn], text[shuffle], torch.argsort(turn)[owner[shuffle]]).metrics
     assert moved == pytest.approx(metrics, abs=1e-12)
+
+
+# Chance
+
+
+def test_chance_over_all_orders_there_are():
+    """Three images with one, one and two captions: every joint order of the four queries, every order of the texts."""
+    owner = torch.tensor([0, 1, 2, 2])[torch.randperm(4)]
+    chance = retrieval_metrics(unit(3, 4), unit(4, 4), owner, ks=(1, 2, 3, 4), replicates=0).chance
+    orders = list(permutations(range(3)))
+    found: dict[str, list[float]] = {
+        "median_rank": [],
+        "mrr": [],
+        **{f"image_retrieval_recall@{k}": [] for k in (1, 2, 3)},
+    }
+    for joint in product(orders, repeat=4):
+        ranks = [order.index(own) + 1 for order, own in zip(joint, owner.tolist(), strict=True)]
+        found["median_rank"].append(statistics.median(ranks))
+        found["mrr"].append(statistics.mean(1 / rank for rank in ranks))
+        for k in (1, 2, 3):
+            found[f"image_retrieval_recall@{k}"].append(statistics.mean(rank <= k for rank in ranks))
+    for k in (1, 2, 3, 4):
+        found[f"text_retrieval_recall@{k}"] = [
+            any(owner[text] == image for text in order[:k]) for image in range(3) for order in permutations(range(4))
+        ]
+    expected = {name: statistics.mean(map(float, values)) for name, values in found.items()}
+    expected["mean_recall@1"] = (expected["image_retrieval_recall@1"] + expected["text_retrieval_recall@1"]) / 2
+    assert chance == pytest.approx(expected, abs=1e-12)
+
+
+def test_chance_is_the_mean_over_random_orders(seed):
+    """Some images with many captions and some with one; 3,000 random orders, within 6 standard errors."""
+    rng, images, draws = np.random.default_rng(seed), int(torch.randint(11, 16, ())), 3000
+    owner = torch.cat([ownership(images, images + 12), torch.full((9,), 3)])
+    chance = retrieval_metrics(unit(images, 4), unit(len(owner), 4), owner, replicates=0).chance
+    own, texts = owner.numpy(), len(owner)
+    scores = rng.random((draws, texts, images))
+    by_text = (scores > scores[:, np.arange(texts), own][..., None]).sum(-1) + 1  # (D, T), 1-based
+    scores = rng.random((draws, images, texts))
+    mine = own == np.arange(images)[:, None]
+    by_image = (scores > np.where(mine, scores, 0).max(-1, keepdims=True)).sum(-1) + 1  # (D, I)
+    found = {f"image_retrieval_recall@{k}": (by_text <= k).mean(1) for k in (1, 5, 10)}
+    found |= {f"text_retrieval_recall@{k}": (by_image <= k).mean(1) for k in (1, 5, 10)}
+    found["mean_recall@1"] = (found["image_retrieval_recall@1"] + found["text_retrieval_recall@1"]) / 2
+    found["median_rank"], found["mrr"] = np.median(by_text, 1), (1 / by_text).mean(1)
+    assert set(chance) == set(found)
+    for name, values in found.items():
+        assert chance[name] == pytest.approx(values.mean(), abs=6 * values.std() / draws**0.5), name
+
+
+# Answers
+
+
+def scored(query, candidates):
+    """Scores in float64, to 12 digits: what lies closer is a tie."""
+    return [round(math.fsum((query.double() * candidate).tolist()), 12) for candidate in candidates.double()]
+
+
+@pytest.mark.parametrize("kind", ["random", "twins", "coarse", "collapsed", "near"])
+def test_answers_equal_brute_force(kind):
+    images = int(torch.randint(2, 14, ()))
+    owner = ownership(images, images + int(torch.randint(0, 20, ())))
+    image = unit(images, 16)
+    text = F.normalize(image[owner] + 0.8 * unit(len(owner), 16), dim=1)
+    if kind == "twins":
+        image, text = image[torch.randint(images, (images,))], text[torch.randint(len(text), (len(text),))]
+    elif kind == "coarse":
+        image, text = image.sign() / 4, text.sign() / 4
+    elif kind == "collapsed":
+        image, text = image[:1].expand(images, -1), image[:1].expand(len(text), -1)
+    elif kind == "near":  # apart by less than fp32 products can tell
+        image = F.normalize(image[:1] + 1e-7 * unit(images, 16), dim=1)
+        text = F.normalize(image[:1] + 1e-7 * unit(len(text), 16), dim=1)
+    image, text = image.float(), text.float()
+    ranks = retrieval_metrics(image, text, owner, replicates=0).ranks
+    count, k = int(torch.randint(1, 5, ())), int(torch.randint(1, 8, ()))
+    found = retrieval_answers(image, text, owner, ranks, count, k)
+    assert found == retrieval_answers(image, text, owner, ranks, count, k)
+    assert set(found) == {"text", "image"}
+    for asked, queries, candidates in (("text", text, image), ("image", image, text)):
+        answers = found[asked]
+        right = [answer.rank == 0 for answer in answers]
+        assert right == sorted(right, reverse=True)
+        assert sum(right) == min(count, int((ranks[asked] == 0).sum()))
+        assert len(right) - sum(right) == min(count, int((ranks[asked] > 0).sum()))
+        assert len({answer.query for answer in answers}) == len(answers)
+        for answer in answers:
+            assert answer.rank == ranks[asked][answer.query]
+            scores = scored(queries[answer.query], candidates)
+            own = [int(owner[answer.query])] if asked == "text" else torch.nonzero(owner == answer.query)[:, 0].tolist()
+            order = sorted(range(len(scores)), key=lambda i: (-scores[i], i in own))
+            assert len(answer.best) == min(k, len(scores))
+            assert [(scores[i], i in own) for i in answer.best] == [(scores[i], i in own) for i in order[:k]]
+            assert answer.scores == pytest.approx([scores[i] for i in answer.best], abs=1e-6)
+            assert sorted(answer.right) == own
+            assert [scores[i] for i in answer.right] == sorted((scores[i] for i in own), reverse=True)
+            places = [place for place, i in enumerate(answer.best) if i in own]
+            assert (answer.rank < len(answer.best)) == bool(places)
+            assert not places or places[0] == answer.rank
+
+
+def test_the_draw_of_answers_does_not_look_at_the_scores():
+    """Whoever picks the nicest answers looks at them: other scores behind the same ranks must give the same queries."""
+    owner = ownership(20, 45)
+    image, text = unit(20, 8), unit(45, 8)
+    ranks = {"text": torch.randint(3, (45,)), "image": torch.randint(3, (20,))}
+    one = retrieval_answers(image, text, owner, ranks)
+    two = retrieval_answers(unit(20, 8), unit(45, 8), owner, ranks)
+    assert all([a.query for a in one[asked]] == [b.query for b in two[asked]] for asked in one)
+    state = torch.get_rng_state()
+    retrieval_answers(image, text, owner, ranks)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_answers_where_all_are_right_or_all_wrong(rank):
+    ranks = {"text": torch.full((9,), rank), "image": torch.full((9,), rank)}
+    found = retrieval_answers(unit(9, 5), unit(9, 5), torch.arange(9), ranks, count=4)
+    assert [[answer.rank for answer in answers] for answers in found.values()] == [[rank] * 4] * 2
