@@ -12,6 +12,9 @@ from dualenc.embedder import load, score
 from dualenc.report import print_table, write_json, write_report
 
 
+TRAIN = 12_000  # scenes; drawing them takes seconds, and more of them are not seen in minutes
+
+
 def run(out: Path, config: Path, fit: Callable[[list[str]], None]) -> None:
     """Draws scenes, trains `config` on them, measures, says what came out and what to try next.
 
@@ -21,7 +24,7 @@ def run(out: Path, config: Path, fit: Callable[[list[str]], None]) -> None:
         fit: the command line of `dualenc fit`.
     """
     scenes, root = out / "scenes", out / "run"
-    print(f"Drawing scenes: {scenes}. {len(UNSEEN)} of {len(NAMES)} pairs of colour and shape are left out of training.")
+    print(f"Drawing {TRAIN:,} scenes into {scenes}, without {len(UNSEEN)} of {len(NAMES)} pairs of colour and shape.")
     write_scenes(scenes, train=TRAIN)
     device = "gpu" if torch.cuda.is_available() else "cpu"
     fit([
@@ -42,18 +45,16 @@ def run(out: Path, config: Path, fit: Callable[[list[str]], None]) -> None:
         "data": scenes,
         "scenes": f"{TRAIN:,} drawn to train on; never among them: {', '.join(UNSEEN)}",
     }
-    report = write_report(out, "The demo: scenes of coloured shapes", list(sections.values()), about, root / "metrics.csv")
+    title, curves = "The demo: scenes of coloured shapes", root / "metrics.csv"
+    report = write_report(out, title, list(sections.values()), about, curves)
     print(
-        f"\nSeen and unseen: each picture is one of {len(NAMES)} pairs of colour and shape; the model has been trained "
-        f"on the first kind\nand has never met the second.\n\n"
-        f"The report is {report}, the model {root / 'best'}. Next:\n\n"
+        f"\nEach picture of the first two sets is one of {len(NAMES)} pairs of colour and shape. Training had those of\n"
+        f"zeroshot_seen, and never those of zeroshot_unseen. In retrieval, {results[2]['n']} new scenes are told apart.\n\n"
+        f"The report is {report}, the model {root / 'best'}. Try next:\n\n"
         f"  dualenc zeroshot {shlex.quote(str(root))} {shlex.quote(str(scenes / 'zeroshot_unseen'))}\n"
         f"  dualenc make-shards your_captions.csv shards\n"
         f"  dualenc configs vit_b32_bert_base > run.yaml\n"
     )
-
-
-TRAIN = 12_000
 
 
 def _fast_bf16() -> bool:

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import webdataset
 from helpers import encode, pixels, tiny_embedder, write_benchmark, write_shards, write_tar
 from test_configs import CONFIGS, SMALL
 
@@ -172,16 +171,6 @@ def test_broken_picture_is_failed_work(tmp_path: Path, seed: int, capsys: pytest
 def test_missing_checkpoint(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "https://example.org/x.ckpt" in fails(capsys, fit(shards, "--ckpt_path", "https://example.org/x.ckpt"))
     assert "gone.ckpt" in fails(capsys, fit(shards, "--ckpt_path", "gone.ckpt"))
-
-
-def test_scenes_are_read_by_webdataset(tmp_path: Path, seed: int) -> None:
-    from dualenc.data.scenes import write_scenes
-
-    write_scenes(tmp_path, train=7, held_out=3, shard=4, seed=seed)
-    names = sorted(path.name for path in tmp_path.glob("*.tar"))
-    read = list(webdataset.WebDataset([str(tmp_path / name) for name in names], shardshuffle=False))
-    assert len(read) == 7
-    assert all(sample["png"][:4] == b"\x89PNG" and sample["txt"] for sample in read)
 
 
 def test_wrong_use_of_options(shards: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:

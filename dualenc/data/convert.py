@@ -1,7 +1,7 @@
 """Pictures and captions as people keep them, to shards.
 
-The items of a source are put in a random order, and their pictures are read and decoded once to know that they can be. A journal
-gets a line for each whole shard, so that a run stopped anywhere goes on after the last of them.
+The items of a source are put in a random order, and their pictures are read and decoded once to know that they can be. A
+journal gets a line for each whole shard, so that a run stopped anywhere goes on after the last of them.
 """
 
 import hashlib

@@ -37,7 +37,7 @@ def looks_like(image: Image.Image) -> str:
         shape = "triangle"
     else:
         third = width // 3
-        shape = "cross" if mask[-quarter:, third:-third].mean() > 0.5 else "star"
+        shape = "cross" if share + 0.2 * mask[-quarter:, third:-third].mean() > 0.6 else "star"
     return f"{colour} {shape}"
 
 

@@ -67,7 +67,9 @@ def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixt
     rates = metrics(run, "train/lr")
     assert rates[:3] == pytest.approx([0.0015, 0.003, 0.003])
     assert 0 < metrics(run, "train/padding_avoided")[0] < 1
-    assert {"val/image_retrieval_recall@1", "val/mean_recall@1", "val/median_rank"} <= {row["metric"] for row in rows}
+    measured_too = {"val/loss", "val/image_retrieval_recall@1", "val/mean_recall@1", "val/median_rank"}
+    assert measured_too <= {row["metric"] for row in rows}
+    assert (run / "report.html").is_file()
     record = json.loads((run / "run.json").read_text())
     assert record["step"] == 24
     assert record["train_pairs"] + record["held_out_pairs"] == 48
@@ -123,7 +125,7 @@ def test_two_ranks_follow_one(tmp_path: Path, seed: int) -> None:
             check=True, capture_output=True, timeout=300,
         )  # fmt: skip
         runs.append(run)
-    for name in ("train/loss", "val/mrr", "set/mrr", "train/grad_norm"):
+    for name in ("train/loss", "val/loss", "val/mrr", "set/mrr", "train/grad_norm"):
         one, two = (metrics(run, name) for run in runs)
         assert len(one) == len(two) > 0
         assert one == pytest.approx(two, rel=1e-6), name
