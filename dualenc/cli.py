@@ -173,7 +173,7 @@ def tokenizer(
         f"{out}: {made.vocab_size:,} entries from {len(texts):,} captions, which take {mean:.1f} tokens in the mean, "
         f"99% of them at most {nearly}, the longest {most}\n"
         f"next: dualenc fit --config run.yaml --data.tokenizer {out} --model.text.vocab_size {made.vocab_size} "
-        f"--model.text.context_length {nearly}"
+        f"--model.text.context_length {min(most, 512)}"
     )
 
 

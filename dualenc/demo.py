@@ -1,5 +1,6 @@
 """The demo: scenes to shards to a trained dual encoder, measured, with a page to read."""
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from dualenc.data import BenchmarkSet
 from dualenc.data.scenes import NAMES, UNSEEN, write_scenes
 from dualenc.embedder import load, score
 from dualenc.report import print_table, write_json, write_report
-
 
 TRAIN = 12_000  # scenes; drawing them takes seconds, and more of them are not seen in minutes
 
@@ -26,18 +26,20 @@ def run(out: Path, config: Path, fit: Callable[[list[str]], None]) -> None:
     scenes, root = out / "scenes", out / "run"
     print(f"Drawing {TRAIN:,} scenes into {scenes}, without {len(UNSEEN)} of {len(NAMES)} pairs of colour and shape.")
     write_scenes(scenes, train=TRAIN)
+    sets = [str(scenes / name) for name in ("zeroshot_seen", "zeroshot_unseen", "retrieval")]
+    evaluation = {"class_path": "dualenc.training.Evaluation", "init_args": {"data": sets, "every_n_epochs": 2}}
     device = "gpu" if torch.cuda.is_available() else "cpu"
     fit([
         "fit", "--config", str(config),
         "--data.train", str(scenes),
         "--trainer.default_root_dir", str(root),
+        "--trainer.callbacks", json.dumps([evaluation]),
         "--trainer.devices", "1", "--trainer.accelerator", device,
         "--trainer.precision", "bf16-mixed" if device == "gpu" or _fast_bf16() else "32-true",
     ])  # fmt: skip
     embedder = load(root)
-    sets = {name: BenchmarkSet.open(scenes / name) for name in ("zeroshot_seen", "zeroshot_unseen", "retrieval")}
-    sections = {name: score(data, embedder.embed_set(data), embedder.name) for name, data in sets.items()}
-    results = [section.result for section in sections.values()]
+    sections = [score(data, embedder.embed_set(data), embedder.name) for data in map(BenchmarkSet.open, sets)]
+    results = [section.result for section in sections]
     print_table(results)
     write_json(out, "zeroshot", results[:2])
     write_json(out, "retrieval", results[2:])
@@ -45,11 +47,10 @@ def run(out: Path, config: Path, fit: Callable[[list[str]], None]) -> None:
         "data": scenes,
         "scenes": f"{TRAIN:,} drawn to train on; never among them: {', '.join(UNSEEN)}",
     }
-    title, curves = "The demo: scenes of coloured shapes", root / "metrics.csv"
-    report = write_report(out, title, list(sections.values()), about, curves)
+    report = write_report(out, "The demo: scenes of coloured shapes", sections, about, root / "metrics.csv")
     print(
-        f"\nEach picture of the first two sets is one of {len(NAMES)} pairs of colour and shape. Training had those of\n"
-        f"zeroshot_seen, and never those of zeroshot_unseen. In retrieval, {results[2]['n']} new scenes are told apart.\n\n"
+        f"\nEach picture of the first two sets shows one of {len(NAMES)} pairs of colour and shape: pairs that "
+        f"training had,\nand pairs that it never had. In the third, {results[2]['n']} new scenes are told apart.\n\n"
         f"The report is {report}, the model {root / 'best'}. Try next:\n\n"
         f"  dualenc zeroshot {shlex.quote(str(root))} {shlex.quote(str(scenes / 'zeroshot_unseen'))}\n"
         f"  dualenc make-shards your_captions.csv shards\n"

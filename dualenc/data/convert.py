@@ -1,7 +1,7 @@
 """Pictures and captions as people keep them, to shards.
 
-The items of a source are put in a random order, and their pictures are read and decoded once to know that they can be. A
-journal gets a line for each whole shard, so that a run stopped anywhere goes on after the last of them.
+The items of a source are put in a random order, and their pictures are read and decoded once to know that they can be.
+A journal gets a line for each whole shard, so that a run stopped anywhere goes on after the last of them.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class Summary:
         text = [f"{self.out} was finished before; remove it to make it anew"] if self.finished_before else []
         text.append(
             f"{self.samples:,} samples with {self.captions:,} captions of {self.words:.1f} words"
-            f" in {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB"
+            f" in {self.shards:,} shard{'s' * (self.shards != 1)}, {self.bytes / 1e6:,.1f} MB"
         )
         if self.held_out:
             text.append(f"{self.held_out:,} samples more are held out for evaluation")

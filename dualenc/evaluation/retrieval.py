@@ -158,15 +158,17 @@ def retrieval_answers(
             chosen += rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]].tolist()
         found[asked] = []
         for query in chosen:
-            scores = (candidates.float() @ queries[query].float()).cpu()
             texts = torch.nonzero(image_of_text == query)[:, 0].tolist()
             own = [int(image_of_text[query])] if asked == "text" else texts
-            # Among equal scores the wrong ones stand first, as the rank has it.
-            behind = torch.zeros(len(scores)).index_fill_(0, torch.tensor(own), 1.0)
-            order = torch.argsort(behind, stable=True)
-            best = order[torch.argsort(scores[order], descending=True, stable=True)][:k].tolist()
-            right = sorted(own, key=lambda i: -float(scores[i]))
-            found[asked].append(Answer(query, int(ranks[asked][query]), best, scores[best].tolist(), right))
+            rough = candidates.float() @ queries[query].float()
+            near = rough.topk(min(len(rough), k + len(own) + 64)).indices.tolist()
+            # Of those that may come first the exact scores, since they decide the ranks; a right one loses a tie.
+            near = sorted({*near, *own})
+            exact = (candidates[near].double() * queries[query].double()).sum(1).tolist()
+            scores = dict(zip(near, exact))
+            best = sorted(near, key=lambda i: -(scores[i] - TIE * (i in own)))[:k]
+            right = sorted(own, key=lambda i: -scores[i])
+            found[asked].append(Answer(query, int(ranks[asked][query]), best, [scores[i] for i in best], right))
     return found
 
 

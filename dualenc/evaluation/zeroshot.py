@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualenc.evaluation.bootstrap import bootstrap_mean
-from dualenc.evaluation.retrieval import Scores, match_ranks
+from dualenc.evaluation.retrieval import TIE, Scores, match_ranks
 
 
 class TextEmbedder(Protocol):
@@ -71,10 +71,11 @@ def predictions(images: Tensor, classifier: Tensor, targets: Tensor, ranks: Tens
         ranks: (N,) of the right class, from `classification_metrics`, with which the answer agrees.
         chunk: images at a time.
     """
-    found = []
+    found, columns = [], classifier.double().T
     for part, target in zip(images.split(chunk), targets.to(images.device).split(chunk)):
-        scores = part.float() @ classifier.float().T
-        found.append(scores.scatter_(1, target[:, None], -torch.inf).argmax(1).cpu())  # the best of the wrong ones
+        scores = (part.double() @ columns).scatter_(1, target[:, None], -torch.inf)  # of the wrong ones
+        best = scores >= scores.max(1, keepdim=True).values - TIE
+        found.append(best.int().argmax(1).cpu())  # the first of those that tie, however the product was cut
     return torch.where(ranks < 1, targets.cpu(), torch.cat(found))
 
 

@@ -168,6 +168,8 @@ def _raise_together(error: str, world: int) -> None:
         errors = [""] * world
         dist.all_gather_object(errors, error)
     if found := next(filter(None, errors), None):
+        if world > 1 and dist.get_rank():
+            raise SystemExit(1)  # the first rank says it
         raise DataError(found)
 
 

@@ -96,9 +96,7 @@ class PairData(LightningDataModule):
             self.trainer.limit_val_batches = 0  # no validation at all, rather than one without data
         elif not held:
             raise DataError(f"data.val is null: there is nothing to {stage}")
-        say(
-            f"{len(self.train_index):,} pairs in {len(self.train_index.shards):,} shards to train on, {held:,} held out"
-        )
+        say(f"{len(self.train_index):,} pairs to train on, {held:,} held out; shards: {len(self.train_index.shards):,}")
 
     @property
     def _own_tokenizer(self) -> Path:
