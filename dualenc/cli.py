@@ -110,7 +110,7 @@ def make_shards(
         image_column: of a table; absent, guessed.
         caption_column: of a table; absent, guessed.
         templates: captions of class folders, with {c} for the name, as a list '["a photo of a {c}.", ...]'.
-        val: share of the samples to hold out, by image content, as an evaluation set in OUT/val.
+        val: share of the samples to hold out, by image content, as an evaluation set in OUT/held_out.
         samples: in a shard.
         seed: of the order.
         workers: processes that read and decode.
@@ -121,19 +121,22 @@ def make_shards(
 
     from dualenc.data.convert import make_shards
 
-    summary = make_shards(
-        source,
-        out,
-        images=images,
-        image_column=image_column,
-        caption_column=caption_column,
-        templates=templates,
-        val=val,
-        samples=samples,
-        seed=seed,
-        workers=workers,
-        track=partial(track, description="pictures", transient=True, disable=not sys.stderr.isatty()),
-    )
+    try:
+        summary = make_shards(
+            source,
+            out,
+            images=images,
+            image_column=image_column,
+            caption_column=caption_column,
+            templates=templates,
+            val=val,
+            samples=samples,
+            seed=seed,
+            workers=workers,
+            track=partial(track, description="pictures", transient=True, disable=not sys.stderr.isatty()),
+        )
+    except OSError as error:
+        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
     print("\n".join(summary.lines()))
 
 
@@ -158,13 +161,19 @@ def tokenizer(
     from dualenc import ShardIndex, Tokenizer
     from dualenc.data.pairs import captions_of, only_pairs
 
-    if out.suffix != ".json":
+    if out.suffix != ".json" or out.is_dir():
         raise UsageError(f"{out} must be a .json file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    except OSError as error:
+        raise UsageError(f"{out.parent} cannot be made: {error.strerror}") from error
     index, left_out = only_pairs(ShardIndex.build(shards), captions)
     texts = [caption for sample in index for caption in captions_of(sample, captions)]
     made = Tokenizer.train(texts, vocab_size, sys.maxsize, kind)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made.save(out)
+    try:
+        made.save(out)
+    except Exception as error:  # the library raises plain Exception
+        raise WorkError(f"{out} cannot be written ({error})") from error
     lengths = np.diff(made(texts).offsets.numpy())
     most, nearly, mean = lengths.max(), int(np.quantile(lengths, 0.99, method="higher")), lengths.mean()
     if left_out:
@@ -172,8 +181,8 @@ def tokenizer(
     print(
         f"{out}: {made.vocab_size:,} entries from {len(texts):,} captions, which take {mean:.1f} tokens in the mean, "
         f"99% of them at most {nearly}, the longest {most}\n"
-        f"next: dualenc fit --config run.yaml --data.tokenizer {out} --model.text.vocab_size {made.vocab_size} "
-        f"--model.text.context_length {min(most, 512)}"
+        f"next: dualenc fit --config run.yaml --data.captions {captions} --data.tokenizer {out} "
+        f"--model.text.vocab_size {made.vocab_size} --model.text.context_length {min(most, 512)}"
     )
 
 

@@ -272,8 +272,8 @@ def score(data: BenchmarkSet, embedded: SetEmbeddings, model: str) -> Section:
     if data.kind == "retrieval":
         return score_retrieval(data.name, image, text, *data.captions, picture=data.thumbnail, model=model)
     if data.kind == "multilabel":
-        found = multilabel_metrics(image @ text.T, data.targets)
-        precision = average_precision(image @ text.T, data.targets)
+        scores = image @ text.T
+        found, precision = multilabel_metrics(scores, data.targets), average_precision(scores, data.targets)
         findings = Labels(data.classnames, data.targets.sum(0).numpy(), precision.numpy())
     else:
         found = classification_metrics(image, text, data.targets)

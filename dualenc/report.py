@@ -28,7 +28,7 @@ Result = dict[str, Any]
 CURVES = ("acc1", "acc5", "mean_average_precision", "image_retrieval_recall@1", "image_retrieval_recall@10")
 HEADLINES = ("acc1", "mean_average_precision", "image_retrieval_recall@1", "image_retrieval_recall@10")
 WHOLE_MATRIX = 50  # classes; beyond, an overview and the worst of it
-WORST, BEST = 20, 10  # classes with a bar of their own, where there are more
+ALL_BARS, WORST, BEST = 60, 20, 10  # classes with a bar of their own; of more, so many of the two ends
 LINES = ("#4a90d9", "#e08a3c", "#3fa66b", "#b867c6", "#d05a5a", "#8a8f98")  # seen on white and on black
 INK = "#010203"  # becomes the colour of the text around a plot, whatever the page's is
 
@@ -142,7 +142,9 @@ def write_report(
 
 
 def _number(value: float) -> str:
-    """Shares with three digits, ranks with one."""
+    """Shares with three decimals, small ones with two digits that count, ranks with one decimal."""
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
     return f"{value:.3f}" if abs(value) <= 1 else f"{value:,.1f}"
 
 
@@ -192,7 +194,7 @@ def _section(section: Section) -> dict[str, Any]:
 def _worst_first(bars: list[dict[str, Any]]) -> dict[str, Any]:
     """All bars in order, and those to show at once; classes without images are only counted."""
     known = sorted((bar for bar in bars if bar["n"]), key=lambda bar: bar["value"])
-    few = len(known) <= WORST + BEST
+    few = len(known) <= ALL_BARS
     return {
         "all": known,
         "worst": known if few else known[:WORST],
@@ -232,7 +234,7 @@ def _classes(found: Classes) -> dict[str, Any]:
         overview = _overview(pairs, total)
     matrix = {
         "names": [names[c] for c in shown],
-        "rows": [[(n := pairs[a, b], n / max(1, int(total[a]))) for b in shown] for a in shown],
+        "rows": [(names[a], [(pairs[a, b], pairs[a, b] / total[a]) for b in shown]) for a in shown if total[a]],
         "overview": overview,
         "classes": count,
     }
@@ -340,6 +342,7 @@ def _svg(draw: Callable[[Any], None], width: float, height: float) -> Markup:
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
         axes = figure.subplots()
         axes.set_facecolor("none")
+        axes.set_axisbelow(True)
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)

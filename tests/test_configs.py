@@ -66,4 +66,11 @@ def test_runs_small(config: Path, tmp_path: Path, seed: int, monkeypatch: pytest
 
 
 def test_there_are_configs() -> None:
-    assert {path.stem for path in CONFIGS} >= {"smoke", "flickr8k", "emoji", "vit_b32_bert_base", "vit_b16_bert_base"}
+    assert {path.stem for path in CONFIGS} >= {
+        "smoke",
+        "small",
+        "flickr8k",
+        "emoji",
+        "vit_b32_bert_base",
+        "vit_b16_bert_base",
+    }

@@ -40,7 +40,7 @@ class Summary:
     words: float  # a caption, in the mean
     bytes: int  # of the shards
     duplicates: int  # samples with the same picture as an earlier one; they are kept
-    held_out: int  # samples of the evaluation set in OUT/val
+    held_out: int  # samples of the evaluation set in OUT/held_out
     classes: int  # of class folders, or 0
     left_out: dict[str, list[str]]  # cause -> which
     finished_before: bool = False
@@ -55,7 +55,7 @@ class Summary:
         if self.held_out:
             text.append(f"{self.held_out:,} samples more are held out for evaluation")
         if self.duplicates:
-            text.append(f"{self.duplicates:,} of them have the same picture as another one; they are kept")
+            text.append(f"{self.duplicates:,} have the same picture as an earlier one; they are kept")
         for cause, names in self.left_out.items():
             some = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
             text.append(f"left out, {cause}: {len(names):,}: {some}")
@@ -119,7 +119,7 @@ def make_shards(
         templates: captions of class folders, with `{c}` for the name. All of them become the sample's `captions`; the
             first one, and so the `.txt`, takes turns.
         val: share of the samples that go to an evaluation set instead, by image content: the same picture is never on
-            both sides. Written to OUT/val in the layout of CLIP_benchmark.
+            both sides. Written to OUT/held_out in the layout of CLIP_benchmark.
         samples: in a shard.
         seed: of the order.
         workers: processes that read and decode; 0 for none.
@@ -178,7 +178,7 @@ def make_shards(
     held = [order[place] for part in parts for place in part.held]
     if held:
         samples_of = zip(held, _pictures(found, held, workers))
-        _write_val(out / "val", samples_of, found, templates or TEMPLATES, samples)
+        _write_val(out / "held_out", samples_of, found, templates or TEMPLATES, samples)
     summary = _summary(out, found, parts)
     about = {**asdict(summary), "sizes": [part.bytes for part in parts if part.samples], "made_with": plan}
     del about["out"], about["finished_before"]

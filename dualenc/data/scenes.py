@@ -139,7 +139,7 @@ def write_scenes(
     Args:
         folder: gets `train-000000.tar` ..., and in the layout of CLIP_benchmark `retrieval/` (held-out scenes) and
             `zeroshot_seen/` and `zeroshot_unseen/`: one thing each, of a pair of colour and shape that the training
-            scenes have or have not, to be found among all 48 pairs.
+            scenes have or have not, to be found among all 40 pairs.
         train: number of training pairs.
         held_out: number of scenes in each evaluation set.
         shard: samples in a training shard.

@@ -89,7 +89,7 @@ class Evaluation(Callback):
         workers: processes a rank that decode.
 
     The numbers are those of `dualenc zeroshot` and `dualenc retrieval`, logged as `SET/METRIC`. Each rank embeds its
-    share of a set's images and texts. `dualenc validate` and `test` measure the sets as well.
+    share of a set's images and texts. `dualenc validate` and `test` measure the sets beside the held-out pairs.
     """
 
     def __init__(self, data: Sequence[str], every_n_epochs: int = 1, every_n_steps: int = 0, workers: int = 0) -> None:
@@ -104,6 +104,8 @@ class Evaluation(Callback):
         names = [data.name for data in self.sets]
         if twice := {name for name in names if names.count(name) > 1}:
             raise DataError(f"two evaluation sets are called {twice.pop()!r}: their numbers would be mixed up")
+        if taken := {"train", "val", "test"} & set(names):
+            raise DataError(f"evaluation set {taken.pop()!r} has the name of the run's own figures: rename its folder")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -137,8 +139,8 @@ class Evaluation(Callback):
             embedded: SetEmbeddings | None = None
             try:
                 embedded = embedder.embed_set(data, self.workers, rank=rank, world=world)
-            except ValueError as raised:
-                error = str(raised)
+            except (ValueError, OSError) as raised:
+                error = str(raised) if isinstance(raised, DataError) else f"{data.name}: {raised}"
             _raise_together(error, world)  # or the others would wait for this one's embeddings
             assert embedded is not None
             texts = len(data.captions[0] if data.kind == "retrieval" else data.classnames)
@@ -149,7 +151,7 @@ class Evaluation(Callback):
                 try:
                     sections.append(score(data, whole, embedder.name))
                 except ValueError as raised:
-                    error = str(raised)
+                    error = f"{data.name}: {raised}"
             _raise_together(error, world)
         self.sections = sections
         metrics = {
@@ -186,7 +188,7 @@ def _whole(part: Tensor, count: int, task: LightningModule, world: int) -> Tenso
 
 
 class RunDirectory(Checkpoint):
-    """Keeps the run directory: configuration, record, checkpoint, and the model directories `best/` and `last/`.
+    """Keeps the run directory: configuration, record, checkpoint, report, model directories `best/` and `last/`.
 
     Args:
         monitor: the metric whose largest value names `best/`, written whenever it improves. Where it is not measured
@@ -196,6 +198,8 @@ class RunDirectory(Checkpoint):
     """
 
     def __init__(self, monitor: str = "val/mrr") -> None:
+        if monitor.rpartition("/")[2] in ("loss", "median_rank"):
+            raise ValueError(f"run.monitor {monitor} is best when small, best/ is of the largest: name another metric")
         self.monitor = monitor
         self.best_value = -float("inf")
         self.config_yaml: str | None = None
@@ -278,7 +282,8 @@ class RunDirectory(Checkpoint):
         path = self.root / "metrics.csv"
         if path.exists():
             head, *lines = path.read_text("utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if int(line.split(",")[0]) <= step]
+            whole = (line for line in lines if line.count(",") == 2 and line.endswith("\n"))  # a kill may cut the last
+            kept = [line for line in whole if int(line.split(",")[0]) <= step]
             path.write_text("".join([head, *kept]), "utf-8")
 
     def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -297,13 +302,13 @@ class RunDirectory(Checkpoint):
         ]  # fmt: skip
         data = trainer.datamodule  # type: ignore[attr-defined]
         if pl_module.held_out is not None:
-            index, source = data.val_index, data.captions
-            captions = [captions_of(sample, source)[0] for sample in index]
-            owner = torch.arange(len(captions))
+            rows, image, text = pl_module.held_out
+            samples = [data.val_index[row] for row in rows.tolist()]
+            captions = [captions_of(sample, data.captions)[0] for sample in samples]
             sections.append(
                 score_retrieval(
-                    "held-out pairs", *pl_module.held_out, captions, owner,
-                    picture=lambda i: thumbnail(decode_sample(index[i])), model=str(self.root),
+                    "held-out pairs", image, text, captions, torch.arange(len(samples)),
+                    picture=lambda i: thumbnail(decode_sample(samples[i])), model=str(self.root),
                 )
             )  # fmt: skip
         config = pl_module.model.config

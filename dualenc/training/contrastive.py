@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualenc.data import Pairs, Preprocess
+from dualenc.data import DataError, Pairs, Preprocess
 from dualenc.data.plan import draw
 from dualenc.evaluation import retrieval_metrics
 from dualenc.losses import clip_loss
@@ -92,7 +92,7 @@ class ContrastiveTask(LightningModule):
         self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
         self.pretrained, self.seed = pretrained, seed
         self._held_out = PairEmbeddings()
-        self.held_out: tuple[Tensor, Tensor] | None = None  # embeddings of the last validation, on the first rank
+        self.held_out: tuple[Tensor, ...] | None = None  # rows, images, texts of the last validation, on the first rank
         # Since the last log: loss on the device; steps, samples, real tokens and tokens if padded on the host.
         self._loss: Tensor | float = 0.0
         self._counts = [0, 0, 0, 0]
@@ -250,14 +250,20 @@ class ContrastiveTask(LightningModule):
 
         The loss compares all of them with all: of 1,000 pairs it is that of a batch of 1,000.
         """
-        image, text = self._held_out.compute()
-        metrics: dict[str, float] = {}
+        rows, image, text = self._held_out.compute()
+        scale, bias = self.model.logits()
+        found: dict[str, float] | str = {}
         if self.trainer.is_global_zero:
-            metrics["loss"] = float(self.loss(image, text, *self.model.logits()))
             own = torch.arange(len(image), device=image.device)
-            metrics |= retrieval_metrics(image, text, own, replicates=0).metrics
-            self.held_out = image.cpu(), text.cpu()
-        metrics = self.trainer.strategy.broadcast(metrics)
+            try:
+                found = {"loss": float(self.loss(image, text, scale, bias, group=None))}
+                found |= retrieval_metrics(image, text, own, replicates=0).metrics
+            except ValueError as error:
+                found = f"held-out pairs: {error}"
+            self.held_out = rows.cpu(), image.cpu(), text.cpu()
+        metrics = self.trainer.strategy.broadcast(found)  # or an error, so that all ranks stop
+        if isinstance(metrics, str):
+            raise DataError(metrics)
         if not self.trainer.sanity_checking:
             stage = "test" if self.trainer.testing else "val"
             bar = ("val/loss", "val/mean_recall@1")

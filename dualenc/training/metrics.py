@@ -26,8 +26,8 @@ class PairEmbeddings(Metric):
         self.text.append(text.float())
         self.rows.append(rows.to(image.device))
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """(N, E) embeddings of images and of texts."""
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (N,) in ascending order, and (N, E) embeddings of images and of texts."""
         image, text, rows = (torch.cat(x) if isinstance(x, list) else x for x in (self.image, self.text, self.rows))
         order = torch.argsort(rows)
-        return image[order], text[order]
+        return rows[order], image[order], text[order]

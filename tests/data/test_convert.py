@@ -287,7 +287,7 @@ def test_one_template_and_classes_of_one_name(tmp_path, seed):
         "a photo of a hot dog.",
         "a photo of a cat.",
     }
-    assert BenchmarkSet.open(tmp_path / "out" / "val").classnames == ["cat", "hot dog"]
+    assert BenchmarkSet.open(tmp_path / "out" / "held_out").classnames == ["cat", "hot dog"]
 
 
 BAD = {
@@ -509,8 +509,8 @@ def test_whatever_a_stop_leaves(tmp_path, seed, harm):
         (out / "train-000001.tar").write_bytes(b"")
     elif harm == "val half":
         (out / "val.part" / "test").mkdir(parents=True)
-        (out / "val" / "test").mkdir(parents=True)
-        (out / "val" / "test" / "7.tar").write_bytes(b"old")
+        (out / "held_out" / "test").mkdir(parents=True)
+        (out / "held_out" / "test" / "7.tar").write_bytes(b"old")
     else:
         journal.unlink()
         for shard in out.glob("*.tar"):
@@ -607,7 +607,7 @@ def test_held_out_retrieval_set(tmp_path, seed):
     assert summary.duplicates == 20
     assert summary.held_out + summary.samples == 80
     assert 3 < summary.held_out < 60
-    data = BenchmarkSet.open(out / "val")
+    data = BenchmarkSet.open(out / "held_out")
     assert (data.kind, len(data)) == ("retrieval", summary.held_out)
     kept = {sample[kind] for sample in read(out) for kind in ("jpg", "png", "webp") if kind in sample}
     assert not kept & {sample.read(sample.image) for sample in data.index}
@@ -616,7 +616,7 @@ def test_held_out_retrieval_set(tmp_path, seed):
         file = sample.read_json()["file"]
         assert sample.read(sample.image) == made[file][1]
         assert [line for line, of in zip(lines, owner.tolist(), strict=True) if of == i] == captions[file]
-    result = tiny_embedder(seed).evaluate(out / "val")
+    result = tiny_embedder(seed).evaluate(out / "held_out")
     assert result["n"] >= summary.held_out
     assert f"dualenc retrieval RUN {out / 'val'}" in summary.lines()[-1]
 
@@ -625,7 +625,7 @@ def test_held_out_classification_set(tmp_path, seed):
     made = class_folders(tmp_path / "set", np.random.default_rng(seed), classes=5)
     out = tmp_path / "out"
     summary = make_shards(tmp_path / "set", out, templates=["a {c}", "{c}!"], val=0.4, workers=0)
-    data = BenchmarkSet.open(out / "val")
+    data = BenchmarkSet.open(out / "held_out")
     assert (data.kind, data.classnames) == ("classification", [f"kind {i} of" for i in range(5)])
     assert data.templates == ["a {c}", "{c}!"]
     assert len(data) == summary.held_out > 0
@@ -633,7 +633,7 @@ def test_held_out_classification_set(tmp_path, seed):
         file = sample.read_json()["file"]
         assert file.startswith(f"kind_{label}-of/")
         assert sample.read(sample.image) == made[file][1]
-    assert tiny_embedder(seed).evaluate(out / "val")["n"] == summary.held_out
+    assert tiny_embedder(seed).evaluate(out / "held_out")["n"] == summary.held_out
     assert f"dualenc zeroshot RUN {out / 'val'}" in summary.lines()[-1]
     # What training holds out of the rest is another choice, or the same share would find nothing.
     train, val = ShardIndex.build(out).split(0.4)
@@ -783,6 +783,6 @@ def test_real_photos_of_classes(tmp_path, seed):
         (folder / f"{sample.key}.jpg").write_bytes(sample.read(sample.image))
     summary = make_shards(tmp_path / "set", tmp_path / "out", samples=20, val=0.3)
     assert summary.samples + summary.held_out == 60
-    assert tiny_embedder(seed).evaluate(tmp_path / "out" / "val")["n"] == summary.held_out
+    assert tiny_embedder(seed).evaluate(tmp_path / "out" / "held_out")["n"] == summary.held_out
     for sample in ShardIndex.build(tmp_path / "out"):
         assert Image.open(io.BytesIO(sample.read("jpg"))).size[::-1] == decode_image(sample.read("jpg")).shape[-2:]
