@@ -19,7 +19,8 @@ SMALL = [
     "--model.text.vocab_size", "300", "--model.embed_dim", "32",
     "--model.optimizer.lr", "0.003", "--model.scheduler.warmup", "2",
     "--data.batch_size", "16", "--data.workers", "0", "--data.val", "0.25", "--run.monitor", "val/mrr",
-    "--trainer.max_steps", "24", "--trainer.max_epochs", "-1", "--trainer.log_every_n_steps", "1",
+    "--trainer.max_steps", "24", "--trainer.max_epochs", "-1",
+    "--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps", "1",
     "--trainer.accelerator", "cpu", "--trainer.devices", "1",
 ]  # fmt: skip
 

@@ -145,9 +145,10 @@ def test_selected_and_augmented_from_yaml(tmp_path: Path, seed: int) -> None:
     config = tmp_path / "run.yaml"
     text = SMOKE.read_text()
     text = text.replace("class_path: torch.optim.AdamW", "class_path: torch.optim.SGD").replace(
-        "init_args: {lr: 2.0e-3, betas: [0.9, 0.98], weight_decay: 0.1}", "init_args: {lr: 2.0e-3, momentum: 0.9}"
+        "init_args: {lr: 1.5e-3, betas: [0.9, 0.98], weight_decay: 0.1, fused: true}",
+        "init_args: {lr: 2.0e-3, momentum: 0.9}",
     )
-    text = text.replace("    embed_dim: 128\n", "    embed_dim: 128\n    loss: helpers.upside_down_loss\n")
+    text = text.replace("    embed_dim: 96\n", "    embed_dim: 96\n    loss: helpers.upside_down_loss\n")
     text += "    augment: {class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {scale: [0.5, 1.0]}}\n"
     config.write_text(text)
     run = small_fit(config, tmp_path, seed, "--data.select", "number < 40", "--data.val", "null")
