@@ -63,7 +63,7 @@ class Summary:
             text.append(f"all that was left out is named in {Path(self.out) / 'summary.json'}")
         text.append(f"next: dualenc fit --config run.yaml --data.train {self.out} --data.captions json.captions")
         if self.held_out:
-            text.append(f"then: dualenc {'zeroshot' if self.classes else 'retrieval'} RUN {Path(self.out) / 'val'}")
+            text.append(f"then: dualenc {'zeroshot' if self.classes else 'retrieval'} RUN {Path(self.out) / 'held_out'}")
         return text
 
 
