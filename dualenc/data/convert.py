@@ -63,7 +63,8 @@ class Summary:
             text.append(f"all that was left out is named in {Path(self.out) / 'summary.json'}")
         text.append(f"next: dualenc fit --config run.yaml --data.train {self.out} --data.captions json.captions")
         if self.held_out:
-            text.append(f"then: dualenc {'zeroshot' if self.classes else 'retrieval'} RUN {Path(self.out) / 'held_out'}")
+            command = "zeroshot" if self.classes else "retrieval"
+            text.append(f"then: dualenc {command} RUN {Path(self.out) / 'held_out'}")
         return text
 
 
