@@ -618,7 +618,7 @@ def test_held_out_retrieval_set(tmp_path, seed):
         assert [line for line, of in zip(lines, owner.tolist(), strict=True) if of == i] == captions[file]
     result = tiny_embedder(seed).evaluate(out / "held_out")
     assert result["n"] >= summary.held_out
-    assert f"dualenc retrieval RUN {out / 'val'}" in summary.lines()[-1]
+    assert f"dualenc retrieval RUN {out / 'held_out'}" in summary.lines()[-1]
 
 
 def test_held_out_classification_set(tmp_path, seed):
@@ -634,7 +634,7 @@ def test_held_out_classification_set(tmp_path, seed):
         assert file.startswith(f"kind_{label}-of/")
         assert sample.read(sample.image) == made[file][1]
     assert tiny_embedder(seed).evaluate(out / "held_out")["n"] == summary.held_out
-    assert f"dualenc zeroshot RUN {out / 'val'}" in summary.lines()[-1]
+    assert f"dualenc zeroshot RUN {out / 'held_out'}" in summary.lines()[-1]
     # What training holds out of the rest is another choice, or the same share would find nothing.
     train, val = ShardIndex.build(out).split(0.4)
     assert len(train) + len(val) == summary.samples
