@@ -163,10 +163,7 @@ def tokenizer(
 
     if out.suffix != ".json" or out.is_dir():
         raise UsageError(f"{out} must be a .json file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    except OSError as error:
-        raise UsageError(f"{out.parent} cannot be made: {error.strerror}") from error
+    _make_folder(out.parent, "folder")
     index, left_out = only_pairs(ShardIndex.build(shards), captions)
     texts = [caption for sample in index for caption in captions_of(sample, captions)]
     made = Tokenizer.train(texts, vocab_size, sys.maxsize, kind)
@@ -221,10 +218,7 @@ def _evaluate(
     if workers < 0:
         raise UsageError(f"--workers {workers} must not be negative")
     if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        except OSError as error:
-            raise UsageError(f"--out {out} cannot be made: {error.strerror}") from error
+        _make_folder(out, "--out")
     quiet = not sys.stderr.isatty()
     sections = []
     for item in sets:
@@ -238,6 +232,14 @@ def _evaluate(
     if out is not None:
         write_json(out, command, results)
         print(f"report: {write_report(out, _TITLES[command], sections, {'data': ' '.join(data)})}")
+
+
+def _make_folder(path: Path, name: str) -> None:
+    """For what a command will write: before its work, not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{name} {path} cannot be made: {error.strerror}") from error
 
 
 def _config_folder() -> Path:
