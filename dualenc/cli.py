@@ -8,6 +8,7 @@ status 2 for wrong use, 1 for work that failed.
 import inspect
 import logging
 import re
+import shlex
 import sys
 import typing
 import warnings
@@ -140,6 +141,157 @@ def make_shards(
     print("\n".join(summary.lines()))
 
 
+def shrink(shards: list[str], out: Path, size: int = 256, quality: int = 90, workers: int = 2) -> None:
+    """Rewrites shards with smaller images; everything else in them stays as it is.
+
+    Args:
+        shards: paths, globs, brace patterns or folders.
+        out: folder for shards of the same names and shrink.json; the same command again continues a stopped one.
+        size: the most pixels of an image's shorter side.
+        quality: of JPEG and of lossy WebP, 1 to 100.
+        workers: processes, each with a shard of its own.
+    """
+    from functools import partial
+
+    from rich.progress import track
+
+    from dualenc.data.shrink import shrink_shards
+
+    bar = partial(track, description="shards", transient=True, disable=not sys.stderr.isatty())
+    try:
+        summary = shrink_shards(shards, out, size=size, quality=quality, workers=workers, track=bar)
+    except OSError as error:
+        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
+    print("\n".join(summary.lines()))
+
+
+def doctor(
+    shards: list[str],
+    captions: str = "txt",
+    sample: int = 1000,
+    all: bool = False,
+    against: tuple[str, ...] = (),
+    tokenizer: Path | None = None,
+    context_length: int | None = None,
+    bad_samples: float = 0.001,
+    json: bool = False,
+    out: Path | None = None,
+    workers: int = 2,
+    seed: int = 0,
+) -> None:
+    """Looks for what would hurt a run on shards, before it; exit status 1 if one would not start or would stop.
+
+    Args:
+        shards: paths, globs, brace patterns or folders.
+        captions: "txt", or "json.FIELD" for a field of the .json that may list several.
+        sample: how many pairs to read and decode, drawn over all shards.
+        all: look at all pairs, not only at some.
+        against: evaluation sets, or shards, whose images must not be in these.
+        tokenizer: tokenizer.json or vocab.txt to measure captions with; absent, they are measured in words.
+        context_length: in tokens, for the captions that it would cut.
+        bad_samples: share of the pairs that the run lets be bad, 10 at least.
+        json: print JSON and no table.
+        out: folder for doctor.json and report.html.
+        workers: processes that read and decode.
+        seed: of the draw.
+    """
+    from functools import partial
+    from json import dumps
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from dualenc import Tokenizer
+    from dualenc.data.doctor import examine, printable
+    from dualenc.data.storage import redact
+    from dualenc.report import print_examination, write_examination, write_json
+
+    if sample < 1 or workers < 0 or seed < 0 or not 0 <= bad_samples <= 1:
+        raise UsageError(
+            f"--sample {sample} must be from 1, --workers {workers} and --seed {seed} from 0, "
+            f"--bad_samples {bad_samples} from 0 to 1"
+        )
+    if context_length is not None and (tokenizer is None or context_length < 1):
+        raise UsageError(f"--context_length {context_length} must be from 1, and needs --tokenizer")
+    vocabulary = None if tokenizer is None else Tokenizer.from_file(tokenizer, sys.maxsize)
+    if out is not None:
+        _make_folder(out, "--out")
+    quiet = not sys.stderr.isatty()
+    bar = partial(track, description="samples", transient=True, disable=quiet, console=Console(stderr=True))
+    found = examine(
+        shards,
+        captions,
+        sample=None if all else sample,
+        against=against,
+        tokenizer=vocabulary,
+        context_length=context_length,
+        bad_samples=bad_samples,
+        workers=workers,
+        seed=seed,
+        track=bar,
+    )
+    result = found.result()
+    if json:
+        print(dumps(result, indent=2))
+    else:
+        print_examination(result)
+    if out is not None:
+        write_json(out, "doctor", result)
+        galleries = {
+            title: [[(label, found.picture(item)) for label, item in group] for group in groups]
+            for title, groups in found.galleries.items()
+        }
+        marks = {} if context_length is None else {"tokens of a caption": context_length}
+        title, command = (
+            printable(redact(text))
+            for text in (f"Before a run: {', '.join(shards)}", shlex.join(["dualenc", *sys.argv[1:]]))
+        )
+        page = write_examination(out, title, result, found.distributions, galleries, {"command": command}, marks)
+        print(f"report: {page}", file=sys.stderr if json else sys.stdout)
+    errors = sum(finding.severity == "error" for finding in found.findings)
+    if errors:
+        raise WorkError(f"a run on these shards would not start, or would stop: {errors} error{'s' * (errors != 1)}")
+
+
+def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
+    """Scans shards once, and keeps what lies where beside them; shards elsewhere are read whole.
+
+    Args:
+        shards: paths, URLs, globs, brace patterns or folders.
+        hash: keep hashes of each image and caption too, for which all of them are read.
+        workers: processes that scan.
+    """
+    import time
+    from functools import partial
+
+    from rich.progress import track
+
+    from dualenc import ShardIndex
+    from dualenc.data.pairs import IMAGE_EXTENSIONS
+
+    began = time.monotonic()
+    found = ShardIndex.build(
+        shards,
+        anew=True,
+        hashes=("image", "text") if hash else (),
+        workers=workers,
+        track=partial(track, description="shards", transient=True, disable=not sys.stderr.isatty()),
+    )
+    seconds = time.monotonic() - began
+    print(
+        f"{len(found):,} samples in {len(found.parts):,} shard{'s' * (len(found.parts) != 1)}, "
+        f"{sum(part.facts['size'] for part in found.parts) / 1e6:,.1f} MB, in {seconds:.1f} s\n"
+        f"{int(found.having(IMAGE_EXTENSIONS).sum()):,} with an image, {int(found.having(['txt']).sum()):,} with .txt, "
+        f"{int(found.having(['json']).sum()):,} with .json\nfingerprint {found.fingerprint}"
+    )
+    if hash:
+        for name in ("image", "text"):
+            again = len(found) - len(set(found.hashes(name).tolist()))
+            print(f"{again:,} samples have the same {name} as an earlier one")
+    for path in found.files():
+        print(f"kept in {path}")
+
+
 def tokenizer(
     shards: list[str],
     out: Path,
@@ -158,14 +310,17 @@ def tokenizer(
     """
     import numpy as np
 
-    from dualenc import ShardIndex, Tokenizer
-    from dualenc.data.pairs import captions_of, only_pairs
+    from dualenc import DataError, ShardIndex, Tokenizer
+    from dualenc.data.pairs import all_captions, only_pairs
 
     if out.suffix != ".json" or out.is_dir():
         raise UsageError(f"{out} must be a .json file")
     _make_folder(out.parent, "folder")
     index, left_out = only_pairs(ShardIndex.build(shards), captions)
-    texts = [caption for sample in index for caption in captions_of(sample, captions)]
+    unreadable: list[str] = []
+    texts = list(all_captions(index, captions, unreadable))
+    if not texts:
+        raise DataError(f"no sample has a caption that can be read, such as {unreadable[0]}")
     made = Tokenizer.train(texts, vocab_size, sys.maxsize, kind)
     try:
         made.save(out)
@@ -175,6 +330,8 @@ def tokenizer(
     most, nearly, mean = lengths.max(), int(np.quantile(lengths, 0.99, method="higher")), lengths.mean()
     if left_out:
         print(f"{len(left_out):,} samples have no image or no caption and were left out")
+    if unreadable:
+        print(f"{len(unreadable):,} samples have no caption that can be read and were left out: {unreadable[0]}")
     print(
         f"{out}: {made.vocab_size:,} entries from {len(texts):,} captions, which take {mean:.1f} tokens in the mean, "
         f"99% of them at most {nearly}, the longest {most}\n"
@@ -185,7 +342,7 @@ def tokenizer(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     function.__name__.replace("_", "-"): function
-    for function in (demo, configs, make_shards, tokenizer, zeroshot, retrieval)
+    for function in (demo, configs, make_shards, index, doctor, shrink, tokenizer, zeroshot, retrieval)
 }
 
 
@@ -389,21 +546,31 @@ def _run(arguments: list[str]) -> None:
 
 
 def _function_parser(function: Callable[..., None]) -> ArgumentParser:
-    """Required parameters and the first one are positional, a list takes one or more; the others are options."""
+    """Required parameters and the first one are positional, a list takes one or more; the others are options.
+
+    Of these, a tuple takes one or more too, and what is false by default is a switch.
+    """
     text = docstring_parser.parse(function.__doc__ or "")
     parser = _Parser(prog=f"dualenc {function.__name__.replace('_', '-')}", description=text.short_description)
     help_of = {item.arg_name: item.description for item in text.params}
-    positional = set()
+    mine = set()
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         required = parameter.default is inspect.Parameter.empty
         if required or i == 0:
-            positional.add(name)
+            mine.add(name)
             many = typing.get_origin(parameter.annotation) is list
             kind = typing.get_args(parameter.annotation)[0] if many else parameter.annotation
             how: dict[str, Any] = {"nargs": "+"} if many else {} if required else {"nargs": "?"}
             how |= {} if required else {"default": parameter.default}
             parser.add_argument(name, type=kind, help=help_of[name], **how)
-    parser.add_function_arguments(function, skip=positional)
+        elif parameter.default is False:
+            mine.add(name)
+            parser.add_argument(f"--{name}", action="store_true", help=help_of[name])
+        elif typing.get_origin(parameter.annotation) is tuple:
+            mine.add(name)
+            kind = typing.get_args(parameter.annotation)[0]
+            parser.add_argument(f"--{name}", type=kind, nargs="+", default=[], help=help_of[name])
+    parser.add_function_arguments(function, skip=mine)
     return parser
 
 
@@ -430,9 +597,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(error: object, status: int) -> NoReturn:
     """One line on standard error, and the exit status."""
+    from dualenc.data.storage import redact
+
     # What fails in a worker process arrives with that process's traceback before it.
-    text = str(error).rpartition("DataError: ")[2] if "Original Traceback" in str(error) else str(error)
-    text = " ".join(text.split())
+    text = str(error)
+    if "Original Traceback" in text:
+        text = re.split(r"\ndualenc\.\w+(?:\.\w+)*: ", text)[-1]
+    # What strangers wrote gives a terminal no orders; what a user wrote may hold the password of a URL.
+    text = redact("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split())))
     # jsonargparse tells of each type that a value might have had, and repeats the value; what went wrong is the first.
     text = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: - ", "", text)
     text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*", "", text)

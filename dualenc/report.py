@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
@@ -92,10 +92,10 @@ def print_table(results: Sequence[Result]) -> None:
         console.print(table)
 
 
-def write_json(folder: str | os.PathLike[str], command: str, results: Sequence[Result]) -> None:
+def write_json(folder: str | os.PathLike[str], command: str, results: Sequence[Result] | Mapping[str, Any]) -> None:
     """Writes `<command>.json` into a folder, made if missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{command}.json").write_text(json.dumps(list(results), indent=2) + "\n", "utf-8")
+    (Path(folder) / f"{command}.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
 def write_report(
@@ -117,28 +117,161 @@ def write_report(
     Returns:
         The file.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"number": _number, "uri": _uri, "breakable": _breakable}
-    page = environment.from_string(Path(__file__).with_name("report.jinja").read_text("utf-8"))
-    html = page.render(
+    return _write_page(
+        "report_sets.jinja",
+        folder,
+        title,
+        {**({"model": sections[0].result["model"]} if sections else {}), **(about or {})},
+        sections=[_section(section) for section in sections],
+        headlines=[headline for section in sections for headline in _headlines(section.result)],
+        curves=_curves(Path(curves)) if curves is not None and Path(curves).exists() else [],
+    )
+
+
+def _write_page(
+    template: str, folder: str | os.PathLike[str], title: str, about: dict[str, Any], **values: Any
+) -> Path:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"number": _number, "uri": _uri, "breakable": _breakable, "figure": _figure}
+    html = environment.get_template(template).render(
         title=title,
         about={
             "command": shlex.join(["dualenc", *sys.argv[1:]]),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            **({"model": sections[0].result["model"]} if sections else {}),
-            **(about or {}),
+            **about,
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
             "versions": ", ".join(f"{name} {version(name)}" for name in ("dualenc", "torch", "timm"))
             + f", Python {platform.python_version()}",
         },
-        sections=[_section(section) for section in sections],
-        headlines=[headline for section in sections for headline in _headlines(section.result)],
-        curves=_curves(Path(curves)) if curves is not None and Path(curves).exists() else [],
+        **values,
     )
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / "report.html"
     path.write_text(html, "utf-8")
     return path
+
+
+def print_examination(result: Mapping[str, Any]) -> None:
+    """Prints what `dualenc.data.doctor` found: what the data is, then what is the matter with it.
+
+    Args:
+        result: facts and findings.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # lines stay whole for those who search in them
+        console.width = 100_000
+    facts = _facts(result["facts"])
+    for name, value in facts:
+        console.print(Text(f"{name:{max(len(name) for name, _ in facts)}}  {value}"))
+    if quantiles := result["facts"].get("quantiles"):
+        table = Table("", *next(iter(quantiles.values())), box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, values in quantiles.items():
+            table.add_row(name, *map(_figure, values.values()))
+        console.print("", table)
+    console.print()
+    for finding in result["findings"]:
+        style = {"error": "bold red", "warning": "bold yellow", "info": "bold blue"}[finding["severity"]]
+        head = f"{finding['what']}: {_counted(finding)}"
+        console.print(Text.assemble((f"{finding['severity']:9}", style), head))
+        shown = finding["examples"] if finding["unit"].startswith("shards") else finding["examples"][:3]
+        for example in shown:
+            console.print(Padding.indent(Text(example, style="dim"), 11))
+        console.print(Padding.indent(Text(finding["advice"]), 9))
+    if not result["findings"]:
+        console.print("nothing found that would hurt a run")
+
+
+def write_examination(
+    folder: str | os.PathLike[str],
+    title: str,
+    result: Mapping[str, Any],
+    distributions: Mapping[str, np.ndarray],
+    galleries: Mapping[str, Sequence[Sequence[tuple[str, bytes]]]],
+    about: Mapping[str, Any] | None = None,
+    marks: Mapping[str, float] | None = None,
+) -> Path:
+    """Writes `report.html` on what `dualenc.data.doctor` found; see `write_report`.
+
+    Args:
+        folder: where to.
+        title: of the page.
+        result: facts and findings.
+        distributions: values by name.
+        galleries: by title, groups of pictures to be seen together, each with what to say of it.
+        about: what else was run, by name.
+        marks: a value of a distribution to be marked.
+    """
+    facts = result["facts"]
+    severities = Counter(finding["severity"] for finding in result["findings"])
+    plots = [
+        {"title": name, "svg": _svg(partial(_plot_histogram, values, (marks or {}).get(name)), 4.4, 2.2)}
+        for name, values in distributions.items()
+        if len(values) and values.min() < values.max()
+    ]
+    return _write_page(
+        "report_doctor.jinja",
+        folder,
+        title,
+        {**dict(_facts(facts)), **(about or {})},
+        counts=[(severities[name], name) for name in ("error", "warning")],
+        facts=facts,
+        findings=[{**finding, "counted": _counted(finding)} for finding in result["findings"]],
+        plots=plots,
+        galleries={title: groups for title, groups in galleries.items() if groups},
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures in words."""
+    shards = f"{facts['shards']:,} shard{'s' * (facts['shards'] != 1)}"
+    if facts["shards that can be read"] < facts["shards"]:
+        shards += f", {facts['shards that can be read']:,} of which can be read"
+    if "samples" not in facts:
+        return [("examined", shards)]
+    rest = (
+        f", {facts['samples']:,} samples, {facts['pairs']:,} pairs of image and caption, {facts['bytes'] / 1e6:,.1f} MB"
+    )
+    looked = f"{facts['looked at']:,} of {facts['pairs']:,} pairs"
+    if facts["seed"] is not None:
+        looked += (
+            f", drawn by seed {facts['seed']}: what is said of images and captions is of these; --all looks at all"
+        )
+    lines = [("examined", shards + rest), ("looked at", looked)]
+    if facts["images"]:
+        lines.append(("images", ", ".join(f"{n:,} .{name}" for name, n in facts["images"].items())))
+    for item in facts["against"]:
+        of_images, of_captions = item["of these among those looked at"], item["of these captions in both"]
+        both = f"{of_images:,} of {item['images']:,} images and {of_captions:,} of {item['different captions']:,}"
+        lines.append((f"in {item['name']} too", f"{both} different captions"))
+    return lines
+
+
+def _counted(finding: Mapping[str, Any]) -> str:
+    """How many of how many, and how many that makes of all."""
+    text = f"{finding['count']:,} of {finding['of']:,} {finding['unit']} ({_percent(finding['share'])})"
+    if finding["estimate"]:
+        about, low, high = finding["estimate"]
+        text += f", of all pairs about {about:,} (95% interval {low:,} to {high:,})"
+    return text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
+
+
+def _figure(value: float) -> str:
+    """Whole numbers as such, others with two decimals while they are small."""
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 100 else f"{value:,.2f}"
 
 
 def _number(value: float) -> str:
@@ -316,6 +449,29 @@ def _plot_lines(lines: Mapping[str, list[tuple[int, float]]], axes: Any) -> None
     if min(value for points in lines.values() for _, value in points) >= 0:
         axes.set_ylim(bottom=0)
     if len(lines) > 1:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+
+def _plot_histogram(values: np.ndarray, mark: float | None, axes: Any) -> None:
+    """How many there are of each size; of what spans more than a factor of 100, on a logarithmic scale."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = float(values.min()), float(values.max())
+    whole = values.dtype.kind in "iu"
+    if low > 0 and high / low > 100:
+        bins = np.geomspace(low, high, 40)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 1000 else (1, 3)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        bins = np.arange(low, high + 2) - 0.5 if whole and high - low < 60 else np.linspace(low, high, 40)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
+    axes.hist(values, bins=bins, color=LINES[0])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.10g}"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if mark is not None:
+        axes.axvline(mark, color=LINES[1], linewidth=1.6, label=f"cut at {mark:,.0f}")
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
 

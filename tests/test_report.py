@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import caption, encode, smooth
+from helpers import caption, encode, smooth, write_benchmark, write_tar
 
+from dualenc.data.doctor import examine
 from dualenc.embedder import score_retrieval
 from dualenc.evaluation import classification_metrics, predictions
-from dualenc.report import Classes, Labels, Section, write_json, write_report
+from dualenc.report import Classes, Labels, Section, write_examination, write_json, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>document.title='x'</script><img src=x onerror=alert(1)> & \"quotes\" ' {{ 7 * 7 }}"
@@ -55,6 +57,40 @@ def sections(seed: int, classes: int = 12, images: int = 60) -> list[Section]:
         result("labels", {"mean_average_precision": 0.4}), Labels(names, np.arange(classes), np.linspace(0, 1, classes))
     )
     return [zeroshot, retrieval, labels]
+
+
+def examination(folder: Path, seed: int) -> Path:
+    """The page on shards with something of everything, keys and captions that are out for harm, and a leak."""
+    rng = np.random.default_rng(seed)
+    other = write_benchmark(folder / "other", seed, "retrieval", counts=(9,))
+    with open(other / "test" / "0.tar", "rb") as file, tarfile.open(fileobj=file) as tar:
+        leaked = [tar.extractfile(item).read() for item in tar if item.name.endswith(".jpg")]  # type: ignore[union-attr]
+    sides = [(int(h), int(w)) for h, w in rng.integers(20, 300, (60, 2))]
+    images = [
+        *(encode(smooth(rng, *side), "jpeg") for side in sides),
+        *leaked,
+        *leaked[:4],
+        b"",
+        b"<html>",
+        b"\xff\xd8\xff",
+    ]
+    texts = [EVIL if i % 5 == 0 else caption(rng) for i in range(len(images))]
+    samples = [
+        {"__key__": f"{EVIL.replace('.', '')}/{i}" if i % 3 else "k" * 200 + f"{i}", "jpg": image, "txt": text.encode()}
+        for i, (image, text) in enumerate(zip(images, texts))
+    ]
+    write_tar(folder / "0.tar", samples)
+    (folder / "1.tar").write_bytes(b"")
+    found = examine(folder, sample=None, against=[other], workers=0)
+    galleries = {
+        title: [[(label, found.picture(item)) for label, item in group] for group in groups]
+        for title, groups in found.galleries.items()
+    }
+    marks = {"words of a caption": 5.0}
+    data = {"data": "shards/" + "x" * 200}
+    return write_examination(
+        folder / "out", "Before a run", found.result(), found.distributions, galleries, data, marks
+    )
 
 
 @pytest.fixture
@@ -106,6 +142,18 @@ def test_nothing_in_it_runs_or_loads(tmp_path: Path, curves: Path, seed: int) ->
     assert "script" not in policy[1]
 
 
+def test_nothing_in_the_doctors_page_runs_or_loads(tmp_path: Path, seed: int) -> None:
+    found = Elements(examination(tmp_path / "data", seed).read_text("utf-8"))
+    assert not {"script", "iframe", "object", "embed", "link", "form", "base"} & set(found.tags)
+    assert not found.handlers
+    assert all(source.startswith(("data:image/", "#")) for source in found.sources)
+    assert found.tags.count("img") > 20
+    assert found.tags.count("svg") > 4
+    assert found.text.count("onerror=alert(1)") > 4  # in keys and captions, shown as they were written
+    for title in ("The smallest images", "Equal images", "In other too", "The most frequent captions", "cut at 5"):
+        assert title in found.text
+
+
 def test_figures_stand_in_it(tmp_path: Path, curves: Path, seed: int) -> None:
     given = sections(seed)
     text = " ".join(Elements(write_report(tmp_path, "A run", given, None, curves).read_text("utf-8")).text.split())
@@ -134,14 +182,18 @@ def test_confusions_are_counted(tmp_path: Path) -> None:
     assert "dog0.500of2" in text
 
 
-@pytest.mark.parametrize("classes", [1000, 30])
-def test_in_a_browser(tmp_path: Path, curves: Path, seed: int, classes: int) -> None:
+@pytest.mark.parametrize("kind", ["1000 classes", "30 classes", "doctor"])
+def test_in_a_browser(tmp_path: Path, curves: Path, seed: int, kind: str) -> None:
     """No console error, every picture loaded, nothing wider than a phone; looked at by day and by night."""
     if CHROMIUM is None:
         pytest.skip("no Chromium here to open the report in")
     from playwright.sync_api import sync_playwright
 
-    path = write_report(tmp_path, "A run", sections(seed, classes, 400), {"data": "shards/" + "x" * 200}, curves)
+    if kind == "doctor":
+        path = examination(tmp_path / "data", seed)
+    else:
+        given = sections(seed, int(kind.split()[0]), 400)
+        path = write_report(tmp_path, "A run", given, {"data": "shards/" + "x" * 200}, curves)
     problems: list[str] = []
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

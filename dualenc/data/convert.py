@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from webdataset.writer import TarWriter
 
 from dualenc.data.images import ImageError, decode_image
+from dualenc.data.journal import append, check_same, read_lines, write_whole
 from dualenc.data.plan import permutation
 from dualenc.data.shards import DataError
 from dualenc.data.sources import TEMPLATES, Item, Source, clean, inside, read_source
@@ -170,7 +171,7 @@ def make_shards(
         start, part.bytes = part.stop, beside.stat().st_size
         if part.samples:
             beside.replace(path)
-            _append(journal, asdict(part))
+            append(journal, asdict(part))
         else:  # nothing was left but held-out and unusable pictures: no shard, and a stopped run reads them again
             beside.unlink()
         parts.append(part)
@@ -183,7 +184,7 @@ def make_shards(
     summary = _summary(out, found, parts)
     about = {**asdict(summary), "sizes": [part.bytes for part in parts if part.samples], "made_with": plan}
     del about["out"], about["finished_before"]
-    _write_whole(out / "summary.json", json.dumps(about, indent=1))
+    write_whole(out / "summary.json", json.dumps(about, indent=1))
     journal.unlink()
     return summary
 
@@ -206,7 +207,7 @@ def _finished(out: Path, plan: dict[str, Any]) -> Summary | None:
         found = Summary(out=str(out), finished_before=True, **summary)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{out / 'summary.json'} is not of make-shards: name a new folder") from None
-    _same(out, made_with, plan)
+    _check_same(out, made_with, plan)
     for number, size in enumerate(sizes):
         path = _shard(out, number)
         if not path.is_file() or path.stat().st_size != size:
@@ -217,49 +218,24 @@ def _finished(out: Path, plan: dict[str, Any]) -> Summary | None:
 
 def _begin(journal: Path, plan: dict[str, Any]) -> list[_Part]:
     """What the journal says of whole shards; after this it holds that and nothing else."""
-    out, whole, parts = journal.parent, [], []
-    for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else []:
-        if not line.endswith(b"\n"):  # the stop cut it
-            break
-        whole.append(json.loads(line))
+    out, whole, parts = journal.parent, read_lines(journal), []
     for line in whole[1:]:
         part, path = _Part(**line), _shard(out, len(parts))
         if not path.is_file() or path.stat().st_size != part.bytes:
             break
         parts.append(part)
     if parts:  # before the first shard, nothing binds to what was asked for
-        _same(out, whole[0], plan)
+        _check_same(out, whole[0], plan)
     out.mkdir(parents=True, exist_ok=True)
-    _write_whole(journal, "".join(json.dumps(line) + "\n" for line in [plan, *whole[1 : len(parts) + 1]]))
+    write_whole(journal, "".join(json.dumps(line) + "\n" for line in [plan, *whole[1 : len(parts) + 1]]))
     kept = {_shard(out, number) for number in range(len(parts))}
     for path in set(out.glob("train-*.tar*")) - kept:
         path.unlink()
     return parts
 
 
-def _same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in now:
-        if before.get(name) != now[name]:
-            what = f"{name} {before.get(name)!r}, not {now[name]!r}"
-            if name == "content":
-                what = f"other rows or files of {now['source']}"
-            raise DataError(f"{out} was begun with {what}: give the same, remove the folder, or name a new one")
-
-
-def _append(journal: Path, line: dict[str, Any]) -> None:
-    with open(journal, "ab") as file:
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.part")
-    with open(beside, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    check_same(out, before, now, {"content": f"other rows or files of {now['source']}"})
 
 
 # Writing

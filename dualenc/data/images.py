@@ -6,6 +6,7 @@ resize on uint8 in channels-last layout is the fastest there is on a CPU. Normal
 
 import io
 import math
+import struct
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ import numpy as np
 import simplejpeg
 import torch
 import torchvision.transforms.v2 as transforms
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -24,7 +25,16 @@ MAX_PIXELS = 1 << 27  # 134 million: above any photo, below what a header can cl
 
 
 class ImageError(ValueError):
-    """A picture that cannot be decoded, or must not be."""
+    """A picture that cannot be decoded, or must not be.
+
+    Attributes:
+        cause: what is wrong, alike for all pictures that have it.
+        detail: more of it, for this one.
+    """
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(f"{cause} ({detail})" if detail else cause)
+        self.cause, self.detail = cause, detail
 
 
 def decode_image(data: bytes) -> Tensor:
@@ -45,30 +55,66 @@ def decode_image(data: bytes) -> Tensor:
             pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the bound here
+            warnings.simplefilter("ignore")  # of bombs, where MAX_PIXELS is the bound; of broken tags
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
                 return to_tensor(image)
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError("cannot be decoded as JPEG, PNG or WebP") from None
     except Exception as error:  # Pillow's decoders raise nearly everything on broken data
-        raise ImageError(f"cannot be decoded as JPEG, PNG or WebP ({type(error).__name__}: {error})") from error
+        raise ImageError("cannot be decoded", f"{type(error).__name__}: {error}") from error
 
 
 def _upright(data: bytes) -> bool:
     """Whether a JPEG has no tag that turns it: simplejpeg knows nothing of them."""
-    if data.find(b"Exif\0", 0, 65536) < 0:
-        return True
+    turn = _orientation(data)
+    if turn is not None:
+        return turn == 1
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     except Exception:  # as below; the decoder will say what is wrong
         return False
 
 
+def _orientation(data: bytes) -> int | None:
+    """The EXIF tag that turns a JPEG; 1 where there is none.
+
+    None for whatever is out of the ordinary: Pillow knows more, but may take longer to open a picture than simplejpeg
+    to decode it. A JPEG begins with segments (ITU-T T.81, annex B); that of EXIF is laid out as TIFF 6.0, section 2:
+    a header, then a directory of entries of 12 bytes.
+    """
+    start, found = 2, None
+    try:
+        while True:  # ends with the scan at the latest, or the data
+            fill, marker, length = struct.unpack_from(">BBH", data, start)
+            if fill != 0xFF or marker == 0xFF:
+                return None
+            if marker == 0xDA:
+                return 1
+            if marker == 0xE1 and data[start + 4 : start + 10] == b"Exif\0\0":
+                break
+            start += 2 + length
+        segment = data[start + 10 : start + 2 + length]
+        order = {b"II*\0": "<", b"MM\0*": ">"}[segment[:4]]
+        (directory,) = struct.unpack_from(f"{order}I", segment, 4)
+        (entries,) = struct.unpack_from(f"{order}H", segment, directory)
+        for entry in range(entries):
+            tag, kind, count, value = struct.unpack_from(f"{order}HHIH", segment, directory + 2 + 12 * entry)
+            if tag == ExifTags.Base.Orientation:
+                if found is not None or (kind, count) != (3, 1):  # 3: a number of 16 bits
+                    return None
+                found = value
+    except (struct.error, KeyError):  # leads out of the data, or has no such header
+        return None
+    return 1 if found is None and b"tiff:Orientation" not in data else found
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """A Pillow image as uint8 (3, H, W), stored channels last; see `decode_image`."""
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        raise ImageError(f"has more than {MAX_PIXELS:,} pixels", f"{image.width} x {image.height}")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -116,15 +162,42 @@ class Preprocess:
 
     def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 (..., 3, S, S) to `dtype`, zero mean and unit deviation by channel; on the images' device."""
-        mean, std = _channels(self.mean, self.std, images.device)
-        return ((images.float() - mean) / std).to(dtype)
+        # Channels last, a whole row of means beside a row of pixels: torch would else go along 3 numbers at a time.
+        width = images.shape[-1] if images.stride(-3) == 1 else 1
+        mean, std = _channels(self.mean, self.std, width, images.device)
+        return images.to(torch.float32, copy=True).sub_(mean).div_(std).to(dtype)
 
 
 @lru_cache(maxsize=8)
-def _channels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (3, 1, 1) in units of uint8; kept, since a copy to a GPU waits for what runs there."""
-    mean_std = torch.tensor([mean, std], dtype=torch.float32)[:, :, None, None] * 255
-    return mean_std[0].to(device), mean_std[1].to(device)
+def _channels(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (3, 1, W) in units of uint8, stored channels last; kept, since a copy to a GPU waits for what
+    runs there.
+    """
+    mean_std = (torch.tensor([mean, std], dtype=torch.float32) * 255).to(device)
+    mean_std = mean_std[:, None].repeat(1, width, 1).mT[:, :, None]  # (2, 3, 1, W)
+    return mean_std[0], mean_std[1]
+
+
+def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """A part of an image, resized by antialiased bicubic interpolation.
+
+    Args:
+        image: uint8 (3, H, W).
+        box: top, left, height and width of the part in pixels.
+        size: output height and width in pixels.
+
+    Returns:
+        uint8 (3, size, size), stored channels last: both this and any stacking is then faster.
+    """
+    top, left, height, width = box
+    image = image[:, top : top + height, left : left + width]
+    if (height, width) == (size, size):
+        return image
+    # One image of a batch: torch looks at all four strides, and takes the slow way if the first is not what it should.
+    pixels = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
 
 
 class Augment(torch.nn.Module):
@@ -160,19 +233,15 @@ class Augment(torch.nn.Module):
         super().__init__()
         self.margin = (max(1.0, scale[1]) ** 0.5 - 1) / 2  # on each side, so that the whole has the largest area
         whole = (1 + 2 * self.margin) ** 2
-        self.crop = transforms.RandomResizedCrop(
-            size,
-            scale=(scale[0] / whole, scale[1] / whole),
-            interpolation=transforms.InterpolationMode.BICUBIC,
-            antialias=True,
-        )
+        self.size, self.scale = size, (scale[0] / whole, scale[1] / whole)
         self.flip, self.rotate, self.colour, self.hue, self.grey = flip, rotate, colour, hue, grey
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 (3, H, W) of any size to uint8 (3, size, size)."""
         if self.margin or self.rotate:
             image = self._on_ground(image)
-        image = self.crop(image)
+        height, width = image.shape[-2:]
+        image = resized_crop(image, _crop_box(height, width, self.scale), self.size)
         if self.flip and float(torch.rand(())) < self.flip:
             image = image.flip(-1)
         return self._recoloured(image) if self.colour or self.hue or self.grey else image
@@ -201,6 +270,25 @@ class Augment(torch.nn.Module):
         mean = float(_LUMA[0] @ matrix @ pixels.mean(1))
         pixels = (contrast * matrix @ pixels).add_((1 - contrast) * mean).round_().clamp_(0, 255)
         return pixels.to(torch.uint8).view(image.shape)
+
+
+def _crop_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop, draw for draw torchvision's RandomResizedCrop (Szegedy et al. 2015).
+
+    Ours, since torchvision takes longer to draw a box than to cut it out.
+    """
+    low, high = 3 / 4, 4 / 3  # width over height
+    for _ in range(10):
+        area, ratio = torch.rand(2).tolist()
+        area = (scale[0] + area * (scale[1] - scale[0])) * height * width
+        ratio = low * (high / low) ** ratio
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (int(torch.randint(room + 1, (1,))) for room in (height - h, width - w))
+            return top, left, h, w
+    # The largest part of the middle that has a ratio within the bounds.
+    h, w = min(height, round(width / low)), min(width, round(height * high))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 _LUMA = torch.tensor([[0.299, 0.587, 0.114]]).repeat(3, 1)  # ITU-R BT.601

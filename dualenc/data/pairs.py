@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dualenc.data.errors import BadSample, DataError
 from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image
 from dualenc.data.plan import EpochPlan, draw
-from dualenc.data.shards import DataError, Sample, ShardIndex
+from dualenc.data.prefetch import Prefetch
+from dualenc.data.quarantine import IN_A_ROW, Bad, Quarantine, causes
+from dualenc.data.shards import Sample, ShardIndex
 from dualenc.data.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
 
@@ -21,7 +24,8 @@ class Pairs(NamedTuple):
 
     images: Tensor  # (B, 3, S, S) uint8
     tokens: Tokens
-    rows: Tensor  # (B,) int64, number of each sample in the index
+    rows: Tensor  # (B,) int64, number of each sample in the index; -1 for a bad one, with another in its place
+    bad: Sequence[Bad] = ()  # samples that were met and could not be used
 
 
 def captions_of(sample: Sample, source: str) -> list[str]:
@@ -32,23 +36,33 @@ def captions_of(sample: Sample, source: str) -> list[str]:
         source: "txt" for the text file, or "json.FIELD" for a string or a list of strings in the `.json`.
 
     Raises:
-        DataError: none, an empty one, or no UTF-8.
+        BadSample: none, an empty one, or no UTF-8.
     """
     if source == "txt":
         try:
             found: Any = sample.read("txt").decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise DataError(f"{sample}: .txt is not UTF-8 ({error})") from None
+            raise BadSample(sample, ".txt is not UTF-8", str(error)) from None
     else:
         fields = sample.read_json()
         field = source.removeprefix("json.")
         if not isinstance(fields, dict) or field not in fields:
-            raise DataError(f"{sample}: its .json has no field {field!r}")
+            raise BadSample(sample, f"its .json has no field {field!r}")
         found = fields[field]
     captions = found if isinstance(found, list) else [found]
     if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise DataError(f"{sample}: {source} holds no caption, or an empty one")
+        raise BadSample(sample, f"{source} holds no caption, or an empty one")
     return captions
+
+
+def all_captions(index: ShardIndex, source: str, bad: list[str] | None = None) -> Iterator[str]:
+    """Every caption of an index; samples without a readable one are passed over, and `bad` takes why."""
+    for sample in index:
+        try:
+            yield from captions_of(sample, source)
+        except BadSample as error:
+            if bad is not None:
+                bad.append(str(error))
 
 
 def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
@@ -76,6 +90,9 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
 class PairDataset(Dataset[Pairs]):
     """Whole batches by request, in a worker or in the main process.
 
+    A bad sample is replaced by the next good one of the index in training; otherwise its row is -1, and whoever
+    measures leaves it out.
+
     Args:
         index: samples that all have an image and captions.
         captions: see `captions_of`.
@@ -96,22 +113,38 @@ class PairDataset(Dataset[Pairs]):
         self.tokenizer, self.transform, self.seed = tokenizer, transform, seed
 
     def __getitem__(self, request: tuple[int, int, np.ndarray]) -> Pairs:
-        """The batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch."""
+        """The batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch.
+
+        Raises:
+            DataError: `IN_A_ROW` samples one after the other are bad.
+        """
         epoch, position, rows = request
-        images, texts = [], []
+        images, texts, used = [], [], []
+        bad: list[Bad] = []
         with _own_generators():
             for place, row in enumerate(rows.tolist(), position):
-                sample = self.index[row]
-                captions = captions_of(sample, self.captions)
+                good, picture, captions = self._next_good(row, bad)
                 choice = 0
                 if self.seed is not None:
                     key = draw(self.seed, epoch, place)
                     torch.default_generator.manual_seed(key)
                     random.seed(key)
                     choice = key % len(captions)
-                images.append(self.transform(decode_sample(sample)))
+                images.append(self.transform(picture))
                 texts.append(captions[choice])
-        return Pairs(torch.stack(images).contiguous(), self.tokenizer(texts), torch.from_numpy(rows))
+                used.append(good if good == row or self.seed is not None else -1)
+        return Pairs(torch.stack(images).contiguous(), self.tokenizer(texts), torch.tensor(used), bad)
+
+    def _next_good(self, row: int, bad: list[Bad]) -> tuple[int, Tensor, list[str]]:
+        """The first sample from `row` on that can be used: its number, picture and captions. Notes those before it."""
+        for step in range(IN_A_ROW):
+            near = (row + step) % len(self.index)
+            sample = self.index[near]
+            try:
+                return near, decode_sample(sample), captions_of(sample, self.captions)
+            except BadSample as error:
+                bad.append(Bad(near, sample.shard, sample.key, error.cause, error.detail))
+        raise DataError(f"{IN_A_ROW} samples in a row are bad: {causes(bad[-IN_A_ROW:])}")
 
 
 class _own_generators:
@@ -129,15 +162,15 @@ def decode_sample(sample: Sample) -> Tensor:
     """The picture of a sample, uint8 (3, H, W).
 
     Raises:
-        DataError: there is none, or it cannot be decoded; names shard, key and cause.
+        BadSample: there is none, or it cannot be decoded; names shard, key and cause.
     """
     extension = sample.image
     if extension is None:
-        raise DataError(f"{sample}: no image among its members {sorted(sample.members)}")
+        raise BadSample(sample, "no image among its members", ", ".join(sorted(sample.members)))
     try:
         return decode_image(sample.read(extension))
     except ImageError as error:
-        raise DataError(f"{sample}: .{extension} {error}") from None
+        raise BadSample(sample, f".{extension} {error.cause}", error.detail) from None
 
 
 class PairLoader:
@@ -151,11 +184,13 @@ class PairLoader:
         batch_size: global, over all ranks; a multiple of `world`.
         seed: of the order.
         window: shards shuffled together; see `EpochPlan`.
+        sources: (number of shards, weight) of each source; see `EpochPlan`.
         shuffle: false for the order of the shards in batches of nearly `batch_size`, nothing left out (validation);
             no rank goes without a part of any batch, since the others would wait for it.
         rank, world: this process and how many there are.
         workers: processes that decode; 0 for none.
         pin_memory: for a fast copy to a GPU.
+        quarantine: where bad samples are written down and counted; absent, nowhere but in memory.
 
     Raises:
         DataError: the batch is larger than the data, or no multiple of `world`; fewer unshuffled pairs than ranks.
@@ -168,13 +203,17 @@ class PairLoader:
         *,
         seed: int = 0,
         window: int = 64,
+        sources: Sequence[tuple[int, float]] | None = None,
         shuffle: bool = True,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.window = dataset, batch_size, seed, window
+        self.sources = [(len(dataset.index.parts), 1.0)] if sources is None else list(sources)
+        self.quarantine = quarantine or Quarantine(len(dataset.index))
         self.shuffle, self.rank, self.world = shuffle, rank, world
         self.workers, self.pin_memory = workers, pin_memory
         self.epoch, self.batch = 0, 0
@@ -190,7 +229,8 @@ class PairLoader:
             # As many batches as it takes, but none smaller than the ranks that share it.
             return np.array_split(rows, min(-(-len(rows) // self.batch_size), len(rows) // self.world))
         try:
-            return EpochPlan(self.dataset.index.counts(), self.seed, epoch, self.batch_size, self.window)  # type: ignore[return-value]
+            counts = self.dataset.index.counts()
+            return EpochPlan(counts, self.seed, epoch, self.batch_size, self.window, self.sources)  # type: ignore[return-value]
         except ValueError as error:
             raise DataError(str(error)) from None
 
@@ -211,11 +251,15 @@ class PairLoader:
             generator=torch.Generator(),  # or the loader draws a base seed from the global one
             prefetch_factor=4 if self.workers else None,
         )
-        for batch in loader:
-            self.batch += 1  # counted when handed over, not when a worker reads ahead
-            if self.batch == self._length:
-                self.epoch, self.batch = self.epoch + 1, 0
-            yield batch
+        batches = iter(loader)  # forks the workers, before there are threads
+        with Prefetch(plan, self.dataset.index, self.batch) as prefetch:
+            for batch in batches:
+                self.quarantine.add(batch.bad)
+                prefetch.reached(self.batch)
+                self.batch += 1  # counted when handed over, not when a worker reads ahead
+                if self.batch == self._length:
+                    self.epoch, self.batch = self.epoch + 1, 0
+                yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, equal on all ranks."""
@@ -225,6 +269,7 @@ class PairLoader:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "window": self.window,
+            "weights": [weight for _, weight in self.sources],
             "fingerprint": self.dataset.index.fingerprint,
         }
 
@@ -235,7 +280,7 @@ class PairLoader:
             DataError: that loader read other data, or in another order; names the field.
         """
         mine = self.state_dict()
-        for name in ("batch_size", "seed", "window", "fingerprint"):
+        for name in ("batch_size", "seed", "window", "weights", "fingerprint"):
             if state[name] != mine[name]:
                 raise DataError(f"the checkpoint's data loader had {name} {state[name]}, this run has {mine[name]}")
         self.epoch, self.batch = state["epoch"], state["batch"]

@@ -1,105 +1,133 @@
 """Shards: what lies where in the tar files of a data set.
 
-`ShardIndex` reads tar headers once and keeps plain arrays: for each sample its key, and for each of its members the
-extension, the offset in the shard and the size. A sample is read by position, without walking the tar and without any
-decoder running on a member's name: nothing in a shard is ever executed, unpickled or used as a path.
+`ShardIndex` knows for each sample its key, and for each of its members the extension, the offset in the shard and the
+size. A sample is read by position, without walking the tar and without any decoder running on a member's name: nothing
+in a shard is ever executed, unpickled or used as a path.
 """
 
-import ast
 import hashlib
 import json
-import operator
 import os
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from glob import escape, glob
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from braceexpand import braceexpand
+from torch.utils.data import DataLoader, Dataset
 
+from dualenc.data.errors import BadSample, DataError
 from dualenc.data.images import IMAGE_EXTENSIONS
+from dualenc.data.index import (
+    FILE_NAME,
+    Shard,
+    index_files,
+    read_index,
+    scan,
+    write_index,
+)
+from dualenc.data.select import expression
+from dualenc.data.storage import PROTOCOLS, Cache, fetch_small, folder_of, glob_remote, is_remote, shown
 
-FORMAT = 1
-_ARRAYS = ("shard", "first", "extension", "offset", "size", "key_end", "key_bytes")
+__all__ = ["BadSample", "DataError", "Sample", "ShardIndex", "expand_shards"]
+MAX_IMAGE, MAX_OTHER = 1 << 28, 1 << 24  # bytes of a member that are read
+
+Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-class DataError(ValueError):
-    """Data that is missing, broken or not in the layout; the message names the file and the way out."""
-
-
-def expand_shards(shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Local shard paths of what users write: a path, a glob, a brace pattern, a folder, or a list of these.
+def expand_shards(shards: Shards) -> list[str]:
+    """Paths and URLs of what users write: a path, a glob, a brace pattern, a folder, or a list of these.
 
     Raises:
-        DataError: a part names no file, or is no local path.
+        DataError: a part names no file, or is neither a local path nor of a store that is known.
     """
     parts = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     paths: list[str] = []
     for part in (os.fspath(part) for part in parts):
-        if "://" in part or part.startswith("pipe:"):
-            raise DataError(f"shards {part!r}: only local paths are read; copy the shards to a local disk first")
+        if part.startswith("pipe:"):
+            raise DataError(f"shards {part!r}: commands are never run; name the files, or URLs of {_STORES}")
+        if is_remote(part) and part.partition("://")[0] not in PROTOCOLS:
+            raise DataError(f"shards {shown(part)!r}: only local paths are read, and URLs of {_STORES}")
         try:
             patterns = [part] if os.path.exists(part) else list(braceexpand(part))
         except ValueError as error:
-            raise DataError(f"shards {part!r}: {error}") from None
+            raise DataError(f"shards {shown(part)!r}: {error}") from None
         for pattern in patterns:
-            if os.path.isdir(pattern):
-                found = sorted(glob(os.path.join(escape(pattern), "*.tar")))
-            else:
-                found = [pattern] if os.path.exists(pattern) else sorted(glob(pattern))
+            found = _remote(pattern) if is_remote(pattern) else _local(pattern)
             if not found:
-                raise DataError(f"shards {pattern!r} match no file")
+                raise DataError(f"shards {shown(pattern)!r} match no file")
             paths += found
     if not paths:
         raise DataError("the list of shards is empty")
-    twice = {path for path in paths if paths.count(path) > 1} if len(set(paths)) < len(paths) else set()
-    if twice:
-        raise DataError(f"shards named twice: {', '.join(sorted(twice)[:3])}")
+    names = [shown(path) for path in paths]  # what an index knows them by
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise DataError(f"shards named twice: {', '.join(twice[:3])}")
     return paths
+
+
+_STORES = ", ".join(f"{name}://" for name in PROTOCOLS)
+
+
+def _local(pattern: str) -> list[str]:
+    if os.path.isdir(pattern):
+        return sorted(glob(os.path.join(escape(pattern), "*.tar")))
+    return [pattern] if os.path.exists(pattern) else sorted(glob(pattern))
+
+
+def _remote(pattern: str) -> list[str]:
+    path = shown(pattern)
+    if any(letter in path for letter in "*?["):
+        return glob_remote(pattern)
+    return [pattern] if os.path.splitext(path)[1] else glob_remote(f"{pattern.rstrip('/')}/*.tar")
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sample of a shard: where its members lie."""
 
-    shard: str
+    source: Shard
     key: str
     members: dict[str, tuple[int, int]]  # extension -> offset, size in bytes
 
     def __contains__(self, extension: str) -> bool:
         return extension in self.members
 
+    @property
+    def shard(self) -> str:
+        """The shard's path or URL, for people."""
+        return str(self.source)
+
     def read(self, extension: str) -> bytes:
         """The bytes of one member.
 
         Raises:
-            DataError: there is no such member, or the shard ends before it does.
+            BadSample: there is no such member, or it is larger than anything of its kind should be.
+            DataError: the shard is gone or was changed.
         """
         if extension not in self.members:
-            raise DataError(f"{self}: no .{extension} among its members {sorted(self.members)}")
+            raise BadSample(self, f"no .{extension} among its members", ", ".join(sorted(self.members)))
         offset, size = self.members[extension]
-        data = os.pread(_descriptor(self.shard), size, offset)
-        if len(data) != size:
-            raise DataError(f"{self}: .{extension} is cut off; the shard changed or was not written whole")
-        return data
+        if size > (MAX_IMAGE if extension in IMAGE_EXTENSIONS else MAX_OTHER):
+            raise BadSample(self, f".{extension} is too large", f"{size:,} bytes")
+        return self.source.read(offset, size)
 
     def read_json(self) -> Any:
         """The parsed `.json` member.
 
         Raises:
-            DataError: it is missing or no JSON.
+            BadSample: it is missing or no JSON.
         """
         data = self.read("json")
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:  # DataError, a ValueError, comes from outside the parser only
-            raise DataError(f"{self}: .json cannot be read ({error})") from None
+            raise BadSample(self, ".json cannot be read", str(error)) from None
 
     @property
     def image(self) -> str | None:
@@ -110,170 +138,175 @@ class Sample:
         return f"{self.shard} sample {self.key!r}"
 
 
-class _File:
-    """An open file that closes when the cache lets it go."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):  # os.open may have failed
-            os.close(self.descriptor)
-
-
-@lru_cache(maxsize=64)
-def _open(path: str, inode: int, changed: int) -> _File:
-    """Kept open by what the file is, not only by its name: another file of that name is opened anew."""
-    return _File(path)
-
-
-def _descriptor(path: str) -> int:
-    try:
-        status = os.stat(path)
-        return _open(path, status.st_ino, status.st_mtime_ns).descriptor
-    except FileNotFoundError:
-        raise DataError(f"shard {path} is gone since it was indexed") from None
-
-
 class ShardIndex:
-    """What lies where in a list of shards. Make one with `build` or `load`."""
+    """What lies where in a list of shards, or in some of their samples. Make one with `build` or `load`."""
 
-    def __init__(self, shards: list[str], extensions: list[str], arrays: dict[str, np.ndarray]) -> None:
-        self.shards = shards
-        self.extensions = extensions
-        self.shard = arrays["shard"]  # (S,) int32, ascending
-        self.first = arrays["first"]  # (S+1,) int64 into the member arrays
-        self.extension = arrays["extension"]  # (M,) int32 into `extensions`
-        self.offset = arrays["offset"]  # (M,) int64, bytes
-        self.size = arrays["size"]  # (M,) int64, bytes
-        self.key_end = arrays["key_end"]  # (S,) int64 into `key_bytes`
-        self.key_bytes = arrays["key_bytes"]  # (K,) uint8, all keys one after the other
+    def __init__(self, shards: Sequence[Shard], rows: np.ndarray | None = None) -> None:
+        self.parts = list(shards)
+        self.rows = rows  # (S,) ascending numbers among all samples of the shards; None for all of them
+        self.starts = [0, *np.cumsum([len(shard) for shard in self.parts]).tolist()]
 
     @classmethod
-    def build(cls, urls: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> "ShardIndex":
-        """Scans the headers of local tar files.
+    def build(
+        cls,
+        urls: Shards,
+        *,
+        anew: bool = False,
+        hashes: Sequence[str] = (),
+        workers: int = 0,
+        cache: Cache | None = None,
+        unreadable: list[DataError] | None = None,
+        track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> "ShardIndex":
+        """The index of shards, from `dualenc.index` in their folder where there is one.
 
-        A sample is the neighbouring members that share their path up to the first dot of the base name, as webdataset
-        defines it.
+        Local shards that it lacks are scanned, and the file is written, beside the shards or else among the user's
+        cached files. Shards elsewhere need an index: one made before, or `dualenc.index` beside them.
+
+        Args:
+            urls: see `expand_shards`.
+            anew: scan all of them, those elsewhere too, whatever there is.
+            hashes: "piece", "image", "text": hashes of the content to have beside; see `dualenc.data.index`.
+            workers: processes that scan.
+            cache: for shards elsewhere.
+            unreadable: takes the errors of shards that cannot be read, which are then left out.
+            track: wraps the loop over the shards to scan, for a progress bar.
 
         Raises:
-            DataError: a pattern matches nothing, or a shard is no readable uncompressed tar.
+            DataError: a pattern matches nothing, or a shard is no readable uncompressed tar, is not what it was when it
+                was indexed, or lies elsewhere and has no index.
         """
-        shards = expand_shards(urls)
-        extensions: dict[str, int] = {}
-        shard: list[int] = []
-        first: list[int] = []
-        member: list[tuple[int, int, int]] = []
-        keys: list[bytes] = []
-        for number, path in enumerate(shards):
-            current, seen = None, set[str]()
-            for name, offset, size in _members(path):
-                folder, _, base = name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not stem or not dot:
-                    continue  # hidden files and members without extension belong to no sample
-                key = f"{folder}/{stem}" if folder else stem
-                extension = extension.lower()
-                if key != current:
-                    current, seen = key, set()
-                    shard.append(number)
-                    first.append(len(member))
-                    keys.append(key.encode("utf-8", "surrogateescape"))
-                if extension in seen:
-                    raise DataError(f"{path} sample {key!r}: two members .{extension}; keys must differ")
-                seen.add(extension)
-                member.append((extensions.setdefault(extension, len(extensions)), offset, size))
-        table = np.array(member, dtype=np.int64).reshape(-1, 3)
-        arrays = {
-            "shard": np.array(shard, dtype=np.int32),
-            "first": np.array([*first, len(member)], dtype=np.int64),
-            "extension": table[:, 0].astype(np.int32),
-            "offset": table[:, 1].copy(),
-            "size": table[:, 2].copy(),
-            "key_end": np.cumsum([len(key) for key in keys], dtype=np.int64),
-            "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
-        }
-        return cls(shards, list(extensions), arrays)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the index as a plain .npz file."""
-        head = json.dumps({"format": FORMAT, "shards": self.shards, "extensions": self.extensions})
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
-        with open(path, "wb") as file:
-            np.savez(file, head=np.frombuffer(head.encode(), dtype=np.uint8), **arrays)
+        cache = cache or Cache()
+        paths = expand_shards(urls)
+        known: dict[str, dict[str, Shard]] = {}  # folder -> name -> shard
+        for folder in dict.fromkeys(map(folder_of, paths)):
+            known[folder] = _known(folder, cache)
+        ready: dict[str, Shard] = {}
+        missing: list[str] = []
+        for path in paths:
+            folder, name = folder_of(path), os.path.basename(shown(path))
+            shard = known[folder].get(name)
+            if shard is None and is_remote(path) and not anew:
+                known[folder] |= _published(folder, cache)
+                shard = known[folder].get(name)
+                if shard is None:
+                    raise DataError(f"{shown(path)} has no index: `dualenc index` with these shards reads them once")
+            if shard is None or anew:
+                missing.append(path)
+                continue
+            shard.url = path  # with its query, if it has one
+            try:
+                if not is_remote(path):
+                    shard.check()
+                ready[path] = shard
+            except OSError as error:
+                _refuse(DataError(f"shard {shard} cannot be read: {error.strerror}"), unreadable)
+            except DataError as error:
+                _refuse(error, unreadable)
+        touched: set[str] = set()
+        scans = _Scan([*missing, *ready.values()] if hashes else list(missing), tuple(hashes), cache)
+        for item in track(_each(scans, workers)):
+            if isinstance(item, DataError):
+                _refuse(item, unreadable)
+                continue
+            ready[item.url] = item
+            folder = folder_of(item.url)
+            if known[folder].get(item.facts["name"]) is not item:
+                known[folder][item.facts["name"]] = item
+                touched.add(folder)
+        for folder in touched:
+            _keep(folder, known[folder])
+        return cls([ready[path] for path in paths if path in ready])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ShardIndex":
-        """Reads what `save` wrote.
+        """All shards of an index file, which lie in its folder.
 
         Raises:
-            DataError: the file is no index, or of a newer format.
+            DataError: the file is no index, or damaged.
         """
-        try:
-            with open(path, "rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
-                head = json.loads(file["head"].tobytes())
-                arrays = {name: file[name] for name in _ARRAYS}
-                version = head["format"]
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is no shard index ({error})") from None
-        if version != FORMAT:
-            raise DataError(f"{path} has index format {version}, this version reads {FORMAT}: build it anew")
-        return cls(head["shards"], head["extensions"], arrays)
+        return cls(list(read_index(path, os.path.dirname(os.fspath(path)), Cache()).values()))
+
+    @classmethod
+    def join(cls, indexes: Sequence["ShardIndex"]) -> "ShardIndex":
+        """The samples of several indexes, one after the other."""
+        shards = [shard for index in indexes for shard in index.parts]
+        if all(index.rows is None for index in indexes):
+            return cls(shards)
+        starts = np.cumsum([0, *(index.starts[-1] for index in indexes)])
+        return cls(shards, np.concatenate([index._all_rows() + start for index, start in zip(indexes, starts)]))
+
+    @property
+    def shards(self) -> list[str]:
+        """The shards' paths and URLs, for people."""
+        return list(map(str, self.parts))
 
     def __len__(self) -> int:
-        return len(self.shard)
+        return self.starts[-1] if self.rows is None else len(self.rows)
 
     def __getitem__(self, i: int) -> Sample:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        members = {
-            self.extensions[self.extension[m]]: (int(self.offset[m]), int(self.size[m]))
-            for m in range(self.first[i], self.first[i + 1])
-        }
-        return Sample(self.shards[self.shard[i]], self.key(i), members)
+        shard, place = self._find(i)
+        return Sample(shard, shard.key(place), shard.members(place))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
     def key(self, i: int) -> str:
         """The key of sample i."""
-        start = self.key_end[i - 1] if i else 0
-        return self.key_bytes[start : self.key_end[i]].tobytes().decode("utf-8", "surrogateescape")
+        shard, place = self._find(i)
+        return shard.key(place)
+
+    def _find(self, i: int) -> tuple[Shard, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        row = int(i if self.rows is None else self.rows[i])
+        number = bisect_right(self.starts, row) - 1
+        return self.parts[number], row - self.starts[number]
+
+    def _all_rows(self) -> np.ndarray:
+        return np.arange(self.starts[-1]) if self.rows is None else self.rows
 
     def take(self, rows: np.ndarray) -> "ShardIndex":
         """The index of some of the samples, given by ascending numbers."""
-        counts = np.diff(self.first)[rows]
-        first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        member = np.repeat(self.first[rows] - first[:-1], counts) + np.arange(first[-1])
-        keys = [self.key(i).encode("utf-8", "surrogateescape") for i in rows]
-        arrays = {
-            "shard": self.shard[rows],
-            "first": first,
-            "extension": self.extension[member],
-            "offset": self.offset[member],
-            "size": self.size[member],
-            "key_end": np.cumsum([len(key) for key in keys], dtype=np.int64),
-            "key_bytes": np.frombuffer(b"".join(keys), dtype=np.uint8),
-        }
-        return ShardIndex(self.shards, self.extensions, arrays)
+        return ShardIndex(self.parts, np.asarray(rows, np.int64) if self.rows is None else self.rows[rows])
 
     def having(self, extensions: Sequence[str]) -> np.ndarray:
         """Which samples (S,) have a member with one of these extensions."""
-        wanted = [i for i, extension in enumerate(self.extensions) if extension in extensions]
-        sample = np.repeat(np.arange(len(self)), np.diff(self.first))
-        return np.bincount(sample[np.isin(self.extension, wanted)], minlength=len(self)) > 0
+        found = []
+        for shard in self.parts:
+            arrays = shard.arrays
+            wanted = [i for i, extension in enumerate(shard.facts["extensions"]) if extension in extensions]
+            member = np.concatenate([[0], np.cumsum(np.isin(arrays["extension"], wanted))])
+            found.append(np.diff(member[arrays["first"]]) > 0)
+        return self._of_rows(found, bool)
+
+    def hashes(self, name: str) -> np.ndarray:
+        """(S,) uint64 of the content, by a name that `build` was given."""
+        return self._of_rows([shard.arrays[name] for shard in self.parts], np.uint64)
+
+    def _of_rows(self, parts: list[np.ndarray], dtype: type) -> np.ndarray:
+        whole = np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+        return whole if self.rows is None else whole[self.rows]
+
+    def files(self) -> list[Path]:
+        """The index files that know these shards; a folder that could not be written and has none is left out."""
+        folders = dict.fromkeys(folder_of(part.url) for part in self.parts)
+        found = (next((path for path in index_files(folder) if path.is_file()), None) for folder in folders)
+        return [path for path in found if path]
 
     def counts(self) -> list[int]:
         """Samples in each shard."""
-        return np.bincount(self.shard, minlength=len(self.shards)).tolist()
+        if self.rows is None:
+            return [len(shard) for shard in self.parts]
+        return np.diff(np.searchsorted(self.rows, self.starts)).tolist()
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every sample's key, place and size, and of the shards' names without their folders."""
+        """A hash of the shards' names without their folders, of their tar headers, and of which samples are meant."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([[os.path.basename(s) for s in self.shards], self.extensions]).encode())
-        for name in _ARRAYS:
-            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        digest.update(json.dumps([[part.facts["name"], part.facts["digest"]] for part in self.parts]).encode())
+        if self.rows is not None and len(self.rows) < self.starts[-1]:
+            digest.update(self.rows.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def select(self, choice: str | Sequence[str]) -> "ShardIndex":
@@ -293,7 +326,7 @@ class ShardIndex:
         else:
             where = f"select {choice!r}" if isinstance(choice, str) else "select"
         if isinstance(choice, str):
-            test = _expression(choice)
+            test = expression(choice)
             rows = [i for i, sample in enumerate(self) if "json" in sample and test(sample.read_json())]
         else:
             wanted = set(choice)
@@ -314,102 +347,97 @@ class ShardIndex:
         Raises:
             DataError: one of the parts would be empty.
         """
-        bound = int(share * 2**64)
-        held = np.array([_content_number(sample) < bound for sample in self], dtype=bool)
+        shards = [shard.hashed("piece") for shard in self.parts]  # read where `build` was not asked for it
+        held = ShardIndex(shards, self.rows).hashes("piece") < np.uint64(min(int(share * 2**64), 2**64 - 1))
         if not held.any() or held.all():
             raise DataError(f"val: {share} of {len(self)} samples leaves one side empty; give another share or shards")
         return self.take(np.flatnonzero(~held)), self.take(np.flatnonzero(held))
 
 
-def _content_number(sample: Sample) -> int:
-    extension = sample.image
-    if extension is None:
-        raise DataError(f"{sample}: no image among its members {sorted(sample.members)}")
-    offset, size = sample.members[extension]
-    piece = min(size, 8192)
-    middle = Sample(sample.shard, sample.key, {extension: (offset + (size - piece) // 2, piece)})
-    digest = hashlib.blake2b(middle.read(extension), digest_size=8, person=size.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little")
+# Making
 
 
-def _members(path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the regular files of an uncompressed tar."""
+def _refuse(error: DataError, unreadable: list[DataError] | None) -> None:
+    if unreadable is None:
+        raise error from None
+    unreadable.append(error)
+
+
+def _known(folder: str, cache: Cache) -> dict[str, Shard]:
+    """What index files say of a folder; the first one that there is."""
+    path = next((path for path in index_files(folder) if path.is_file()), None)
+    return read_index(path, folder, cache) if path else {}
+
+
+def _published(folder: str, cache: Cache) -> dict[str, Shard]:
+    """What an index beside shards elsewhere says, kept among the user's cached files from now on."""
+    data = fetch_small(f"{folder}/{FILE_NAME}")
+    if data is None:
+        return {}
+    path = index_files(folder)[0].with_suffix(".published")
     try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if info.issparse():
-                    raise DataError(f"shard {path}: {info.name!r} is stored sparse; pack it without --sparse")
-                if info.isreg():
-                    if info.offset_data + info.size > size:
-                        raise DataError(f"shard {path} is cut off inside {info.name!r}")
-                    yield info.name, info.offset_data, info.size
-                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile keeps every header it has seen
-            file.seek(tar.offset)  # tarfile takes a header that is cut or broken for the end
-            if (end := file.read(512)).strip(b"\0") or not end:
-                raise DataError(f"shard {path} is cut off or broken at byte {tar.offset:,}: no tar header, no end mark")
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"shard {path} cannot be read as an uncompressed tar ({error})") from None
-
-
-_COMPARE: dict[type, Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-    ast.Gt: operator.gt, ast.GtE: operator.ge,
-    ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
-}  # fmt: skip
-
-
-def _expression(text: str) -> Callable[[Any], bool]:
-    """A test of a dict of fields, from a small part of Python's expressions: never `eval`."""
-
-    def value(node: ast.expr, fields: Any) -> Any:
-        match node:
-            case ast.Constant():
-                return node.value
-            case ast.Name():
-                return fields[node.id]
-            case ast.List() | ast.Tuple():
-                return [value(item, fields) for item in node.elts]
-            case ast.UnaryOp(op=ast.Not()):
-                return not value(node.operand, fields)
-            case ast.UnaryOp(op=ast.USub()):
-                return -value(node.operand, fields)
-            case ast.BoolOp():
-                parts = (value(item, fields) for item in node.values)
-                return all(parts) if isinstance(node.op, ast.And) else any(parts)
-            case ast.Compare() if all(type(op) in _COMPARE for op in node.ops):
-                items = [value(item, fields) for item in (node.left, *node.comparators)]
-                return all(_COMPARE[type(op)](*pair) for op, pair in zip(node.ops, pairwise(items), strict=True))
-        raise AssertionError(node)
-
-    def check(node: ast.expr) -> None:
-        match node:
-            case ast.Constant() | ast.Name() | ast.UnaryOp(op=ast.Not() | ast.USub()) | ast.BoolOp():
-                pass
-            case ast.List() | ast.Tuple():
-                pass
-            case ast.Compare() if all(type(op) in _COMPARE for op in node.ops):
-                pass
-            case _:
-                raise DataError(f"select {text!r}: {ast.unparse(node)!r} is not understood; see ShardIndex.select")
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.expr):
-                check(child)
-
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_bytes(data)
+        beside.replace(path)
+    except OSError as error:
+        raise DataError(f"{path.parent} cannot be written: {error.strerror}; DUALENC_CACHE names another") from None
     try:
-        tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
-        raise DataError(f"select {text!r} is neither a file of keys nor an expression ({error.msg})") from None
+        found = read_index(path, folder, cache)
+        _keep(folder, found)
+    except DataError:
+        raise DataError(
+            f"{shown(folder)}/{FILE_NAME} is no whole shard index of this version: replace or remove it"
+        ) from None
+    return found
 
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
-    def test(fields: Any) -> bool:
-        if not isinstance(fields, dict) or not names <= fields.keys():
-            return False
+def _keep(folder: str, shards: dict[str, Shard]) -> None:
+    """Writes the index of a folder where that can be done; where not, it lives as long as the process."""
+    for path in index_files(folder):
         try:
-            return bool(value(tree, fields))
-        except TypeError:  # not comparable: no match
-            return False
+            write_index(path, (shards[name] for name in sorted(shards)))
+            return
+        except OSError:
+            continue
 
-    check(tree)  # an expression that is not understood fails here, before any sample is read
-    return test
+
+class _Scan(Dataset[Any]):
+    """Scans a path or URL, or adds hashes to a shard; an error is a result."""
+
+    def __init__(self, items: list[Any], hashes: tuple[str, ...], cache: Cache) -> None:
+        self.items, self.hashes, self.cache = items, hashes, cache
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Shard | DataError:
+        try:
+            shard = self.items[i]
+            if isinstance(shard, str):
+                shard = self._scan(shard)
+            for name in self.hashes:
+                shard = shard.hashed(name)
+            return shard
+        except DataError as error:
+            return DataError(str(error))
+
+    def _scan(self, url: str) -> Shard:
+        if not is_remote(url):
+            return scan(url, self.cache)
+        place, path = self.cache.add(url)
+        shard = scan(url, self.cache, str(path))
+        shard.facts |= {"etag": place.etag, "content": place.digest}
+        return shard.hashed("piece")  # while it is here: a run that holds pairs out would have to fetch all of it again
+
+
+def _each(scans: _Scan, workers: int) -> Iterable[Any]:
+    if workers < 2 or len(scans) < 4:  # processes are not worth their start
+        return (scans[i] for i in range(len(scans)))
+    return DataLoader(
+        scans, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
+    )  # fmt: skip
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

@@ -25,9 +25,11 @@ from torch import Tensor
 from dualenc.data import BenchmarkSet, DataError
 from dualenc.data.images import thumbnail
 from dualenc.data.pairs import captions_of, decode_sample
+from dualenc.data.storage import redact
 from dualenc.embedder import Embedder, SetEmbeddings, score, score_retrieval
 from dualenc.report import Section, write_report
 from dualenc.training.contrastive import ContrastiveTask, say
+from dualenc.training.data import Source
 
 
 class MetricsFile(Logger):
@@ -187,6 +189,11 @@ def _whole(part: Tensor, count: int, task: LightningModule, world: int) -> Tenso
     return torch.cat([rows[:size] for rows, size in zip(gathered.cpu(), sizes)])
 
 
+def _words(source: Source) -> str:
+    shards = [source.shards] if isinstance(source.shards, str) else source.shards
+    return redact(" ".join(shards)) + (f", weight {source.weight:g}" if source.weight != 1 else "")
+
+
 class RunDirectory(Checkpoint):
     """Keeps the run directory: configuration, record, checkpoint, report, model directories `best/` and `last/`.
 
@@ -232,7 +239,7 @@ class RunDirectory(Checkpoint):
             if self._continues:
                 self._cut_back(trainer.global_step)
             if self.config_yaml is not None:
-                (self.root / "config.yaml").write_text(self.config_yaml, "utf-8")
+                (self.root / "config.yaml").write_text(redact(self.config_yaml), "utf-8")
             self._record(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -263,9 +270,11 @@ class RunDirectory(Checkpoint):
                 if found
                 else f"no best/: no {self.monitor} was measured"
             )
+            bad = len(trainer.datamodule.quarantine)  # type: ignore[attr-defined]
+            named = f"; {bad:,} bad samples were replaced, see {self.root / 'quarantine.jsonl'}" if bad else ""
             say(
                 f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}; {best}; "
-                f"report: {self.root / 'report.html'}"
+                f"report: {self.root / 'report.html'}{named}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,7 +328,7 @@ class RunDirectory(Checkpoint):
             "text tower": f"{config.text.layers} layers of width {config.text.width}, "
             f"{config.text.vocab_size:,} entries, up to {config.text.context_length} tokens",
             "parameters": f"{sum(p.numel() for p in pl_module.model.parameters()) / 1e6:.1f} M",
-            "data": " ".join([data.train_shards] if isinstance(data.train_shards, str) else data.train_shards),
+            "data": "; ".join(map(_words, data.sources)),
             "pairs": f"{record['train_pairs']:,} to train on, {record['held_out_pairs']:,} held out; "
             f"fingerprint {record['fingerprint']}",
             "training": f"{record['step']:,} steps, {record['samples_seen']:,} samples seen in {minutes} min "
@@ -338,7 +347,7 @@ class RunDirectory(Checkpoint):
         if self._before < 0:  # seconds of the stopped run, where this one continues it
             self._before = json.loads(path.read_text("utf-8"))["seconds"] if self._continues and path.exists() else 0.0
         record = {
-            "command": shlex.join(sys.argv),
+            "command": redact(shlex.join(sys.argv)),
             "versions": {name: version(name) for name in ("dualenc", "torch", "timm", "lightning", "tokenizers")},
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
@@ -347,6 +356,7 @@ class RunDirectory(Checkpoint):
             "held_out_pairs": len(data.val_index) if data.val_index else 0,
             "fingerprint": data.train_index.fingerprint,
             "step": trainer.global_step,
+            "bad_samples": len(data.quarantine),
             "samples_seen": trainer.global_step * data.batch_size,
             "seconds": round(self._before + time.time() - self._began, 1),
         }

@@ -93,9 +93,9 @@ class ContrastiveTask(LightningModule):
         self.pretrained, self.seed = pretrained, seed
         self._held_out = PairEmbeddings()
         self.held_out: tuple[Tensor, ...] | None = None  # rows, images, texts of the last validation, on the first rank
-        # Since the last log: loss on the device; steps, samples, real tokens and tokens if padded on the host.
+        # Since the last log: the loss on the device; on the host steps, and samples, real tokens, tokens if padded, bad.
         self._loss: Tensor | float = 0.0
-        self._counts = [0, 0, 0, 0]
+        self._steps, self._counts = 0, [0] * 4
         self._grad_norm: Tensor | None = None
         self._seconds, self._started = 0.0, 0.0  # of training since the last log; when the clock was started
 
@@ -158,8 +158,10 @@ class ContrastiveTask(LightningModule):
         loss = self.loss(*out, group=dist.group.WORLD if self.trainer.world_size > 1 else None)
         self._loss = self._loss + loss.detach()
         size = len(batch.rows)  # and a padded batch would be as wide as the context length
-        for i, count in enumerate((1, size, len(batch.tokens.ids), size * self.text_config.context_length)):
+        padded = size * self.text_config.context_length
+        for i, count in enumerate((size, len(batch.tokens.ids), padded, len(batch.bad))):
             self._counts[i] += count
+        self._steps += 1
         return loss
 
     def _embed(self, batch: Pairs) -> Embeddings:
@@ -168,12 +170,23 @@ class ContrastiveTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What has summed up is part of a checkpoint, so that a resumed run logs the same."""
-        checkpoint["running"] = {"loss": float(self._loss), "counts": self._counts, "seconds": self._seconds}
+        checkpoint["running"] = {
+            "loss": float(self._loss),
+            "steps": self._steps,
+            "counts": self._all_counts(),
+            "seconds": self._seconds,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `on_save_checkpoint`."""
         running = checkpoint["running"]
-        self._loss, self._counts, self._seconds = running["loss"], list(running["counts"]), running["seconds"]
+        self._loss, self._steps, self._seconds = running["loss"], running["steps"], running["seconds"]
+        self._counts = list(running["counts"]) if self.trainer.is_global_zero else [0] * 4
+
+    def _all_counts(self) -> list[int]:
+        """What has summed up on all ranks together."""
+        counts = torch.tensor(self._counts, device=self.device)
+        return self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
 
     def configure_gradient_clipping(
         self,
@@ -200,23 +213,24 @@ class ContrastiveTask(LightningModule):
         self.model.logits.project()
         step = self.global_step + 1  # the trainer counts it when this returns
         if self._due(step):
-            steps, samples, real, padded = self._counts
+            samples, real, padded, bad = self._all_counts()
             self.pause_clock()
             seconds, self._seconds = self._seconds, 0.0
             self.start_clock()
             scale, bias = self.model.logits()
             metrics = {
-                "train/loss": float(self._loss) / steps,
+                "train/loss": float(self._loss) / self._steps,
                 "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
                 "train/logit_scale": scale.item(),
-                "train/samples_per_second": samples * self.trainer.world_size / seconds,
+                "train/samples_per_second": samples / seconds,
                 "train/padding_avoided": 1 - real / padded,
+                "train/bad_samples": bad,
             }
             if bias is not None:
                 metrics["train/logit_bias"] = bias.item()
             if self._grad_norm is not None:
                 metrics["train/grad_norm"] = self._grad_norm.item()
-            self._loss, self._counts = 0.0, [0, 0, 0, 0]
+            self._loss, self._steps, self._counts = 0.0, 0, [0] * 4
             self.publish(metrics, step, bar=("train/loss", "train/samples_per_second"))
 
     def _due(self, step: int) -> bool:
@@ -243,7 +257,8 @@ class ContrastiveTask(LightningModule):
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
         """Embeds held-out pairs."""
         out = self._embed(batch)
-        self._held_out.update(out.image, out.text, batch.rows)
+        good = batch.rows >= 0
+        self._held_out.update(out.image[good.to(self.device)], out.text[good.to(self.device)], batch.rows[good])
 
     def on_validation_epoch_end(self) -> None:
         """Loss and retrieval among all held-out pairs of all ranks, whatever the batch they came in.

@@ -1,7 +1,9 @@
 """Pairs for a trainer: shards, split, tokenizer and loaders from one set of arguments."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,42 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from dualenc.data import Augment, DataError, PairDataset, PairLoader, Pairs, Preprocess, ShardIndex, Tokenizer
-from dualenc.data.pairs import captions_of, only_pairs
+from dualenc.data import (
+    Augment,
+    Cache,
+    DataError,
+    PairDataset,
+    PairLoader,
+    Pairs,
+    Preprocess,
+    Quarantine,
+    ShardIndex,
+    Tokenizer,
+)
+from dualenc.data.pairs import all_captions, only_pairs
 from dualenc.models import TextConfig
 from dualenc.training.contrastive import say
+
+
+@dataclass
+class Source:
+    """Shards with a weight.
+
+    Args:
+        shards: a path, URL, glob, brace pattern, folder, or a list of these.
+        weight: how often an epoch goes through them; of 0.5 it takes every other sample, and the next epoch the others.
+    """
+
+    shards: str | list[str]
+    weight: float = 1.0
 
 
 class PairData(LightningDataModule):
     """Image-text pairs from webdataset shards.
 
     Args:
-        train: shards: a path, glob, brace pattern, folder, or a list of these.
+        train: shards: a path, URL, glob, brace pattern, folder, or a list of these; or a list of sources, each with
+            `shards` and `weight`.
         preprocess: evaluation transform; the command line takes it from the task.
         text: architecture that the tokens are for; the command line takes it from the task.
         val: share of the pairs held out, by image content; or shards of their own; or null for none.
@@ -32,6 +59,9 @@ class PairData(LightningDataModule):
         window: shards shuffled together.
         augment: class of a transform of uint8 (3, H, W) tensors whose first argument is the output size.
         workers: processes a rank that decode.
+        bad_samples: share of the samples that may be bad, 10 at least; they are replaced and named in
+            `quarantine.jsonl`. More end the run.
+        cache_gb: room on the local disk for shards that lie elsewhere.
         seed: of order, augmentation and choice of captions; the command line gives it `seed_everything`.
     """
 
@@ -39,7 +69,7 @@ class PairData(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str],
+        train: str | list[str] | list[Source],
         preprocess: Preprocess,
         text: TextConfig,
         val: float | str | list[str] | None = 0.01,
@@ -50,10 +80,19 @@ class PairData(LightningDataModule):
         window: int = 64,
         augment: Callable[[int], nn.Module] = Augment,
         workers: int = 2,
+        bad_samples: float = 0.001,
+        cache_gb: float = 100.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.train_shards, self.val_shards = train, val
+        if not 0 <= bad_samples <= 1 or cache_gb <= 0:
+            raise DataError(
+                f"data.bad_samples {bad_samples} must lie between 0 and 1, data.cache_gb {cache_gb} above 0"
+            )
+        several = isinstance(train, list) and any(isinstance(item, Source) for item in train)
+        items: list[Any] = train if isinstance(train, list) and several else [train]
+        self.sources = [item if isinstance(item, Source) else Source(item) for item in items]
+        self.val_shards, self.bad_samples, self.cache = val, bad_samples, Cache(int(cache_gb * 1e9))
         self.preprocess, self.text = preprocess, text
         self.captions, self.selection, self.tokenizer_path = captions, select, tokenizer
         self.batch_size, self.window, self.workers, self.seed = batch_size, window, workers, seed
@@ -63,13 +102,16 @@ class PairData(LightningDataModule):
         self.tokenizer: Tokenizer | None = None
 
     def prepare_data(self) -> None:
-        """Trains the tokenizer, on one process of each machine, unless the folder holds a run that has one."""
+        """Indexes the shards and trains the tokenizer, on one process of each machine.
+
+        No tokenizer is trained where the folder holds a run that has one.
+        """
+        self._build_indexes()
         taken = self._own_tokenizer.with_name("run.json").exists()
         if self.tokenizer_path is None and self.trainer.state.fn == "fit" and not taken:
-            self._build_indexes()
             assert self.train_index is not None
             say(f"training a tokenizer of {self.text.vocab_size:,} entries on the captions")
-            captions = (caption for sample in self.train_index for caption in captions_of(sample, self.captions))
+            captions = all_captions(self.train_index, self.captions)
             tokenizer = Tokenizer.train(captions, self.text.vocab_size, self.text.context_length)
             self._own_tokenizer.parent.mkdir(parents=True, exist_ok=True)
             beside = self._own_tokenizer.with_name(f".tokenizer-{os.getpid()}.json")
@@ -105,26 +147,38 @@ class PairData(LightningDataModule):
     def _build_indexes(self) -> None:
         if self.train_index is not None:
             return
-        train = self._index(self.train_shards)
-        if isinstance(self.val_shards, float | int):
+        held_out = isinstance(self.val_shards, float | int)
+        train, sizes = self._index([source.shards for source in self.sources], ("piece",) if held_out else ())
+        self._weights = list(zip(sizes, (source.weight for source in self.sources)))
+        if held_out:
+            assert isinstance(self.val_shards, float | int)
             if not 0 < self.val_shards < 1:
                 raise DataError(f"data.val {self.val_shards} must lie between 0 and 1, or be shards, or null")
             train, self.val_index = train.split(self.val_shards)
         elif self.val_shards is not None:
-            self.val_index = self._index(self.val_shards)
+            self.val_index, _ = self._index([self.val_shards])
         self.train_index = train
+        total = len(train) + (len(self.val_index) if self.val_index else 0)
+        root = Path(self.trainer.default_root_dir)
+        path = root / "quarantine.jsonl" if self.trainer.state.fn == "fit" else None
+        self.quarantine = Quarantine(total, path, self.bad_samples)
 
-    def _index(self, shards: str | list[str]) -> ShardIndex:
-        index = ShardIndex.build(shards)
+    def _index(self, shards: list[Any], hashes: tuple[str, ...] = ()) -> tuple[ShardIndex, list[int]]:
+        """One index of the pairs in several lists of shards, and the number of shards in each."""
+        parts = [ShardIndex.build(some, hashes=hashes, workers=self.workers, cache=self.cache) for some in shards]
+        index = ShardIndex.join(parts)
+        if twice := {name for name, count in Counter(index.shards).items() if count > 1}:
+            raise DataError(f"{sorted(twice)[0]} stands in two sources: add their weights instead")
         if not len(index):
-            raise DataError(f"{shards}: no samples in {len(index.shards)} shards")
+            raise DataError(f"{index.shards[0]}: no samples in {len(index.shards)} shards")
         index, left_out = only_pairs(index, self.captions)
         if left_out:
             say(
                 f"{len(left_out):,} samples have no image or no caption and are left out, such as "
                 f"{', '.join(map(repr, left_out[:3]))}"
             )
-        return index.select(self.selection) if self.selection is not None else index
+        index = index.select(self.selection) if self.selection is not None else index
+        return index, [len(part.parts) for part in parts]
 
     def train_dataloader(self) -> PairLoader:
         """This rank's part of each training batch."""
@@ -141,7 +195,7 @@ class PairData(LightningDataModule):
     def transfer_batch_to_device(self, batch: Pairs, device: torch.device, dataloader_idx: int) -> Pairs:
         """Without waiting for the copies; what only names the samples stays on the host."""
         images = batch.images.to(device, non_blocking=True)
-        return Pairs(images, batch.tokens.to(device, non_blocking=True), batch.rows)
+        return Pairs(images, batch.tokens.to(device, non_blocking=True), batch.rows, batch.bad)
 
     def _loader(self, index: ShardIndex | None, train: bool) -> PairLoader:
         assert index is not None
@@ -152,9 +206,11 @@ class PairData(LightningDataModule):
             self.batch_size,
             seed=self.seed,
             window=self.window,
+            sources=self._weights if train else None,
             shuffle=train,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             workers=self.workers,
             pin_memory=torch.cuda.is_available(),
+            quarantine=self.quarantine,
         )

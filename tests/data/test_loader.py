@@ -10,7 +10,7 @@ from helpers import Shake, encode, pixels, tiny_tokenizer, write_shards, write_t
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dualenc.data import DataError, PairDataset, PairLoader, Preprocess, ShardIndex
+from dualenc.data import DataError, EpochPlan, PairDataset, PairLoader, Preprocess, ShardIndex
 from dualenc.data.pairs import captions_of, only_pairs
 from dualenc.data.shards import Sample
 
@@ -62,47 +62,71 @@ def folders(tmp_path_factory):
     return shards
 
 
-@settings(max_examples=15, deadline=None)
-@given(layouts, seeds, st.integers(2, 4), st.integers(1, 4), st.integers(1, 4))
-def test_global_batches_do_not_depend_on_ranks(folders, layout, seed, world, each, window):
-    batch = world * each
-    assume(batch <= sum(layout))
+@st.composite
+def several(draw):
+    """A layout and its sources: none named, or the shards cut anywhere with a weight for each part."""
+    layout = draw(layouts)
+    if draw(st.booleans()):
+        return layout, None
+    cut = draw(st.integers(1, len(layout)))
+    weights = st.sampled_from([1.0, 2.0, 0.5, 1.3])
+    sources = [(cut, draw(weights)), (len(layout) - cut, draw(weights))]
+    assume(length(layout, sources))
+    return layout, sources
+
+
+def length(layout, sources):
+    (cut, one), (_, two) = sources or [(0, 1), (0, 1)]
+    return round(one * sum(layout[:cut])) + round(two * sum(layout[cut:]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(several(), seeds, st.integers(2, 8), st.integers(1, 4), st.integers(1, 4))
+def test_global_batches_do_not_depend_on_ranks(folders, several, seed, world, each, window):
+    (layout, sources), batch = several, world * each
+    assume(batch <= length(layout, sources))
     index = folders(layout)
-    alone = global_batches(index, batch, 1, seed=seed, window=window)
-    assert global_batches(index, batch, world, seed=seed, window=window) == alone
+    alone = global_batches(index, batch, 1, seed=seed, window=window, sources=sources)
+    assert global_batches(index, batch, world, seed=seed, window=window, sources=sources) == alone
     rows = [row for pairs in alone for *_, row in pairs]
-    assert len(rows) == len(set(rows)) == sum(layout) // batch * batch
+    assert len(rows) == length(layout, sources) // batch * batch
+    if sources is None:
+        assert len(rows) == len(set(rows))
 
 
 @settings(max_examples=4, deadline=None)
-@given(layouts, seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
-def test_global_batches_do_not_depend_on_workers(folders, layout, seed, world, each, workers):
-    batch = world * each
-    assume(batch <= sum(layout))
+@given(several(), seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_global_batches_do_not_depend_on_workers(folders, several, seed, world, each, workers):
+    (layout, sources), batch = several, world * each
+    assume(batch <= length(layout, sources))
     index = folders(layout)
-    alone = global_batches(index, batch, 1, seed=seed)
-    assert global_batches(index, batch, world, seed=seed, workers=workers) == alone
+    alone = global_batches(index, batch, 1, seed=seed, sources=sources)
+    assert global_batches(index, batch, world, seed=seed, sources=sources, workers=workers) == alone
 
 
 @settings(max_examples=15, deadline=None)
-@given(layouts, seeds, st.integers(1, 6), st.data())
-def test_resume_gives_what_was_left(folders, layout, seed, batch, data):
-    batch = min(batch, sum(layout))
+@given(several(), seeds, st.integers(1, 6), st.data())
+def test_resume_gives_what_was_left(folders, several, seed, batch, data):
+    layout, sources = several
+    batch = min(batch, length(layout, sources))
     index = folders(layout)
-    whole = make(index, batch, seed=seed)
+    whole = make(index, batch, seed=seed, sources=sources)
     epochs = [[prints(b) for b in whole] for _ in range(2)]
-    assert epochs[0] != epochs[1] or sum(layout) == 1
     done = data.draw(st.integers(0, len(whole)))
-    first = make(index, batch, seed=seed)
+    first = make(index, batch, seed=seed, sources=sources)
     passing = iter(first)
     seen = [prints(next(passing)) for _ in range(done)]
     state = json.loads(json.dumps(first.state_dict()))  # plain values, as a checkpoint keeps them
-    second = make(index, batch, seed=seed)
+    second = make(index, batch, seed=seed, sources=sources)
     second.load_state_dict(state)
     assert len(second) == len(whole)  # the full epoch, wherever it stands
     rest = [prints(b) for b in second] if done < len(whole) else []
     assert seen + rest == epochs[0]
     assert [prints(b) for b in second] == epochs[1]
+    if len(set(map(str, epochs[0]))) > 2 and 0 < done < len(whole):  # the control: one step further is another rest
+        wrong = make(index, batch, seed=seed, sources=sources)
+        wrong.load_state_dict({**state, "batch": done - 1})
+        assert seen + [prints(b) for b in wrong] != epochs[0]
 
 
 def test_resume_with_workers_reading_ahead(folders, seed):
@@ -150,7 +174,7 @@ def test_augmentation_is_keyed_by_seed_epoch_and_place(folders, seed):
         assert pictures(*other) != base
 
 
-@pytest.mark.parametrize("what", ["batch_size", "seed", "window", "fingerprint"])
+@pytest.mark.parametrize("what", ["batch_size", "seed", "window", "weights", "fingerprint"])
 def test_another_run_is_refused_by_name(folders, seed, what):
     index, other = folders([6, 6]), folders([6, 7])
     state = make(index, 3, seed=seed).state_dict()
@@ -158,6 +182,7 @@ def test_another_run_is_refused_by_name(folders, seed, what):
         "batch_size": lambda: make(index, 4, seed=seed),
         "seed": lambda: make(index, 3, seed=seed + 1),
         "window": lambda: make(index, 3, seed=seed, window=3),
+        "weights": lambda: make(index, 3, seed=seed, sources=[(2, 2.0)]),
         "fingerprint": lambda: make(other, 3, seed=seed),
     }[what]()
     with pytest.raises(DataError, match=f"had {what} "):
@@ -278,13 +303,34 @@ def test_a_bad_caption_names_shard_and_key(tmp_path, members, source, cause):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_names_shard_key_and_cause(tmp_path, seed, workers):
+def test_a_bad_sample_is_replaced_by_the_next_one_and_named(tmp_path, seed, workers):
     rng = np.random.default_rng(seed)
-    samples = [{"__key__": f"k{i}", "png": encode(pixels(rng)), "txt": b"a cat"} for i in range(4)]
+    samples = [{"__key__": f"k{i}", "png": encode(pixels(rng)), "txt": b"a cat"} for i in range(6)]
     samples[2]["png"] = samples[2]["png"][:60]
+    samples[5]["txt"] = b" "
     index = ShardIndex.build(write_tar(tmp_path / "shard.tar", samples))
-    with pytest.raises(DataError, match=r"shard\.tar sample 'k2'.*\.png cannot be decoded"):
-        list(make(index, 2, captions="txt", seed=seed, workers=workers))
+    loader = make(index, 2, captions="txt", seed=seed, workers=workers)
+    batches = list(loader)
+    order = np.concatenate([EpochPlan([6], seed, 0, 2, 2)[k] for k in range(3)]).tolist()
+    rows = [row for b in batches for row in b.rows.tolist()]
+    assert rows == [{2: 3, 5: 0}.get(row, row) for row in order]  # of the last the first is next
+    bad = {item.key: item for b in batches for item in b.bad}
+    assert bad.keys() == {"k2", "k5"}
+    assert bad["k2"].cause == ".png cannot be decoded"
+    assert "truncated" in bad["k2"].detail
+    assert bad["k5"].cause == "txt holds no caption, or an empty one"
+    assert bad["k2"].shard == index.shards[0]
+    assert len(loader.quarantine) == 2
+
+
+def test_where_is_measured_a_bad_sample_is_marked(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    samples = [{"__key__": f"k{i}", "png": encode(pixels(rng)), "txt": b"a cat"} for i in range(5)]
+    samples[3]["png"] = b"no picture"
+    index = ShardIndex.build(write_tar(tmp_path / "shard.tar", samples))
+    dataset = PairDataset(index, "txt", TOKENIZER, Preprocess(8))
+    rows = [row for b in PairLoader(dataset, 2, shuffle=False) for row in b.rows.tolist()]
+    assert rows == [0, 1, 2, -1, 4]
 
 
 def test_samples_without_image_or_caption_are_named(tmp_path, seed):

@@ -1,20 +1,21 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dualenc.data import EpochPlan
 
 
-def order(counts, seed, epoch, batch, window):
-    plan = EpochPlan(counts, seed, epoch, batch, window)
+def order(counts, seed, epoch, batch, window, sources=None):
+    plan = EpochPlan(counts, seed, epoch, batch, window, sources)
     return [plan[k] for k in range(len(plan))]
 
 
-def reference(counts, seed, epoch, batch, window):
-    """The plan by its definition in DESIGN.md, with lists: shards permuted, windows of W, permuted inside."""
+def reference(counts, seed, epoch, batch, window, sources):
+    """The plan by its definition, sample by sample, with lists and fractions."""
 
     def permuted(items, *key):
         raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(len(items)) if items else []
@@ -22,25 +23,133 @@ def reference(counts, seed, epoch, batch, window):
 
     numbers = iter(range(sum(counts)))
     shards = [list(itertools.islice(numbers, count)) for count in counts]
-    shards = permuted(shards, seed, epoch, 0)
+    source_of = [i for i, (number, _) in enumerate(sources) for _ in range(number)]
+    wanted = [
+        round(w * sum(map(len, (s for s, o in zip(shards, source_of) if o == i)))) for i, (_, w) in enumerate(sources)
+    ]
+    steps = sum(wanted) // batch
+    edges = [sum(wanted[:i]) * steps * batch // sum(wanted) for i in range(len(wanted) + 1)]
+    pieces = []  # (when, shard, samples)
+    for i in range(len(sources)):
+        take = edges[i + 1] - edges[i]
+        own = permuted([s for s, owner in enumerate(source_of) if owner == i], seed, 1, i)
+        endless = [(s, sample) for s in own for sample in shards[s]]
+        taken = [endless[(epoch * take + n) % len(endless)] for n in range(take)]
+        for number, start in enumerate(range(0, take, max(1, len(endless)))):
+            part = taken[start : start + len(endless)]
+            cuts = [n for n in range(len(part)) if not n or part[n][0] != part[n - 1][0] or part[n][1] < part[n - 1][1]]
+            here = [part[a:b] for a, b in zip(cuts, [*cuts[1:], len(part)])]
+            order = permuted(list(range(len(here))), seed, 2, epoch, i, number)
+            for rank, at in enumerate(order):
+                when = start / take + len(part) / take * (rank + 0.5) / len(here)
+                pieces.append((when, here[at][0][0], [sample for _, sample in here[at]]))
+    pieces.sort(key=lambda piece: piece[:2])
     samples = []
-    for number, start in enumerate(range(0, len(shards), window)):
-        inside = [sample for shard in shards[start : start + window] for sample in shard]
-        samples += permuted(inside, seed, epoch, number + 1)
-    return [samples[k * batch : (k + 1) * batch] for k in range(len(samples) // batch)]
+    for number, start in enumerate(range(0, len(pieces), window)):
+        inside = [sample for *_, piece in pieces[start : start + window] for sample in piece]
+        samples += permuted(inside, seed, 3, epoch, number)
+    return [samples[k * batch : (k + 1) * batch] for k in range(steps)]
 
 
 layouts = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda counts: sum(counts) > 0)
 seeds = st.integers(0, 2**40)
 
 
-@settings(max_examples=40, deadline=None)
-@given(layouts, seeds, st.integers(0, 1000), st.integers(1, 12), st.integers(1, 10))
-def test_equals_an_independent_computation(counts, seed, epoch, batch, window):
-    batch = min(batch, sum(counts))
-    assert [b.tolist() for b in order(counts, seed, epoch, batch, window)] == reference(
-        counts, seed, epoch, batch, window
-    )
+weights = st.sampled_from([1, 1.0, 2, 0.5, 0.3, 1.7, 3.25, 0.01])
+
+
+@st.composite
+def several(draw):
+    """Layout and sources: the shards cut anywhere, a weight for each part."""
+    counts = draw(layouts)
+    cuts = sorted(draw(st.sets(st.integers(1, max(1, len(counts) - 1)), max_size=3)) if len(counts) > 1 else [])
+    numbers = np.diff([0, *cuts, len(counts)]).tolist()
+    sources = [(number, draw(weights)) for number in numbers]
+    assume(length(counts, sources) > 0)
+    return counts, sources
+
+
+def length(counts, sources):
+    edges = np.cumsum([0, *(number for number, _ in sources)])
+    return sum(round(w * sum(counts[a:b])) for a, b, (_, w) in zip(edges, edges[1:], sources))
+
+
+@settings(max_examples=150, deadline=None)
+@given(several(), seeds, st.integers(0, 1000), st.integers(1, 12), st.integers(1, 10))
+def test_equals_an_independent_computation(layout, seed, epoch, batch, window):
+    counts, sources = layout
+    batch = min(batch, length(counts, sources))
+    found = [b.tolist() for b in order(counts, seed, epoch, batch, window, sources)]
+    assert found == reference(counts, seed, epoch, batch, window, sources)
+    if len(sources) == 1 and sources[0][1] == 1:
+        assert found == [b.tolist() for b in order(counts, seed, epoch, batch, window)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(several(), seeds, st.integers(1, 12), st.integers(1, 10))
+def test_over_the_epochs_each_sample_of_a_source_comes_equally_often(layout, seed, batch, window):
+    """The tail rotates, and so do the parts that small weights take: the counts of no two samples differ by 2."""
+    counts, sources = layout
+    batch = min(batch, length(counts, sources))
+    seen = np.zeros(sum(counts), dtype=int)
+    edges = np.cumsum([0, *(number for number, _ in sources)])
+    starts = np.cumsum([0, *counts])
+    for epoch in range(12):
+        batches = order(counts, seed, epoch, batch, window, sources)
+        assert {len(b) for b in batches} == {batch}
+        seen += np.bincount(np.concatenate(batches), minlength=len(seen))
+        assert len(batches) == length(counts, sources) // batch
+        for a, b in itertools.pairwise(edges):
+            assert np.ptp(seen[starts[a] : starts[b]]) <= 1 if starts[b] > starts[a] else True
+    for a, b, (_, weight) in zip(edges, edges[1:], sources):
+        own = seen[starts[a] : starts[b]]
+        # Of an epoch less than a batch is left out, of all sources alike.
+        assert own.sum() <= 12 * round(weight * len(own))
+        assert own.sum() > 12 * (round(weight * len(own)) * (1 - batch / length(counts, sources)) - 1) - 1
+
+
+def test_sources_are_mixed_in_every_part_of_an_epoch(seed):
+    """Of windows of 20 shards each has its share of a source with a tenth of the shards, whatever the seed."""
+    counts, sources = [50] * 220, [(200, 1.0), (10, 1.0), (10, 2.0)]
+    batches = order(counts, seed, 1, 100, 20, sources)
+    for part in np.array_split(np.concatenate(batches), 11):  # 23 pieces each
+        assert 0 < (part // 50 // 200 == 1).sum() < len(part) / 3
+
+
+def test_the_tail_is_another_one_in_each_epoch(seed):
+    left = [set(range(103)) - set(np.concatenate(order([50, 53], seed, epoch, 10, 2)).tolist()) for epoch in range(34)]
+    assert all(len(part) == 3 for part in left)
+    assert len(set.union(*left)) == 102  # 34 x 3: no sample is left out a second time before the others were
+
+
+def test_a_hundred_million_samples_are_planned_in_bounded_memory(seed):
+    """Ten thousand shards of ten thousand: what is held is the shards and three windows, 2 GB if it were all."""
+    sources = [(8_000, 1.0), (2_000, 1.5)]
+    tracemalloc.start()
+    plan = EpochPlan([10_000] * 10_000, seed, 3, 32_768, 64, sources)
+    for k in (0, len(plan) // 2, len(plan) - 1):
+        assert len(np.unique(plan[k])) == 32_768
+        assert plan[k].max() < 10**8
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(plan) == 110_000_000 // 32_768
+    assert peak < 100e6
+
+
+def test_the_shards_of_a_window_are_those_of_its_batches(seed):
+    counts, sources = [7, 0, 12, 5, 9, 30], [(4, 1.5), (2, 0.5)]
+    plan = EpochPlan(counts, seed, 2, 4, 2, sources)
+    shard_of = np.repeat(np.arange(6), counts)
+    touched: dict[int, set[int]] = {}
+    for k in range(len(plan)):
+        first = plan.window_of(k)
+        here = set(shard_of[plan[k]].tolist())
+        last = plan.window_of(k + 1) if k + 1 < len(plan) else plan.windows - 1
+        allowed = {int(s) for w in range(first, last + 1) for s in plan.shards_of(w)}
+        assert here <= allowed
+        touched.setdefault(first, set()).update(here)
+    assert set.union(*touched.values()) == {int(s) for w in range(plan.windows) for s in plan.shards_of(w)}
+    assert len(plan.shards_of(plan.windows)) == 0
 
 
 @settings(max_examples=80, deadline=None)
@@ -78,20 +187,6 @@ def test_other_seed_and_other_epoch_differ(seed):
     assert base != sorted(base)
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 100])
-def test_a_batch_comes_from_its_windows_shards_alone(seed, window):
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(0, 30, 11).tolist()
-    shard_of = np.repeat(np.arange(len(counts)), counts)
-    shards = np.argsort(np.random.Philox(np.random.SeedSequence((seed, 1, 0))).random_raw(len(counts)))
-    windows = [shards[i : i + window].tolist() for i in range(0, len(counts), window)]
-    bounds = np.cumsum([sum(counts[shard] for shard in part) for part in windows])
-    for k, rows in enumerate(order(counts, seed, 1, 7, window)):
-        first, last = np.searchsorted(bounds, [k * 7, k * 7 + 6], side="right")
-        allowed = {shard for part in windows[first : last + 1] for shard in part}
-        assert set(shard_of[rows].tolist()) <= allowed
-
-
 def test_the_order_is_uniform_enough(seed):
     """Each of the 6 orders of 3 samples is as frequent as chance has it: chi-square, 5 degrees, below 30 (1.5e-5)."""
     found: dict[tuple[int, ...], int] = {}
@@ -113,6 +208,11 @@ def test_senseless_sizes_are_refused():
         EpochPlan([3], 0, 0, 0)
     with pytest.raises(ValueError, match="window 0"):
         EpochPlan([3], 0, 0, 1, 0)
+    for weight in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"weight .* must be positive"):
+            EpochPlan([3, 4], 0, 0, 1, 2, [(1, 1.0), (1, weight)])
+    with pytest.raises(ValueError, match="sources of 3 shards for 2"):
+        EpochPlan([3, 4], 0, 0, 1, 2, [(1, 1.0), (2, 1.0)])
 
 
 def test_no_batch_outside_the_epoch(seed):

@@ -1,8 +1,10 @@
+import hashlib
 import io
 import itertools
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import types
 from contextlib import ExitStack
@@ -15,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+import dualenc.data.index as index_module
 import dualenc.data.shards as shards_module
 from dualenc.data import DataError, ShardIndex
+from dualenc.data.index import MAGIC
 from dualenc.data.shards import expand_shards
+from dualenc.data.tar import Member
 
 
 def contents(index):
@@ -86,13 +91,31 @@ extensions = st.sampled_from(["jpg", "txt", "JPG", "tar.gz", "x.y.z", "json", ""
 def test_reads_any_order_of_members_as_webdataset_does(tmp_path_factory, members):
     path = tmp_path_factory.mktemp("any") / "s.tar"
     raw_tar(path, [(f"{name}.{extension}", data) for name, extension, data in members])
+    names = [f"{name}.{extension}" for name, extension, _ in members]
+    together = sorted(range(len(members)), key=lambda i: (first_of(names, i), i))
+    raw_tar(path.with_name("t.tar"), [(names[i], members[i][2]) for i in together])
     try:
-        expected = by_webdataset([path])
+        expected = by_webdataset([path.with_name("t.tar")])
     except ValueError:  # a duplicate file name
         with pytest.raises(DataError, match="two members"):
             ShardIndex.build(path)
         return
     assert contents(ShardIndex.build(path)) == expected
+
+
+def first_of(names, i):
+    """Where the sample of a member begins."""
+
+    def key(name):
+        folder, _, base = name.rpartition("/")
+        return folder, base.partition(".")[0]
+
+    return next(j for j, name in enumerate(names) if key(name) == key(names[i]))
+
+
+def test_members_that_stand_apart_are_one_sample(tmp_path):
+    path = raw_tar(tmp_path / "s.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("b.txt", b"3"), ("a.txt", b"4")])
+    assert contents(ShardIndex.build(path)) == [("a", {"jpg": b"1", "txt": b"4"}), ("b", {"jpg": b"2", "txt": b"3"})]
 
 
 def test_folders_links_and_files_without_extension_belong_to_no_sample(tmp_path):
@@ -115,18 +138,7 @@ def test_names_that_are_not_utf8_and_names_that_climb_are_only_names(tmp_path):
     assert contents(index)[1:] == [("../../etc/passwd", {"txt": b"2"}), ("/abs/x", {"txt": b"3"})]
     assert index[0].read("txt") == b"1"
     assert "\udcff" in index[0].key
-    index.save(tmp_path / "i.npz")
-    assert contents(ShardIndex.load(tmp_path / "i.npz")) == contents(index)
-
-
-def test_save_and_load(tmp_path, seed):
-    index = ShardIndex.build(write_shards(tmp_path, [3, 0, 5], seed))
-    index.save(tmp_path / "index")  # the name as given, without .npz put on
-    again = ShardIndex.load(tmp_path / "index")
-    assert contents(again) == contents(index)
-    assert again.shards == index.shards
-    assert again.fingerprint == index.fingerprint
-    assert len(again) == 8
+    assert contents(ShardIndex.load(tmp_path / "dualenc.index")) == contents(index)
 
 
 def test_an_index_of_nothing(tmp_path):
@@ -147,27 +159,26 @@ def test_no_sample_outside_the_index(tmp_path, seed):
             index[i]
 
 
-def test_many_extensions(monkeypatch, tmp_path):
-    """Names such as img.001.jpg make every sample's extension another one: more than 16 bits count."""
-    count = 70_000
-    path = raw_tar(tmp_path / "s.tar", [])
+def test_many_extensions(tmp_path, monkeypatch):
+    """Names such as img.001.jpg make every member's extension another one, up to what 16 bits count."""
     monkeypatch.setattr(
-        shards_module,
-        "_members",
-        lambda _: ((f"img.{i}.jpg", 512 * i, 1) if i else ("a.txt", 0, 1) for i in range(count)),
+        index_module, "members", lambda _: [Member(b"img.%d.jpg" % i, 512 * i, 1, b"") for i in range(n)]
     )
-    index = ShardIndex.build(path)
-    assert len(index) == 2
-    members = index[1].members
-    assert len(members) == count - 1
-    assert members["40000.jpg"] == (512 * 40_000, 1)
+    n = 60_000
+    index = ShardIndex.build(raw_tar(tmp_path / "s.tar", []))
+    assert len(index) == 1
+    assert len(index[0].members) == n
+    assert index[0].members["40000.jpg"] == (512 * 40_000, 1)
+    n = 70_000  # the next numbers
+    with pytest.raises(DataError, match=r"t\.tar has 70,000 kinds of members"):
+        ShardIndex.build(raw_tar(tmp_path / "t.tar", []))
 
 
 def test_fingerprint_changes_with_anything_that_moves(tmp_path, seed):
     rng = np.random.default_rng(seed)
 
     def fingerprint(folder, samples, name="s.tar"):
-        return ShardIndex.build(write_tar(tmp_path / folder / name, samples)).fingerprint
+        return ShardIndex.build(write_tar(tmp_path / folder / name, samples, mtime=0)).fingerprint
 
     base = [{"__key__": "a", "txt": rng.bytes(5)}, {"__key__": "b", "txt": rng.bytes(600)}]
     same = fingerprint("1", base)
@@ -287,7 +298,10 @@ def test_a_selection_reads_the_same_bytes(tmp_path, seed):
     rows = np.flatnonzero(rng.random(13) < 0.5)
     part = index.take(rows)
     assert contents(part) == [contents(index)[i] for i in rows]
-    assert part.counts() == np.bincount(index.shard[rows], minlength=4).tolist()
+    assert part.counts() == np.bincount(np.repeat(np.arange(4), index.counts())[rows], minlength=4).tolist()
+    assert part.having(["png", "webp"]).all()
+    again = np.flatnonzero(rng.random(len(part)) < 0.5)
+    assert contents(part.take(again)) == [contents(part)[i] for i in again]
     assert len(index.take(np.array([], dtype=np.int64))) == 0
 
 
@@ -329,9 +343,6 @@ def test_split_that_leaves_a_side_empty_is_refused(tmp_path, seed):
     for share in (0.0, 1.0):
         with pytest.raises(DataError, match="one side empty"):
             index.split(share)
-    texts = ShardIndex.build(write_tar(tmp_path / "t.tar", [{"__key__": "lonely", "txt": b"x"}]))
-    with pytest.raises(DataError, match="'lonely': no image"):
-        texts.split(0.5)
 
 
 # Naming shards
@@ -372,11 +383,11 @@ def test_shards_that_match_nothing_are_named(tmp_path):
         expand_shards([f"{tmp_path}/a-0.tar", f"{tmp_path}/a-*.tar"])
 
 
-@pytest.mark.parametrize("spec", ["pipe:touch hacked", "https://x.org/a.tar", "s3://b/{0..9}.tar", "file:///a.tar"])
-def test_only_local_paths(tmp_path, monkeypatch, spec):
+@pytest.mark.parametrize("spec", ["pipe:touch hacked", "ftp://x.org/a.tar", "file:///a.tar", "memory://a.tar"])
+def test_only_paths_and_known_stores(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     for shards in (spec, [spec]):
-        with pytest.raises(DataError, match="only local paths are read") as error:
+        with pytest.raises(DataError, match=r"only local paths are read|commands are never run") as error:
             ShardIndex.build(shards)
         assert spec in str(error.value)
     assert not (tmp_path / "hacked").exists()
@@ -404,7 +415,7 @@ def five(tmp_path, seed):
 @pytest.mark.parametrize("length", [513, 2 * 3584 + 513, 2 * 3584 + 512 + 2999, 4 * 3584 + 512])
 def test_a_shard_cut_inside_a_member(five, length):
     os.truncate(five, length)
-    with pytest.raises(DataError, match=r"five\.tar is cut off"):
+    with pytest.raises(DataError, match=r"five\.tar cannot be read: it is cut off"):
         ShardIndex.build(five)
 
 
@@ -428,9 +439,12 @@ def test_however_much_padding_follows_the_end_is_the_end(five):
     whole = five.read_bytes()
     for length in (5 * 3584 + 512, 5 * 3584 + 1024, len(whole)):
         five.write_bytes(whole[:length])
-        assert len(ShardIndex.build(five)) == 5
+        assert len(ShardIndex.build(five, anew=True)) == 5
     five.write_bytes(whole + bytes(100_000))
-    assert len(ShardIndex.build(five)) == 5
+    assert len(ShardIndex.build(five, anew=True)) == 5
+    five.write_bytes(whole + whole)  # as `cat` joins them: every reader of tars stops at the first end mark
+    with pytest.raises(DataError, match=r"five\.tar cannot be read: something follows its end mark"):
+        ShardIndex.build(five, anew=True)
 
 
 def test_a_sparse_member_is_not_read_as_plain_bytes(tmp_path):
@@ -461,7 +475,7 @@ def test_a_sparse_member_is_not_read_as_plain_bytes(tmp_path):
 def test_compressed_shards_are_refused(tmp_path, mode):
     with tarfile.open(tmp_path / "a.tar", mode) as tar:
         tar.addfile(tarfile.TarInfo("a.txt"))
-    with pytest.raises(DataError, match=r"a\.tar cannot be read as an uncompressed tar"):
+    with pytest.raises(DataError, match=r"a\.tar cannot be read: it is compressed"):
         ShardIndex.build(tmp_path / "a.tar")
 
 
@@ -479,12 +493,39 @@ def test_two_members_of_one_name_are_refused(tmp_path):
 
 
 def test_a_shard_that_changed_after_indexing(tmp_path, seed):
-    index = ShardIndex.build(write_shards(tmp_path, [5], seed))
-    path = index.shards[0]
+    paths = write_shards(tmp_path, [5, 5], seed)
+    index = ShardIndex.build(paths)
     assert index[4].read("png")
-    os.truncate(path, 1500)
-    with pytest.raises(DataError, match=r"part-000\.tar sample '000004': \.png is cut off"):
-        index[4].read("png")
+    os.truncate(paths[0], 1500)
+    for read in (lambda: index[4].read("png"), lambda: ShardIndex.build(paths)):
+        with pytest.raises(DataError, match=r"part-000\.tar changed since it was indexed; .*dualenc index"):
+            read()
+    assert index[5].read("png")
+    write_shards(tmp_path, [5, 6], seed + 1)
+    assert len(ShardIndex.build(paths, anew=True)) == 11
+    assert len(ShardIndex.build(paths)) == 11
+
+
+def test_a_shard_of_the_same_size_with_other_samples(tmp_path, seed):
+    path = Path(write_tar(tmp_path / "s.tar", [{"__key__": "a", "txt": b"1"}, {"__key__": "b", "txt": b"2"}]))
+    ShardIndex.build(path)
+    size = path.stat().st_size
+    write_tar(path, [{"__key__": "a", "txt": b"1"}, {"__key__": "c", "txt": b"2"}])
+    assert path.stat().st_size == size
+    with pytest.raises(DataError, match=r"s\.tar changed since it was indexed"):
+        ShardIndex.build(path)
+
+
+def test_a_copied_folder_is_the_same(tmp_path, seed):
+    """Copies have other times; the headers say that nothing else changed."""
+    paths = write_shards(tmp_path / "a", [5, 2], seed)
+    index = ShardIndex.build(paths)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    copied = ShardIndex.build(tmp_path / "b")
+    assert contents(copied) == contents(index)
+    assert copied.fingerprint == index.fingerprint
+    os.utime(paths[0])  # touched
+    assert contents(ShardIndex.build(paths)) == contents(index)
 
 
 def test_a_shard_that_is_gone(tmp_path, seed):
@@ -501,34 +542,90 @@ def test_more_shards_than_files_kept_open(tmp_path, seed):
     assert contents(index.take(np.arange(80))) == before
 
 
-@pytest.mark.parametrize("data", [b"", b"garbage", b"PK\x03\x04garbage", pickle.dumps({"a": 1})])
-def test_garbage_is_no_index(tmp_path, data):
-    (tmp_path / "i.npz").write_bytes(data)
-    with pytest.raises(DataError, match=r"i\.npz is no shard index"):
-        ShardIndex.load(tmp_path / "i.npz")
+# The index file
 
 
-def test_other_numpy_files_are_no_index(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros(3))
-    np.savez(tmp_path / "b.npz", x=np.zeros(3))
-    np.savez(tmp_path / "c.npz", head=np.frombuffer(b"[]", np.uint8), **{n: np.zeros(1) for n in shards_module._ARRAYS})
-    for name in ("a.npy", "b.npz", "c.npz", "missing.npz"):
-        with pytest.raises(DataError, match=name):
-            ShardIndex.load(tmp_path / name)
+def test_an_index_is_made_once_and_kept(tmp_path, seed, monkeypatch):
+    paths = write_shards(tmp_path, [3, 0, 5], seed)
+    index = ShardIndex.build(paths, hashes=["image", "text"])
+    again = ShardIndex.load(tmp_path / "dualenc.index")
+    assert contents(again) == contents(index)
+    assert again.shards == index.shards
+    assert again.fingerprint == index.fingerprint
+    for name, extension in (("image", "png"), ("text", "txt")):
+        expected = [
+            int.from_bytes(hashlib.blake2b(s.read(extension), digest_size=8, person=bytes(8)).digest(), "little")
+            for s in index
+        ]
+        assert again.hashes(name).tolist() == expected
+    monkeypatch.setattr(shards_module, "scan", None)  # no tar is read again
+    assert contents(ShardIndex.build(paths[1:])) == contents(index)[3:]
+    assert contents(pickle.loads(pickle.dumps(ShardIndex.build(paths)))) == contents(index)
 
 
-def test_a_cut_or_newer_index_is_refused(tmp_path, seed, monkeypatch):
-    index = ShardIndex.build(write_shards(tmp_path, [3], seed))
-    index.save(tmp_path / "i.npz")
-    data = (tmp_path / "i.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match=r"cut\.npz is no shard index"):
-        ShardIndex.load(tmp_path / "cut.npz")
-    monkeypatch.setattr(shards_module, "FORMAT", 2)
-    index.save(tmp_path / "new.npz")
-    monkeypatch.undo()
-    with pytest.raises(DataError, match=r"new\.npz has index format 2, this version reads 1"):
-        ShardIndex.load(tmp_path / "new.npz")
+def test_new_shards_are_added_to_an_index(tmp_path, seed, monkeypatch):
+    paths = write_shards(tmp_path, [3, 2, 4], seed)
+    ShardIndex.build(paths[:2])
+    scanned = []
+    monkeypatch.setattr(shards_module, "scan", lambda *args: scanned.append(args[0]) or index_module.scan(*args))
+    index = ShardIndex.build(paths)
+    assert scanned == paths[2:]
+    assert contents(index) == contents(ShardIndex.build(paths, anew=True))
+    assert len(scanned) == 4
+
+
+def test_scanning_in_processes_gives_the_same(tmp_path, seed):
+    paths = write_shards(tmp_path, [3, 2, 4, 0, 7, 1], seed)
+    index = ShardIndex.build(paths, workers=2, hashes=["piece"])
+    assert contents(index) == contents(ShardIndex.build(paths, anew=True))
+
+
+def test_a_folder_that_is_read_only_keeps_its_index_elsewhere(tmp_path, seed, monkeypatch):
+    monkeypatch.setenv("DUALENC_CACHE", str(tmp_path / "cache"))
+    paths = write_shards(tmp_path / "data", [3, 2], seed)
+    (tmp_path / "data").chmod(0o555)
+    try:
+        index = ShardIndex.build(paths)
+        assert not (tmp_path / "data" / "dualenc.index").exists()
+        (kept,) = index.files()
+        assert kept.parent == tmp_path / "cache" / "index"
+        monkeypatch.setattr(shards_module, "scan", None)
+        assert contents(ShardIndex.build(paths)) == contents(index)
+    finally:
+        (tmp_path / "data").chmod(0o755)
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", b"PK\x03\x04garbage", pickle.dumps({"a": 1}), MAGIC + bytes(100)])
+def test_garbage_is_no_index(tmp_path, data, seed):
+    path = write_shards(tmp_path, [3], seed)
+    (tmp_path / "dualenc.index").write_bytes(data)
+    for read in (lambda: ShardIndex.load(tmp_path / "dualenc.index"), lambda: ShardIndex.build(path)):
+        with pytest.raises(DataError, match=r"dualenc\.index is no whole shard index of this version: remove it"):
+            read()
+
+
+def test_every_cut_or_turned_byte_is_found_or_does_no_harm(tmp_path, seed):
+    """The head has a checksum; of the arrays what could lead out of the shard or the keys is checked."""
+    rng = np.random.default_rng(seed)
+    index = ShardIndex.build(write_shards(tmp_path, [4, 3], seed))
+    data = (tmp_path / "dualenc.index").read_bytes()
+    found = 0
+    for _ in range(300):
+        broken = bytearray(data)
+        if rng.random() < 0.2:
+            del broken[int(rng.integers(len(data))) :]
+        else:
+            broken[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        path = tmp_path / f"x{found}" / "dualenc.index"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(broken)
+        try:
+            contents_of = [(s.key, sorted(s.members.items())) for s in ShardIndex.load(path)]
+            assert len(contents_of) == len(index)
+        except DataError as error:
+            found += 1
+            assert "no whole shard index" in str(error)  # noqa: PT017
+    assert found > 50
 
 
 class Bomb:
@@ -545,7 +642,6 @@ def test_nothing_in_a_shard_is_executed(tmp_path, seed):
     objects = np.empty(1, dtype=object)
     objects[0] = Bomb(str(tmp_path / "hacked"))
     np.save(tmp_path / "bomb.npy", objects, allow_pickle=True)
-    np.savez(tmp_path / "bomb.npz", **dict.fromkeys(("head", *shards_module._ARRAYS), objects))
     extensions = ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "ten", "mp")
     sample = {
         "__key__": "a",
@@ -559,11 +655,8 @@ def test_nothing_in_a_shard_is_executed(tmp_path, seed):
     for found in itertools.chain(index, index.select("a == 1")):
         assert found.read("pyd") == bomb
         found.read_json()
-    index.save(tmp_path / "i.npz")
-    ShardIndex.load(tmp_path / "i.npz")
-    for name in ("bomb.npy", "bomb.npz"):
-        with pytest.raises(DataError):
-            ShardIndex.load(tmp_path / name)
+    with pytest.raises(DataError):
+        ShardIndex.load(tmp_path / "bomb.npy")
     assert not (tmp_path / "hacked").exists()
     pickle.loads(bomb)  # the control: it would have gone off
     assert (tmp_path / "hacked").exists()
@@ -571,7 +664,7 @@ def test_nothing_in_a_shard_is_executed(tmp_path, seed):
 
 def test_reading_a_member_that_is_not_there(tmp_path, seed):
     index = ShardIndex.build(write_shards(tmp_path, [1], seed))
-    with pytest.raises(DataError, match=r"part-000\.tar sample '000000': no \.cls among its members \['json', 'png'"):
+    with pytest.raises(DataError, match=r"part-000\.tar sample '000000': no \.cls among its members \(json, png"):
         index[0].read("cls")
 
 

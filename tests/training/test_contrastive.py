@@ -58,7 +58,7 @@ def test_warmup_cosine(warmup: float, rising: int) -> None:
 
 def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     run = small_fit(SMOKE, tmp_path, seed)
-    names = {"loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "padding_avoided"}
+    names = {"loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "padding_avoided", "bad_samples"}
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     train = {row["metric"].removeprefix("train/") for row in rows if row["metric"].startswith("train/")}

@@ -1,0 +1,24 @@
+"""What can be wrong with data."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dualenc.data.shards import Sample
+
+
+class DataError(ValueError):
+    """Data that is missing, broken or not in the layout; the message names the file and the way out."""
+
+
+class BadSample(DataError):
+    """A sample whose content is of no use: a picture that cannot be decoded, no caption, no UTF-8, an absurd size.
+
+    Attributes:
+        cause: what is wrong with it, alike for all samples that have it.
+        detail: more of it, for this one.
+    """
+
+    def __init__(self, sample: "Sample | str", cause: str = "", detail: str = "") -> None:
+        # From a worker process it comes back as its message alone.
+        super().__init__(f"{sample}{f': {cause}' if cause else ''}{f' ({detail})' if detail else ''}")
+        self.cause, self.detail = cause, detail

@@ -1,0 +1,428 @@
+"""What lies where in one shard, and the file that keeps it for all shards of a folder.
+
+An index file is plain arrays one after the other, each at a multiple of eight bytes, little-endian, and behind them a
+JSON that says where they are: read by mapping it into memory, so that a process holds what it uses. Layout:
+
+    16 bytes    "dualenc index 1\\n"
+    arrays      those of one shard, then those of the next
+    JSON        {"shards": [{"name", "size", ..., "arrays": {name: [offset, count]}}]}
+    8 bytes     length of the JSON, little-endian
+    16 bytes    BLAKE2b-128 of the JSON
+"""
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dualenc.data.errors import DataError
+from dualenc.data.storage import Cache, Place, is_remote, shown
+from dualenc.data.tar import TarError, members
+
+MAGIC = b"dualenc index 1\n"
+FILE_NAME = "dualenc.index"
+DTYPES = {
+    "first": "<u4",  # (S+1,) of each sample into the member arrays
+    "extension": "<u2",  # (M,) into the shard's `extensions`
+    "offset": "<i8",  # (M,) of the data in the shard, bytes
+    "size": "<i8",  # (M,) bytes
+    "key_end": "<u4",  # (S,) into `keys`
+    "keys": "|u1",  # (K,) all keys one after the other, UTF-8
+    # Hashes, there when somebody has asked for them; see `Shard.hashed`.
+    "piece": "<u8",  # (S,) of the image's size and up to 8 KiB from its middle: cheap, and equal for equal images
+    "image": "<u8",  # (S,) of the whole image
+    "text": "<u8",  # (S,) of the caption member: .txt, or else .json
+}
+TRIES = 3  # of reading from a disk that reports an error
+_FILES = 64  # open at once
+
+
+class Shard:
+    """One shard: what it is, where its members lie, and their bytes.
+
+    Attributes:
+        url: path or URL.
+        facts: `name`, `size` (bytes), `mtime` (ns, 0 elsewhere), `digest` (of its tar headers), `etag` and `content`
+            (digest of all of it; both only elsewhere), `samples`, `extensions`.
+    """
+
+    def __init__(
+        self, url: str, facts: dict[str, Any], arrays: "_Mapped | dict[str, np.ndarray]", cache: Cache
+    ) -> None:
+        self.url, self.facts, self.cache = url, facts, cache
+        self._arrays = arrays
+        self._checked = False
+
+    def __len__(self) -> int:
+        return self.facts["samples"]
+
+    def __str__(self) -> str:
+        return shown(self.url)
+
+    @property
+    def place(self) -> Place:
+        """Of a shard elsewhere."""
+        facts = self.facts
+        return Place(self.url, facts["size"], facts["etag"], facts["content"], facts["digest"])
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By the names of `DTYPES`.
+
+        Raises:
+            DataError: the index file is damaged.
+        """
+        if isinstance(self._arrays, dict):
+            return self._arrays
+        found = self._arrays.read()
+        if not self._checked:
+            first, size, offset = found["first"], found["size"], found["offset"]
+            whole = (
+                len(first) == len(self) + 1
+                and len(found["key_end"]) == len(self)
+                and len(found["extension"]) == len(size) == len(offset) == first[-1]
+                and bool((np.diff(first.astype(np.int64)) >= 0).all())
+                and bool((np.diff(found["key_end"].astype(np.int64)) >= 0).all())
+                and (not len(self) or found["key_end"][-1] == len(found["keys"]))
+                and (not len(size) or found["extension"].max() < len(self.facts["extensions"]))
+                and (not len(size) or (offset.min() >= 0 and size.min() >= 0))
+                and (not len(size) or (offset + size).max() <= self.facts["size"])
+                and all(len(found[name]) == len(self) for name in ("piece", "image", "text") if name in found)
+            )
+            if not whole:
+                raise _damaged(self._arrays.path)
+            self._checked = True
+        return found
+
+    def key(self, i: int) -> str:
+        """Of sample i."""
+        ends = self.arrays["key_end"]
+        return self.arrays["keys"][int(ends[i - 1]) if i else 0 : ends[i]].tobytes().decode("utf-8", "surrogateescape")
+
+    def members(self, i: int) -> dict[str, tuple[int, int]]:
+        """Extension -> offset and size in bytes, of sample i."""
+        arrays, names = self.arrays, self.facts["extensions"]
+        span = range(int(arrays["first"][i]), int(arrays["first"][i + 1]))
+        return {names[arrays["extension"][m]]: (int(arrays["offset"][m]), int(arrays["size"][m])) for m in span}
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the shard; one that lies elsewhere is fetched.
+
+        Raises:
+            DataError: it is gone, has changed since it was indexed, or the disk fails again and again.
+        """
+        data, left = b"", TRIES
+        while left:
+            left -= 1
+            try:
+                data, left = os.pread(self._descriptor(), size, offset), 0
+            except FileNotFoundError:
+                if is_remote(self.url) and left:  # another process has made room just now
+                    continue
+                raise DataError(f"shard {self} is gone since it was indexed") from None
+            except OSError as error:
+                if not left:
+                    raise DataError(f"shard {self} cannot be read: {error.strerror}; {TRIES} tries") from None
+                time.sleep(0.1 * 4 ** (TRIES - left))
+        if len(data) != size:
+            raise changed(self.url)
+        return data
+
+    def _descriptor(self) -> int:
+        if is_remote(self.url):
+            place = self.place
+            path = str(self.cache.folder / place.name)
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                status = None
+            if status is None or status.st_size != place.size:
+                status = os.stat(self.cache.path(place))
+            if (path, status.st_ino) not in _HELD:
+                self.cache.touch(place)
+            return _open(path, status.st_ino)
+        return _open(self.url, self.check().st_ino)
+
+    def check(self) -> os.stat_result:
+        """Looks whether a local shard is what its index says.
+
+        Copied and touched ones have other times: their headers say whether they are the same.
+
+        Raises:
+            DataError: it is not.
+            OSError: it cannot be found.
+        """
+        status = os.stat(self.url)
+        if status.st_mtime_ns != self.facts["mtime"] or status.st_size != self.facts["size"]:
+            now = scan(self.url, self.cache).facts if status.st_size == self.facts["size"] else {"digest": ""}
+            if now["digest"] != self.facts["digest"]:
+                raise changed(self.url)
+            self.facts["mtime"] = now["mtime"]
+        return status
+
+    def hashed(self, name: str) -> "Shard":
+        """This shard with the array `piece`, `image` or `text` of `DTYPES` beside the others."""
+        if name in self.arrays:
+            return self
+        hashes = np.array([self._hash(name, i) for i in range(len(self))], dtype=DTYPES[name])
+        return Shard(self.url, self.facts, {**self.arrays, name: hashes}, self.cache)
+
+    def _hash(self, name: str, i: int) -> int:
+        from dualenc.data.images import IMAGE_EXTENSIONS
+
+        found = self.members(i)
+        wanted = ("txt", "json") if name == "text" else IMAGE_EXTENSIONS
+        extension = next((extension for extension in wanted if extension in found), None)
+        if extension is None:
+            return 0
+        offset, size = found[extension]
+        if name != "piece":
+            return content_hash(self.read(offset, size))
+        piece = min(size, 8192)
+        return content_hash(self.read(offset + (size - piece) // 2, piece), size)
+
+
+def content_hash(data: bytes, more: int = 0) -> int:
+    """64 bits of BLAKE2b: equal for equal bytes, and for others in one case of 2^64."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=more.to_bytes(8, "little")).digest(), "little")
+
+
+def changed(url: str) -> DataError:
+    """The error of a shard that is not what its index says."""
+    return DataError(f"shard {shown(url)} changed since it was indexed; if that is meant: dualenc index {shown(url)}")
+
+
+def scan(url: str, cache: Cache, path: str | None = None) -> Shard:
+    """Reads the tar headers of a shard.
+
+    A sample is the members that share their path up to the first dot of the base name, as webdataset defines it, and
+    the same members are passed over: hidden ones, those without extension, `__meta__`.  They need not stand together.
+
+    Args:
+        url: of the shard.
+        cache: where a shard elsewhere is read from later.
+        path: of its copy, where it lies elsewhere.
+
+    Raises:
+        DataError: it is no whole uncompressed tar, or a key has two members of one extension.
+    """
+    number: dict[bytes, int] = {}  # sample of each key
+    extensions: dict[bytes, int] = {}
+    owner: list[int] = []
+    found: list[tuple[int, int, int]] = []
+    pairs: set[tuple[int, int]] = set()
+    digest = hashlib.blake2b(digest_size=16)
+    current, sample = None, -1
+    try:
+        with open(path or url, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            for name, offset, size, header in members(file):
+                digest.update(header)
+                folder, slash, base = name.rpartition(b"/")
+                stem, dot, extension = base.partition(b".")
+                if not stem or not dot or (name[:2] == b"__" and name.partition(b"/")[0][-2:] == b"__"):
+                    continue
+                key = folder + slash + stem
+                if key != current:
+                    current, sample = key, number.setdefault(key, len(number))
+                kind = extensions.setdefault(extension.lower(), len(extensions))
+                if (sample, kind) in pairs:
+                    text = key.decode("utf-8", "surrogateescape")
+                    raise DataError(
+                        f"{shown(url)} sample {text!r}: two members .{extension.decode('utf-8', 'replace')}, the "
+                        f"second at byte {offset:,}; keys must differ within a shard"
+                    )
+                pairs.add((sample, kind))
+                owner.append(sample)
+                found.append((kind, offset, size))
+    except TarError as error:
+        raise DataError(f"shard {shown(url)} cannot be read: {error}") from None
+    except OSError as error:
+        raise DataError(f"shard {shown(url)} cannot be read: {error.strerror}") from None
+    if len(extensions) > 1 << 16 or len(found) >= 1 << 32:
+        raise DataError(f"shard {shown(url)} has {len(extensions):,} kinds of members: it is no set of samples")
+    order = np.argsort(np.array(owner, dtype=np.int64), kind="stable")  # members that stand apart come together
+    table = np.array(found, dtype=np.int64).reshape(-1, 3)[order]
+    arrays = {
+        "first": np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(number)) if owner else [])]),
+        "extension": table[:, 0],
+        "offset": table[:, 1],
+        "size": table[:, 2],
+        "key_end": np.cumsum([len(key) for key in number], dtype=np.int64),
+        "keys": np.frombuffer(b"".join(number), dtype=np.uint8),
+    }
+    facts = {
+        "name": _name(url),
+        "size": status.st_size,
+        "mtime": 0 if is_remote(url) else status.st_mtime_ns,
+        "digest": digest.hexdigest(),
+        "etag": "",
+        "content": "",
+        "samples": len(number),
+        "extensions": [extension.decode("utf-8", "surrogateescape") for extension in extensions],
+    }
+    return Shard(url, facts, {name: array.astype(DTYPES[name]) for name, array in arrays.items()}, cache)
+
+
+def _name(url: str) -> str:
+    return os.path.basename(shown(url))
+
+
+# The file
+
+
+class _Mapped:
+    """The arrays of one shard in an index file; goes to another process as its place there."""
+
+    def __init__(self, path: str, stamp: tuple[int, int], places: dict[str, list[int]]) -> None:
+        self.path, self.stamp, self.places = path, stamp, places
+        self._found: dict[str, np.ndarray] | None = None
+
+    def read(self) -> dict[str, np.ndarray]:
+        if self._found is None:
+            buffer = _map(self.path, self.stamp)
+            self._found = {}
+            for name, (offset, count) in self.places.items():
+                end = offset + count * np.dtype(DTYPES[name]).itemsize
+                if not 0 <= offset <= end <= len(buffer):
+                    raise _damaged(self.path)
+                self._found[name] = buffer[offset:end].view(DTYPES[name])
+        return self._found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_found": None}
+
+
+_MAPS: dict[tuple[str, tuple[int, int]], np.ndarray] = {}
+
+
+def _map(path: str, stamp: tuple[int, int]) -> np.ndarray:
+    """An index file in memory, as long as the process lives: another one of its name is another file."""
+    if (path, stamp) not in _MAPS:
+        status = os.stat(path)
+        if (status.st_size, status.st_mtime_ns) != stamp:
+            raise DataError(f"{path} was written anew since this run began: start it again")
+        _MAPS[path, stamp] = np.memmap(path, np.uint8, "r")
+    return _MAPS[path, stamp]
+
+
+def _damaged(path: str | os.PathLike[str]) -> DataError:
+    return DataError(f"{path} is no whole shard index of this version: remove it, and `dualenc index` makes it anew")
+
+
+def read_index(path: str | os.PathLike[str], folder: str, cache: Cache) -> dict[str, Shard]:
+    """The shards of an index file by name, as lying in a folder, which may be a URL.
+
+    Raises:
+        DataError: the file is damaged, or of another format.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            magic = file.read(len(MAGIC))
+            file.seek(max(0, size - 24))
+            tail = file.read(24)
+            length = int.from_bytes(tail[:8], "little")
+            if magic != MAGIC or not 0 < length <= size - 40:
+                raise _damaged(path)
+            file.seek(size - 24 - length)
+            text = file.read(length)
+            status = os.fstat(file.fileno())
+        if hashlib.blake2b(text, digest_size=16).digest() != tail[8:]:
+            raise _damaged(path)
+        stamp = (status.st_size, status.st_mtime_ns)
+        shards = {}
+        for facts in json.loads(text)["shards"]:
+            places = facts.pop("arrays")
+            if not DTYPES.keys() >= places.keys() or os.path.basename(facts["name"]) != facts["name"]:
+                raise _damaged(path)
+            shards[facts["name"]] = Shard(
+                os.path.join(folder, facts["name"]), facts, _Mapped(os.fspath(path), stamp, places), cache
+            )
+        return shards
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise _damaged(path) from None
+
+
+def write_index(path: str | os.PathLike[str], shards: Iterable[Shard]) -> None:
+    """Writes an index file beside its place, and renames it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.stat().st_mode & 0o222:  # which root could write all the same
+        raise PermissionError(errno.EACCES, "the folder is read-only", str(path.parent))
+    handle, beside = tempfile.mkstemp(".part", f".{path.name}-", path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(MAGIC)
+            head = []
+            for shard in shards:
+                places = {}
+                for name, array in shard.arrays.items():
+                    file.write(bytes(-file.tell() % 8))
+                    places[name] = [file.tell(), len(array)]
+                    file.write(np.ascontiguousarray(array).data)
+                head.append({**shard.facts, "arrays": places})
+            text = json.dumps({"shards": head}).encode()
+            file.write(text + len(text).to_bytes(8, "little") + hashlib.blake2b(text, digest_size=16).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(beside)
+
+
+# Open files
+
+
+class _File:
+    """An open file that closes when nothing holds it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):  # os.open may have failed
+            os.close(self.descriptor)
+
+
+_HELD: OrderedDict[tuple[str, int], _File] = OrderedDict()
+
+
+def _open(path: str, inode: int) -> int:
+    """A descriptor, kept by what the file is and not only by its name: another file of that name is opened anew."""
+    key = (path, inode)
+    if key not in _HELD:
+        for old in [old for old, file in _HELD.items() if not os.fstat(file.descriptor).st_nlink]:
+            del _HELD[old]  # removed from the cache of fetched shards: its room is free when nobody holds it
+        _HELD[key] = _File(path)
+        while len(_HELD) > _FILES:
+            _HELD.popitem(last=False)
+    _HELD.move_to_end(key)
+    return _HELD[key].descriptor
+
+
+def index_files(folder: str) -> Sequence[Path]:
+    """Where the index of a folder may be: in it, and where that cannot be written, among the user's cached files."""
+    from dualenc.data.storage import cache_folder
+
+    name = hashlib.blake2b((shown(folder) if is_remote(folder) else os.path.abspath(folder)).encode(), digest_size=16)
+    cached = cache_folder() / "index" / f"{name.hexdigest()}.index"
+    return [cached] if is_remote(folder) else [Path(folder) / FILE_NAME, cached]

@@ -1,0 +1,1 @@
+"""Benchmarks beside the peers that users would take instead: `python -m tools.bench NAME --help`."""

@@ -1,0 +1,254 @@
+"""Mutated shards and pictures against the reading code: `python tools/fuzz.py --seconds 600`.
+
+Every mutant of a tar must give the samples that Python's own `tarfile` finds in it, byte for byte, or an error that
+names the shard; every mutant of a picture must give what Pillow makes of it, or a cause. A crash, a hang or memory
+without bound is a failure; so is any other exception. Failing mutants are kept in a folder.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import resource
+import signal
+import tarfile
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dualenc.data import DataError, ImageError, ShardIndex, decode_image
+from dualenc.data.images import to_tensor
+
+CASES = 200  # in one process
+warnings.simplefilter("ignore")  # of Pillow, where this program asks it
+SECONDS = 10  # that one case may take
+MEMORY = 3 << 30  # bytes above what the process begins with: a picture of the largest size is 400 MB, thrice
+
+Image.MAX_IMAGE_PIXELS = None
+
+
+def picture(rng: np.random.Generator) -> tuple[str, bytes]:
+    """A small valid picture of a random kind and mode."""
+    height, width = (int(n) for n in rng.integers(1, 70, 2))
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
+    kind = str(rng.choice(["jpg", "png", "webp"]))
+    mode = str(
+        rng.choice(
+            {"jpg": ["RGB", "L", "CMYK"], "png": ["RGB", "L", "P", "RGBA", "LA", "1", "I;16"]}.get(
+                kind, ["RGB", "RGBA"]
+            )
+        )
+    )
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+    else:
+        image = coarse.convert(mode)
+    options = {}
+    if kind == "jpg":
+        options = {"quality": int(rng.integers(20, 100)), "progressive": bool(rng.integers(2))}
+        if rng.random() < 0.3:
+            exif = Image.Exif()
+            exif[0x0112] = int(rng.integers(1, 9))
+            options["exif"] = exif
+    if kind == "webp":
+        options = {"lossless": bool(rng.integers(2))}
+    file = io.BytesIO()
+    image.save(file, {"jpg": "JPEG"}.get(kind, kind.upper()), **options)
+    return kind, file.getvalue()
+
+
+def shard(rng: np.random.Generator) -> bytes:
+    """A small valid shard of a random tar format, its members together or apart."""
+    members = []
+    for i in range(int(rng.integers(1, 6))):
+        key = str(rng.choice([f"{i:04d}", f"folder/{i}", f"{'long' * 40}{i}", f"é猫{i}", f"../{i}"]))
+        kind, data = picture(rng)
+        members += [(f"{key}.{kind}", data), (f"{key}.txt", b"a cat " * int(rng.integers(1, 4)))]
+        if rng.random() < 0.5:
+            members.append((f"{key}.json", b'{"caption": "a dog"}'))
+    if rng.random() < 0.3:
+        members = [members[i] for i in rng.permutation(len(members))]
+    file = io.BytesIO()
+    form = [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT][int(rng.integers(2))]
+    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def mutate(rng: np.random.Generator, data: bytes, headers: bool = False) -> bytes:
+    """One to a few changes: bits, bytes, cuts, repeats, numbers; in the headers of a tar, with a sum that fits or not."""
+    out = bytearray(data)
+    for _ in range(int(rng.choice([1, 1, 1, 2, 5]))):
+        if not out:
+            break
+        at = int(rng.integers(len(out)))
+        length = int(rng.choice([1, 4, 16, 512, 3000]))
+        match int(rng.integers(8 if headers else 6)):
+            case 0:
+                out[at] ^= 1 << int(rng.integers(8))
+            case 1:
+                out[at : at + length] = rng.bytes(len(out[at : at + length]))
+            case 2:
+                del out[at:]
+            case 3:
+                del out[at : at + length]
+            case 4:
+                out[at:at] = out[at : at + length]
+            case 5:
+                out[at : at + 4] = bytes([[0, 0xFF, 0x7F, 0x80][int(rng.integers(4))]]) * 4
+            case _:
+                at = at // 512 * 512  # a header now and then
+                field = [(0, 100), (100, 8), (124, 12), (148, 8), (156, 1), (257, 8), (345, 155)][int(rng.integers(7))]
+                place = at + field[0] + int(rng.integers(field[1]))
+                if place < len(out) and at + 512 <= len(out):
+                    out[place] = int(rng.choice([0, 32, 48, 55, 57, 83, 103, 120, 128, 255, int(rng.integers(256))]))
+                    if rng.random() < 0.7:  # a sum that fits, or the change would be found by that alone
+                        out[at + 148 : at + 156] = b" " * 8
+                        out[at + 148 : at + 156] = b"%06o\0 " % sum(out[at : at + 512])
+    return bytes(out)
+
+
+def by_tarfile(data: bytes) -> dict[str, dict[str, bytes]]:
+    """The samples of a tar by the standard library: key -> extension -> bytes."""
+    found: dict[str, dict[str, bytes]] = {}
+    try:
+        tar = tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="surrogateescape")  # noqa: SIM115
+    except tarfile.ReadError:
+        return found
+    with tar:
+        for info in tar:
+            folder, slash, base = info.name.rpartition("/")
+            stem, dot, extension = base.partition(".")
+            top = info.name.partition("/")[0]
+            if (
+                not info.isreg()
+                or not stem
+                or not dot
+                or (top.startswith("__") and top.endswith("__") and "/" in info.name)
+            ):
+                continue
+            file = tar.extractfile(info)
+            assert file is not None
+            found.setdefault(folder + slash + stem, {})[extension.lower()] = file.read()
+    return found
+
+
+def try_tar(rng: np.random.Generator, folder: Path) -> tuple[str, bytes]:
+    data = mutate(rng, shard(rng), headers=True)
+    path = folder / f"{rng.integers(1 << 60)}.tar"
+    path.write_bytes(data)
+    try:
+        index = ShardIndex.build(path, anew=True)
+        ours = {sample.key: {name: sample.read(name) for name in sample.members} for sample in index}
+    except DataError as error:
+        if path.name not in str(error):
+            raise AssertionError(f"the error does not name the shard: {error}") from error
+        return "named: " + str(error).partition(path.name)[2].strip(" :")[:28], data
+    finally:
+        path.unlink()
+        (folder / "dualenc.index").unlink(missing_ok=True)
+    theirs = by_tarfile(data)
+    if ours == theirs:
+        return "the samples that tarfile finds", data
+    # tarfile takes a header for the end of the archive where a field that no sample needs (mode, owner) is broken.
+    if all(members.items() <= ours.get(key, {}).items() for key, members in theirs.items()):
+        return "the samples that tarfile finds, and those after a header where it stops", data
+    raise AssertionError(f"samples differ from tarfile's: {sorted(ours)} against {sorted(theirs)}")
+
+
+def try_picture(rng: np.random.Generator, _: Path) -> tuple[str, bytes]:
+    data = mutate(rng, picture(rng)[1])
+    try:
+        ours = decode_image(data)
+    except ImageError as error:
+        return f"named: {error.cause}", data
+    if ours.dtype.is_floating_point or ours.dim() != 3 or ours.shape[0] != 3:
+        raise AssertionError(f"{ours.dtype} {tuple(ours.shape)}")
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            theirs = to_tensor(image)
+    except Exception as error:
+        raise AssertionError(f"Pillow refuses what was decoded: {error}") from error
+    if ours.shape != theirs.shape or float((ours.float() - theirs.float()).abs().mean()) > 1:
+        raise AssertionError("another picture than Pillow's")
+    return "the picture that Pillow shows", data
+
+
+def run(seed: int, start: int, folder: str, results: "multiprocessing.Queue[tuple[int, str, str]]") -> None:
+    """Some cases in a process of their own; each is told before it begins, so that a crash is known by its number."""
+    os.environ["DUALENC_CACHE"] = folder
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for case in range(start, start + CASES):
+        results.put((case, "begun", ""))
+        rng = np.random.default_rng((seed, case))
+        signal.alarm(SECONDS)
+        try:
+            outcome, _ = [try_tar, try_picture][case % 2](rng, Path(folder))
+        except Exception:
+            outcome = "FAILED"
+            results.put((case, outcome, traceback.format_exc()))
+            continue
+        finally:
+            signal.alarm(0)
+        if (used := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - began) > MEMORY:
+            results.put((case, "FAILED", f"{used / 1e9:.1f} GB"))
+            return
+        results.put((case, outcome, ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
+    parser.add_argument("--case", type=int, help="only this one, in this process")
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            rng = np.random.default_rng((arguments.seed, arguments.case))
+            print([try_tar, try_picture][arguments.case % 2](rng, Path(folder))[0])
+        return
+    print(f"seed {arguments.seed}", flush=True)
+    context = multiprocessing.get_context("fork")
+    outcomes, failures, start, end = Counter(), [], 0, time.monotonic() + arguments.seconds
+    while time.monotonic() < end:
+        with tempfile.TemporaryDirectory() as folder:
+            results = context.Queue()
+            process = context.Process(target=run, args=(arguments.seed, start, folder, results))
+            process.start()
+            begun = None
+            while process.is_alive() or not results.empty():
+                try:
+                    case, outcome, words = results.get(timeout=0.2)
+                except Exception:  # empty
+                    continue
+                if outcome == "begun":
+                    begun = case
+                    continue
+                begun = None
+                outcomes[("tar", "picture")[case % 2], outcome] += 1
+                if outcome == "FAILED":
+                    failures.append((case, words))
+            process.join()
+            if begun is not None or process.exitcode:
+                outcomes["process", f"ended by {process.exitcode}"] += 1
+                failures.append((begun, f"the process ended by {process.exitcode}: a hang is -{signal.SIGALRM.value}"))
+        start += CASES
+    print(f"{sum(outcomes.values()):,} mutants in {arguments.seconds:.0f} s")
+    for (kind, outcome), count in sorted(outcomes.items(), key=lambda item: (item[0][0], -item[1])):
+        print(f"{count:10,}  {kind}: {outcome}")
+    for case, words in failures[:20]:
+        print(f"\nFAILED --seed {arguments.seed} --case {case}\n{words}")
+    raise SystemExit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
