@@ -283,13 +283,14 @@ def _name(url: str) -> str:
 class _Mapped:
     """The arrays of one shard in an index file; goes to another process as its place there."""
 
-    def __init__(self, path: str, stamp: tuple[int, int], places: dict[str, list[int]]) -> None:
+    def __init__(self, path: str, stamp: tuple[int, int], facts: dict[str, Any], places: dict[str, list[int]]) -> None:
         self.path, self.stamp, self.places = path, stamp, places
+        self.shard = facts["name"], facts["digest"]
         self._found: dict[str, np.ndarray] | None = None
 
     def read(self) -> dict[str, np.ndarray]:
         if self._found is None:
-            buffer = _map(self.path, self.stamp)
+            buffer = self._map()
             self._found = {}
             for name, (offset, count) in self.places.items():
                 end = offset + count * np.dtype(DTYPES[name]).itemsize
@@ -298,21 +299,24 @@ class _Mapped:
                 self._found[name] = buffer[offset:end].view(DTYPES[name])
         return self._found
 
+    def _map(self) -> np.ndarray:
+        """The file in memory. Where another run has written it anew, the shard is looked for in the new one."""
+        if (self.path, self.stamp) not in _MAPS:
+            status = os.stat(self.path)
+            if (status.st_size, status.st_mtime_ns) != self.stamp:
+                name, digest = self.shard
+                now = read_index(self.path, "", Cache()).get(name)
+                if now is None or now.facts["digest"] != digest or not isinstance(now._arrays, _Mapped):
+                    raise changed(os.path.join(os.path.dirname(self.path), name))
+                self.stamp, self.places = now._arrays.stamp, now._arrays.places
+            _MAPS.setdefault((self.path, self.stamp), np.memmap(self.path, np.uint8, "r"))
+        return _MAPS[self.path, self.stamp]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_found": None}
 
 
-_MAPS: dict[tuple[str, tuple[int, int]], np.ndarray] = {}
-
-
-def _map(path: str, stamp: tuple[int, int]) -> np.ndarray:
-    """An index file in memory, as long as the process lives: another one of its name is another file."""
-    if (path, stamp) not in _MAPS:
-        status = os.stat(path)
-        if (status.st_size, status.st_mtime_ns) != stamp:
-            raise DataError(f"{path} was written anew since this run began: start it again")
-        _MAPS[path, stamp] = np.memmap(path, np.uint8, "r")
-    return _MAPS[path, stamp]
+_MAPS: dict[tuple[str, tuple[int, int]], np.ndarray] = {}  # kept while the process lives
 
 
 def _damaged(path: str | os.PathLike[str]) -> DataError:
@@ -347,7 +351,7 @@ def read_index(path: str | os.PathLike[str], folder: str, cache: Cache) -> dict[
             if not DTYPES.keys() >= places.keys() or os.path.basename(facts["name"]) != facts["name"]:
                 raise _damaged(path)
             shards[facts["name"]] = Shard(
-                os.path.join(folder, facts["name"]), facts, _Mapped(os.fspath(path), stamp, places), cache
+                os.path.join(folder, facts["name"]), facts, _Mapped(os.fspath(path), stamp, facts, places), cache
             )
         return shards
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

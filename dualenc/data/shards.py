@@ -204,7 +204,8 @@ class ShardIndex:
             except DataError as error:
                 _refuse(error, unreadable)
         touched: set[str] = set()
-        scans = _Scan([*missing, *ready.values()] if hashes else list(missing), tuple(hashes), cache)
+        without = [shard for shard in ready.values() if not set(hashes) <= shard.arrays.keys()] if hashes else []
+        scans = _Scan([*missing, *without], tuple(hashes), cache)
         for item in track(_each(scans, workers)):
             if isinstance(item, DataError):
                 _refuse(item, unreadable)

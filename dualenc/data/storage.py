@@ -183,7 +183,7 @@ class Cache:
             if place.size >= 0 and os.stat(path).st_size != place.size:
                 return False
             os.utime(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except PermissionError:  # of another user, in a folder for all
             return path.exists()

@@ -93,7 +93,7 @@ class ContrastiveTask(LightningModule):
         self.pretrained, self.seed = pretrained, seed
         self._held_out = PairEmbeddings()
         self.held_out: tuple[Tensor, ...] | None = None  # rows, images, texts of the last validation, on the first rank
-        # Since the last log: the loss on the device; on the host steps, and samples, real tokens, tokens if padded, bad.
+        # Since the last log: loss on the device; on the host steps; samples, real tokens, tokens if padded, bad samples
         self._loss: Tensor | float = 0.0
         self._steps, self._counts = 0, [0] * 4
         self._grad_norm: Tensor | None = None

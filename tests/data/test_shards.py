@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import types
 from contextlib import ExitStack
@@ -130,6 +132,23 @@ def test_folders_links_and_files_without_extension_belong_to_no_sample(tmp_path)
             tar.addfile(info, io.BytesIO(b"ok"))
     assert contents(ShardIndex.build(tmp_path / "s.tar")) == [("a", {"txt": b"ok"})]
     assert by_webdataset([tmp_path / "s.tar"]) == [("a", {"txt": b"ok"})]
+
+
+def test_every_type_of_regular_file(tmp_path):
+    """ "0", what v7 wrote, contiguous files; a v7 folder is a regular file of no size whose name ends with a slash."""
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, kind in (("a.txt", tarfile.REGTYPE), ("b.txt", tarfile.AREGTYPE), ("c.txt", tarfile.CONTTYPE)):
+            info = tarfile.TarInfo(name)
+            info.size, info.type = 2, kind
+            tar.addfile(info, io.BytesIO(b"ok"))
+    block = bytearray(tarfile.TarInfo("f.x/").tobuf(tarfile.GNU_FORMAT))
+    block[156:157], block[148:156] = b"\0", b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    data = (tmp_path / "s.tar").read_bytes()
+    (tmp_path / "s.tar").write_bytes(bytes(block) + data)
+    expected = [(key, {"txt": b"ok"}) for key in "abc"]
+    assert contents(ShardIndex.build(tmp_path / "s.tar")) == expected
+    assert by_webdataset([tmp_path / "s.tar"]) == expected
 
 
 def test_names_that_are_not_utf8_and_names_that_climb_are_only_names(tmp_path):
@@ -563,6 +582,22 @@ def test_an_index_is_made_once_and_kept(tmp_path, seed, monkeypatch):
     assert contents(pickle.loads(pickle.dumps(ShardIndex.build(paths)))) == contents(index)
 
 
+def test_another_process_finds_its_shards_in_an_index_that_was_written_anew(tmp_path, seed):
+    """What a worker that is started, not forked, is given, while another run adds shards."""
+    paths = write_shards(tmp_path, [3, 2, 4], seed)
+    ShardIndex.build(paths[1:])
+    index = ShardIndex.build(paths[1:])
+    given = pickle.dumps(index)
+    assert len(given) < 5000  # a place, not the arrays
+    ShardIndex.build(paths)
+    code = (
+        "import pickle, sys; index = pickle.load(sys.stdin.buffer);"
+        "pickle.dump([(s.key, s.read('png')) for s in index], sys.stdout.buffer)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], input=given, stdout=subprocess.PIPE, check=True).stdout
+    assert pickle.loads(found) == [(s.key, s.read("png")) for s in index]
+
+
 def test_new_shards_are_added_to_an_index(tmp_path, seed, monkeypatch):
     paths = write_shards(tmp_path, [3, 2, 4], seed)
     ShardIndex.build(paths[:2])
@@ -577,7 +612,10 @@ def test_new_shards_are_added_to_an_index(tmp_path, seed, monkeypatch):
 def test_scanning_in_processes_gives_the_same(tmp_path, seed):
     paths = write_shards(tmp_path, [3, 2, 4, 0, 7, 1], seed)
     index = ShardIndex.build(paths, workers=2, hashes=["piece"])
-    assert contents(index) == contents(ShardIndex.build(paths, anew=True))
+    stamp = (tmp_path / "dualenc.index").stat()
+    again = ShardIndex.build(paths, workers=2, hashes=["piece"])
+    assert (tmp_path / "dualenc.index").stat() == stamp  # nothing was missing, nothing written
+    assert contents(index) == contents(again) == contents(ShardIndex.build(paths, anew=True))
 
 
 def test_a_folder_that_is_read_only_keeps_its_index_elsewhere(tmp_path, seed, monkeypatch):

@@ -113,7 +113,7 @@ def forget_copies(cache):
 
 def copies(cache):
     """Names of whole files in the cache; what is not whole has a dot."""
-    return {path.name for path in (cache / "shards").iterdir() if "." not in path.name}
+    return {path.name for path in (cache / "shards").glob("*") if "." not in path.name}
 
 
 def remains(cache):
@@ -527,14 +527,14 @@ def test_what_a_kill_left_over_is_removed(web, seed, here):
 def test_a_full_disk_is_named_and_nothing_half_written_remains(web, seed, here, monkeypatch):
     found, _ = remote(web, [3], seed)
     forget_copies(here)
-    from fsspec.implementations.http import HTTPFileSystem
 
-    def full(self, url, path, **options):
+    def full(url, path):
         Path(path).write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device", path)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(HTTPFileSystem, "get_file", full)
+        store = types.SimpleNamespace(get_file=full, info=lambda url: {})
+        patch.setattr(storage, "_filesystem", lambda url: store)
         for use in (lambda: found[0].read("txt"), lambda: Cache().add(f"{web.url}/part-000.tar")):
             with pytest.raises(StorageError, match=rf"part-000\.tar cannot be kept in {here}/shards: .*full.*cache_gb"):
                 use()
@@ -793,10 +793,9 @@ def test_stores_that_cannot_be_reached_here(tmp_path, seed, monkeypatch, here, s
 @pytest.mark.parametrize(("scheme", "module", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gs")])
 def test_a_missing_library_is_named_with_the_way_to_it(monkeypatch, scheme, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(fsspec.registry.target if hasattr(fsspec.registry, "target") else {}, scheme, raising=False)
-    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
     for url in (f"{scheme}://bucket/x.tar", f"{scheme}://bucket/*.tar"):
-        with pytest.raises(StorageError, match=rf"{scheme}:// needs more: pip install 'dualenc\[{extra}\]'"):
+        with pytest.raises(DataError, match=rf"{scheme}:// needs more: pip install 'dualenc\[{extra}\]'"):
             ShardIndex.build(url, anew=True)
 
 
@@ -883,15 +882,13 @@ def test_secrets_stay_out_of_all_that_is_kept_shown_or_said(web, seed, here, tmp
 
     # Errors, also with what Python shows of their causes; from worker processes, too.
     found = ShardIndex.build(spec)
-    for fault in (404, 403, 503, "reset", "short", "flip", "denied", "gone", "no URL"):
+    for fault in (404, 503, "reset", "short", "flip", "denied"):
         forget_copies(here)
-        web.always.clear()
-        if fault == "gone":
-            found = ShardIndex.build(spec.replace(str(web.server_port), "9"), anew=False) if False else found
         web.fail("part-000.tar", fault, always=True)
         if fault == "denied":
+            web.always.clear()
             web.credentials = "user:other"
-        for workers in (0, 1):
+        for workers in (0, 1) if fault in (404, 503) else (0,):
             with pytest.raises(DataError) as error:
                 epoch(found, workers=workers)
             clean("".join(traceback.format_exception(error.value)))
