@@ -85,7 +85,7 @@ def shard(rng: np.random.Generator) -> bytes:
 
 
 def mutate(rng: np.random.Generator, data: bytes, headers: bool = False) -> bytes:
-    """One to a few changes: bits, bytes, cuts, repeats, numbers; in the headers of a tar, with a sum that fits or not."""
+    """One to a few changes: bits, bytes, cuts, repeats; fields of tar headers too, with a sum that fits or not."""
     out = bytearray(data)
     for _ in range(int(rng.choice([1, 1, 1, 2, 5]))):
         if not out:

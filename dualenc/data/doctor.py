@@ -5,7 +5,6 @@ The headers of all shards are read. Of the pairs, some drawn by a seed or all ar
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -315,7 +314,7 @@ class _Look:
         advice = "a run takes another pair instead: make the shards again without these"
         for cause, count in Counter(cause for _, cause, _ in problems).most_common():
             some = [(row, detail) for row, other, detail in problems if other == cause][:SHOWN]
-            examples = [_name(self.index[row]) + (f": {_plain(detail)}" if detail else "") for row, detail in some]
+            examples = [_name(self.index[row]) + (f": {printable(detail)}" if detail else "") for row, detail in some]
             self.add("warning", printable(cause), count, examples, advice)
         rows = sorted({row for row, _, _ in problems})
         bad, most = len(rows), Quarantine(self.total, budget=budget).most
@@ -459,10 +458,6 @@ def estimate(count: int, looked: int, total: int) -> tuple[int, int, int]:
 def printable(text: str) -> str:
     """The text with all that a terminal could take for an order, or a page could not hold, written out."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def _plain(detail: str) -> str:
-    return printable(re.sub(r" <_io\.BytesIO[^>]*>", "", detail))
 
 
 def _quoted(text: str) -> str:

@@ -60,6 +60,8 @@ def decode_image(data: bytes) -> Tensor:
                 return to_tensor(image)
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:  # beyond Pillow's own bound, which is above MAX_PIXELS
+        raise ImageError(f"has more than {MAX_PIXELS:,} pixels", str(error)) from None
     except UnidentifiedImageError:
         raise ImageError("cannot be decoded as JPEG, PNG or WebP") from None
     except Exception as error:  # Pillow's decoders raise nearly everything on broken data

@@ -252,14 +252,18 @@ class PairLoader:
             prefetch_factor=4 if self.workers else None,
         )
         batches = iter(loader)  # forks the workers, before there are threads
-        with Prefetch(plan, self.dataset.index, self.batch) as prefetch:
-            for batch in batches:
-                self.quarantine.add(batch.bad)
-                prefetch.reached(self.batch)
-                self.batch += 1  # counted when handed over, not when a worker reads ahead
-                if self.batch == self._length:
-                    self.epoch, self.batch = self.epoch + 1, 0
-                yield batch
+        try:
+            with Prefetch(plan, self.dataset.index, self.batch) as prefetch:
+                for batch in batches:
+                    self.quarantine.add(batch.bad)
+                    prefetch.reached(self.batch)
+                    self.batch += 1  # counted when handed over, not when a worker reads ahead
+                    if self.batch == self._length:
+                        self.epoch, self.batch = self.epoch + 1, 0
+                    yield batch
+        finally:
+            # Now: the garbage collector ends the queues before the workers, and then waits 5 s for each to hear of it.
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, equal on all ranks."""

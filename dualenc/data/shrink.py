@@ -56,9 +56,9 @@ class Shrunk:
             f"{self.bytes_after / self.bytes_before:.1%} of it"
         )
         if self.undecodable:
-            some = ", ".join(f"{shard} {key!r} ({cause})" for shard, key, cause in self.undecodable[:3])
+            some = ", ".join(f"{shard} {key!r} {cause}" for shard, key, cause in self.undecodable[:3])
             text.append(
-                f"{len(self.undecodable):,} images cannot be decoded and are kept as they are: {some}"
+                f"{len(self.undecodable):,} images cannot be made smaller and are kept as they are: {some}"
                 f"{', ...' * (len(self.undecodable) > 3)}; all are named in {Path(self.out) / 'shrink.json'}"
             )
         text.append(f"next: dualenc fit --config run.yaml --data.train {self.out}")

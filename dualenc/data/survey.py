@@ -134,7 +134,7 @@ class _Reader(Dataset[Survey]):
             other = next((name for magic, name in _OTHERS.items() if data.lstrip().startswith(magic)), None)
             other = "AVIF, HEIC or a film" if data[4:8] == b"ftyp" else other if data else "an empty file"
             if other:
-                raise BadSample(sample, f"picture is {other}") from None
+                raise BadSample(sample, f".{sample.image} is {other}") from None
             raise
         corner = picture[:, :1, :1]
         plain = bool((picture[:, ::16, ::16] == corner).all()) and bool((picture == corner).all())

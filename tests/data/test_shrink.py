@@ -17,7 +17,7 @@ from helpers import encode, pixels, smooth
 from PIL import Image
 
 from dualenc.cli import main
-from dualenc.data import DataError, Preprocess, ShardIndex, decode_image
+from dualenc.data import DataError, ImageError, Preprocess, ShardIndex, decode_image
 from dualenc.data.shrink import shrink_image, shrink_shards
 
 ROOT = Path(__file__).parents[2]
@@ -226,14 +226,19 @@ def test_undecodable_images_are_kept_and_named(tmp_path, seed):
     after = dict(read(tmp_path / "out" / "a.tar"))
     assert {key: after[f"{key}.jpg"] for key in bad} == bad
     assert len(after["good.jpg"]) < len(whole)
-    causes = {key: "picture too large" if key == "huge" else "picture cannot be decoded" for key in bad}
+    causes = {}
+    for key, data in bad.items():
+        with pytest.raises(ImageError) as caught:
+            decode_image(data)
+        causes[key] = caught.value.cause
+    assert causes["huge"] != causes["cut"]
     assert summary.undecodable == [("a.tar", key, cause) for key, cause in causes.items()]
     assert (summary.samples, summary.shrunk, summary.kept) == (6, 1, 0)
     (shard,) = json.loads((tmp_path / "out" / "shrink.json").read_text())["shards"]
     assert shard["undecodable"] == [list(item) for item in causes.items()]
-    (line,) = [line for line in summary.lines() if "cannot be decoded and are kept" in line]
+    (line,) = [line for line in summary.lines() if "cannot be made smaller and are kept" in line]
     assert line.startswith("5 images")
-    assert "a.tar 'cut' (picture cannot be decoded)" in line
+    assert f"a.tar 'cut' {causes['cut']}, a.tar" in line
     assert "shrink.json" in line
 
 

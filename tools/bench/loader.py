@@ -23,7 +23,7 @@ from dualenc.data import Augment, PairDataset, PairLoader, Preprocess, ShardInde
 from dualenc.data.images import resized_crop
 from dualenc.data.pairs import captions_of, only_pairs
 from dualenc.data.shards import expand_shards
-from tools.bench.runner import Side, compare, family, process_memory
+from tools.bench.runner import Side, compare, family, process_memory, workers_fork
 
 CONTEXT = 77
 PEER, FLOAT, UINT8 = "open_clip", "dualenc, float32", "dualenc, uint8"
@@ -190,6 +190,7 @@ def _pixel_difference(index: ShardIndex, size: int) -> dict[str, float]:
 def _memory(shards: str, tokenizer: Tokenizer, size: int, batch: int, epochs: int) -> list[tuple[float, float]]:
     """MiB of the main process and of its 2 workers at the end of each epoch but the first."""
     torch.set_num_threads(1)
+    workers_fork()
     pairs = _pair_loader(shards, tokenizer, size, batch, workers=2)
     found = []
     for _ in range(epochs + 1):

@@ -223,6 +223,7 @@ class _Running:
 def _serve(side: Side, cores: list[int], pipe: Connection) -> None:
     """A side's process: build, then one round whenever asked."""
     os.sched_setaffinity(0, cores)
+    workers_fork()
     try:
         run = side.make()
         pipe.send((True, None))
@@ -235,6 +236,11 @@ def _serve(side: Side, cores: list[int], pipe: Connection) -> None:
         pass
     except Exception:
         pipe.send((False, traceback.format_exc()))
+
+
+def workers_fork() -> None:
+    """Lets data loaders start workers as they do in a program of their own: a fresh process hands its own way on."""
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def _cpu_seconds() -> float:
