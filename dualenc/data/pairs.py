@@ -22,7 +22,7 @@ from dualenc.tokens import Tokens
 class Pairs(NamedTuple):
     """A batch: pair i is images[i] and the tokenizer's text i."""
 
-    images: Tensor  # (B, 3, S, S) uint8
+    images: Tensor  # (B, 3, S, S) uint8, stored channels last
     tokens: Tokens
     rows: Tensor  # (B,) int64, number of each sample in the index; -1 for a bad one, with another in its place
     bad: Sequence[Bad] = ()  # samples that were met and could not be used
@@ -52,6 +52,10 @@ def captions_of(sample: Sample, source: str) -> list[str]:
     captions = found if isinstance(found, list) else [found]
     if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise BadSample(sample, f"{source} holds no caption, or an empty one")
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a character
+        raise BadSample(sample, f"{source} holds what is no Unicode", error.reason) from None
     return captions
 
 
@@ -133,7 +137,9 @@ class PairDataset(Dataset[Pairs]):
                 images.append(self.transform(picture))
                 texts.append(captions[choice])
                 used.append(good if good == row or self.seed is not None else -1)
-        return Pairs(torch.stack(images).contiguous(), self.tokenizer(texts), torch.tensor(used), bad)
+        # Stored channels last, as the pictures are: no time for turning them around.
+        batch = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+        return Pairs(batch, self.tokenizer(texts), torch.tensor(used), bad)
 
     def _next_good(self, row: int, bad: list[Bad]) -> tuple[int, Tensor, list[str]]:
         """The first sample from `row` on that can be used: its number, picture and captions. Notes those before it."""
@@ -220,6 +226,8 @@ class PairLoader:
         if batch_size % world:
             raise DataError(f"batch_size {batch_size} (over all ranks) is no multiple of the {world} ranks")
         self._length = len(self._plan(0))
+        self._requests = _Requests(rank, world, batch_size)
+        self._loader: DataLoader[Pairs] | None = None  # kept from epoch to epoch with its workers
 
     def _plan(self, epoch: int) -> Sequence[np.ndarray]:
         if not self.shuffle:
@@ -242,16 +250,19 @@ class PairLoader:
         if not self.shuffle:
             self.batch = 0  # a trainer's sanity check or limit may have left the last pass early
         plan = self._plan(self.epoch)
-        loader = DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=_Requests(plan, self),  # type: ignore[arg-type]
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # or the loader draws a base seed from the global one
-            prefetch_factor=4 if self.workers else None,
-        )
-        batches = iter(loader)  # forks the workers, before there are threads
+        if self._loader is None:
+            self._loader = DataLoader(
+                self.dataset,
+                batch_size=None,
+                sampler=self._requests,  # type: ignore[arg-type]
+                num_workers=self.workers,
+                pin_memory=self.pin_memory,
+                generator=torch.Generator(),  # or the loader draws a base seed from the global one
+                prefetch_factor=4 if self.workers else None,
+                persistent_workers=self.workers > 0,
+            )
+        self._requests.begin(plan, self.epoch, self.batch)
+        batches = iter(self._loader)  # starts the workers in the first epoch, before there are threads
         try:
             with Prefetch(plan, self.dataset.index, self.batch) as prefetch:
                 for batch in batches:
@@ -261,9 +272,18 @@ class PairLoader:
                     if self.batch == self._length:
                         self.epoch, self.batch = self.epoch + 1, 0
                     yield batch
-        finally:
-            # Now: the garbage collector ends the queues before the workers, and then waits 5 s for each to hear of it.
-            getattr(batches, "_shutdown_workers", lambda: None)()
+        except BaseException:  # an epoch that is left, too: what the workers read ahead is of no use
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the workers, which otherwise wait for the next epoch; it may still come.
+
+        The garbage collector ends their queues before them, and then waits 5 s for each to hear of it.
+        """
+        if self._loader is not None:
+            getattr(self._loader._iterator, "_shutdown_workers", lambda: None)()
+            self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, equal on all ranks."""
@@ -291,11 +311,13 @@ class PairLoader:
 
 
 class _Requests:
-    """What `PairDataset` is asked for, from the loader's place to the epoch's end."""
+    """What `PairDataset` is asked for, from some batch to the epoch's end, for one rank."""
 
-    def __init__(self, plan: Sequence[np.ndarray], loader: PairLoader) -> None:
-        self.plan, self.epoch, self.start = plan, loader.epoch, loader.batch
-        self.rank, self.world, self.size = loader.rank, loader.world, loader.batch_size
+    def __init__(self, rank: int, world: int, size: int) -> None:
+        self.rank, self.world, self.size = rank, world, size
+
+    def begin(self, plan: Sequence[np.ndarray], epoch: int, start: int) -> None:
+        self.plan, self.epoch, self.start = plan, epoch, start
 
     def __len__(self) -> int:
         return len(self.plan) - self.start

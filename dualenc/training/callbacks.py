@@ -323,6 +323,7 @@ class RunDirectory(Checkpoint):
         config = pl_module.model.config
         minutes, seconds = divmod(round(record["seconds"]), 60)
         about = {
+            "command": redact(shlex.join(["dualenc", *sys.argv[1:]])),
             "model": self.root,
             "image tower": f"{config.image.name} {config.image.overrides or ''} at {config.image.img_size} pixels",
             "text tower": f"{config.text.layers} layers of width {config.text.width}, "

@@ -100,6 +100,7 @@ class PairData(LightningDataModule):
         self.train_index: ShardIndex | None = None
         self.val_index: ShardIndex | None = None
         self.tokenizer: Tokenizer | None = None
+        self._loaders: list[PairLoader] = []
 
     def prepare_data(self) -> None:
         """Indexes the shards and trains the tokenizer, on one process of each machine.
@@ -180,6 +181,11 @@ class PairData(LightningDataModule):
         index = index.select(self.selection) if self.selection is not None else index
         return index, [len(part.parts) for part in parts]
 
+    def teardown(self, stage: str) -> None:
+        """Ends the workers."""
+        for loader in self._loaders:
+            loader.close()
+
     def train_dataloader(self) -> PairLoader:
         """This rank's part of each training batch."""
         return self._loader(self.train_index, train=True)
@@ -201,7 +207,7 @@ class PairData(LightningDataModule):
         assert index is not None
         assert self.tokenizer is not None
         transform = self.augment if train else self.preprocess
-        return PairLoader(
+        made = PairLoader(
             PairDataset(index, self.captions, self.tokenizer, transform, seed=self.seed if train else None),
             self.batch_size,
             seed=self.seed,
@@ -214,3 +220,5 @@ class PairData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             quarantine=self.quarantine,
         )
+        self._loaders.append(made)
+        return made
