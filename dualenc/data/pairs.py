@@ -219,7 +219,7 @@ class PairLoader:
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.window = dataset, batch_size, seed, window
         self.sources = [(len(dataset.index.parts), 1.0)] if sources is None else list(sources)
-        self.quarantine = quarantine or Quarantine(len(dataset.index))
+        self.quarantine = Quarantine(len(dataset.index)) if quarantine is None else quarantine  # an empty one is false
         self.shuffle, self.rank, self.world = shuffle, rank, world
         self.workers, self.pin_memory = workers, pin_memory
         self.epoch, self.batch = 0, 0

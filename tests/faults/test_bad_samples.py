@@ -60,7 +60,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/owned) (w) file\n
 def spoiled(kind, rng):
     """Members that stand in for a good sample's, and what is said of them."""
     jpeg = encode(smooth(rng, 64, 64), "jpeg", quality=95)
-    cannot, large = "picture cannot be decoded", "picture too large"
+    cannot, large = "cannot be decoded as JPEG, PNG or WebP", "is larger than any photo"
     return {
         "corrupt JPEG": ({"jpg": jpeg[:20] + rng.bytes(len(jpeg) - 20)}, cannot),
         "no picture": ({"jpg": rng.bytes(999)}, cannot),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import Shake, tiny_tokenizer, write_shards, write_tar
 from servers import web_server
 from test_bad_samples import SHORT, good, peak, prints
@@ -237,6 +238,7 @@ def test_a_full_disk(web, tmp_path, seed, here, capsys, monkeypatch):
 
 
 def digest_of_epoch(index, seed, queue):
+    torch.set_num_threads(1)  # a forked process has none of OpenMP's threads, and would wait for them
     digest = hashlib.sha256()
     for batch in PairLoader(PairDataset(index, "txt", TOKENIZER, Shake(), seed), 4, seed=seed):
         digest.update(repr(prints(batch)).encode())
