@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-SLOW = 0.05  # seconds between the pieces of a slow answer
+SLOW = 0.02  # seconds between the pieces of a slow answer
 
 
 class WebServer(ThreadingHTTPServer):
@@ -91,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._status(404)
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.shutdown(socket.SHUT_RDWR)  # closing is not enough where a forked process has it open, too
             self.connection.close()
             self.close_connection = True
             return None

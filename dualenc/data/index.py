@@ -111,8 +111,9 @@ class Shard:
     def members(self, i: int) -> dict[str, tuple[int, int]]:
         """Extension -> offset and size in bytes, of sample i."""
         arrays, names = self.arrays, self.facts["extensions"]
-        span = range(int(arrays["first"][i]), int(arrays["first"][i + 1]))
-        return {names[arrays["extension"][m]]: (int(arrays["offset"][m]), int(arrays["size"][m])) for m in span}
+        span = slice(*arrays["first"][i : i + 2].tolist())
+        extension, offset, size = (arrays[name][span].tolist() for name in ("extension", "offset", "size"))
+        return {names[kind]: place for kind, place in zip(extension, zip(offset, size))}
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of the shard; one that lies elsewhere is fetched.
@@ -309,7 +310,8 @@ class _Mapped:
                 if now is None or now.facts["digest"] != digest or not isinstance(now._arrays, _Mapped):
                     raise changed(os.path.join(os.path.dirname(self.path), name))
                 self.stamp, self.places = now._arrays.stamp, now._arrays.places
-            _MAPS.setdefault((self.path, self.stamp), np.memmap(self.path, np.uint8, "r"))
+            # As a plain array: parts of a memmap are slow to take.
+            _MAPS.setdefault((self.path, self.stamp), np.memmap(self.path, np.uint8, "r").view(np.ndarray))
         return _MAPS[self.path, self.stamp]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ and where the n-th sample of the epoch lies is a function of (seed, epoch, n) al
 part in it, and resuming in the middle is a multiplication.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -149,4 +150,4 @@ def stream(*key: int) -> np.random.Philox:
 
 def draw(*key: int) -> int:
     """A 63-bit number that depends on the key alone: the seed of a sample's own generator."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1

@@ -10,6 +10,7 @@ import struct
 import time
 import zlib
 from collections import Counter
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/owned) (w) file\n
 def spoiled(kind, rng):
     """Members that stand in for a good sample's, and what is said of them."""
     jpeg = encode(smooth(rng, 64, 64), "jpeg", quality=95)
-    cannot, large = "cannot be decoded as JPEG, PNG or WebP", "is larger than any photo"
+    cannot, large = ".??? cannot be decoded*", ".png has more than 134,217,728 pixels"
     return {
         "corrupt JPEG": ({"jpg": jpeg[:20] + rng.bytes(len(jpeg) - 20)}, cannot),
         "no picture": ({"jpg": rng.bytes(999)}, cannot),
@@ -72,7 +73,10 @@ def spoiled(kind, rng):
         "bomb by header": ({"png": png([header(100_000, 100_000), (b"IDAT", ROWS), (b"IEND", b"")])}, large),
         "bomb in a row": ({"png": png([header(2**31 - 1, 1), (b"IDAT", ROWS), (b"IEND", b"")])}, large),
         "bomb of pixels": ({"png": png([header(11_000, 11_000), (b"IDAT", ROWS), (b"IEND", b"")])}, cannot),
-        "bomb of text": ({"png": png([header(8, 8), (b"zTXt", b"a\0\0" + bomb(1 << 28)), (b"IDAT", ROWS), (b"IEND", b"")])}, cannot),  # fmt: skip  # noqa: E501
+        "bomb of text": (
+            {"png": png([header(8, 8), (b"zTXt", b"a\0\0" + bomb(1 << 28)), (b"IDAT", ROWS), (b"IEND", b"")])},
+            cannot,
+        ),
         "bad UTF-8": ({"txt": b"a \xff\xfe cat"}, ".txt is not UTF-8"),
         "empty caption": ({"txt": b" \n "}, "txt holds no caption, or an empty one"),
     }[kind]
@@ -80,7 +84,8 @@ def spoiled(kind, rng):
 
 KINDS = [
     "corrupt JPEG", "no picture", "empty picture", "truncated JPEG", "truncated in its header", "EPS named .jpg",
-    "TIFF named .jpg", "bomb by header", "bomb in a row", "bomb of pixels", "bomb of text", "bad UTF-8", "empty caption",
+    "TIFF named .jpg", "bomb by header", "bomb in a row", "bomb of pixels", "bomb of text", "bad UTF-8",
+    "empty caption",
 ]  # fmt: skip
 
 
@@ -131,9 +136,8 @@ def test_is_replaced_and_the_others_come(tmp_path, seed, kind):
     neighbour = (place + 1) % 12
     assert rows == Counter({row: 1 + (row == neighbour) for row in range(12) if row != place})
     (line,) = (json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines())
-    assert {name: line[name] for name in ("shard", "key", "cause")} == {
-        "shard": path, "key": samples[place]["__key__"], "cause": cause,
-    }  # fmt: skip
+    assert (line["shard"], line["key"]) == (path, samples[place]["__key__"])
+    assert fnmatchcase(line["cause"], cause)
     assert set(line) == {"shard", "key", "cause", "detail"}
 
 
@@ -154,14 +158,15 @@ def test_all_kinds_in_a_run(tmp_path, seed, capsys):
     """Trained through, each named once, counted where it was met; the exit status is that of success."""
     rng = np.random.default_rng(seed)
     samples = good(rng, 64)
-    kinds = [kind for kind in KINDS if kind not in ("no picture", "empty picture", "truncated in its header")]
+    kinds = [kind for kind in KINDS if kind not in ("no picture", "empty picture", "bomb of pixels")]
     places = rng.choice(64, len(kinds), replace=False).tolist()
     causes = {samples[place]["__key__"]: spoil(samples[place], kind, rng) for place, kind in zip(places, kinds)}
     for i in range(2):
         write_tar(tmp_path / "shards" / f"{i}.tar", samples[32 * i : 32 * i + 32])
     main(fit(tmp_path, "--data.val", "null", "--trainer.max_steps", "8", "--data.workers", "2"))  # two epochs
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
-    assert {line["key"]: line["cause"] for line in lines} == causes
+    assert {line["key"] for line in lines} == set(causes)
+    assert all(fnmatchcase(line["cause"], causes[line["key"]]) for line in lines)
     assert len(lines) == len(kinds) == 10  # as many as any budget allows
     with open(tmp_path / "run" / "metrics.csv") as file:
         counts = [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "train/bad_samples"]
@@ -187,7 +192,16 @@ def test_without_text_or_picture(tmp_path, seed, capsys):
 def test_captions_in_json_that_are_no_text(tmp_path, seed):
     rng = np.random.default_rng(seed)
     samples = good(rng, 8)
-    values = ['"a cat"', '["a cat", "a dog"]', '"\\ud800 half of a letter"', "[]", "7", '["a", null]', '"\\u0000"', '""']
+    values = [
+        '"a cat"',
+        '["a cat", "a dog"]',
+        '"\\ud800 half of a letter"',
+        "[]",
+        "7",
+        '["a", null]',
+        '"\\u0000"',
+        '""',
+    ]
     for sample, value in zip(samples, values, strict=True):
         sample["json"] = f'{{"caption": {value}}}'.encode()
     index = ShardIndex.build(write_tar(tmp_path / "a.tar", samples))
@@ -207,7 +221,7 @@ def test_nothing_but_bad_samples_ends_a_run_in_seconds(tmp_path, seed, capsys, w
     began = time.monotonic()
     line = fails(capsys, fit(tmp_path, *SHORT, "--data.workers", str(workers)), status=1)
     assert time.monotonic() - began < 20
-    assert "100 samples in a row are bad: picture cannot be decoded (100, such as " in line
+    assert "100 samples in a row are bad: .jpg cannot be decoded as JPEG, PNG or WebP (100, such as " in line
     assert "0.tar sample '0" in line
 
 
@@ -225,7 +239,7 @@ def test_more_bad_samples_than_the_budget(tmp_path, seed, capsys):
     write_tar(tmp_path / "shards" / "0.tar", samples)
     line = fails(capsys, fit(tmp_path, *SHORT), status=1)
     assert "more than the 10 that data.bad_samples allows: " in line
-    assert "picture cannot be decoded (" in line
+    assert ".jpg cannot be decoded as JPEG, PNG or WebP (" in line
     assert f"all are named in {tmp_path / 'run' / 'quarantine.jsonl'}" in line
     main(fit(tmp_path, *SHORT, "--data.bad_samples", "0.3", "--trainer.default_root_dir", str(tmp_path / "second")))
     named = {json.loads(line)["key"] for line in (tmp_path / "second" / "quarantine.jsonl").read_text().splitlines()}
@@ -270,7 +284,7 @@ def test_ranks_share_one_file_and_one_budget(tmp_path):
 
 def test_a_continued_run_counts_on(tmp_path):
     Quarantine(100, tmp_path / "q.jsonl").add([Bad(i, "a.tar", f"{i}", "cause", "") for i in range(10)])
-    with pytest.raises(DataError, match="^11 bad samples"):
+    with pytest.raises(DataError, match=r"^11 bad samples"):
         Quarantine(100, tmp_path / "q.jsonl").add([Bad(0, "a.tar", "another", "cause", "")])
 
 
@@ -408,6 +422,7 @@ def test_names_that_climb_or_give_a_terminal_orders(tmp_path, seed, capfd, monke
     for sample in samples[:12]:
         sample["jpg"] = b"bad"
     write_tar(tmp_path / "shards" / "0.tar", samples)
+    main(["index", str(tmp_path / "shards"), "--workers", "0"])
     with pytest.raises(SystemExit):
         main(fit(tmp_path, *SHORT, "--trainer.default_root_dir", str(tmp_path / "more")))
     said = capfd.readouterr()
