@@ -1,0 +1,369 @@
+"""The commands beside those of the trainer: plain functions, which `dualenc.cli` parses from their signatures."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+
+class UsageError(Exception):
+    """The command line, the configuration or what they name is wrong: exit status 2."""
+
+
+class WorkError(Exception):
+    """Work that had begun failed: exit status 1."""
+
+
+def zeroshot(model: str, data: list[str], split: str | None = None, out: Path | None = None, workers: int = 2) -> None:
+    """Zero-shot classification on evaluation sets.
+
+    Args:
+        model: model directory, run directory, or hf-hub:owner/name[@revision].
+        data: folders in the layout of CLIP_benchmark.
+        split: absent, "test" or the only split there is.
+        out: folder for zeroshot.json and report.html.
+        workers: processes that decode.
+    """
+    _evaluate("zeroshot", ("classification", "multilabel"), model, data, split, out, workers)
+
+
+def retrieval(model: str, data: list[str], split: str | None = None, out: Path | None = None, workers: int = 2) -> None:
+    """Cross-modal retrieval on evaluation sets.
+
+    Args:
+        model: model directory, run directory, or hf-hub:owner/name[@revision].
+        data: folders in the layout of CLIP_benchmark.
+        split: absent, "test" or the only split there is.
+        out: folder for retrieval.json and report.html.
+        workers: processes that decode.
+    """
+    _evaluate("retrieval", ("retrieval",), model, data, split, out, workers)
+
+
+def configs(name: str | None = None) -> None:
+    """Lists the configurations that come with the package, or prints one.
+
+    Args:
+        name: which to print, with or without `.yaml`.
+    """
+    found = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
+    if name is None:
+        for stem, path in found.items():
+            first = path.read_text("utf-8").splitlines()[0].removeprefix("# ")
+            print(f"{stem:20} {first}")
+        print("\nTake one by `dualenc configs NAME > run.yaml`, change it, run it by `dualenc fit --config run.yaml`.")
+    elif name.removesuffix(".yaml") in found:
+        print(found[name.removesuffix(".yaml")].read_text("utf-8"), end="")
+    else:
+        raise UsageError(f"there is no configuration {name!r}, only {', '.join(found)}")
+
+
+def make_shards(
+    source: Path,
+    out: Path,
+    images: Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    templates: list[str] | None = None,
+    val: float = 0.0,
+    samples: int = 1000,
+    seed: int = 0,
+    workers: int = 2,
+) -> None:
+    """Writes shards from a caption table, COCO captions, Flickr token files or class folders.
+
+    Args:
+        source: table (.csv, .tsv, .jsonl, .parquet), COCO's captions .json, token file of Flickr8k or Flickr30k, a
+            folder with one of these, or a folder with a folder of images for each class.
+        out: new folder for train-000000.tar ... and summary.json; the same command again continues a stopped one.
+        images: folder that the image names start from; absent, looked for beside the table.
+        image_column: of a table; absent, guessed.
+        caption_column: of a table; absent, guessed.
+        templates: captions of class folders, with {c} for the name, as a list '["a photo of a {c}.", ...]'.
+        val: share of the samples to hold out, by image content, as an evaluation set in OUT/held_out.
+        samples: in a shard.
+        seed: of the order.
+        workers: processes that read and decode.
+    """
+    from functools import partial
+
+    from rich.progress import track
+
+    from dualenc.data.convert import make_shards
+
+    try:
+        summary = make_shards(
+            source,
+            out,
+            images=images,
+            image_column=image_column,
+            caption_column=caption_column,
+            templates=templates,
+            val=val,
+            samples=samples,
+            seed=seed,
+            workers=workers,
+            track=partial(track, description="pictures", transient=True, disable=not sys.stderr.isatty()),
+        )
+    except OSError as error:
+        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
+    print("\n".join(summary.lines()))
+
+
+def shrink(shards: list[str], out: Path, size: int = 256, quality: int = 90, workers: int = 2) -> None:
+    """Rewrites shards with smaller images; everything else in them stays as it is.
+
+    Args:
+        shards: paths, globs, brace patterns or folders.
+        out: folder for shards of the same names and shrink.json; the same command again continues a stopped one.
+        size: the most pixels of an image's shorter side.
+        quality: of JPEG and of lossy WebP, 1 to 100.
+        workers: processes, each with a shard of its own.
+    """
+    from functools import partial
+
+    from rich.progress import track
+
+    from dualenc.data.shrink import shrink_shards
+
+    bar = partial(track, description="shards", transient=True, disable=not sys.stderr.isatty())
+    try:
+        summary = shrink_shards(shards, out, size=size, quality=quality, workers=workers, track=bar)
+    except OSError as error:
+        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
+    print("\n".join(summary.lines()))
+
+
+def doctor(
+    shards: list[str],
+    captions: str = "txt",
+    sample: int = 1000,
+    all: bool = False,
+    against: tuple[str, ...] = (),
+    tokenizer: Path | None = None,
+    context_length: int | None = None,
+    bad_samples: float = 0.001,
+    json: bool = False,
+    out: Path | None = None,
+    workers: int = 2,
+    seed: int = 0,
+) -> None:
+    """Looks for what would hurt a run on shards, before it; exit status 1 if one would not start or would stop.
+
+    Args:
+        shards: paths, globs, brace patterns or folders.
+        captions: "txt", or "json.FIELD" for a field of the .json that may list several.
+        sample: how many pairs to read and decode, drawn over all shards.
+        all: look at all pairs, not only at some.
+        against: evaluation sets, or shards, whose images must not be in these.
+        tokenizer: tokenizer.json or vocab.txt to measure captions with; absent, they are measured in words.
+        context_length: in tokens, for the captions that it would cut.
+        bad_samples: share of the pairs that the run lets be bad, 10 at least.
+        json: print JSON and no table.
+        out: folder for doctor.json and report.html.
+        workers: processes that read and decode.
+        seed: of the draw.
+    """
+    from functools import partial
+    from json import dumps
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from dualenc import Tokenizer
+    from dualenc.data.doctor import examine, printable
+    from dualenc.data.storage import redact
+    from dualenc.report import print_examination, write_examination, write_json
+
+    if sample < 1 or workers < 0 or seed < 0 or not 0 <= bad_samples <= 1:
+        raise UsageError(
+            f"--sample {sample} must be from 1, --workers {workers} and --seed {seed} from 0, "
+            f"--bad_samples {bad_samples} from 0 to 1"
+        )
+    if context_length is not None and (tokenizer is None or context_length < 1):
+        raise UsageError(f"--context_length {context_length} must be from 1, and needs --tokenizer")
+    vocabulary = None if tokenizer is None else Tokenizer.from_file(tokenizer, sys.maxsize)
+    if out is not None:
+        _make_folder(out, "--out")
+    quiet = not sys.stderr.isatty()
+    bar = partial(track, description="samples", transient=True, disable=quiet, console=Console(stderr=True))
+    found = examine(
+        shards,
+        captions,
+        sample=None if all else sample,
+        against=against,
+        tokenizer=vocabulary,
+        context_length=context_length,
+        bad_samples=bad_samples,
+        workers=workers,
+        seed=seed,
+        track=bar,
+    )
+    result = found.result()
+    if json:
+        print(dumps(result, indent=2))
+    else:
+        print_examination(result)
+    if out is not None:
+        write_json(out, "doctor", result)
+        galleries = {
+            title: [[(label, found.picture(item)) for label, item in group] for group in groups]
+            for title, groups in found.galleries.items()
+        }
+        marks = {} if context_length is None else {"tokens of a caption": context_length}
+        title, command = (
+            printable(redact(text))
+            for text in (f"Before a run: {', '.join(shards)}", shlex.join(["dualenc", *sys.argv[1:]]))
+        )
+        page = write_examination(out, title, result, found.distributions, galleries, {"command": command}, marks)
+        print(f"report: {page}", file=sys.stderr if json else sys.stdout)
+    errors = sum(finding.severity == "error" for finding in found.findings)
+    if errors:
+        raise WorkError(f"a run on these shards would not start, or would stop: {errors} error{'s' * (errors != 1)}")
+
+
+def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
+    """Scans shards once, and keeps what lies where beside them; shards elsewhere are read whole.
+
+    Args:
+        shards: paths, URLs, globs, brace patterns or folders.
+        hash: keep hashes of each image and caption too, for which all of them are read.
+        workers: processes that scan.
+    """
+    import time
+    from functools import partial
+
+    from rich.progress import track
+
+    from dualenc import ShardIndex
+    from dualenc.data.pairs import IMAGE_EXTENSIONS
+
+    began = time.monotonic()
+    found = ShardIndex.build(
+        shards,
+        anew=True,
+        hashes=("image", "text") if hash else (),
+        workers=workers,
+        track=partial(track, description="shards", transient=True, disable=not sys.stderr.isatty()),
+    )
+    seconds = time.monotonic() - began
+    print(
+        f"{len(found):,} samples in {len(found.parts):,} shard{'s' * (len(found.parts) != 1)}, "
+        f"{sum(part.facts['size'] for part in found.parts) / 1e6:,.1f} MB, in {seconds:.1f} s\n"
+        f"{int(found.having(IMAGE_EXTENSIONS).sum()):,} with an image, {int(found.having(['txt']).sum()):,} with .txt, "
+        f"{int(found.having(['json']).sum()):,} with .json\nfingerprint {found.fingerprint}"
+    )
+    if hash:
+        for name in ("image", "text"):
+            again = len(found) - len(set(found.hashes(name).tolist()))
+            print(f"{again:,} samples have the same {name} as an earlier one")
+    for path in found.files():
+        print(f"kept in {path}")
+
+
+def tokenizer(
+    shards: list[str],
+    out: Path,
+    captions: str = "txt",
+    kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece",
+    vocab_size: int = 30_000,
+) -> None:
+    """Trains a vocabulary on the captions of shards, and says how long they are in its tokens.
+
+    Args:
+        shards: paths, globs, brace patterns or folders.
+        out: file to write, a .json.
+        captions: "txt", or "json.FIELD" for a field of the .json that may list several.
+        kind: "wordpiece" as BERT has it, "bpe" on bytes as GPT-2 has it, or "unigram" as SentencePiece has it.
+        vocab_size: the most entries.
+    """
+    import numpy as np
+
+    from dualenc import DataError, ShardIndex, Tokenizer
+    from dualenc.data.pairs import all_captions, only_pairs
+
+    if out.suffix != ".json" or out.is_dir():
+        raise UsageError(f"{out} must be a .json file")
+    _make_folder(out.parent, "folder")
+    index, left_out = only_pairs(ShardIndex.build(shards), captions)
+    unreadable: list[str] = []
+    texts = list(all_captions(index, captions, unreadable))
+    if not texts:
+        raise DataError(f"no sample has a caption that can be read, such as {unreadable[0]}")
+    made = Tokenizer.train(texts, vocab_size, sys.maxsize, kind)
+    try:
+        made.save(out)
+    except Exception as error:  # the library raises plain Exception
+        raise WorkError(f"{out} cannot be written ({error})") from error
+    lengths = np.diff(made(texts).offsets.numpy())
+    most, nearly, mean = lengths.max(), int(np.quantile(lengths, 0.99, method="higher")), lengths.mean()
+    if left_out:
+        print(f"{len(left_out):,} samples have no image or no caption and were left out")
+    if unreadable:
+        print(f"{len(unreadable):,} samples have no caption that can be read and were left out: {unreadable[0]}")
+    print(
+        f"{out}: {made.vocab_size:,} entries from {len(texts):,} captions, which take {mean:.1f} tokens in the mean, "
+        f"99% of them at most {nearly}, the longest {most}\n"
+        f"next: dualenc fit --config run.yaml --data.captions {captions} --data.tokenizer {out} "
+        f"--model.text.vocab_size {made.vocab_size} --model.text.context_length {min(most, 512)}"
+    )
+
+
+_TITLES = {"zeroshot": "Zero-shot classification", "retrieval": "Retrieval"}
+
+
+def _evaluate(
+    command: str,
+    kinds: Sequence[str],
+    model: str,
+    data: list[str],
+    split: str | None,
+    out: Path | None,
+    workers: int,
+) -> None:
+    from functools import partial
+
+    from rich.progress import track
+
+    from dualenc import BenchmarkSet, DataError, load
+    from dualenc.embedder import score
+    from dualenc.report import print_table, write_json, write_report
+
+    sets = [BenchmarkSet.open(folder, split) for folder in data]
+    for item in sets:
+        if item.kind not in kinds:
+            other = "retrieval" if item.kind == "retrieval" else "zeroshot"
+            raise DataError(f"{item.path} is a {item.kind} set: use `dualenc {other}`")
+    embedder = load(model)
+    if workers < 0:
+        raise UsageError(f"--workers {workers} must not be negative")
+    if out is not None:
+        _make_folder(out, "--out")
+    quiet = not sys.stderr.isatty()
+    sections = []
+    for item in sets:
+        bar = partial(track, description=item.name, transient=True, disable=quiet, total=-(-len(item) // 64))
+        try:
+            sections.append(score(item, embedder.embed_set(item, workers, bar), embedder.name))
+        except ValueError as error:
+            raise WorkError(error if isinstance(error, DataError) else f"{item.name}: {error}") from error
+    results = [section.result for section in sections]
+    print_table(results)
+    if out is not None:
+        write_json(out, command, results)
+        print(f"report: {write_report(out, _TITLES[command], sections, {'data': ' '.join(data)})}")
+
+
+def _make_folder(path: Path, name: str) -> None:
+    """For what a command will write: before its work, not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{name} {path} cannot be made: {error.strerror}") from error
+
+
+def config_folder() -> Path:
+    """Where the configurations that come with the package lie: in it, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
