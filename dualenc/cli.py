@@ -1,8 +1,8 @@
 """The command line, and the only parser.
 
-`fit`, `validate`, `test` and `predict` are LightningCLI's; every other command is a plain function of `dualenc.commands`,
-parsed by jsonargparse from its signature. A user's mistake is one line on standard error, never a traceback: exit
-status 2 for wrong use, 1 for work that failed.
+`fit`, `validate`, `test` and `predict` are LightningCLI's; every other command is a plain function, of
+`dualenc.commands` but for the demo, parsed by jsonargparse from its signature. A user's mistake is one line on standard
+error, never a traceback: exit status 2 for wrong use, 1 for work that failed.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import docstring_parser
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dualenc import commands
 from dualenc.commands import UsageError, WorkError, config_folder
@@ -67,6 +67,8 @@ def _trainer_command(arguments: list[str]) -> None:
     from dualenc import DataError
     from dualenc.training.callbacks import MetricsFile, RunDirectory
 
+    # Lightning turns it on: what configuration runs should not come from elsewhere, and no shard be taken for one.
+    set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)
     # Lightning's greetings and tips hide what matters; its warnings stay.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -118,28 +119,27 @@ def mutate(rng: np.random.Generator, data: bytes, headers: bool = False) -> byte
 
 
 def by_tarfile(data: bytes) -> dict[str, dict[str, bytes]]:
-    """The samples of a tar by the standard library: key -> extension -> bytes."""
+    """The samples of a tar by the standard library, up to where it gives up: key -> extension -> bytes."""
     found: dict[str, dict[str, bytes]] = {}
-    try:
-        tar = tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="surrogateescape")  # noqa: SIM115
-    except tarfile.ReadError:
-        return found
-    with tar:
+    with (
+        suppress(tarfile.ReadError),
+        tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="surrogateescape") as tar,
+    ):
         for info in tar:
             folder, slash, base = info.name.rpartition("/")
             stem, dot, extension = base.partition(".")
-            top = info.name.partition("/")[0]
-            if (
-                not info.isreg()
-                or not stem
-                or not dot
-                or (top.startswith("__") and top.endswith("__") and "/" in info.name)
-            ):
+            top, inside, _ = info.name.partition("/")
+            if not info.isreg() or not stem or not dot or (top.startswith("__") and top.endswith("__") and inside):
                 continue
             file = tar.extractfile(info)
             assert file is not None
             found.setdefault(folder + slash + stem, {})[extension.lower()] = file.read()
     return found
+
+
+def by_three_letters(samples: dict[str, dict[str, bytes]]) -> dict[str, dict[str, bytes]]:
+    """Of the extensions."""
+    return {key: {name[:3]: data for name, data in members.items()} for key, members in samples.items()}
 
 
 def try_tar(rng: np.random.Generator, folder: Path) -> tuple[str, bytes]:
@@ -162,6 +162,9 @@ def try_tar(rng: np.random.Generator, folder: Path) -> tuple[str, bytes]:
     # tarfile takes a header for the end of the archive where a field that no sample needs (mode, owner) is broken.
     if all(members.items() <= ours.get(key, {}).items() for key, members in theirs.items()):
         return "the samples that tarfile finds, and those after a header where it stops", data
+    # tarfile takes what follows a long name, up to the block's end, for a part of it where its last zero is broken.
+    if by_three_letters(ours) == by_three_letters(theirs):
+        return "the samples that tarfile finds, but for the end of a broken name", data
     raise AssertionError(f"samples differ from tarfile's: {sorted(ours)} against {sorted(theirs)}")
 
 

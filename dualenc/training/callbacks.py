@@ -190,8 +190,8 @@ def _whole(part: Tensor, count: int, task: LightningModule, world: int) -> Tenso
 
 
 def _words(source: Source) -> str:
-    shards = [source.shards] if isinstance(source.shards, str) else source.shards
-    return redact(" ".join(shards)) + (f", weight {source.weight:g}" if source.weight != 1 else "")
+    shards, weight = source["shards"], source.get("weight", 1.0)
+    return redact(shards if isinstance(shards, str) else " ".join(shards)) + (f", weight {weight:g}" * (weight != 1))
 
 
 class RunDirectory(Checkpoint):

@@ -3,9 +3,8 @@
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -28,17 +27,19 @@ from dualenc.models import TextConfig
 from dualenc.training.contrastive import say
 
 
-@dataclass
-class Source:
+class Source(TypedDict):
     """Shards with a weight.
 
-    Args:
+    A dict and no dataclass: for a dataclass the command line would read a shard's file as a configuration.
+
+    Attributes:
         shards: a path, URL, glob, brace pattern, folder, or a list of these.
-        weight: how often an epoch goes through them; of 0.5 it takes every other sample, and the next epoch the others.
+        weight: how often an epoch goes through them, 1 where it is absent; of 0.5 an epoch takes half of the samples,
+            the next one the other half.
     """
 
     shards: str | list[str]
-    weight: float = 1.0
+    weight: NotRequired[float]
 
 
 class PairData(LightningDataModule):
@@ -89,9 +90,11 @@ class PairData(LightningDataModule):
             raise DataError(
                 f"data.bad_samples {bad_samples} must lie between 0 and 1, data.cache_gb {cache_gb} above 0"
             )
-        several = isinstance(train, list) and any(isinstance(item, Source) for item in train)
+        several = isinstance(train, list) and any(isinstance(item, dict) for item in train)
         items: list[Any] = train if isinstance(train, list) and several else [train]
-        self.sources = [item if isinstance(item, Source) else Source(item) for item in items]
+        self.sources: list[Source] = [
+            Source(**item) if isinstance(item, dict) else Source(shards=item) for item in items
+        ]
         self.val_shards, self.bad_samples, self.cache = val, bad_samples, Cache(int(cache_gb * 1e9))
         self.preprocess, self.text = preprocess, text
         self.captions, self.selection, self.tokenizer_path = captions, select, tokenizer
@@ -149,8 +152,8 @@ class PairData(LightningDataModule):
         if self.train_index is not None:
             return
         held_out = isinstance(self.val_shards, float | int)
-        train, sizes = self._index([source.shards for source in self.sources], ("piece",) if held_out else ())
-        self._weights = list(zip(sizes, (source.weight for source in self.sources)))
+        train, sizes = self._index([source["shards"] for source in self.sources], ("piece",) if held_out else ())
+        self._weights = list(zip(sizes, (source.get("weight", 1.0) for source in self.sources)))
         if held_out:
             assert isinstance(self.val_shards, float | int)
             if not 0 < self.val_shards < 1:

@@ -502,7 +502,7 @@ def test_transfers_at_the_same_time_share_the_bound(web, seed, here):
         cache.path(part.place)
     for path in paths:
         web.fail(Path(path).name, "slow")
-    children = [FORK.Process(target=cache.path, args=(part.place,)) for part in found.parts[:3]]
+    children = [FORK.Process(daemon=True, target=cache.path, args=(part.place,)) for part in found.parts[:3]]
     for child in children:
         child.start()
     deadline = time.monotonic() + 20
@@ -559,7 +559,7 @@ def test_a_write_that_the_system_cuts_short(web, seed, here):
     found, _ = remote(web, [3], seed)
     forget_copies(here)
     queue = FORK.SimpleQueue()
-    child = FORK.Process(target=limited, args=(Cache(), found.parts[0].place, queue))
+    child = FORK.Process(daemon=True, target=limited, args=(Cache(), found.parts[0].place, queue))
     child.start()
     child.join(20)
     assert child.exitcode == 0
@@ -588,7 +588,7 @@ def test_processes_that_want_the_same_shard_fetch_it_once(web, seed, here):
     web.log.clear()
     web.fail("part-000.tar", "slow")
     place, queue = found.parts[0].place, FORK.Queue()
-    children = [FORK.Process(target=fetch, args=(Cache(), place, queue)) for _ in range(3)]
+    children = [FORK.Process(daemon=True, target=fetch, args=(Cache(), place, queue)) for _ in range(3)]
     for child in children:
         child.start()
     assert [queue.get(timeout=20) for _ in children] == [place.digest] * 3
@@ -603,7 +603,7 @@ def test_after_a_kill_in_the_middle_of_a_transfer(web, seed, here):
     forget_copies(here)
     web.fail("part-000.tar", "slow")
     place = found.parts[0].place
-    child = FORK.Process(target=Cache().path, args=(place,))
+    child = FORK.Process(daemon=True, target=Cache().path, args=(place,))
     child.start()
     deadline = time.monotonic() + 20
     while not any((here / "shards" / name).stat().st_size for name in (remains(here) if here.exists() else [])):
@@ -627,11 +627,11 @@ def test_a_process_that_begins_during_a_transfer_locks_nobody_out(web, seed, her
     """It inherits the open lock; a lock that only closes would stay until it ends, and with it every other reader."""
     found, _ = remote(web, [3], seed)
     forget_copies(here)
-    cache, child = Cache(), FORK.Process(target=hold, args=(20,))
+    cache, child = Cache(), FORK.Process(daemon=True, target=hold, args=(20,))
     with cache._lock(found.parts[0].place.name):
         child.start()
     try:
-        waiting = FORK.Process(target=cache.path, args=(found.parts[0].place,))
+        waiting = FORK.Process(daemon=True, target=cache.path, args=(found.parts[0].place,))
         waiting.start()
         waiting.join(10)
         assert waiting.exitcode == 0

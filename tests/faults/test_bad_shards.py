@@ -263,7 +263,7 @@ def test_two_runs_that_want_the_same_shards(web, tmp_path, seed, here):
         web.fail(f"part-00{i}.tar", "slow")
     queue = FORK.Queue()
     index = ShardIndex.build(url)
-    runs = [FORK.Process(target=digest_of_epoch, args=(index, seed, queue)) for _ in range(2)]
+    runs = [FORK.Process(daemon=True, target=digest_of_epoch, args=(index, seed, queue)) for _ in range(2)]
     for run in runs:
         run.start()
     found = [queue.get(timeout=30) for _ in runs]
