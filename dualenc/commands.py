@@ -234,16 +234,17 @@ def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
     import time
     from functools import partial
 
+    import numpy as np
     from rich.progress import track
 
     from dualenc import ShardIndex
-    from dualenc.data.pairs import IMAGE_EXTENSIONS
+    from dualenc.data.images import IMAGE_EXTENSIONS
 
     began = time.monotonic()
     found = ShardIndex.build(
         shards,
         anew=True,
-        hashes=("image", "text") if hash else (),
+        hashes=("piece", "image", "text") if hash else (),
         workers=workers,
         track=partial(track, description="shards", transient=True, disable=not sys.stderr.isatty()),
     )
@@ -256,8 +257,9 @@ def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
     )
     if hash:
         for name in ("image", "text"):
-            again = len(found) - len(set(found.hashes(name).tolist()))
-            print(f"{again:,} samples have the same {name} as an earlier one")
+            hashes = found.hashes(name)
+            hashes = hashes[hashes != 0]  # of samples that have one
+            print(f"{len(hashes) - len(np.unique(hashes)):,} samples have the same {name} as an earlier one")
     for path in found.files():
         print(f"kept in {path}")
 

@@ -2,12 +2,16 @@
 
 import os
 import random
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(2)
+# Indexes of read-only folders go here, not to the user's own.
+_CACHE = tempfile.TemporaryDirectory(prefix="dualenc-tests-")
+os.environ["DUALENC_CACHE"] = _CACHE.name
 
 
 @pytest.fixture(autouse=True)

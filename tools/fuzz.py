@@ -2,7 +2,8 @@
 
 Every mutant of a tar must give the samples that Python's own `tarfile` finds in it, byte for byte, or an error that
 names the shard; every mutant of a picture must give what Pillow makes of it, or a cause. A crash, a hang or memory
-without bound is a failure; so is any other exception. Failing mutants are kept in a folder.
+without bound is a failure; so is any other exception. A failing mutant is made again
+by its seed and case.
 """
 
 import argparse

@@ -31,7 +31,7 @@ LONG = 5  # times the shorter side: the middle square shows less than a fifth
 MANY_PIXELS = 25_000_000  # a photo of 6,000 x 4,000 is below
 WASTED_SIDE = 512  # pixels of the shorter side, of half of the images
 OFTEN = 0.01  # of images, captions or tokens: repeated, cut or unknown ones above are a warning
-SHOWN = 20  # examples kept of a finding on samples; of shards all
+SHOWN = 20  # examples kept of a finding on samples; for shards all of them
 
 _QUANTILES = {"least": 0.0, "1%": 0.01, "25%": 0.25, "median": 0.5, "75%": 0.75, "99%": 0.99, "most": 1.0}
 
@@ -47,7 +47,7 @@ class Finding:
         what: is the matter.
         count, of: how many, of how many that were looked at.
         unit: of what.
-        examples: some of them, of shards all; printable.
+        examples: some of them, for shards all; printable.
         advice: what to do about it.
         estimate: about how many of all pairs, and the 95% interval; absent where all were looked at, and for what
             some cannot tell of all, such as duplicates.
@@ -156,7 +156,7 @@ def _other(data: str | os.PathLike[str], captions: str) -> tuple[str, ShardIndex
         opened = BenchmarkSet.open(data)
         return opened.name, opened.index, _lines if opened.kind == "retrieval" else None
     try:
-        return os.fspath(data), ShardIndex.build(data), partial(captions_of, source=captions)
+        return shown(os.fspath(data)), ShardIndex.build(data), partial(captions_of, source=captions)
     except DataError as error:
         raise DataError(f"against: no evaluation set (without <split>/nshards.txt), and as shards: {error}") from None
 
@@ -177,7 +177,7 @@ def _there(parts: Sequence[str | os.PathLike[str]], found: Examination) -> list[
         try:
             patterns = [part] if os.path.exists(part) else list(braceexpand(part))
         except ValueError as error:
-            raise DataError(f"shards {part!r}: {error}") from None
+            raise DataError(f"shards {shown(part)!r}: {error}") from None
         for pattern in patterns:
             try:
                 paths += expand_shards(pattern)
@@ -199,16 +199,7 @@ def _there(parts: Sequence[str | os.PathLike[str]], found: Examination) -> list[
 def _index(paths: list[str], workers: int, found: Examination) -> ShardIndex | None:
     """The index of the shards that can be read; the others are a finding."""
     unreadable: list[DataError] = []
-    try:
-        index = ShardIndex.build(paths, unreadable=unreadable, workers=workers)
-    except DataError:  # such as one that is not what its index says: one at a time, to know them all
-        parts, unreadable = [], []
-        for path in paths:
-            try:
-                parts.append(ShardIndex.build(path))
-            except DataError as error:
-                unreadable.append(error)
-        index = ShardIndex.join(parts)
+    index = ShardIndex.build(paths, unreadable=unreadable, workers=workers)
     found.facts |= {"shards": len(paths), "shards that can be read": len(paths) - len(unreadable)}
     if unreadable:
         advice = (
@@ -324,7 +315,7 @@ class _Look:
             self.add("error", "bad for any cause, and a run would stop", bad, [], advice)
         elif high > most:
             what = "bad for any cause" if bad else "none of those looked at is bad, but that does not tell of all"
-            self.add("warning" if bad else "info", what, bad, [], f"{advice}; look at --all to be sure")
+            self.add("warning" if bad else "info", what, bad, [], f"{advice}; run with --all to be sure")
         # Places that lie next to each other where all between them are bad.
         places = np.searchsorted(self.rows, rows)
         runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)

@@ -5,7 +5,7 @@ JSON that says where they are: read by mapping it into memory, so that a process
 
     16 bytes    "dualenc index 1\\n"
     arrays      those of one shard, then those of the next
-    JSON        {"shards": [{"name", "size", ..., "arrays": {name: [offset, count]}}]}
+    JSON        {"shards": [{"name", "size", ..., "check", "arrays": {name: [offset, count]}}]}
     8 bytes     length of the JSON, little-endian
     16 bytes    BLAKE2b-128 of the JSON
 """
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from dualenc.data.errors import DataError
-from dualenc.data.storage import Cache, Place, is_remote, shown
+from dualenc.data.images import IMAGE_EXTENSIONS
+from dualenc.data.storage import Cache, Place, cache_folder, is_remote, shown
 from dualenc.data.tar import TarError, members
 
 MAGIC = b"dualenc index 1\n"
@@ -61,6 +63,7 @@ class Shard:
         self.url, self.facts, self.cache = url, facts, cache
         self._arrays = arrays
         self._checked = False
+        self._touched = float("-inf")  # when the cache was last told of its use
 
     def __len__(self) -> int:
         return self.facts["samples"]
@@ -87,7 +90,8 @@ class Shard:
         if not self._checked:
             first, size, offset = found["first"], found["size"], found["offset"]
             whole = (
-                len(first) == len(self) + 1
+                self._arrays.check == _digest(found)
+                and len(first) == len(self) + 1
                 and len(found["key_end"]) == len(self)
                 and len(found["extension"]) == len(size) == len(offset) == first[-1]
                 and bool((np.diff(first.astype(np.int64)) >= 0).all())
@@ -125,7 +129,10 @@ class Shard:
         while left:
             left -= 1
             try:
-                data, left = os.pread(self._descriptor(), size, offset), 0
+                file = self._file()  # held while it is read: another thread may let go of it
+                while len(data) < size and (more := os.pread(file.descriptor, size - len(data), offset + len(data))):
+                    data += more  # all at once, but for more than 2 GiB
+                break
             except FileNotFoundError:
                 if is_remote(self.url) and left:  # another process has made room just now
                     continue
@@ -138,7 +145,7 @@ class Shard:
             raise changed(self.url)
         return data
 
-    def _descriptor(self) -> int:
+    def _file(self) -> "_File":
         if is_remote(self.url):
             place = self.place
             path = str(self.cache.folder / place.name)
@@ -148,7 +155,8 @@ class Shard:
                 status = None
             if status is None or status.st_size != place.size:
                 status = os.stat(self.cache.path(place))
-            if (path, status.st_ino) not in _HELD:
+            if time.monotonic() - self._touched > 60 or (path, status.st_ino) not in _HELD:
+                self._touched = time.monotonic()
                 self.cache.touch(place)
             return _open(path, status.st_ino)
         return _open(self.url, self.check().st_ino)
@@ -178,8 +186,6 @@ class Shard:
         return Shard(self.url, self.facts, {**self.arrays, name: hashes}, self.cache)
 
     def _hash(self, name: str, i: int) -> int:
-        from dualenc.data.images import IMAGE_EXTENSIONS
-
         found = self.members(i)
         wanted = ("txt", "json") if name == "text" else IMAGE_EXTENSIONS
         extension = next((extension for extension in wanted if extension in found), None)
@@ -262,7 +268,7 @@ def scan(url: str, cache: Cache, path: str | None = None) -> Shard:
         "keys": np.frombuffer(b"".join(number), dtype=np.uint8),
     }
     facts = {
-        "name": _name(url),
+        "name": name_of(url),
         "size": status.st_size,
         "mtime": 0 if is_remote(url) else status.st_mtime_ns,
         "digest": digest.hexdigest(),
@@ -274,7 +280,8 @@ def scan(url: str, cache: Cache, path: str | None = None) -> Shard:
     return Shard(url, facts, {name: array.astype(DTYPES[name]) for name, array in arrays.items()}, cache)
 
 
-def _name(url: str) -> str:
+def name_of(url: str) -> str:
+    """Of a shard in its folder."""
     return os.path.basename(shown(url))
 
 
@@ -284,8 +291,10 @@ def _name(url: str) -> str:
 class _Mapped:
     """The arrays of one shard in an index file; goes to another process as its place there."""
 
-    def __init__(self, path: str, stamp: tuple[int, int], facts: dict[str, Any], places: dict[str, list[int]]) -> None:
-        self.path, self.stamp, self.places = path, stamp, places
+    def __init__(
+        self, path: str, stamp: tuple[int, int], facts: dict[str, Any], places: dict[str, list[int]], check: str
+    ) -> None:
+        self.path, self.stamp, self.places, self.check = path, stamp, places, check
         self.shard = facts["name"], facts["digest"]
         self._found: dict[str, np.ndarray] | None = None
 
@@ -303,15 +312,18 @@ class _Mapped:
     def _map(self) -> np.ndarray:
         """The file in memory. Where another run has written it anew, the shard is looked for in the new one."""
         if (self.path, self.stamp) not in _MAPS:
-            status = os.stat(self.path)
-            if (status.st_size, status.st_mtime_ns) != self.stamp:
+            with open(self.path, "rb") as file:
+                status = os.fstat(file.fileno())
+                mapped = np.memmap(file, np.uint8, "r").view(np.ndarray)  # parts of a memmap are slow to take
+            stamp = status.st_size, status.st_mtime_ns
+            _MAPS.setdefault((self.path, stamp), mapped)
+            if stamp != self.stamp:
                 name, digest = self.shard
                 now = read_index(self.path, "", Cache()).get(name)
                 if now is None or now.facts["digest"] != digest or not isinstance(now._arrays, _Mapped):
                     raise changed(os.path.join(os.path.dirname(self.path), name))
-                self.stamp, self.places = now._arrays.stamp, now._arrays.places
-            # As a plain array: parts of a memmap are slow to take.
-            _MAPS.setdefault((self.path, self.stamp), np.memmap(self.path, np.uint8, "r").view(np.ndarray))
+                self.stamp, self.places, self.check = now._arrays.stamp, now._arrays.places, now._arrays.check
+                return self._map()
         return _MAPS[self.path, self.stamp]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -319,6 +331,13 @@ class _Mapped:
 
 
 _MAPS: dict[tuple[str, tuple[int, int]], np.ndarray] = {}  # kept while the process lives
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays.values():
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _damaged(path: str | os.PathLike[str]) -> DataError:
@@ -349,11 +368,11 @@ def read_index(path: str | os.PathLike[str], folder: str, cache: Cache) -> dict[
         stamp = (status.st_size, status.st_mtime_ns)
         shards = {}
         for facts in json.loads(text)["shards"]:
-            places = facts.pop("arrays")
+            places, check = facts.pop("arrays"), facts.pop("check")
             if not DTYPES.keys() >= places.keys() or os.path.basename(facts["name"]) != facts["name"]:
                 raise _damaged(path)
             shards[facts["name"]] = Shard(
-                os.path.join(folder, facts["name"]), facts, _Mapped(os.fspath(path), stamp, facts, places), cache
+                os.path.join(folder, facts["name"]), facts, _Mapped(os.fspath(path), stamp, facts, places, check), cache
             )
         return shards
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -383,7 +402,7 @@ def write_index(path: str | os.PathLike[str], shards: Iterable[Shard]) -> None:
                     file.write(bytes(-file.tell() % 8))
                     places[name] = [file.tell(), len(array)]
                     file.write(np.ascontiguousarray(array).data)
-                head.append({**shard.facts, "arrays": places})
+                head.append({**shard.facts, "check": _digest(shard.arrays), "arrays": places})
             text = json.dumps({"shards": head}).encode()
             file.write(text + len(text).to_bytes(8, "little") + hashlib.blake2b(text, digest_size=16).digest())
             file.flush()
@@ -399,10 +418,12 @@ def write_index(path: str | os.PathLike[str], shards: Iterable[Shard]) -> None:
 
 
 class _File:
-    """An open file that closes when nothing holds it."""
+    """An open file that closes when nothing holds it; whoever reads it does."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, inode: int) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
+        if os.fstat(self.descriptor).st_ino != inode:
+            raise OSError(errno.ESTALE, "replaced while it was opened", path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):  # os.open may have failed
@@ -410,25 +431,26 @@ class _File:
 
 
 _HELD: OrderedDict[tuple[str, int], _File] = OrderedDict()
+_HOLDING = threading.Lock()
+os.register_at_fork(after_in_child=lambda: globals().update(_HOLDING=threading.Lock()))  # a thread may have held it
 
 
-def _open(path: str, inode: int) -> int:
-    """A descriptor, kept by what the file is and not only by its name: another file of that name is opened anew."""
+def _open(path: str, inode: int) -> _File:
+    """A file, kept open by path and inode: another file of that name is opened anew."""
     key = (path, inode)
-    if key not in _HELD:
-        for old in [old for old, file in _HELD.items() if not os.fstat(file.descriptor).st_nlink]:
-            del _HELD[old]  # removed from the cache of fetched shards: its room is free when nobody holds it
-        _HELD[key] = _File(path)
-        while len(_HELD) > _FILES:
-            _HELD.popitem(last=False)
-    _HELD.move_to_end(key)
-    return _HELD[key].descriptor
+    with _HOLDING:
+        if key not in _HELD:
+            for old in [old for old, file in _HELD.items() if not os.fstat(file.descriptor).st_nlink]:
+                del _HELD[old]  # removed from the cache of fetched shards: its room is free when nobody holds it
+            _HELD[key] = _File(path, inode)
+            while len(_HELD) > _FILES:
+                _HELD.popitem(last=False)
+        _HELD.move_to_end(key)
+        return _HELD[key]
 
 
 def index_files(folder: str) -> Sequence[Path]:
     """Where the index of a folder may be: in it, and where that cannot be written, among the user's cached files."""
-    from dualenc.data.storage import cache_folder
-
     name = hashlib.blake2b((shown(folder) if is_remote(folder) else os.path.abspath(folder)).encode(), digest_size=16)
     cached = cache_folder() / "index" / f"{name.hexdigest()}.index"
     return [cached] if is_remote(folder) else [Path(folder) / FILE_NAME, cached]

@@ -293,7 +293,7 @@ class PairLoader:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "window": self.window,
-            "weights": [weight for _, weight in self.sources],
+            "sources": [[number, weight] for number, weight in self.sources],
             "fingerprint": self.dataset.index.fingerprint,
         }
 
@@ -304,7 +304,7 @@ class PairLoader:
             DataError: that loader read other data, or in another order; names the field.
         """
         mine = self.state_dict()
-        for name in ("batch_size", "seed", "window", "weights", "fingerprint"):
+        for name in ("batch_size", "seed", "window", "sources", "fingerprint"):
             if state[name] != mine[name]:
                 raise DataError(f"the checkpoint's data loader had {name} {state[name]}, this run has {mine[name]}")
         self.epoch, self.batch = state["epoch"], state["batch"]

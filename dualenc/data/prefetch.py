@@ -85,5 +85,5 @@ class Prefetch:
                 if self._stop:
                     return
                 shard, keep = self._todo.popleft(), self._keep
-            with suppress(DataError):  # met again, and told, by whoever reads it
+            with suppress(DataError, OSError):  # met again, and told, by whoever reads it
                 shard.cache.path(shard.place, keep)

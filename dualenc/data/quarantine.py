@@ -50,6 +50,7 @@ class Quarantine:
         self._read = 0  # bytes of the file
 
     def __len__(self) -> int:
+        self._read_on()
         return len(self._known)
 
     def add(self, bad: Sequence[Bad]) -> None:

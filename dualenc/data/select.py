@@ -58,8 +58,8 @@ def expression(text: str) -> Callable[[Any], bool]:
 
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
-        raise DataError(f"select {text!r} is neither a file of keys nor an expression ({error.msg})") from None
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise DataError(f"select {text!r} is neither a file of keys nor an expression ({error})") from None
 
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 

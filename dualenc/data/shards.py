@@ -5,11 +5,15 @@ size. A sample is read by position, without walking the tar and without any deco
 in a shard is ever executed, unpickled or used as a path.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from glob import escape, glob
@@ -27,6 +31,7 @@ from dualenc.data.index import (
     FILE_NAME,
     Shard,
     index_files,
+    name_of,
     read_index,
     scan,
     write_index,
@@ -36,6 +41,7 @@ from dualenc.data.storage import PROTOCOLS, Cache, fetch_small, folder_of, glob_
 
 __all__ = ["BadSample", "DataError", "Sample", "ShardIndex", "expand_shards"]
 MAX_IMAGE, MAX_OTHER = 1 << 28, 1 << 24  # bytes of a member that are read
+KEEP_EVERY = 300  # seconds after which an index that is being made is written down
 
 Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -64,9 +70,9 @@ def expand_shards(shards: Shards) -> list[str]:
             paths += found
     if not paths:
         raise DataError("the list of shards is empty")
-    names = [shown(path) for path in paths]  # what an index knows them by
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
+    files = [shown(path) if is_remote(path) else os.path.realpath(path) for path in paths]
+    times = Counter(files)
+    if twice := sorted({shown(path) for path, file in zip(paths, files) if times[file] > 1}):
         raise DataError(f"shards named twice: {', '.join(twice[:3])}")
     return paths
 
@@ -84,7 +90,7 @@ def _remote(pattern: str) -> list[str]:
     path = shown(pattern)
     if any(letter in path for letter in "*?["):
         return glob_remote(pattern)
-    return [pattern] if os.path.splitext(path)[1] else glob_remote(f"{pattern.rstrip('/')}/*.tar")
+    return [pattern] if path.endswith(".tar") else glob_remote(f"{pattern.rstrip('/')}/*.tar")
 
 
 @dataclass(frozen=True)
@@ -180,21 +186,25 @@ class ShardIndex:
         paths = expand_shards(urls)
         known: dict[str, dict[str, Shard]] = {}  # folder -> name -> shard
         for folder in dict.fromkeys(map(folder_of, paths)):
-            known[folder] = _known(folder, cache)
+            known[folder] = _known(folder, cache, anew)
         ready: dict[str, Shard] = {}
         missing: list[str] = []
+        touched: set[str] = set()  # folders whose index is no longer what it should be
         for path in paths:
-            folder, name = folder_of(path), os.path.basename(shown(path))
+            folder, name = folder_of(path), name_of(path)
             shard = known[folder].get(name)
             if shard is None and is_remote(path) and not anew:
                 known[folder] |= _published(folder, cache)
                 shard = known[folder].get(name)
                 if shard is None:
-                    raise DataError(f"{shown(path)} has no index: `dualenc index` with these shards reads them once")
+                    without = f"{shown(path)} has no index: `dualenc index` with these shards reads them once"
+                    _refuse(DataError(without), unreadable)
+                    continue
             if shard is None or anew:
                 missing.append(path)
                 continue
             shard.url = path  # with its query, if it has one
+            time_then = shard.facts["mtime"]
             try:
                 if not is_remote(path):
                     shard.check()
@@ -203,20 +213,32 @@ class ShardIndex:
                 _refuse(DataError(f"shard {shard} cannot be read: {error.strerror}"), unreadable)
             except DataError as error:
                 _refuse(error, unreadable)
-        touched: set[str] = set()
+            if shard.facts["mtime"] != time_then:
+                touched.add(folder)
         without = [shard for shard in ready.values() if not set(hashes) <= shard.arrays.keys()] if hashes else []
         scans = _Scan([*missing, *without], tuple(hashes), cache)
-        for item in track(_each(scans, workers)):
-            if isinstance(item, DataError):
-                _refuse(item, unreadable)
-                continue
-            ready[item.url] = item
-            folder = folder_of(item.url)
-            if known[folder].get(item.facts["name"]) is not item:
+        kept = time.monotonic()
+        try:
+            for item in track(_each(scans, workers)):
+                if isinstance(item, DataError):
+                    _refuse(item, unreadable)
+                    continue
+                ready[item.url] = item
+                folder = folder_of(item.url)
                 known[folder][item.facts["name"]] = item
                 touched.add(folder)
-        for folder in touched:
-            _keep(folder, known[folder])
+                if time.monotonic() - kept > KEEP_EVERY:  # what was read is not read again, whatever comes
+                    _keep(folder, known[folder], cache, anew)
+                    kept = time.monotonic()
+        finally:
+            for folder in touched:
+                _keep(folder, known[folder], cache, anew)
+        for path, shard in ready.items():
+            # From the file where there is one: what is mapped is shared by all processes, and need not stay in memory.
+            mapped = known[folder_of(path)].get(shard.facts["name"])
+            if mapped is not None and set(hashes) <= mapped.arrays.keys():
+                mapped.url = path
+                ready[path] = mapped
         return cls([ready[path] for path in paths if path in ready])
 
     @classmethod
@@ -316,7 +338,8 @@ class ShardIndex:
         Args:
             choice: a list of keys; the path of a text file with one key a line; or an expression such as
                 `width >= 200 and licence in ["cc0", "cc-by"]` with names for fields, literals, comparisons, `and`,
-                `or`, `not`, `in`. A sample without a field that the expression asks for is not selected.
+                `or`, `not`, `in`. A sample without a field that the expression asks for, or whose `.json` cannot be
+                read, is not selected.
 
         Raises:
             DataError: nothing is selected, a key is unknown, or the expression does not parse.
@@ -328,7 +351,7 @@ class ShardIndex:
             where = f"select {choice!r}" if isinstance(choice, str) else "select"
         if isinstance(choice, str):
             test = expression(choice)
-            rows = [i for i, sample in enumerate(self) if "json" in sample and test(sample.read_json())]
+            rows = [i for i, sample in enumerate(self) if "json" in sample and test(_fields(sample))]
         else:
             wanted = set(choice)
             keys = [self.key(i) for i in range(len(self))]
@@ -355,6 +378,13 @@ class ShardIndex:
         return self.take(np.flatnonzero(~held)), self.take(np.flatnonzero(held))
 
 
+def _fields(sample: Sample) -> Any:
+    try:
+        return sample.read_json()
+    except BadSample:
+        return None
+
+
 # Making
 
 
@@ -364,10 +394,21 @@ def _refuse(error: DataError, unreadable: list[DataError] | None) -> None:
     unreadable.append(error)
 
 
-def _known(folder: str, cache: Cache) -> dict[str, Shard]:
-    """What index files say of a folder; the first one that there is."""
-    path = next((path for path in index_files(folder) if path.is_file()), None)
-    return read_index(path, folder, cache) if path else {}
+def _known(folder: str, cache: Cache, anew: bool = False) -> dict[str, Shard]:
+    """What index files say of a folder; the one among the user's cached files may know more of the same shards."""
+    found: dict[str, Shard] = {}
+    for path in index_files(folder):
+        if path.is_file():
+            try:
+                here = read_index(path, folder, cache)
+            except DataError:
+                if not anew:  # else it is made anew
+                    raise
+                continue
+            for name, shard in here.items():
+                if name not in found or found[name].facts["digest"] == shard.facts["digest"]:
+                    found[name] = shard
+    return found
 
 
 def _published(folder: str, cache: Cache) -> dict[str, Shard]:
@@ -385,7 +426,7 @@ def _published(folder: str, cache: Cache) -> dict[str, Shard]:
         raise DataError(f"{path.parent} cannot be written: {error.strerror}; DUALENC_CACHE names another") from None
     try:
         found = read_index(path, folder, cache)
-        _keep(folder, found)
+        _keep(folder, {**_known(folder, cache), **found}, cache)
     except DataError:
         raise DataError(
             f"{shown(folder)}/{FILE_NAME} is no whole shard index of this version: replace or remove it"
@@ -393,14 +434,32 @@ def _published(folder: str, cache: Cache) -> dict[str, Shard]:
     return found
 
 
-def _keep(folder: str, shards: dict[str, Shard]) -> None:
-    """Writes the index of a folder where that can be done; where not, it lives as long as the process."""
+def _keep(folder: str, shards: dict[str, Shard], cache: Cache, anew: bool = False) -> None:
+    """Writes the index of a folder where that can be done, and maps what is written; where not, it stays in memory.
+
+    Shards that another process has added meanwhile stay; local ones that are gone do not.
+    """
     for path in index_files(folder):
-        try:
-            write_index(path, (shards[name] for name in sorted(shards)))
+        with suppress(OSError), _alone(path.parent):
+            others = {} if anew or not path.is_file() else read_index(path, folder, cache)
+            whole = {**others, **shards}
+            names = [name for name in sorted(whole) if is_remote(folder) or os.path.exists(os.path.join(folder, name))]
+            write_index(path, (whole[name] for name in names))
+            shards |= read_index(path, folder, cache)
             return
-        except OSError:
-            continue
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; where the file system has no locks, several, of which the last one's file stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 class _Scan(Dataset[Any]):

@@ -97,11 +97,22 @@ def shrink_image(data: bytes, size: int, quality: int) -> bytes:
         return simplejpeg.encode_jpeg(pixels, quality, "RGB", "444")
     file, small = io.BytesIO(), Image.fromarray(pixels[..., 0] if grey else pixels)
     if data.startswith(b"RIFF"):
-        how = {"lossless": True} if data[12:16] == b"VP8L" else {"quality": quality}
+        how = {"lossless": True} if _lossless(data) else {"quality": quality}
         small.save(file, "WEBP", **how)
     else:
         small.save(file, "PNG")
     return file.getvalue()
+
+
+def _lossless(data: bytes) -> bool:
+    """Whether a WebP holds its pixels without loss: by its chunks, of which EXIF and profiles may come first."""
+    place = 12
+    while place + 8 <= len(data):
+        kind, length = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if kind in (b"VP8L", b"VP8 "):
+            return kind == b"VP8L"
+        place += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame's own chunk stands inside of it
+    return False
 
 
 def shrink_shards(
@@ -136,7 +147,7 @@ def shrink_shards(
     out = Path(out)
     plan: dict[str, Any] = {"format": FORMAT, "size": size, "quality": quality}
     begun = _begun(out, plan)
-    index = ShardIndex.build(shards)  # a broken shard is named before anything is written
+    index = ShardIndex.build(shards, workers=workers)  # a broken shard is named before anything is written
     names = _names(index, out)
     inputs = {name: [shard.facts["size"], shard.facts["digest"]] for name, shard in zip(names, index.parts)}
     plan["inputs"] = dict(sorted(inputs.items()))

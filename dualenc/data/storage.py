@@ -34,7 +34,7 @@ _PAIR = r"\?(?=[\w.%-]+=)"  # where names may hold a ?, a query is what looks li
 _GO_ON = r"""(?!["'](?:[\s,\]}):;]|$)|[\])},.:;]+(?:\s|$))"""  # no end of a URL in a text
 _URL = re.compile(
     rf"\b(https?://){_USER}((?:{_GO_ON}[^\s?#])*)(?:[?#](?:{_GO_ON}\S)*)?"
-    rf"|\b([a-z][a-z0-9+.-]*://){_USER}",
+    rf"|\b([a-z][a-z0-9+.-]{{0,20}}://){_USER}",
     re.IGNORECASE,
 )
 _STRAY = re.compile(rf"{_PAIR}(?:{_GO_ON}\S)*")  # a query of another store, or of a URL with a space in it
@@ -245,6 +245,8 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             while True:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                with suppress(PermissionError):  # of another user, in a folder for all
+                    os.chmod(path, 0o666)
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(handle), os.stat(path)):

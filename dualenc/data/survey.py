@@ -141,12 +141,7 @@ class _Reader(Dataset[Survey]):
         return content_hash(data), len(data), picture.shape[2], picture.shape[1], plain
 
     def _captions(self, sample: Sample) -> list[str]:
-        texts = [text.strip() for text in self.captions(sample)] if self.captions else []
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError as error:  # half a pair of code units, as JSON can have it
-            raise BadSample(sample, "caption is no Unicode text", str(error)) from None
-        return texts
+        return [text.strip() for text in self.captions(sample)] if self.captions else []
 
     def _measured(self, texts: list[str]) -> tuple[list[int], list[int]]:
         if self.tokenizer is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
@@ -130,6 +131,12 @@ class PairData(LightningDataModule):
         """
         self._build_indexes()
         assert self.train_index is not None
+        prints = [self.train_index.fingerprint, self.val_index.fingerprint if self.val_index else ""]
+        if self.trainer.world_size > 1:
+            everywhere: list[Any] = [None] * self.trainer.world_size
+            dist.all_gather_object(everywhere, prints)
+            if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
+                raise DataError(f"rank {different[0]} finds other shards than rank 0: give all machines the same data")
         path = self.tokenizer_path or self._own_tokenizer
         self.tokenizer = Tokenizer.from_file(path, self.text.context_length)
         if self.tokenizer.vocab_size > self.text.vocab_size:

@@ -409,7 +409,7 @@ def test_texts_that_no_tokenizer_takes(tmp_path: Path, seed: int) -> None:
         for i, text in enumerate(["a cat", "a \\ud83d cat", "\\u0001"])
     ]
     found = examine(write_tar(tmp_path / "a.tar", samples), "json.said", tokenizer=tokenizer, workers=0)
-    assert named(finding(found, "caption is no Unicode text")) == {"1"}
+    assert named(finding(found, "json.said holds what is no Unicode")) == {"1"}
     assert named(finding(found, "caption without any token")) == {"2"}
     assert [item.count for item in found.findings] == [1, 1]
 

@@ -174,7 +174,7 @@ def test_augmentation_is_keyed_by_seed_epoch_and_place(folders, seed):
         assert pictures(*other) != base
 
 
-@pytest.mark.parametrize("what", ["batch_size", "seed", "window", "weights", "fingerprint"])
+@pytest.mark.parametrize("what", ["batch_size", "seed", "window", "sources", "fingerprint"])
 def test_another_run_is_refused_by_name(folders, seed, what):
     index, other = folders([6, 6]), folders([6, 7])
     state = make(index, 3, seed=seed).state_dict()
@@ -182,7 +182,7 @@ def test_another_run_is_refused_by_name(folders, seed, what):
         "batch_size": lambda: make(index, 4, seed=seed),
         "seed": lambda: make(index, 3, seed=seed + 1),
         "window": lambda: make(index, 3, seed=seed, window=3),
-        "weights": lambda: make(index, 3, seed=seed, sources=[(2, 2.0)]),
+        "sources": lambda: make(index, 3, seed=seed, sources=[(2, 2.0)]),
         "fingerprint": lambda: make(other, 3, seed=seed),
     }[what]()
     with pytest.raises(DataError, match=f"had {what} "):
