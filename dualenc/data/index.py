@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -297,10 +298,11 @@ class _Mapped:
         self.path, self.stamp, self.places, self.check = path, stamp, places, check
         self.shard = facts["name"], facts["digest"]
         self._found: dict[str, np.ndarray] | None = None
+        self._buffer: np.ndarray | None = None
 
     def read(self) -> dict[str, np.ndarray]:
         if self._found is None:
-            buffer = self._map()
+            buffer = self._buffer = self._map()
             self._found = {}
             for name, (offset, count) in self.places.items():
                 end = offset + count * np.dtype(DTYPES[name]).itemsize
@@ -311,12 +313,13 @@ class _Mapped:
 
     def _map(self) -> np.ndarray:
         """The file in memory. Where another run has written it anew, the shard is looked for in the new one."""
-        if (self.path, self.stamp) not in _MAPS:
+        mapped = _MAPS.get((self.path, self.stamp))
+        if mapped is None:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 mapped = np.memmap(file, np.uint8, "r").view(np.ndarray)  # parts of a memmap are slow to take
             stamp = status.st_size, status.st_mtime_ns
-            _MAPS.setdefault((self.path, stamp), mapped)
+            mapped = self._buffer = _MAPS.setdefault((self.path, stamp), mapped)
             if stamp != self.stamp:
                 name, digest = self.shard
                 now = read_index(self.path, "", Cache()).get(name)
@@ -324,13 +327,14 @@ class _Mapped:
                     raise changed(os.path.join(os.path.dirname(self.path), name))
                 self.stamp, self.places, self.check = now._arrays.stamp, now._arrays.places, now._arrays.check
                 return self._map()
-        return _MAPS[self.path, self.stamp]
+        return mapped
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_found": None}
+        return {**self.__dict__, "_found": None, "_buffer": None}
 
 
-_MAPS: dict[tuple[str, tuple[int, int]], np.ndarray] = {}  # kept while the process lives
+# One of each file in a process, as long as a shard uses it.
+_MAPS: WeakValueDictionary[tuple[str, tuple[int, int]], np.ndarray] = WeakValueDictionary()
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

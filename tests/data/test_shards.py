@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import types
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 import dualenc.data.index as index_module
 import dualenc.data.shards as shards_module
 from dualenc.data import DataError, ShardIndex
-from dualenc.data.index import MAGIC
+from dualenc.data.index import MAGIC, scan
 from dualenc.data.shards import expand_shards
 from dualenc.data.tar import Member
 
@@ -300,6 +301,12 @@ def test_selecting_nothing_is_an_error(table):
         table.select([])
 
 
+def test_a_sample_whose_json_is_broken_is_not_selected(tmp_path):
+    samples = [{"__key__": "a", "json": b'{"x": 1}'}, {"__key__": "b", "json": b"{"}, {"__key__": "c", "json": b"7"}]
+    index = ShardIndex.build(write_tar(tmp_path / "s.tar", samples))
+    assert [sample.key for sample in index.select("x == 1")] == ["a"]
+
+
 def test_select_by_keys_and_by_file(table, tmp_path):
     assert contents(table.select(["k3", "k0"])) == [contents(table)[0], contents(table)[3]]
     (tmp_path / "keys.txt").write_text("k7\n\n k2 \n")
@@ -398,8 +405,9 @@ def test_shards_that_match_nothing_are_named(tmp_path):
         assert named in str(error.value)
     with pytest.raises(DataError, match="list of shards is empty"):
         expand_shards([])
-    with pytest.raises(DataError, match=r"named twice: .*a-0\.tar"):
-        expand_shards([f"{tmp_path}/a-0.tar", f"{tmp_path}/a-*.tar"])
+    for again in (f"{tmp_path}/a-*.tar", f"{tmp_path}/../{tmp_path.name}/a-0.tar", tmp_path):
+        with pytest.raises(DataError, match=r"named twice: .*a-0\.tar"):
+            expand_shards([f"{tmp_path}/a-0.tar", again])
 
 
 @pytest.mark.parametrize("spec", ["pipe:touch hacked", "ftp://x.org/a.tar", "file:///a.tar", "memory://a.tar"])
@@ -631,6 +639,73 @@ def test_a_folder_that_is_read_only_keeps_its_index_elsewhere(tmp_path, seed, mo
         assert contents(ShardIndex.build(paths)) == contents(index)
     finally:
         (tmp_path / "data").chmod(0o755)
+
+
+def test_a_read_only_folder_with_an_index_that_knows_less(tmp_path, seed, monkeypatch):
+    """What it lacks is kept elsewhere, and found there."""
+    monkeypatch.setenv("DUALENC_CACHE", str(tmp_path / "cache"))
+    paths = write_shards(tmp_path / "data", [3, 2], seed)
+    ShardIndex.build(paths[:1])
+    (tmp_path / "data").chmod(0o555)
+    try:
+        index = ShardIndex.build(paths, hashes=["piece"])
+        monkeypatch.setattr(shards_module, "scan", None)
+        monkeypatch.setattr(index_module.Shard, "hashed", None)
+        again = ShardIndex.build(paths, hashes=["piece"])
+        assert contents(again) == contents(index)
+        assert again.hashes("piece").tolist() == index.hashes("piece").tolist()
+    finally:
+        (tmp_path / "data").chmod(0o755)
+
+
+def test_what_was_touched_is_looked_at_once(tmp_path, seed, monkeypatch):
+    paths = write_shards(tmp_path, [3, 2], seed)
+    ShardIndex.build(paths)
+    os.utime(paths[0], (1, 1))
+    scanned = []
+    monkeypatch.setattr(index_module, "scan", lambda *args: scanned.append(args[0]) or scan(*args))
+    for _ in range(3):
+        ShardIndex.build(paths)
+    assert scanned == paths[:1]
+
+
+def test_anew_is_anew(tmp_path, seed):
+    paths = write_shards(tmp_path, [3, 2], seed)
+    ShardIndex.build(paths)
+    (tmp_path / "dualenc.index").write_bytes(b"broken")
+    os.remove(paths[1])
+    assert len(ShardIndex.build(paths[:1], anew=True)) == 3
+    assert len(ShardIndex.load(tmp_path / "dualenc.index")) == 3
+    write_shards(tmp_path, [3, 2], seed)
+    ShardIndex.build(paths, anew=True)
+    os.remove(paths[0])
+    ShardIndex.build(paths[1:], anew=True)
+    assert ShardIndex.load(tmp_path / "dualenc.index").shards == paths[1:]
+
+
+def test_what_was_scanned_before_an_error_is_kept(tmp_path, seed, monkeypatch):
+    paths = write_shards(tmp_path, [3, 2, 4], seed)
+    Path(paths[2]).write_bytes(b"no tar")
+    for workers in (0, 2):
+        with pytest.raises(DataError, match=r"part-002\.tar cannot be read"):
+            ShardIndex.build(paths, workers=workers)
+        assert len(ShardIndex.load(tmp_path / "dualenc.index")) == 5
+    unreadable = []
+    assert len(ShardIndex.build(paths, unreadable=unreadable)) == 5
+    assert ["part-002.tar" in str(error) for error in unreadable] == [True]
+
+
+def test_threads_read_what_they_ask_for(tmp_path, seed):
+    """More shards than files are kept open: one thread's eviction must not close what another reads."""
+    index = ShardIndex.build(write_shards(tmp_path, [1] * 90, seed))
+    expected = [sample.read("txt") for sample in index]
+
+    def read(i):
+        order = np.random.default_rng(seed + i).integers(0, 90, 400).tolist()
+        return all(index[row].read("txt") == expected[row] for row in order)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(8)))
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"PK\x03\x04garbage", pickle.dumps({"a": 1}), MAGIC + bytes(100)])
