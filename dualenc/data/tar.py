@@ -70,7 +70,9 @@ def members(file: BinaryIO) -> Iterator[Member]:
             if len(more) < length:
                 raise TarError(f"it is cut off inside the header at byte {at:,}")
             if kind == b"L":
-                name = more.partition(b"\0")[0]
+                name, end, _ = more.partition(b"\0")
+                if not end and read(data, _padded(length))[length:].strip(b"\0"):  # what pads it goes on as the name
+                    raise TarError(f"the header at byte {at:,} is broken")
             elif kind != b"K":
                 fields = _pax(more, at)
                 if any(key.startswith(b"GNU.sparse") for key in fields):
