@@ -24,6 +24,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 1 << 27  # 134 million: above any photo, below what a header can claim to exhaust memory
 
 
+LONG = 50  # times the shorter side: more of a picture is cut off before it is resized
+
+
 class ImageError(ValueError):
     """A picture that cannot be decoded, or must not be.
 
@@ -150,6 +153,10 @@ class Preprocess:
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 (3, H, W) of any size to uint8 (3, size, size)."""
         height, width = image.shape[-2:]
+        if self.resize == "shortest" and max(height, width) > LONG * min(height, width):
+            # Only a square of the middle is seen: a line of 1 x 20,000 would else become one of 224 x 4,480,000.
+            image = TF.center_crop(image, [min(height, LONG * width), min(width, LONG * height)])
+            height, width = image.shape[-2:]
         if self.resize == "squash":
             target = [self.size, self.size]
         else:

@@ -2,6 +2,7 @@ import contextlib
 import io
 import itertools
 import random
+import resource
 import struct
 import warnings
 import zlib
@@ -394,6 +395,18 @@ def test_augment_mirrors(seed, photo):
     outs = [half(photo).float() for _ in range(200)]
     share = np.mean([bool((out - whole.flip(-1)).abs().mean() < (out - whole).abs().mean()) for out in outs])
     assert 0.3 < share < 0.7  # 5.6 standard deviations
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 100_000)])
+def test_a_line_takes_no_more_than_its_middle(seed, size):
+    """Nothing of the size of the whole at that height is made, and what is seen is the same."""
+    line = torch.from_numpy(pixels(np.random.default_rng(seed), *size)).permute(2, 0, 1)
+    middle = [slice((length - min(length, 60)) // 2, (length + min(length, 60)) // 2) for length in size]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = Preprocess(224)(line)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB: it would be 3 GB and more
+    expected = Preprocess(224)(line[:, middle[0], middle[1]])
+    assert (found.float() - expected.float()).abs().mean() < 0.1
 
 
 def grey_of(image):
