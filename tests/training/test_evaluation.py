@@ -182,6 +182,7 @@ def test_a_bad_picture_stops_both_ranks(shards: Path, seed: int, bad: int) -> No
                enumerate(dualenc.BenchmarkSet.open(sets).index)]  # fmt: skip
     samples[bad]["jpg"] = b"no picture"
     write_tar(sets / "test" / "0.tar", samples)
+    (sets / "test" / "dualenc.index").unlink()
     arguments = command(shards, shards / "run", 2, seed, *evaluation(sets))
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=150)
     assert done.returncode == 1, done.stderr
