@@ -271,7 +271,8 @@ class RunDirectory(Checkpoint):
                 else f"no best/: no {self.monitor} was measured"
             )
             bad = len(trainer.datamodule.quarantine)  # type: ignore[attr-defined]
-            named = f"; {bad:,} bad samples were replaced, see {self.root / 'quarantine.jsonl'}" if bad else ""
+            named = f"; {bad:,} bad sample{'s' * (bad != 1)} did not take part, see {self.root / 'quarantine.jsonl'}"
+            named *= bad > 0
             say(
                 f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}; {best}; "
                 f"report: {self.root / 'report.html'}{named}"

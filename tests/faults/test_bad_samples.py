@@ -173,7 +173,7 @@ def test_all_kinds_in_a_run(tmp_path, seed, capsys):
     assert len(counts) == 8
     assert sum(counts[:4]) >= 10  # a bad one beside another is met twice
     assert sum(counts[:4]) == sum(counts[4:])
-    assert f"10 bad samples were replaced, see {tmp_path / 'run' / 'quarantine.jsonl'}" in capsys.readouterr().err
+    assert f"10 bad samples did not take part, see {tmp_path / 'run' / 'quarantine.jsonl'}" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["bad_samples"] == 10
 
 
