@@ -178,11 +178,11 @@ def doctor(
 
     if sample < 1 or workers < 0 or seed < 0 or not 0 <= bad_samples <= 1:
         raise UsageError(
-            f"--sample {sample} must be from 1, --workers {workers} and --seed {seed} from 0, "
-            f"--bad_samples {bad_samples} from 0 to 1"
+            f"--sample {sample} must be at least 1, --workers {workers} and --seed {seed} at least 0, "
+            f"--bad_samples {bad_samples} between 0 and 1"
         )
     if context_length is not None and (tokenizer is None or context_length < 1):
-        raise UsageError(f"--context_length {context_length} must be from 1, and needs --tokenizer")
+        raise UsageError(f"--context_length {context_length} must be at least 1, and needs --tokenizer")
     vocabulary = None if tokenizer is None else Tokenizer.from_file(tokenizer, sys.maxsize)
     if out is not None:
         _make_folder(out, "--out")
