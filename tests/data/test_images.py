@@ -409,6 +409,17 @@ def test_a_line_takes_no_more_than_its_middle(seed, size):
     assert (found.float() - expected.float()).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_of_an_animation_the_first_picture_is_shown(seed, kind):
+    rng = np.random.default_rng(seed)
+    frames = [Image.fromarray(pixels(rng, 9, 7)) for _ in range(3)]
+    options = {"lossless": True} if kind == "webp" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.n_frames == 3
+    assert np.array_equal(decode_image(data).permute(1, 2, 0).numpy(), np.asarray(frames[0]))
+
+
 def grey_of(image):
     return image.float().mul(torch.tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0)
 
