@@ -16,8 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from webdataset.writer import TarWriter
 
 from dualenc.data.images import ImageError, decode_image
@@ -25,6 +24,7 @@ from dualenc.data.journal import append, check_same, read_lines, write_whole
 from dualenc.data.plan import permutation
 from dualenc.data.shards import DataError
 from dualenc.data.sources import TEMPLATES, Item, Source, clean, inside, read_source
+from dualenc.data.workers import each
 
 FORMAT = 1
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
@@ -320,19 +320,8 @@ def _summary(out: Path, found: Source, parts: list[_Part]) -> Summary:
 
 def _pictures(found: Source, order: list[int], workers: int) -> Iterable[tuple[str | None, Any]]:
     """(kind, bytes) of the items' pictures in this order; (None, cause) of one that is unusable."""
-    return DataLoader(
-        _Pictures(found.images, [item.image for item in found.items]),
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # or the loader draws from the global one
-        prefetch_factor=4 if workers else None,
-    )
-
-
-def _as_it_is(picture: Any) -> Any:
-    return picture
+    names = [item.image for item in found.items]
+    return each(_Pictures(found.images, names), order, workers, prefetch_factor=4 if workers else None)
 
 
 class _Pictures(Dataset[tuple[str | None, Any]]):

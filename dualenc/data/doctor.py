@@ -21,7 +21,7 @@ from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
 from dualenc.data.index import content_hash
 from dualenc.data.pairs import captions_of, decode_sample
 from dualenc.data.quarantine import IN_A_ROW, Quarantine
-from dualenc.data.shards import Sample, ShardIndex, expand_shards
+from dualenc.data.shards import Sample, ShardIndex, distinct, expand_shards
 from dualenc.data.storage import shown
 from dualenc.data.survey import Survey, survey
 from dualenc.data.tokenizer import Tokenizer
@@ -189,11 +189,13 @@ def _there(parts: Sequence[str | os.PathLike[str]], found: Examination) -> list[
         advice = "a run would not start: fetch or write them again, or name only the others"
         of = len(paths) + len(missing)
         found.findings.append(Finding("error", "not there", len(missing), of, "shards named", missing, advice))
-    twice = [printable(shown(path)) for path, count in Counter(paths).items() if count > 1]
+    named = len(paths)
+    paths, twice = distinct(paths)
     if twice:
         advice = "a run would not start: name each once"
-        found.findings.append(Finding("error", "named twice", len(twice), len(paths), "shards named", twice, advice))
-    return list(dict.fromkeys(paths))
+        again = list(map(printable, twice))
+        found.findings.append(Finding("error", "named twice", len(again), named, "shards named", again, advice))
+    return paths
 
 
 def _index(paths: list[str], workers: int, found: Examination) -> ShardIndex | None:

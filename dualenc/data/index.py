@@ -20,6 +20,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -146,19 +147,23 @@ class Shard:
             raise changed(self.url)
         return data
 
+    @cached_property
+    def _copy(self) -> str:
+        """Where the cache has a shard elsewhere: of its name and content, which stay as they are."""
+        return str(self.cache.folder / self.place.name)
+
     def _file(self) -> "_File":
         if is_remote(self.url):
-            place = self.place
-            path = str(self.cache.folder / place.name)
+            path = self._copy
             try:
                 status = os.stat(path)
             except FileNotFoundError:
                 status = None
-            if status is None or status.st_size != place.size:
-                status = os.stat(self.cache.path(place))
+            if status is None or status.st_size != self.facts["size"]:
+                status = os.stat(self.cache.path(self.place))
             if time.monotonic() - self._touched > 60 or (path, status.st_ino) not in _HELD:
                 self._touched = time.monotonic()
-                self.cache.touch(place)
+                self.cache.touch(self.place)
             return _open(path, status.st_ino)
         return _open(self.url, self.check().st_ino)
 

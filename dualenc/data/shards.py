@@ -11,7 +11,6 @@ import json
 import os
 import time
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from braceexpand import braceexpand
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dualenc.data.errors import BadSample, DataError
 from dualenc.data.images import IMAGE_EXTENSIONS
@@ -38,6 +36,7 @@ from dualenc.data.index import (
 )
 from dualenc.data.select import expression
 from dualenc.data.storage import PROTOCOLS, Cache, fetch_small, folder_of, glob_remote, is_remote, shown
+from dualenc.data.workers import each
 
 __all__ = ["BadSample", "DataError", "Sample", "ShardIndex", "expand_shards"]
 MAX_IMAGE, MAX_OTHER = 1 << 28, 1 << 24  # bytes of a member that are read
@@ -70,11 +69,22 @@ def expand_shards(shards: Shards) -> list[str]:
             paths += found
     if not paths:
         raise DataError("the list of shards is empty")
-    files = [shown(path) if is_remote(path) else os.path.realpath(path) for path in paths]
-    times = Counter(files)
-    if twice := sorted({shown(path) for path, file in zip(paths, files) if times[file] > 1}):
+    paths, twice = distinct(paths)
+    if twice:
         raise DataError(f"shards named twice: {', '.join(twice[:3])}")
     return paths
+
+
+def distinct(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Each file once, and, for people, the paths that name an earlier one's again."""
+    files: dict[str, str] = {}
+    twice = []
+    for path in paths:
+        file = shown(path) if is_remote(path) else os.path.realpath(path)
+        if file in files:
+            twice.append(shown(path))
+        files.setdefault(file, path)
+    return list(files.values()), twice
 
 
 _STORES = ", ".join(f"{name}://" for name in PROTOCOLS)
@@ -219,7 +229,8 @@ class ShardIndex:
         scans = _Scan([*missing, *without], tuple(hashes), cache)
         kept = time.monotonic()
         try:
-            for item in track(_each(scans, workers)):
+            workers = workers if len(scans) > 3 else 0  # a few are not worth the start of processes
+            for item in track(each(scans, range(len(scans)), workers)):
                 if isinstance(item, DataError):
                     _refuse(item, unreadable)
                     continue
@@ -489,15 +500,3 @@ class _Scan(Dataset[Any]):
         shard = scan(url, self.cache, str(path))
         shard.facts |= {"etag": place.etag, "content": place.digest}
         return shard.hashed("piece")  # while it is here: a run that holds pairs out would have to fetch all of it again
-
-
-def _each(scans: _Scan, workers: int) -> Iterable[Any]:
-    if workers < 2 or len(scans) < 4:  # processes are not worth their start
-        return (scans[i] for i in range(len(scans)))
-    return DataLoader(
-        scans, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
-    )  # fmt: skip
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

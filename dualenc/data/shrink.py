@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from dualenc.data.images import ImageError, decode_image
 from dualenc.data.journal import append, check_same, read_lines, write_whole
 from dualenc.data.shards import DataError, Sample, ShardIndex
+from dualenc.data.workers import each
 
 FORMAT = 1
 
@@ -233,16 +233,8 @@ def _bytes(path: Path) -> int | None:
 def _results(shards: "_Shards", rest: list[int], workers: int) -> Iterable[Any]:
     """A line for the journal, or an error, from each shard as soon as there is one."""
     workers = min(workers, len(rest))
-    return DataLoader(
-        shards,
-        batch_size=None,
-        sampler=rest,
-        num_workers=workers,
-        worker_init_fn=_know_parent,
-        generator=torch.Generator(),  # or the loader draws from the global one
-        prefetch_factor=1 if workers else None,
-        in_order=False,
-    )
+    options = {"worker_init_fn": _know_parent, "prefetch_factor": 1 if workers else None, "in_order": False}
+    return each(shards, rest, workers, **options)
 
 
 def _know_parent(worker: int) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dualenc.data.errors import BadSample, DataError
 from dualenc.data.index import content_hash
 from dualenc.data.pairs import decode_sample
 from dualenc.data.shards import Sample, ShardIndex
 from dualenc.data.tokenizer import Tokenizer
+from dualenc.data.workers import each
 
 _CHUNK = 32  # samples that a worker hands over at once
 _DETAILS = 100  # kept of each cause
@@ -59,18 +59,11 @@ def survey(
         track: wraps the loop over chunks of samples.
     """
     reader = _Reader(index, captions, tokenizer, decode)
-    loader = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=[rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)],  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # or the loader draws from the global one
-    )
+    chunks = each(reader, [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)], workers)
     parts: list[Survey] = [reader[rows[:0]]]  # has the shapes, if there is no other
     problems: list[tuple[int, str, str]] = []
     count: Counter[str] = Counter()
-    for part in track(loader):
+    for part in track(chunks):
         for row, cause, detail in part.problems:
             count[cause] += 1
             problems.append((row, sys.intern(cause), detail if count[cause] <= _DETAILS else ""))
@@ -150,7 +143,3 @@ class _Reader(Dataset[Survey]):
         unknown = backend.token_to_id("[UNK]")
         ids = [item.ids for item in backend.encode_batch_fast(texts)]
         return [len(text) for text in ids], [text.count(unknown) if unknown is not None else 0 for text in ids]
-
-
-def _as_it_is(found: Any) -> Any:
-    return found

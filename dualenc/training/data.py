@@ -1,7 +1,6 @@
 """Pairs for a trainer: shards, split, tokenizer and loaders from one set of arguments."""
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -24,6 +23,7 @@ from dualenc.data import (
     Tokenizer,
 )
 from dualenc.data.pairs import all_captions, only_pairs
+from dualenc.data.shards import distinct
 from dualenc.models import TextConfig
 from dualenc.training.contrastive import say
 
@@ -178,8 +178,8 @@ class PairData(LightningDataModule):
         """One index of the pairs in several lists of shards, and the number of shards in each."""
         parts = [ShardIndex.build(some, hashes=hashes, workers=self.workers, cache=self.cache) for some in shards]
         index = ShardIndex.join(parts)
-        if twice := {name for name, count in Counter(index.shards).items() if count > 1}:
-            raise DataError(f"{sorted(twice)[0]} stands in two sources: add their weights instead")
+        if twice := distinct([part.url for part in index.parts])[1]:
+            raise DataError(f"{twice[0]} stands in two sources: add their weights instead")
         if not len(index):
             raise DataError(f"{index.shards[0]}: no samples in {len(index.shards)} shards")
         index, left_out = only_pairs(index, self.captions)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from helpers import Shake, tiny_tokenizer, write_shards
-from servers import Bucket, s3_server, web_server
+from servers import Bucket, s3_server
 
 import dualenc.data.index as index_module
 import dualenc.data.storage as storage
@@ -35,24 +35,11 @@ from dualenc.data.storage import Place, StorageError, folder_of, redact, shown
 TOKENIZER = tiny_tokenizer()
 FORK = multiprocessing.get_context("fork")  # as a loader's workers begin
 pytestmark = [
+    pytest.mark.usefixtures("here"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python >= 3.12
     pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),  # botocore's own business
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # connections that fsspec keeps
 ]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """A cache of this test's own, and no waiting."""
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.0005)
-    monkeypatch.setenv("DUALENC_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def web(tmp_path):
-    with web_server(tmp_path / "web") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import Shake, tiny_tokenizer, write_shards, write_tar
-from servers import web_server
 from test_bad_samples import SHORT, good, peak, prints
 from test_cli import fails, fit
 
@@ -25,22 +24,10 @@ from dualenc.data import PairDataset, PairLoader, ShardIndex
 TOKENIZER = tiny_tokenizer()
 FORK = multiprocessing.get_context("fork")
 pytestmark = [
+    pytest.mark.usefixtures("here"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.0005)
-    monkeypatch.setenv("DUALENC_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def web(tmp_path):
-    with web_server(tmp_path / "web") as server:
-        yield server
 
 
 def indexed(web, layout, seed):
