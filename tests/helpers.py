@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor
 
+import dualenc.data.index as index_module
 from dualenc.data import Augment, Preprocess, Tokenizer
 from dualenc.embedder import Embedder
 from dualenc.losses import clip_loss
@@ -161,6 +164,15 @@ def write_benchmark(
             number += 1
         write_tar(folder / split / f"{i}.tar", samples)
     return folder
+
+
+def forget_copies(cache: Path) -> None:
+    """As after a long time: the shards fetched into a cache are gone, the indexes are not."""
+    for thread in threading.enumerate():
+        if thread.name == "prefetch":  # of an epoch that is over: it may hold the lock of what is removed here
+            thread.join(30)
+    shutil.rmtree(cache / "shards", ignore_errors=True)
+    index_module._HELD.clear()
 
 
 class StopAt(Callback):

@@ -20,7 +20,7 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers import Shake, tiny_tokenizer, write_shards
+from helpers import Shake, forget_copies, tiny_tokenizer, write_shards
 from servers import Bucket, s3_server
 
 import dualenc.data.index as index_module
@@ -89,12 +89,6 @@ def epoch(index, *, world=1, workers=0, seed=0, window=2, batch=4):
         for rank in range(world)
     ]  # fmt: skip
     return [[pair for part in step for pair in part] for step in zip(*parts, strict=True)]
-
-
-def forget_copies(cache):
-    """As after a long time: the shards are gone, the indexes are not."""
-    shutil.rmtree(cache / "shards", ignore_errors=True)
-    index_module._HELD.clear()
 
 
 def copies(cache):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Shake, tiny_tokenizer, write_shards, write_tar
+from helpers import Shake, forget_copies, tiny_tokenizer, write_shards, write_tar
 from test_bad_samples import SHORT, good, peak, prints
 from test_cli import fails, fit
 
@@ -35,11 +35,6 @@ def indexed(web, layout, seed):
     url = f"{web.url}/part-{{000..{len(layout) - 1:03d}}}.tar"
     main(["index", url, "--workers", "0"])
     return url
-
-
-def forget_copies(here):
-    for path in (here / "shards").iterdir():
-        path.unlink()
 
 
 def elsewhere(folder, url, *more):
