@@ -186,3 +186,14 @@ def test_wrong_use_of_options(shards: Path, seed: int, capsys: pytest.CaptureFix
     assert "embed" in fails(capsys, ["predict", *rest])
     (shards / "wrong.ckpt").write_text("no checkpoint")
     assert "wrong.ckpt" in fails(capsys, fit(shards, "--ckpt_path", str(shards / "wrong.ckpt")))
+
+
+def test_failed_work_ends_the_program_too(tmp_path: Path, seed: int) -> None:
+    """Whose workers still live then: Python waits for them."""
+    tiny_embedder(seed).save(tmp_path / "model")
+    data = write_benchmark(tmp_path / "set", seed, counts=(3,))
+    write_tar(data / "test" / "0.tar", [{"__key__": "bad", "jpg": b"no jpeg", "cls": b"0"}])
+    command = [sys.executable, "-m", "dualenc", "zeroshot", str(tmp_path / "model"), str(data), "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1
+    assert "'bad'" in done.stderr

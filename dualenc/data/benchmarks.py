@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from dualenc.data.images import thumbnail
 from dualenc.data.pairs import decode_sample
 from dualenc.data.shards import DataError, ShardIndex
+from dualenc.data.workers import deaf
 
 Kind = Literal["classification", "multilabel", "retrieval"]
 KINDS = ("classification", "multilabel", "retrieval")
@@ -95,7 +96,8 @@ class BenchmarkSet:
         A picture that cannot be decoded raises `DataError`.
         """
         rows = range(len(self)) if rows is None else rows
-        return DataLoader(_Images(self.index, transform, rows), batch_size, num_workers=workers)  # type: ignore[arg-type]
+        images = _Images(self.index, transform, rows)
+        return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=deaf)  # type: ignore[arg-type]
 
     def thumbnail(self, i: int) -> bytes:
         """Image i for a page; see `dualenc.data.images.thumbnail`."""

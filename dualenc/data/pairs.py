@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dualenc.data.errors import BadSample, DataError
 from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image
@@ -16,6 +15,7 @@ from dualenc.data.prefetch import Prefetch
 from dualenc.data.quarantine import IN_A_ROW, Bad, Quarantine, causes
 from dualenc.data.shards import Sample, ShardIndex
 from dualenc.data.tokenizer import Tokenizer
+from dualenc.data.workers import Noting, PatientLoader
 from dualenc.tokens import Tokens
 
 
@@ -91,7 +91,7 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     return index.take(np.flatnonzero(both)), [index.key(int(i)) for i in np.flatnonzero(~both)]
 
 
-class PairDataset(Dataset[Pairs]):
+class PairDataset(Noting):
     """Whole batches by request, in a worker or in the main process.
 
     A bad sample is replaced by the next good one of the index in training; otherwise its row is -1, and whoever
@@ -113,6 +113,7 @@ class PairDataset(Dataset[Pairs]):
         transform: Callable[[Tensor], Tensor],
         seed: int | None = None,
     ) -> None:
+        super().__init__()
         self.index, self.captions = index, captions
         self.tokenizer, self.transform, self.seed = tokenizer, transform, seed
 
@@ -139,12 +140,20 @@ class PairDataset(Dataset[Pairs]):
                 used.append(good if good == row or self.seed is not None else -1)
         # Stored channels last, as the pictures are: no time for turning them around.
         batch = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-        return Pairs(batch, self.tokenizer(texts), torch.tensor(used), bad)
+        pairs = Pairs(batch, self.tokenizer(texts), torch.tensor(used), bad)
+        self.done()
+        return pairs
+
+    def where(self, row: int) -> tuple[str, str]:
+        """A sample's shard, and its shard and key, for people."""
+        sample = self.index[row]
+        return sample.shard, str(sample)
 
     def _next_good(self, row: int, bad: list[Bad]) -> tuple[int, Tensor, list[str]]:
         """The first sample from `row` on that can be used: its number, picture and captions. Notes those before it."""
         for step in range(IN_A_ROW):
             near = (row + step) % len(self.index)
+            self.begin(near)
             sample = self.index[near]
             try:
                 return near, decode_sample(sample), captions_of(sample, self.captions)
@@ -195,11 +204,13 @@ class PairLoader:
             no rank goes without a part of any batch, since the others would wait for it.
         rank, world: this process and how many there are.
         workers: processes that decode; 0 for none.
+        timeout: seconds that the next batch may take, with workers.
         pin_memory: for a fast copy to a GPU.
         quarantine: where bad samples are written down and counted; absent, nowhere but in memory.
 
     Raises:
-        DataError: the batch is larger than the data, or no multiple of `world`; fewer unshuffled pairs than ranks.
+        DataError: the batch is larger than the data, or no multiple of `world`; fewer unshuffled pairs than ranks; no
+            time for a batch. From the iteration: a worker hangs, or was killed.
     """
 
     def __init__(
@@ -214,6 +225,7 @@ class PairLoader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        timeout: float = 300.0,
         pin_memory: bool = False,
         quarantine: Quarantine | None = None,
     ) -> None:
@@ -221,13 +233,15 @@ class PairLoader:
         self.sources = [(len(dataset.index.parts), 1.0)] if sources is None else list(sources)
         self.quarantine = Quarantine(len(dataset.index)) if quarantine is None else quarantine  # an empty one is false
         self.shuffle, self.rank, self.world = shuffle, rank, world
-        self.workers, self.pin_memory = workers, pin_memory
+        self.workers, self.timeout, self.pin_memory = workers, timeout, pin_memory
         self.epoch, self.batch = 0, 0
         if batch_size % world:
             raise DataError(f"batch_size {batch_size} (over all ranks) is no multiple of the {world} ranks")
+        if not timeout > 0:
+            raise DataError(f"data.timeout {timeout} must be more than 0 seconds")
         self._length = len(self._plan(0))
         self._requests = _Requests(rank, world, batch_size)
-        self._loader: DataLoader[Pairs] | None = None  # kept from epoch to epoch with its workers
+        self._loader: PatientLoader | None = None  # kept from epoch to epoch with its workers
 
     def _plan(self, epoch: int) -> Sequence[np.ndarray]:
         if not self.shuffle:
@@ -251,19 +265,17 @@ class PairLoader:
             self.batch = 0  # a trainer's sanity check or limit may have left the last pass early
         plan = self._plan(self.epoch)
         if self._loader is None:
-            self._loader = DataLoader(
+            self._loader = PatientLoader(
                 self.dataset,
-                batch_size=None,
-                sampler=self._requests,  # type: ignore[arg-type]
-                num_workers=self.workers,
+                workers=self.workers,
+                timeout=self.timeout,
+                sampler=self._requests,
                 pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # or the loader draws a base seed from the global one
                 prefetch_factor=4 if self.workers else None,
-                persistent_workers=self.workers > 0,
             )
         self._requests.begin(plan, self.epoch, self.batch)
-        batches = iter(self._loader)  # starts the workers in the first epoch, before there are threads
         try:
+            batches = iter(self._loader)  # starts the workers in the first epoch, before there are threads
             with Prefetch(plan, self.dataset.index, self.batch) as prefetch:
                 for batch in batches:
                     self.quarantine.add(batch.bad)
@@ -277,12 +289,9 @@ class PairLoader:
             raise
 
     def close(self) -> None:
-        """Ends the workers, which otherwise wait for the next epoch; it may still come.
-
-        The garbage collector ends their queues before them, and then waits 5 s for each to hear of it.
-        """
+        """Ends the workers, which otherwise wait for the next epoch; it may still come."""
         if self._loader is not None:
-            getattr(self._loader._iterator, "_shutdown_workers", lambda: None)()
+            self._loader.close()
             self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,6 +303,8 @@ class PairLoader:
             "seed": self.seed,
             "window": self.window,
             "sources": [[number, weight] for number, weight in self.sources],
+            "captions": self.dataset.captions,
+            "tokenizer": self.dataset.tokenizer.fingerprint,
             "fingerprint": self.dataset.index.fingerprint,
         }
 
@@ -304,8 +315,8 @@ class PairLoader:
             DataError: that loader read other data, or in another order; names the field.
         """
         mine = self.state_dict()
-        for name in ("batch_size", "seed", "window", "sources", "fingerprint"):
-            if state[name] != mine[name]:
+        for name in mine:
+            if name not in ("epoch", "batch") and state[name] != mine[name]:
                 raise DataError(f"the checkpoint's data loader had {name} {state[name]}, this run has {mine[name]}")
         self.epoch, self.batch = state["epoch"], state["batch"]
 

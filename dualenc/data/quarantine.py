@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,21 +71,28 @@ class Quarantine:
                 {"shard": item.shard, "key": item.key, "cause": item.cause, "detail": item.detail}
                 for item in new.values()
             )
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            with open(self.path, "a+b", buffering=0) as file:  # whole lines in one write: ranks do not mix theirs
-                size = file.seek(0, os.SEEK_END)
-                if size:
-                    file.seek(size - 1)
-                if size and file.read(1) != b"\n":  # cut by a kill: what follows must not be lost with it
-                    text = f"\n{text}"
-                file.write(text.encode())
+            try:
+                self._append(self.path, text)
+            except OSError as error:  # they are counted all the same
+                print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr)
         if len(self) > self.most:
             where = f"; all are named in {self.path}" if self.path is not None else ""
             raise DataError(
                 f"{len(self):,} bad samples, more than the {self.most:,} that data.bad_samples allows: "
                 f"{causes(self._known.values())}{where}"
             )
+
+    @staticmethod
+    def _append(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as file:  # whole lines in one write: ranks do not mix theirs
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+            if size and file.read(1) != b"\n":  # cut by a kill: what follows must not be lost with it
+                text = f"\n{text}"
+            file.write(text.encode())
 
     def _read_on(self) -> None:
         """Takes up what other ranks, or this run before it was stopped, have written."""

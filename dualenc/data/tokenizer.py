@@ -1,5 +1,6 @@
 """Captions to packed tokens, by the Hugging Face `tokenizers` library."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -94,6 +95,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what it makes of texts."""
+        return hashlib.blake2b(self.backend.to_str().encode(), digest_size=16).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`, without this run's truncation: the length belongs to the text encoder."""
