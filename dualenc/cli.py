@@ -2,7 +2,8 @@
 
 `fit`, `validate`, `test` and `predict` are LightningCLI's; every other command is a plain function, of
 `dualenc.commands` but for the demo, parsed by jsonargparse from its signature. A user's mistake is one line on standard
-error, never a traceback: exit status 2 for wrong use, 1 for work that failed.
+error, never a traceback: exit status 2 for wrong use, 1 for work that failed, 75 for a run that a signal stopped and
+that can go on.
 """
 
 import inspect
@@ -57,7 +58,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def _trainer_command(arguments: list[str]) -> None:
     """LightningCLI with this package's defaults."""
-    import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback
     from lightning.pytorch.callbacks import RichProgressBar
@@ -65,7 +65,11 @@ def _trainer_command(arguments: list[str]) -> None:
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
     from dualenc import DataError
-    from dualenc.training.callbacks import MetricsFile, RunDirectory
+    from dualenc.training.checkpoint import checkpoints, newest, verify
+    from dualenc.training.log import MetricsFile
+    from dualenc.training.ranks import STOPPED, Stopped, meet_anew
+    from dualenc.training.run import RunDirectory
+    from dualenc.training.task import say
 
     # Lightning turns it on: what configuration runs should not come from elsewhere, and no shard be taken for one.
     set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)
@@ -74,6 +78,7 @@ def _trainer_command(arguments: list[str]) -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "The number of training batches")  # of its logging; ours counts through epochs
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # its own business with torch
+    meet_anew()
     begun = False
 
     class Begin(Callback):
@@ -101,6 +106,7 @@ def _trainer_command(arguments: list[str]) -> None:
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             config = self.config[str(self.subcommand)].clone()
             config.pop("config", None)  # where it was read from is no part of it
+            config["ckpt_path"], config["run"]["accept_changes"] = None, []  # nor is where it went on
             self._get(self.config_init, "run").config_yaml = self._parser(self.subcommand).dump(config, skip_none=False)
             trainer = super().instantiate_trainer(**kwargs)
             if self.subcommand == "fit":
@@ -113,6 +119,7 @@ def _trainer_command(arguments: list[str]) -> None:
             taken = (root / "run.json").exists()
             if checkpoint and taken and root.resolve() not in Path(checkpoint).resolve().parents:
                 raise UsageError(f"--ckpt_path {checkpoint} is not of the run in {root}: name its folder, or a new one")
+            self._get(self.config_init, "run").goes_on = bool(checkpoint) or self.begins_anew
             if checkpoint and hasattr(self.model, "pretrained"):
                 self.model.pretrained = False  # the checkpoint has its own weights, and the file may be gone
 
@@ -137,15 +144,27 @@ def _trainer_command(arguments: list[str]) -> None:
         after_test = after_validate
 
         def _parse_ckpt_path(self) -> None:
-            """Only checks that it is a local checkpoint: what it holds must not override the command line."""
-            path = self.config[self.config["subcommand"]].get("ckpt_path")
-            if path and not Path(path).is_file():
-                raise UsageError(f"--ckpt_path {path} is no local file")
-            if path:
-                try:
-                    torch.load(path, weights_only=True, map_location="cpu", mmap=True)["state_dict"]
-                except Exception as error:  # whatever the unpickler stumbles over
-                    raise UsageError(f"--ckpt_path {path} is no checkpoint that can be read safely") from error
+            """Finds the checkpoint that is meant; what it holds must not override the command line."""
+            config = self.config[self.config["subcommand"]]
+            given = config.get("ckpt_path")
+            own = given in ("auto", "last")
+            self.begins_anew = False
+            if not given:
+                return
+            path = Path(config["trainer"]["default_root_dir"] if own else given)
+            if path.is_dir() or own:
+                folder = path / "checkpoints" if own or (path / "checkpoints").is_dir() else path
+                found = newest(folder, say)
+                if found is None and checkpoints(folder):
+                    raise UsageError(f"all checkpoints in {folder} are damaged: remove the folder {path} to begin anew")
+                self.begins_anew = found is None and given == "auto"
+                if found is None and not self.begins_anew:
+                    raise UsageError(f"{folder} holds no checkpoint: --ckpt_path auto begins where there is none")
+                config["ckpt_path"] = found and str(found)
+            elif path.is_file():
+                verify(path)
+            else:
+                raise UsageError(f"--ckpt_path {given} is no local file or folder, nor auto, nor last")
 
         def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
             """Checkpoints are data, never pickled code."""
@@ -172,6 +191,9 @@ def _trainer_command(arguments: list[str]) -> None:
             load_from_checkpoint_support=False,
             args=arguments,
         )
+    except Stopped as stop:
+        say(f"dualenc: {stop}")
+        raise SystemExit(STOPPED) from None
     except (ValueError, MisconfigurationException) as error:
         if not begun:
             raise UsageError(error) from error
@@ -250,14 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(error: object, status: int) -> NoReturn:
     """One line on standard error, and the exit status."""
-    from dualenc.data.storage import redact
+    from dualenc.data.errors import one_line
 
-    # What fails in a worker process arrives with that process's traceback before it.
-    text = str(error)
-    if "Original Traceback" in text:
-        text = re.split(r"\ndualenc\.\w+(?:\.\w+)*: ", text)[-1]
-    # What strangers wrote gives a terminal no orders; what a user wrote may hold the password of a URL.
-    text = redact("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split())))
+    text = one_line(error)
     # jsonargparse tells of each type that a value might have had, and repeats the value; what went wrong is the first.
     text = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: - ", "", text)
     text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*", "", text)

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -175,8 +175,12 @@ class Embedder:
         image = self.embed_images(track(data.images(self.preprocess, rows, workers=workers))) if rows else nothing
         return SetEmbeddings(image, text)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
         """Writes a model directory; an older one of this name is replaced once the new one is whole.
+
+        Args:
+            path: its name.
+            weights: in place of the model's own, such as those that lie spread over several processes.
 
         Raises:
             ModelError: the path is taken by something that is no model directory.
@@ -191,7 +195,8 @@ class Embedder:
             _write_json(beside / "config.json", {"format": FORMAT, **dataclasses.asdict(self.model.config)})
             _write_json(beside / "preprocess.json", dataclasses.asdict(self.preprocess))
             self.tokenizer.save(beside / "tokenizer.json")
-            state = {name: x.detach().cpu().contiguous() for name, x in self.model.state_dict().items()}
+            weights = self.model.state_dict() if weights is None else weights
+            state = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
             save_file(state, beside / "model.safetensors")
             (beside / "README.md").write_text(self._card(), "utf-8")
             old = beside.with_name(f"{beside.name}-old")

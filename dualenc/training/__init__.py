@@ -1,8 +1,10 @@
 """Lightning: tasks, data modules, optimization, and what a run writes."""
 
-from dualenc.training.callbacks import Evaluation, RunDirectory
+from dualenc.training.callbacks import Evaluation
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.data import PairData
+from dualenc.training.ema import EMA
 from dualenc.training.optim import WarmupCosine, parameter_groups
+from dualenc.training.run import RunDirectory
 
-__all__ = ["ContrastiveTask", "Evaluation", "PairData", "RunDirectory", "WarmupCosine", "parameter_groups"]
+__all__ = ["EMA", "ContrastiveTask", "Evaluation", "PairData", "RunDirectory", "WarmupCosine", "parameter_groups"]

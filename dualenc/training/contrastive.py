@@ -1,40 +1,32 @@
-"""The contrastive task: towers, loss, optimizer and schedule, each from the configuration."""
+"""The contrastive task: towers and loss, each from the configuration, and validation on held-out pairs."""
 
-import math
-import sys
-import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import DataError, Pairs, Preprocess
-from dualenc.data.plan import draw
 from dualenc.evaluation import retrieval_metrics
 from dualenc.losses import clip_loss
 from dualenc.models import DualEncoder, Embeddings, ImageConfig, TextConfig
 from dualenc.training.metrics import PairEmbeddings
-from dualenc.training.optim import WarmupCosine, parameter_groups
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Tells the user, once for all ranks."""
-    print(line, file=sys.stderr, flush=True)
+from dualenc.training.optim import WarmupCosine
+from dualenc.training.task import Task, say
 
 
 def adamw(parameters: Iterable[Any]) -> AdamW:
     """AdamW with the constants of CLIP's ViT models (Radford et al. 2021, table 19)."""
-    return AdamW(parameters, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    return AdamW(parameters, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, fused=True)
 
 
-class ContrastiveTask(LightningModule):
+class ContrastiveTask(Task):
     """Trains a dual encoder on pairs of images and captions.
 
     Args:
@@ -52,10 +44,9 @@ class ContrastiveTask(LightningModule):
         patch_dropout: share of image patches left out in training.
         grad_checkpointing: less memory, more computation.
         resize: how evaluation makes images square; see `Preprocess`.
+        max_skipped: steps in a row whose loss or gradient is not finite, which are skipped, that end the run.
         seed: of dropout; the command line gives it `seed_everything`.
     """
-
-    trainer: Any  # Lightning declares less than its Trainer has
 
     def __init__(
         self,
@@ -73,10 +64,10 @@ class ContrastiveTask(LightningModule):
         patch_dropout: float = 0.0,
         grad_checkpointing: bool = False,
         resize: Literal["shortest", "squash", "longest"] = "shortest",
+        max_skipped: int = 20,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.model = DualEncoder(
+        model = DualEncoder(
             image,
             text,
             embed_dim,
@@ -86,169 +77,64 @@ class ContrastiveTask(LightningModule):
             init_bias=init_bias,
             patch_dropout=patch_dropout,
         )
+        super().__init__(model, optimizer, scheduler, seed, max_skipped)
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.preprocess = Preprocess(image.img_size, resize=resize, **self.model.image.data_config)
         self.text_config = text
-        self.loss, self.optimizer, self.scheduler = loss, optimizer, scheduler
-        self.pretrained, self.seed = pretrained, seed
+        self.loss, self.pretrained = loss, pretrained
         self._held_out = PairEmbeddings()
         self.held_out: tuple[Tensor, ...] | None = None  # rows, images, texts of the last validation, on the first rank
-        # Since the last log: loss on the device; on the host steps; samples, real tokens, tokens if padded, bad samples
-        self._loss: Tensor | float = 0.0
-        self._steps, self._counts = 0, [0] * 4
-        self._grad_norm: Tensor | None = None
-        self._seconds, self._started = 0.0, 0.0  # of training since the last log; when the clock was started
 
     def setup(self, stage: str) -> None:
         """Loads pretrained weights where a new run begins."""
-        if stage == "fit":
-            if self.trainer.accumulate_grad_batches != 1:
-                raise ValueError(
-                    "trainer.accumulate_grad_batches must be 1: the loss compares the pairs of one batch, so summing "
-                    "gradients of small batches is not the gradient of a large one; raise data.batch_size instead, "
-                    "with model.grad_checkpointing if memory is short"
-                )
-            if self.pretrained:
-                self.model.image.load_pretrained(self.pretrained if isinstance(self.pretrained, str) else None)
+        super().setup(stage)
+        if stage == "fit" and self.pretrained:
+            self.model.image.load_pretrained(self.pretrained if isinstance(self.pretrained, str) else None)
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer over decay and no-decay groups, its schedule stepped every batch.
+    def configure_model(self) -> None:
+        """Spreads the weights over the ranks, block by block, where the strategy is ModelParallelStrategy (FSDP2).
 
-        Raises:
-            ValueError: the run has no end that a schedule could aim at.
+        Each part whose forward is called alone, as evaluation calls them, is one of its own.
         """
-        optimizer = self.optimizer(parameter_groups(self.model))
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError("set trainer.max_epochs or trainer.max_steps: the schedule needs the number of steps")
-        scheduler = self.scheduler(optimizer, int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+            model = self.model
+            blocks = [*model.image.vit.blocks, *model.text.blocks]
+            parts = [model.image, model.text, model.image_projection, model.text_projection, model.logits]
+            # What the parts return is never changed in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            for part in (*blocks, *parts):
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)  # evaluation has no backward that would do it
 
     def on_train_start(self) -> None:
-        """Says how large the model is; starts the clock of samples/s."""
+        """Says how large the model is."""
         image, text = (
             sum(p.numel() for p in tower.parameters()) / 1e6 for tower in (self.model.image, self.model.text)
         )
         say(f"{image:.1f} M parameters in the image tower, {text:.1f} M in the text tower")
-        self.start_clock()
-
-    def start_clock(self) -> None:
-        """From here on, time counts for samples/s."""
-        self._started = time.monotonic()
-
-    def pause_clock(self) -> None:
-        """Until `start_clock`, time does not count: validation is no training."""
-        self._seconds += time.monotonic() - self._started
-
-    def on_validation_start(self) -> None:
-        """See `pause_clock`."""
-        self.pause_clock()
-
-    def on_validation_end(self) -> None:
-        """See `start_clock`."""
-        self.start_clock()
-
-    def on_train_batch_start(self, batch: Pairs, batch_idx: int) -> None:
-        """Dropout depends on (seed, step, rank) alone, so that nothing of a generator needs saving."""
-        torch.manual_seed(draw(self.seed, self.global_step, self.global_rank))
+        super().on_train_start()
 
     def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         out = self._embed(batch)
         loss = self.loss(*out, group=dist.group.WORLD if self.trainer.world_size > 1 else None)
-        self._loss = self._loss + loss.detach()
         size = len(batch.rows)  # and a padded batch would be as wide as the context length
-        padded = size * self.text_config.context_length
-        for i, count in enumerate((size, len(batch.tokens.ids), padded, len(batch.bad))):
-            self._counts[i] += count
-        self._steps += 1
-        return loss
+        counts = size, len(batch.tokens.ids), size * self.text_config.context_length, len(batch.bad)
+        return self.count(loss, batch.rows, counts, (out.image, out.text))
 
     def _embed(self, batch: Pairs) -> Embeddings:
         images = self.preprocess.normalize(batch.images, next(self.model.parameters()).dtype)
         return self.model(images, batch.tokens)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What has summed up is part of a checkpoint, so that a resumed run logs the same."""
-        checkpoint["running"] = {
-            "loss": float(self._loss),
-            "steps": self._steps,
-            "counts": self._all_counts(),
-            "seconds": self._seconds,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `on_save_checkpoint`."""
-        running = checkpoint["running"]
-        self._loss, self._steps, self._seconds = running["loss"], running["steps"], running["seconds"]
-        self._counts = list(running["counts"]) if self.trainer.is_global_zero else [0] * 4
-
-    def _all_counts(self) -> list[int]:
-        """What has summed up on all ranks together."""
-        counts = torch.tensor(self._counts, device=self.device)
-        return self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by `trainer.gradient_clip_val`; keeps the norm before clipping for the log."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        scaled = str(self.trainer.precision).startswith("16")  # where a fused optimizer may undo the scale itself
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and not scaled:
-            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-            return
-        if self._due(self.global_step + 1):
-            self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """A step; then the temperature back in bounds and, every `trainer.log_every_n_steps`, what has summed up.
-
-        Here and not at the batch's end, so that a checkpoint of any callback holds the state after both.
-        """
-        super().optimizer_step(*args, **kwargs)
+    def stepped(self) -> None:
+        """The temperature back in bounds."""
         self.model.logits.project()
-        step = self.global_step + 1  # the trainer counts it when this returns
-        if self._due(step):
-            samples, real, padded, bad = self._all_counts()
-            self.pause_clock()
-            seconds, self._seconds = self._seconds, 0.0
-            self.start_clock()
-            scale, bias = self.model.logits()
-            metrics = {
-                "train/loss": float(self._loss) / self._steps,
-                "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
-                "train/logit_scale": scale.item(),
-                "train/samples_per_second": samples / seconds,
-                "train/padding_avoided": 1 - real / padded,
-                "train/bad_samples": bad,
-            }
-            if bias is not None:
-                metrics["train/logit_bias"] = bias.item()
-            if self._grad_norm is not None:
-                metrics["train/grad_norm"] = self._grad_norm.item()
-            self._loss, self._steps, self._counts = 0.0, 0, [0] * 4
-            self.publish(metrics, step, bar=("train/loss", "train/samples_per_second"))
 
-    def _due(self, step: int) -> bool:
-        every = self.trainer.log_every_n_steps  # 0 for never
-        return bool(every) and step % every == 0
-
-    def publish(self, metrics: dict[str, float], step: int | None = None, bar: Iterable[str] = ()) -> None:
-        """Gives numbers to the loggers (at the current step, or the one named), to callbacks, and some to the bar.
-
-        Not through the trainer's own logging, which takes up to a millisecond a step whether it writes or not.
-        """
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.global_step if step is None else step)
-        for name, value in metrics.items():
-            self.trainer.callback_metrics[name] = torch.tensor(value)
-            if name in bar:
-                short = name.removeprefix("train/").replace("samples_per_second", "samples/s")
-                self.trainer.progress_bar_metrics[short] = value
+    def more_metrics(self) -> dict[str, float]:
+        """Temperature and bias."""
+        scale, bias = self.model.logits()
+        metrics = {"train/logit_scale": scale.item()}
+        return metrics if bias is None else {**metrics, "train/logit_bias": bias.item()}
 
     def on_validation_epoch_start(self) -> None:
         """Starts anew."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
@@ -25,7 +24,8 @@ from dualenc.data import (
 from dualenc.data.pairs import all_captions, only_pairs
 from dualenc.data.shards import distinct
 from dualenc.models import TextConfig
-from dualenc.training.contrastive import say
+from dualenc.training.ranks import gathered
+from dualenc.training.task import say
 
 
 class Source(TypedDict):
@@ -61,6 +61,7 @@ class PairData(LightningDataModule):
         window: shards shuffled together.
         augment: class of a transform of uint8 (3, H, W) tensors whose first argument is the output size.
         workers: processes a rank that decode.
+        timeout: seconds that the next batch may take with workers; then the run ends and names what they are at.
         bad_samples: share of the samples that may be bad, 10 at least; they are replaced and named in
             `quarantine.jsonl`. More end the run.
         cache_gb: room on the local disk for shards that lie elsewhere.
@@ -82,6 +83,7 @@ class PairData(LightningDataModule):
         window: int = 64,
         augment: Callable[[int], nn.Module] = Augment,
         workers: int = 2,
+        timeout: float = 300.0,
         bad_samples: float = 0.001,
         cache_gb: float = 100.0,
         seed: int = 0,
@@ -100,6 +102,7 @@ class PairData(LightningDataModule):
         self.preprocess, self.text = preprocess, text
         self.captions, self.selection, self.tokenizer_path = captions, select, tokenizer
         self.batch_size, self.window, self.workers, self.seed = batch_size, window, workers, seed
+        self.timeout = timeout
         self.augment = augment(preprocess.size)
         self.train_index: ShardIndex | None = None
         self.val_index: ShardIndex | None = None
@@ -132,11 +135,9 @@ class PairData(LightningDataModule):
         self._build_indexes()
         assert self.train_index is not None
         prints = [self.train_index.fingerprint, self.val_index.fingerprint if self.val_index else ""]
-        if self.trainer.world_size > 1:
-            everywhere: list[Any] = [None] * self.trainer.world_size
-            dist.all_gather_object(everywhere, prints)
-            if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
-                raise DataError(f"rank {different[0]} finds other shards than rank 0: give all machines the same data")
+        everywhere = gathered(prints, self.trainer.world_size)
+        if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
+            raise DataError(f"rank {different[0]} finds other shards than rank 0: give all machines the same data")
         path = self.tokenizer_path or self._own_tokenizer
         self.tokenizer = Tokenizer.from_file(path, self.text.context_length)
         if self.tokenizer.vocab_size > self.text.vocab_size:
@@ -227,6 +228,7 @@ class PairData(LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             workers=self.workers,
+            timeout=self.timeout,
             pin_memory=torch.cuda.is_available(),
             quarantine=self.quarantine,
         )

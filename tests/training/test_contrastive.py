@@ -58,7 +58,8 @@ def test_warmup_cosine(warmup: float, rising: int) -> None:
 
 def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     run = small_fit(SMOKE, tmp_path, seed)
-    names = {"loss", "lr", "logit_scale", "grad_norm", "samples_per_second", "padding_avoided", "bad_samples"}
+    names = {"loss", "lr", "logit_scale", "grad_norm", "grad_spikes", "skipped_steps", "samples_per_second"}
+    names |= {"padding_avoided", "bad_samples"}
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     train = {row["metric"].removeprefix("train/") for row in rows if row["metric"].startswith("train/")}
@@ -97,7 +98,7 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, seed: int) -> None:
     with pytest.raises(SystemExit):
         main([*base, "--trainer.callbacks", stop])
     assert len(metrics(tmp_path / "part", "train/loss")) == 5
-    main([*base, "--ckpt_path", str(tmp_path / "part" / "checkpoints" / "last.ckpt")])
+    main([*base, "--ckpt_path", "last"])
     assert metrics(tmp_path / "part", "train/loss") == metrics(whole, "train/loss")
     first, second = (dualenc.load(path / "last", "cpu").model.state_dict() for path in (whole, tmp_path / "part"))
     assert all(torch.equal(first[name], second[name]) for name in first)

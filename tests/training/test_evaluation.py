@@ -35,8 +35,7 @@ def rows(run: Path) -> list[tuple[int, str, float]]:
 def validated(capsys: pytest.CaptureFixture[str], run: Path, *more: str) -> dict[str, float]:
     """What `dualenc validate` prints of a run's checkpoint."""
     capsys.readouterr()
-    checkpoint = str(run / "checkpoints" / "last.ckpt")
-    main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", checkpoint, *more])
+    main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", "last", *more])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     return {line[0]: float(line[1]) for line in lines if len(line) == 2 and "/" in line[0]}
 

@@ -1,0 +1,195 @@
+"""Checkpoints that can be trusted: whole or not there, with a checksum in the file, read as data and never as code.
+
+A checkpoint is a file of `torch.save`, a ZIP archive, whose comment says the format and the BLAKE2b-128 of all that
+stands before it and of the format: `torch.load` reads it as any other, and a copy takes its checksum along.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import struct
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from dualenc.data import DataError
+
+FORMAT = 1
+_COMMENT = "dualenc checkpoint {} blake2b {}\n"
+_WRITTEN = re.compile(_COMMENT.format(r"(\d{1,4})", "([0-9a-f]{32})").encode() + rb"\Z")
+_NAME = "step-{:08d}.ckpt"
+
+
+class CheckpointError(DataError):
+    """A checkpoint that cannot be had, or must not be."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is not what was written."""
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / _NAME.format(step)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not, by step, newest first."""
+    found = [path for path in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d+", path.stem)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def newest(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a folder that is what was written; None where there is none.
+
+    Args:
+        folder: where they are.
+        tell: hears of those that are passed over.
+
+    Raises:
+        CheckpointError: a newer version of this package wrote one, or one cannot be read: going on from an older one
+            would be a mistake.
+    """
+    for path in checkpoints(folder):
+        try:
+            verify(path)
+        except DamagedCheckpoint as error:
+            tell(f"{error}; passed over")
+            continue
+        return path
+    return None
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a checkpoint: there is the old file of this name, or none, until the new one is whole and on the disk.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(".checkpoint.part")  # one process writes; what a killed one left is overwritten
+    try:
+        with open(beside, "wb") as file:
+            hashed = _Hashed(file)
+            try:
+                torch.save(content, hashed)  # type: ignore[arg-type]
+            except RuntimeError as error:  # of an archive that is shorter than it should be
+                raise hashed.error or error from None
+            hashed.digest.update(b"%d" % FORMAT)
+            comment = _COMMENT.format(FORMAT, hashed.digest.hexdigest()).encode()
+            file.write(struct.pack("<H", len(comment)) + comment)  # in place of the length of none
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name, too
+    finally:
+        os.close(folder)
+
+
+class _Hashed:
+    """Writes on, and hashes, all but the last two bytes: an archive ends with the length of its comment."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.held = file, hashlib.blake2b(digest_size=16), b""
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        if len(view) < 2:
+            self.held, view = b"", memoryview(self.held + bytes(view))
+        for piece in (self.held, view[:-2]):
+            try:
+                self.file.write(piece)
+            except OSError as error:
+                self.error = error
+                raise
+            self.digest.update(piece)
+        self.held = bytes(view[-2:])
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Nothing is held back but what is not written."""
+
+
+def verify(path: Path) -> None:
+    """Compares a checkpoint with its checksum; one that has been compared and has not changed is not read again.
+
+    Raises:
+        DamagedCheckpoint: it is cut short, changed, or no checkpoint of this package.
+        CheckpointError: there is none, it cannot be read, or a newer version of this package wrote it.
+    """
+    try:
+        status = path.stat()
+        _verify(path, status.st_ino, status.st_mtime_ns, status.st_size)
+    except OSError as error:
+        kind = DamagedCheckpoint if error.errno == errno.EIO else CheckpointError  # a bad sector
+        raise kind(f"{path} cannot be read: {error.strerror}") from None
+
+
+@lru_cache(maxsize=16)
+def _verify(path: Path, inode: int, time: int, size: int) -> None:
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 200))
+        found = _WRITTEN.search(file.read())
+        if not found:
+            raise DamagedCheckpoint(f"{path} is cut short, or no checkpoint of dualenc")
+        file.seek(0)
+        digest, left = hashlib.blake2b(digest_size=16), size - len(found[0]) - 2
+        while left > 0 and (piece := file.read(min(left, 1 << 22))):
+            digest.update(piece)
+            left -= len(piece)
+        length = file.read(2)
+    digest.update(found[1])
+    if left or length != struct.pack("<H", len(found[0])) or digest.hexdigest().encode() != found[2]:
+        raise DamagedCheckpoint(f"{path} is damaged: its content does not match its checksum")
+    if int(found[1]) > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {int(found[1])}, newer than {FORMAT}, which this dualenc knows: upgrade it"
+        )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint.
+
+    Raises:
+        CheckpointError: see `verify`; or it holds more than data.
+    """
+    verify(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler stumbles over
+        raise CheckpointError(f"{path} holds what is no data, and is not read: {type(error).__name__}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{path} is no checkpoint of a run")
+    return content
+
+
+class VerifiedIO(CheckpointIO):
+    """Lightning's way to `write` and `read`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """See `write`."""
+        write(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """See `read`; it is data whatever is asked."""
+        return read(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes the file."""
+        Path(path).unlink(missing_ok=True)

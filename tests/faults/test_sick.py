@@ -1,0 +1,198 @@
+"""Numbers that are not finite, and machines that fail: all ranks do the same, and say which rank, step and samples."""
+
+import json
+import math
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from runs import begin, callbacks, data, end, everything, logged, run
+
+from dualenc.training.checkpoint import checkpoints, newest, path_of, read
+from dualenc.training.task import skip
+from tools.soak import exact
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return [*data(folder, 13), "--trainer.val_check_interval", "1.0"], folder
+
+
+def sick(folder):
+    path = folder / "run" / "sick.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def values(folder, name):
+    lines = (folder / "run" / "metrics.csv").read_text().splitlines()
+    return [float(line.split(",")[2]) for line in lines if line.split(",")[1] == name]
+
+
+def broken(fit, *more, **how):
+    return [*fit[0], *everything(fit[1], ("Break", how), *more)]
+
+
+def test_not_a_number_on_one_rank_of_two(fit, tmp_path):
+    """Both skip it: weights, optimizer and average are those of the step before; the samples of both are named."""
+    rows = ("Rows", {"folder": str(tmp_path / "rows")})
+    options = ["--trainer.max_steps", "7", "--run.every_n_steps", "1", "--run.keep", "9"]
+    assert run([*broken(fit, rows, step=5, rank=1, how="nan"), *options], tmp_path, 2) == [0, 0]
+    states = [exact(read(path_of(tmp_path / "run" / "checkpoints", step))) for step in (5, 6, 7)]
+    for name in ("state_dict", "optimizer_states"):
+        before, at, after = (state[name] for state in states)
+        if name == "optimizer_states":  # the schedule goes on
+            for (state,) in (before, at, after):
+                for group in state["param_groups"]:
+                    del group["lr"]
+        assert before == at
+        assert at != after
+    before, at, after = (
+        next(x for name, x in state["callbacks"].items() if name.startswith("EMA")) for state in states
+    )
+    assert before == at
+    assert at != after
+    assert values(tmp_path, "train/skipped_steps") == [0, 0, 0, 0, 0, 1, 0]
+    losses = values(tmp_path, "train/loss")
+    assert math.isnan(losses[5])
+    assert all(map(math.isfinite, losses[:5] + losses[6:]))
+    lines = sick(tmp_path)
+    assert sorted((line["step"], line["rank"]) for line in lines) == [(6, 0), (6, 1)]
+    assert {line["what"] for line in lines} == {"skipped"}
+    named = [key for line in lines for keys in line["samples"].values() for key in keys]
+    assert len(named) == 4
+    seen = [json.loads(line) for path in (tmp_path / "rows").iterdir() for line in path.read_text().splitlines()]
+    assert {int(key) for key in named} == {row for step, batch in seen if step == 6 for row in batch}
+
+
+def test_a_run_with_sick_steps_is_resumed_exactly(fit, tmp_path):
+    """The one that was killed after them has the same counts, norms and names as the one that was not."""
+    options = {"step": 4, "last": 6, "how": "nan"}
+    assert run(broken(fit, **options), tmp_path / "whole") == [0]
+    assert run(broken(fit, ("Kill", {"step": 6}), **options), tmp_path / "part") == [-9]
+    assert run([*broken(fit, **options), "--ckpt_path", "auto"], tmp_path / "part") == [0]
+    assert logged(tmp_path / "part") == logged(tmp_path / "whole")
+    assert end(tmp_path / "part") == end(tmp_path / "whole")
+    assert [line["step"] for line in sick(tmp_path / "part")] == [5, 6, 7]
+    assert [line["samples"] for line in sick(tmp_path / "part")] == [
+        line["samples"] for line in sick(tmp_path / "whole")
+    ]
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_too_many_in_a_row(fit, tmp_path, world):
+    options = [*broken(fit, step=5, last=99, how="nan"), "--model.max_skipped", "4"]
+    assert run(options, tmp_path, world) == [1] * world
+    text = (tmp_path / "log-0").read_text()
+    assert "loss or gradient were not finite in 4 steps in a row, up to step 9" in text
+    assert "part-00" in text
+    assert "sick.jsonl" in text
+    assert "Traceback" not in text
+    assert [line["step"] for line in sick(tmp_path) if line["rank"] == 0] == [6, 7, 8, 9]
+    weights = read(newest(tmp_path / "run" / "checkpoints", pytest.fail))["state_dict"]
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
+def test_weights_that_are_lost_are_not_saved(fit, tmp_path):
+    """A checkpoint of them would be worth nothing, and push a good one out."""
+    options = [*broken(fit, step=5, how="weights"), "--model.max_skipped", "6", "--run.failed_saves", "9"]
+    assert run(options, tmp_path) == [1]
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-00000004.ckpt",
+        "step-00000002.ckpt",
+    ]
+    assert "is not finite" in (tmp_path / "log-0").read_text()
+
+
+def test_an_infinite_loss_with_a_finite_gradient(fit, tmp_path):
+    assert run([*broken(fit, step=5, how="infinite loss"), "--trainer.max_steps", "7"], tmp_path) == [0]
+    assert values(tmp_path, "train/skipped_steps") == [0, 0, 0, 0, 0, 1, 0]
+    assert [line["loss"] for line in sick(tmp_path)] == ["inf"]
+
+
+def test_spikes_are_named(fit, tmp_path):
+    """Also by a run that was killed meanwhile, and so has not seen the norms before."""
+    spike = {"step": 24, "how": "spike"}
+    assert run(broken(fit, ("Kill", {"step": 21}), **spike), tmp_path) == [-9]
+    assert run([*broken(fit, **spike), "--ckpt_path", "last"], tmp_path) == [0]
+    assert values(tmp_path, "train/grad_spikes") == [0] * 24 + [1, 0, 0]
+    (line,) = sick(tmp_path)
+    assert (line["step"], line["what"]) == (25, "spike")
+    assert line["grad_norm"] > 5 * line["median"]
+    assert sum(map(len, line["samples"].values())) == 4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_skipped_step_changes_nothing(seed, kind, fused):
+    """And the ones after it are those of an optimizer that never had it."""
+    ends = []
+    for sick_step in (None, 2):
+        torch.manual_seed(seed)
+        weight = torch.nn.Parameter(torch.randn(7))
+        optimizer = kind(
+            [weight], lr=0.1, weight_decay=0.1, fused=fused, **({"momentum": 0.9} if kind is torch.optim.SGD else {})
+        )
+        for step in range(5):
+            if step == 2 and sick_step is None:
+                continue
+            weight.grad = torch.full((7,), torch.nan) if step == sick_step else torch.ones(7) * (step + 1)
+            skip(optimizer, torch.tensor(step == sick_step))
+            optimizer.step()
+        ends.append(weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_a_fused_optimizer_skips_by_itself(seed):
+    """What a GPU is told: its arithmetic on this machine's fused AdamW."""
+    weight = torch.nn.Parameter(torch.randn(7))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    before = weight.detach().clone()
+    weight.grad = torch.full((7,), torch.nan)
+    optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(weight, before)
+    weight.grad = torch.ones(7)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert not torch.equal(weight, before)
+    assert optimizer.state[weight]["step"].item() == 1
+
+
+def test_an_error_on_one_rank(fit, tmp_path):
+    """That rank shows it whole; the other one names it, and not what it has met because of it."""
+    assert run([*broken(fit, step=5, rank=1, how="error"), "--run.stall_seconds", "30"], tmp_path, 2) == [1, 1]
+    own, other = ((tmp_path / f"log-{rank}").read_text() for rank in (1, 0))
+    assert "something of the user's own" in own
+    assert "Traceback" in own
+    assert "rank 1 failed after step 5" in own
+    assert "rank 1 failed after step 5" in other
+    assert "KeyError" in other
+    assert "Traceback" not in other
+
+
+def test_a_rank_that_stands_still(fit, tmp_path):
+    began = time.monotonic()
+    assert run([*broken(fit, step=5, rank=1, how="stall"), "--run.stall_seconds", "4"], tmp_path, 2) == [1, 1]
+    assert time.monotonic() - began < 60
+    own, other = ((tmp_path / f"log-{rank}").read_text() for rank in (1, 0))
+    assert "time.sleep(600)" in own  # where it stands
+    assert "rank 1 stands still after step 5" in other + own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_halted(fit, tmp_path, rank):
+    """Also the first one, with which the store is in which the ranks tell each other that they live."""
+    halted = [*fit[0], *callbacks(("Kill", {"step": 5, "rank": rank, "signals": [int(signal.SIGSTOP)]}))]
+    ranks = begin([*halted, "--run.stall_seconds", "4"], tmp_path, 2)
+    try:
+        assert ranks[1 - rank].wait(60) == 1
+        text = ranks[1 - rank].text()
+        assert re.search(f"rank {rank}, last seen after step [0-5]", text)  # it had no time to tell of the last ones
+    finally:
+        os.kill(ranks[rank].pid, signal.SIGKILL)
+        ranks[rank].wait()

@@ -1,0 +1,276 @@
+"""Real runs in processes of their own, to be killed: forked from the tests', so that nothing is imported twice."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_tokenizer, write_benchmark, write_shards
+from lightning.pytorch import Callback
+
+import dualenc.training.checkpoint as checkpoint_module
+from dualenc.cli import main
+from tools.soak import end_of, log_of
+
+SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+TINY = [
+    "--model.image.img_size", "16", "--model.image.name", "vit_tiny_patch16_224",
+    "--model.image.overrides", '{"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}',
+    "--model.text.width", "16", "--model.text.layers", "1", "--model.text.heads", "2", "--model.text.vocab_size", "300",
+    "--model.embed_dim", "16", "--model.text.dropout", "0.1", "--model.patch_dropout", "0.25",
+    "--model.optimizer.lr", "0.003", "--model.scheduler.warmup", "2",
+    "--data.captions", "json.captions", "--data.batch_size", "4", "--data.workers", "0",
+    "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu",
+    "--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "4", "--run.every_n_steps", "2",
+]  # fmt: skip
+
+
+class Kill(Callback):
+    """Sends a signal to this process at a step of one rank.
+
+    Args:
+        step: counted in steps that are done.
+        rank: whose process.
+        where: "step" (after it), "validation" (within the one after it), "batch" (before it is computed).
+        signals: their numbers, one after the other.
+        once: a file that says it has been done.
+    """
+
+    def __init__(
+        self, step: int, rank: int = 0, where: str = "step", signals: Sequence[int] = (9,), once: str = ""
+    ) -> None:
+        self.step, self.rank, self.where, self.signals, self.once = step, rank, where, signals, once
+
+    def _now(self, trainer: Any, where: str) -> None:
+        if (where, trainer.global_step, trainer.global_rank) == (self.where, self.step, self.rank):
+            if self.once and os.path.exists(self.once):
+                return
+            if self.once:
+                Path(self.once).touch()
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        self._now(trainer, "batch")
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self._now(trainer, "step")
+
+    def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
+        self._now(trainer, "validation")
+
+
+class Break(Callback):
+    """Spoils a step of one rank: an error, a halt, or a loss that is no number."""
+
+    def __init__(self, step: int, rank: int = 0, how: str = "error", last: int = 0) -> None:
+        self.step, self.rank, self.how, self.last = step, rank, how, last or step
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *args: Any) -> None:
+        if self.step <= trainer.global_step <= self.last and trainer.global_rank == self.rank:
+            if self.how == "error":
+                raise KeyError("something of the user's own")
+            if self.how == "stall":
+                time.sleep(600)
+            if self.how in ("nan", "spike", "infinite loss"):
+                real = module.loss
+
+                def broken(*args: Any, **options: Any) -> Any:
+                    module.loss = real
+                    if self.how == "infinite loss":  # whose gradient is as ever
+                        return real(*args, **options) + float("inf")
+                    return real(*args, **options) * (1000.0 if self.how == "spike" else float("inf"))
+
+                module.loss = broken
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if self.how == "weights" and trainer.global_step == self.step:
+            next(module.parameters()).data.fill_(float("inf"))
+
+
+class SignalsInSaves(Callback):
+    """From a step on, signals come at each stage of saving."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step != self.step:
+            return
+
+        def with_signals(real: Any) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
+                for number in (15, 2, 10):
+                    os.kill(os.getpid(), number)
+                return real(*args, **options)
+
+            return call
+
+        checkpoint_module.torch = types.SimpleNamespace(**{**vars(torch), "save": with_signals(torch.save)})
+        checkpoint_module.os = types.SimpleNamespace(
+            **{**vars(os), "fsync": with_signals(os.fsync), "replace": with_signals(os.replace)}
+        )
+
+
+class KillAtSetup(Callback):
+    """Ctrl-C before anything has begun."""
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        os.kill(os.getpid(), 2)
+        time.sleep(1)
+
+
+LIMIT, LIMIT_AT = 0, 0  # bytes that a file may have, from a step on
+
+
+class FullDisk(Callback):
+    """From a step on no file can be larger than some size."""
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == LIMIT_AT:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+class Rows(Callback):
+    """Writes down the samples of each step, a file a rank."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{trainer.global_rank}.jsonl", "a") as file:
+            file.write(json.dumps([trainer.global_step, batch.rows.tolist()]) + "\n")
+
+
+def callbacks(*some: tuple[str, dict[str, Any]]) -> list[str]:
+    """The option for these callbacks: (name, arguments), ours by their bare names."""
+    named = [{"class_path": name if "." in name else f"runs.{name}", "init_args": how} for name, how in some]
+    return ["--trainer.callbacks", json.dumps(named)]
+
+
+def data(folder: Path, seed: int) -> list[str]:
+    """Shards, an evaluation set and a tokenizer; the options of a fit on them."""
+    write_shards(folder / "shards", [16, 12, 9], seed, captions=3)  # 9 steps of 4 an epoch, and one over
+    write_shards(folder / "held_out", [10], seed + 1, captions=3)
+    write_benchmark(folder / "set", seed, "retrieval", counts=(3,))
+    tiny_tokenizer(16).save(folder / "tokenizer.json")
+    paths = {"train": "shards", "val": "held_out", "tokenizer": "tokenizer.json"}
+    where = [part for name, path in paths.items() for part in (f"--data.{name}", str(folder / path))]
+    return ["fit", "--config", str(SMOKE), *TINY, "--seed_everything", str(seed % 1000), *where]
+
+
+def everything(folder: Path, *more: tuple[str, dict[str, Any]]) -> list[str]:
+    """An average of the weights, an evaluation set, and more callbacks."""
+    sets = {"data": [str(folder / "set")], "every_n_epochs": 1, "every_n_steps": 5}
+    return callbacks(("dualenc.training.EMA", {"decay": 0.9}), ("dualenc.training.Evaluation", sets), *more)
+
+
+class Process:
+    """`dualenc ARGUMENTS` in a forked process; its output goes to a file."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, **environment: str) -> None:
+        self.log = log
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(list(arguments), environment)
+
+    def _run(self, arguments: list[str], environment: dict[str, str]) -> None:
+        status = 1
+        try:
+            out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            for stream in (1, 2):
+                os.dup2(out, stream)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            sys.argv = ["dualenc", *arguments]
+            os.environ.update(environment)
+            torch.set_num_threads(1)  # the parent's threads are not here
+            main(arguments)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def wait(self, seconds: float = 120) -> int:
+        """Its exit status, or minus the signal that ended it."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"not done in {seconds} s:\n{self.log.read_text()[-3000:]}")
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+def run(arguments: Sequence[str], folder: Path, world: int = 1, strategy: str = "ddp") -> list[int]:
+    """A run of so many ranks in `folder`/run; the statuses of the ranks."""
+    return [process.wait() for process in begin(arguments, folder, world, strategy=strategy)]
+
+
+def begin(
+    arguments: Sequence[str], folder: Path, world: int = 1, other: str = "", strategy: str = "ddp"
+) -> list[Process]:
+    """Begins a run as torchrun does; ranks but the first get another last argument, where one is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rest = ["--trainer.default_root_dir", str(folder / "run"), "--trainer.devices", str(world)]
+    first = list(arguments)
+    if world == 1:
+        return [Process([*first, *rest], folder / "log-0")]
+    rest += ["--trainer.strategy", strategy]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        Process(
+            [*(first if not rank or not other else [*first[:-1], other]), *rest], folder / f"log-{rank}",
+            TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world),
+            RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", LOCAL_WORLD_SIZE=str(world),
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def logged(folder: Path) -> list[str]:
+    """The log of a run, but for the times."""
+    return log_of(folder / "run")
+
+
+def end(folder: Path) -> dict[str, Any]:
+    """Everything that a run has come to."""
+    return end_of(folder / "run")
+
+
+def spoil(path: Path, how: str) -> None:
+    """Damages a checkpoint."""
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    else:  # of a newer format: with the right checksum for it
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint_module, "FORMAT", checkpoint_module.FORMAT + 1)
+            checkpoint_module.write(path, torch.load(path, weights_only=True))
+    assert path.read_bytes() != content
