@@ -1,16 +1,13 @@
-import multiprocessing
-import os
-import subprocess
-import sys
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import in_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dualenc.losses as losses
 from dualenc.losses import clip_loss, siglip_loss
+from tools.bench.precision import EXACT, KINDS, embeddings, error
 
 BATCH, DIM, FEATURES = 12, 8, 6
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
@@ -86,25 +83,104 @@ def test_siglip_needs_a_bias():
         siglip_loss(image, text, scale)
 
 
-@pytest.mark.parametrize("count", [1024, 1025, 2048 + 317])
-@pytest.mark.parametrize("name", LOSSES)
-def test_many_rows_equal_the_dense_matrix(name, count):
-    """More rows than are computed at a time, and rows that fill the last block or are its only one."""
-    arguments = inputs(count=count)
-    image, text, scale, bias = arguments
-    got = evaluate(LOSSES[name], arguments)
+def dense(name, image, text, scale, bias, ids=None, duplicates="ignore"):
+    """The definition, with all scores in one matrix."""
     logits = scale * image @ text.T
-    if name == "clip":
-        own = logits.diagonal()
-        dense = (logits.logsumexp(0) + logits.logsumexp(1) - 2 * own).sum() / (2 * count)
-    else:
-        dense = -F.logsigmoid((2 * torch.eye(count, dtype=torch.float64) - 1) * (logits + bias)).sum() / count
-    want = [dense.detach(), *torch.autograd.grad(dense, arguments, materialize_grads=True)]
+    own = torch.eye(len(image), dtype=torch.bool)
+    same = own if ids is None else (ids[:, None] == ids[None]).any(-1)
+    target = same if duplicates == "positive" else own
+    left_out = same & ~own if duplicates == "mask" else torch.zeros_like(own)
+    if name == "siglip":
+        return -F.logsigmoid((2 * target.double() - 1) * (logits + bias))[~left_out].sum() / len(image)
+    logits = logits.masked_fill(left_out, -torch.inf)
+    target = target.double()
+    wanted = target / target.sum(1, keepdim=True)
+    rows = -(wanted * logits.log_softmax(1).masked_fill(left_out, 0)).sum()
+    columns = -((target / target.sum(0)) * logits.log_softmax(0).masked_fill(left_out, 0)).sum()
+    return (rows + columns) / (2 * len(image))
+
+
+def some_ids(count):
+    """Hashes of which some are equal: of images, of texts, of both; over a whole batch too."""
+    ids = torch.randint(-(2**62), 2**62, (count, 2))
+    for column in (0, 1):
+        chosen = torch.randperm(count)[: max(2, count // 3)]
+        ids[chosen, column] = ids[chosen[torch.randint(len(chosen), (len(chosen),))], column]
+    ids[1] = ids[0]
+    return ids
+
+
+def close(got, want):
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Few scores at a time, so that small batches come in several blocks, the last one smaller."""
+    monkeypatch.setattr(losses, "CPU_SCORES", 5 * 33 + 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 32, 33])
+@pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.usefixtures("small_blocks")
+def test_equals_the_dense_matrix(name, duplicates, count):
+    arguments, ids = inputs(count=count), some_ids(max(count, 2))[:count]
+    got = evaluate(lambda *x: LOSSES[name](*x, ids=ids, duplicates=duplicates), arguments)
+    want = evaluate(lambda *x: dense(name, *x, ids, duplicates), arguments)
+    close(got, want)
     with torch.no_grad():
-        torch.testing.assert_close(LOSSES[name](*arguments), want[0], rtol=1e-10, atol=1e-10)
-        assert abs(LOSSES[name](image, text.roll(1, 0), scale, bias) - want[0]) > 1e-4  # control
+        close([LOSSES[name](*arguments, ids=ids, duplicates=duplicates)], want[:1])
+        if count > 5:  # controls: another order, another meaning of the same ids
+            other = "mask" if duplicates == "positive" else "positive"
+            assert abs(LOSSES[name](*arguments, ids=ids, duplicates=other) - want[0]) > 1e-6
+            image, text, scale, bias = arguments
+            rolled = LOSSES[name](image, text.roll(1, 0), scale, bias, ids=ids, duplicates=duplicates)
+            assert abs(rolled - want[0]) > 1e-6
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_all_pairs_the_same(name):
+    """Nothing is left to tell a pair from."""
+    arguments, ids = inputs(), torch.zeros(BATCH, 2, dtype=torch.int64)
+    for duplicates in ("mask", "positive"):
+        got = evaluate(lambda *x, how=duplicates: LOSSES[name](*x, ids=ids, duplicates=how), arguments)
+        close(got, evaluate(lambda *x, how=duplicates: dense(name, *x, ids, how), arguments))
+    if name == "clip":
+        assert clip_loss(*arguments, ids=ids, duplicates="mask") == 0
+
+
+@pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.usefixtures("small_blocks")
+def test_gradients_by_differences(name, duplicates):
+    """Of each input, at a batch of several blocks; not of unit length, for nothing here depends on it."""
+    ids = some_ids(40)
+    arguments = [
+        (0.3 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in ((40, 3), (40, 3), (1,), ())
+    ]
+    assert torch.autograd.gradcheck(lambda *x: LOSSES[name](*x, ids=ids, duplicates=duplicates), arguments)
+
+
+def test_wrong_use_of_duplicates():
+    arguments = inputs()
+    with pytest.raises(ValueError, match="'masked' is none of ignore, mask, positive"):
+        clip_loss(*arguments, ids=some_ids(BATCH), duplicates="masked")
+    with pytest.raises(ValueError, match="needs the ids"):
+        siglip_loss(*arguments, duplicates="mask")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_at_the_largest_scale(name, kind):
+    """In fp32 at scale 100 beside float64. Where pairs are told apart log softmax keeps no digit; what is left is how
+    scores are rounded, by which those of near duplicates differ little, in any way of computing the loss."""
+    inputs = [*embeddings(kind, 1024, 512), torch.tensor([100.0]), torch.tensor([-10.0])]
+    limit = {"unrelated": 1e-5, "told apart": 2e-5, "near duplicates": 1e-4}[kind]
+    assert error(LOSSES[name], EXACT[name], inputs) < limit
+    if kind == "told apart" and name == "clip":
+        assert error(reference(name), EXACT[name], inputs) > 100 * limit
 
 
 class Largest(TorchDispatchMode):
@@ -121,19 +197,72 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_without_gradients_no_square_is_held(name):
+def test_no_square_is_held(name, duplicates, gradients):
     count = 6000
-    arguments = [x.detach() for x in inputs(torch.float32, count)]
-    with torch.no_grad(), Largest() as ours:
-        LOSSES[name](*arguments)
-    with torch.no_grad(), Largest() as plain:
-        reference(name)(*arguments)
-    assert plain.elements == count * count  # control: the mode sees it
-    assert ours.elements <= count * count / 5
+    arguments, ids = inputs(torch.float32, count), some_ids(count)
+
+    def largest(loss):
+        with torch.set_grad_enabled(gradients), Largest() as seen:
+            value = loss(*arguments)
+            if gradients:
+                value.backward()
+        return seen.elements
+
+    assert largest(lambda *x: LOSSES[name](*x, ids=ids, duplicates=duplicates)) <= count * count / 8
+    if duplicates == "ignore":
+        assert largest(reference(name)) == count * count  # control: the mode sees it
 
 
-# Several processes: this file again, as a program that forks into its ranks (one import of torch for all of them).
+class Precision(TorchDispatchMode):
+    """With what precision products are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "mm" in func.__name__:
+            self.seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["old", "new"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_tf32_is_not_for_scores(name, how):
+    """By whichever of torch's two ways it was chosen; the choice is back afterwards, also where the loss fails."""
+    arguments, place = inputs(torch.float32), torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("highest")
+    try:
+        if how == "old":
+            torch.set_float32_matmul_precision("high")
+        else:
+            place.fp32_precision = "tf32"
+        with Precision() as precision:
+            LOSSES[name](*arguments).backward()
+        assert len(precision.seen) >= 3
+        assert set(precision.seen) == {"ieee"}
+        assert place.fp32_precision == "tf32"
+        with pytest.raises(RuntimeError):
+            LOSSES[name](arguments[0], arguments[1][:, :3], *arguments[2:])
+        assert place.fp32_precision == "tf32"
+        assert how == "new" or torch.get_float32_matmul_precision() == "high"
+    finally:
+        place.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_scale_and_layout(name):
+    """A scale wider than the embeddings; embeddings stored the other way around."""
+    image, text, scale, bias = inputs(torch.float32)
+    want = evaluate(LOSSES[name], [image, text, scale, bias])
+    turned = [x.detach().T.contiguous().T.requires_grad_() for x in (image, text)]
+    wide = [x.detach().double().requires_grad_() for x in (scale, bias)]
+    for x, y in zip(evaluate(LOSSES[name], [*turned, *wide]), want, strict=True):
+        torch.testing.assert_close(x.float(), y, rtol=1e-5, atol=1e-6)
 
 
 class Towers(nn.Module):
@@ -152,69 +281,64 @@ class Towers(nn.Module):
         return F.normalize(self.image(x), dim=1), F.normalize(self.text(y), dim=1), self.scale.view(1), bias
 
 
-def rank_main(folder, rank, world):
+CASES = [(name, how) for name in LOSSES for how in ("ignore", "mask", "positive")]
+
+
+def losses_of_ranks(folder, rank, world):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    saved, results = torch.load(f"{folder}/inputs.pt", weights_only=True), {}
-    x, y = (saved[key].chunk(world)[rank] for key in "xy")
-    for name, loss in LOSSES.items():
+    losses.CPU_SCORES = 5 * 96  # several blocks for each rank
+    largest = 0
+    saved, results = torch.load(folder / "inputs.pt", weights_only=True), {}
+    x, y, ids = (saved[key].chunk(world)[rank] for key in ("x", "y", "ids"))
+    for name, duplicates in CASES:
         for grouped in (True, False):
             model = Towers(name == "siglip").double()
             model.load_state_dict(saved[name])
             model = DistributedDataParallel(model)
-            value = loss(*model(x, y), group=dist.group.WORLD if grouped else None)
-            value.backward()
+            group = dist.group.WORLD if grouped else None
+            with Largest() as seen:
+                value = LOSSES[name](*model(x, y), group=group, ids=ids, duplicates=duplicates)
+                value.backward()
+            largest = max(largest, seen.elements)
             grads = {key: parameter.grad for key, parameter in model.module.named_parameters()}
-            results[f"{name} {'grouped' if grouped else 'alone'}"] = {"loss": value.detach(), **grads}
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+            results[f"{name} {duplicates} {'grouped' if grouped else 'alone'}"] = {"loss": value.detach(), **grads}
+    return {"largest": largest, **results}
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_split_batch_equals_whole_batch(world, tmp_path):
-    x, y = torch.randn(2, BATCH, FEATURES, dtype=torch.float64)
-    models = {name: Towers(name == "siglip").double() for name in LOSSES}
+    count = 96  # 48 or 24 a rank: the last of a rank's blocks is smaller
+    x, y = torch.randn(2, count, FEATURES, dtype=torch.float64)
+    models, ids = {name: Towers(name == "siglip").double() for name in LOSSES}, some_ids(count)
     with torch.no_grad():
         for model in models.values():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    torch.save({"x": x, "y": y, **{name: model.state_dict() for name, model in models.items()}}, tmp_path / "inputs.pt")
+    states = {name: model.state_dict() for name, model in models.items()}
+    torch.save({"x": x, "y": y, "ids": ids, **states}, tmp_path / "inputs.pt")
+    results = in_ranks(losses_of_ranks, tmp_path, world)
 
-    command = [sys.executable, __file__, str(tmp_path), str(world)]
-    run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-    for name, model in models.items():
-        value = reference(name)(*model(x, y))  # open_clip, one process, the whole batch
+    for name, duplicates in CASES:
+        model = models[name]
+        model.zero_grad()
+        image, text, scale, bias = model(x, y)
+        value = dense(name, image, text, scale, bias, ids, duplicates)  # one process, the whole batch
+        if duplicates == "ignore":
+            torch.testing.assert_close(value, reference(name)(image, text, scale, bias), rtol=1e-10, atol=1e-10)
         value.backward()
         want = {"loss": value.detach(), **{key: parameter.grad for key, parameter in model.named_parameters()}}
         assert want["scale"].abs() > 1e-6
         for result in results:
-            got = result[f"{name} grouped"]
+            got = result[f"{name} {duplicates} grouped"]
             assert got.keys() == want.keys()
             for key in want:
-                label = f"{name} {key}: "
+                label = f"{name} {duplicates} {key}: "
                 torch.testing.assert_close(
                     got[key], want[key], rtol=1e-10, atol=1e-10, msg=lambda m, label=label: label + m
                 )
-            alone = result[f"{name} alone"]  # control: each rank for itself
+            alone = result[f"{name} {duplicates} alone"]  # control: each rank for itself
             for key in want:
                 assert (alone[key] - want[key]).abs().max() > 1e-6, f"{name} {key}"
-
-
-if __name__ == "__main__":
-    folder, world = sys.argv[1], int(sys.argv[2])
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=rank_main, args=(folder, rank, world), daemon=True) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    sys.exit(any(process.exitcode != 0 for process in ranks))
+            assert result["largest"] <= count * count / 4  # nor does any rank hold the square

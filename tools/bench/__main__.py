@@ -3,7 +3,17 @@ from jsonargparse import auto_cli
 from tools.bench.checkpoint import checkpoint
 from tools.bench.index import index
 from tools.bench.loader import loader
+from tools.bench.loss import loss
+from tools.bench.memory import memory
+from tools.bench.precision import precision
 
 if __name__ == "__main__":
-    programs = {"checkpoint": checkpoint, "index": index, "loader": loader}
+    programs = {
+        "checkpoint": checkpoint,
+        "index": index,
+        "loader": loader,
+        "loss": loss,
+        "memory": memory,
+        "precision": precision,
+    }
     auto_cli(programs, as_positional=False, description="Benchmarks, paired with a peer in one run.")

@@ -1,0 +1,129 @@
+"""The losses beside open_clip's: time, and memory beyond inputs and parameters, forward and backward."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dualenc.losses as losses
+from tools.bench.runner import Result, Side, compare, process_memory
+
+PRODUCTS = {"clip": 4, "siglip": 3}  # of B x B x E, that a step needs
+
+
+def loss(
+    name: Literal["clip", "siglip"] = "clip",
+    batch: int = 8192,
+    dim: int = 512,
+    device: str = "cpu",
+    rounds: int = 5,
+    cores: int = 2,
+    peer: bool = True,
+    out: Path = Path("runs/bench"),
+) -> None:
+    """Steps a second of a contrastive loss, forward and backward, fp32; and the bare products that it is made of.
+
+    Args:
+        name: which loss.
+        batch: B.
+        dim: E.
+        device: "cpu" or "cuda".
+        rounds: timed on each side.
+        cores: of the CPU.
+        peer: run open_clip's too, whose memory grows with B x B.
+        out: folder for loss.json and loss.md.
+    """
+    ways = {"dualenc": _ours, "products": _products, **({"open_clip": _peer} if peer else {})}
+    sides = [Side(side, partial(_side, way, name, batch, dim, device)) for side, way in ways.items()]
+    result = compare("loss", "steps", sides, "open_clip" if peer else "products", rounds, cores=cores)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a fresh process for each
+        extra = dict(zip(ways, pool.map(_extra, sides, chunksize=1)))
+    result.settings = {"name": name, "batch": batch, "dim": dim, "device": device}
+    result.facts["extra_mib"] = extra
+    result.notes = [
+        f"{name}, B = {batch:,}, E = {dim}, fp32, {device}, forward and backward. products: the {PRODUCTS[name]} "
+        "products of B x B x E that dualenc makes, alone.",
+        "MiB beyond the inputs, gradients of the inputs included: "
+        + ", ".join(f"{side} {mib:,.0f}" for side, mib in extra.items()),
+        *(f"dualenc takes {_share(result, other):.2f} of the time of {other}" for other in ways if other != "dualenc"),
+    ]
+    if peer:
+        result.notes.append(f"and {extra['dualenc'] / extra['open_clip']:.3f} of the memory of open_clip")
+    result.write(out)
+
+
+def _share(result: Result, other: str) -> float:
+    return median(a / b for a, b in zip(result.seconds["dualenc"], result.seconds[other]))
+
+
+def _extra(side: Side) -> float:
+    """MiB that the first step takes beyond what was there before it, at its most."""
+    run = side.make()
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = process_memory(os.getpid(), "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    run()
+    return (process_memory(os.getpid(), "VmHWM") - before) / 2**20
+
+
+def _side(way: Callable[..., Callable[[], Any]], name: str, batch: int, dim: int, device: str) -> Callable[[], float]:
+    if device == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    generator = torch.Generator().manual_seed(0)
+    image, text = (
+        F.normalize(torch.randn(batch, dim, generator=generator), dim=1).to(device).requires_grad_() for _ in range(2)
+    )
+    scale, bias = (torch.tensor([x], device=device, requires_grad=True) for x in (1 / 0.07, -10.0))
+    step = way(name, image, text, scale, bias)
+
+    def run() -> float:
+        for x in (image, text, scale, bias):
+            x.grad = None
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 1.0
+
+    return run
+
+
+def _ours(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Callable[[], Any]:
+    function = {"clip": losses.clip_loss, "siglip": losses.siglip_loss}[name]
+    return lambda: function(image, text, scale, bias).backward()
+
+
+def _peer(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Callable[[], Any]:
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    if name == "clip":
+        clip = ClipLoss()
+        return lambda: clip(image, text, scale).backward()
+    siglip = SigLipLoss()
+    return lambda: siglip(image, text, scale, bias).backward()
+
+
+def _products(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Callable[[], Any]:
+    rows = max(1, (losses.GPU_SCORES if image.is_cuda else losses.CPU_SCORES) // len(text))
+    held, whole = image.new_empty(rows, len(text)), torch.zeros_like(text)
+    image, text = image.detach(), text.detach()
+    mine = torch.empty_like(image[:rows])
+
+    def step() -> None:
+        for part in image.split(rows):
+            for _ in range(PRODUCTS[name] - 2):
+                torch.mm(part, text.T, out=held[: len(part)])
+            torch.mm(held[: len(part)], text, out=mine[: len(part)])
+            whole.addmm_(held[: len(part)].T, part)
+
+    return step

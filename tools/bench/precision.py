@@ -1,0 +1,83 @@
+"""How far the gradients of the losses are from float64 at the largest scale, beside open_clip's."""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualenc.losses import clip_loss, siglip_loss
+
+KINDS = {"unrelated": None, "told apart": 1.4, "near duplicates": 0.1}  # distance of a text from its image
+
+
+def precision(batch: int = 2048, dim: int = 512, draws: int = 5) -> None:
+    """Relative error of the embeddings' gradients at scale 100; median and largest of some draws.
+
+    Args:
+        batch: B.
+        dim: E.
+        draws: of embeddings.
+    """
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    ways: dict[str, dict[str, Callable[..., Tensor]]] = {
+        "clip": {"dualenc": clip_loss, "open_clip": ClipLoss()},
+        "siglip": {"dualenc": siglip_loss, "open_clip": SigLipLoss()},
+    }
+    print("| embeddings | loss | precision | dualenc | open_clip |\n|---|---|---|---|---|")
+    for kind in KINDS:
+        for name, sides in ways.items():
+            for mixed in (False, True):
+                found: dict[str, list[float]] = {side: [] for side in sides}
+                for draw in range(draws):
+                    torch.manual_seed(draw)
+                    inputs = [*embeddings(kind, batch, dim), torch.tensor([100.0]), torch.tensor([-10.0])]
+                    for side, loss in sides.items():
+                        found[side].append(error(loss, EXACT[name], inputs, mixed))
+                shown = (f"{median(x):.1e} ({max(x):.1e})" for x in found.values())
+                print(f"| {kind} | {name} | {'bf16-mixed' if mixed else '32-true'} | {' | '.join(shown)} |")
+
+
+def embeddings(kind: str, count: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Pairs (B, E) in fp32: unrelated; well told apart; each of them among seven others that are nearly the same."""
+    image, distance = torch.randn(count, dim), KINDS[kind]
+    if kind == "near duplicates":
+        image = torch.randn(count // 8, dim).repeat(8, 1) + 0.1 * torch.randn(count, dim)
+    image = F.normalize(image, dim=1)
+    if distance is None:
+        return image, F.normalize(torch.randn(count, dim), dim=1)
+    return image, F.normalize(image + distance * torch.randn(count, dim) / dim**0.5, dim=1)
+
+
+def error(
+    loss: Callable[..., Tensor], exact: Callable[..., Tensor], inputs: list[Tensor], mixed: bool = False
+) -> float:
+    """Of the gradients of image and text, the larger relative error in norm beside a definition in float64."""
+
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> Any:
+        own = [x.to(dtype).requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed and dtype == torch.float32):
+            value = function(*own)
+        return torch.autograd.grad(value, own[:2])
+
+    pairs = zip(gradients(loss, torch.float32), gradients(exact, torch.float64))
+    return max(float((x.double() - y).norm() / y.norm()) for x, y in pairs)
+
+
+def _clip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Without log softmax, which has no digits left where the loss is near the rounding of float64."""
+    logits = scale * image @ text.T
+    own = logits.diagonal()
+    others = logits.masked_fill(torch.eye(len(image), dtype=torch.bool), -torch.inf)
+    return (F.softplus(others.logsumexp(0) - own).mean() + F.softplus(others.logsumexp(1) - own).mean()) / 2
+
+
+def _siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    sign = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    return -F.logsigmoid(sign * (scale * image @ text.T + bias)).sum() / len(image)
+
+
+EXACT = {"clip": _clip, "siglip": _siglip}
