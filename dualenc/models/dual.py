@@ -1,12 +1,15 @@
 """The dual encoder: an image and a text tower that project into one space (CLIP, Radford et al. 2021)."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from dualenc.models.image import ImageConfig, ImageEncoder
 from dualenc.models.text import TextConfig, TextEncoder
@@ -51,8 +54,8 @@ class Logits(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """Scale factor and bias, (1,) each."""
-        # An alias, so that no caller gets hold of the parameter itself.
-        bias = None if self.logit_bias is None else self.logit_bias.view(1)
+        # A copy: of a parameter that lies spread over ranks the memory is gone when this returns.
+        bias = None if self.logit_bias is None else self.logit_bias.clone()
         # Not clamp: its gradient at the bound itself is 0, and the scale could never come down again.
         bound = math.log(MAX_SCALE)
         return torch.where(self.logit_scale > bound, bound, self.logit_scale).exp(), bias
@@ -101,9 +104,21 @@ class DualEncoder(nn.Module):
         """A model of this architecture with random weights."""
         return cls(config.image, config.text, config.embed_dim, config.projection, config.logit_bias)
 
+    def load_pretrained(self, other: "DualEncoder") -> None:
+        """Takes all weights of a model that differs in `image.img_size` and dropout at most, and may lack the bias.
+
+        Position embeddings are resampled to this model's size.
+        """
+        self.image.load_pretrained(other.image.vit.state_dict())
+        rest = {name: x for name, x in other.state_dict().items() if not name.startswith("image.")}
+        self.load_state_dict({**self.state_dict(), **rest})
+
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embeddings (B, E) of unit length of normalised images (B, 3, S, S)."""
-        return _unit(self.image_projection(self.image(images)))
+        """Embeddings (B, E) of unit length of normalised images (B, 3, S, S), or of their features (B, D).
+
+        These are what `image` gives, computed before.
+        """
+        return _unit(self.image_projection(images if images.dim() == 2 else self.image(images)))
 
     def encode_text(self, tokens: Tokens) -> Tensor:
         """Embeddings (B, E) of unit length, in the order in which the caller gave the texts."""
@@ -117,6 +132,37 @@ class DualEncoder(nn.Module):
         """Trades computation for memory in both towers."""
         self.image.set_grad_checkpointing(enable)
         self.text.grad_checkpointing = enable
+
+
+def embed_pieces(embed: Callable[..., Embeddings], pieces: Sequence[tuple[Any, ...]]) -> Embeddings:
+    """Embeddings of a batch that comes in pieces, with the memory that the largest of them takes.
+
+    Of several pieces only the embeddings are kept; what the gradient of one needs is computed again when it is its turn
+    (gradient caching, Gao et al. 2021, as activation checkpointing), with the same dropout. Values and gradients are
+    those of the pieces with all of their graphs kept, whatever is computed of the embeddings.
+
+    Args:
+        embed: of the parts of a piece.
+        pieces: its arguments, one by one.
+    """
+    parts = in_pieces(embed, pieces)
+    image, text = (torch.cat(x) for x in zip(*(part[:2] for part in parts)))
+    return Embeddings(image, text, *parts[0][2:])
+
+
+def in_pieces(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What a function gives of each piece; where there are several, it is called again for its gradient."""
+    if len(pieces) == 1:
+        return [function(*pieces[0])]
+    return [checkpoint(_without_cache, function, *piece, use_reentrant=False) for piece in pieces]
+
+
+def _without_cache(function: Callable[..., Any], *piece: Any) -> Any:
+    # Autocast would keep one copy of each weight in half precision for all pieces, and sum up their gradients in that.
+    device = next(part.device.type for part in tree_leaves(piece) if isinstance(part, Tensor))
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    with torch.autocast(device, dtype, enabled, cache_enabled=False):
+        return function(*piece)
 
 
 def _projection(kind: str, width: int, embed_dim: int) -> nn.Module:

@@ -3,11 +3,15 @@
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import timm
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from timm.models import group_parameters
+from torch import Tensor
+
+from dualenc.models.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class ImageConfig:
             raise ValueError(f"image.overrides shape the network; {wrong[0]!r} names weights and is refused")
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Tower):
     """A timm ViT without classifier: images to pooled features.
 
     Args:
@@ -54,6 +58,28 @@ class ImageEncoder(nn.Module):
         return self.vit(images)
 
     @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return self._grouped()["above"] - 1
+
+    def depths(self) -> dict[str, int]:
+        """See `Tower.depths`; by timm's `group_matcher`, which counts a ViT's last norm to the last block."""
+        grouped = self._grouped()
+        return {f"vit.{name}": grouped[name] for name, _ in self.vit.named_parameters()}
+
+    def _grouped(self) -> dict[str, int]:
+        """Depths by timm's names, and that of a parameter that it would not know, such as of a classifier."""
+        module: Any = SimpleNamespace(named_parameters=lambda: [*self.vit.named_parameters(), ("above", None)])
+        return group_parameters(module, self.vit.group_matcher(), reverse=True)  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> Self:
+        """See `Tower.train`; dropout on the stem's sum has no parameters that would tell whose it is."""
+        super().train(mode)
+        if self._frozen and hasattr(self.vit, "pos_drop"):
+            self.vit.pos_drop.eval()
+        return self
+
+    @property
     def data_config(self) -> dict[str, Any]:
         """What timm says of the model's input: `mean`, `std`, `interpolation`."""
         data = resolve_model_data_config(self.vit)
@@ -63,28 +89,34 @@ class ImageEncoder(nn.Module):
         """Keeps only each block's input for the backward pass and computes the rest again."""
         self.vit.set_grad_checkpointing(enable)
 
-    def load_pretrained(self, file: str | None = None) -> None:
-        """Loads timm's weights for this name, or those in a local file, position embeddings resampled to `img_size`.
+    def load_pretrained(self, source: str | dict[str, Tensor] | None = None) -> None:
+        """Loads timm's weights for this name, or other ones, position embeddings resampled to `img_size`.
+
+        Args:
+            source: a local file of timm's weights, or these themselves by timm's names.
 
         Raises:
-            ValueError: timm has no weights for the name, or the file's tensors do not fit.
+            ValueError: timm has no weights for the name, or the tensors do not fit.
         """
         known = self.vit.pretrained_cfg
-        source: dict[str, Any] = {"file": file} if file else {}
         classes = known["num_classes"]
-        if file and Path(file).is_file():
-            head = timm.models.load_state_dict(file, weights_only=True).get(f"{known['classifier']}.weight")
-            classes = source["num_classes"] = 0 if head is None else len(head)
+        weights: dict[str, Any] = {}
+        if source:
+            key, tensors = ("file", {}) if isinstance(source, str) else ("state_dict", source)
+            if isinstance(source, str) and Path(source).is_file():
+                tensors = timm.models.load_state_dict(source, weights_only=True)
+            head = tensors.get(f"{known['classifier']}.weight")
+            classes = 0 if head is None else len(head)
+            # Without `source` timm would take those that come with a name on the hub or of a folder.
+            weights = {"source": "", key: source, "num_classes": classes}
         # timm resamples position embeddings while it builds, so a second model is built; with the weights' own
         # classifier, or it would load them leniently and leave random what does not fit.
-        state = _create(
-            self.config, num_classes=classes, pretrained=True, pretrained_cfg_overlay=source or None
-        ).state_dict()
+        state = _create(self.config, weights, num_classes=classes, pretrained=True).state_dict()
         self.vit.load_state_dict({name: state[name] for name in self.vit.state_dict()})
 
 
-def _create(config: ImageConfig, **kwargs: Any) -> Any:
-    """`timm.create_model` with errors that name what to change."""
+def _create(config: ImageConfig, weights: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    """`timm.create_model` with errors that name what to change; `weights` says where timm finds them."""
     name = config.name
     base = name.split(".")[0].removeprefix("hf-hub:")
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(base):
@@ -92,11 +124,17 @@ def _create(config: ImageConfig, **kwargs: Any) -> Any:
         hint = f"; close names: {', '.join(close)}" if close else "; `timm.list_models('vit*')` lists them"
         raise ValueError(f"timm knows no model {name!r}{hint}")
     try:
-        vit = timm.create_model(name, img_size=config.img_size, **{"num_classes": 0, **config.overrides, **kwargs})
+        vit = timm.create_model(
+            name,
+            img_size=config.img_size,
+            pretrained_cfg_overlay=weights or None,
+            **{"num_classes": 0, **config.overrides, **kwargs},
+        )
     except TypeError as error:
         raise ValueError(f"{name!r} is no vision transformer that takes these image arguments: {error}") from None
     except (RuntimeError, OSError, AssertionError) as error:
-        raise ValueError(f"timm cannot build {name!r} (img_size {config.img_size}, {kwargs or ''}): {error}") from None
+        given = {**kwargs, "weights": weights.get("file", "of a model")} if weights else kwargs
+        raise ValueError(f"timm cannot build {name!r} (img_size {config.img_size}, {given or ''}): {error}") from None
     if not hasattr(vit, "patch_embed"):
         raise ValueError(f"{name!r} is no vision transformer: it has no patch embedding")
     return vit

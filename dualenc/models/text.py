@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dualenc.models.attention import ragged_attention
+from dualenc.models.tower import Tower
 from dualenc.tokens import Tokens
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (..., H, Dh) -> (..., H, Dh)
@@ -135,7 +136,7 @@ class Embeddings(nn.Module):
         return self.dropout(self.norm(x))
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Tower):
     """Bidirectional transformer encoder on packed texts."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -146,6 +147,19 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, config.norm_eps) if config.norm == "pre" else nn.Identity()
         self.apply(self._init)
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return self.config.layers
+
+    def depths(self) -> dict[str, int]:
+        """See `Tower.depths`; the last LayerNorm of a pre-norm encoder is above the blocks."""
+        depths = {}
+        for name, _ in self.named_parameters():
+            part, number = name.split(".")[:2]
+            depths[name] = int(number) + 1 if part == "blocks" else 0 if part == "embeddings" else self.layers + 1
+        return depths
 
     @staticmethod
     def _init(module: nn.Module) -> None:

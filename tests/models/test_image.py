@@ -3,6 +3,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models._hub import save_for_hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualenc.models.image import ImageConfig, ImageEncoder
@@ -98,6 +99,19 @@ def test_load_pretrained_resamples_positions(tmp_path):
     grid = F.interpolate(grid, size=(4, 4), mode="bicubic", antialias=True, align_corners=False)
     want = torch.cat([token, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
     torch.testing.assert_close(state["pos_embed"], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "file"])
+def test_load_pretrained_takes_what_it_is_given_and_not_what_the_name_has(kind, tmp_path):
+    folder = tmp_path / "timm"
+    save_for_hf(timm.create_model(NAME, img_size=SIZE, num_classes=0, **SHAPE), folder, safe_serialization=True)
+    model = ImageEncoder(ImageConfig(f"local-dir:{folder}", SIZE, SHAPE))
+    state = build().vit.state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    model.load_pretrained()
+    assert not torch.equal(model.vit.pos_embed, state["pos_embed"])  # control: those of the name
+    model.load_pretrained(state if kind == "tensors" else str(tmp_path / "weights.safetensors"))
+    assert all(torch.equal(x, state[name]) for name, x in model.vit.state_dict().items())
 
 
 def test_load_pretrained_with_patch_dropout(tmp_path):

@@ -1,0 +1,152 @@
+"""Depths of parameters, and towers that are frozen as a whole or in part."""
+
+import re
+
+import pytest
+import torch
+
+from dualenc import Tokens
+from dualenc.models import ImageConfig, ImageEncoder, TextConfig, TextEncoder
+
+SIZE, LAYERS = 32, 3
+VIT = {"patch_size": 8, "embed_dim": 16, "depth": LAYERS, "num_heads": 2}
+DROPS = {"proj_drop_rate": 0.5, "drop_path_rate": 0.5, "pos_drop_rate": 0.5}
+
+
+def image(patch_dropout=0.0, name="vit_tiny_patch16_224", **changes):
+    return ImageEncoder(ImageConfig(name, SIZE, {**VIT, **changes}), patch_dropout)
+
+
+def text(**changes):
+    return TextEncoder(TextConfig(30, width=16, layers=LAYERS, heads=2, context_length=9, **changes))
+
+
+def run(tower):
+    """A tower on random inputs, the same at each call."""
+    draw = torch.Generator().manual_seed(torch.initial_seed())
+    if isinstance(tower, ImageEncoder):
+        return tower(torch.randn(4, 3, SIZE, SIZE, generator=draw))
+    texts = [torch.randint(30, (length,), generator=draw).tolist() for length in (3, 9, 5, 5)]
+    return tower(Tokens.pack(texts))
+
+
+def blocks(tower):
+    return tower.vit.blocks if isinstance(tower, ImageEncoder) else tower.blocks
+
+
+def after(tower, number):
+    """What a block makes, counted from 1."""
+    kept = []
+    hook = blocks(tower)[number - 1].register_forward_hook(lambda module, inputs, out: kept.append(out.detach()))
+    run(tower)
+    hook.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_relpos_small_patch16_224", "deit3_small_patch16_224", "beit_base_patch16_224"]
+)
+def test_depths_of_timms_transformers(name):
+    tower = image(name=name)
+    assert tower.layers == LAYERS
+    depths = tower.depths()
+    assert set(depths) == {name for name, _ in tower.named_parameters()}
+    for name, depth in depths.items():
+        if block := re.match(r"vit\.blocks\.(\d+)\.", name):
+            assert depth == int(block[1]) + 1
+        else:
+            top = LAYERS if name.startswith("vit.norm.") else LAYERS + 1  # timm's last norm is of the last block
+            stem = re.match(r"vit\.(patch_embed|cls_token|pos_embed|rel_pos_bias)", name)
+            assert depth == (0 if stem else top), name
+    assert depths["vit.patch_embed.proj.weight"] == 0
+
+
+@pytest.mark.parametrize(("changes", "above"), [({}, set()), ({"global_pool": "avg"}, {"vit.fc_norm.weight"})])
+def test_what_timm_has_above_the_blocks(changes, above):
+    found = {name for name, depth in image(**changes).depths().items() if depth == LAYERS + 1}
+    assert found == above | {name.replace("weight", "bias") for name in above}
+
+
+@pytest.mark.parametrize(("norm", "above"), [("post", set()), ("pre", {"norm.weight", "norm.bias"})])
+def test_depths_of_the_text_encoder(norm, above):
+    tower = text(norm=norm, types=2)
+    assert tower.layers == LAYERS
+    for name, depth in tower.depths().items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        assert depth == (int(block[1]) + 1 if block else LAYERS + 1 if name in above else 0), name
+    assert set(tower.depths()) == {name for name, _ in tower.named_parameters()} > above
+
+
+TOWERS = {
+    "image": lambda: image(**DROPS),
+    "text": lambda: text(dropout=0.5),
+    "pre-norm text": lambda: text(dropout=0.5, norm="pre"),
+}
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_frozen_layers_have_neither_gradients_nor_dropout(kind, frozen):
+    tower = TOWERS[kind]()
+    tower.train()
+    assert not torch.equal(after(tower, 1), after(tower, 1))  # the control
+    tower.freeze(frozen + 1)
+    depths = tower.depths()
+    for mode in (True, False, True):  # as trainers switch
+        tower.train(mode)
+        assert tower.training == mode
+    first = after(tower, frozen)
+    assert torch.equal(first, after(tower, frozen))
+    assert not torch.equal(after(tower, frozen + 1), after(tower, frozen + 1))  # what is trained drops
+    run(tower).square().sum().backward()
+    for name, parameter in tower.named_parameters():
+        assert parameter.requires_grad == (depths[name] > frozen) == (parameter.grad is not None), name
+    tower.eval()
+    assert torch.equal(first, after(tower, frozen))
+
+
+@pytest.mark.parametrize("kind", [*TOWERS, "patches"])
+def test_a_locked_tower_is_as_in_evaluation(kind):
+    tower = image(0.5) if kind == "patches" else TOWERS[kind]()
+    whole = run(tower.eval())
+    tower.train()
+    assert not torch.equal(run(tower), whole)  # the control
+    tower.freeze(LAYERS + 2)
+    tower.train()
+    found = run(tower)
+    assert torch.equal(found, whole)
+    assert found.grad_fn is None
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def test_patch_dropout_goes_on_above_frozen_layers():
+    tower = image(0.5)
+    tower.freeze(2)
+    tower.train()
+    patches = (SIZE // VIT["patch_size"]) ** 2
+    assert after(tower, 1).shape[1] == 1 + patches // 2
+    tower.freeze(LAYERS + 2)
+    assert after(tower, 1).shape[1] == 1 + patches
+
+
+@pytest.mark.parametrize("below", [2, LAYERS + 2])
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_gradient_checkpointing_of_frozen_parts(kind, below, seed):
+    tower = image() if kind == "image" else text()
+    tower.freeze(below)
+    tower.train()
+    head = torch.nn.Linear(16, 1)
+
+    def gradients(enable):
+        if isinstance(tower, ImageEncoder):
+            tower.set_grad_checkpointing(enable)
+        else:
+            tower.grad_checkpointing = enable
+        tower.zero_grad()
+        head.zero_grad()
+        head(run(tower)).square().sum().backward()
+        return [p.grad.clone() for p in (*tower.parameters(), *head.parameters()) if p.grad is not None]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) >= 2
+    assert all(map(torch.equal, plain, again))
