@@ -52,6 +52,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
         commands.tokenizer,
         commands.zeroshot,
         commands.retrieval,
+        commands.embed,
+        commands.interpolate,
     )
 }
 
@@ -102,6 +104,7 @@ def _trainer_command(arguments: list[str]) -> None:
             for source, target in (("preprocess", "preprocess"), ("text_config", "text")):
                 # As dicts: jsonargparse makes the dataclass itself.
                 parser.link_arguments(f"model.{source}", f"data.init_args.{target}", asdict, apply_on="instantiate")
+            parser.link_arguments("model.masked", "data.init_args.mask", apply_on="instantiate")
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             config = self.config[str(self.subcommand)].clone()

@@ -3,8 +3,9 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 class UsageError(Exception):
@@ -39,6 +40,93 @@ def retrieval(model: str, data: list[str], split: str | None = None, out: Path |
         workers: processes that decode.
     """
     _evaluate("retrieval", ("retrieval",), model, data, split, out, workers)
+
+
+def interpolate(first: str, second: str, out: Path, alpha: float = 0.5) -> None:
+    """Writes a model between two of one architecture, such as one before and after fine-tuning.
+
+    Args:
+        first: model directory, run directory, or hf-hub:owner/name[@revision].
+        second: likewise.
+        out: model directory to write.
+        alpha: share of the second's weights; 0 for those of the first alone, 1 for those of the second.
+    """
+    from dualenc.embedder import interpolate, load
+
+    made = interpolate(load(first, "cpu"), load(second, "cpu"), alpha)
+    try:
+        made.save(out)
+    except OSError as error:
+        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
+    print(f"{out}: alpha {alpha:g} between {first} (0) and {second} (1)")
+
+
+def embed(
+    model: str,
+    shards: list[str],
+    out: Path,
+    features: bool = False,
+    captions: str = "txt",
+    workers: int = 2,
+    batch_size: int = 64,
+) -> None:
+    """Writes the embeddings of all images and captions of shards, or image features to train from.
+
+    Args:
+        model: model directory, run directory, or hf-hub:owner/name[@revision]; with --features also the .yaml of a
+            `dualenc fit`, for the image tower that this run begins with.
+        shards: paths, globs, brace patterns or folders.
+        out: folder for a .safetensors of each shard and embed.json; the same command again continues a stopped one.
+        features: what the image tower gives before the projection, in place of embeddings; for `data.features`.
+        captions: "txt", or "json.FIELD" for a field of the .json that may list several.
+        workers: processes that decode.
+        batch_size: images embedded at once.
+    """
+    from functools import partial
+
+    import torch
+    from rich.progress import track
+
+    from dualenc import ShardIndex, load
+    from dualenc.data.features import embed_shards
+    from dualenc.embedder import fingerprint, image_features
+
+    embedder = None
+    if not model.endswith((".yaml", ".yml")):
+        embedder = load(model)
+        tower, preprocess = embedder.model.image, embedder.preprocess
+    elif features:
+        from dualenc.training.begin import image_tower
+
+        tower, preprocess = image_tower(model)
+        tower.to("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        raise UsageError(f"{model} is a configuration, whose towers are not trained: it is for --features alone")
+    about: dict[str, Any] = {"model": model, "what": "features" if features else "embeddings"}
+    if embedder is None or features:
+        of_images, of_texts = partial(image_features, tower, preprocess), None
+        about |= {"made_by": fingerprint(tower, preprocess), "captions": None, "dims": tower.width}
+    else:
+        of_images, of_texts = partial(embedder.embed_images, batch_size=batch_size), embedder.embed_texts
+        made_by = fingerprint(embedder.model, preprocess, embedder.tokenizer.fingerprint)
+        about |= {"made_by": made_by, "captions": captions, "dims": embedder.model.config.embed_dim}
+    about |= {"image": asdict(tower.config), "preprocess": asdict(preprocess)}
+    bar = partial(track, description="images", transient=True, disable=not sys.stderr.isatty())
+    try:
+        made = embed_shards(
+            ShardIndex.build(shards, workers=workers),
+            out,
+            about,
+            preprocess,
+            of_images,
+            of_texts,
+            workers=workers,
+            batch_size=batch_size,
+            track=bar,
+        )
+    except OSError as error:
+        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
+    print("\n".join(made.lines()))
 
 
 def configs(name: str | None = None) -> None:

@@ -1,13 +1,15 @@
 """The embedder: model, tokenizer and preprocessing together, and the model directory they live in."""
 
+import copy
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +37,7 @@ from dualenc.evaluation import (
     zero_shot_classifier,
 )
 from dualenc.models.dual import DualConfig, DualEncoder
+from dualenc.models.image import ImageEncoder
 from dualenc.report import Answers, Classes, Labels, Section
 
 FORMAT = 1
@@ -324,15 +327,7 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
     Raises:
         ModelError: a file is missing, of a newer format, or does not fit; names it.
     """
-    spec = os.fspath(spec)
-    path = _hub(spec) if spec.startswith("hf-hub:") else Path(spec)
-    if not path.is_dir():
-        raise ModelError(f"model {spec!r} is no folder, and no hf-hub:owner/name")
-    if not (path / "config.json").exists():
-        inside = [path / name for name in ("best", "last") if (path / name / "config.json").exists()]
-        path = inside[0] if inside else path
-    if missing := [name for name in FILES if not (path / name).is_file()]:
-        raise ModelError(f"{path} is no whole model directory: {', '.join(missing)} missing")
+    path = model_folder(spec)
     fields = _read_json(path / "config.json")
     _check_format(fields, path / "config.json")
     config: DualConfig = _from_dict(DualConfig, fields, str(path / "config.json"))
@@ -349,7 +344,107 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
         raise ModelError(f"{path / 'config.json'}: {error}") from None
     _load_state(model, state, path / "model.safetensors")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Embedder(model.to(device).eval(), tokenizer, preprocess, name=spec)
+    return Embedder(model.to(device).eval(), tokenizer, preprocess, name=os.fspath(spec))
+
+
+def model_folder(spec: str | os.PathLike[str]) -> Path:
+    """The model directory that `load` reads for a spec, fetched where it is on the hub.
+
+    Raises:
+        ModelError: there is none, or a file of it is missing.
+    """
+    spec = os.fspath(spec)
+    path = _hub(spec) if spec.startswith("hf-hub:") else Path(spec)
+    if not path.is_dir():
+        raise ModelError(f"model {spec!r} is no folder, and no hf-hub:owner/name")
+    if not (path / "config.json").exists():
+        inside = [path / name for name in ("best", "last") if (path / name / "config.json").exists()]
+        path = inside[0] if inside else path
+    if missing := [name for name in FILES if not (path / name).is_file()]:
+        raise ModelError(f"{path} is no whole model directory: {', '.join(missing)} missing")
+    return path
+
+
+@torch.no_grad()
+def image_features(tower: ImageEncoder, preprocess: Preprocess, images: Tensor) -> Tensor:
+    """What a tower in eval mode gives before the projection: (B, D) fp32 on the CPU, of uint8 images (B, 3, S, S)."""
+    weight = next(tower.parameters())
+    return tower(preprocess.normalize(images.to(weight.device, non_blocking=True), weight.dtype)).float().cpu()
+
+
+def fingerprint(model: DualEncoder | ImageEncoder, preprocess: Preprocess, more: str = "") -> str:
+    """A hash of all that embeddings or features depend on: architecture, weights to the bit, preprocessing.
+
+    Args:
+        model: a dual encoder, or its image tower.
+        preprocess: its.
+        more: what else counts, such as the tokenizer's fingerprint.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    about = [dataclasses.asdict(model.config), dataclasses.asdict(preprocess), more]
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def difference(first: Embedder, second: Embedder, apart: Collection[str] = ()) -> str | None:
+    """Names the first field of architecture or preprocessing in which two models differ, with both values.
+
+    Args:
+        first, second: the models.
+        apart: fields that may differ, such as "image.img_size".
+    """
+
+    def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from fields(value, f"{prefix}{field.name}.")
+            else:
+                yield f"{prefix}{field.name}", value
+
+    for part, prefix in ((lambda one: one.model.config, ""), (lambda one: one.preprocess, "preprocess.")):
+        for (name, x), (_, y) in zip(fields(part(first), prefix), fields(part(second), prefix), strict=True):
+            if x != y and name not in apart:
+                return f"{name} {x!r} and {y!r}"
+    return None
+
+
+def interpolate(first: Embedder, second: Embedder, alpha: float) -> Embedder:
+    """A model between two, with the weights (1 - alpha) * first + alpha * second (Wortsman et al. 2022, section 3).
+
+    Args:
+        first: whose architecture, tokenizer and preprocessing it has.
+        second: a model that differs from it in weights and dropout only, such as the first after fine-tuning.
+        alpha: from 0 to 1, for the weights of the first and of the second to the bit.
+
+    Raises:
+        ModelError: the models differ in more, or alpha is not between 0 and 1.
+    """
+    if not 0 <= alpha <= 1:
+        raise ModelError(f"alpha {alpha} must lie between 0 and 1")
+    found = difference(first, second, apart=["text.dropout"])
+    if not found and first.tokenizer.fingerprint != second.tokenizer.fingerprint:
+        found = "their tokenizers"
+    if found:
+        raise ModelError(f"{first.name} and {second.name} differ: {found}; what lies between them is no model")
+    others, weights = second.model.state_dict(), {}
+    for name, x in first.model.state_dict().items():
+        y = others[name].to(x.device)
+        if not x.is_floating_point():
+            if not torch.equal(x, y):
+                raise ModelError(f"{first.name} and {second.name} differ: {name}, which is no weight")
+            weights[name] = x
+        elif alpha in (0, 1):  # a sum would lose the sign of a zero
+            weights[name] = y if alpha else x
+        else:
+            weights[name] = ((1 - alpha) * x.double() + alpha * y.double()).to(x.dtype)
+    model = copy.deepcopy(first.model)
+    model.load_state_dict(weights)
+    name = f"{1 - alpha:g} {first.name} + {alpha:g} {second.name}"
+    return Embedder(model, first.tokenizer, first.preprocess, name=name)
 
 
 def _hub(spec: str) -> Path:

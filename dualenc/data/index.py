@@ -200,8 +200,19 @@ class Shard:
         offset, size = found[extension]
         if name != "piece":
             return content_hash(self.read(offset, size))
-        piece = min(size, 8192)
-        return content_hash(self.read(offset + (size - piece) // 2, piece), size)
+        piece = _middle(size)
+        return content_hash(self.read(offset + piece.start, len(piece)), size)
+
+
+def _middle(size: int) -> range:
+    piece = min(size, 8192)
+    return range((size - piece) // 2, (size + piece) // 2)
+
+
+def piece_hash(data: bytes) -> int:
+    """The `piece` of an image's bytes, see `DTYPES`."""
+    piece = _middle(len(data))
+    return content_hash(data[piece.start : piece.stop], len(data))
 
 
 def content_hash(data: bytes, more: int = 0) -> int:

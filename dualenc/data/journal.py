@@ -49,3 +49,13 @@ def check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any], tel
         if before.get(name) != now[name]:
             what = tell.get(name) or f"{name} {before.get(name)!r}, not {now[name]!r}"
             raise DataError(f"{out} was begun with {what}: give the same, remove the folder, or name a new one")
+
+
+def other_inputs(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How shards by name differ from those that a folder was begun with, for `check_same`."""
+    other = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    some = (
+        f"{name} {'is new' if name not in before else 'has changed' if name in now else 'is missing'}"
+        for name in other[:3]
+    )
+    return f"other shards ({', '.join(some)}{', ...' * (len(other) > 3)})"

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from dualenc.data.errors import BadSample, DataError
 from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image
+from dualenc.data.index import content_hash, piece_hash
+from dualenc.data.masking import Masked, Masking
 from dualenc.data.plan import EpochPlan, draw
 from dualenc.data.prefetch import Prefetch
 from dualenc.data.quarantine import IN_A_ROW, Bad, Quarantine, causes
@@ -18,13 +21,18 @@ from dualenc.data.tokenizer import Tokenizer
 from dualenc.data.workers import Noting, PatientLoader
 from dualenc.tokens import Tokens
 
+if TYPE_CHECKING:
+    from dualenc.data.features import Features
+
 
 class Pairs(NamedTuple):
     """A batch: pair i is images[i] and the tokenizer's text i."""
 
-    images: Tensor  # (B, 3, S, S) uint8, stored channels last
+    images: Tensor  # (B, 3, S, S) uint8, stored channels last; or features (B, D) fp32
     tokens: Tokens
     rows: Tensor  # (B,) int64, number of each sample in the index; -1 for a bad one, with another in its place
+    ids: Tensor  # (B, 2) int64, hashes: equal where images are equal, and where texts are the same tokens
+    masked: Masked | None = None  # the texts with some words hidden, where they are to be guessed
     bad: Sequence[Bad] = ()  # samples that were met and could not be used
 
 
@@ -103,6 +111,8 @@ class PairDataset(Noting):
         tokenizer: texts to `Tokens`.
         transform: uint8 (3, H, W) to uint8 (3, S, S); may draw from torch's default generator and from `random`.
         seed: of augmentation and caption choice; None for the first caption.
+        features: in place of the images, which are then neither read nor transformed.
+        masking: hides words, to be guessed.
     """
 
     def __init__(
@@ -112,9 +122,11 @@ class PairDataset(Noting):
         tokenizer: Tokenizer,
         transform: Callable[[Tensor], Tensor],
         seed: int | None = None,
+        features: "Features | None" = None,
+        masking: Masking | None = None,
     ) -> None:
         super().__init__()
-        self.index, self.captions = index, captions
+        self.index, self.captions, self.features, self.masking = index, captions, features, masking
         self.tokenizer, self.transform, self.seed = tokenizer, transform, seed
 
     def __getitem__(self, request: tuple[int, int, np.ndarray]) -> Pairs:
@@ -124,42 +136,58 @@ class PairDataset(Noting):
             DataError: `IN_A_ROW` samples one after the other are bad.
         """
         epoch, position, rows = request
-        images, texts, used = [], [], []
+        images, texts, used, ids = [], [], [], []
         bad: list[Bad] = []
         with _own_generators():
             for place, row in enumerate(rows.tolist(), position):
-                good, picture, captions = self._next_good(row, bad)
+                good, picture, captions, piece = self._next_good(row, bad)
                 choice = 0
                 if self.seed is not None:
                     key = draw(self.seed, epoch, place)
                     torch.default_generator.manual_seed(key)
                     random.seed(key)
                     choice = key % len(captions)
-                images.append(self.transform(picture))
+                images.append(picture if self.features else self.transform(picture))
                 texts.append(captions[choice])
                 used.append(good if good == row or self.seed is not None else -1)
-        # Stored channels last, as the pictures are: no time for turning them around.
-        batch = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-        pairs = Pairs(batch, self.tokenizer(texts), torch.tensor(used), bad)
+                ids.append(piece)
+        if self.features:
+            batch = torch.stack(images)
+        else:  # stored channels last, as the pictures are: no time for turning them around
+            batch = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+        tokens = self.tokenizer(texts)
+        hashes = torch.from_numpy(np.array([ids, token_hashes(tokens)], np.uint64).view(np.int64).T.copy())
+        masked = None
+        if self.masking is not None and self.seed is not None:
+            masked = self.masking(tokens, (self.seed, epoch), position)
         self.done()
-        return pairs
+        return Pairs(batch, tokens, torch.tensor(used), hashes, masked, bad)
 
     def where(self, row: int) -> tuple[str, str]:
         """A sample's shard, and its shard and key, for people."""
         sample = self.index[row]
         return sample.shard, str(sample)
 
-    def _next_good(self, row: int, bad: list[Bad]) -> tuple[int, Tensor, list[str]]:
-        """The first sample from `row` on that can be used: its number, picture and captions. Notes those before it."""
+    def _next_good(self, row: int, bad: list[Bad]) -> tuple[int, Tensor, list[str], int]:
+        """The first sample from `row` on that can be used: its number, picture, captions and a hash of its image.
+
+        Notes those before it.
+        """
         for step in range(IN_A_ROW):
             near = (row + step) % len(self.index)
             self.begin(near)
             sample = self.index[near]
             try:
-                return near, decode_sample(sample), captions_of(sample, self.captions)
+                picture, piece = self._picture(near, sample)
+                return near, picture, captions_of(sample, self.captions), piece
             except BadSample as error:
                 bad.append(Bad(near, sample.shard, sample.key, error.cause, error.detail))
         raise DataError(f"{IN_A_ROW} samples in a row are bad: {causes(bad[-IN_A_ROW:])}")
+
+    def _picture(self, row: int, sample: Sample) -> tuple[Tensor, int]:
+        if self.features is None:
+            return read_picture(sample)
+        return self.features.row(*self.index.find(row), sample)
 
 
 class _own_generators:
@@ -179,13 +207,34 @@ def decode_sample(sample: Sample) -> Tensor:
     Raises:
         BadSample: there is none, or it cannot be decoded; names shard, key and cause.
     """
+    return _decoded(sample, *_image_of(sample))
+
+
+def read_picture(sample: Sample) -> tuple[Tensor, int]:
+    """Like `decode_sample`, and the hash `piece_hash` of the image's bytes."""
+    extension, data = _image_of(sample)
+    return _decoded(sample, extension, data), piece_hash(data)
+
+
+def _image_of(sample: Sample) -> tuple[str, bytes]:
+    """Extension and bytes."""
     extension = sample.image
     if extension is None:
         raise BadSample(sample, "no image among its members", ", ".join(sorted(sample.members)))
+    return extension, sample.read(extension)
+
+
+def _decoded(sample: Sample, extension: str, data: bytes) -> Tensor:
     try:
-        return decode_image(sample.read(extension))
+        return decode_image(data)
     except ImageError as error:
         raise BadSample(sample, f".{extension} {error.cause}", error.detail) from None
+
+
+def token_hashes(tokens: Tokens) -> list[int]:
+    """A hash of the ids of each text, in the caller's order."""
+    ids, offsets = tokens.ids.numpy(), tokens.offsets.tolist()
+    return [content_hash(ids[offsets[row] : offsets[row + 1]].tobytes()) for row in tokens.rows.tolist()]
 
 
 class PairLoader:
@@ -197,6 +246,7 @@ class PairLoader:
     Args:
         dataset: what the plan's numbers mean.
         batch_size: global, over all ranks; a multiple of `world`.
+        micro_batch_size: the most pairs of a piece; each batch is then a list of pieces, that workers make one by one.
         seed: of the order.
         window: shards shuffled together; see `EpochPlan`.
         sources: (number of shards, weight) of each source; see `EpochPlan`.
@@ -218,6 +268,7 @@ class PairLoader:
         dataset: PairDataset,
         batch_size: int,
         *,
+        micro_batch_size: int | None = None,
         seed: int = 0,
         window: int = 64,
         sources: Sequence[tuple[int, float]] | None = None,
@@ -239,8 +290,11 @@ class PairLoader:
             raise DataError(f"batch_size {batch_size} (over all ranks) is no multiple of the {world} ranks")
         if not timeout > 0:
             raise DataError(f"data.timeout {timeout} must be more than 0 seconds")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise DataError(f"micro_batch_size {micro_batch_size} must be 1 at least")
+        self.micro_batch_size = micro_batch_size
         self._length = len(self._plan(0))
-        self._requests = _Requests(rank, world, batch_size)
+        self._requests = _Requests(rank, world, batch_size, micro_batch_size)
         self._loader: PatientLoader | None = None  # kept from epoch to epoch with its workers
 
     def _plan(self, epoch: int) -> Sequence[np.ndarray]:
@@ -260,7 +314,8 @@ class PairLoader:
         """Batches of a whole epoch, wherever the state stands."""
         return self._length
 
-    def __iter__(self) -> Iterator[Pairs]:
+    def __iter__(self) -> Iterator[Any]:
+        """Batches, `Pairs`; or, of micro-batches, lists of them."""
         if not self.shuffle:
             self.batch = 0  # a trainer's sanity check or limit may have left the last pass early
         plan = self._plan(self.epoch)
@@ -275,15 +330,17 @@ class PairLoader:
             )
         self._requests.begin(plan, self.epoch, self.batch)
         try:
-            batches = iter(self._loader)  # starts the workers in the first epoch, before there are threads
+            pieces = iter(self._loader)  # starts the workers in the first epoch, before there are threads
             with Prefetch(plan, self.dataset.index, self.batch) as prefetch:
-                for batch in batches:
-                    self.quarantine.add(batch.bad)
+                for count in self._requests.pieces():
+                    batch = list(islice(pieces, count))
+                    for piece in batch:
+                        self.quarantine.add(piece.bad)
                     prefetch.reached(self.batch)
                     self.batch += 1  # counted when handed over, not when a worker reads ahead
                     if self.batch == self._length:
                         self.epoch, self.batch = self.epoch + 1, 0
-                    yield batch
+                    yield batch if self.micro_batch_size else batch[0]
         except BaseException:  # an epoch that is left, too: what the workers read ahead is of no use
             self.close()
             raise
@@ -306,6 +363,7 @@ class PairLoader:
             "captions": self.dataset.captions,
             "tokenizer": self.dataset.tokenizer.fingerprint,
             "fingerprint": self.dataset.index.fingerprint,
+            "features": self.dataset.features.made_by if self.dataset.features else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -316,24 +374,36 @@ class PairLoader:
         """
         mine = self.state_dict()
         for name in mine:
-            if name not in ("epoch", "batch") and state[name] != mine[name]:
-                raise DataError(f"the checkpoint's data loader had {name} {state[name]}, this run has {mine[name]}")
+            if name not in ("epoch", "batch") and state.get(name) != mine[name]:
+                raise DataError(f"the checkpoint's data loader had {name} {state.get(name)}, this run has {mine[name]}")
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 
 class _Requests:
     """What `PairDataset` is asked for, from some batch to the epoch's end, for one rank."""
 
-    def __init__(self, rank: int, world: int, size: int) -> None:
-        self.rank, self.world, self.size = rank, world, size
+    def __init__(self, rank: int, world: int, size: int, most: int | None) -> None:
+        self.rank, self.world, self.size, self.most = rank, world, size, most
 
     def begin(self, plan: Sequence[np.ndarray], epoch: int, start: int) -> None:
         self.plan, self.epoch, self.start = plan, epoch, start
 
-    def __len__(self) -> int:
-        return len(self.plan) - self.start
+    def pieces(self) -> Iterator[int]:
+        """How many each batch is asked for in."""
+        for k in range(self.start, len(self.plan)):
+            yield self._number(self._own(k)[0])
 
     def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
         for k in range(self.start, len(self.plan)):
-            parts = np.array_split(self.plan[k], self.world)  # equal, but for unshuffled pairs
-            yield self.epoch, k * self.size + sum(map(len, parts[: self.rank])), parts[self.rank]
+            own, place = self._own(k)
+            for piece in np.array_split(own, self._number(own)):  # as equal as can be
+                yield self.epoch, place, piece
+                place += len(piece)
+
+    def _number(self, own: np.ndarray) -> int:
+        return -(-len(own) // self.most) if self.most else 1
+
+    def _own(self, k: int) -> tuple[np.ndarray, int]:
+        """This rank's rows of a batch, and the place of the first of them in the epoch."""
+        parts = np.array_split(self.plan[k], self.world)  # equal, but for unshuffled pairs
+        return parts[self.rank], k * self.size + sum(map(len, parts[: self.rank]))

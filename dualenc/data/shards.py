@@ -279,7 +279,7 @@ class ShardIndex:
         return self.starts[-1] if self.rows is None else len(self.rows)
 
     def __getitem__(self, i: int) -> Sample:
-        shard, place = self._find(i)
+        shard, place = self.find(i)
         return Sample(shard, shard.key(place), shard.members(place))
 
     def __iter__(self) -> Iterator[Sample]:
@@ -287,10 +287,11 @@ class ShardIndex:
 
     def key(self, i: int) -> str:
         """The key of sample i."""
-        shard, place = self._find(i)
+        shard, place = self.find(i)
         return shard.key(place)
 
-    def _find(self, i: int) -> tuple[Shard, int]:
+    def find(self, i: int) -> tuple[Shard, int]:
+        """The shard of sample i, and its number there."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         row = int(i if self.rows is None else self.rows[i])

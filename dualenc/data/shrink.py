@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from dualenc.data.images import ImageError, decode_image
-from dualenc.data.journal import append, check_same, read_lines, write_whole
+from dualenc.data.journal import append, check_same, other_inputs, read_lines, write_whole
 from dualenc.data.shards import DataError, Sample, ShardIndex
 from dualenc.data.workers import each
 
@@ -153,7 +153,7 @@ def shrink_shards(
     plan["inputs"] = dict(sorted(inputs.items()))
     about, journal = out / "shrink.json", out / "unfinished.jsonl"
     if begun:
-        check_same(out, begun, {"inputs": inputs}, {"inputs": _other_inputs(begun["inputs"], inputs)})
+        check_same(out, begun, {"inputs": inputs}, {"inputs": other_inputs(begun["inputs"], inputs)})
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(about, json.dumps(plan, indent=1))
@@ -215,15 +215,6 @@ def _names(index: ShardIndex, out: Path) -> list[str]:
             raise DataError(f"{out} is the folder of {path}, which would be overwritten: name another one")
         found[name] = path
     return list(found)
-
-
-def _other_inputs(before: dict[str, Any], now: dict[str, Any]) -> str:
-    other = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
-    some = (
-        f"{name} {'is new' if name not in before else 'has changed' if name in now else 'is missing'}"
-        for name in other[:3]
-    )
-    return f"other shards ({', '.join(some)}{', ...' * (len(other) > 3)})"
 
 
 def _bytes(path: Path) -> int | None:

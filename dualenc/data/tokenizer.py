@@ -97,6 +97,12 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
+    def special(self) -> dict[str, int]:
+        """The ids of the special tokens."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
+    @property
     def fingerprint(self) -> str:
         """Of what it makes of texts."""
         return hashlib.blake2b(self.backend.to_str().encode(), digest_size=16).hexdigest()

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -57,7 +58,7 @@ def deaf(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Noting(Dataset[Any]):
+class Noting(Dataset[Any], ABC):
     """A data set that notes which of its samples it is at, for whoever waits."""
 
     def __init__(self) -> None:
@@ -71,9 +72,9 @@ class Noting(Dataset[Any]):
         """The batch is ready."""
         self.note[1] = np.inf
 
+    @abstractmethod
     def where(self, row: int) -> tuple[str, str]:
         """A sample's shard, and its shard and key, for people."""
-        raise NotImplementedError
 
 
 class PatientLoader(DataLoader[Any]):
