@@ -21,7 +21,7 @@ SMALL = [
     "--data.batch_size", "16", "--data.workers", "0", "--data.val", "0.25", "--run.monitor", "val/mrr",
     "--trainer.max_steps", "24", "--trainer.max_epochs", "-1",
     "--trainer.check_val_every_n_epoch", "1", "--trainer.log_every_n_steps", "1",
-    "--trainer.accelerator", "cpu", "--trainer.devices", "1",
+    "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.strategy", "auto",
 ]  # fmt: skip
 
 
@@ -30,6 +30,7 @@ def small_fit(config: Path, folder: Path, seed: int, *more: str) -> Path:
     captions = 3 if "json." in config.read_text() else 1
     write_shards(folder / "shards", [20, 15, 13], seed, captions=captions)
     sets = write_benchmark(folder / "set", seed, "retrieval")
+    more = ("--data.micro_batch_size", "6", *more) if "micro_batch_size" in config.read_text() else more
     evaluation = f'[{{"class_path": "dualenc.training.Evaluation", "init_args": {{"data": ["{sets}"]}}}}]'
     run = folder / "run"
     main([
@@ -74,4 +75,6 @@ def test_there_are_configs() -> None:
         "emoji",
         "vit_b32_bert_base",
         "vit_b16_bert_base",
+        "large_batch",
+        "many_nodes",
     }

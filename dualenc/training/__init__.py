@@ -4,7 +4,16 @@ from dualenc.training.callbacks import Evaluation
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.data import PairData
 from dualenc.training.ema import EMA
-from dualenc.training.optim import WarmupCosine, parameter_groups
+from dualenc.training.optim import Tuning, WarmupCosine, parameter_groups
 from dualenc.training.run import RunDirectory
 
-__all__ = ["EMA", "ContrastiveTask", "Evaluation", "PairData", "RunDirectory", "WarmupCosine", "parameter_groups"]
+__all__ = [
+    "EMA",
+    "ContrastiveTask",
+    "Evaluation",
+    "PairData",
+    "RunDirectory",
+    "Tuning",
+    "WarmupCosine",
+    "parameter_groups",
+]

@@ -1,11 +1,14 @@
 """The contrastive task: towers and loss, each from the configuration, and validation on held-out pairs."""
 
+import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -13,17 +16,47 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import DataError, Pairs, Preprocess
+from dualenc.data.features import Features
+from dualenc.data.masking import Masked
+from dualenc.embedder import Embedder, ModelError, difference, fingerprint, load, model_folder
 from dualenc.evaluation import retrieval_metrics
-from dualenc.losses import clip_loss
-from dualenc.models import DualEncoder, Embeddings, ImageConfig, TextConfig
+from dualenc.losses import Duplicates, clip_loss
+from dualenc.models import (
+    DualEncoder,
+    Embeddings,
+    ImageConfig,
+    MaskedLanguageHead,
+    TextConfig,
+    embed_pieces,
+    in_pieces,
+)
+from dualenc.tokens import Tokens
 from dualenc.training.metrics import PairEmbeddings
-from dualenc.training.optim import WarmupCosine
+from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.task import Task, say
 
 
 def adamw(parameters: Iterable[Any]) -> AdamW:
     """AdamW with the constants of CLIP's ViT models (Radford et al. 2021, table 19)."""
     return AdamW(parameters, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, fused=True)
+
+
+PLAIN = Tuning()
+MASKED = 0.15  # share of the tokens that are hidden for a masked-language-model loss
+
+
+def is_model(source: bool | str) -> bool:
+    """Whether `model.pretrained` names a model of ours, and no weights of timm's."""
+    return isinstance(source, str) and (source.startswith("hf-hub:") or Path(source).is_dir())
+
+
+def _pieces(batch: Pairs | list[Pairs]) -> list[Pairs]:
+    return batch if isinstance(batch, list) else [batch]
+
+
+def _takes_ids(loss: Callable) -> bool:
+    parameters = inspect.signature(loss).parameters.values()
+    return any(p.name == "ids" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 class ContrastiveTask(Task):
@@ -35,12 +68,22 @@ class ContrastiveTask(Task):
         embed_dim: dimensions of the common space.
         projection: from each tower into it, "linear" or "mlp".
         loss: function of (image, text, scale, bias, group=...), such as `dualenc.losses.clip_loss` or `siglip_loss`.
+        duplicates: pairs of a batch that share an image or a text are each other's negatives ("ignore"), are not
+            ("mask"), or are positives ("positive"); but for "ignore" the loss is called with `ids` and `duplicates`, as
+            that of `dualenc.losses`.
+        mlm_weight: of a masked-language-model loss (BERT, Devlin et al. 2019) beside the contrastive one. The text
+            tower reads the same captions once more with `MASKED` of their tokens hidden, and a head, which is no part
+            of the model directory, guesses them. 0 for none.
         logit_bias: learn a bias; `siglip_loss` needs it.
         init_scale: temperature factor at the start; absent, 1/0.07, or 10 with a bias.
         init_bias: bias at the start.
-        optimizer: from parameter groups; the second has no weight decay.
+        optimizer: from parameter groups, see `parameter_groups`; its learning rate is times their factors.
         scheduler: from the optimizer and the number of steps; a class.
-        pretrained: true for timm's weights of the image tower's name, or a local file of weights.
+        pretrained: true for timm's weights of the image tower's name, or a local file of them; or a model directory,
+            run directory or hf-hub:owner/name[@revision] for all weights, whose architecture and tokenizer the run
+            must have, but for `image.img_size` and dropout, and it may add a bias.
+        image_tuning: what of the image tower is trained, and how fast.
+        text_tuning: likewise of the text tower.
         patch_dropout: share of image patches left out in training.
         grad_checkpointing: less memory, more computation.
         resize: how evaluation makes images square; see `Preprocess`.
@@ -55,12 +98,16 @@ class ContrastiveTask(Task):
         embed_dim: int = 512,
         projection: Literal["linear", "mlp"] = "linear",
         loss: Callable = clip_loss,
+        duplicates: Duplicates = "ignore",
+        mlm_weight: float = 0.0,
         logit_bias: bool = False,
         init_scale: float | None = None,
         init_bias: float = -10.0,
         optimizer: Callable[[Iterable], Optimizer] = adamw,
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
         pretrained: bool | str = False,
+        image_tuning: Tuning = PLAIN,
+        text_tuning: Tuning = PLAIN,
         patch_dropout: float = 0.0,
         grad_checkpointing: bool = False,
         resize: Literal["shortest", "squash", "longest"] = "shortest",
@@ -79,17 +126,78 @@ class ContrastiveTask(Task):
         )
         super().__init__(model, optimizer, scheduler, seed, max_skipped)
         self.model.set_grad_checkpointing(grad_checkpointing)
+        self.tunings = {"image": image_tuning, "text": text_tuning}
+        for name, tuning in self.tunings.items():
+            tuning.freeze(getattr(model, name), f"model.{name}_tuning")
         self.preprocess = Preprocess(image.img_size, resize=resize, **self.model.image.data_config)
         self.text_config = text
-        self.loss, self.pretrained = loss, pretrained
+        if duplicates != "ignore" and not _takes_ids(loss):
+            raise ValueError(f"model.duplicates {duplicates} needs a loss that takes ids: set it to ignore")
+        self.loss, self.duplicates, self.pretrained = loss, duplicates, pretrained
+        if mlm_weight < 0 or (mlm_weight and text_tuning.locked):
+            raise ValueError(
+                f"model.mlm_weight {mlm_weight} must not be negative, and 0 where model.text_tuning.locked is true"
+            )
+        self.mlm_weight, self.mlm = mlm_weight, MaskedLanguageHead(text) if mlm_weight else None
+        self.masked = MASKED if mlm_weight else 0.0  # share of the tokens that the data hide
+        self._mlm_loss: Tensor | None = None
+        self._rows: list[int] = []
         self._held_out = PairEmbeddings()
         self.held_out: tuple[Tensor, ...] | None = None  # rows, images, texts of the last validation, on the first rank
 
     def setup(self, stage: str) -> None:
-        """Loads pretrained weights where a new run begins."""
+        """Loads pretrained weights where a new run begins, and looks whether features are of its image tower.
+
+        Raises:
+            ValueError: they are not, or the tower is trained.
+        """
         super().setup(stage)
-        if stage == "fit" and self.pretrained:
-            self.model.image.load_pretrained(self.pretrained if isinstance(self.pretrained, str) else None)
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # Lightning's, of frozen parts
+        source = self.pretrained
+        if stage == "fit" and isinstance(source, str) and is_model(source):
+            self._load(source)
+        elif stage == "fit" and source:
+            self.model.image.load_pretrained(source if isinstance(source, str) else None)
+        if stage == "fit" and self.mlm is not None and not getattr(self.trainer.datamodule, "mask", 0):
+            raise ValueError(f"model.mlm_weight needs data that hide words: PairData(mask={MASKED})")
+        features = getattr(self.trainer.datamodule, "features", None)
+        if stage == "fit" and features is not None:
+            self._check_features(features)
+
+    def _check_features(self, features: Features) -> None:
+        if not self.tunings["image"].locked:
+            raise ValueError(
+                f"data.features {features.folder} stand for an image tower that stays as it is: set "
+                "model.image_tuning.locked to true, or data.features to null"
+            )
+        # A run that goes on gets its weights later: the loader's state names the features that it began with.
+        if not self.trainer.ckpt_path and fingerprint(self.model.image, self.preprocess) != features.made_by:
+            raise ValueError(
+                f"data.features {features.folder} are of another image tower or preprocessing than this run's: of "
+                f"{features.model}; give the run that one by model.pretrained, or make features of its own by dualenc "
+                "embed CONFIG SHARDS OUT --features"
+            )
+
+    def _load(self, spec: str) -> None:
+        """All weights of a model of ours.
+
+        Raises:
+            ModelError: it is another one than this run's; says in what.
+        """
+        folder = model_folder(spec)
+        given = load(folder, "cpu")
+        own = Embedder(self.model, self.trainer.datamodule.tokenizer, self.preprocess)
+        apart = ["image.img_size", "preprocess.size", "text.dropout"]
+        if self.model.config.logit_bias:
+            apart.append("logit_bias")
+        if found := difference(given, own, apart):
+            raise ModelError(f"model.pretrained {spec} and this run differ: {found}; give the run what the model has")
+        if given.tokenizer.fingerprint != own.tokenizer.fingerprint:
+            raise ModelError(
+                f"model.pretrained {spec} has another tokenizer than this run: --data.tokenizer "
+                f"{folder / 'tokenizer.json'}"
+            )
+        self.model.load_pretrained(given.model)
 
     def configure_model(self) -> None:
         """Spreads the weights over the ranks, block by block, where the strategy is ModelParallelStrategy (FSDP2).
@@ -97,7 +205,14 @@ class ContrastiveTask(Task):
         Each part whose forward is called alone, as evaluation calls them, is one of its own.
         """
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            if self.mlm is not None:  # its head needs the word embedding, which is whole only while the tower computes
+                raise ValueError("model.mlm_weight must be 0 under ModelParallelStrategy: use trainer.strategy ddp")
             mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+            if mesh.size() != self.trainer.world_size:  # the others would have gradients of their own
+                raise ValueError(
+                    f"ModelParallelStrategy spreads the weights over {mesh.size()} of {self.trainer.world_size} ranks: "
+                    "set its data_parallel_size to all of them, tensor_parallel_size to 1"
+                )
             model = self.model
             blocks = [*model.image.vit.blocks, *model.text.blocks]
             parts = [model.image, model.text, model.image_projection, model.text_projection, model.logits]
@@ -107,33 +222,75 @@ class ContrastiveTask(Task):
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)  # evaluation has no backward that would do it
 
     def on_train_start(self) -> None:
-        """Says how large the model is."""
-        image, text = (
-            sum(p.numel() for p in tower.parameters()) / 1e6 for tower in (self.model.image, self.model.text)
-        )
-        say(f"{image:.1f} M parameters in the image tower, {text:.1f} M in the text tower")
+        """Says how large the model is, and what of it is trained."""
+        sizes = []
+        for name in ("image", "text"):
+            own = list(getattr(self.model, name).parameters())
+            trained = f" ({sum(p.numel() for p in own if p.requires_grad) / 1e6:.1f} M trained)"
+            frozen = not all(p.requires_grad for p in own)
+            sizes.append(f"{sum(p.numel() for p in own) / 1e6:.1f} M parameters in the {name} tower{trained * frozen}")
+        say(", ".join(sizes))
         super().on_train_start()
 
-    def training_step(self, batch: Pairs, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        out = self._embed(batch)
-        loss = self.loss(*out, group=dist.group.WORLD if self.trainer.world_size > 1 else None)
-        size = len(batch.rows)  # and a padded batch would be as wide as the context length
-        counts = size, len(batch.tokens.ids), size * self.text_config.context_length, len(batch.bad)
-        return self.count(loss, batch.rows, counts, (out.image, out.text))
+    def on_train_batch_start(self, batch: Pairs | list[Pairs], batch_idx: int) -> None:
+        """Takes the samples' numbers while they are on the host: DDP moves all tensors of a batch."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._rows = [row for piece in _pieces(batch) for row in piece.rows.tolist()]
 
-    def _embed(self, batch: Pairs) -> Embeddings:
-        images = self.preprocess.normalize(batch.images, next(self.model.parameters()).dtype)
-        return self.model(images, batch.tokens)
+    def training_step(self, batch: Pairs | list[Pairs], batch_idx: int) -> Tensor:
+        """Loss of one batch, or of one that comes in pieces."""
+        pieces = _pieces(batch)
+        images = [piece.images for piece in pieces]
+        if self.tunings["image"].locked:  # nothing of it is computed again for a gradient
+            with torch.no_grad():
+                images = [self.model.image(self._normalised(x)) if x.dim() == 4 else x for x in images]
+        out = embed_pieces(self._embed, [(x, piece.tokens) for x, piece in zip(images, pieces)])
+        loss = self._compare(out, torch.cat([piece.ids for piece in pieces]), self.trainer.world_size > 1)
+        if self.mlm is not None:
+            loss = loss + self.mlm_weight * self._guess(pieces)
+        size, real = len(out.image), sum(len(piece.tokens.ids) for piece in pieces)
+        padded, bad = size * self.text_config.context_length, sum(len(piece.bad) for piece in pieces)
+        return self.count(loss, self._rows, (size, real, padded, bad), (out.image, out.text))
+
+    def _embed(self, images: Tensor, tokens: Tokens) -> Embeddings:
+        return self.model(self._normalised(images), tokens)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        dtype = next(self.model.parameters()).dtype
+        return images.to(dtype) if images.dim() == 2 else self.preprocess.normalize(images, dtype)  # 2: features
+
+    def _guess(self, pieces: Sequence[Pairs]) -> Tensor:
+        """Cross entropy of the hidden tokens, the mean over those of all ranks."""
+        some = [(piece.tokens, piece.masked) for piece in pieces if piece.masked is not None]
+        total = torch.stack(in_pieces(self._guess_piece, some)).sum()
+        both = torch.stack([total.detach(), torch.full_like(total, sum(len(masked.places) for _, masked in some))])
+        world = self.trainer.world_size
+        if world > 1:
+            dist.all_reduce(both)
+        number = both[1].clamp(min=1)
+        self._mlm_loss = both[0] / number
+        # As value the mean of all; as gradient this rank's share, times what averaging over the ranks divides by.
+        return self._mlm_loss + (total - total.detach()) * world / number
+
+    def _guess_piece(self, tokens: Tokens, masked: Masked) -> Tensor:
+        hidden = self.model.text(tokens._replace(ids=masked.ids))[masked.places]
+        logits = self.mlm(hidden, self.model.text.embeddings.words.weight)  # type: ignore[misc]
+        return F.cross_entropy(logits.float(), masked.labels, reduction="sum")
+
+    def _compare(self, out: Embeddings, ids: Tensor, spread: bool) -> Tensor:
+        more = {} if self.duplicates == "ignore" else {"ids": ids, "duplicates": self.duplicates}
+        return self.loss(*out, group=dist.group.WORLD if spread else None, **more)
 
     def stepped(self) -> None:
         """The temperature back in bounds."""
         self.model.logits.project()
 
     def more_metrics(self) -> dict[str, float]:
-        """Temperature and bias."""
+        """Temperature and bias; the masked-language-model loss of the last step."""
         scale, bias = self.model.logits()
         metrics = {"train/logit_scale": scale.item()}
+        if self._mlm_loss is not None:
+            metrics["train/mlm_loss"] = self._mlm_loss.item()
         return metrics if bias is None else {**metrics, "train/logit_bias": bias.item()}
 
     def on_validation_epoch_start(self) -> None:
@@ -142,22 +299,23 @@ class ContrastiveTask(Task):
 
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
         """Embeds held-out pairs."""
-        out = self._embed(batch)
+        out = self._embed(batch.images, batch.tokens)
         good = batch.rows >= 0
-        self._held_out.update(out.image[good.to(self.device)], out.text[good.to(self.device)], batch.rows[good])
+        here = good.to(self.device)
+        self._held_out.update(out.image[here], out.text[here], batch.rows[good], batch.ids[here])
 
     def on_validation_epoch_end(self) -> None:
         """Loss and retrieval among all held-out pairs of all ranks, whatever the batch they came in.
 
         The loss compares all of them with all: of 1,000 pairs it is that of a batch of 1,000.
         """
-        rows, image, text = self._held_out.compute()
-        scale, bias = self.model.logits()
+        rows, image, text, ids = self._held_out.compute()
+        out = Embeddings(image, text, *self.model.logits())
         found: dict[str, float] | str = {}
         if self.trainer.is_global_zero:
             own = torch.arange(len(image), device=image.device)
             try:
-                found = {"loss": float(self.loss(image, text, scale, bias, group=None))}
+                found = {"loss": float(self._compare(out, ids, spread=False))}
                 found |= retrieval_metrics(image, text, own, replicates=0).metrics
             except ValueError as error:
                 found = f"held-out pairs: {error}"

@@ -15,12 +15,13 @@ from dualenc.data import (
     DataError,
     PairDataset,
     PairLoader,
-    Pairs,
     Preprocess,
     Quarantine,
     ShardIndex,
     Tokenizer,
 )
+from dualenc.data.features import Features
+from dualenc.data.masking import Masking
 from dualenc.data.pairs import all_captions, only_pairs
 from dualenc.data.shards import distinct
 from dualenc.models import TextConfig
@@ -58,8 +59,14 @@ class PairData(LightningDataModule):
         tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; absent, one of `text.vocab_size` entries is
             trained on the training captions and kept in the run directory.
         batch_size: over all ranks together.
+        micro_batch_size: the most pairs that a rank embeds at a time; a batch of more is computed in pieces, of which
+            only the embeddings are kept, and each piece is embedded once more for the gradient.
         window: shards shuffled together.
-        augment: class of a transform of uint8 (3, H, W) tensors whose first argument is the output size.
+        augment: class of a transform of uint8 (3, H, W) tensors whose first argument is the output size; null for the
+            evaluation transform.
+        features: folder of `dualenc embed --features`, whose rows `fit` takes in place of images, for a locked image
+            tower; absent, images are decoded.
+        mask: share of the tokens to hide in training, for `model.mlm_weight`; the command line takes it from the task.
         workers: processes a rank that decode.
         timeout: seconds that the next batch may take with workers; then the run ends and names what they are at.
         bad_samples: share of the samples that may be bad, 10 at least; they are replaced and named in
@@ -80,8 +87,11 @@ class PairData(LightningDataModule):
         select: str | list[str] | None = None,
         tokenizer: str | None = None,
         batch_size: int = 256,
+        micro_batch_size: int | None = None,
         window: int = 64,
-        augment: Callable[[int], nn.Module] = Augment,
+        augment: Callable[[int], nn.Module] | None = Augment,
+        features: str | None = None,
+        mask: float = 0.0,
         workers: int = 2,
         timeout: float = 300.0,
         bad_samples: float = 0.001,
@@ -102,8 +112,10 @@ class PairData(LightningDataModule):
         self.preprocess, self.text = preprocess, text
         self.captions, self.selection, self.tokenizer_path = captions, select, tokenizer
         self.batch_size, self.window, self.workers, self.seed = batch_size, window, workers, seed
-        self.timeout = timeout
-        self.augment = augment(preprocess.size)
+        self.micro_batch_size, self.timeout, self.mask = micro_batch_size, timeout, mask
+        self.augment = augment(preprocess.size) if augment else preprocess
+        self.features_path = features
+        self.features: Features | None = None
         self.train_index: ShardIndex | None = None
         self.val_index: ShardIndex | None = None
         self.tokenizer: Tokenizer | None = None
@@ -169,6 +181,10 @@ class PairData(LightningDataModule):
             train, self.val_index = train.split(self.val_shards)
         elif self.val_shards is not None:
             self.val_index, _ = self._index([self.val_shards])
+        # Measured is the model itself, which may be of another checkpoint than the features are for.
+        if self.features_path is not None and self.trainer.state.fn == "fit":
+            self.features = Features(self.features_path)
+            self.features.check([*train.parts, *(self.val_index.parts if self.val_index else [])])
         self.train_index = train
         total = len(train) + (len(self.val_index) if self.val_index else 0)
         root = Path(self.trainer.default_root_dir)
@@ -209,24 +225,39 @@ class PairData(LightningDataModule):
         """The held-out pairs."""
         return self.val_dataloader()
 
-    def transfer_batch_to_device(self, batch: Pairs, device: torch.device, dataloader_idx: int) -> Pairs:
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Without waiting for the copies; what only names the samples stays on the host."""
-        images = batch.images.to(device, non_blocking=True)
-        return Pairs(images, batch.tokens.to(device, non_blocking=True), batch.rows, batch.bad)
+        if isinstance(batch, list):
+            return [self.transfer_batch_to_device(piece, device, dataloader_idx) for piece in batch]
+        images, tokens, ids = (x.to(device, non_blocking=True) for x in (batch.images, batch.tokens, batch.ids))
+        masked = batch.masked and batch.masked.to(device, non_blocking=True)
+        return batch._replace(images=images, tokens=tokens, ids=ids, masked=masked)
 
     def _loader(self, index: ShardIndex | None, train: bool) -> PairLoader:
         assert index is not None
         assert self.tokenizer is not None
+        micro, size, world = self.micro_batch_size, self.batch_size, self.trainer.world_size
+        if not train and micro:  # nothing there depends on the batch
+            micro, size = None, min(size, micro * world)
         transform = self.augment if train else self.preprocess
         made = PairLoader(
-            PairDataset(index, self.captions, self.tokenizer, transform, seed=self.seed if train else None),
-            self.batch_size,
+            PairDataset(
+                index,
+                self.captions,
+                self.tokenizer,
+                transform,
+                self.seed if train else None,
+                self.features,
+                Masking(self.tokenizer, self.mask) if train and self.mask else None,
+            ),
+            size,
+            micro_batch_size=micro,
             seed=self.seed,
             window=self.window,
             sources=self._weights if train else None,
             shuffle=train,
             rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
+            world=world,
             workers=self.workers,
             timeout=self.timeout,
             pin_memory=torch.cuda.is_available(),

@@ -132,6 +132,10 @@ class RunDirectory(Checkpoint):
         (then,) = fit["state_dict"]["combined_loader"]
         now = trainer.datamodule.train_dataloader().state_dict()  # type: ignore[attr-defined]
         changed = [name for name in now if name not in ("epoch", "batch") and then.get(name) != now[name]]
+        if "features" in changed and now["features"] is not None:
+            raise CheckpointError(
+                "the checkpoint's run did not have these data.features: give it those that it had, or begin a new run"
+            )
         if refused := [name for name in changed if name not in self.accept_changes]:
             name = refused[0]
             raise CheckpointError(

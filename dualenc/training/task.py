@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import DataError
 from dualenc.data.plan import draw
-from dualenc.training.optim import parameter_groups
+from dualenc.training.optim import Tuning, parameter_groups
 from dualenc.training.ranks import Watch
 
 SICK = "sick.jsonl"
@@ -59,7 +59,7 @@ class Task(LightningModule):
 
     Args:
         model: what is trained.
-        optimizer: from parameter groups; the second has no weight decay.
+        optimizer: from parameter groups, see `parameter_groups`; its learning rate is times their factors.
         scheduler: from the optimizer and the number of steps; a class.
         seed: of dropout.
         max_skipped: steps in a row that are not finite and end the run.
@@ -81,6 +81,7 @@ class Task(LightningModule):
         self.model: Any = model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.seed, self.max_skipped = seed, max_skipped
+        self.tunings: dict[str, Tuning] = {}  # of parts of the model, by their names
         self.watch: Watch | None = None  # where there are several ranks
         self.skip: Tensor | None = None  # whether the last step was skipped, on the device
         # Since the last log: loss on the device; on the host steps, those skipped, spikes, counts of `count`.
@@ -101,16 +102,18 @@ class Task(LightningModule):
             raise ValueError(
                 "trainer.accumulate_grad_batches must be 1: the loss compares the pairs of one batch, so summing "
                 "gradients of small batches is not the gradient of a large one; raise data.batch_size instead, "
-                "with model.grad_checkpointing if memory is short"
+                "with data.micro_batch_size if memory is short"
             )
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over decay and no-decay groups, its schedule stepped every batch.
+        """The optimizer over `parameter_groups`, its schedule stepped every batch.
 
         Raises:
             ValueError: the run has no end that a schedule could aim at.
         """
-        optimizer = self.optimizer(parameter_groups(self.model))
+        optimizer = self.optimizer(parameter_groups(self, {f"model.{name}": x for name, x in self.tunings.items()}))
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group["factor"]
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("set trainer.max_epochs or trainer.max_steps: the schedule needs the number of steps")
@@ -159,16 +162,18 @@ class Task(LightningModule):
             self.watch.at(self.global_step, "trains")
         torch.manual_seed(draw(self.seed, self.global_step, self.global_rank))
 
-    def count(self, loss: Tensor, rows: Tensor, counts: Sequence[int], embedded: Sequence[Tensor] = ()) -> Tensor:
+    def count(
+        self, loss: Tensor, rows: Sequence[int], counts: Sequence[int], embedded: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Takes note of a step; returns the loss to go backward from.
 
         Args:
             loss: 0-d.
-            rows: (B,) numbers of the samples in the index.
+            rows: B numbers of the samples in the index.
             counts: samples, real tokens, tokens if padded, bad samples: summed up for the log.
             embedded: (B, E) each; samples whose embeddings are not finite are named first.
         """
-        self._now = loss.detach(), rows.tolist(), [part.detach() for part in embedded]
+        self._now = loss.detach(), rows, [part.detach() for part in embedded]
         for i, number in enumerate(counts):
             self._counts[i] += number
         self._steps += 1
@@ -295,7 +300,7 @@ class Task(LightningModule):
         assert self._grad_norm is not None
         metrics = {
             "train/loss": float(self._loss) / good if good else math.nan,
-            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],  # of what has factor 1
             **self.more_metrics(),
             "train/grad_norm": self._grad_norm.item(),
             "train/grad_spikes": self._spikes,

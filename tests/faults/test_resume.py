@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from helpers import write_benchmark
 from runs import callbacks, data, end, everything, logged, run
 from safetensors.torch import load_file
+
+from dualenc import load
 
 KILLED = -9
 
@@ -80,6 +83,20 @@ def test_killed_again_and_again_with_other_workers(unbroken, tmp_path):
     assert [start["step"] for start in record["starts"]] == [0, 6, 8, 9, 14, 14, 18]
 
 
+def test_a_batch_in_pieces_killed_and_continued(unbroken, tmp_path):
+    """With dropout in each piece, hidden words, pairs that share a caption; other pieces are another run."""
+    more = ["--data.batch_size", "8", "--data.micro_batch_size", "3", "--model.duplicates", "positive"]
+    more += ["--model.mlm_weight", "0.3", "--trainer.max_epochs", "4", "--model.image_tuning.layer_decay", "0.7"]
+    fit = [*unbroken.fit, *more]
+    assert run(fit, tmp_path / "whole") == [0], (tmp_path / "whole" / "log-0").read_text()
+    part = tmp_path / "part"
+    assert run([*with_(unbroken, ("Kill", {"step": 7})), *more], part) == [KILLED]
+    assert run([*fit, "--ckpt_path", "auto", "--data.workers", "2"], part) == [0]
+    same(part, tmp_path / "whole")
+    assert run([*fit, "--data.micro_batch_size", "4"], tmp_path / "other") == [0]
+    assert logged(tmp_path / "other") != logged(part)
+
+
 def test_what_has_summed_up_for_the_log_goes_on(unbroken, tmp_path):
     """A line for five steps, two of which were before the kill; a callback looks at figures measured before it."""
     stop = {"monitor": "set/mrr", "patience": 9, "mode": "max", "check_on_train_epoch_end": True}
@@ -142,8 +159,10 @@ FSDP = json.dumps({
 
 @pytest.mark.slow
 def test_sharded_weights_killed_and_continued(unbroken, tmp_path):
-    """FSDP2, with an average of the weights: the numbers of DDP, but for rounding; after a kill the same to the bit."""
-    more = ["--trainer.gradient_clip_val", "1.0", "--run.stall_seconds", "20"]
+    """FSDP2, with an average of the weights, in pieces, with blocks computed again: the numbers of DDP and the weights,
+    but for rounding; after a kill the same to the bit."""
+    more = ["--trainer.gradient_clip_val", "1.0", "--run.stall_seconds", "20", "--data.batch_size", "8"]
+    more += ["--data.micro_batch_size", "3", "--model.grad_checkpointing", "true", "--trainer.max_epochs", "5"]
     # One rank embeds it in two batches, the other one in one.
     many = write_benchmark(tmp_path / "many", unbroken.seed, "retrieval", counts=(129,))
     sets = ("dualenc.training.Evaluation", {"data": [str(many)], "every_n_epochs": 1})
@@ -157,6 +176,9 @@ def test_sharded_weights_killed_and_continued(unbroken, tmp_path):
         )
         assert len(one) == len(other) > 0
         assert one == pytest.approx(other, rel=1e-3), name
+    weights = [load_file(folder / "run" / "last" / "model.safetensors") for folder in (tmp_path / "ddp", whole)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
     kill = [*with_(unbroken, sets, ("Kill", {"step": 7, "rank": 1})), *more]
     assert run(kill, part, 2, FSDP) == [1, KILLED]
     assert run([*fit, "--ckpt_path", "auto"], part, 2, FSDP) == [0, 0], (part / "log-0").read_text()
@@ -183,3 +205,31 @@ def test_from_two_ranks_to_one(unbroken, tmp_path):
     whole, part = batches(tmp_path / "whole"), batches(tmp_path / "part")
     assert sorted(part) == list(range(1, 28))
     assert part == whole
+
+
+@pytest.mark.slow
+def test_the_configuration_for_many_nodes(tmp_path):
+    """As it is shipped, but small and on two ranks of one machine; its model directory is a whole one."""
+    seed = int.from_bytes(os.urandom(3), "little")
+    print(f"DUALENC_TEST_SEED={seed}")
+    fit = data(tmp_path, seed)
+    fit[2] = str(Path(fit[2]).with_name("many_nodes.yaml"))
+    fit += ["--data.batch_size", "8", "--data.micro_batch_size", "3", "--trainer.num_nodes", "1"]
+    small = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    with open(fit[2]) as file:
+        options = yaml.safe_load(file)["trainer"]["strategy"]["init_args"]
+    strategy = json.dumps({**small, "init_args": {**options, "data_parallel_size": 2}})
+    assert run(fit, tmp_path, 2, strategy) == [0, 0], (tmp_path / "log-0").read_text()
+    embedder = load(tmp_path / "run" / "last", "cpu")
+    assert embedder.embed_texts(["a red hat", "two boats"]).norm(dim=1).allclose(torch.ones(2))
+    assert run(fit, tmp_path / "ddp", 2) == [0, 0]
+
+    def losses(folder):
+        return [float(line.split(",")[2]) for line in logged(folder) if ",train/loss," in line]
+
+    assert len(losses(tmp_path)) == 12
+    assert losses(tmp_path) == pytest.approx(losses(tmp_path / "ddp"), rel=1e-2)  # in bfloat16
+    # Lightning's own defaults would let each rank of a machine train by itself.
+    bare = json.dumps(small)
+    assert set(run(fit, tmp_path / "bare", 2, bare)) <= {1, 2}
+    assert "data_parallel_size" in (tmp_path / "bare" / "log-0").read_text()

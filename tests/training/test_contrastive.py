@@ -1,8 +1,7 @@
-"""The task in a trainer: resume, ranks, groups, schedule, what is logged and written."""
+"""The task in a trainer: resume, ranks, what is logged and written."""
 
 import csv
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,46 +13,8 @@ from test_configs import CONFIGS, SMALL, metrics, small_fit
 
 import dualenc
 from dualenc.cli import main
-from dualenc.models import DualEncoder, ImageConfig, TextConfig
-from dualenc.training import WarmupCosine, parameter_groups
 
 SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
-
-
-def test_parameter_groups_spare_vectors_and_embeddings() -> None:
-    vit = {"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    model = DualEncoder(
-        ImageConfig("vit_tiny_patch16_224", 32, vit), TextConfig(50, 16, 1, 2, types=2), 8, logit_bias=True
-    )
-    decay, plain = parameter_groups(model)
-    names = {id(p): name for name, p in model.named_parameters()}
-    with_decay = {names[id(p)] for p in decay["params"]}
-    without = {names[id(p)] for p in plain["params"]}
-    assert with_decay | without == set(names.values())
-    assert not with_decay & without
-    assert plain["weight_decay"] == 0.0
-    assert all(name.endswith("weight") and dict(model.named_parameters())[name].ndim >= 2 for name in with_decay)
-    assert {"text.embeddings.words.weight", "text.embeddings.places.weight", "image.vit.pos_embed"} <= without
-    assert {"logits.logit_scale", "logits.logit_bias", "image.vit.cls_token"} <= without
-    assert {"text.blocks.0.attention.qkv.weight", "image_projection.weight"} <= with_decay
-
-
-@pytest.mark.parametrize(("warmup", "rising"), [(0.25, 10), (4, 4), (0, 1)])
-def test_warmup_cosine(warmup: float, rising: int) -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = WarmupCosine(optimizer, 40, warmup=warmup, final=0.1)
-    rates = []
-    for _ in range(41):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    expected = [
-        2 * (k + 1) / rising
-        if k < rising
-        else 2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (k - rising) / (40 - rising))))
-        for k in range(41)
-    ]
-    assert rates == pytest.approx(expected)
 
 
 def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,63 @@
+"""A batch in pieces follows the run that has room for it."""
+
+from pathlib import Path
+
+import pytest
+from helpers import write_shards
+from test_configs import CONFIGS, SMALL, metrics, small_fit
+
+from dualenc.cli import main
+
+SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
+FLICKR = Path(__file__).parents[3] / "shared" / "data" / "flickr8k"
+
+
+def fit(folder: Path, *more: str) -> list[float]:
+    root = ["--data.val", "null", "--trainer.default_root_dir", str(folder)]
+    main(["fit", "--config", str(SMOKE), *SMALL, *root, *more])
+    return metrics(folder, "train/loss")
+
+
+@pytest.mark.parametrize("loss", ["clip_loss", "siglip_loss"])
+def test_pieces_follow_the_whole_batch(tmp_path: Path, seed: int, loss: str) -> None:
+    """24 steps, the last piece smaller; dropout would be drawn otherwise."""
+    write_shards(tmp_path / "shards", [40, 30, 27], seed)
+    options = ["--data.train", str(tmp_path / "shards"), "--seed_everything", str(seed), "--data.batch_size", "32"]
+    options += ["--model.loss", f"dualenc.losses.{loss}", "--model.logit_bias", str(loss == "siglip_loss").lower()]
+    whole = fit(tmp_path / "whole", *options)
+    pieces = fit(tmp_path / "pieces", *options, "--data.micro_batch_size", "7")
+    assert len(whole) == 24
+    assert pieces == pytest.approx(whole, abs=1e-4)
+    other = fit(tmp_path / "other", *options, "--data.batch_size", "16")
+    assert other != pytest.approx(whole, abs=1e-2)  # control: another batch is another loss
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FLICKR.is_dir(), reason="no Flickr8k")
+def test_flickr8k(tmp_path: Path, seed: int) -> None:
+    """1,024 photos and captions a batch through pieces of 64."""
+    options = ["--data.train", str(FLICKR), "--data.captions", "json.captions", "--data.batch_size", "1024"]
+    options += ["--trainer.max_steps", "20", "--seed_everything", str(seed)]
+    whole = fit(tmp_path / "whole", *options)
+    pieces = fit(tmp_path / "pieces", *options, "--data.micro_batch_size", "64")
+    assert len(whole) == 20
+    print(f"largest difference {max(abs(a - b) for a, b in zip(whole, pieces)):.2g}")
+    assert pieces == pytest.approx(whole, abs=1e-4)
+
+
+def test_another_loss_with_duplicates(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss of one's own need not know of them; if they matter it must."""
+    mine = ["--model.loss", "helpers.upside_down_loss"]
+    small_fit(SMOKE, tmp_path / "ignored", seed, *mine)
+    with pytest.raises(SystemExit) as stop:
+        small_fit(SMOKE, tmp_path / "masked", seed, *mine, "--model.duplicates", "mask")
+    assert stop.value.code == 2
+    assert "model.duplicates mask needs a loss that takes ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_wrong_size(tmp_path: Path, seed: int, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        small_fit(SMOKE, tmp_path, seed, "--data.micro_batch_size", size)
+    assert stop.value.code == 2
+    assert f"micro_batch_size {size} must be 1 at least" in capsys.readouterr().err

@@ -1,0 +1,152 @@
+"""The masked-language-model loss beside the contrastive one: one number, one gradient, over pieces and ranks too."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SIZE, WORDS, tiny_tokenizer
+from ranks import in_ranks
+from test_configs import CONFIGS, metrics, small_fit
+
+import dualenc
+from dualenc.cli import main
+from dualenc.data import Pairs
+from dualenc.data.masking import Masking
+from dualenc.losses import clip_loss
+from dualenc.models import ImageConfig, TextConfig
+from dualenc.training import ContrastiveTask
+
+SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
+VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+WEIGHT = 0.7
+
+
+def task_of(world=1):
+    tokenizer = tiny_tokenizer()
+    text = TextConfig(tokenizer.vocab_size, width=16, layers=2, heads=2, context_length=12)
+    task = ContrastiveTask(
+        ImageConfig("vit_tiny_patch16_224", SIZE, VIT), text, embed_dim=8, mlm_weight=WEIGHT
+    ).double()
+    task._trainer = SimpleNamespace(world_size=world)
+    return task.train()
+
+
+def piece_of(start, stop):
+    """Pairs start to stop of a batch, whatever the pieces."""
+    tokenizer = tiny_tokenizer()
+    texts = [" ".join((WORDS * 3)[i : i + 2 + i % 6]) for i in range(start, stop)]
+    pictures = [torch.randint(256, (3, SIZE, SIZE), generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    tokens = tokenizer(texts)
+    rows = torch.arange(start, stop)
+    masked = Masking(tokenizer, 0.4)(tokens, (3, 0), start)
+    return Pairs(torch.stack(pictures[start:stop]).to(torch.uint8), tokens, rows, rows[:, None].repeat(1, 2), masked)
+
+
+def gradients(task, value):
+    task.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in task.named_parameters()}
+
+
+def by_hand(task, piece):
+    """On padded texts."""
+    images = task.preprocess.normalize(piece.images, torch.float64)
+    contrastive = clip_loss(*task.model(images, piece.tokens))
+    ids, mask, _ = piece.tokens._replace(ids=piece.masked.ids).padded()
+    labels, _, _ = piece.tokens.padded()
+    where = torch.zeros(len(piece.tokens.ids), dtype=torch.int64)
+    where[piece.masked.places] = 1
+    chosen, _, _ = piece.tokens._replace(ids=where).padded()
+    logits = task.mlm(task.model.text.forward_padded(ids, mask), task.model.text.embeddings.words.weight)
+    return contrastive + WEIGHT * F.cross_entropy(logits[chosen.bool()].float(), labels[chosen.bool()])
+
+
+def close(one, other):
+    assert one.keys() == other.keys()
+    for name in one:  # logits are compared in single precision
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("size", [20, 7])
+def test_the_sum_of_both(size, seed):
+    torch.manual_seed(seed)
+    task = task_of()
+    want = by_hand(task, piece_of(0, 20))
+    pieces = [piece_of(i, min(20, i + size)) for i in range(0, 20, size)]
+    got = task.training_step(pieces if len(pieces) > 1 else pieces[0], 0)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    close(gradients(task, got), gradients(task, want))
+    assert got - clip_loss(*task.model(*images_and_tokens(task, 0, 20))) > 0.1  # control
+
+
+def images_and_tokens(task, start, stop):
+    piece = piece_of(start, stop)
+    return task.preprocess.normalize(piece.images, torch.float64), piece.tokens
+
+
+def test_nothing_is_hidden(seed):
+    """As may be in a batch of short captions: the loss is the contrastive one."""
+    torch.manual_seed(seed)
+    task, piece = task_of(), piece_of(0, 6)
+    none = torch.zeros(0, dtype=torch.int64)
+    piece = piece._replace(masked=piece.masked._replace(places=none, labels=none, ids=piece.tokens.ids))
+    got = task.training_step(piece, 0)
+    torch.testing.assert_close(got, clip_loss(*task.model(*images_and_tokens(task, 0, 6))))
+    assert all(grad.isfinite().all() for grad in gradients(task, got).values())
+
+
+def test_wrong_use(tmp_path, seed, capsys):
+    with pytest.raises(ValueError, match="mlm_weight -1"):
+        ContrastiveTask(ImageConfig("vit_tiny_patch16_224", SIZE, VIT), TextConfig(50, 16, 1, 2), mlm_weight=-1)
+    with pytest.raises(SystemExit):
+        small_fit(SMOKE, tmp_path, seed, "--model.mlm_weight", "0.5", "--model.text_tuning.locked", "true")
+    assert "model.text_tuning.locked" in capsys.readouterr().err
+    task = task_of()
+    task._trainer = SimpleNamespace(accumulate_grad_batches=1, datamodule=SimpleNamespace(mask=0.0))
+    with pytest.raises(ValueError, match=r"PairData\(mask=0.15\)"):
+        task.setup("fit")
+
+
+def ranks(folder, rank, world):
+    import torch.distributed as dist
+
+    task = task_of(world)
+    task.load_state_dict(torch.load(folder / "task.pt", weights_only=True))
+    found = gradients(task, loss := task.training_step([piece_of(*span) for span in SPANS[rank]], 0))
+    for grad in found.values():  # as DDP does
+        dist.all_reduce(grad)
+        grad /= world
+    return {"loss": loss.detach(), **found}
+
+
+SPANS = [[(0, 7), (7, 10)], [(10, 18), (18, 20)]]
+
+
+def test_over_ranks(tmp_path, seed):
+    torch.manual_seed(seed)
+    task = task_of()
+    torch.save(task.state_dict(), tmp_path / "task.pt")
+    want = by_hand(task, piece_of(0, 20))
+    want = {"loss": want.detach(), **gradients(task, want)}
+    for result in in_ranks(ranks, tmp_path, 2):
+        close(result, want)
+
+
+def test_in_a_run(tmp_path, seed, capsys):
+    """The head learns, is in checkpoints and not in the model directory, and a continued run is the same to the bit."""
+    more = ["--model.mlm_weight", "0.5", "--data.micro_batch_size", "6"]
+    whole = small_fit(SMOKE, tmp_path / "whole", seed, *more)
+    guessed = metrics(whole, "train/mlm_loss")
+    assert len(guessed) == 24
+    assert sum(guessed[-4:]) < sum(guessed[:4])
+    assert not any("mlm" in name for name in dualenc.load(whole / "last", "cpu").model.state_dict())
+    part = tmp_path / "part"
+    stop = json.dumps([{"class_path": "helpers.StopAt", "init_args": {"step": 5}}])
+    base = ["fit", "--config", str(whole / "config.yaml"), "--trainer.default_root_dir", str(part)]
+    with pytest.raises(SystemExit):
+        main([*base, "--trainer.callbacks", stop])
+    main([*base, "--ckpt_path", "last"])
+    assert metrics(part, "train/mlm_loss") == guessed
+    assert metrics(part, "train/loss") == metrics(whole, "train/loss")

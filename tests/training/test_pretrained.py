@@ -1,0 +1,187 @@
+"""Fine-tuning from models of this package: what is loaded, resampled and refused."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SIZE, WORDS, tiny_embedder, write_shards
+from safetensors.torch import load_file
+from test_cli import fails
+from test_configs import CONFIGS, SMALL, metrics, small_fit
+
+import dualenc
+from dualenc import DualEncoder, ImageConfig, ModelError, TextConfig, Tokenizer
+from dualenc.cli import main
+from dualenc.training import ContrastiveTask
+
+SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
+VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def dual(size: int, name: str, **changes: Any) -> DualEncoder:
+    """Every parameter random."""
+    model = DualEncoder(ImageConfig(name, size, {**VIT, **changes}), TextConfig(50, 16, 1, 2), 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+TOWERS = {
+    "class token": ("vit_tiny_patch16_224", {}),
+    "mean": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
+    "relative": ("vit_relpos_small_patch16_224", {}),
+    "table": ("vit_relpos_small_patch16_224", {"rel_pos_type": "bias"}),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_at_the_same_size_the_outputs_are_equal(kind: str) -> None:
+    name, changes = TOWERS[kind]
+    source, model = dual(32, name, **changes), dual(32, name, **changes)
+    images, tokens = torch.randn(3, 3, 32, 32), dualenc.Tokens.pack([[1, 2, 3], [4]])
+    assert not torch.equal(model(images, tokens).image, source(images, tokens).image)  # the control
+    model.load_pretrained(source)
+    found, wanted = model(images, tokens), source(images, tokens)
+    assert all(torch.equal(x, y) for x, y in zip(found[:3], wanted[:3]))
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:torch.searchsorted")  # timm's, of tables
+@pytest.mark.parametrize("size", [16, 48])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_at_another_size_positions_are_resampled_and_nothing_else(kind: str, size: int) -> None:
+    name, changes = TOWERS[kind]
+    source, model = dual(32, name, **changes), dual(size, name, **changes)
+    model.load_pretrained(source)
+    state, before = model.state_dict(), source.state_dict()
+    positions = {x for x in state if x.endswith(("pos_embed", "relative_position_bias_table"))}
+    assert bool(positions) == (kind != "relative")  # which has a network of the distances
+    for key in state.keys() - positions:
+        assert torch.equal(state[key], before[key]), key
+    if "image.vit.pos_embed" in positions:
+        extra = kind == "class token"
+        old = before["image.vit.pos_embed"]
+        grid = old[:, extra:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, (size // 8, size // 8), mode="bicubic", antialias=True, align_corners=False)
+        wanted = torch.cat([old[:, :extra], grid.flatten(2).mT], 1)
+        torch.testing.assert_close(state["image.vit.pos_embed"], wanted, rtol=1e-5, atol=1e-6)
+    for key in positions - {"image.vit.pos_embed"}:  # at a distance of nothing it is as it was
+        old, new = before[key], state[key]
+        torch.testing.assert_close(new[len(new) // 2], old[len(old) // 2])
+        assert len(new) == (2 * size // 8 - 1) ** 2
+    assert model.encode_image(torch.randn(2, 3, size, size)).isfinite().all()
+
+
+def task(source: Path, given: dualenc.Embedder, **changes: Any) -> ContrastiveTask:
+    """A task like a model, in a trainer that has its tokenizer."""
+    config = given.model.config
+    wanted = {
+        "image": config.image, "text": config.text, "embed_dim": config.embed_dim, "projection": config.projection,
+        "logit_bias": config.logit_bias, "pretrained": str(source), **changes,
+    }  # fmt: skip
+    tokenizer = wanted.pop("tokenizer", given.tokenizer)
+    made = ContrastiveTask(**wanted)
+    trainer = SimpleNamespace(accumulate_grad_batches=1, datamodule=SimpleNamespace(tokenizer=tokenizer))
+    made._trainer = trainer  # type: ignore[assignment]
+    return made
+
+
+@pytest.fixture
+def given(seed: int, tmp_path: Path) -> dualenc.Embedder:
+    """A model whose preprocessing is that of a run, in `model/`, and one with a bias in `biased/`."""
+    for name, bias in (("model", False), ("biased", True)):
+        made = tiny_embedder(seed, logit_bias=bias)
+        mean, std = (made.model.image.data_config[key] for key in ("mean", "std"))
+        made.preprocess = dataclasses.replace(made.preprocess, mean=mean, std=std)
+        made.save(tmp_path / name)
+    return dualenc.load(tmp_path / "model", "cpu")
+
+
+def test_what_does_not_fit_is_refused(given: dualenc.Embedder, tmp_path: Path) -> None:
+    image, text = given.model.config.image, given.model.config.text
+    deeper = {**image.overrides, "depth": 2}
+    cases = {
+        "image.overrides .*'depth': 1.* and .*'depth': 2": {"image": dataclasses.replace(image, overrides=deeper)},
+        "image.name 'vit_tiny_patch16_224' and 'vit_small_patch16_224'": {
+            "image": dataclasses.replace(image, name="vit_small_patch16_224")
+        },
+        "text.layers 1 and 2": {"text": dataclasses.replace(text, layers=2)},
+        "text.pool 'cls' and 'mean'": {"text": dataclasses.replace(text, pool="mean")},
+        "embed_dim 8 and 4": {"embed_dim": 4},
+        "projection 'linear' and 'mlp'": {"projection": "mlp"},
+        "preprocess.resize 'shortest' and 'squash'": {"resize": "squash"},
+    }
+    for message, changes in cases.items():
+        with pytest.raises(ModelError, match=f"model.pretrained .* differ: {message}"):
+            task(tmp_path / "model", given, **changes).setup("fit")
+    other = Tokenizer.train([" ".join(reversed(word)) for word in WORDS], 200, text.context_length)
+    refused = task(tmp_path / "model", given, tokenizer=other)
+    before = {name: x.clone() for name, x in refused.model.state_dict().items()}
+    with pytest.raises(ModelError, match=rf"--data\.tokenizer {tmp_path}/model/tokenizer\.json"):
+        refused.setup("fit")
+    assert all(torch.equal(x, before[name]) for name, x in refused.model.state_dict().items())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="no whole model directory"):
+        task(tmp_path / "empty", given).setup("fit")
+
+
+def test_what_may_differ(given: dualenc.Embedder, tmp_path: Path) -> None:
+    image, text = given.model.config.image, given.model.config.text
+    may = task(
+        tmp_path / "model",
+        given,
+        image=dataclasses.replace(image, img_size=2 * SIZE),
+        text=dataclasses.replace(text, dropout=0.3),
+        logit_bias=True,
+        init_bias=-7.0,
+        init_scale=3.0,
+    )
+    may.setup("validate")
+    assert not torch.equal(may.model.image_projection.weight, given.model.image_projection.weight)  # only to train
+    may.setup("fit")
+    state, source = may.model.state_dict(), given.model.state_dict()
+    assert state.pop("logits.logit_bias").item() == -7.0
+    assert state.keys() == source.keys()
+    for name, x in state.items():
+        assert name == "image.vit.pos_embed" or torch.equal(x, source[name]), name
+    with pytest.raises(ModelError, match="logit_bias True and False"):
+        task(tmp_path / "biased", given).setup("fit")
+    biased = task(tmp_path / "biased", given, logit_bias=True)
+    biased.setup("fit")
+    whole = load_file(tmp_path / "biased" / "model.safetensors")
+    assert all(torch.equal(x, whole[name]) for name, x in biased.model.state_dict().items())
+
+
+def test_a_run_from_a_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """At learning rate 0 it ends with the weights it began with; stopped, it goes on when they are gone."""
+    base = small_fit(SMOKE, tmp_path / "base", seed, "--trainer.max_steps", "3", "--data.val", "null")
+    write_shards(tmp_path / "other", [24, 24], seed + 1, captions=3)
+    common = ["fit", "--config", str(SMOKE), *SMALL, "--data.train", str(tmp_path / "other"), "--data.val", "null"]
+    common += ["--data.captions", "json.captions", "--model.pretrained", str(base), "--trainer.callbacks", "[]"]
+    line = fails(capsys, [*common, "--trainer.default_root_dir", str(tmp_path / "wrong")])
+    assert f"--data.tokenizer {base}/last/tokenizer.json" in line
+    common += ["--data.tokenizer", str(base / "last" / "tokenizer.json")]
+    still, run = tmp_path / "still", tmp_path / "run"
+    main([*common, "--trainer.default_root_dir", str(still), "--model.optimizer.lr", "0", "--trainer.max_steps", "2"])
+    began, ended = (load_file(folder / "last" / "model.safetensors") for folder in (base, still))
+    assert all(torch.equal(x, ended[name]) for name, x in began.items())
+    common += ["--model.image_tuning.layer_decay", "0.7", "--model.text_tuning.frozen_layers", "1"]
+    common += ["--trainer.max_steps", "6"]
+    main([*common, "--trainer.default_root_dir", str(tmp_path / "whole")])
+    stop = '[{"class_path": "helpers.StopAt", "init_args": {"step": 2}}]'
+    with pytest.raises(SystemExit):
+        main([*common, "--trainer.default_root_dir", str(run), "--trainer.callbacks", stop])
+    (base / "last" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    shutil.rmtree(base)
+    tokenizer = ["--data.tokenizer", str(tmp_path / "tokenizer.json")]
+    main([*common, *tokenizer, "--trainer.default_root_dir", str(run), "--ckpt_path", "last"])
+    assert metrics(run, "train/loss") == metrics(tmp_path / "whole", "train/loss")
+    ended, whole = (load_file(folder / "last" / "model.safetensors") for folder in (run, tmp_path / "whole"))
+    assert all(torch.equal(x, whole[name]) for name, x in ended.items())
+    assert not torch.equal(began["image_projection.weight"], ended["image_projection.weight"])  # the control
+    assert torch.equal(began["text.blocks.0.mlp.0.weight"], ended["text.blocks.0.mlp.0.weight"])
