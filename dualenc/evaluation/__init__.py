@@ -1,34 +1,54 @@
 """Arrays in, numbers out."""
 
+from dualenc.evaluation.bootstrap import Measures
+from dualenc.evaluation.choice import choice_measures, choice_metrics
+from dualenc.evaluation.probe import Probe, knn_probe, linear_probe
+from dualenc.evaluation.ranking import match_ranks, nearest
 from dualenc.evaluation.retrieval import (
     Answer,
     Scores,
-    match_ranks,
+    group_measures,
+    group_metrics,
     recall_at,
     retrieval_answers,
+    retrieval_measures,
     retrieval_metrics,
     retrieval_ranks,
 )
 from dualenc.evaluation.zeroshot import (
     average_precision,
+    calibration,
+    classification_measures,
     classification_metrics,
+    multilabel_measures,
     multilabel_metrics,
     per_class,
-    predictions,
     zero_shot_classifier,
 )
 
 __all__ = [
     "Answer",
+    "Measures",
+    "Probe",
     "Scores",
     "average_precision",
+    "calibration",
+    "choice_measures",
+    "choice_metrics",
+    "classification_measures",
     "classification_metrics",
+    "group_measures",
+    "group_metrics",
+    "knn_probe",
+    "linear_probe",
     "match_ranks",
+    "multilabel_measures",
     "multilabel_metrics",
+    "nearest",
     "per_class",
-    "predictions",
     "recall_at",
     "retrieval_answers",
+    "retrieval_measures",
     "retrieval_metrics",
     "retrieval_ranks",
     "zero_shot_classifier",

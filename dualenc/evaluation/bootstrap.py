@@ -1,35 +1,117 @@
-"""Percentile bootstrap intervals (Efron and Tibshirani 1993, chapter 13)."""
+"""Metrics as functions of how often each unit counts, and what follows from it: values, intervals, differences.
+
+A unit is what was drawn when the data was made: an image with all that belongs to it. With weights of one a statistic
+is the metric; with the counts of a sample drawn with replacement it is a bootstrap replicate (Efron and Tibshirani
+1993, chapter 13); the same counts for two models make a paired difference.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+Statistic = Callable[[Tensor], Tensor]  # weights (R, N) float64 of N units -> (R,)
+_CELLS = 1 << 19  # weights at a time
 
-def bootstrap_mean(
-    values: Tensor, group: Tensor | None = None, *, level: float = 0.95, replicates: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Interval of the mean of `values`, whole groups drawn with replacement.
+
+class Measures(NamedTuple):
+    """The metrics of an evaluation, each a function of its units' weights."""
+
+    statistics: Mapping[str, Statistic]
+    units: int
+    strata: Tensor | None = None  # (N,) int64: draws stay within the units of one number, such as a class
+
+    def values(self) -> dict[str, float]:
+        """Each metric."""
+        ones = torch.ones(1, self.units, dtype=torch.float64)
+        return {name: statistic(ones).item() for name, statistic in self.statistics.items()}
+
+    def intervals(
+        self, *, level: float = 0.95, replicates: int = 1000, seed: int = 0
+    ) -> dict[str, tuple[float, float]]:
+        """Percentile bootstrap interval of each metric.
+
+        Args:
+            level: coverage.
+            replicates: bootstrap samples; 0 for no intervals.
+            seed: of the draw; the same units give the same draw.
+        """
+        if not replicates:
+            return {}
+        found: dict[str, list[Tensor]] = {name: [] for name in self.statistics}
+        for weights in self._draws(replicates, seed):
+            for name, statistic in self.statistics.items():
+                found[name].append(statistic(weights))
+        return {name: _bounds(torch.cat(parts), level) for name, parts in found.items()}
+
+    def differences(
+        self, other: "Measures", *, level: float = 0.95, replicates: int = 1000, seed: int = 0
+    ) -> dict[str, tuple[float, float, float]]:
+        """Of the metrics that both have: the other's less this one's, with its paired interval.
+
+        Args:
+            other: of the same units.
+            level, replicates, seed: see `intervals`.
+
+        Returns:
+            Difference, lower and upper bound.
+
+        Raises:
+            ValueError: the units are not the same.
+        """
+        same = (self.strata is None) == (other.strata is None) and (
+            self.strata is None or other.strata is None or torch.equal(self.strata, other.strata)
+        )
+        if self.units != other.units or not same:
+            raise ValueError("paired differences need the same units")
+        names = [name for name in self.statistics if name in other.statistics]
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        for weights in self._draws(replicates, seed):
+            for name in names:
+                found[name].append(other.statistics[name](weights) - self.statistics[name](weights))
+        here, there = self.values(), other.values()
+        return {name: (there[name] - here[name], *_bounds(torch.cat(found[name]), level)) for name in names}
+
+    def _draws(self, replicates: int, seed: int) -> Iterator[Tensor]:
+        """Weights (r, N), `replicates` rows in all: how often each unit is among as many as there are."""
+        generator = torch.Generator().manual_seed(seed)
+        groups = [torch.arange(self.units)]
+        if self.strata is not None:
+            order = torch.argsort(self.strata, stable=True)
+            sizes = torch.bincount(self.strata)
+            groups = list(order.split(sizes[sizes > 0].tolist()))
+        at_once = max(1, _CELLS // max(1, self.units))
+        for start in range(0, replicates, at_once):
+            rows = min(at_once, replicates - start)
+            weights = torch.zeros(rows, self.units, dtype=torch.float64)
+            for members in groups:
+                drawn = members[torch.randint(len(members), (rows, len(members)), generator=generator)]
+                weights.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand(drawn.shape))
+            yield weights
+
+
+def mean(values: Tensor, unit: Tensor | None = None) -> Statistic:
+    """Mean of values (M,), each as often as its unit counts.
 
     Args:
-        values: (N,).
-        group: (N,) number of the group that each value belongs to (the captions of one image stand or fall together);
-            absent, each value is its own.
-        level: coverage.
-        replicates: bootstrap samples.
-        seed: of the draw; the same values give the same interval.
-
-    Returns:
-        Lower and upper bound.
+        values: numbers or truths.
+        unit: (M,) number of the unit that each value belongs to; absent, they are the units.
     """
     values = values.double().cpu()
-    group = torch.arange(len(values)) if group is None else group.cpu()
-    groups = int(group.max()) + 1
-    sums = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, values)
-    sizes = torch.bincount(group, minlength=groups).double()
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.empty(replicates, dtype=torch.float64)
-    for r in range(replicates):
-        drawn = torch.bincount(torch.randint(groups, (groups,), generator=generator), minlength=groups).double()
-        means[r] = (drawn @ sums) / (drawn @ sizes)
+    if unit is None:
+        return lambda weights: weights @ values / weights.sum(1)
+    unit = unit.cpu()
+
+    def statistic(weights: Tensor) -> Tensor:
+        sums = torch.zeros(weights.shape[1], dtype=torch.float64).index_add_(0, unit, values)
+        sizes = torch.bincount(unit, minlength=weights.shape[1]).double()
+        return (weights @ sums) / (weights @ sizes)
+
+    return statistic
+
+
+def _bounds(replicates: Tensor, level: float) -> tuple[float, float]:
     tail = (1 - level) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = replicates.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
