@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from braceexpand import braceexpand
 
-from dualenc.data.benchmarks import BenchmarkSet
+from dualenc.data.benchmarks import BenchmarkSet, Problem
 from dualenc.data.errors import DataError
 from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
 from dualenc.data.index import content_hash
@@ -128,7 +128,7 @@ def examine(
     if captions != "txt" and not captions.startswith("json."):
         raise DataError(f"captions {captions!r} must be 'txt' or 'json.FIELD'")
     sets = [_other(data, captions) for data in against]
-    found = Examination()
+    found = Examination(findings=[finding for *_, findings in sets for finding in findings])
     paths = _there([shards] if isinstance(shards, str | os.PathLike) else shards, found)
     index = _index(paths, workers, found)
     if index is not None:
@@ -142,7 +142,7 @@ def examine(
         look.bad(bad_samples)
         look.images()
         look.captions(context_length)
-        for name, other, lines in sets:
+        for name, other, lines, _ in sets:
             every = np.arange(len(other))
             look.leaks(name, other, survey(other, every, lines, decode=False, workers=workers, track=track))
     order: list[Severity] = ["error", "warning", "info"]
@@ -150,15 +150,27 @@ def examine(
     return found
 
 
-def _other(data: str | os.PathLike[str], captions: str) -> tuple[str, ShardIndex, Callable[[Sample], list[str]] | None]:
-    """Name and index of an evaluation set or of shards, and what reads the captions."""
+def _other(
+    data: str | os.PathLike[str], captions: str
+) -> tuple[str, ShardIndex, Callable[[Sample], list[str]] | None, list[Finding]]:
+    """Name and index of an evaluation set or of shards, what reads the captions, and what of it cannot be compared."""
     if Path(data).is_dir() and any(Path(data).glob("*/nshards.txt")):
         opened = BenchmarkSet.open(data)
-        return opened.name, opened.index, _lines if opened.kind == "retrieval" else None
+        findings = [_problem(opened.name, problem) for problem in opened.problems]
+        return opened.name, opened.index, _lines if opened.kind == "retrieval" else None, findings
     try:
-        return shown(os.fspath(data)), ShardIndex.build(data), partial(captions_of, source=captions)
+        return shown(os.fspath(data)), ShardIndex.build(data), partial(captions_of, source=captions), []
     except DataError as error:
         raise DataError(f"against: no evaluation set (without <split>/nshards.txt), and as shards: {error}") from None
+
+
+def _problem(name: str, problem: Problem) -> Finding:
+    """Something wrong with an evaluation set, as a finding."""
+    count, examples = len(problem.names), list(map(printable, problem.names[:SHOWN]))
+    what = f"{printable(problem.what)}, in {printable(name)}"
+    return Finding(
+        "warning", what, count, count, "places", examples, "what is left of the set is compared and measured"
+    )
 
 
 def _lines(sample: Sample) -> list[str]:

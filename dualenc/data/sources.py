@@ -82,7 +82,7 @@ def read_source(
         raise DataError(f"images {images} is no folder")
     table = source
     if source.is_dir():
-        tables = sorted(path for path in source.iterdir() if _TABLE_IN_FOLDER.fullmatch(path.name))
+        tables = tables_in(source)
         if len(tables) > 1:
             raise DataError(
                 f"{source} holds {' and '.join(path.name for path in tables)}: name one of them as the source"
@@ -114,6 +114,16 @@ def read_source(
     return found
 
 
+def tables_in(folder: Path) -> list[Path]:
+    """The tables that a folder is taken to be described by."""
+    return sorted(path for path in folder.iterdir() if _TABLE_IN_FOLDER.fullmatch(path.name))
+
+
+def class_name(folder: str) -> str:
+    """What the class is called whose images a folder holds."""
+    return " ".join(clean(folder).replace("_", " ").replace("-", " ").split())
+
+
 def _class_folders(source: Path, templates: Sequence[str]) -> Source:
     if without := [template for template in templates if "{c}" not in template or not template.strip()]:
         raise DataError(f"templates: {without[0]!r} has no {{c}}")
@@ -132,7 +142,7 @@ def _class_folders(source: Path, templates: Sequence[str]) -> Source:
         )
     found = Source(str(source), [], 0, [])
     for folder, names in folders.items():
-        name = " ".join(clean(folder).replace("_", " ").replace("-", " ").split())
+        name = class_name(folder)
         found.classnames += [name] if name not in found.classnames else []
         filled = [template.replace("{c}", name) for template in templates]
         for file in names:
@@ -150,7 +160,7 @@ def _records(table: Path) -> tuple[Iterator[Record], bool]:
     if kind == ".parquet":
         return _parquet(table), False
     if kind in (".jsonl", ".ndjson"):
-        return _json_lines(table), False
+        return json_lines(table), False
     if kind == ".json":
         try:
             content = json.loads(table.read_bytes())
@@ -203,7 +213,8 @@ def _plain_rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[str, list
             yield f"line {number}", [v[1:-1].replace('""', '"') if q else v for v, q in zip(row, quoted)]
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
+def json_lines(path: Path) -> Iterator[Record]:
+    """The objects of a file with one a line."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -257,7 +268,8 @@ def _column(table: Path, columns: list[str], given: str | None, usual: Sequence[
     if not found:
         wrong = f"no column {given!r}" if given is not None else f"no column that is known to hold the {what}s"
         raise DataError(
-            f"{table} has {wrong}, only {', '.join(map(repr, columns)) or 'none'}: name it by --{what}_column"
+            f"{table} has {wrong}, only {', '.join(map(repr, columns)) or 'none'}: "
+            f"name it by --{what}_column of make-shards"
         )
     return found[0]
 
@@ -285,17 +297,18 @@ def _gather(records: Iterable[Record], image: str, caption: str) -> Source:
         item.fields = {key: value for key, value in item.fields.items() if key in fields and fields[key] == value}
         texts = record.get(caption)
         for text in texts if isinstance(texts, list) and texts else [texts]:
-            if isinstance(text, str) and text.strip() and text == clean(text):
-                item.captions.append(" ".join(text.split()))
+            if wrong := fault(text):
+                left_out.append([wrong, f"{place}: {clean(name)}"])
             else:
-                left_out.append([_fault(text), f"{place}: {clean(name)}"])
+                item.captions.append(" ".join(str(text).split()))
     usable = [item for item in items.values() if item.captions]
     return Source("", usable, len(items) + broken, left_out)
 
 
-def _fault(caption: Any) -> str:
+def fault(caption: Any) -> str | None:
+    """What is wrong with a caption, or None."""
     if isinstance(caption, str) and caption.strip():
-        return "caption not UTF-8"
+        return None if caption == clean(caption) else "caption not UTF-8"
     nothing = caption is None or caption == [] or caption != caption  # NaN is how pandas writes nothing
     return "caption empty" if nothing or isinstance(caption, str) else "caption no text"
 
@@ -335,7 +348,7 @@ def _find_images(table: Path, items: list[Item]) -> str:
         near = ", ".join(os.path.relpath(place, folder) for place in places)
         raise DataError(
             f"{table}: {clean(some[0])!r} and the like are not in {folder} nor in ({near}) beside it; "
-            "name the folder that the names start from by --images"
+            "name the folder that the names start from by --images of make-shards"
         )
     return places[hits.index(max(hits))]
 

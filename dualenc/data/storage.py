@@ -70,6 +70,14 @@ def folder_of(path: str) -> str:
     return os.path.dirname(_without_query(path) if is_remote(path) else path)
 
 
+def join(folder: str, name: str) -> str:
+    """The path or URL of a file in a folder; that of a URL keeps user, password and query."""
+    if not is_remote(folder):
+        return os.path.join(folder, name)
+    bare = _without_query(folder)
+    return f"{bare.rstrip('/')}/{name}{folder[len(bare) :]}"
+
+
 def _without_query(url: str) -> str:
     scheme, _, rest = url.partition("://")
     start = _user(rest)  # what looks like a query in it is none

@@ -88,8 +88,13 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Packs B texts; an empty one is its opening and closing tokens."""
-        encoded = self.backend.encode_batch_fast(list(texts))
-        return Tokens.pack([item.ids for item in encoded])
+        return self.pack(self.encode(texts))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, opening and closing tokens among them."""
+        return [item.ids for item in self.backend.encode_batch_fast(list(texts))]
+
+    pack = staticmethod(Tokens.pack)
 
     @property
     def vocab_size(self) -> int:

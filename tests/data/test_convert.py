@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import dualenc
 import dualenc.data.convert as convert_module
 from dualenc.data import BenchmarkSet, DataError, ShardIndex, decode_image
 from dualenc.data.convert import make_shards
@@ -618,7 +619,7 @@ def test_held_out_retrieval_set(tmp_path, seed):
         file = sample.read_json()["file"]
         assert sample.read(sample.image) == made[file][1]
         assert [line for line, of in zip(lines, owner.tolist(), strict=True) if of == i] == captions[file]
-    result = tiny_embedder(seed).evaluate(out / "held_out")
+    result = dualenc.evaluate(tiny_embedder(seed), out / "held_out")
     assert result["n"] >= summary.held_out
     assert f"dualenc retrieval RUN {out / 'held_out'}" in summary.lines()[-1]
 
@@ -635,7 +636,7 @@ def test_held_out_classification_set(tmp_path, seed):
         file = sample.read_json()["file"]
         assert file.startswith(f"kind_{label}-of/")
         assert sample.read(sample.image) == made[file][1]
-    assert tiny_embedder(seed).evaluate(out / "held_out")["n"] == summary.held_out
+    assert dualenc.evaluate(tiny_embedder(seed), out / "held_out")["n"] == summary.held_out
     assert f"dualenc zeroshot RUN {out / 'held_out'}" in summary.lines()[-1]
     # What training holds out of the rest is another choice, or the same share would find nothing.
     train, val = ShardIndex.build(out).split(0.4)
@@ -791,6 +792,6 @@ def test_real_photos_of_classes(tmp_path, seed):
         (folder / f"{sample.key}.jpg").write_bytes(sample.read(sample.image))
     summary = make_shards(tmp_path / "set", tmp_path / "out", samples=20, val=0.3)
     assert summary.samples + summary.held_out == 60
-    assert tiny_embedder(seed).evaluate(tmp_path / "out" / "held_out")["n"] == summary.held_out
+    assert dualenc.evaluate(tiny_embedder(seed), tmp_path / "out" / "held_out")["n"] == summary.held_out
     for sample in ShardIndex.build(tmp_path / "out"):
         assert Image.open(io.BytesIO(sample.read("jpg"))).size[::-1] == decode_image(sample.read("jpg")).shape[-2:]

@@ -352,6 +352,20 @@ def test_leakage(tmp_path: Path, seed: int, kind: str) -> None:
     assert finding(clean, "image that stands in") is None
 
 
+def test_what_is_wrong_with_the_other_set_is_a_finding(tmp_path: Path, seed: int) -> None:
+    other = write_benchmark(tmp_path / "set", seed, counts=(5, 7))
+    shards = write_shards(tmp_path / "mine", [5], seed + 1)
+    assert not [item for item in examine(shards, against=[other], workers=0).findings if "in set" in item.what]
+    (other / "test/nshards.txt").write_text("4")
+    (other / "classnames.txt").write_text("a\nb\nc\nd\ne\n")
+    found = examine(shards, against=[other], workers=0)
+    item = finding(found, "shard missing, in set")
+    assert (item.severity, item.count) == ("warning", 2)
+    assert [example.startswith(f"{other}/test/{i}.tar") for i, example in enumerate(item.examples, 2)] == [True, True]
+    assert finding(found, "class out of range, in set").count == 2
+    assert found.facts["against"][0]["images"] == 10
+
+
 def _file(data: bytes) -> Any:
     import io
 

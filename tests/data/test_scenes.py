@@ -95,8 +95,8 @@ def test_a_data_set(tmp_path: Path, seed: int, drawn: list[Scene]) -> None:
         assert set(labels) <= set(own)
         assert len(set(labels)) > 5
         assert labels == [looks_like(scene.image) for scene in scenes_of]
-        (images,) = data.images(Preprocess(64))
-        assert np.array_equal(images.permute(0, 2, 3, 1), np.stack([scene.image for scene in scenes_of]))
+        (batch,) = data.images(Preprocess(64))
+        assert np.array_equal(batch.images.permute(0, 2, 3, 1), np.stack([scene.image for scene in scenes_of]))
 
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, seed: int) -> None:
