@@ -1,0 +1,39 @@
+"""Results to a table, to JSON and to a page that stands by itself."""
+
+from dualenc.report.examination import print_examination, write_examination
+from dualenc.report.findings import (
+    Answers,
+    Choices,
+    Classes,
+    Comparison,
+    Labels,
+    Points,
+    Ranked,
+    Result,
+    Section,
+    TwoAnswers,
+    TwoRankings,
+)
+from dualenc.report.pages import write_comparison, write_json, write_report
+from dualenc.report.terminal import print_comparison, print_table
+
+__all__ = [
+    "Answers",
+    "Choices",
+    "Classes",
+    "Comparison",
+    "Labels",
+    "Points",
+    "Ranked",
+    "Result",
+    "Section",
+    "TwoAnswers",
+    "TwoRankings",
+    "print_comparison",
+    "print_examination",
+    "print_table",
+    "write_comparison",
+    "write_examination",
+    "write_json",
+    "write_report",
+]

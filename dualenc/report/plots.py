@@ -1,0 +1,208 @@
+"""Plots that stand in a page as SVG and read on light and on dark."""
+
+import csv
+import io
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from dualenc.report.findings import Points
+
+CURVES = ("acc1", "acc5", "mean_average_precision", "image_retrieval_recall@1", "image_retrieval_recall@10")
+LINES = ("#4a90d9", "#e08a3c", "#3fa66b", "#b867c6", "#d05a5a", "#8a8f98")  # seen on white and on black
+INK = "#010203"  # becomes the colour of the text around a plot, whatever the page's is
+COLOURS = 10  # classes with a colour of their own on a map; style.css has as many
+PAIRS = 200  # lines of a map; more are a grey smear
+ROUNDS = 8  # in which the points of a map are drawn, so that no class covers the others
+
+
+def curves(path: Path) -> list[dict[str, Any]]:
+    """Plots of a run's `metrics.csv`: loss, then what was measured on each set, then the rest of training."""
+    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            series[row["metric"]].append((int(row["step"]), float(row["value"])))
+    sets = dict.fromkeys(name.rpartition("/")[0] for name in series if not name.startswith(("train/", "test/")))
+    groups = {"loss": ["train/loss", "val/loss"]}
+    for name in sets:
+        shares = [m for m in series if m.rpartition("/")[0] == name and m.rpartition("/")[2] in CURVES]
+        groups["held-out pairs" if name == "val" else name] = shares
+    groups["learning rate"] = ["train/lr"]
+    groups["temperature (logit scale)"] = ["train/logit_scale"]
+    groups["gradient norm before clipping"] = ["train/grad_norm"]
+    groups["samples a second"] = ["train/samples_per_second"]
+    plots = []
+    for title, names in groups.items():
+        lines = {name.rpartition("/")[2] if title != "loss" else name: series[name] for name in names if series[name]}
+        if lines:
+            plots.append({"title": title, "svg": _svg(partial(_lines, lines), 4.4, 2.9)})
+    return plots
+
+
+def _lines(lines: Mapping[str, list[tuple[int, float]]], axes: Any) -> None:
+    for (name, points), colour in zip(lines.items(), LINES):
+        x, y = zip(*points)
+        axes.plot(x, y, color=colour, label=name, linewidth=1.6, marker="o" if len(x) < 25 else None, markersize=3)
+    axes.set_xlabel("step")
+    if min(value for points in lines.values() for _, value in points) >= 0:
+        axes.set_ylim(bottom=0)
+    if len(lines) > 1:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+
+def histogram(values: np.ndarray, mark: float | None) -> Markup:
+    """How many there are of each size; of what spans more than a factor of 100, on a logarithmic scale."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    def draw(axes: Any) -> None:
+        low, high = float(values.min()), float(values.max())
+        whole = values.dtype.kind in "iu"
+        if low > 0 and high / low > 100:
+            bins = np.geomspace(low, high, 40)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 1000 else (1, 3)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            bins = np.arange(low, high + 2) - 0.5 if whole and high - low < 60 else np.linspace(low, high, 40)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
+        axes.hist(values, bins=bins, color=LINES[0])
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.10g}"))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if mark is not None:
+            axes.axvline(mark, color=LINES[1], linewidth=1.6, label=f"cut at {mark:,.0f}")
+            axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+    return _svg(draw, 4.4, 2.2)
+
+
+def spread(values: Sequence[float]) -> Markup:
+    """How many classes have which share right."""
+
+    def draw(axes: Any) -> None:
+        axes.hist(values, bins=20, range=(0, 1), color=LINES[0])
+        axes.set_xlabel("share right")
+        axes.set_ylabel("classes")
+
+    return _svg(draw, 4.4, 1.9)
+
+
+def reliability(bins: Sequence[Sequence[float]]) -> Markup:
+    """Share right over confidence (Guo et al. 2017, figure 1): on the diagonal a model is right as often as it says.
+
+    Args:
+        bins: confidence, share right and count of each; the area of a dot is its count.
+    """
+    confidence, accuracy, count = np.array([row for row in bins if row[2]], dtype=float).T
+
+    def draw(axes: Any) -> None:
+        axes.plot((0, 1), (0, 1), color=INK, alpha=0.5, linewidth=1, linestyle=(0, (4, 3)))
+        axes.vlines(confidence, confidence, accuracy, color=LINES[1], linewidth=1.4)
+        axes.scatter(confidence, accuracy, s=10 + 110 * count / count.max(), color=LINES[0], zorder=3, clip_on=False)
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="share right")
+        axes.set_xticks(np.linspace(0, 1, 6))
+        axes.set_yticks(np.linspace(0, 1, 6))
+
+    return _svg(draw, 3.3, 3.1)
+
+
+def embedding_map(points: Points) -> Markup:
+    """Points in the colours of their classes, with the names of the classes in the midst of their points.
+
+    Written by hand: a point takes 11 bytes and its colour from the page; a plotting library's takes 150, in one colour
+    for light and dark.
+    """
+    label, xy = np.asarray(points.label), np.asarray(points.xy, dtype=float)
+    count = np.bincount(label, minlength=len(points.names))
+    coloured = np.argsort(-count, kind="stable")[:COLOURS]
+    coloured = np.sort(coloured[count[coloured] > 0])
+    low, size = xy.min(0), np.maximum(np.ptp(xy, axis=0), 1e-12)
+    # One unit for both axes, as far as the plot does not become a strip.
+    height = int(np.clip(940 * size[1] / size[0], 440, 740)) + 60
+    scale = min(940 / size[0], (height - 60) / size[1])
+    middle = np.array([500, height / 2])
+    at = (xy - low - size / 2) * (scale, -scale) + middle  # (M, 2), y goes down
+    places = np.rint(at).astype(int).tolist()
+
+    svg = [Markup('<svg viewBox="0 0 1000 {}" role="img" aria-label="embeddings in the plane">').format(height)]
+    if points.pairs is not None and len(points.pairs):
+        few = np.asarray(points.pairs)[:: math.ceil(len(points.pairs) / PAIRS)].tolist()
+        ends = "".join("M{} {}L{} {}".format(*places[i], *places[j]) for i, j in few)
+        svg.append(Markup('<path class="pair" d="{}"/>').format(ends))
+    kinds = [(kind, np.flatnonzero(label == c)) for kind, c in enumerate(coloured)]
+    rest = np.flatnonzero(~np.isin(label, coloured))
+    if len(rest):
+        svg.append(Markup('<path class="rest" d="{}"/>').format(_dots(places, rest)))
+    for part in range(ROUNDS):
+        for kind, rows in kinds:
+            if len(some := rows[part::ROUNDS]):
+                svg.append(Markup('<path class="c{}" d="{}"/>').format(kind, _dots(places, some)))
+    names = [points.names[int(c)] for c in coloured]
+    centres = [tuple(at[rows].mean(0).tolist()) for _, rows in kinds]
+    stand = _apart(names, centres, height)
+    for kind, (centre, (x, y)) in enumerate(zip(centres, stand)):
+        if math.dist(centre, (x, y)) > 30:  # elsewhere than its points
+            line = "M{:.0f} {:.0f}L{:.0f} {:.0f}".format(*centre, x, y)
+            svg.append(Markup('<path class="c{} leader" d="{}"/>').format(kind, line))
+    svg.append(Markup("</svg>"))
+    for kind, (name, (x, y)) in enumerate(zip(names, stand)):
+        svg.append(
+            Markup('<span class="c{}" style="left:{:.1f}%;top:{:.1f}%" title="{}">{}</span>').format(
+                kind, x / 10, 100 * y / height, name, name
+            )
+        )
+    return Markup('<div class="map">{}</div>').format(Markup("").join(svg))
+
+
+def _dots(places: list[list[int]], rows: np.ndarray) -> str:
+    return "".join("M{} {}h0".format(*places[i]) for i in rows.tolist())
+
+
+def _apart(names: Sequence[str], centres: Sequence[tuple[float, float]], height: int) -> list[tuple[float, float]]:
+    """Where names can stand that none covers another, near their centres, on a map as narrow as a phone's."""
+    pixel = 1000 / 340  # units of the map
+    line = 16 * pixel
+    moves = [(across * 2 * line, down * line / 2) for across in range(-4, 5) for down in range(-12, 13)]
+    moves.sort(key=lambda move: math.hypot(*move))
+    placed: list[tuple[float, float, float]] = []  # x, y, half a width
+    for name, (x, y) in zip(names, centres):
+        half = min(len(name) * 7 + 6, 120) / 2 * pixel  # style.css has the same limit
+        for across, down in moves:
+            at = min(max(x + across, half), 1000 - half), min(max(y + down, line / 2), height - line / 2)
+            if all(abs(at[0] - x) >= half + wide or abs(at[1] - y) >= line for x, y, wide in placed):
+                break
+        else:
+            at = x, y
+        placed.append((*at, half))
+    return [(x, y) for x, y, _ in placed]
+
+
+def _svg(draw: Callable[[Any], None], width: float, height: float) -> Markup:
+    """A plot to stand in the page, its text and axes in the colour of the page's text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": INK,
+        "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.grid": True, "grid.color": INK, "grid.alpha": 0.12,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+        axes = figure.subplots()
+        axes.set_facecolor("none")
+        axes.set_axisbelow(True)
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    # What a page of HTML has no use for: names of vocabularies that look like links, and who made it when.
+    text = re.sub(r"<metadata>.*?</metadata>| xmlns(:\w+)?=\"[^\"]*\"", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return Markup(text.replace(INK, "currentColor"))

@@ -1,0 +1,74 @@
+"""How figures, names and pictures are written, in the terminal and on a page."""
+
+from base64 import b64encode
+from typing import Any
+
+from markupsafe import Markup, escape
+
+KINDS = {  # what n counts, and what is measured
+    "classification": ("images", "zero-shot classification"),
+    "multilabel": ("images", "zero-shot classification, several labels an image"),
+    "retrieval": ("images", "images found by captions and captions by images"),
+    "choice": ("instances", "images and captions to be told apart"),
+    "probe": ("images", "a linear classifier and votes of neighbours on frozen embeddings"),
+    "text-text": ("captions", "captions of the same image found by a caption"),
+    "image-image": ("images", "images of the same class found by an image"),
+}
+
+
+def less_is_better(name: str) -> bool:
+    """Whether a metric, whatever its prefix, measures what is wrong."""
+    return name.endswith(("median_rank", "ece"))
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric lies between 0 and 1, as all do but ranks."""
+    return not name.endswith("median_rank")
+
+
+def measured(result: dict[str, Any]) -> str:
+    """How many of what, and what was done with them."""
+    unit, what = KINDS[result["kind"]]
+    return f"{result['n']:,} {unit}: {what}"
+
+
+def number(value: float) -> str:
+    """Shares with three decimals, small ones with two digits that count, ranks with one decimal."""
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
+    return f"{value:.3f}" if abs(value) <= 1 else f"{value:,.1f}"
+
+
+def change(value: float) -> str:
+    """A difference with its sign: three decimals, more where there would be nothing to see."""
+    if abs(value) < 1e-9:  # what rounding leaves of equal figures
+        return "0"
+    if abs(value) < 0.0005:
+        return f"{value:+.1g}"
+    return f"{value:+.3f}" if abs(value) < 1 else f"{value:+,.1f}"
+
+
+def figure(value: float) -> str:
+    """Whole numbers as such, others with two decimals while they are small."""
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 100 else f"{value:,.2f}"
+
+
+def percent(share: float) -> str:
+    """A share in percent."""
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
+
+
+def plain(name: str) -> str:
+    """A stranger's name for the terminal: as it is, or quoted where it holds what would steer the terminal."""
+    return name if name.isprintable() else repr(name)
+
+
+def breakable(name: str) -> Markup:
+    """May go on in a new line after an underscore, as on a phone it must."""
+    return escape(name).replace("_", Markup("_<wbr>"))
+
+
+def uri(picture: bytes) -> str:
+    """A PNG or JPEG to stand in the page itself."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{b64encode(picture).decode()}"
