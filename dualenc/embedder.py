@@ -9,36 +9,25 @@ import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualenc.data.benchmarks import BenchmarkSet
 from dualenc.data.images import Preprocess, open_image
 from dualenc.data.pairs import Pairs
 from dualenc.data.tokenizer import Tokenizer
-from dualenc.evaluation import (
-    Scores,
-    average_precision,
-    classification_metrics,
-    multilabel_metrics,
-    predictions,
-    retrieval_answers,
-    retrieval_metrics,
-    zero_shot_classifier,
-)
+from dualenc.evaluation import zero_shot_classifier
 from dualenc.models.dual import DualConfig, DualEncoder
 from dualenc.models.image import ImageEncoder
-from dualenc.report import Answers, Classes, Labels, Section
+from dualenc.models.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, load_open_clip
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocess.json")
@@ -52,16 +41,25 @@ class Embedder:
     """Embeds images and texts into one space.
 
     Args:
-        model: the dual encoder.
+        model: the dual encoder, or a model of open_clip.
         tokenizer: whose ids fit the model's vocabulary.
         preprocess: whose size is the image encoder's.
+        name: for people.
 
     Raises:
         ModelError: the parts do not fit together.
     """
 
-    def __init__(self, model: DualEncoder, tokenizer: Tokenizer, preprocess: Preprocess, name: str = "model") -> None:
+    def __init__(
+        self,
+        model: DualEncoder | OpenClip,
+        tokenizer: Tokenizer | OpenClipTokenizer,
+        preprocess: Preprocess | OpenClipTransform,
+        name: str = "model",
+    ) -> None:
         self.model, self.tokenizer, self.preprocess, self.name = model, tokenizer, preprocess, name
+        if isinstance(model, OpenClip) or isinstance(tokenizer, OpenClipTokenizer):
+            return  # made for each other by the library
         text, image = model.config.text, model.config.image
         if tokenizer.vocab_size > text.vocab_size:
             raise ModelError(
@@ -75,6 +73,17 @@ class Embedder:
             raise ModelError(
                 f"preprocess.json makes {preprocess.size} pixels, the image encoder takes {image.img_size}"
             )
+
+    @property
+    def dual_encoder(self) -> DualEncoder:
+        """The model, where it is one of ours.
+
+        Raises:
+            ModelError: it is open_clip's.
+        """
+        if isinstance(self.model, OpenClip):
+            raise ModelError(f"{self.name} is a model of open_clip, which is measured here and nothing else")
+        return self.model
 
     @property
     def device(self) -> torch.device:
@@ -104,13 +113,14 @@ class Embedder:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("there are no texts to embed")
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # equal lengths together: less to compute
-        out = torch.empty(len(texts), self.model.config.embed_dim)
+        model, tokenizer = typing.cast(Any, self.model), typing.cast(Any, self.tokenizer)  # each with its own tokens
+        ids = tokenizer.encode(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # equal lengths together: less to compute
+        out = torch.empty(len(texts), self.model.embed_dim)
         with self._evaluating():
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
-                tokens = self.tokenizer([texts[i] for i in part]).to(self.device)
-                out[part] = self.model.encode_text(tokens).float().cpu()
+                out[part] = model.encode_text(tokenizer.pack([ids[i] for i in part]).to(self.device)).float().cpu()
         return out
 
     def classify(self, images: Any, names: Sequence[str], templates: Sequence[str] = ("a photo of a {c}.",)) -> Tensor:
@@ -119,64 +129,10 @@ class Embedder:
         scale = self.model.logits()[0].detach().float().cpu()
         return torch.softmax(scale * self.embed_images(images) @ classifier.T, dim=-1)
 
-    def evaluate(
-        self,
-        data: BenchmarkSet | str | os.PathLike[str],
-        workers: int = 0,
-        track: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-    ) -> dict[str, Any]:
-        """Zero-shot classification or retrieval on an evaluation set, by its own type.
-
-        Args:
-            data: a set, or its folder in the layout of CLIP_benchmark.
-            workers: processes that decode.
-            track: wraps the image batches, for a progress bar.
-
-        Returns:
-            `dataset`, `model`, `n` (images), `complete`, `metrics` (name to number), `intervals` (name to lower and
-            upper 95% bound) of the metrics that have one, and `chance` (what an order drawn at random would give); all
-            as plain Python, ready for JSON.
-
-        Raises:
-            DataError: the set is not in the layout, or a sample of it cannot be read.
-        """
-        data = data if isinstance(data, BenchmarkSet) else BenchmarkSet.open(data)
-        return score(data, self.embed_set(data, workers, track), self.name).result
-
-    def embed_set(
-        self,
-        data: BenchmarkSet,
-        workers: int = 0,
-        track: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-        rank: int = 0,
-        world: int = 1,
-    ) -> "SetEmbeddings":
-        """Embeddings of an evaluation set, or of the share of one rank; `score` takes those of the whole set.
-
-        Args:
-            data: the set.
-            workers: processes that decode.
-            track: wraps the image batches, for a progress bar.
-            rank, world: which of how many parts, in order and as equal as they can be.
-        """
-
-        def part(count: int) -> range:
-            share = np.array_split(np.arange(count), world)[rank]
-            return range(share[0], share[-1] + 1) if len(share) else range(0)
-
-        nothing = torch.empty(0, self.model.config.embed_dim)
-        text = nothing
-        if data.kind == "retrieval":
-            captions, _ = data.captions  # labels first: what is wrong with them shows before the work
-            if own := part(len(captions)):
-                text = self.embed_texts(captions[own.start : own.stop])
-        else:
-            _ = data.targets
-            if own := part(len(data.classnames)):
-                text = zero_shot_classifier(self, data.classnames[own.start : own.stop], data.templates)
-        rows = part(len(data))
-        image = self.embed_images(track(data.images(self.preprocess, rows, workers=workers))) if rows else nothing
-        return SetEmbeddings(image, text)
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that embeddings depend on: architecture, weights to the bit, preprocessing, tokenizer."""
+        return fingerprint(self.model, self.preprocess, self.tokenizer.fingerprint)
 
     def save(self, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
         """Writes a model directory; an older one of this name is replaced once the new one is whole.
@@ -186,19 +142,19 @@ class Embedder:
             weights: in place of the model's own, such as those that lie spread over several processes.
 
         Raises:
-            ModelError: the path is taken by something that is no model directory.
+            ModelError: the path is taken by something that is no model directory, or the model is open_clip's.
         """
-        path = Path(path)
+        path, model = Path(path), self.dual_encoder
         if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= {*FILES, "README.md"}):
             raise ModelError(f"{path} exists and is no model directory: choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:
             beside.chmod(0o755)
-            _write_json(beside / "config.json", {"format": FORMAT, **dataclasses.asdict(self.model.config)})
+            _write_json(beside / "config.json", {"format": FORMAT, **dataclasses.asdict(model.config)})
             _write_json(beside / "preprocess.json", dataclasses.asdict(self.preprocess))
-            self.tokenizer.save(beside / "tokenizer.json")
-            weights = self.model.state_dict() if weights is None else weights
+            typing.cast(Tokenizer, self.tokenizer).save(beside / "tokenizer.json")
+            weights = model.state_dict() if weights is None else weights
             state = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
             save_file(state, beside / "model.safetensors")
             (beside / "README.md").write_text(self._card(), "utf-8")
@@ -211,7 +167,7 @@ class Embedder:
             shutil.rmtree(beside, ignore_errors=True)
 
     def _card(self) -> str:
-        config = self.model.config
+        config = self.dual_encoder.config
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         return (
             "---\nlibrary_name: dualenc\ntags: [image-text, zero-shot-image-classification]\n---\n\n"
@@ -249,11 +205,14 @@ class Embedder:
             yield torch.stack(waiting)
 
     def _normalised(self, batch: Tensor) -> Tensor:
-        if not batch.is_floating_point() and batch.shape[-2:] != (self.preprocess.size, self.preprocess.size):
+        done = isinstance(self.preprocess, Preprocess) and batch.shape[-2:] == (self.preprocess.size,) * 2
+        if not batch.is_floating_point() and not done:
             batch = torch.stack([self.preprocess(image) for image in batch])
         batch = batch.to(self.device, non_blocking=True)
         dtype = next(self.model.parameters()).dtype
-        return batch.to(dtype) if batch.is_floating_point() else self.preprocess.normalize(batch, dtype)
+        if isinstance(self.preprocess, Preprocess) and not batch.is_floating_point():
+            return self.preprocess.normalize(batch, dtype)
+        return batch.to(dtype)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -267,66 +226,25 @@ class Embedder:
             self.model.train(training)
 
 
-class SetEmbeddings(NamedTuple):
-    """An evaluation set in the common space, on the CPU."""
-
-    image: Tensor  # (N, E)
-    text: Tensor  # (T, E), the captions; or (C, E), the zero-shot classifier
-
-
-def score(data: BenchmarkSet, embedded: SetEmbeddings, model: str) -> Section:
-    """What `Embedder.evaluate` returns, and what the report shows of it, from the embeddings of a whole set."""
-    image, text = embedded
-    if data.kind == "retrieval":
-        return score_retrieval(data.name, image, text, *data.captions, picture=data.thumbnail, model=model)
-    if data.kind == "multilabel":
-        scores = image @ text.T
-        found, precision = multilabel_metrics(scores, data.targets), average_precision(scores, data.targets)
-        findings = Labels(data.classnames, data.targets.sum(0).numpy(), precision.numpy())
-    else:
-        found = classification_metrics(image, text, data.targets)
-        taken_for = predictions(image, text, data.targets, found.ranks["image"])
-        findings = Classes(data.classnames, data.targets.numpy(), taken_for.numpy(), data.thumbnail)
-    return Section(_result(data.name, model, len(image), found), findings)
-
-
-def score_retrieval(
-    name: str,
-    image: Tensor,
-    text: Tensor,
-    captions: Sequence[str],
-    owner: Tensor,
-    picture: Callable[[int], bytes],
-    model: str,
-) -> Section:
-    """Like `score`, for images (N, E) and captions (T, E), caption i belonging to image owner[i]."""
-    found = retrieval_metrics(image, text, owner)
-    answers = retrieval_answers(image, text, owner, found.ranks)
-    return Section(_result(name, model, len(image), found), Answers(captions, answers, picture))
-
-
-def _result(name: str, model: str, count: int, found: Scores) -> dict[str, Any]:
-    return {
-        "dataset": name,
-        "model": model,
-        "n": count,
-        "complete": True,  # a sample that cannot be read has stopped the evaluation before this
-        "metrics": found.metrics,
-        "intervals": {name: list(bounds) for name, bounds in found.intervals.items()},
-        "chance": found.chance,
-    }
-
-
 def load(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:
     """Loads a model.
 
     Args:
-        spec: a model directory; a run directory (its `best/`, or else `last/`); or `hf-hub:owner/name[@revision]`.
+        spec: a model directory; a run directory (its `best/`, or else `last/`); `hf-hub:owner/name[@revision]`; or a
+            model of open_clip, `open_clip:ARCH/PRETRAINED`, see `dualenc.models.open_clip.load_open_clip`.
         device: absent, CUDA if there is one, else the CPU.
 
     Raises:
-        ModelError: a file is missing, of a newer format, or does not fit; names it.
+        ModelError: a file is missing, of a newer format, or does not fit, or open_clip has no such model; names it.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = os.fspath(spec)
+    if name.startswith("open_clip:"):
+        try:
+            peer, peer_tokenizer, transform = load_open_clip(name.removeprefix("open_clip:"))
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}") from None
+        return Embedder(peer.to(device), peer_tokenizer, transform, name)
     path = model_folder(spec)
     fields = _read_json(path / "config.json")
     _check_format(fields, path / "config.json")
@@ -343,8 +261,7 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ModelError(f"{path / 'config.json'}: {error}") from None
     _load_state(model, state, path / "model.safetensors")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Embedder(model.to(device).eval(), tokenizer, preprocess, name=os.fspath(spec))
+    return Embedder(model.to(device).eval(), tokenizer, preprocess, name)
 
 
 def model_folder(spec: str | os.PathLike[str]) -> Path:
@@ -356,7 +273,7 @@ def model_folder(spec: str | os.PathLike[str]) -> Path:
     spec = os.fspath(spec)
     path = _hub(spec) if spec.startswith("hf-hub:") else Path(spec)
     if not path.is_dir():
-        raise ModelError(f"model {spec!r} is no folder, and no hf-hub:owner/name")
+        raise ModelError(f"model {spec!r} is no folder, and no hf-hub:owner/name or open_clip:ARCH/PRETRAINED")
     if not (path / "config.json").exists():
         inside = [path / name for name in ("best", "last") if (path / name / "config.json").exists()]
         path = inside[0] if inside else path
@@ -372,11 +289,13 @@ def image_features(tower: ImageEncoder, preprocess: Preprocess, images: Tensor) 
     return tower(preprocess.normalize(images.to(weight.device, non_blocking=True), weight.dtype)).float().cpu()
 
 
-def fingerprint(model: DualEncoder | ImageEncoder, preprocess: Preprocess, more: str = "") -> str:
+def fingerprint(
+    model: DualEncoder | OpenClip | ImageEncoder, preprocess: Preprocess | OpenClipTransform, more: str = ""
+) -> str:
     """A hash of all that embeddings or features depend on: architecture, weights to the bit, preprocessing.
 
     Args:
-        model: a dual encoder, or its image tower.
+        model: a dual encoder, or an image tower.
         preprocess: its.
         more: what else counts, such as the tokenizer's fingerprint.
     """
@@ -405,7 +324,7 @@ def difference(first: Embedder, second: Embedder, apart: Collection[str] = ()) -
             else:
                 yield f"{prefix}{field.name}", value
 
-    for part, prefix in ((lambda one: one.model.config, ""), (lambda one: one.preprocess, "preprocess.")):
+    for part, prefix in ((lambda one: one.dual_encoder.config, ""), (lambda one: one.preprocess, "preprocess.")):
         for (name, x), (_, y) in zip(fields(part(first), prefix), fields(part(second), prefix), strict=True):
             if x != y and name not in apart:
                 return f"{name} {x!r} and {y!r}"
@@ -430,8 +349,8 @@ def interpolate(first: Embedder, second: Embedder, alpha: float) -> Embedder:
         found = "their tokenizers"
     if found:
         raise ModelError(f"{first.name} and {second.name} differ: {found}; what lies between them is no model")
-    others, weights = second.model.state_dict(), {}
-    for name, x in first.model.state_dict().items():
+    others, weights = second.dual_encoder.state_dict(), {}
+    for name, x in first.dual_encoder.state_dict().items():
         y = others[name].to(x.device)
         if not x.is_floating_point():
             if not torch.equal(x, y):
@@ -441,7 +360,7 @@ def interpolate(first: Embedder, second: Embedder, alpha: float) -> Embedder:
             weights[name] = y if alpha else x
         else:
             weights[name] = ((1 - alpha) * x.double() + alpha * y.double()).to(x.dtype)
-    model = copy.deepcopy(first.model)
+    model = copy.deepcopy(first.dual_encoder)
     model.load_state_dict(weights)
     name = f"{1 - alpha:g} {first.name} + {alpha:g} {second.name}"
     return Embedder(model, first.tokenizer, first.preprocess, name=name)

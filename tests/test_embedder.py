@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import math
 import os
 import pickle
 import shutil
@@ -9,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SIZE, WORDS, encode, pixels, smooth, tiny_embedder, tiny_tokenizer, write_benchmark, write_shards
+from helpers import SIZE, WORDS, encode, pixels, smooth, tiny_embedder, tiny_tokenizer, write_shards
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dualenc
-from dualenc import BenchmarkSet, DataError, ModelError, Preprocess, ShardIndex
+from dualenc import DataError, ModelError, Preprocess, ShardIndex
 from dualenc.data import ImageError, PairDataset, PairLoader, decode_image
-from dualenc.embedder import FILES, Embedder, load, score
+from dualenc.embedder import FILES, Embedder, load
 
 TEXTS = ["a cat", "", "two hats and boats", "the red dog sits on a blue mat under the green tree", "dog", "a", "a dog"]
 
@@ -423,117 +422,6 @@ def test_a_run_directory_gives_its_best_and_else_its_last(seed, tmp_path):
     assert torch.equal(load(tmp_path / "run").embed_texts(TEXTS), models["best"].embed_texts(TEXTS))
     shutil.rmtree(tmp_path / "run" / "best")
     assert torch.equal(load(str(tmp_path / "run")).embed_texts(TEXTS), models["last"].embed_texts(TEXTS))
-
-
-# Evaluation
-
-
-@pytest.mark.parametrize("kind", ["classification", "multilabel", "retrieval"])
-def test_evaluate(embedder, tmp_path, seed, kind):
-    folder = write_benchmark(tmp_path / "the set", seed, kind, counts=(9, 5))
-    result = embedder.evaluate(folder)
-    assert json.loads(json.dumps(result)) == result
-    assert (result["dataset"], result["n"], result["complete"]) == ("the set", 14, True)
-    recalls = {f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10)}
-    expected = {
-        "classification": {"acc1", "acc5", "mean_per_class_recall"},
-        "multilabel": {"mean_average_precision"},
-        "retrieval": {*recalls, "mean_recall@1", "median_rank", "mrr"},
-    }[kind]
-    assert set(result["metrics"]) == expected
-    assert all(math.isfinite(value) for value in result["metrics"].values())
-    assert set(result["intervals"]) <= expected
-    assert all(low <= high for low, high in result["intervals"].values())
-    assert embedder.evaluate(BenchmarkSet.open(folder))["metrics"] == result["metrics"]
-
-
-@pytest.mark.parametrize("kind", ["classification", "multilabel", "retrieval"])
-def test_the_parts_of_the_ranks_are_the_whole(embedder, tmp_path, seed, kind):
-    """In order, as equal as can be; more ranks than images or classes leave some with nothing."""
-    data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(2, 2), classes=3))
-    whole = embedder.embed_set(data)
-    texts = len(data.captions[0]) if kind == "retrieval" else 3
-    assert (whole.image.shape, whole.text.shape) == ((4, 8), (texts, 8))
-    images = embedder.embed_images([decode_image(sample.read("jpg")) for sample in data.index])
-    assert (whole.image - images).abs().max() < 1e-6
-    if kind == "retrieval":
-        text = embedder.embed_texts(data.captions[0])
-    else:
-        text = dualenc.zero_shot_classifier(embedder, data.classnames, data.templates)
-    assert (whole.text - text).abs().max() < 1e-6
-    assert (whole.image[0] - whole.image[1]).abs().max() > 1e-3  # the control: rows differ
-    assert (whole.text[0] - whole.text[1]).abs().max() > 1e-3
-    for world in range(1, 6):
-        parts = [embedder.embed_set(data, rank=rank, world=world) for rank in range(world)]
-        for part in parts:
-            assert part.image.dtype == part.text.dtype == torch.float32
-            assert part.image.shape[1] == part.text.shape[1] == 8
-        for mine, every in ((0, whole.image), (1, whole.text)):
-            sizes = [len(part[mine]) for part in parts]
-            assert max(sizes) - min(sizes) <= 1
-            assert (torch.cat([part[mine] for part in parts]) - every).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("kind", ["classification", "multilabel", "retrieval"])
-def test_evaluate_is_score_of_embed_set(embedder, tmp_path, seed, kind):
-    data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(9, 5)))
-    section = score(data, embedder.embed_set(data), embedder.name)
-    assert section.result == embedder.evaluate(data)
-    assert set(section.result["chance"]) == set(section.result["metrics"])
-    assert section.result["model"] == embedder.name
-    image, text = embedder.embed_set(data)
-    findings = section.findings
-    if kind == "classification":
-        right = (findings.predicted == findings.truth).mean()
-        assert right == pytest.approx(section.result["metrics"]["acc1"])
-        assert findings.truth.tolist() == data.targets.tolist()
-        assert findings.predicted.tolist() == (image @ text.T).argmax(1).tolist()
-    elif kind == "multilabel":
-        assert findings.counts.tolist() == data.targets.sum(0).tolist()
-        assert findings.precision.mean() == pytest.approx(section.result["metrics"]["mean_average_precision"])
-    else:
-        assert findings.captions == data.captions[0]
-        right = {asked: [a.rank for a in answers if a.rank == 0] for asked, answers in findings.answers.items()}
-        recall = section.result["metrics"]["image_retrieval_recall@1"]
-        assert bool(right["text"]) == (recall > 0)
-    if kind != "multilabel":
-        assert findings.picture(3) == data.thumbnail(3)
-
-
-def test_evaluate_shows_its_progress(embedder, tmp_path, seed):
-    data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, counts=(70,)))
-    seen = []
-
-    def track(batches):
-        for batch in batches:
-            seen.append(len(batch))
-            yield batch
-
-    assert embedder.evaluate(data, track=track)["n"] == sum(seen) == 70
-    assert seen == [64, 6]
-
-
-def test_evaluate_equals_the_plain_computation(embedder, tmp_path, seed):
-    data = BenchmarkSet.open(write_benchmark(tmp_path / "c", seed, counts=(20,)))
-    images = embedder.embed_images([decode_image(sample.read("jpg")) for sample in data.index]).double()
-    right = 0
-    rows = []
-    for name in data.classnames:
-        mean = embedder.embed_texts([t.replace("{c}", name) for t in data.templates]).double().mean(0)
-        rows.append(mean / mean.norm())
-    scores = images @ torch.stack(rows).T
-    right = (scores.argmax(1) == data.targets).double().mean().item()
-    assert embedder.evaluate(data)["metrics"]["acc1"] == pytest.approx(right)
-
-
-def test_evaluate_stops_at_a_bad_sample(embedder, tmp_path, seed):
-    folder = write_benchmark(tmp_path / "c", seed)
-    data = bytearray((folder / "test" / "1.tar").read_bytes())
-    place = data.index(b"\xff\xd8\xff")
-    data[place : place + 200] = bytes(200)
-    (folder / "test" / "1.tar").write_bytes(data)
-    with pytest.raises(DataError, match=r"test/1\.tar sample 's00003': \.jpg cannot be decoded"):
-        embedder.evaluate(folder)
 
 
 def test_hub_specs_are_fetched_at_their_revision(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,16 +113,21 @@ class DualEncoder(nn.Module):
         rest = {name: x for name, x in other.state_dict().items() if not name.startswith("image.")}
         self.load_state_dict({**self.state_dict(), **rest})
 
+    @property
+    def embed_dim(self) -> int:
+        """E."""
+        return self.config.embed_dim
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Embeddings (B, E) of unit length of normalised images (B, 3, S, S), or of their features (B, D).
 
         These are what `image` gives, computed before.
         """
-        return _unit(self.image_projection(images if images.dim() == 2 else self.image(images)))
+        return unit(self.image_projection(images if images.dim() == 2 else self.image(images)))
 
     def encode_text(self, tokens: Tokens) -> Tensor:
         """Embeddings (B, E) of unit length, in the order in which the caller gave the texts."""
-        return _unit(self.text_projection(self.text.pool(self.text(tokens), tokens)))
+        return unit(self.text_projection(self.text.pool(self.text(tokens), tokens)))
 
     def forward(self, images: Tensor, tokens: Tokens) -> Embeddings:
         """Embeddings of a batch of pairs, with the temperature and bias that scale their products."""
@@ -178,6 +183,7 @@ def _projection(kind: str, width: int, embed_dim: int) -> nn.Module:
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Rows (B, E) of unit length, in fp32 at least."""
     # fp32 at least: a half-precision unit vector is off by 1e-3, and the loss multiplies that by up to 100.
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
