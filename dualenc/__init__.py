@@ -8,6 +8,7 @@ from importlib.metadata import version
 from dualenc.data import BenchmarkSet, DataError, EpochPlan, Preprocess, ShardIndex, Tokenizer
 from dualenc.embedder import Embedder, ModelError, load
 from dualenc.evaluation import match_ranks, recall_at, zero_shot_classifier
+from dualenc.evaluator import evaluate
 from dualenc.losses import clip_loss, siglip_loss
 from dualenc.models import DualEncoder, ImageConfig, TextConfig
 from dualenc.tokens import Tokens
@@ -28,6 +29,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "clip_loss",
+    "evaluate",
     "load",
     "match_ranks",
     "recall_at",

@@ -52,6 +52,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
         commands.tokenizer,
         commands.zeroshot,
         commands.retrieval,
+        commands.choice,
+        commands.probe,
+        commands.compare,
         commands.embed,
         commands.interpolate,
     )
@@ -211,6 +214,8 @@ def _run(arguments: list[str]) -> None:
         _trainer_command(arguments)
     elif command in COMMANDS:
         function = COMMANDS[command]
+        # Options may be spelled with dashes, as most programs have them.
+        rest = [re.sub(r"^--[a-z][a-z-]*", lambda name: f"--{name[0][2:].replace('-', '_')}", word) for word in rest]
         function(**vars(_function_parser(function).parse_args(rest)))
     elif command == "--version":
         print(f"dualenc {version('dualenc')}")

@@ -2,10 +2,10 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 
 class UsageError(Exception):
@@ -16,30 +16,134 @@ class WorkError(Exception):
     """Work that had begun failed: exit status 1."""
 
 
-def zeroshot(model: str, data: list[str], split: str | None = None, out: Path | None = None, workers: int = 2) -> None:
+def zeroshot(
+    model: str,
+    data: list[str],
+    split: str | None = None,
+    out: Path | None = None,
+    workers: int = 2,
+    allow_partial: bool = False,
+) -> None:
     """Zero-shot classification on evaluation sets.
 
     Args:
-        model: model directory, run directory, or hf-hub:owner/name[@revision].
-        data: folders in the layout of CLIP_benchmark.
+        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
+        data: folders or URLs in the layout of CLIP_benchmark, or folders with a folder of images for each class.
         split: absent, "test" or the only split there is.
         out: folder for zeroshot.json and report.html.
         workers: processes that decode.
+        allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
-    _evaluate("zeroshot", ("classification", "multilabel"), model, data, split, out, workers)
+    _evaluate("zeroshot", ("classification", "multilabel"), model, data, split, out, workers, allow_partial)
 
 
-def retrieval(model: str, data: list[str], split: str | None = None, out: Path | None = None, workers: int = 2) -> None:
-    """Cross-modal retrieval on evaluation sets.
+def retrieval(
+    model: str,
+    data: list[str],
+    split: str | None = None,
+    between: Literal["image-text", "text-text", "image-image"] = "image-text",
+    out: Path | None = None,
+    workers: int = 2,
+    allow_partial: bool = False,
+) -> None:
+    """Retrieval on evaluation sets, between images and captions or among things of one kind.
 
     Args:
-        model: model directory, run directory, or hf-hub:owner/name[@revision].
-        data: folders in the layout of CLIP_benchmark.
+        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
+        data: folders or URLs in the layout of CLIP_benchmark, or tables of images and captions.
         split: absent, "test" or the only split there is.
+        between: text-text looks for the other captions of a caption's image, image-image, on sets for classification,
+            for the other images of an image's class.
         out: folder for retrieval.json and report.html.
         workers: processes that decode.
+        allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
-    _evaluate("retrieval", ("retrieval",), model, data, split, out, workers)
+    from dualenc.evaluator import embed_set, score_within
+
+    def within(embedder: Any, item: Any, **how: Any) -> Any:
+        return score_within(item, embed_set(embedder, item, **how), embedder, between)
+
+    kinds = ("classification",) if between == "image-image" else ("retrieval",)
+    measure = None if between == "image-text" else within
+    _evaluate("retrieval", kinds, model, data, split, out, workers, allow_partial, measure)
+
+
+def choice(
+    model: str,
+    data: list[str],
+    out: Path | None = None,
+    workers: int = 2,
+    allow_partial: bool = False,
+) -> None:
+    """Compositional choice between captions, and images, that differ in little: Winoground, SugarCrepe.
+
+    Args:
+        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
+        data: folders in the layout of Winoground (examples.jsonl, images/), or SugarCrepe's .json files.
+        out: folder for choice.json and report.html.
+        workers: processes that decode.
+        allow_partial: exit with status 0 though something of a set is missing or cannot be read.
+    """
+    _evaluate("choice", ("choice",), model, data, None, out, workers, allow_partial)
+
+
+def probe(
+    model: str,
+    data: list[str],
+    train: str = "train",
+    split: str | None = None,
+    out: Path | None = None,
+    workers: int = 2,
+    allow_partial: bool = False,
+) -> None:
+    """Linear and nearest-neighbour classification on frozen image embeddings.
+
+    Args:
+        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
+        data: folders or URLs in the layout of CLIP_benchmark, with a split to learn from.
+        train: the split to learn from; what is to be chosen is chosen on "val" or "valid", or else on a fifth of it.
+        split: absent, "test".
+        out: folder for probe.json and report.html.
+        workers: processes that decode.
+        allow_partial: exit with status 0 though something of a set is missing or cannot be read.
+    """
+    from dualenc import BenchmarkSet
+    from dualenc.evaluator import probe
+
+    learnt = {}
+    for place in data:
+        item, splits = BenchmarkSet.open(place, split), BenchmarkSet.splits(place)
+        if train == item.split:
+            raise UsageError(f"{item.path}: --train {train} is the split that is measured; it has {', '.join(splits)}")
+        held = next((name for name in _HELD if name in splits and name not in (train, item.split)), None)
+        learnt[item.path] = [BenchmarkSet.open(place, train), held and BenchmarkSet.open(place, held)]
+
+    def measure(embedder: Any, item: Any, **how: Any) -> Any:
+        return probe(embedder, item, *learnt[item.path], **how)
+
+    _evaluate("probe", ("classification",), model, data, split, out, workers, allow_partial, measure)
+
+
+def compare(first: Path, second: Path, out: Path | None = None) -> None:
+    """Compares two results on the same items: paired differences with intervals.
+
+    Args:
+        first: folder that --out of an evaluation named.
+        second: another one, of another model or other prompts.
+        out: folder for compare.json and report.html.
+    """
+    from dualenc.evaluator import compare
+    from dualenc.report import print_comparison, write_comparison, write_json
+
+    if out is not None:
+        _make_folder(out, "--out")
+    comparisons = compare(first, second)
+    results = [comparison.result for comparison in comparisons]
+    print_comparison(results)
+    if out is not None:
+        write_json(out, "compare", results)
+        about = {"results of A": first, "results of B": second}
+        print(f"report: {write_comparison(out, 'Comparison', comparisons, about)}")
 
 
 def interpolate(first: str, second: str, out: Path, alpha: float = 0.5) -> None:
@@ -87,14 +191,14 @@ def embed(
     import torch
     from rich.progress import track
 
-    from dualenc import ShardIndex, load
+    from dualenc import Preprocess, ShardIndex, load
     from dualenc.data.features import embed_shards
     from dualenc.embedder import fingerprint, image_features
 
     embedder = None
     if not model.endswith((".yaml", ".yml")):
         embedder = load(model)
-        tower, preprocess = embedder.model.image, embedder.preprocess
+        tower, preprocess = embedder.dual_encoder.image, cast(Preprocess, embedder.preprocess)
     elif features:
         from dualenc.training.begin import image_tower
 
@@ -108,8 +212,7 @@ def embed(
         about |= {"made_by": fingerprint(tower, preprocess), "captions": None, "dims": tower.width}
     else:
         of_images, of_texts = partial(embedder.embed_images, batch_size=batch_size), embedder.embed_texts
-        made_by = fingerprint(embedder.model, preprocess, embedder.tokenizer.fingerprint)
-        about |= {"made_by": made_by, "captions": captions, "dims": embedder.model.config.embed_dim}
+        about |= {"made_by": embedder.fingerprint, "captions": captions, "dims": embedder.model.embed_dim}
     about |= {"image": asdict(tower.config), "preprocess": asdict(preprocess)}
     bar = partial(track, description="images", transient=True, disable=not sys.stderr.isatty())
     try:
@@ -400,7 +503,14 @@ def tokenizer(
     )
 
 
-_TITLES = {"zeroshot": "Zero-shot classification", "retrieval": "Retrieval"}
+_TITLES = {
+    "zeroshot": "Zero-shot classification",
+    "retrieval": "Retrieval",
+    "choice": "Compositional choice",
+    "probe": "Probes on frozen embeddings",
+}
+_COMMANDS = {"retrieval": "retrieval", "choice": "choice", "classification": "zeroshot", "multilabel": "zeroshot"}
+_HELD = ("val", "valid", "validation")  # splits to choose by
 
 
 def _evaluate(
@@ -411,38 +521,57 @@ def _evaluate(
     split: str | None,
     out: Path | None,
     workers: int,
+    allow_partial: bool,
+    measure: Callable[..., Any] | None = None,
 ) -> None:
+    """Measures a model on sets of some kinds, by default by all that is usual for the kind."""
     from functools import partial
 
     from rich.progress import track
 
     from dualenc import BenchmarkSet, DataError, load
-    from dualenc.embedder import score
-    from dualenc.report import print_table, write_json, write_report
+    from dualenc.evaluator import EmbeddingCache, embed_set, score, write_results
+    from dualenc.report import print_table, write_report
 
-    sets = [BenchmarkSet.open(folder, split) for folder in data]
+    sets = [BenchmarkSet.open(place, split) for place in data]
     for item in sets:
         if item.kind not in kinds:
-            other = "retrieval" if item.kind == "retrieval" else "zeroshot"
-            raise DataError(f"{item.path} is a {item.kind} set: use `dualenc {other}`")
-    embedder = load(model)
+            raise DataError(f"{item.path} is a {item.kind} set: use `dualenc {_COMMANDS[item.kind]}`")
+    names = [item.name for item in sets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"two sets are called {twice.pop()!r}: their figures would be mixed up")
     if workers < 0:
         raise UsageError(f"--workers {workers} must not be negative")
     if out is not None:
         _make_folder(out, "--out")
-    quiet = not sys.stderr.isatty()
-    sections = []
+    embedder = load(model)
+    cache = EmbeddingCache(embedder)
+    found = []
     for item in sets:
-        bar = partial(track, description=item.name, transient=True, disable=quiet, total=-(-len(item) // 64))
+        bar = partial(track, description=item.name, transient=True, disable=not sys.stderr.isatty())
+        how = {"workers": workers, "track": bar, "cache": cache}
         try:
-            sections.append(score(item, embedder.embed_set(item, workers, bar), embedder.name))
+            if measure is None:
+                found.append(score(item, embed_set(embedder, item, **how), embedder))
+            else:
+                found.append(measure(embedder, item, **how))
         except ValueError as error:
             raise WorkError(error if isinstance(error, DataError) else f"{item.name}: {error}") from error
-    results = [section.result for section in sections]
+    results = [one.section.result for one in found]
     print_table(results)
+    if cache.reused:
+        again = ", ".join(f"{cache.reused.count(what)} x {what}" for what in dict.fromkeys(cache.reused))
+        print(f"used again from {cache.folder}: {again}")
     if out is not None:
-        write_json(out, command, results)
-        print(f"report: {write_report(out, _TITLES[command], sections, {'data': ' '.join(data)})}")
+        write_results(out, command, found, sets)
+        page = write_report(out, _TITLES[command], [one.section for one in found], {"data": " ".join(data)})
+        print(f"report: {page}")
+    if not allow_partial and not all(result["complete"] for result in results):
+        name, problem = next((result["dataset"], result["problems"][0]) for result in results if result["problems"])
+        raise WorkError(
+            f"{name} is not complete: {problem['what']}: {problem['count']}, such as {problem['names'][0]}; "
+            "with --allow-partial this is no failure"
+        )
 
 
 def _make_folder(path: Path, name: str) -> None:

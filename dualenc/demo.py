@@ -9,7 +9,8 @@ import torch
 
 from dualenc.data import BenchmarkSet
 from dualenc.data.scenes import NAMES, UNSEEN, write_scenes
-from dualenc.embedder import load, score
+from dualenc.embedder import load
+from dualenc.evaluator import embed_set, score
 from dualenc.report import print_table, write_json, write_report
 
 TRAIN = 12_000  # scenes; drawing them takes seconds, and more of them are not seen in minutes
@@ -38,7 +39,7 @@ def run(out: Path, config: Path, fit: Callable[[list[str]], None]) -> None:
         "--trainer.precision", "bf16-mixed" if device == "gpu" or _fast_bf16() else "32-true",
     ])  # fmt: skip
     embedder = load(root)
-    sections = [score(data, embedder.embed_set(data), embedder.name) for data in map(BenchmarkSet.open, sets)]
+    sections = [score(data, embed_set(embedder, data), embedder).section for data in map(BenchmarkSet.open, sets)]
     results = [section.result for section in sections]
     print_table(results)
     write_json(out, "zeroshot", results[:2])

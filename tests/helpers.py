@@ -167,6 +167,20 @@ def write_benchmark(
     return folder
 
 
+def write_choices(folder: Path, seed: int, count: int = 12) -> list[dict[str, Any]]:
+    """A set in Winoground's layout, and its lines."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        for j in range(2):
+            (folder / "images" / f"ex_{i}_img_{j}.png").write_bytes(encode(smooth(rng, 20, 24)))
+        lines.append({"id": i} | {f"image_{j}": f"ex_{i}_img_{j}" for j in range(2)})
+        lines[-1] |= {f"caption_{j}": f"{caption(rng)} {i} {j}" for j in range(2)}
+    (folder / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return lines
+
+
 def forget_copies(cache: Path) -> None:
     """As after a long time: the shards fetched into a cache are gone, the indexes are not."""
     for thread in threading.enumerate():

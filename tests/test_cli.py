@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import encode, pixels, tiny_embedder, write_benchmark, write_shards, write_tar
+from helpers import encode, pixels, tiny_embedder, write_benchmark, write_choices, write_shards, write_tar
 from test_configs import CONFIGS, SMALL
 
 from dualenc.cli import main
@@ -186,6 +186,54 @@ def test_wrong_use_of_options(shards: Path, seed: int, capsys: pytest.CaptureFix
     assert "embed" in fails(capsys, ["predict", *rest])
     (shards / "wrong.ckpt").write_text("no checkpoint")
     assert "wrong.ckpt" in fails(capsys, fit(shards, "--ckpt_path", str(shards / "wrong.ckpt")))
+
+
+def test_what_is_not_complete_is_failed_work_unless_allowed(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    data = write_benchmark(tmp_path / "set", seed, counts=(9, 4))
+    zeroshot = ["zeroshot", str(tmp_path / "model"), str(data), "--workers", "0", "--out", str(tmp_path / "out")]
+    main(zeroshot)  # the control
+    (data / "test" / "1.tar").unlink()
+    line = fails(capsys, zeroshot, status=1)
+    assert "set is not complete" in line
+    assert "1.tar" in line
+    assert "--allow-partial" in line
+    (result,) = json.loads((tmp_path / "out" / "zeroshot.json").read_text())  # the figures are there all the same
+    assert (result["n"], result["complete"], result["problems"][0]["count"]) == (9, False, 1)
+    for option in ("--allow-partial", "--allow_partial"):
+        main([*zeroshot, option])
+        assert "1.tar" in capsys.readouterr().out
+    assert "1.tar" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    tiny_embedder(seed).save(model)
+    for split, count in (("train", 30), ("test", 20)):
+        write_benchmark(tmp_path / "set", seed + len(split), counts=(count,), split=split, classes=3)
+    data = str(tmp_path / "set")
+    main(["probe", model, data, "--out", out, "--workers", "0"])
+    assert "linear_acc1" in capsys.readouterr().out
+    main(["retrieval", model, data, "--between", "image-image", "--out", out, "--workers", "0"])
+    assert "image_image_retrieval_recall@1" in capsys.readouterr().out
+    write_choices(tmp_path / "winoground", seed)
+    main(["choice", model, str(tmp_path / "winoground"), "--out", out, "--workers", "0"])
+    assert "group_score" in capsys.readouterr().out
+    for name in ("probe", "retrieval", "choice"):
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text())[0]["complete"]
+    main(["compare", out, out, "--out", str(tmp_path / "both")])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("linear_acc1", "group_score", "image_image_retrieval_recall@1"))
+    assert len(json.loads((tmp_path / "both" / "compare.json").read_text())) == 3
+    assert "linear_acc1" in (tmp_path / "both" / "report.html").read_text().replace("<wbr>", "")
+    assert "is the split that is measured" in fails(capsys, ["probe", model, data, "--train", "test"])
+    assert "no split 'val'" in fails(capsys, ["probe", model, data, "--train", "val"])
+    assert "dualenc zeroshot" in fails(capsys, ["retrieval", model, data])
+    assert "two sets are called 'set'" in fails(capsys, ["zeroshot", model, data, data])
+    assert "holds no result" in fails(capsys, ["compare", out, str(tmp_path)])
+    assert "has no architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])
 
 
 def test_failed_work_ends_the_program_too(tmp_path: Path, seed: int) -> None:

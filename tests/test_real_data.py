@@ -1,5 +1,6 @@
 """The sets of shared/data, where the checkout has them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from helpers import tiny_embedder
 
+import dualenc
 from dualenc.data import BenchmarkSet, Preprocess, ShardIndex, decode_image
 from dualenc.data.pairs import captions_of, only_pairs
 
@@ -32,6 +34,8 @@ def test_evaluation_sets(name, seed):
     for split, count in splits.items():
         data = BenchmarkSet.open(DATA / name, split)
         assert (data.kind, len(data), len(data.classnames)) == (kind, count, classes)
+        assert data.problems == []
+        assert len(data.item_ids) == count
         if kind == "retrieval":
             captions, owner = data.captions
             each = 1 if "emoji" in name else 5
@@ -45,6 +49,46 @@ def test_evaluation_sets(name, seed):
             assert image.shape == (3, 32, 32)
             assert image.float().std() > 1
     assert BenchmarkSet.open(DATA / name).split == "test"
+    assert BenchmarkSet.splits(DATA / name) == sorted(splits)
+
+
+@pytest.mark.parametrize("name", ["zeroshot_flowers5", "retrieval_flickr8k_val"])
+def test_evaluation_sets_as_loose_files_and_by_url(name, tmp_path, web, here):
+    """The same images and questions have the same fingerprint, wherever they lie."""
+    data = BenchmarkSet.open(DATA / name)
+    loose, lines = tmp_path / "loose", []
+    for i, sample in enumerate(data.index):
+        if data.kind == "retrieval":
+            file = loose / "images" / f"{i:04d}.{sample.image}"
+            lines += [json.dumps({"image": file.name, "captions": captions_of_row(data, i)}) + "\n"]
+        else:
+            file = loose / f"{int(data.targets[i]):02d}" / f"{i:04d}.{sample.image}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(sample.read(sample.image))
+    if lines:
+        (loose / "captions.jsonl").write_text("".join(lines))
+    found = BenchmarkSet.open(loose)
+    order = sorted(range(len(data)), key=lambda i: 0 if lines else int(data.targets[i]))  # folder by folder
+    assert np.array_equal(found.item_ids, data.item_ids[order])
+    assert torch.equal(found.targets, data.targets[order] if len(data.targets) else data.targets)
+    if lines:
+        assert found.fingerprint == data.fingerprint
+    web.folder.mkdir(exist_ok=True)
+    (web.folder / name).symlink_to(DATA / name)
+    elsewhere = BenchmarkSet.open(f"{web.url}/{name}")
+    assert (elsewhere.fingerprint, elsewhere.problems) == (data.fingerprint, [])
+
+
+def captions_of_row(data, i):
+    texts, owner = data.captions
+    return [text for text, row in zip(texts, owner.tolist()) if row == i]
+
+
+def test_every_picture_of_a_real_set_can_be_decoded():
+    data = BenchmarkSet.open(DATA / "zeroshot_clothing")
+    batches = list(data.images(Preprocess(32), workers=2))
+    assert [row for batch in batches for row in batch.rows] == list(range(372))
+    assert not any(batch.bad for batch in batches)
 
 
 @pytest.mark.parametrize("name", TRAIN)
@@ -79,6 +123,6 @@ def test_emoji_split_keeps_equal_pictures_together():
 
 
 def test_a_tiny_model_is_evaluated_on_a_real_set(seed):
-    result = tiny_embedder(seed).evaluate(DATA / "zeroshot_clothing")
+    result = dualenc.evaluate(tiny_embedder(seed), DATA / "zeroshot_clothing")
     assert result["n"] == 372
     assert result["metrics"]["acc1"] < result["metrics"]["acc5"]

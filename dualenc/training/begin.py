@@ -50,7 +50,7 @@ def image_tower(config: str | os.PathLike[str]) -> tuple[ImageEncoder, Preproces
     source = task.pretrained
     tower = task.model.image
     if isinstance(source, str) and is_model(source):
-        tower.load_pretrained(load(source, "cpu").model.image.vit.state_dict())
+        tower.load_pretrained(load(source, "cpu").dual_encoder.image.vit.state_dict())
     elif source:
         tower.load_pretrained(source if isinstance(source, str) else None)
     elif isinstance(seed, bool) or not isinstance(seed, int):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dualenc.data import BenchmarkSet, DataError
-from dualenc.embedder import Embedder, SetEmbeddings, score
+from dualenc.embedder import Embedder
+from dualenc.evaluator import SetEmbeddings, embed_set, score
 from dualenc.report import Section
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.ema import averaged
@@ -98,16 +99,17 @@ class Evaluation(Callback):
         for data in self.sets:
             embedded: SetEmbeddings | None = None
             try:
-                embedded = embedder.embed_set(data, self.workers, rank=rank, world=world)
+                embedded = embed_set(embedder, data, self.workers, rank=rank, world=world)
             except (ValueError, OSError) as raised:
                 error = str(raised) if isinstance(raised, DataError) else f"{data.name}: {raised}"
             _raise_together(error, world)  # or the others would wait for this one's embeddings
             assert embedded is not None
             # Each rank has its part of the rows, in order.
-            whole = SetEmbeddings(*(torch.cat(gathered(part, world)) for part in (embedded.image, embedded.text)))
+            image, text, rows = (torch.cat(gathered(part, world)) for part in embedded[:3])
+            whole = SetEmbeddings(image, text, rows, [one for part in gathered(embedded.bad, world) for one in part])
             if trainer.is_global_zero:
                 try:
-                    sections.append(score(data, whole, embedder.name))
+                    sections.append(score(data, whole, embedder).section)
                 except ValueError as raised:
                     error = f"{data.name}: {raised}"
             _raise_together(error, world)

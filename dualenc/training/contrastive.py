@@ -197,7 +197,7 @@ class ContrastiveTask(Task):
                 f"model.pretrained {spec} has another tokenizer than this run: --data.tokenizer "
                 f"{folder / 'tokenizer.json'}"
             )
-        self.model.load_pretrained(given.model)
+        self.model.load_pretrained(given.dual_encoder)
 
     def configure_model(self) -> None:
         """Spreads the weights over the ranks, block by block, where the strategy is ModelParallelStrategy (FSDP2).

@@ -30,7 +30,8 @@ from dualenc.data.images import thumbnail
 from dualenc.data.journal import write_whole
 from dualenc.data.pairs import captions_of, decode_sample
 from dualenc.data.storage import redact
-from dualenc.embedder import ModelError, score_retrieval
+from dualenc.embedder import ModelError
+from dualenc.evaluator import score_retrieval
 from dualenc.report import write_report
 from dualenc.training.callbacks import Evaluation, embedder_of
 from dualenc.training.checkpoint import CheckpointError, VerifiedIO, checkpoints, path_of, step_of, write
@@ -440,7 +441,7 @@ class RunDirectory(Checkpoint):
                 score_retrieval(
                     "held-out pairs", image, text, captions, torch.arange(len(samples)),
                     picture=lambda i: thumbnail(decode_sample(samples[i])), model=str(self.root),
-                )
+                ).section
             )  # fmt: skip
         config = pl_module.model.config
         minutes, seconds = divmod(round(record["seconds"]), 60)

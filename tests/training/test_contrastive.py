@@ -37,7 +37,7 @@ def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixt
     assert record["train_pairs"] + record["held_out_pairs"] == 48
     # The model directories give what the run measured, by the very same code.
     measured = metrics(run, "set/mrr")[-1]
-    loaded = dualenc.load(run / "last", "cpu").evaluate(tmp_path / "set")
+    loaded = dualenc.evaluate(dualenc.load(run / "last", "cpu"), tmp_path / "set")
     assert loaded["metrics"]["mrr"] == pytest.approx(measured, 1e-6)
     # The same folder again is refused, its own configuration runs again elsewhere and gives the same numbers.
     again = ["fit", "--config", str(run / "config.yaml")]

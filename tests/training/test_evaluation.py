@@ -96,8 +96,8 @@ def test_the_best_may_lie_inside_an_epoch(tmp_path: Path, seed: int) -> None:
     run = small_fit(SMOKE, tmp_path, seed, *more, *evaluation(sets, every_n_epochs=0, every_n_steps=1))
     values = metrics(run, "pairs/mrr")
     assert len(values) == 11
-    best = dualenc.load(run / "best", "cpu").evaluate(sets)["metrics"]["mrr"]
-    last = dualenc.load(run / "last", "cpu").evaluate(sets)["metrics"]["mrr"]
+    best = dualenc.evaluate(dualenc.load(run / "best", "cpu"), sets)["metrics"]["mrr"]
+    last = dualenc.evaluate(dualenc.load(run / "last", "cpu"), sets)["metrics"]["mrr"]
     assert best == pytest.approx(max(values), rel=1e-6)
     assert last == pytest.approx(values[-1], rel=1e-6)
     assert len(set(values)) > 1
