@@ -6,6 +6,8 @@ from tools.bench.loader import loader
 from tools.bench.loss import loss
 from tools.bench.memory import memory
 from tools.bench.precision import precision
+from tools.bench.retrieval import retrieval
+from tools.bench.zeroshot import zeroshot
 
 if __name__ == "__main__":
     programs = {
@@ -15,5 +17,7 @@ if __name__ == "__main__":
         "loss": loss,
         "memory": memory,
         "precision": precision,
+        "retrieval": retrieval,
+        "zeroshot": zeroshot,
     }
     auto_cli(programs, as_positional=False, description="Benchmarks, paired with a peer in one run.")
