@@ -65,7 +65,8 @@ def retrieval(
 
     kinds = ("classification",) if between == "image-image" else ("retrieval",)
     measure = None if between == "image-text" else within
-    _evaluate("retrieval", kinds, model, data, split, out, workers, allow_partial, measure)
+    name = "retrieval" if between == "image-text" else f"retrieval-{between}"
+    _evaluate(name, kinds, model, data, split, out, workers, allow_partial, measure)
 
 
 def choice(
@@ -113,6 +114,8 @@ def probe(
     learnt = {}
     for place in data:
         item, splits = BenchmarkSet.open(place, split), BenchmarkSet.splits(place)
+        if item.kind != "classification":
+            continue  # refused below
         if train == item.split:
             raise UsageError(f"{item.path}: --train {train} is the split that is measured; it has {', '.join(splits)}")
         held = next((name for name in _HELD if name in splits and name not in (train, item.split)), None)
@@ -141,9 +144,12 @@ def compare(first: Path, second: Path, out: Path | None = None) -> None:
     results = [comparison.result for comparison in comparisons]
     print_comparison(results)
     if out is not None:
-        write_json(out, "compare", results)
         about = {"results of A": first, "results of B": second}
-        print(f"report: {write_comparison(out, 'Comparison', comparisons, about)}")
+        try:
+            write_json(out, "compare", results)
+            print(f"report: {write_comparison(out, 'Comparison', comparisons, about)}")
+        except OSError as error:
+            raise WorkError(f"{out} cannot be written ({error.strerror})") from error
 
 
 def interpolate(first: str, second: str, out: Path, alpha: float = 0.5) -> None:
@@ -528,15 +534,23 @@ def _evaluate(
     from functools import partial
 
     from rich.progress import track
+    from safetensors import SafetensorError
 
     from dualenc import BenchmarkSet, DataError, load
+    from dualenc.data.storage import redact
     from dualenc.evaluator import EmbeddingCache, embed_set, score, write_results
     from dualenc.report import print_table, write_report
 
     sets = [BenchmarkSet.open(place, split) for place in data]
     for item in sets:
         if item.kind not in kinds:
-            raise DataError(f"{item.path} is a {item.kind} set: use `dualenc {_COMMANDS[item.kind]}`")
+            other = _COMMANDS[item.kind]
+            way_out = (
+                f"use `dualenc {other}`"
+                if other != command.partition("-")[0]
+                else f"another kind is wanted: {', '.join(kinds)}"
+            )
+            raise DataError(f"{item.path} is a {item.kind} set: {way_out}")
     names = [item.name for item in sets]
     if twice := {name for name in names if names.count(name) > 1}:
         raise DataError(f"two sets are called {twice.pop()!r}: their figures would be mixed up")
@@ -563,8 +577,12 @@ def _evaluate(
         again = ", ".join(f"{cache.reused.count(what)} x {what}" for what in dict.fromkeys(cache.reused))
         print(f"used again from {cache.folder}: {again}")
     if out is not None:
-        write_results(out, command, found, sets)
-        page = write_report(out, _TITLES[command], [one.section for one in found], {"data": " ".join(data)})
+        try:
+            write_results(out, command, found, sets)
+            about = {"data": " ".join(map(redact, data)), "command": _command_line()}
+            page = write_report(out, _TITLES[command.partition("-")[0]], [one.section for one in found], about)
+        except (OSError, SafetensorError) as error:
+            raise WorkError(f"{out} cannot be written ({error})") from error
         print(f"report: {page}")
     if not allow_partial and not all(result["complete"] for result in results):
         name, problem = next((result["dataset"], result["problems"][0]) for result in results if result["problems"])
@@ -572,6 +590,13 @@ def _evaluate(
             f"{name} is not complete: {problem['what']}: {problem['count']}, such as {problem['names'][0]}; "
             "with --allow-partial this is no failure"
         )
+
+
+def _command_line() -> str:
+    """This program's, for a page: without the secrets of URLs."""
+    from dualenc.data.storage import redact
+
+    return redact(shlex.join(["dualenc", *sys.argv[1:]]))
 
 
 def _make_folder(path: Path, name: str) -> None:

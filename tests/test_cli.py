@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import encode, pixels, tiny_embedder, write_benchmark, write_choices, write_shards, write_tar
+from servers import WebServer
 from test_configs import CONFIGS, SMALL
 
 from dualenc.cli import main
@@ -56,6 +57,19 @@ def test_evaluation_writes_results(tmp_path: Path, seed: int, capsys: pytest.Cap
             assert name in html
         assert "http:" not in html
         assert "https:" not in html
+
+
+def test_secrets_stay_out_of_the_report(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, web: WebServer
+) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    write_benchmark(web.folder / "set", seed)
+    url = f"{web.url}/set?X-Amz-Signature=SECRET"
+    arguments = ["zeroshot", str(tmp_path / "model"), url, "--out", str(tmp_path / "out"), "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", ["dualenc", *arguments])
+    main(arguments)
+    for path in (tmp_path / "out").iterdir():
+        assert b"SECRET" not in path.read_bytes(), path
 
 
 def test_report_escapes(tmp_path: Path, seed: int) -> None:
@@ -221,7 +235,7 @@ def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.Capt
     write_choices(tmp_path / "winoground", seed)
     main(["choice", model, str(tmp_path / "winoground"), "--out", out, "--workers", "0"])
     assert "group_score" in capsys.readouterr().out
-    for name in ("probe", "retrieval", "choice"):
+    for name in ("probe", "retrieval-image-image", "choice"):
         assert json.loads((tmp_path / "out" / f"{name}.json").read_text())[0]["complete"]
     main(["compare", out, out, "--out", str(tmp_path / "both")])
     printed = capsys.readouterr().out
@@ -231,6 +245,12 @@ def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.Capt
     assert "is the split that is measured" in fails(capsys, ["probe", model, data, "--train", "test"])
     assert "no split 'val'" in fails(capsys, ["probe", model, data, "--train", "val"])
     assert "dualenc zeroshot" in fails(capsys, ["retrieval", model, data])
+    pairs = str(write_benchmark(tmp_path / "pairs", seed, "retrieval"))
+    wrong = fails(capsys, ["retrieval", model, pairs, "--between", "image-image"])
+    assert "another kind is wanted: classification" in wrong
+    assert "dualenc retrieval" in fails(capsys, ["probe", model, pairs])
+    (tmp_path / "taken" / "zeroshot.json").mkdir(parents=True)
+    assert "taken cannot be written" in fails(capsys, ["zeroshot", model, data, "--out", str(tmp_path / "taken")], 1)
     assert "two sets are called 'set'" in fails(capsys, ["zeroshot", model, data, data])
     assert "holds no result" in fails(capsys, ["compare", out, str(tmp_path)])
     assert "has no architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])

@@ -191,6 +191,11 @@ class Shard:
         hashes = np.array([self._hash(name, i) for i in range(len(self))], dtype=DTYPES[name])
         return Shard(self.url, self.facts, {**self.arrays, name: hashes}, self.cache)
 
+    def without_hashes(self) -> "Shard":
+        """This shard without what its content was."""
+        kept = {name: array for name, array in self.arrays.items() if name not in ("piece", "image", "text")}
+        return Shard(self.url, self.facts, kept, self.cache)
+
     def _hash(self, name: str, i: int) -> int:
         found = self.members(i)
         wanted = ("txt", "json") if name == "text" else IMAGE_EXTENSIONS

@@ -47,32 +47,49 @@ class EmbeddingCache:
         self._made_by = [embedder.fingerprint, weight.device.type, str(weight.dtype)]
         self.reused: list[str] = []  # what was found
 
-    def get(self, what: str, depends_on: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def get(
+        self,
+        what: str,
+        depends_on: Any,
+        make: Callable[[], dict[str, Tensor]],
+        keep: Callable[[], bool] = lambda: True,
+    ) -> dict[str, Tensor]:
         """Tensors by name, made if they are not there.
 
         Args:
             what: for people.
             depends_on: all that they depend on beside the embedder; goes into JSON.
             make: makes them.
+            keep: whether what was made is to be kept.
         """
         key = hashlib.blake2b(json.dumps([self._made_by, what, depends_on]).encode(), digest_size=16).hexdigest()
         path = self.folder / f"{key}.safetensors"
         try:
             with safe_open(path, "pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            os.utime(path)
-            self.reused.append(what)
-            return found
         except (OSError, SafetensorError):
             found = make()
-        with suppress(OSError):  # a cache that cannot be written is none
+        else:
+            with suppress(OSError):  # another user's
+                os.utime(path)
+            self.reused.append(what)
+            return found
+        if keep():
+            self._write(path, found)
+        return found
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        beside = None
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, beside = tempfile.mkstemp(".part", dir=self.folder)
             os.close(handle)
-            save_file({name: x.contiguous() for name, x in found.items()}, beside)
+            save_file({name: x.contiguous() for name, x in tensors.items()}, beside)
             os.replace(beside, path)
             self._make_room()
-        return found
+        except (OSError, SafetensorError):  # a cache that cannot be written is none
+            if beside is not None:
+                Path(beside).unlink(missing_ok=True)
 
     def _make_room(self) -> None:
         files = sorted(((path.stat(), path) for path in self.folder.iterdir()), key=lambda item: item[0].st_mtime)
@@ -128,23 +145,22 @@ def embed_pictures(
 ) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
     """Embeddings (n, E) of the pictures that can be decoded, their numbers (n,), and the others with their causes."""
 
+    good, bad = [], []
+
     def make() -> dict[str, Tensor]:
-        images, good, bad = [torch.empty(0, embedder.model.embed_dim)], [], []
+        images = [torch.empty(0, embedder.model.embed_dim)]
         for batch in track(data.images(embedder.preprocess, rows, workers=workers)) if rows else []:
-            good += batch.rows
-            bad += batch.bad
+            good.extend(batch.rows)
+            bad.extend(batch.bad)
             if batch.images is not None:
                 images.append(embedder.embed_images(batch.images, len(batch.images)))
-        causes = json.dumps(bad).encode()
-        return {
-            "image": torch.cat(images),
-            "rows": torch.tensor(good, dtype=torch.int64),
-            "bad": torch.frombuffer(bytearray(causes), dtype=torch.uint8),
-        }
+        return {"image": torch.cat(images)}
 
-    found = make() if cache is None else cache.get("images", [data.fingerprint, rows.start, rows.stop], make)
-    bad = [(row, cause) for row, cause in json.loads(found["bad"].numpy().tobytes())]
-    return found["image"], found["rows"], bad
+    if cache is None:
+        image = make()["image"]
+    else:  # what failed now may do so no more, and is called something else elsewhere: only whole sets are kept
+        image = cache.get("images", [data.fingerprint, rows.start, rows.stop], make, keep=lambda: not bad)["image"]
+    return image, torch.tensor(good if good or bad else list(rows), dtype=torch.int64), bad
 
 
 def _embed_texts(embedder: Embedder, texts: Sequence[str], cache: EmbeddingCache | None) -> Tensor:

@@ -18,7 +18,8 @@ from dualenc.evaluator.score import Evaluated, measures
 from dualenc.report import Comparison, Ranked, TwoAnswers, TwoRankings, write_json
 
 ITEMS = ".items.safetensors"
-SAME = ("ids", "text_ids", "owner", "target", "targets")  # what says which items these are, and what is right
+# What says which items these are, and what is right.
+SAME = ("ids", "text_ids", "owner", "target", "targets", "classes", "group", "query", "unit")
 
 
 class Result(NamedTuple):
@@ -119,6 +120,9 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> li
             },
         }
         found.append(Comparison(result, _answers(key[0], one[key], other[key])))
+    for path, which in ((first, "first"), (second, "second")):
+        if len(models := sorted({comparison.result[which] for comparison in found})) > 1:
+            raise DataError(f"{path} holds results of several models: {', '.join(models)}; name one of its .json files")
     return found
 
 
@@ -156,14 +160,22 @@ def _answers(kind: str, one: Result, other: Result) -> TwoAnswers | TwoRankings 
 
 def _unlike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
     """In what two lists of items differ, in words."""
-    words = {"ids": "pictures", "text_ids": "captions", "owner": "captions' pictures", "target": "classes"}
+    words = {
+        "ids": "pictures",
+        "text_ids": "captions",
+        "owner": "captions' pictures",
+        "target": "pictures' classes",
+        "classes": "classes",
+    }
     for name, x in one.items():
-        if name.rpartition("_")[2] not in SAME and name not in SAME:
+        if name not in SAME and name.rpartition("_")[2] not in SAME:
             continue
-        y, what = other.get(name), words.get(name, "labels")
-        if y is None or len(x) != len(y):
+        y, what = other.get(name), words.get(name.rpartition("_")[2] if name not in words else name, "labels")
+        if y is None or x.shape != y.shape:
             return f"{len(x):,} and {0 if y is None else len(y):,} {what}"
         if not torch.equal(x, y):
+            if not x.dim():
+                return f"{int(x):,} and {int(y):,} {what}"
             n = int((x != y).reshape(len(x), -1).any(1).sum())
             return f"{n:,} of {len(x):,} {what} are others"
     return ""

@@ -100,6 +100,8 @@ def score(data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Ev
         images_of, texts_of, _ = data.choices
         images_of = images_of if bool((images_of >= 0).all()) else images_of[:, :1]
         kept = (number[images_of] >= 0).all(1)
+        if not bool(kept.any()):
+            raise ValueError(f"{data.name}: no instance has all of its pictures, such as {bad[0][1]}")
         images_of, texts_of = number[images_of[kept]], texts_of[kept]
         found = choice_metrics(image, text, images_of, texts_of)
         captions = [[data.texts[i] for i in pair] for pair in texts_of.tolist()]
@@ -164,7 +166,7 @@ def score_within(data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder
     """
     image, text, rows, bad = embedded
     if between == "text-text":
-        x, group = text, data.captions[1]
+        x, group, bad = text, data.captions[1], []  # no picture is asked for
         found = group_metrics(x, group, unit=group)
     else:
         x, group = image, data.targets[rows]
@@ -172,6 +174,8 @@ def score_within(data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder
     prefix = between.replace("-", "_") + "_retrieval_"
     found = _prefixed(found, prefix)
     result = _result(data.name, between, embedder.name, len(x), found, _problems(data, bad))
+    if between == "text-text":
+        return Evaluated(Section(result, None), {"text_ids": _hashes(data.captions[0]), **found.items})
     ids = torch.from_numpy(data.item_ids.view(np.int64))
     return Evaluated(Section(result, None), {"ids": ids[rows], **found.items})
 

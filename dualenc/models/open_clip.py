@@ -3,8 +3,9 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pickle import UnpicklingError
 from typing import Any
 
@@ -35,7 +36,7 @@ class OpenClipTransform:
     def _transform(self) -> Any:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        return image_transform_v2(PreprocessCfg(**{name: getattr(self, name) for name in self.__annotations__}), False)
+        return image_transform_v2(PreprocessCfg(**asdict(self)), False)
 
     def __call__(self, image: Tensor) -> Tensor:
         """(3, H, W) uint8 -> (3, S, S) float32, normalised."""
@@ -75,6 +76,8 @@ class OpenClipConfig:
     """What an open_clip model is, beside its weights."""
 
     architecture: str
+    modules: str  # as they print, with what no weight shows: activations, heads
+    version: str  # of open_clip
 
 
 class OpenClip(nn.Module):
@@ -92,7 +95,14 @@ class OpenClip(nn.Module):
 
     def __init__(self, model: nn.Module, architecture: str) -> None:
         super().__init__()
-        self.model, self.config = model, OpenClipConfig(architecture)
+        self.model = model
+        heads = [
+            getattr(module, name)
+            for module in model.modules()
+            for name in ("num_heads", "heads")
+            if hasattr(module, name)
+        ]
+        self.config = OpenClipConfig(architecture, f"{model} {heads}", version("open_clip_torch"))
         text = self._text
         mask = getattr(text, "attn_mask", None)
         self.trims = (
@@ -172,7 +182,9 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
     except UnpicklingError:
         raise ValueError(f"{pretrained or name} holds more than weights, and is not run: save its state_dict") from None
     except Exception as error:  # the library and the hub's client have no common one
-        raise ValueError(f"open_clip cannot make {name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"open_clip cannot make {name}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
     wrapped = OpenClip(model.eval(), architecture)
     settings: dict[str, Any] = {
         key: tuple(x) if isinstance(x, list) else x for key, x in wrapped.model.visual.preprocess_cfg.items()

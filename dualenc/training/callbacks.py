@@ -17,6 +17,7 @@ from dualenc.report import Section
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.ema import averaged
 from dualenc.training.ranks import gathered
+from dualenc.training.task import say
 
 
 def embedder_of(trainer: Trainer, task: ContrastiveTask) -> Embedder:
@@ -35,7 +36,8 @@ class Evaluation(Callback):
         workers: processes a rank that decode.
 
     The numbers are those of `dualenc zeroshot` and `dualenc retrieval`, logged as `SET/METRIC`. Each rank embeds its
-    share of a set's images and texts. `dualenc validate` and `test` measure the sets beside the held-out pairs.
+    share of a set's images and texts. What is missing of a set or cannot be read is said once. `dualenc validate` and
+    `test` measure the sets beside the held-out pairs.
     """
 
     def __init__(self, data: Sequence[str], every_n_epochs: int = 1, every_n_steps: int = 0, workers: int = 0) -> None:
@@ -44,6 +46,7 @@ class Evaluation(Callback):
         self.sets: list[BenchmarkSet] = []
         self.sections: list[Section] = []  # of the last measurement, on the first rank
         self._measured = False  # in this process
+        self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Opens the sets, so that a wrong one stops the run before it begins."""
@@ -110,10 +113,16 @@ class Evaluation(Callback):
             if trainer.is_global_zero:
                 try:
                     sections.append(score(data, whole, embedder).section)
-                except ValueError as raised:
+                except (ValueError, OSError) as raised:
                     error = f"{data.name}: {raised}"
             _raise_together(error, world)
         self.sections, self._measured = sections, True
+        for result in (section.result for section in sections):
+            for problem in result["problems"]:
+                line = f"{result['dataset']} is not complete: {problem['what']}: {problem['count']}, such as "
+                if line not in self._said:  # once a run, not at each measurement
+                    self._said.add(line)
+                    say(line + problem["names"][0])
         return {
             f"{section.result['dataset']}/{name}": value
             for section in sections

@@ -76,6 +76,7 @@ def error_by_definition(right, confidence, weight, bins=15):
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true:UserWarning")
+@pytest.mark.filterwarnings("ignore:A single label was found:UserWarning")
 @pytest.mark.parametrize("classes", [2, 4, 5, 6, 23])
 @pytest.mark.parametrize("missing", [0, 1])
 def test_classification_equals_scikit_learn(classes, missing):

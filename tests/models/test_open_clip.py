@@ -176,3 +176,13 @@ def test_the_fingerprint_is_of_weights_transform_and_tokenizer(folder, seed):
     config["preprocess_cfg"]["mean"][0] = 0.51
     (path / "open_clip_config.json").write_text(json.dumps(config))
     assert load(f"open_clip:local-dir:{path}", "cpu").fingerprint != first
+    config["preprocess_cfg"]["mean"][0] = 0.5
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    assert load(f"open_clip:local-dir:{path}", "cpu").fingerprint == first
+    config["model_cfg"]["text_cfg"]["heads"] = 4  # which no weight shows
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    assert load(f"open_clip:local-dir:{path}", "cpu").fingerprint != first
+    config["model_cfg"]["text_cfg"]["heads"] = 2
+    config["model_cfg"]["quick_gelu"] = True
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    assert load(f"open_clip:local-dir:{path}", "cpu").fingerprint != first
