@@ -18,7 +18,7 @@ def zeroshot(
     tower: Literal["open_clip", "dualenc"] = "open_clip",
     classes: int = 1000,
     width: int = 256,
-    layers: int = 4,
+    layers: int = 2,
     rounds: int = 3,
     cores: int = 2,
     out: Path = Path("runs/bench"),
