@@ -87,6 +87,7 @@ def test_configs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == SMOKE.read_text()
 
 
+@pytest.mark.slow
 def test_help_and_version() -> None:
     for arguments in (["--help"], ["zeroshot", "--help"], ["fit", "--help"], ["--version"]):
         done = subprocess.run([sys.executable, "-m", "dualenc", *arguments], capture_output=True, text=True, check=True)

@@ -62,6 +62,7 @@ def test_training_depends_on_the_captions_alone(seed, kind):
     assert Tokenizer.train(texts[:100], size, 16, kind).backend.to_str() != first.backend.to_str()  # the control
 
 
+@pytest.mark.slow
 def test_training_in_other_processes(seed, tmp_path):
     """Hash maps and Python's sets have another order in each process; the files have to be equal to the byte."""
     texts = [*captions(random.Random(seed), 60), "é 猫犬 🎩", "ß Σς İ"]

@@ -72,6 +72,7 @@ def test_killed_and_continued(unbroken, tmp_path, step, where):
     assert record["step"] == 27
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_with_other_workers(unbroken, tmp_path):
     """Also where a run is killed at the first step after it was continued."""
     for step, workers in ((7, "2"), (9, "0"), (10, "1"), (16, "2"), (16, "0"), (20, "2")):
@@ -83,6 +84,7 @@ def test_killed_again_and_again_with_other_workers(unbroken, tmp_path):
     assert [start["step"] for start in record["starts"]] == [0, 6, 8, 9, 14, 14, 18]
 
 
+@pytest.mark.slow
 def test_a_batch_in_pieces_killed_and_continued(unbroken, tmp_path):
     """With dropout in each piece, hidden words, pairs that share a caption; other pieces are another run."""
     more = ["--data.batch_size", "8", "--data.micro_batch_size", "3", "--model.duplicates", "positive"]

@@ -174,6 +174,7 @@ def ranks(folder, rank, world):
     return results
 
 
+@pytest.mark.slow
 def test_over_ranks(tmp_path):
     model, (images, texts) = model_of(0.0), pairs(22)
     torch.save({"model": model.state_dict(), "images": images, "texts": texts}, tmp_path / "inputs.pt")

@@ -124,6 +124,7 @@ def ranks(folder, rank, world):
 SPANS = [[(0, 7), (7, 10)], [(10, 18), (18, 20)]]
 
 
+@pytest.mark.slow
 def test_over_ranks(tmp_path, seed):
     torch.manual_seed(seed)
     task = task_of()
@@ -134,6 +135,7 @@ def test_over_ranks(tmp_path, seed):
         close(result, want)
 
 
+@pytest.mark.slow
 def test_in_a_run(tmp_path, seed, capsys):
     """The head learns, is in checkpoints and not in the model directory, and a continued run is the same to the bit."""
     more = ["--model.mlm_weight", "0.5", "--data.micro_batch_size", "6"]
