@@ -1,7 +1,7 @@
 """Towers and the dual encoder: plain torch modules."""
 
 from dualenc.models.dual import DualConfig, DualEncoder, Embeddings, embed_pieces, in_pieces
-from dualenc.models.heads import MaskedLanguageHead
+from dualenc.models.heads import HeadConfig, MaskedLanguageHead, TextModel
 from dualenc.models.image import ImageConfig, ImageEncoder
 from dualenc.models.text import TextConfig, TextEncoder
 
@@ -9,11 +9,13 @@ __all__ = [
     "DualConfig",
     "DualEncoder",
     "Embeddings",
+    "HeadConfig",
     "ImageConfig",
     "ImageEncoder",
     "MaskedLanguageHead",
     "TextConfig",
     "TextEncoder",
+    "TextModel",
     "embed_pieces",
     "in_pieces",
 ]

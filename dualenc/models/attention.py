@@ -25,24 +25,32 @@ except ImportError:  # a build without it: the padded path serves
     varlen_attn = None
 
 
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int) -> Tensor:
-    """Bidirectional softmax attention inside each text of a packed batch (Vaswani et al. 2017, section 3.2.1).
+def ragged_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int, *, causal: bool = False, window: int | None = None
+) -> Tensor:
+    """Softmax attention inside each text of a packed batch (Vaswani et al. 2017, section 3.2.1).
 
     Args:
         q, k, v: (N, H, Dh) for N tokens of B texts.
         offsets: (B+1,) int32, row r is tokens offsets[r] to offsets[r+1].
         max_len: length of the longest text.
+        causal: a token sees none that come after it.
+        window: a token sees those at most so many places away; absent, all.
 
     Returns:
         (N, H, Dh).
     """
+    if window is not None and window >= max_len - 1:
+        window = None
     if q.device.type == "cpu":
-        return grouped_attention(q, k, v, offsets)
+        return grouped_attention(q, k, v, offsets, causal, window)
     if varlen_attn is not None and _flash(q):
-        out = varlen_attn(q, k, v, offsets, offsets, max_len, max_len)
+        left = -1 if window is None else window
+        sides = (left, 0 if causal else left)
+        out = varlen_attn(q, k, v, offsets, offsets, max_len, max_len, window_size=sides)
         assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
         return out
-    return repadded_attention(q, k, v, offsets, max_len)
+    return repadded_attention(q, k, v, offsets, max_len, causal, window)
 
 
 def _flash(q: Tensor) -> bool:
@@ -52,11 +60,27 @@ def _flash(q: Tensor) -> bool:
     return q.is_cuda and half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def repadded_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int) -> Tensor:
+def _seen(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """Which tokens (T, T) a token of a text sees; None for all."""
+    if not causal and (window is None or window >= length - 1):
+        return None
+    place = torch.arange(length, device=device)
+    apart = place - place[:, None]  # of the key from the query
+    seen = torch.ones_like(apart, dtype=torch.bool) if window is None else apart.abs() <= window
+    return seen & (apart <= 0) if causal else seen
+
+
+def repadded_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int, causal: bool = False, window: int | None = None
+) -> Tensor:
     """The same result as `ragged_attention` by padding to (B, H, T, Dh) around one SDPA call."""
     index, mask = padding_index(offsets, max_len)  # (B, T)
     padded = (x[index].transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*padded, attn_mask=mask[:, None, None, :])
+    mask = mask[:, None, None, :]
+    if (seen := _seen(max_len, causal, window, q.device)) is not None:
+        # The padding sees itself: a row that sees nothing is not a number, and neither would be its gradient.
+        mask = mask & seen | torch.eye(max_len, dtype=torch.bool, device=q.device)
+    out = F.scaled_dot_product_attention(*padded, attn_mask=mask)
     # Back to packed by arithmetic on the offsets: a boolean mask would ask the device how many are true.
     token = torch.arange(len(q), device=q.device)
     row = torch.searchsorted(offsets[1:].long(), token, right=True)
@@ -75,18 +99,22 @@ def _groups(offsets: Tensor) -> Iterator[tuple[slice, int, int]]:
 
 
 @torch.library.custom_op("dualenc::grouped_attention", mutates_args=())
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+def grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool = False, window: int | None = None
+) -> Tensor:
     """`ragged_attention` by one SDPA call for each run of texts of equal length."""
     out = torch.empty(q.shape, dtype=q.dtype)  # (N, H, Dh)
     for tokens, rows, length in _groups(offsets):
         queries, keys, values = (_heads(x, tokens, rows, length) for x in (q, k, v))
-        _heads(out, tokens, rows, length).copy_(F.scaled_dot_product_attention(queries, keys, values))
+        seen = _seen(length, causal, window, q.device)
+        part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+        _heads(out, tokens, rows, length).copy_(part)
     return out
 
 
 @torch.library.custom_op("dualenc::grouped_attention_backward", mutates_args=())
 def grouped_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool = False, window: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `grouped_attention`, the probabilities computed again (Dao et al. 2022, appendix B)."""
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
@@ -94,7 +122,10 @@ def grouped_attention_backward(
     wide = torch.promote_types(q.dtype, torch.float32)  # half-precision sums would lose what the forward kept
     for tokens, rows, length in _groups(offsets):
         g, queries, keys, values = (_heads(x, tokens, rows, length).to(wide) for x in (grad, q, k, v))
-        p = torch.softmax(queries @ keys.mT * scale, dim=-1)  # (rows, H, T, T)
+        scores = queries @ keys.mT * scale  # (rows, H, T, T)
+        if (seen := _seen(length, causal, window, q.device)) is not None:
+            scores = scores.masked_fill(~seen, -math.inf)
+        p = torch.softmax(scores, dim=-1)
         dp = g @ values.mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         for out, x in zip(grads, (ds @ keys, ds.mT @ queries, p.mT @ g), strict=True):
@@ -108,21 +139,23 @@ def _heads(x: Tensor, tokens: slice, rows: int, length: int) -> Tensor:
 
 
 @grouped_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @grouped_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.causal, ctx.window = inputs[4:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.dualenc.grouped_attention_backward(grad, *ctx.saved_tensors), None)
+    grads = torch.ops.dualenc.grouped_attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.window)
+    return (*grads, None, None, None)
 
 
 grouped_attention.register_autograd(_backward, setup_context=_setup)

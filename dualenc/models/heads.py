@@ -1,10 +1,69 @@
 """Heads: from hidden states to logits. None owns an encoder; what one ties to, its caller hands it."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualenc.models.text import ACTIVATIONS, TextConfig
+from dualenc.models.text import ACTIVATIONS, Activation, Pool, TextConfig, TextEncoder, layer_norm
+from dualenc.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What a head is, and what it is for.
+
+    Attributes:
+        kind: "mlm" guesses hidden tokens; "rtd" tells which tokens were replaced (ELECTRA); "classification" gives a
+            text, or a pair of them, its labels or a number; "embedding" compares the vectors of texts, and has no
+            weights; "pooler" is what a pretrained classification head leaves when its labels are taken away.
+        labels: of a classification, in the order of its logits; one, for its name, where the problem is a regression.
+        problem: one label a text ("single"), any number of labels ("several"), or a number ("regression"). Of an
+            embedding: the other texts of the batch are wrong ("negatives"), or the cosine is given ("cosine").
+        pool: which vector of a text is taken; absent, that of the encoder's `pool`.
+        activation: between the two layers of a classification head; null for a head of one layer. Of "mlm" and "rtd"
+            absent too: the encoder's.
+        norm: LayerNorm after the activation of a classification head (ModernBERT).
+        tied: the logits of "mlm" are products with the word embedding, and not with weights of the head's own.
+        scale: of the cosines of an embedding with negatives; of a cosine problem, the label that means a cosine of 1.
+        weight: of its loss, where several heads are trained together.
+    """
+
+    kind: Literal["mlm", "rtd", "classification", "embedding", "pooler"]
+    labels: tuple[str, ...] = ()
+    problem: Literal["single", "several", "regression", "negatives", "cosine"] = "single"
+    pool: Pool | None = None
+    activation: Activation | None = "tanh"
+    norm: bool = False
+    tied: bool = True
+    scale: float = 1.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        kinds = {"classification": ("single", "several", "regression"), "embedding": ("negatives", "cosine")}
+        if self.kind in kinds and self.problem not in kinds[self.kind]:
+            raise ValueError(f"a head for {self.kind} has a problem of {', '.join(kinds[self.kind])}")
+        if self.kind == "classification":
+            least = 2 if self.problem == "single" else 1
+            if len(self.labels) < least or len(set(self.labels)) < len(self.labels):
+                raise ValueError(f"a head for {self.problem} classification needs {least} or more labels, each once")
+            if self.problem == "regression" and len(self.labels) != 1:
+                raise ValueError("a head for regression has one label, the name of its number")
+        elif self.labels:
+            raise ValueError(f"a head for {self.kind} has no labels")
+        if not self.scale > 0 or not self.weight > 0:
+            raise ValueError(f"scale {self.scale} and weight {self.weight} of a head must be positive")
+
+
+def _linear(wide: int, out: int, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(wide, out, bias)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 class MaskedLanguageHead(nn.Module):
@@ -12,17 +71,119 @@ class MaskedLanguageHead(nn.Module):
 
     Args:
         config: of the text encoder.
+        tied: whether the word embedding is the last layer.
+        activation: absent, the encoder's.
+    """
+
+    def __init__(self, config: TextConfig, tied: bool = True, activation: Activation | None = None) -> None:
+        super().__init__()
+        width = config.embed_width or config.width
+        self.dense = _linear(config.width, width, config.bias)
+        self.activation = ACTIVATIONS[activation or config.activation]()
+        self.norm = layer_norm(config, width)
+        self.words = None if tied else nn.Parameter(torch.randn(config.vocab_size, width) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
+        """Logits (M, V) of hidden states (M, D), by the weight (V, width) of the word embedding."""
+        words = words if self.words is None else self.words
+        return F.linear(self.norm(self.activation(self.dense(hidden))), words, self.bias)
+
+
+class ReplacedTokenHead(nn.Module):
+    """Whether a token was replaced (ELECTRA, Clark et al. 2020, section 2): a layer and one logit.
+
+    Args:
+        config: of the text encoder.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
+        self.dense = _linear(config.width, config.width)
         self.activation = ACTIVATIONS[config.activation]()
-        self.norm = nn.LayerNorm(config.width, config.norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        nn.init.trunc_normal_(self.dense.weight, std=0.02)
-        nn.init.zeros_(self.dense.bias)
+        self.out = _linear(config.width, 1)
 
-    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
-        """Logits (M, V) of hidden states (M, D), by the weight (V, D) of the word embedding."""
-        return F.linear(self.norm(self.activation(self.dense(hidden))), words, self.bias)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (N,) of hidden states (N, D)."""
+        return self.out(self.activation(self.dense(hidden))).squeeze(-1)
+
+
+class ClassificationHead(nn.Module):
+    """From a text's vector to logits: one layer, or two with an activation between, as BERT's pooler and classifier.
+
+    Args:
+        config: of the text encoder.
+        outputs: number of logits; 0 for the hidden layer alone.
+        activation: of the hidden layer; None for none.
+        norm: LayerNorm after it.
+    """
+
+    def __init__(self, config: TextConfig, outputs: int, activation: Activation | None = "tanh", norm: bool = False):
+        super().__init__()
+        hidden = activation is not None
+        self.dense = _linear(config.width, config.width, config.bias) if hidden else nn.Identity()
+        self.activation = ACTIVATIONS[activation]() if activation is not None else nn.Identity()
+        self.norm = layer_norm(config) if norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = _linear(config.width, outputs) if outputs else nn.Identity()
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Logits (B, C) of vectors (B, D)."""
+        return self.out(self.dropout(self.norm(self.activation(self.dense(pooled)))))
+
+
+def make_head(config: TextConfig, head: HeadConfig) -> nn.Module:
+    """A head with random weights.
+
+    Args:
+        config: of the text encoder.
+        head: what it is.
+    """
+    if head.kind == "mlm":
+        return MaskedLanguageHead(config, head.tied)
+    if head.kind == "rtd":
+        return ReplacedTokenHead(config)
+    if head.kind == "embedding":
+        return nn.Identity()
+    return ClassificationHead(config, len(head.labels), head.activation, head.norm)
+
+
+class TextModel(nn.Module):
+    """A text encoder and heads by name.
+
+    Args:
+        config: of the encoder.
+        heads: what they are; one encoder may have none or many.
+    """
+
+    def __init__(self, config: TextConfig, heads: Mapping[str, HeadConfig] | None = None) -> None:
+        super().__init__()
+        self.config, self.head_configs = config, dict(heads or {})
+        self.encoder = TextEncoder(config)
+        self.heads = nn.ModuleDict({name: make_head(config, head) for name, head in self.head_configs.items()})
+
+    def forward(self, tokens: Tokens, head: str, places: Tensor | None = None) -> Tensor:
+        """What one head says of texts; see `head`."""
+        return self.head(head, self.encoder(tokens), tokens, places)
+
+    def head(self, name: str, hidden: Tensor, tokens: Tokens, places: Tensor | None = None) -> Tensor:
+        """What a head says of hidden states.
+
+        Args:
+            name: of the head.
+            hidden: (N, D), of the encoder.
+            tokens: B texts.
+            places: (M,) of the tokens that "mlm" guesses and "rtd" judges; absent, all N.
+
+        Returns:
+            "mlm": logits (M, V); "rtd": logits (M,); "classification": logits (B, C) in the caller's order;
+            "embedding": unit vectors (B, D); "pooler": (B, D).
+        """
+        config, module = self.head_configs[name], self.heads[name]
+        if config.kind in ("mlm", "rtd"):
+            hidden = hidden if places is None else hidden[places]
+            return module(hidden, self.encoder.embeddings.words.weight) if config.kind == "mlm" else module(hidden)
+        pooled = self.encoder.pool(hidden, tokens, config.pool)
+        if config.kind == "embedding":
+            return F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
+        return module(pooled)
