@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 import shutil
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import webdataset as wds
 from lightning.pytorch import Callback
 from PIL import Image
@@ -95,6 +97,20 @@ def write_shards(folder: Path, layout: Sequence[int], seed: int, captions: int =
     return paths
 
 
+def write_texts(folder: Path, seed: int, count: int = 80) -> None:
+    """Files of lines: `plain.txt`; `labels.tsv`, whose label is a word of the text; `pairs.jsonl`, with a score."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plain.txt").write_text("".join(f"{caption(rng)} {n}\n" for n in range(count)))
+    rows = [("good", "bad")[int(rng.integers(2))] for _ in range(count)]
+    lines = [f"a {mood} {caption(rng)} {n}\t{mood}\n" for n, mood in enumerate(rows)]
+    (folder / "labels.tsv").write_text("text\tlabel\n" + "".join(lines))
+    with open(folder / "pairs.jsonl", "w") as file:
+        for _ in range(count):
+            fields = {"text": caption(rng), "other": caption(rng), "score": float(rng.uniform(0, 5))}
+            file.write(json.dumps(fields) + "\n")
+
+
 def tiny_tokenizer(context_length: int = 12) -> Tokenizer:
     return Tokenizer.train([" ".join(WORDS), "0 1 2 3 4 5 6 7 8 9 . photo of class"], 200, context_length)
 
@@ -117,6 +133,22 @@ def tiny_embedder(seed: int, **config: Any) -> Embedder:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     preprocess = Preprocess(SIZE, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
     return Embedder(model.eval(), tokenizer, preprocess)
+
+
+def brute_force(queries: Tensor, candidates: Tensor, positives: Tensor) -> list[int]:
+    """Ranks by their definition, pair by pair, in float64; a difference below 1e-12 is a tie and counts."""
+    ranks = []
+    for query, own in zip(queries.double(), positives.reshape(len(queries), -1).tolist(), strict=True):
+        own = {i for i in own if i >= 0}
+        scores = [math.fsum((query * candidate).tolist()) for candidate in candidates.double()]
+        best = max(scores[i] for i in own)
+        ranks.append(sum(score >= best - 1e-12 for i, score in enumerate(scores) if i not in own))
+    return ranks
+
+
+def unit(*shape: int) -> Tensor:
+    """Random rows of unit length, float64."""
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
 class Shake:

@@ -7,7 +7,9 @@ from functools import partial
 from statistics import median
 
 import pytest
+import torch
 
+import tools.bench.text as bench_text
 from tools.bench.runner import Result, Side, Spread, compare, family, process_memory
 
 
@@ -98,3 +100,24 @@ def test_a_side_that_fails_is_named():
 def test_process_memory():
     assert process_memory(os.getpid(), "VmHWM") >= process_memory(os.getpid(), "VmRSS") > 2**20
     assert process_memory(2**22 + 1, "VmRSS") == 0  # above the largest number of a process
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_sides_of_the_text_encoder_do_the_same(tmp_path, backward):
+    """In this process: the vectors of all sides are those of one model on the same captions."""
+    sides = [bench_text.PACKED, *bench_text.ASKED]
+    lengths = [len(ids) for ids in bench_text.captions(5, 2)[0]]
+    tokens = {bench_text.make(side, 1, 64, 5, 2, backward, "cpu", "fp32", str(tmp_path))() for side in sides}
+    assert tokens == {sum(len(ids) for one in bench_text.captions(5, 2) for ids in one)}
+    found = [torch.load(tmp_path / f"{side}.pt", weights_only=True) for side in sides]
+    assert found[0].shape == (len(lengths), 64)
+    for other in found[1:]:
+        assert (found[0] - other).abs().max() < 1e-5
+    assert (found[0][0] - found[0][1]).abs().max() > 0.1
+
+
+def test_captions_are_as_long_as_those_of_coco():
+    lengths = [len(ids) for one in bench_text.captions(64, 400) for ids in one]
+    assert min(lengths) == 7
+    assert max(lengths) <= 40
+    assert sum(lengths) / len(lengths) == pytest.approx(12, abs=0.1)

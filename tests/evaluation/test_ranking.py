@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import brute_force, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,21 +13,6 @@ from dualenc.evaluation.ranking import TIE, Counter, First, Pairs, Side, blocks,
 
 NONE = Pairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 KINDS = ["random", "twins", "coarse", "zero", "collapsed", "near"]
-
-
-def brute_force(queries, candidates, positives):
-    """Ranks by their definition, pair by pair, in float64; a difference below 1e-12 is a tie and counts."""
-    ranks = []
-    for query, own in zip(queries.double(), positives.reshape(len(queries), -1).tolist(), strict=True):
-        own = {i for i in own if i >= 0}
-        scores = [math.fsum((query * candidate).tolist()) for candidate in candidates.double()]
-        best = max(scores[i] for i in own)
-        ranks.append(sum(score >= best - 1e-12 for i, score in enumerate(scores) if i not in own))
-    return ranks
-
-
-def unit(*shape):
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
 def drawn(kind, q, c, width):

@@ -7,6 +7,7 @@ from tools.bench.loss import loss
 from tools.bench.memory import memory
 from tools.bench.precision import precision
 from tools.bench.retrieval import retrieval
+from tools.bench.text import text
 from tools.bench.zeroshot import zeroshot
 
 if __name__ == "__main__":
@@ -18,6 +19,7 @@ if __name__ == "__main__":
         "memory": memory,
         "precision": precision,
         "retrieval": retrieval,
+        "text": text,
         "zeroshot": zeroshot,
     }
     auto_cli(programs, as_positional=False, description="Benchmarks, paired with a peer in one run.")

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from dualenc.data import Augment, PairDataset, PairLoader, Preprocess, ShardIndex, Tokenizer, decode_image
+from dualenc.data import Augment, Loader, PairDataset, Preprocess, ShardIndex, Tokenizer, decode_image
 from dualenc.data.images import resized_crop
 from dualenc.data.pairs import captions_of, only_pairs
 from dualenc.data.shards import expand_shards
@@ -119,9 +119,9 @@ def _ours(
     return epoch
 
 
-def _pair_loader(shards: str, tokenizer: Tokenizer, size: int, batch: int, workers: int) -> PairLoader:
+def _pair_loader(shards: str, tokenizer: Tokenizer, size: int, batch: int, workers: int) -> Loader:
     index, _ = only_pairs(ShardIndex.build(shards), "txt")
-    return PairLoader(PairDataset(index, "txt", tokenizer, Augment(size), seed=0), batch, seed=0, workers=workers)
+    return Loader(PairDataset(index, "txt", tokenizer, Augment(size), seed=0), batch, seed=0, workers=workers)
 
 
 def _peer(shards: list[str], samples: int, size: int, batch: int, workers: int) -> Callable[[], float]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dualenc.losses as losses
-from tools.bench.runner import Result, Side, compare, process_memory
+from tools.bench.runner import Result, Side, compare, extra_memory
 
 PRODUCTS = {"clip": 4, "siglip": 3}  # of B x B x E, that a step needs
 
@@ -44,7 +44,7 @@ def loss(
     sides = [Side(side, partial(_side, way, name, batch, dim, device)) for side, way in ways.items()]
     result = compare("loss", "steps", sides, "open_clip" if peer else "products", rounds, cores=cores)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a fresh process for each
-        extra = dict(zip(ways, pool.map(_extra, sides, chunksize=1)))
+        extra = dict(zip(ways, pool.map(extra_memory, sides, chunksize=1)))
     result.settings = {"name": name, "batch": batch, "dim": dim, "device": device}
     result.facts["extra_mib"] = extra
     result.notes = [
@@ -61,20 +61,6 @@ def loss(
 
 def _share(result: Result, other: str) -> float:
     return median(a / b for a, b in zip(result.seconds["dualenc"], result.seconds[other]))
-
-
-def _extra(side: Side) -> float:
-    """MiB that the first step takes beyond what was there before it, at its most."""
-    run = side.make()
-    if torch.cuda.is_initialized():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = process_memory(os.getpid(), "VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
-    run()
-    return (process_memory(os.getpid(), "VmHWM") - before) / 2**20
 
 
 def _side(way: Callable[..., Callable[[], Any]], name: str, batch: int, dim: int, device: str) -> Callable[[], float]:

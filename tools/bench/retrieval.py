@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualenc.evaluation.retrieval import retrieval_metrics
-from tools.bench.loss import _extra
-from tools.bench.runner import Result, Side, compare
+from tools.bench.runner import Result, Side, compare, extra_memory
 
 KS = (1, 5, 10)
 BATCH = 64  # the peer's, by default
@@ -59,7 +58,7 @@ def retrieval(
         "retrieval", "evaluations", sides, "product" if peer is None else "clip_benchmark", rounds, cores=cores
     )
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a fresh process for each
-        extra = dict(zip(ways, pool.map(_extra, sides, chunksize=1)))
+        extra = dict(zip(ways, pool.map(extra_memory, sides, chunksize=1)))
         found = {side: pool.apply(_answer, (sides[list(ways).index(side)],)) for side in ways if side != "product"}
     result.settings = {"images": images, "captions": captions, "dim": dim, "noise": noise}
     result.facts |= {"extra_mib": extra, "metrics": found}

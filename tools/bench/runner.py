@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("dualenc", "torch", "torchvision", "pillow", "simplejpeg", "webdataset", "open_clip_torch")
+PACKAGES = ("dualenc", "torch", "torchvision", "pillow", "simplejpeg", "webdataset", "open_clip_torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -278,6 +278,22 @@ def family(pid: int) -> list[int]:
     for one in found:
         found += parents.get(one, [])
     return found
+
+
+def extra_memory(side: Side) -> float:
+    """MiB that the first step takes beyond what was there before it, at its most."""
+    import torch
+
+    run = side.make()
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = process_memory(os.getpid(), "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    run()
+    return (process_memory(os.getpid(), "VmHWM") - before) / 2**20
 
 
 def machine() -> dict[str, Any]:
