@@ -15,7 +15,7 @@ from dualenc.report.words import is_share, less_is_better, measured
 HEADLINES = (
     "acc1", "linear_acc1", "knn_acc1", "mean_average_precision", "image_retrieval_recall@1",
     "image_retrieval_recall@10", "text_text_retrieval_recall@1", "image_image_retrieval_recall@1", "text_score",
-    "group_score",
+    "group_score", "accuracy", "spearman", "perplexity", "auroc",
 )  # fmt: skip
 WHOLE_MATRIX = 50  # classes; beyond, an overview and the worst of it
 ALL_BARS, WORST, BEST = 60, 20, 10  # classes with a bar of their own; of more, so many of the two ends

@@ -11,6 +11,11 @@ KINDS = {  # what n counts, and what is measured
     "retrieval": ("images", "images found by captions and captions by images"),
     "choice": ("instances", "images and captions to be told apart"),
     "probe": ("images", "a linear classifier and votes of neighbours on frozen embeddings"),
+    "labels": ("texts", "labels of texts, or numbers"),
+    "mlm": ("tokens", "hidden words that are guessed"),
+    "rtd": ("tokens", "words that were replaced, and others, told apart"),
+    "text-pairs": ("pairs", "texts that belong together"),
+    "sentences": ("texts", "logistic regression and clusters on frozen sentence embeddings"),
     "text-text": ("captions", "captions of the same image found by a caption"),
     "image-image": ("images", "images of the same class found by an image"),
 }
@@ -18,12 +23,12 @@ KINDS = {  # what n counts, and what is measured
 
 def less_is_better(name: str) -> bool:
     """Whether a metric, whatever its prefix, measures what is wrong."""
-    return name.endswith(("median_rank", "ece"))
+    return name.endswith(("median_rank", "ece", "perplexity", "mse", "loss"))
 
 
 def is_share(name: str) -> bool:
-    """Whether a metric lies between 0 and 1, as all do but ranks."""
-    return not name.endswith("median_rank")
+    """Whether a metric lies between 0 and 1, as all do but ranks, losses and correlations."""
+    return not name.endswith(("median_rank", "perplexity", "mse", "loss", "matthews", "pearson", "spearman"))
 
 
 def measured(result: dict[str, Any]) -> str:
