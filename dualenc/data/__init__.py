@@ -3,7 +3,8 @@
 from dualenc.data.benchmarks import BenchmarkSet
 from dualenc.data.errors import BadSample, DataError
 from dualenc.data.images import Augment, ImageError, Preprocess, decode_image
-from dualenc.data.pairs import PairDataset, PairLoader, Pairs
+from dualenc.data.loader import Loader
+from dualenc.data.pairs import PairDataset, Pairs
 from dualenc.data.plan import EpochPlan
 from dualenc.data.quarantine import Quarantine
 from dualenc.data.shards import ShardIndex
@@ -18,8 +19,8 @@ __all__ = [
     "DataError",
     "EpochPlan",
     "ImageError",
+    "Loader",
     "PairDataset",
-    "PairLoader",
     "Pairs",
     "Preprocess",
     "Quarantine",

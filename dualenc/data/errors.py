@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dualenc.data.lines import Line
     from dualenc.data.shards import Sample
 
 
@@ -12,14 +13,14 @@ class DataError(ValueError):
 
 
 class BadSample(DataError):
-    """A sample whose content is of no use: a picture that cannot be decoded, no caption, no UTF-8, an absurd size.
+    """A sample whose content is of no use: a picture that cannot be decoded, no text, no UTF-8, an absurd size.
 
     Attributes:
         cause: what is wrong with it, alike for all samples that have it.
         detail: more of it, for this one.
     """
 
-    def __init__(self, sample: "Sample | str", cause: str = "", detail: str = "") -> None:
+    def __init__(self, sample: "Sample | Line | str", cause: str = "", detail: str = "") -> None:
         # From a worker process it comes back as its message alone.
         super().__init__(f"{sample}{f': {cause}' if cause else ''}{f' ({detail})' if detail else ''}")
         self.cause, self.detail = cause, detail

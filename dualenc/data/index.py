@@ -164,8 +164,8 @@ class Shard:
             if time.monotonic() - self._touched > 60 or (path, status.st_ino) not in _HELD:
                 self._touched = time.monotonic()
                 self.cache.touch(self.place)
-            return _open(path, status.st_ino)
-        return _open(self.url, self.check().st_ino)
+            return open_kept(path, status.st_ino)
+        return open_kept(self.url, self.check().st_ino)
 
     def check(self) -> os.stat_result:
         """Looks whether a local shard is what its index says.
@@ -460,7 +460,7 @@ _HOLDING = threading.Lock()
 os.register_at_fork(after_in_child=lambda: globals().update(_HOLDING=threading.Lock()))  # a thread may have held it
 
 
-def _open(path: str, inode: int) -> _File:
+def open_kept(path: str, inode: int) -> _File:
     """A file, kept open by path and inode: another file of that name is opened anew."""
     key = (path, inode)
     with _HOLDING:

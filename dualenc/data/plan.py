@@ -15,7 +15,8 @@ from itertools import pairwise
 
 import numpy as np
 
-_SHARDS, _PIECES, _WINDOW = 1, 2, 3  # what a permutation is of
+_SHARDS, _PIECES, _WINDOW = 1, 2, 3  # what a permutation is of; 4 is what `Masking` draws
+_TURNS = 5
 
 
 class EpochPlan:
@@ -133,6 +134,58 @@ class EpochPlan:
         first, count = self._first[part], self._count[part]
         samples = np.repeat(first - np.concatenate([[0], np.cumsum(count)[:-1]]), count) + np.arange(count.sum())
         return samples[permutation(len(samples), self.seed, _WINDOW, self.epoch, number)]
+
+
+class InTurn:
+    """Order of one epoch whose batches are of one source each: what one head learns from, where there are several.
+
+    Each source has a plan of its own, with weight and shuffling as there; what fills no batch of it waits for the next
+    epoch. Its batches are spread evenly over the epoch, one at a random place in each of as many equal stretches.
+
+    Args:
+        counts, seed, epoch, batch, window, sources: see `EpochPlan`.
+
+    Raises:
+        ValueError: the batch is larger than what an epoch takes of a source, or a weight is not positive.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        seed: int,
+        epoch: int,
+        batch: int,
+        window: int = 64,
+        sources: Sequence[tuple[int, float]] | None = None,
+    ) -> None:
+        sources = [(len(counts), 1.0)] if sources is None else sources
+        bounds = np.cumsum([0, *(number for number, _ in sources)]).tolist()
+        self._plans = []
+        for i, ((a, b), (_, weight)) in enumerate(zip(pairwise(bounds), sources)):
+            own = draw(seed, _TURNS, i)
+            try:
+                self._plans.append(EpochPlan(counts[a:b], own, epoch, batch, window, [(b - a, weight)]))
+            except ValueError as error:
+                raise ValueError(f"source {i + 1} of {len(sources)}, whose batches are its own: {error}") from None
+        self._starts = [int(sum(counts[:a])) for a in bounds]
+        lengths = [len(plan) for plan in self._plans]
+        source = np.repeat(np.arange(len(lengths)), lengths)
+        number = np.concatenate([np.arange(length) for length in lengths])
+        within = [stream(seed, _TURNS, epoch, i).random_raw(length) / 2.0**64 for i, length in enumerate(lengths)]
+        when = (number + np.concatenate(within)) / np.array(lengths)[source]
+        order = np.argsort(when, kind="stable")
+        self._source, self._number = source[order], number[order]
+
+    def __len__(self) -> int:
+        """Batches of the epoch."""
+        return len(self._source)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        """Sample numbers (G,) of global batch k."""
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        source = int(self._source[k])
+        return self._plans[source][int(self._number[k])] + self._starts[source]
 
 
 def permutation(n: int, *key: int) -> np.ndarray:

@@ -3,14 +3,15 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from dualenc.data.shards import DataError
@@ -29,18 +30,26 @@ class Tokenizer:
     Args:
         backend: a tokenizer of the `tokenizers` library with its post-processor.
         context_length: longest text in tokens; what is longer loses its end, but keeps its closing token.
+        pad_to: fills shorter texts up to this length, for an encoder that sees its padding (SigLIP); absent, none are.
+        pad_id: of the token that does.
     """
 
-    def __init__(self, backend: Backend, context_length: int) -> None:
+    def __init__(self, backend: Backend, context_length: int, pad_to: int | None = None, pad_id: int = 0) -> None:
         self.backend = Backend.from_str(backend.to_str())  # truncation below must not reach the caller's
-        self.context_length = context_length
+        self.context_length, self.pad_to, self.pad_id = context_length, pad_to, pad_id
         self.backend.no_padding()
         self.backend.enable_truncation(context_length)
         self.backend.encode_special_tokens = True  # "[SEP]" in a caption is four pieces of text, never the token
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], context_length: int) -> "Tokenizer":
+    def from_file(
+        cls, path: str | os.PathLike[str], context_length: int, pad_to: int | None = None, pad_id: int = 0
+    ) -> "Tokenizer":
         """Reads `tokenizer.json` or BERT's `vocab.txt`, or the folder that holds one of them.
+
+        Args:
+            path: of the file or the folder.
+            context_length, pad_to, pad_id: see the class.
 
         Raises:
             DataError: there is no such file, or it is neither.
@@ -55,8 +64,10 @@ class Tokenizer:
             raise DataError(f"tokenizer {path} does not exist")
         try:
             if path.suffix == ".txt":  # only "\n" ends an entry: U+2028 and its like are entries
-                return cls(_wordpiece(path.read_text("utf-8").removesuffix("\n").split("\n")), context_length)
-            return cls(Backend.from_file(str(path)), context_length)
+                backend = _wordpiece(path.read_text("utf-8").removesuffix("\n").split("\n"))
+            else:
+                backend = Backend.from_file(str(path))
+            return cls(backend, context_length, pad_to, pad_id)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         except Exception as error:  # the library raises plain Exception
@@ -92,7 +103,65 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, opening and closing tokens among them."""
-        return [item.ids for item in self.backend.encode_batch_fast(list(texts))]
+        return [self._filled(item.ids) for item in self.backend.encode_batch_fast(list(texts))]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids of each pair of texts in one, and the segment of each token, as the tokenizer joins pairs.
+
+        What is longer than `context_length` loses tokens at the end of the longer of the two.
+        """
+        found = self.backend.encode_batch_fast([(one, other) for one, other in pairs])
+        return [self._filled(item.ids) for item in found], [self._filled(item.type_ids, 0) for item in found]
+
+    def encode_words(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids of each text, and for each token the number of its word in the text, -1 for the special ones.
+
+        Words are what the tokenizer cuts a text into before it looks for pieces in its vocabulary.
+        """
+        found = self.backend.encode_batch(list(texts))
+        words = [
+            [
+                -1 if number is None or special else number
+                for number, special in zip(item.word_ids, item.special_tokens_mask)
+            ]
+            for item in found
+        ]
+        return [self._filled(item.ids) for item in found], [self._filled(numbers, -1) for numbers in words]
+
+    def _filled(self, items: list[int], by: int | None = None) -> list[int]:
+        missing = (self.pad_to or 0) - len(items)
+        return items + [self.pad_id if by is None else by] * missing
+
+    def cut(self, texts: Sequence[str]) -> list[list[int]]:
+        """Where to cut each text (in letters) so that no piece has more than `context_length` tokens, special ones too.
+
+        Where there is a blank if possible, or else between words; the end of the text is the last place.
+
+        Raises:
+            DataError: there is no room for a text in so few tokens.
+        """
+        room = self.context_length - self.backend.num_special_tokens_to_add(False)
+        if room < 1:
+            raise DataError(f"context_length {self.context_length} has no room for a text: raise it")
+        found = self._whole.encode_batch(list(texts), add_special_tokens=False)
+        places = [_places(text, item, room) for text, item in zip(texts, found)]
+        # A piece that stands alone may need more tokens than it did in the text, as where a word is cut.
+        pieces = [(i, text[a:b]) for i, text in enumerate(texts) for a, b in pairwise([0, *places[i]])]
+        alone = self._whole.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False)
+        for i in sorted({i for (i, _), item in zip(pieces, alone) if len(item) > room}):
+            places[i] = _places(texts[i], found[i], room, lambda piece: len(self._plain_ids(piece)))
+        return places
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self._whole.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _whole(self) -> Backend:
+        """The backend without truncation."""
+        plain = Backend.from_str(self.backend.to_str())
+        plain.no_truncation()
+        plain.encode_special_tokens = True
+        return plain
 
     pack = staticmethod(Tokens.pack)
 
@@ -108,9 +177,16 @@ class Tokenizer:
         return {token.content: i for i, token in added.items() if token.special}
 
     @property
+    def mask_id(self) -> int | None:
+        """Of the token that hides another; None where there is none."""
+        special = self.special
+        return special.get("[MASK]", special.get("<mask>"))
+
+    @property
     def fingerprint(self) -> str:
         """Of what it makes of texts."""
-        return hashlib.blake2b(self.backend.to_str().encode(), digest_size=16).hexdigest()
+        padding = "" if self.pad_to is None else f" filled to {self.pad_to} with {self.pad_id}"
+        return hashlib.blake2b((self.backend.to_str() + padding).encode(), digest_size=16).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`, without this run's truncation: the length belongs to the text encoder."""
@@ -120,10 +196,41 @@ class Tokenizer:
         plain.save(os.fspath(path))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"json": self.backend.to_str(), "context_length": self.context_length}
+        return {
+            "json": self.backend.to_str(),
+            "context_length": self.context_length,
+            "pad_to": self.pad_to,
+            "pad_id": self.pad_id,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(Backend.from_str(state["json"]), state["context_length"])
+        self.__init__(Backend.from_str(state["json"]), state["context_length"], state["pad_to"], state["pad_id"])
+
+
+def _places(text: str, item: Encoding, room: int, count: Callable[[str], int] | None = None) -> list[int]:
+    """Where to cut a text into pieces of `room` tokens, and its end; `count` says how many a piece has alone."""
+    ends, words = [stop for _, stop in item.offsets], item.word_ids
+    places: list[int] = []
+    first = start = 0  # token and letter with which the next piece begins
+
+    def fits(stop: int) -> bool:
+        return count is None or count(text[start:stop]) <= room
+
+    while first < len(ends) and (len(ends) - first > room or not fits(len(text))):
+        top = min(first + room, len(ends))
+        can_be = range(top, first, -1)
+        blank = [i for i in can_be if text[ends[i - 1] : ends[i - 1] + 1].isspace() or i == len(ends)]
+        between = [i for i in can_be if i == len(ends) or words[i] != words[i - 1]]
+        found = next((i for i in chain(blank, between, can_be) if fits(ends[i - 1])), None)
+        if found is not None:
+            first, stop = found, ends[found - 1]
+        else:  # alone, even a part of the token is several
+            stop = next((stop for stop in range(ends[first] - 1, start, -1) if fits(stop)), start + 1)
+            first += stop >= ends[first]
+        if start < stop < len(text):
+            places.append(stop)
+        start = max(start, stop)
+    return [*places, len(text)]
 
 
 def _wordpiece(tokens: list[str]) -> Backend:

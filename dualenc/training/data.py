@@ -1,7 +1,7 @@
 """Pairs for a trainer: shards, split, tokenizer and loaders from one set of arguments."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -13,8 +13,8 @@ from dualenc.data import (
     Augment,
     Cache,
     DataError,
+    Loader,
     PairDataset,
-    PairLoader,
     Preprocess,
     Quarantine,
     ShardIndex,
@@ -44,7 +44,76 @@ class Source(TypedDict):
     weight: NotRequired[float]
 
 
-class PairData(LightningDataModule):
+class TokenData(LightningDataModule):
+    """What all data have in common: texts, the tokenizer of a run, and loaders whose workers must be ended.
+
+    Args:
+        text: architecture that the tokens are for.
+        tokenizer: path of one; absent, that of the task's text checkpoint, and where it has none, one is trained.
+    """
+
+    trainer: Any  # Lightning declares less than its Trainer has
+
+    def __init__(self, text: TextConfig, tokenizer: str | None) -> None:
+        super().__init__()
+        self.text, self.tokenizer_path = text, tokenizer
+        self.tokenizer: Tokenizer | None = None
+        self._loaders: list[Loader] = []
+
+    def all_texts(self) -> Iterable[str]:
+        """Those that a tokenizer is trained on."""
+        raise NotImplementedError
+
+    @property
+    def _own_tokenizer(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "tokenizer.json"
+
+    @property
+    def _checkpoint(self) -> Any:
+        return getattr(self.trainer.lightning_module, "text_checkpoint", None)
+
+    def _train_tokenizer(self, what: str) -> None:
+        """Of `what` it is trained on, for people. None is, where the folder holds a run that has one."""
+        taken = self._own_tokenizer.with_name("run.json").exists()
+        given = self.tokenizer_path is not None or self._checkpoint is not None
+        if given or taken or self.trainer.state.fn != "fit":
+            return
+        say(f"training a tokenizer of {self.text.vocab_size:,} entries on the {what}")
+        tokenizer = Tokenizer.train(self.all_texts(), self.text.vocab_size, self.text.context_length)
+        self._own_tokenizer.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._own_tokenizer.with_name(f".tokenizer-{os.getpid()}.json")
+        tokenizer.save(beside)
+        beside.replace(self._own_tokenizer)
+
+    def _read_tokenizer(self) -> Tokenizer:
+        text = self.text
+        if self.tokenizer_path is None and self._checkpoint is not None:
+            found = self._checkpoint.tokenizer()
+            length = min(found.context_length, text.context_length)
+            tokenizer, path = Tokenizer(found.backend, length, text.pad_to, text.pad_id), self._checkpoint.spec
+        else:
+            path = self.tokenizer_path or self._own_tokenizer
+            tokenizer = Tokenizer.from_file(path, text.context_length, text.pad_to, text.pad_id)
+        if tokenizer.vocab_size > text.vocab_size:
+            raise DataError(
+                f"tokenizer {path} has {tokenizer.vocab_size} entries: set model.text.vocab_size to at least "
+                f"that, not {text.vocab_size}"
+            )
+        return tokenizer
+
+    def _check_ranks(self, prints: list[str], what: str) -> None:
+        """Refuses to begin where another rank has found other data."""
+        everywhere = gathered(prints, self.trainer.world_size)
+        if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
+            raise DataError(f"rank {different[0]} finds other {what} than rank 0: give all machines the same data")
+
+    def teardown(self, stage: str) -> None:
+        """Ends the workers."""
+        for loader in self._loaders:
+            loader.close()
+
+
+class PairData(TokenData):
     """Image-text pairs from webdataset shards.
 
     Args:
@@ -56,8 +125,9 @@ class PairData(LightningDataModule):
         captions: "txt" for the `.txt` member, or "json.FIELD" for a string or list of strings in the `.json`; of
             several captions one is drawn at each step.
         select: keys or an expression over `.json` fields; see `ShardIndex.select`.
-        tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; absent, one of `text.vocab_size` entries is
-            trained on the training captions and kept in the run directory.
+        tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; absent, that of the checkpoint which the task
+            takes its text tower from, or else one of `text.vocab_size` entries is trained on the training captions and
+            kept in the run directory.
         batch_size: over all ranks together.
         micro_batch_size: the most pairs that a rank embeds at a time; a batch of more is computed in pieces, of which
             only the embeddings are kept, and each piece is embedded once more for the gradient.
@@ -74,8 +144,6 @@ class PairData(LightningDataModule):
         cache_gb: room on the local disk for shards that lie elsewhere.
         seed: of order, augmentation and choice of captions; the command line gives it `seed_everything`.
     """
-
-    trainer: Any  # Lightning declares less than its Trainer has
 
     def __init__(
         self,
@@ -98,7 +166,7 @@ class PairData(LightningDataModule):
         cache_gb: float = 100.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(text, tokenizer)
         if not 0 <= bad_samples <= 1 or cache_gb <= 0:
             raise DataError(
                 f"data.bad_samples {bad_samples} must lie between 0 and 1, data.cache_gb {cache_gb} above 0"
@@ -109,8 +177,7 @@ class PairData(LightningDataModule):
             Source(**item) if isinstance(item, dict) else Source(shards=item) for item in items
         ]
         self.val_shards, self.bad_samples, self.cache = val, bad_samples, Cache(int(cache_gb * 1e9))
-        self.preprocess, self.text = preprocess, text
-        self.captions, self.selection, self.tokenizer_path = captions, select, tokenizer
+        self.preprocess, self.captions, self.selection = preprocess, captions, select
         self.batch_size, self.window, self.workers, self.seed = batch_size, window, workers, seed
         self.micro_batch_size, self.timeout, self.mask = micro_batch_size, timeout, mask
         self.augment = augment(preprocess.size) if augment else preprocess
@@ -118,8 +185,6 @@ class PairData(LightningDataModule):
         self.features: Features | None = None
         self.train_index: ShardIndex | None = None
         self.val_index: ShardIndex | None = None
-        self.tokenizer: Tokenizer | None = None
-        self._loaders: list[PairLoader] = []
 
     def prepare_data(self) -> None:
         """Indexes the shards and trains the tokenizer, on one process of each machine.
@@ -127,16 +192,12 @@ class PairData(LightningDataModule):
         No tokenizer is trained where the folder holds a run that has one.
         """
         self._build_indexes()
-        taken = self._own_tokenizer.with_name("run.json").exists()
-        if self.tokenizer_path is None and self.trainer.state.fn == "fit" and not taken:
-            assert self.train_index is not None
-            say(f"training a tokenizer of {self.text.vocab_size:,} entries on the captions")
-            captions = all_captions(self.train_index, self.captions)
-            tokenizer = Tokenizer.train(captions, self.text.vocab_size, self.text.context_length)
-            self._own_tokenizer.parent.mkdir(parents=True, exist_ok=True)
-            beside = self._own_tokenizer.with_name(f".tokenizer-{os.getpid()}.json")
-            tokenizer.save(beside)
-            beside.replace(self._own_tokenizer)
+        self._train_tokenizer("captions")
+
+    def all_texts(self) -> Iterable[str]:
+        """The captions of the training pairs."""
+        assert self.train_index is not None
+        return all_captions(self.train_index, self.captions)
 
     def setup(self, stage: str) -> None:
         """Finds the shards, splits them, reads the tokenizer.
@@ -147,26 +208,14 @@ class PairData(LightningDataModule):
         self._build_indexes()
         assert self.train_index is not None
         prints = [self.train_index.fingerprint, self.val_index.fingerprint if self.val_index else ""]
-        everywhere = gathered(prints, self.trainer.world_size)
-        if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
-            raise DataError(f"rank {different[0]} finds other shards than rank 0: give all machines the same data")
-        path = self.tokenizer_path or self._own_tokenizer
-        self.tokenizer = Tokenizer.from_file(path, self.text.context_length)
-        if self.tokenizer.vocab_size > self.text.vocab_size:
-            raise DataError(
-                f"tokenizer {path} has {self.tokenizer.vocab_size} entries: set model.text.vocab_size to at least "
-                f"that, not {self.text.vocab_size}"
-            )
+        self._check_ranks(prints, "shards")
+        self.tokenizer = self._read_tokenizer()
         held = len(self.val_index) if self.val_index else 0
         if not held and stage == "fit":
             self.trainer.limit_val_batches = 0  # no validation at all, rather than one without data
         elif not held:
             raise DataError(f"data.val is null: there is nothing to {stage}")
         say(f"{len(self.train_index):,} pairs to train on, {held:,} held out; shards: {len(self.train_index.shards):,}")
-
-    @property
-    def _own_tokenizer(self) -> Path:
-        return Path(self.trainer.default_root_dir) / "tokenizer.json"
 
     def _build_indexes(self) -> None:
         if self.train_index is not None:
@@ -208,20 +257,15 @@ class PairData(LightningDataModule):
         index = index.select(self.selection) if self.selection is not None else index
         return index, [len(part.parts) for part in parts]
 
-    def teardown(self, stage: str) -> None:
-        """Ends the workers."""
-        for loader in self._loaders:
-            loader.close()
-
-    def train_dataloader(self) -> PairLoader:
+    def train_dataloader(self) -> Loader:
         """This rank's part of each training batch."""
         return self._loader(self.train_index, train=True)
 
-    def val_dataloader(self) -> PairLoader:
+    def val_dataloader(self) -> Loader:
         """This rank's part of the held-out pairs."""
         return self._loader(self.val_index, train=False)
 
-    def test_dataloader(self) -> PairLoader:
+    def test_dataloader(self) -> Loader:
         """The held-out pairs."""
         return self.val_dataloader()
 
@@ -233,14 +277,14 @@ class PairData(LightningDataModule):
         masked = batch.masked and batch.masked.to(device, non_blocking=True)
         return batch._replace(images=images, tokens=tokens, ids=ids, masked=masked)
 
-    def _loader(self, index: ShardIndex | None, train: bool) -> PairLoader:
+    def _loader(self, index: ShardIndex | None, train: bool) -> Loader:
         assert index is not None
         assert self.tokenizer is not None
         micro, size, world = self.micro_batch_size, self.batch_size, self.trainer.world_size
         if not train and micro:  # nothing there depends on the batch
             micro, size = None, min(size, micro * world)
         transform = self.augment if train else self.preprocess
-        made = PairLoader(
+        made = Loader(
             PairDataset(
                 index,
                 self.captions,

@@ -10,7 +10,7 @@ from helpers import Shake, encode, pixels, tiny_tokenizer, write_shards, write_t
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dualenc.data import DataError, EpochPlan, PairDataset, PairLoader, Preprocess, ShardIndex
+from dualenc.data import DataError, EpochPlan, Loader, PairDataset, Preprocess, ShardIndex
 from dualenc.data.pairs import captions_of, only_pairs
 from dualenc.data.shards import Sample
 
@@ -37,7 +37,7 @@ def make(index, batch, *, seed=0, captions="json.captions", transform=None, data
     dataset = PairDataset(
         index, captions, TOKENIZER, transform or Shake(), seed if dataset_seed is None else dataset_seed
     )
-    return PairLoader(dataset, batch, seed=seed, window=options.pop("window", 2), **options)
+    return Loader(dataset, batch, seed=seed, window=options.pop("window", 2), **options)
 
 
 def global_batches(index, batch, world, **options):
@@ -240,7 +240,7 @@ def test_each_caption_is_drawn_sometimes(folders, seed):
 def test_without_a_seed_the_first_caption_and_no_augmentation_state(folders):
     index = folders([5, 4])
     dataset = PairDataset(index, "json.captions", TOKENIZER, Preprocess(8), None)
-    loader = PairLoader(dataset, 4, shuffle=False)
+    loader = Loader(dataset, 4, shuffle=False)
     pairs = [pair for b in loader for pair in prints(b)]
     assert [row for *_, row in pairs] == list(range(9))  # in order, with the tail
     first = [captions_of(sample, "json.captions")[0] for sample in index]
@@ -329,7 +329,7 @@ def test_where_is_measured_a_bad_sample_is_marked(tmp_path, seed):
     samples[3]["png"] = b"no picture"
     index = ShardIndex.build(write_tar(tmp_path / "shard.tar", samples))
     dataset = PairDataset(index, "txt", TOKENIZER, Preprocess(8))
-    rows = [row for b in PairLoader(dataset, 2, shuffle=False) for row in b.rows.tolist()]
+    rows = [row for b in Loader(dataset, 2, shuffle=False) for row in b.rows.tolist()]
     assert rows == [0, 1, 2, -1, 4]
 
 
@@ -381,12 +381,10 @@ def test_validation_gives_every_rank_a_part_of_every_batch(tmp_path: Path, seed:
     dataset = PairDataset(index, "txt", tiny_tokenizer(), Preprocess(8))
     for world in (1, 2, 3, 4):
         for batch_size in (world, 4 * world, 12 * world):
-            ranks = [
-                list(PairLoader(dataset, batch_size, shuffle=False, rank=rank, world=world)) for rank in range(world)
-            ]
+            ranks = [list(Loader(dataset, batch_size, shuffle=False, rank=rank, world=world)) for rank in range(world)]
             assert len({len(batches) for batches in ranks}) == 1
             assert all(len(batch.rows) for batches in ranks for batch in batches)
             rows = [row for parts in zip(*ranks, strict=True) for batch in parts for row in batch.rows.tolist()]
             assert rows == list(range(count))
     with pytest.raises(DataError, match="fewer than"):
-        PairLoader(dataset, 64, shuffle=False, world=32)
+        Loader(dataset, 64, shuffle=False, world=32)

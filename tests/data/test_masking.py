@@ -66,3 +66,50 @@ def test_wrong_use():
     without = Tokenizer(Backend(models.WordLevel({"a": 0, "b": 1}, unk_token="a")), 8)
     with pytest.raises(DataError, match="mlm_weight"):
         Masking(without, 0.15)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5])
+def test_whole_words(seed, share):
+    """The share of the tokens stays, 80, 10 and 10 percent too; of a word all tokens are chosen or none."""
+    rng = np.random.default_rng(seed)
+    made = ["".join(rng.choice(list("abcdef"), int(rng.integers(1, 9)))) for _ in range(200)]
+    tokenizer = Tokenizer.train(made, 60, 24)
+    texts = [" ".join(rng.choice(made, int(rng.integers(1, 9)))) for _ in range(3000)]
+    ids, words = tokenizer.encode_words(texts)
+    tokens = tokenizer.pack(ids)
+    order = dict(enumerate(range(len(texts))))
+    masked = Masking(tokenizer, share)(tokens, (seed, 0), 0, order, dict(enumerate(words)))
+    chosen = torch.zeros(len(tokens.ids), dtype=torch.bool)
+    chosen[masked.places] = True
+    sizes, found = [], []
+    for i, text in enumerate(words):
+        row = int(tokens.rows[i])
+        here = chosen[tokens.offsets[row] : tokens.offsets[row + 1]].tolist()
+        assert not any(flag for flag, word in zip(here, text, strict=True) if word < 0)
+        for word in set(text) - {-1}:
+            flags = {flag for flag, one in zip(here, text, strict=True) if one == word}
+            assert len(flags) == 1
+            sizes.append(text.count(word))
+            found.append(flags.pop())
+    sizes, found = np.array(sizes), np.array(found)
+    assert (sizes > 1).mean() > 0.5
+    assert abs(found.mean() - share) < 5 * (share * (1 - share) / len(found)) ** 0.5
+    spread = 5 * (share * (1 - share) * (sizes**2).sum()) ** 0.5
+    assert abs(sizes[found].sum() - share * sizes.sum()) < spread
+    now = masked.ids[masked.places]
+    part = float((now == tokenizer.mask_id).double().mean())
+    assert abs(part - 0.8) < 5 * (0.16 / len(now)) ** 0.5  # token by token
+    single = Masking(tokenizer, share)(tokens, (seed, 0), 0)
+    assert not torch.equal(single.places, masked.places)
+
+
+def test_some_texts_of_a_batch(seed):
+    """What is hidden of them is what would be if the others were not there."""
+    tokenizer = tiny_tokenizer(24)
+    tokens = tokenizer(texts_of(np.random.default_rng(seed), 30))
+    masking = Masking(tokenizer, 0.5)
+    whole, some = masking(tokens, (seed, 0), 7), masking(tokens, (seed, 0), numbers={i: 7 + i for i in range(0, 30, 3)})
+    for i in range(30):
+        text = slice(*tokens.offsets[tokens.rows[i] : tokens.rows[i] + 2].tolist())
+        assert torch.equal(some.ids[text], (tokens if i % 3 else whole).ids[text])
+    assert 0 < len(some.places) < len(whole.places)

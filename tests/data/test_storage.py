@@ -26,7 +26,7 @@ from servers import Bucket, s3_server
 import dualenc.data.index as index_module
 import dualenc.data.storage as storage
 from dualenc.cli import main
-from dualenc.data import Cache, DataError, PairDataset, PairLoader, ShardIndex
+from dualenc.data import Cache, DataError, Loader, PairDataset, ShardIndex
 from dualenc.data.plan import EpochPlan
 from dualenc.data.prefetch import Prefetch
 from dualenc.data.shards import expand_shards
@@ -81,7 +81,7 @@ def epoch(index, *, world=1, workers=0, seed=0, window=2, batch=4):
     parts = [
         [
             prints(batch)
-            for batch in PairLoader(
+            for batch in Loader(
                 PairDataset(index, "txt", TOKENIZER, Shake(), seed), batch,
                 seed=seed, window=window, world=world, rank=rank, workers=workers,
             )
@@ -633,7 +633,7 @@ def test_a_copy_that_another_process_removes_is_fetched_again(web, seed, here, m
     """Between looking and opening: the cache was full, and another process needed the room."""
     found, _ = remote(web, [3], seed)
     expected = contents(found)
-    real, times = index_module._open, []
+    real, times = index_module.open_kept, []
 
     def late(path, inode):
         if not times:
@@ -642,7 +642,7 @@ def test_a_copy_that_another_process_removes_is_fetched_again(web, seed, here, m
         return real(path, inode)
 
     index_module._HELD.clear()
-    monkeypatch.setattr(index_module, "_open", late)
+    monkeypatch.setattr(index_module, "open_kept", late)
     assert contents(found) == expected
     assert times
 
@@ -900,7 +900,7 @@ def test_secrets_stay_off_the_command_lines_of_workers(web, seed, here):
     write_shards(web.folder, [8], seed)
     index = ShardIndex.build(f"{web.url}/part-000.tar?signature={signature}", anew=True)
     dataset = PairDataset(index, "txt", TOKENIZER, Shake(), seed)
-    for _ in PairLoader(dataset, 4, workers=2):
+    for _ in Loader(dataset, 4, workers=2):
         lines = children()
         assert lines
         assert not any(signature.encode() in line for line in lines)

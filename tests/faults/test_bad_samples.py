@@ -22,7 +22,7 @@ from test_cli import fails, fit
 import dualenc.data.index as index_module
 import dualenc.data.pairs as pairs_module
 from dualenc.cli import main
-from dualenc.data import DataError, PairDataset, PairLoader, Preprocess, Quarantine, ShardIndex
+from dualenc.data import DataError, Loader, PairDataset, Preprocess, Quarantine, ShardIndex
 from dualenc.data.quarantine import Bad
 
 TOKENIZER = tiny_tokenizer()
@@ -99,7 +99,7 @@ def spoil(sample, kind, rng):
 
 def loader(index, batch=4, *, seed=0, train=True, captions="txt", **options):
     dataset = PairDataset(index, captions, TOKENIZER, Shake() if train else Preprocess(8), seed if train else None)
-    return PairLoader(dataset, batch, seed=seed, window=2, shuffle=train, **options)
+    return Loader(dataset, batch, seed=seed, window=2, shuffle=train, **options)
 
 
 def prints(batch):

@@ -19,7 +19,7 @@ from test_cli import fails, fit
 
 import dualenc.data.storage as storage
 from dualenc.cli import main
-from dualenc.data import PairDataset, PairLoader, ShardIndex
+from dualenc.data import Loader, PairDataset, ShardIndex
 
 TOKENIZER = tiny_tokenizer()
 FORK = multiprocessing.get_context("fork")
@@ -76,7 +76,7 @@ def test_members_of_samples_in_turn(tmp_path, seed):
     both = []
     for name in ("a.tar", "b.tar"):
         dataset = PairDataset(ShardIndex.build(str(tmp_path / name)), "txt", TOKENIZER, Shake(), seed)
-        both.append([prints(batch) for batch in PairLoader(dataset, 4, seed=seed)])
+        both.append([prints(batch) for batch in Loader(dataset, 4, seed=seed)])
     assert both[0] == both[1]
     assert len({row for batch in both[0] for *_, row in batch}) == 12
 
@@ -108,13 +108,13 @@ def test_a_missing_shard(tmp_path, seed, capsys):
 
 def test_a_shard_that_goes_during_a_run(tmp_path, seed, capsys, monkeypatch):
     paths = write_shards(tmp_path / "shards", [12, 12], seed)
-    real = PairLoader.__iter__
+    real = Loader.__iter__
 
     def gone(self):
         Path(paths[1]).unlink(missing_ok=True)
         return real(self)
 
-    monkeypatch.setattr(PairLoader, "__iter__", gone)
+    monkeypatch.setattr(Loader, "__iter__", gone)
     line = fails(capsys, fit(tmp_path, *SHORT, "--data.workers", "1"), status=1)
     assert line == f"dualenc: error: shard {paths[1]} is gone since it was indexed"
 
@@ -123,7 +123,7 @@ def test_a_shard_that_goes_during_a_run(tmp_path, seed, capsys, monkeypatch):
 def test_a_shard_that_changed_after_indexing(tmp_path, seed, capsys, monkeypatch, when):
     paths = write_shards(tmp_path / "shards", [12, 12], seed)
     main(["index", str(tmp_path / "shards"), "--workers", "0"])
-    real = PairLoader.__iter__
+    real = Loader.__iter__
 
     def change(self=None):
         write_shards(tmp_path / "shards", [12, 13], seed + 1)
@@ -132,7 +132,7 @@ def test_a_shard_that_changed_after_indexing(tmp_path, seed, capsys, monkeypatch
     if when == "before":
         change()
     else:
-        monkeypatch.setattr(PairLoader, "__iter__", change)
+        monkeypatch.setattr(Loader, "__iter__", change)
     line = fails(capsys, fit(tmp_path, *SHORT), status=2 if when == "before" else 1)
     assert "changed since it was indexed; if that is meant: dualenc index " in line
     assert any(path in line for path in paths)
@@ -150,7 +150,7 @@ def test_few_or_uneven_shards_for_many_ranks_and_workers(tmp_path, seed, layout)
     """One shard for two ranks of two workers; 1 and 99 samples: equal steps on both, every sample once."""
     index = ShardIndex.build(write_shards(tmp_path, layout, seed))
     dataset = PairDataset(index, "txt", TOKENIZER, Shake(), seed)
-    ranks = [list(PairLoader(dataset, 4, seed=seed, rank=rank, world=2, workers=2)) for rank in range(2)]
+    ranks = [list(Loader(dataset, 4, seed=seed, rank=rank, world=2, workers=2)) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == sum(layout) // 4
     rows = Counter(row for batches in ranks for batch in batches for row in batch.rows.tolist())
     assert rows == Counter(range(sum(layout)))
@@ -230,7 +230,7 @@ def test_a_full_disk(web, tmp_path, seed, here, capsys, monkeypatch):
 def digest_of_epoch(index, seed, queue):
     torch.set_num_threads(1)  # a forked process has none of OpenMP's threads, and would wait for them
     digest = hashlib.sha256()
-    for batch in PairLoader(PairDataset(index, "txt", TOKENIZER, Shake(), seed), 4, seed=seed):
+    for batch in Loader(PairDataset(index, "txt", TOKENIZER, Shake(), seed), 4, seed=seed):
         digest.update(repr(prints(batch)).encode())
     queue.put(digest.hexdigest())
 

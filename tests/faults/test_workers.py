@@ -14,7 +14,7 @@ import torch
 from helpers import Shake, tiny_tokenizer, write_shards
 
 import dualenc.data.pairs as pairs_module
-from dualenc.data import DataError, PairDataset, PairLoader, ShardIndex
+from dualenc.data import DataError, Loader, PairDataset, ShardIndex
 
 TOKENIZER = tiny_tokenizer()
 FORK = multiprocessing.get_context("fork")
@@ -50,7 +50,7 @@ def stop():
 
 def loader(index, seed=0, batch=4, transform=None, **options):
     dataset = PairDataset(index, "txt", TOKENIZER, transform or Shake(), seed)
-    return PairLoader(dataset, batch, seed=seed, window=2, **options)
+    return Loader(dataset, batch, seed=seed, window=2, **options)
 
 
 def prints(batch):

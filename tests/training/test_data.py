@@ -9,7 +9,7 @@ from helpers import write_shards
 from test_cli import fails, fit
 
 from dualenc.cli import main
-from dualenc.data import EpochPlan, PairLoader
+from dualenc.data import EpochPlan, Loader
 from dualenc.data.pairs import Pairs
 
 
@@ -27,15 +27,15 @@ def sources(folder: Path, *weights: float) -> str:
 
 def test_a_run_sees_its_sources_by_their_weights(two: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    handed_out = PairLoader.__iter__
+    handed_out = Loader.__iter__
 
-    def watch(self: PairLoader):
+    def watch(self: Loader):
         for batch in handed_out(self):
             assert isinstance(batch, Pairs)
             seen.append(batch.rows.tolist())
             yield batch
 
-    monkeypatch.setattr(PairLoader, "__iter__", watch)
+    monkeypatch.setattr(Loader, "__iter__", watch)
     run = ["--data.train", sources(two, 0.5, 2), "--data.val", "null", "--data.batch_size", "4", "--data.window", "2"]
     main([*fit(two), *run, "--trainer.max_epochs", "2", "--seed_everything", str(seed)])
     expected = []

@@ -15,7 +15,7 @@ from test_configs import CONFIGS, SMALL, metrics
 
 from dualenc import ShardIndex, load
 from dualenc.cli import main
-from dualenc.data import DataError, PairDataset, PairLoader, Quarantine
+from dualenc.data import DataError, Loader, PairDataset, Quarantine
 from dualenc.data.features import Features
 from dualenc.training.contrastive import ContrastiveTask
 
@@ -220,7 +220,7 @@ def test_batches(tmp_path: Path, seed: int, workers: int) -> None:
 
     def batches(features: Features | None, train: bool, quarantine: Quarantine) -> list[Any]:
         data = PairDataset(index, "txt", tiny_tokenizer(), embedder.preprocess, seed if train else None, features)
-        loader = PairLoader(
+        loader = Loader(
             data, 8, micro_batch_size=3, seed=seed, window=2, shuffle=train, workers=workers, quarantine=quarantine
         )
         found = [piece for batch in loader for piece in batch]

@@ -1,0 +1,311 @@
+"""Texts for a trainer: files, columns, heads, tokenizer and loaders from one set of arguments."""
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+from dualenc.data import DataError, Loader, Quarantine
+from dualenc.data.lines import TextIndex
+from dualenc.data.loader import Mix
+from dualenc.data.masking import Masking
+from dualenc.data.texts import TextDataset, Texts, Use, all_labels, all_texts
+from dualenc.models import TextConfig
+from dualenc.models.heads import HeadConfig
+from dualenc.training.data import Source, TokenData
+from dualenc.training.task import say
+
+Split = Literal["train", "val", "test", "predict"]
+
+
+class TextSource(TypedDict):
+    """Files of texts for one head.
+
+    Attributes:
+        files: a path, glob, brace pattern, or a list of these: `.txt`, `.tsv`, `.csv`, `.jsonl`.
+        text: column of the text, "text" where it is absent; that of plain text is called so.
+        pair: column of the second text of a pair.
+        label: column of the label, "label" where it is absent and the head needs one. Of "several" labels a list in a
+            `.jsonl`, or joined by `|`.
+        weight: how often an epoch goes through the files, 1 where it is absent.
+    """
+
+    files: str | list[str]
+    text: NotRequired[str]
+    pair: NotRequired[str | None]
+    label: NotRequired[str]
+    weight: NotRequired[float]
+
+
+class TextData(TokenData):
+    """Texts for the heads of a text encoder, from files of lines.
+
+    Args:
+        train: files by the head that they are for.
+        text: architecture that the tokens are for; the command line takes it from the task.
+        heads: what the heads are; the command line takes them from the task.
+        val: files by head, which have the columns of `train` where they do not name others; or share of the training
+            lines held out, by their content; or null for none.
+        test: files by head that `test` measures; absent, those of `val`.
+        predict: files by head that `predict` answers; their labels are not read.
+        tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; absent, that of the checkpoint which the task
+            begins from, or else one of `text.vocab_size` entries is trained on the training texts and kept in the run
+            directory.
+        batch_size: samples, over all ranks together.
+        mix: of several heads, "together" for batches with lines of all of them, in proportion to their weights, or
+            "in_turn" for batches of one head each.
+        mask: share of the tokens to hide for a head that guesses them.
+        whole_words: hides all tokens of a word, or none.
+        workers: processes a rank that read and tokenise.
+        timeout: seconds that the next batch may take with workers; then the run ends and names what they are at.
+        bad_samples: share of the lines that may be bad, 10 at least; they are replaced and named in
+            `quarantine.jsonl`. More end the run.
+        seed: of order and hidden words; the command line gives it `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        train: dict[str, TextSource],
+        text: TextConfig,
+        heads: dict[str, HeadConfig],
+        val: dict[str, TextSource] | float | None = None,
+        test: dict[str, TextSource] | None = None,
+        predict: dict[str, TextSource] | None = None,
+        tokenizer: str | None = None,
+        batch_size: int = 32,
+        mix: Mix = "together",
+        mask: float = 0.15,
+        whole_words: bool = False,
+        workers: int = 2,
+        timeout: float = 300.0,
+        bad_samples: float = 0.001,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(text, tokenizer)
+        if not 0 <= bad_samples <= 1:
+            raise DataError(f"data.bad_samples {bad_samples} must lie between 0 and 1")
+        if isinstance(val, float | int) and not 0 < val < 1:
+            raise DataError(f"data.val {val} must lie between 0 and 1, or be files, or null")
+        if mix not in ("together", "in_turn"):
+            raise DataError(f"data.mix {mix!r} is neither together nor in_turn")
+        if not train:
+            raise DataError("data.train is empty: name files for a head")
+        if len(hiding := [name for name, head in heads.items() if head.kind in ("mlm", "rtd")]) > 1:
+            raise DataError(f"heads {' and '.join(hiding)} both have words hidden: one may")
+        self.heads, self.batch_size, self.seed = heads, batch_size, seed
+        self.mix: Mix = mix
+        self.mask, self.whole_words = mask, whole_words
+        self.workers, self.timeout, self.bad_samples = workers, timeout, bad_samples
+        self.share = float(val) if isinstance(val, float | int) else None
+        self.given: dict[Split, Mapping[str, TextSource]] = {
+            "train": train,
+            "val": val if isinstance(val, dict) else train if self.share else {},
+            "test": test or {},
+            "predict": predict or {},
+        }
+        self.uses: dict[Split, dict[str, Use]] = {}
+        for part, sources in self.given.items():
+            self.uses[part] = {name: self._use(part, name, source) for name, source in sources.items()}
+        self.sources = [Source(shards=source["files"], weight=source.get("weight", 1.0)) for source in train.values()]
+        self._raw: dict[Split, dict[str, TextIndex]] = {}  # lines as they are, by head
+        self._cut: dict[Split, dict[str, TextIndex]] = {}  # those that the tokens fit
+        self._whole: dict[Split, TextIndex] = {}
+        self._labels: dict[str, list[Any]] = {}
+
+    def _use(self, part: Split, name: str, source: TextSource) -> Use:
+        """What the lines of a source are for."""
+        where = f"data.{part}.{name}"
+        if name not in self.heads:
+            raise DataError(f"{where}: there is no such head; model.heads has {', '.join(self.heads) or 'none'}")
+        head = self.heads[name]
+        if head.kind == "pooler":
+            raise DataError(f"{where}: a head of kind pooler has nothing to learn or to answer: name another")
+        asked: dict[str, Any] = {**self.given["train"].get(name, {}), **source}
+        needs = head.kind == "classification" or head.problem == "cosine"
+        pair = asked.get("pair")
+        if head.kind == "embedding" and pair is None and part != "predict":
+            raise DataError(f"{where} has no pair: name the column of the second text, {where}.pair")
+        if head.kind in ("mlm", "rtd") and pair is not None:
+            raise DataError(f"{where}.pair {pair!r}: a head of kind {head.kind} takes single texts; leave it out")
+        label = asked.get("label", "label") if needs and part != "predict" else None
+        return Use(name, head.kind, asked.get("text", "text"), pair, label, head.labels, head.problem)
+
+    # Data
+
+    @property
+    def train_index(self) -> TextIndex | None:
+        """The lines to train on, of all heads one after the other."""
+        return self._joined("train")
+
+    @property
+    def val_index(self) -> TextIndex | None:
+        """The held-out lines."""
+        return self._joined("val")
+
+    @property
+    def test_index(self) -> TextIndex | None:
+        """The lines that `test` measures."""
+        return self._joined("test") if self.given["test"] else self.val_index
+
+    @property
+    def predict_index(self) -> TextIndex | None:
+        """The lines that `predict` answers."""
+        return self._joined("predict")
+
+    def _joined(self, part: Split) -> TextIndex | None:
+        found = self._cut.get(part)
+        if not found:
+            return None
+        if part not in self._whole:
+            self._whole[part] = TextIndex.join(list(found.values()))
+        return self._whole[part]
+
+    def labels(self, head: str) -> Tensor:
+        """The labels that a head is trained on, see `dualenc.data.texts.Part`."""
+        if head not in self._labels:
+            self._read("train")
+            self._labels[head] = all_labels(self._raw["train"][head], self.uses["train"][head])
+        kind = torch.int64 if self.heads[head].problem == "single" else torch.float32
+        return torch.tensor(self._labels[head], dtype=kind)
+
+    def all_texts(self) -> Iterable[str]:
+        """The training texts."""
+        found = self._raw["train"]
+        return chain.from_iterable(all_texts(index, self.uses["train"][name]) for name, index in found.items())
+
+    def prepare_data(self) -> None:
+        """Finds the lines and trains the tokenizer, on one process of each machine."""
+        if self.trainer.state.fn == "fit":
+            self._read("train")
+            self._train_tokenizer("texts")
+
+    def setup(self, stage: str) -> None:
+        """Finds the lines, splits them, reads the tokenizer, cuts plain text into pieces, looks at the labels.
+
+        Raises:
+            DataError: files, columns, labels or tokenizer are missing or do not fit.
+        """
+        part: Split = "test" if stage == "test" and self.given["test"] else "val" if stage != "predict" else "predict"
+        if stage != "fit" and not self.given[part]:
+            raise DataError(f"data.{stage if stage == 'predict' else part} is null: there is nothing to {stage}")
+        parts: list[Split] = ["train", "val"] if stage == "fit" else [part]
+        self.tokenizer = self._read_tokenizer()
+        for part in parts:
+            self._read(part)
+            self._look_at_labels(part)
+            self._cut_up(part)
+        indexes: dict[Split, TextIndex] = {part: index for part in parts if (index := self._joined(part)) is not None}
+        self._check_ranks([index.fingerprint for index in indexes.values()], "files")
+        if stage == "fit" and "val" not in indexes:
+            self.trainer.limit_val_batches = 0  # no validation at all, rather than one without data
+        root = Path(self.trainer.default_root_dir)
+        path = root / "quarantine.jsonl" if stage == "fit" else None
+        self.quarantine = Quarantine(sum(map(len, indexes.values())), path, self.bad_samples)
+        said: dict[Split, str] = {
+            "train": "to train on",
+            "val": "held out",
+            "test": "to test on",
+            "predict": "to answer",
+        }
+        counts = []
+        for one, index in indexes.items():
+            heads = ", ".join(f"{len(own):,} for {head}" for head, own in self._cut[one].items())
+            counts.append(f"{len(index):,} {said[one]} ({heads})")
+        say(f"samples: {'; '.join(counts)}")
+
+    def _read(self, part: Split) -> None:
+        """Finds the lines of a part, once."""
+        if part in self._raw:
+            return
+        if part == "val" and self.share is not None:
+            self._read("train")
+            return
+        found = {}
+        for name, source in self.given[part].items():
+            use = self.uses[part][name]
+            try:
+                found[name] = TextIndex.build(source["files"], use.columns)
+            except DataError as error:
+                raise DataError(f"data.{part}.{name}: {error}") from None
+        if part == "train" and self.share is not None:
+            halves = {name: index.split(self.share) for name, index in found.items()}
+            self._raw["val"] = {name: held for name, (_, held) in halves.items()}
+            found = {name: rest for name, (rest, _) in halves.items()}
+        self._raw[part] = found
+
+    def _cut_up(self, part: Split) -> None:
+        """Cuts plain text into pieces that the encoder takes, once."""
+        assert self.tokenizer is not None
+        if part not in self._cut:
+            self._cut[part] = {
+                name: index.cut(self.tokenizer) if self.uses[part][name].hides else index
+                for name, index in self._raw[part].items()
+            }
+
+    def texts(self, part: Split, head: str) -> Iterable[str]:
+        """The texts of one head, plain text in its pieces."""
+        self._read(part)
+        self._cut_up(part)
+        return all_texts(self._cut[part][head], self.uses[part][head])
+
+    def _look_at_labels(self, part: Split) -> None:
+        for name, index in self._raw[part].items():
+            use = self.uses[part][name]
+            if use.label is not None:
+                labels = all_labels(index, use)
+                if part == "train":
+                    self._labels[name] = labels
+
+    # Loaders
+
+    def train_dataloader(self) -> Loader:
+        """This rank's part of each training batch."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> Loader:
+        """This rank's part of the held-out lines."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> Loader:
+        """This rank's part of the lines to test on; where none are named, the held-out ones."""
+        return self._loader("test" if self.given["test"] else "val")
+
+    def predict_dataloader(self) -> Loader:
+        """This rank's part of the lines to answer."""
+        return self._loader("predict")
+
+    def transfer_batch_to_device(self, batch: Texts, device: torch.device, dataloader_idx: int) -> Texts:
+        """Without waiting for the copies; what only names the samples stays on the host."""
+        return batch.to(device, non_blocking=True)
+
+    def _loader(self, part: Split) -> Loader:
+        train, index = part == "train", self._joined(part)
+        assert index is not None
+        assert self.tokenizer is not None
+        own = self._cut[part]
+        uses = [(len(found.parts), self.uses[part][name]) for name, found in own.items()]
+        weights = [(len(found.parts), self.given[part][name].get("weight", 1.0)) for name, found in own.items()]
+        hides = part != "predict" and any(use.hides for _, use in uses)
+        # A generator's guesses stand in all of the places: ELECTRA has 85% hidden from it, and no other words.
+        shares = (0.85, 0.0) if any(use.kind == "rtd" for _, use in uses) else (0.8, 0.1)
+        masking = Masking(self.tokenizer, self.mask, *shares) if hides else None
+        mix: Mix = self.mix if train else "together"
+        made = Loader(
+            TextDataset(index, uses, self.tokenizer, self.seed if train else None, masking, self.whole_words),
+            self.batch_size,
+            seed=self.seed,
+            sources=weights if train else None,
+            mix=mix,
+            shuffle=train,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            workers=self.workers,
+            timeout=self.timeout,
+            pin_memory=torch.cuda.is_available(),
+            quarantine=self.quarantine,
+        )
+        self._loaders.append(made)
+        return made
