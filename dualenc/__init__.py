@@ -9,6 +9,7 @@ from dualenc.data import BenchmarkSet, DataError, EpochPlan, Preprocess, ShardIn
 from dualenc.embedder import Embedder, ModelError, load
 from dualenc.evaluation import match_ranks, recall_at, zero_shot_classifier
 from dualenc.evaluator import evaluate
+from dualenc.interop import TextPredictor, load_text
 from dualenc.losses import clip_loss, siglip_loss
 from dualenc.models import DualEncoder, ImageConfig, TextConfig
 from dualenc.tokens import Tokens
@@ -26,11 +27,13 @@ __all__ = [
     "Preprocess",
     "ShardIndex",
     "TextConfig",
+    "TextPredictor",
     "Tokenizer",
     "Tokens",
     "clip_loss",
     "evaluate",
     "load",
+    "load_text",
     "match_ranks",
     "recall_at",
     "siglip_loss",

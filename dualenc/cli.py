@@ -1,9 +1,9 @@
 """The command line, and the only parser.
 
 `fit`, `validate`, `test` and `predict` are LightningCLI's; every other command is a plain function, of
-`dualenc.commands` but for the demo, parsed by jsonargparse from its signature. A user's mistake is one line on standard
-error, never a traceback: exit status 2 for wrong use, 1 for work that failed, 75 for a run that a signal stopped and
-that can go on.
+`dualenc.commands` and `dualenc.evaluating` but for the demo, parsed by jsonargparse from its signature. A user's
+mistake is one line on standard error, never a traceback: exit status 2 for wrong use, 1 for work that failed, 75 for a
+run that a signal stopped and that can go on.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from dualenc import commands
+from dualenc import commands, evaluating
 from dualenc.commands import UsageError, WorkError, config_folder
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -50,11 +50,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
         commands.doctor,
         commands.shrink,
         commands.tokenizer,
-        commands.zeroshot,
-        commands.retrieval,
-        commands.choice,
-        commands.probe,
-        commands.compare,
+        evaluating.zeroshot,
+        evaluating.retrieval,
+        evaluating.choice,
+        evaluating.probe,
+        evaluating.compare,
         commands.embed,
         commands.interpolate,
     )
@@ -108,6 +108,7 @@ def _trainer_command(arguments: list[str]) -> None:
                 # As dicts: jsonargparse makes the dataclass itself.
                 parser.link_arguments(f"model.{source}", f"data.init_args.{target}", asdict, apply_on="instantiate")
             parser.link_arguments("model.masked", "data.init_args.mask", apply_on="instantiate")
+            parser.link_arguments("model.heads", "data.init_args.heads", _as_dicts, apply_on="instantiate")
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             config = self.config[str(self.subcommand)].clone()
@@ -140,6 +141,7 @@ def _trainer_command(arguments: list[str]) -> None:
                 raise UsageError(
                     f"{type(self.model).__name__} predicts nothing; embed by `dualenc.load(RUN).embed_images(...)`"
                 )
+            self.before_validate()
 
         def after_validate(self) -> None:
             if not self.trainer.is_global_zero:
@@ -206,6 +208,11 @@ def _trainer_command(arguments: list[str]) -> None:
         if isinstance(error, DataError):
             raise WorkError(error) from error
         raise
+
+
+def _as_dicts(configs: dict[str, Any]) -> dict[str, Any]:
+    """jsonargparse makes the dataclasses itself."""
+    return {name: asdict(config) for name, config in configs.items()}
 
 
 def _run(arguments: list[str]) -> None:

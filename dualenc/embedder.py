@@ -5,9 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,16 +22,22 @@ from dualenc.data.images import Preprocess, open_image
 from dualenc.data.pairs import Pairs
 from dualenc.data.tokenizer import Tokenizer
 from dualenc.evaluation import zero_shot_classifier
+from dualenc.folders import (
+    FORMAT,
+    ModelError,
+    check_format,
+    from_dict,
+    hub_folder,
+    read_json,
+    replaced_folder,
+    write_json,
+)
 from dualenc.models.dual import DualConfig, DualEncoder
+from dualenc.models.heads import TextModel
 from dualenc.models.image import ImageEncoder
 from dualenc.models.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, load_open_clip
 
-FORMAT = 1
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocess.json")
-
-
-class ModelError(ValueError):
-    """A model directory or spec that cannot be used; the message names the file or key."""
 
 
 class Embedder:
@@ -144,27 +147,15 @@ class Embedder:
         Raises:
             ModelError: the path is taken by something that is no model directory, or the model is open_clip's.
         """
-        path, model = Path(path), self.dual_encoder
-        if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= {*FILES, "README.md"}):
-            raise ModelError(f"{path} exists and is no model directory: choose another path")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            beside.chmod(0o755)
-            _write_json(beside / "config.json", {"format": FORMAT, **dataclasses.asdict(model.config)})
-            _write_json(beside / "preprocess.json", dataclasses.asdict(self.preprocess))
-            typing.cast(Tokenizer, self.tokenizer).save(beside / "tokenizer.json")
+        model = self.dual_encoder
+        with replaced_folder(path, {*FILES, "README.md"}) as folder:
+            write_json(folder / "config.json", {"format": FORMAT, **dataclasses.asdict(model.config)})
+            write_json(folder / "preprocess.json", dataclasses.asdict(self.preprocess))
+            typing.cast(Tokenizer, self.tokenizer).save(folder / "tokenizer.json")
             weights = model.state_dict() if weights is None else weights
             state = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
-            save_file(state, beside / "model.safetensors")
-            (beside / "README.md").write_text(self._card(), "utf-8")
-            old = beside.with_name(f"{beside.name}-old")
-            if path.exists():
-                path.rename(old)  # whatever happens now, one of the two is whole
-            beside.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            save_file(state, folder / "model.safetensors")
+            (folder / "README.md").write_text(self._card(), "utf-8")
 
     def _card(self) -> str:
         config = self.dual_encoder.config
@@ -246,12 +237,13 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
             raise ModelError(f"{name}: {error}") from None
         return Embedder(peer.to(device), peer_tokenizer, transform, name)
     path = model_folder(spec)
-    fields = _read_json(path / "config.json")
-    _check_format(fields, path / "config.json")
-    config: DualConfig = _from_dict(DualConfig, fields, str(path / "config.json"))
+    fields = read_json(path / "config.json")
+    check_format(fields, path / "config.json")
+    config: DualConfig = from_dict(DualConfig, fields, str(path / "config.json"))
     where = path / "preprocess.json"
-    preprocess: Preprocess = _from_dict(Preprocess, _read_json(where), str(where))
-    tokenizer = Tokenizer.from_file(path / "tokenizer.json", config.text.context_length)
+    preprocess: Preprocess = from_dict(Preprocess, read_json(where), str(where))
+    text = config.text
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json", text.context_length, text.pad_to, text.pad_id)
     try:
         state = load_file(path / "model.safetensors")
     except (SafetensorError, OSError) as error:
@@ -271,7 +263,7 @@ def model_folder(spec: str | os.PathLike[str]) -> Path:
         ModelError: there is none, or a file of it is missing.
     """
     spec = os.fspath(spec)
-    path = _hub(spec) if spec.startswith("hf-hub:") else Path(spec)
+    path = hub_folder(spec, [*FILES, "README.md"]) if spec.startswith("hf-hub:") else Path(spec)
     if not path.is_dir():
         raise ModelError(f"model {spec!r} is no folder, and no hf-hub:owner/name or open_clip:ARCH/PRETRAINED")
     if not (path / "config.json").exists():
@@ -290,17 +282,19 @@ def image_features(tower: ImageEncoder, preprocess: Preprocess, images: Tensor) 
 
 
 def fingerprint(
-    model: DualEncoder | OpenClip | ImageEncoder, preprocess: Preprocess | OpenClipTransform, more: str = ""
+    model: DualEncoder | OpenClip | ImageEncoder | TextModel,
+    preprocess: Preprocess | OpenClipTransform | None,
+    more: str = "",
 ) -> str:
     """A hash of all that embeddings or features depend on: architecture, weights to the bit, preprocessing.
 
     Args:
-        model: a dual encoder, or an image tower.
-        preprocess: its.
+        model: a dual encoder, or one tower.
+        preprocess: its; none of a text model.
         more: what else counts, such as the tokenizer's fingerprint.
     """
     digest = hashlib.blake2b(digest_size=16)
-    about = [dataclasses.asdict(model.config), dataclasses.asdict(preprocess), more]
+    about = [dataclasses.asdict(model.config), preprocess and dataclasses.asdict(preprocess), more]
     digest.update(json.dumps(about, sort_keys=True).encode())
     for name, x in sorted(model.state_dict().items()):
         digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
@@ -366,27 +360,6 @@ def interpolate(first: Embedder, second: Embedder, alpha: float) -> Embedder:
     return Embedder(model, first.tokenizer, first.preprocess, name=name)
 
 
-def _hub(spec: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, _, revision = spec.removeprefix("hf-hub:").partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*FILES, "README.md"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{spec} cannot be had from the hub ({str(error).splitlines()[0]})") from None
-
-
-def _check_format(fields: Any, path: Path) -> None:
-    found = fields.pop("format", None) if isinstance(fields, dict) else None
-    if not isinstance(found, int):
-        raise ModelError(f"{path} says no 'format': it is no config of dualenc")
-    if found > FORMAT:
-        raise ModelError(
-            f"{path} has format {found}, dualenc {version('dualenc')} reads up to {FORMAT}: upgrade dualenc"
-        )
-
-
 def _load_state(model: DualEncoder, state: dict[str, Tensor], path: Path) -> None:
     wanted = model.state_dict()
     wrong = [f"{name} is missing" for name in wanted if name not in state]
@@ -400,54 +373,3 @@ def _load_state(model: DualEncoder, state: dict[str, Tensor], path: Path) -> Non
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ModelError(f"{path} does not fit config.json: {'; '.join(wrong[:5])}{more}")
     model.load_state_dict(state)
-
-
-def _from_dict(cls: type[Any], fields: Any, where: str) -> Any:
-    """A frozen dataclass from parsed JSON: every key and every type as declared, nothing missing, nothing more."""
-    if not isinstance(fields, dict):
-        raise ModelError(f"{where} must be an object, not {fields!r}")
-    hints = typing.get_type_hints(cls)
-    if unknown := [key for key in fields if key not in hints]:
-        raise ModelError(f"{where} has the unknown key {unknown[0]!r}: it needs a newer dualenc, or a correction")
-    if missing := [key for key in hints if key not in fields]:
-        raise ModelError(f"{where} has no key {missing[0]!r}")
-    values = {}
-    for key, hint in hints.items():
-        value = fields[key]
-        if dataclasses.is_dataclass(hint):
-            values[key] = _from_dict(typing.cast(type, hint), value, f"{where}: {key}")
-        elif not _is(value, hint):
-            raise ModelError(f"{where}: {key} must be {getattr(hint, '__name__', hint)}, not {value!r}")
-        else:
-            values[key] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**values)
-    except (ValueError, ArithmeticError) as error:
-        raise ModelError(f"{where}: {error}") from None
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a value of parsed JSON is of a declared type, of those that the configs use."""
-    kind, parts = typing.get_origin(hint), typing.get_args(hint)
-    if kind is typing.Literal:
-        return value in parts
-    if kind in (typing.Union, types.UnionType):
-        return any(_is(value, part) for part in parts)
-    if kind is tuple:
-        return isinstance(value, list) and len(value) == len(parts) and all(map(_is, value, parts))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind or hint)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error})") from None

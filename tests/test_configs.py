@@ -1,16 +1,25 @@
 """Every configuration of the package runs at toy size: the loss falls, every parameter gets a gradient."""
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import write_benchmark, write_shards
+import yaml
+from helpers import caption, tiny_tokenizer, write_benchmark, write_shards
 
+from dualenc import TextConfig
 from dualenc.cli import main
+from dualenc.interop import TextPredictor
+from dualenc.models import TextModel
 from dualenc.training import ContrastiveTask
+from dualenc.training.task import Task
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+EVERY = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+TEXTS = [path for path in EVERY if "TextData" in path.read_text()]
+CONFIGS = [path for path in EVERY if path not in TEXTS]
 
 SMALL = [
     "--model.image.name", "vit_tiny_patch16_224", "--model.image.img_size", "32",
@@ -40,24 +49,76 @@ def small_fit(config: Path, folder: Path, seed: int, *more: str) -> Path:
     return run
 
 
+def small_texts(config: Path, folder: Path, seed: int) -> Path:
+    """Runs a configuration of texts made small; the run directory."""
+    settings = yaml.safe_load(config.read_text())
+    model, data = settings["model"]["init_args"], settings["data"]["init_args"]
+    size = {"vocab_size": 200, "width": 32, "layers": 2, "heads": 2, "mlp_width": 48}
+    rng = np.random.default_rng(seed)
+    if "text_from" in model:
+        tokenizer = tiny_tokenizer(context_length=64)
+        text = TextConfig(**{**size, "vocab_size": tokenizer.vocab_size}, context_length=64, types=2)
+        TextPredictor(TextModel(text), tokenizer).save(folder / "pretrained")
+        model["text_from"] = str(folder / "pretrained")
+    else:
+        model["text"] |= size
+    heads = model.get("heads", {"rtd": {"kind": "rtd"}})
+    for name, source in data["train"].items():
+        head = heads[name]
+        lines = []
+        for number in range(64):
+            label = head.get("labels", [""])[number % len(head.get("labels", [""]))]
+            text = f"{caption(rng)} {caption(rng)} {label}"  # it can be learnt
+            number = str(rng.integers(5)) if head.get("problem") == "regression" else label
+            fields = {source.get("text", "text"): text, source.get("label", "label"): number}
+            lines.append(fields | ({source["pair"]: caption(rng)} if "pair" in source else {}))
+        path = folder / f"{name}.tsv"
+        rows = ["\t".join(lines[0]), *("\t".join(line.values()) for line in lines)]
+        path.write_text("\n".join(rows) + "\n")
+        source["files"] = str(path)
+        if isinstance(data["val"], dict):
+            data["val"][name]["files"] = str(path)
+    data |= {"batch_size": 16, "workers": 0, "val": data["val"] if isinstance(data["val"], dict) else 0.2}
+    model["optimizer"]["init_args"]["lr"] = 0.003
+    settings["seed_everything"] = seed
+    settings["trainer"] |= {
+        "max_epochs": -1, "max_steps": 32, "log_every_n_steps": 1, "accelerator": "cpu", "devices": 1,
+        "default_root_dir": str(folder / "run"),
+    }  # fmt: skip
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    main(["fit", "--config", str(path)])
+    return folder / "run"
+
+
 def metrics(run: Path, name: str) -> list[float]:
     with open(run / "metrics.csv") as file:
         return [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == name]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_runs_small(config: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    without: set[str] = set()
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Parameters without a gradient in some step (of heads in turn: in all), or in no group of the optimizer."""
+    found: set[str] = set()
+    had: set[str] = set()
 
-    def check(self: ContrastiveTask, optimizer: torch.optim.Optimizer) -> None:
+    def check(self: Task, optimizer: torch.optim.Optimizer) -> None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        without.update(
-            name
-            for name, p in self.named_parameters()
-            if p.grad is None or not bool(p.grad.any()) or id(p) not in known
-        )
+        here = {name for name, p in self.named_parameters() if p.grad is not None and p.grad.any() and id(p) in known}
+        had.update(here)
+        names = {name for name, _ in self.named_parameters()}
+        found.update(names - here if isinstance(self, ContrastiveTask) else ())
+        if not isinstance(self, ContrastiveTask):
+            found.clear()
+            found.update(names - had)
 
-    monkeypatch.setattr(ContrastiveTask, "on_before_optimizer_step", check, raising=False)
+    monkeypatch.setattr(Task, "on_before_optimizer_step", check, raising=False)
+    yield found
+    assert had
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_runs_small(config: Path, tmp_path: Path, seed: int, without: set[str]) -> None:
     run = small_fit(config, tmp_path, seed)
     losses = metrics(run, "train/loss")
     assert len(losses) == 24
@@ -67,8 +128,23 @@ def test_runs_small(config: Path, tmp_path: Path, seed: int, monkeypatch: pytest
     assert {path.name for path in run.iterdir()} >= {"best", "last", "config.yaml", "run.json", "checkpoints"}
 
 
+@pytest.mark.parametrize("config", TEXTS, ids=lambda path: path.stem)
+def test_texts_run_small(config: Path, tmp_path: Path, seed: int, without: set[str]) -> None:
+    run = small_texts(config, tmp_path, seed)
+    losses = metrics(run, "train/loss")
+    assert len(losses) == 32
+    assert sum(losses[-8:]) < sum(losses[:8])
+    assert not without
+    assert {path.name for path in run.iterdir()} >= {"best", "last", "config.yaml", "run.json", "checkpoints"}
+
+
 def test_there_are_configs() -> None:
-    assert {path.stem for path in CONFIGS} >= {
+    assert {path.stem for path in EVERY} >= {
+        "mlm",
+        "replaced_tokens",
+        "classify",
+        "classify_pretrained",
+        "tasks_pretrained",
         "smoke",
         "small",
         "flickr8k",

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dualenc
-from dualenc import DataError, ModelError, Preprocess, ShardIndex
-from dualenc.data import ImageError, PairDataset, PairLoader, decode_image
+from dualenc import DataError, ModelError, Preprocess, ShardIndex, TextConfig
+from dualenc.data import ImageError, Loader, PairDataset, decode_image
 from dualenc.embedder import FILES, Embedder, load
 
 TEXTS = ["a cat", "", "two hats and boats", "the red dog sits on a blue mat under the green tree", "dog", "a", "a dog"]
@@ -153,7 +153,7 @@ def test_one_input(embedder, photos):
 def test_batches_of_a_pair_loader(embedder, tmp_path, seed):
     index = ShardIndex.build(write_shards(tmp_path / "shards", [3, 4], seed))
     dataset = PairDataset(index, "txt", embedder.tokenizer, embedder.preprocess)
-    found = embedder.embed_images(PairLoader(dataset, 3, shuffle=False))
+    found = embedder.embed_images(Loader(dataset, 3, shuffle=False))
     assert (found - embedder.embed_images([decode_image(s.read("png")) for s in index])).abs().max() < 1e-6
 
 
@@ -282,6 +282,18 @@ CONFIGS = {
     "negative embedding": ({"embed_dim": -8}, r"config\.json"),
     "no patches": ({"image__overrides": {"patch_size": 0}}, r"config\.json"),
 }  # fmt: skip
+
+
+def test_older_files_lack_what_came_later(saved):
+    new = load(saved)
+    path = saved / "config.json"
+    fields = json.loads(path.read_text())
+    fields["text"] = {name: value for name, value in fields["text"].items() if name in TextConfig.REQUIRED}
+    assert len(fields["text"]) == 12
+    path.write_text(json.dumps(fields))
+    old = load(saved)
+    assert old.dual_encoder.config == new.dual_encoder.config
+    assert old.fingerprint == new.fingerprint
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -1,8 +1,8 @@
 """Heads: from hidden states to logits. None owns an encoder; what one ties to, its caller hands it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ class HeadConfig:
             absent too: the encoder's.
         norm: LayerNorm after the activation of a classification head (ModernBERT).
         tied: the logits of "mlm" are products with the word embedding, and not with weights of the head's own.
-        scale: of the cosines of an embedding with negatives; of a cosine problem, the label that means a cosine of 1.
+        scale: of the cosines of an embedding with negatives, absent 20; of a cosine problem, the label that means a
+            cosine of 1, absent 1.
         weight: of its loss, where several heads are trained together.
     """
 
@@ -39,7 +40,7 @@ class HeadConfig:
     activation: Activation | None = "tanh"
     norm: bool = False
     tied: bool = True
-    scale: float = 1.0
+    scale: float | None = None
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class HeadConfig:
                 raise ValueError("a head for regression has one label, the name of its number")
         elif self.labels:
             raise ValueError(f"a head for {self.kind} has no labels")
-        if not self.scale > 0 or not self.weight > 0:
+        if (self.scale is not None and not self.scale > 0) or not self.weight > 0:
             raise ValueError(f"scale {self.scale} and weight {self.weight} of a head must be positive")
 
 
@@ -148,6 +149,32 @@ def make_head(config: TextConfig, head: HeadConfig) -> nn.Module:
     return ClassificationHead(config, len(head.labels), head.activation, head.norm)
 
 
+def answers(head: HeadConfig, logits: Tensor) -> list[dict[str, Any]]:
+    """What a classification says, in words.
+
+    Args:
+        head: of kind "classification".
+        logits: (B, C).
+
+    Returns:
+        For one label a text "label", its "score" and the "scores" of all labels, which sum to 1; for several "labels"
+        of a score of 0.5 or more, and "scores"; for a regression "value".
+    """
+    logits = logits.detach().float().cpu()
+    if head.problem == "regression":
+        return [{"value": value} for value in logits[:, 0].tolist()]
+    several = head.problem == "several"
+    out: list[dict[str, Any]] = []
+    for row in (logits.sigmoid() if several else logits.softmax(-1)).tolist():
+        scores = dict(zip(head.labels, row, strict=True))
+        if several:
+            out.append({"labels": [label for label, score in scores.items() if score >= 0.5], "scores": scores})
+        else:
+            best = max(scores, key=scores.__getitem__)
+            out.append({"label": best, "score": scores[best], "scores": scores})
+    return out
+
+
 class TextModel(nn.Module):
     """A text encoder and heads by name.
 
@@ -165,6 +192,41 @@ class TextModel(nn.Module):
     def forward(self, tokens: Tokens, head: str, places: Tensor | None = None) -> Tensor:
         """What one head says of texts; see `head`."""
         return self.head(head, self.encoder(tokens), tokens, places)
+
+    @torch.no_grad()
+    def load_pretrained(self, other: "TextModel") -> list[str]:
+        """Takes the weights of an encoder of the same architecture, and of its heads what fits.
+
+        Heads for the same task, and of the same name where they have labels, are taken whole; of a pooler, or a
+        classification with other labels, the hidden layer.
+
+        Args:
+            other: where from.
+
+        Returns:
+            What was taken besides the encoder, in words.
+        """
+        self.encoder.load_state_dict(other.encoder.state_dict())
+        taken = []
+        for name, mine in self.head_configs.items():
+            for key, theirs in other.head_configs.items():
+                named = key == name or mine.kind in ("mlm", "rtd")
+                if named and replace(theirs, weight=mine.weight, scale=mine.scale, pool=mine.pool) == mine:
+                    self.heads[name].load_state_dict(other.heads[key].state_dict())
+                    taken.append(f"head {name}")
+                    break
+            else:
+                layers = [
+                    other.heads[key]
+                    for key, theirs in other.head_configs.items()
+                    if theirs.kind in ("pooler", "classification")
+                    and (theirs.activation, theirs.norm) == (mine.activation, mine.norm)
+                ]
+                if mine.kind == "classification" and mine.activation is not None and layers:
+                    for part in ("dense", "norm"):
+                        getattr(self.heads[name], part).load_state_dict(getattr(layers[0], part).state_dict())
+                    taken.append(f"the first layer of head {name}")
+        return taken
 
     def head(self, name: str, hidden: Tensor, tokens: Tokens, places: Tensor | None = None) -> Tensor:
         """What a head says of hidden states.

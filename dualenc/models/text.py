@@ -13,7 +13,7 @@ Decisions:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,12 @@ class TextConfig:
         family: `model_type` of Hugging Face that a checkpoint is written as; absent, the first that has this
             architecture.
     """
+
+    # What the first files had; they lack the rest, whose defaults mean what was then.
+    REQUIRED: ClassVar = (
+        "vocab_size", "width", "layers", "heads", "mlp_width", "context_length", "types", "norm", "pool", "activation",
+        "dropout", "norm_eps",
+    )  # fmt: skip
 
     vocab_size: int = 30522
     width: int = 768

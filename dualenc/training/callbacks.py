@@ -11,19 +11,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dualenc.data import BenchmarkSet, DataError
-from dualenc.embedder import Embedder
 from dualenc.evaluator import SetEmbeddings, embed_set, score
 from dualenc.report import Section
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.ema import averaged
 from dualenc.training.ranks import gathered
 from dualenc.training.task import say
-
-
-def embedder_of(trainer: Trainer, task: ContrastiveTask) -> Embedder:
-    """The task's model as it stands, for evaluation or saving."""
-    tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-    return Embedder(task.model, tokenizer, task.preprocess, name=str(trainer.default_root_dir))
 
 
 class Evaluation(Callback):
@@ -50,6 +43,8 @@ class Evaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Opens the sets, so that a wrong one stops the run before it begins."""
+        if not isinstance(pl_module, ContrastiveTask):
+            raise DataError(f"Evaluation is of images and texts: a {type(pl_module).__name__} has no use for it")
         self.sets = [BenchmarkSet.open(folder) for folder in self.folders]
         names = [data.name for data in self.sets]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -80,7 +75,7 @@ class Evaluation(Callback):
         self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ContrastiveTask)
+        assert isinstance(pl_module, ContrastiveTask)  # seen to in `setup`
         pl_module.pause_clock()
         with averaged(trainer), _in_one_piece(pl_module):
             metrics = self._numbers(trainer, pl_module)
@@ -96,7 +91,7 @@ class Evaluation(Callback):
                 self._numbers(trainer, pl_module)
 
     def _numbers(self, trainer: Trainer, pl_module: ContrastiveTask) -> dict[str, float]:
-        embedder = embedder_of(trainer, pl_module)
+        embedder = pl_module.embedder()
         rank, world = trainer.global_rank, trainer.world_size
         sections, error = [], ""
         for data in self.sets:

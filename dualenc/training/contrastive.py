@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import DataError, Pairs, Preprocess
 from dualenc.data.features import Features
+from dualenc.data.images import thumbnail
 from dualenc.data.masking import Masked
+from dualenc.data.pairs import captions_of, decode_sample
 from dualenc.embedder import Embedder, ModelError, difference, fingerprint, load, model_folder
 from dualenc.evaluation import retrieval_metrics
+from dualenc.evaluator import score_retrieval
+from dualenc.interop import open_text
 from dualenc.losses import Duplicates, clip_loss
 from dualenc.models import (
     DualEncoder,
@@ -30,10 +34,12 @@ from dualenc.models import (
     embed_pieces,
     in_pieces,
 )
+from dualenc.report import Section
 from dualenc.tokens import Tokens
 from dualenc.training.metrics import PairEmbeddings
 from dualenc.training.optim import Tuning, WarmupCosine
-from dualenc.training.task import Task, say
+from dualenc.training.ranks import mean_over_ranks
+from dualenc.training.task import Task, say, tower_in_words
 
 
 def adamw(parameters: Iterable[Any]) -> AdamW:
@@ -41,6 +47,7 @@ def adamw(parameters: Iterable[Any]) -> AdamW:
     return AdamW(parameters, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, fused=True)
 
 
+BASE = TextConfig()
 PLAIN = Tuning()
 MASKED = 0.15  # share of the tokens that are hidden for a masked-language-model loss
 
@@ -65,6 +72,8 @@ class ContrastiveTask(Task):
     Args:
         image: architecture of the image tower.
         text: architecture of the text tower.
+        text_from: a text checkpoint, see `dualenc.load_text`: the text tower has its architecture in place of `text`,
+            its weights, and its tokenizer unless the data name another.
         embed_dim: dimensions of the common space.
         projection: from each tower into it, "linear" or "mlp".
         loss: function of (image, text, scale, bias, group=...), such as `dualenc.losses.clip_loss` or `siglip_loss`.
@@ -91,10 +100,13 @@ class ContrastiveTask(Task):
         seed: of dropout; the command line gives it `seed_everything`.
     """
 
+    noun = "pairs"
+
     def __init__(
         self,
         image: ImageConfig,
-        text: TextConfig,
+        text: TextConfig = BASE,
+        text_from: str | None = None,
         embed_dim: int = 512,
         projection: Literal["linear", "mlp"] = "linear",
         loss: Callable = clip_loss,
@@ -114,6 +126,11 @@ class ContrastiveTask(Task):
         max_skipped: int = 20,
         seed: int = 0,
     ) -> None:
+        text_checkpoint = open_text(text_from) if text_from else None
+        if text_checkpoint is not None:
+            text = text_checkpoint.config
+            if is_model(pretrained):
+                raise ValueError(f"model.text_from {text_from}: model.pretrained {pretrained} has a text tower already")
         model = DualEncoder(
             image,
             text,
@@ -125,6 +142,7 @@ class ContrastiveTask(Task):
             patch_dropout=patch_dropout,
         )
         super().__init__(model, optimizer, scheduler, seed, max_skipped)
+        self.text_checkpoint = text_checkpoint
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.tunings = {"image": image_tuning, "text": text_tuning}
         for name, tuning in self.tunings.items():
@@ -158,6 +176,8 @@ class ContrastiveTask(Task):
             self._load(source)
         elif stage == "fit" and source:
             self.model.image.load_pretrained(source if isinstance(source, str) else None)
+        if stage == "fit" and self.text_checkpoint is not None and not self.trainer.ckpt_path:
+            self.model.text.load_state_dict(self.text_checkpoint.model().encoder.state_dict())
         if stage == "fit" and self.mlm is not None and not getattr(self.trainer.datamodule, "mask", 0):
             raise ValueError(f"model.mlm_weight needs data that hide words: PairData(mask={MASKED})")
         features = getattr(self.trainer.datamodule, "features", None)
@@ -198,6 +218,37 @@ class ContrastiveTask(Task):
                 f"{folder / 'tokenizer.json'}"
             )
         self.model.load_pretrained(given.dual_encoder)
+
+    def embedder(self) -> Embedder:
+        """The model as it stands, for evaluation or saving."""
+        tokenizer = self.trainer.datamodule.tokenizer
+        return Embedder(self.model, tokenizer, self.preprocess, name=str(self.trainer.default_root_dir))
+
+    def save_model(self, path: Path, weights: Mapping[str, Tensor]) -> None:
+        """See `Task.save_model`."""
+        self.embedder().save(path, weights)
+
+    def about(self) -> dict[str, str]:
+        """See `Task.about`."""
+        image = self.model.config.image
+        return {
+            "image tower": f"{image.name} {image.overrides or ''} at {image.img_size} pixels",
+            "text tower": tower_in_words(self.text_config),
+        }
+
+    def sections(self) -> list[Section]:
+        """See `Task.sections`."""
+        if self.held_out is None:
+            return []
+        rows, image, text = self.held_out
+        data = self.trainer.datamodule
+        samples = [data.val_index[row] for row in rows.tolist()]
+        captions = [captions_of(sample, data.captions)[0] for sample in samples]
+        found = score_retrieval(
+            "held-out pairs", image, text, captions, torch.arange(len(samples)),
+            picture=lambda i: thumbnail(decode_sample(samples[i])), model=str(self.trainer.default_root_dir),
+        )  # fmt: skip
+        return [found.section]
 
     def configure_model(self) -> None:
         """Spreads the weights over the ranks, block by block, where the strategy is ModelParallelStrategy (FSDP2).
@@ -263,14 +314,9 @@ class ContrastiveTask(Task):
         """Cross entropy of the hidden tokens, the mean over those of all ranks."""
         some = [(piece.tokens, piece.masked) for piece in pieces if piece.masked is not None]
         total = torch.stack(in_pieces(self._guess_piece, some)).sum()
-        both = torch.stack([total.detach(), torch.full_like(total, sum(len(masked.places) for _, masked in some))])
-        world = self.trainer.world_size
-        if world > 1:
-            dist.all_reduce(both)
-        number = both[1].clamp(min=1)
-        self._mlm_loss = both[0] / number
-        # As value the mean of all; as gradient this rank's share, times what averaging over the ranks divides by.
-        return self._mlm_loss + (total - total.detach()) * world / number
+        mean = mean_over_ranks(total, sum(len(masked.places) for _, masked in some), self.trainer.world_size)
+        self._mlm_loss = mean.detach()
+        return mean
 
     def _guess_piece(self, tokens: Tokens, masked: Masked) -> Tensor:
         hidden = self.model.text(tokens._replace(ids=masked.ids))[masked.places]

@@ -118,6 +118,25 @@ def gathered(value: Any, world: int) -> list[Any]:
     return values
 
 
+def mean_over_ranks(total: Tensor, number: float | Tensor, world: int) -> Tensor:
+    """The mean of what all ranks have summed up, for a loss whose gradient is averaged over the ranks.
+
+    Args:
+        total: sums of this rank, of any shape.
+        number: how many summands each has.
+        world: ranks.
+
+    Returns:
+        As value the mean over all ranks' summands, 0 where there are none; as gradient this rank's share, times what
+        averaging over the ranks divides by.
+    """
+    both = torch.stack([total.detach(), torch.as_tensor(number, device=total.device).to(total.dtype).expand_as(total)])
+    if world > 1:
+        dist.all_reduce(both)
+    number = both[1].clamp(min=1)
+    return both[0] / number + (total - total.detach()) * world / number
+
+
 class Watch(threading.Thread):
     """Ends this process where another rank is dead or none goes on, and says which one and where.
 

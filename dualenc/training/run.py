@@ -26,17 +26,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from dualenc.data.errors import one_line
-from dualenc.data.images import thumbnail
 from dualenc.data.journal import write_whole
-from dualenc.data.pairs import captions_of, decode_sample
 from dualenc.data.storage import redact
 from dualenc.embedder import ModelError
-from dualenc.evaluator import score_retrieval
 from dualenc.report import write_report
-from dualenc.training.callbacks import Evaluation, embedder_of
+from dualenc.training.callbacks import Evaluation
 from dualenc.training.checkpoint import CheckpointError, VerifiedIO, checkpoints, path_of, step_of, write
-from dualenc.training.contrastive import ContrastiveTask
-from dualenc.training.data import Source
 from dualenc.training.ema import averaged
 from dualenc.training.log import cut_back
 from dualenc.training.ranks import Agreement, Signals, Stopped, Watch, gathered
@@ -115,7 +110,8 @@ class RunDirectory(Checkpoint):
             trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         self.root, self._trainer = Path(trainer.default_root_dir), trainer
         trainer.strategy.checkpoint_io = VerifiedIO()
-        if isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 2:
+        several = len(getattr(pl_module, "heads", ())) > 1  # a step may be without one of them
+        if isinstance(trainer.strategy, DDPStrategy) and (trainer.world_size > 2 or several):
             # Otherwise gradients are summed up in another order after the first step, and a run that is continued has
             # another first step.
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -132,7 +128,9 @@ class RunDirectory(Checkpoint):
         fit = checkpoint["loops"]["fit_loop"]
         (then,) = fit["state_dict"]["combined_loader"]
         now = trainer.datamodule.train_dataloader().state_dict()  # type: ignore[attr-defined]
-        changed = [name for name in now if name not in ("epoch", "batch") and then.get(name) != now[name]]
+        changed = [
+            name for name in {**then, **now} if name not in ("epoch", "batch") and then.get(name) != now.get(name)
+        ]
         if "features" in changed and now["features"] is not None:
             raise CheckpointError(
                 "the checkpoint's run did not have these data.features: give it those that it had, or begin a new run"
@@ -140,7 +138,7 @@ class RunDirectory(Checkpoint):
         if refused := [name for name in changed if name not in self.accept_changes]:
             name = refused[0]
             raise CheckpointError(
-                f"the checkpoint's run had {name} {then.get(name)}, this one has {now[name]}; if that is meant: "
+                f"the checkpoint's run had {name} {then.get(name)}, this one has {now.get(name)}; if that is meant: "
                 f"--run.accept_changes '[{', '.join(refused)}]' goes on from the next epoch"
             )
         if changed:
@@ -186,7 +184,7 @@ class RunDirectory(Checkpoint):
             if self.config_yaml is not None:
                 write_whole(self.root / "config.yaml", redact(self.config_yaml))
             self._take_up_record(trainer)
-            self._record(trainer)
+            self._record(trainer, pl_module)
             if self._continues:
                 say(f"goes on after step {trainer.global_step:,}")
         # Lightning asks the first rank at each step whether it was told to stop, and waits for the answer.
@@ -239,7 +237,7 @@ class RunDirectory(Checkpoint):
                 callback.complete(trainer, pl_module)
         self._save_model(trainer, pl_module, "last")
         if trainer.is_global_zero:
-            self._record(trainer)
+            self._record(trainer, pl_module)
             try:
                 self._report(trainer, pl_module)
             except (OSError, ValueError) as error:  # the run is not lost because a page is
@@ -249,7 +247,7 @@ class RunDirectory(Checkpoint):
         if self._watch is not None:
             self._watch.close()
         if trainer.is_global_zero:
-            self._record(trainer)
+            self._record(trainer, pl_module)
             found = self.best_value > -math.inf
             best = (
                 f"best/ has {self.monitor} {self.best_value:.4g}"
@@ -344,7 +342,7 @@ class RunDirectory(Checkpoint):
                 for path in checkpoints(folder)[self.keep :]:
                     with suppress(OSError):
                         path.unlink()
-                self._record(trainer)
+                self._record(trainer, pl_module)
         error = trainer.strategy.broadcast(error)
         self._saved_at, self._due = time.monotonic(), False
         if error:
@@ -370,13 +368,13 @@ class RunDirectory(Checkpoint):
     def _save_model(self, trainer: Trainer, pl_module: LightningModule, name: str) -> bool:
         """Whether it could be written; the same on all ranks."""
         error = ""
-        assert isinstance(pl_module, ContrastiveTask)
+        assert isinstance(pl_module, Task)
         with averaged(trainer):
             weights = trainer.strategy.lightning_module_state_dict()  # whole on the first rank, wherever they lie
             if trainer.is_global_zero:
                 whole = {key.removeprefix("model."): x for key, x in weights.items() if key.startswith("model.")}
                 try:
-                    embedder_of(trainer, pl_module).save(self.root / name, whole)
+                    pl_module.save_model(self.root / name, whole)
                 except (OSError, ModelError) as raised:
                     error = getattr(raised, "strerror", None) or str(raised)
                     say(f"{self.root / name} cannot be written: {error}")
@@ -397,7 +395,8 @@ class RunDirectory(Checkpoint):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._starts.append({"step": trainer.global_step, "at": now, "ranks": trainer.world_size})
 
-    def _record(self, trainer: Trainer) -> None:
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Task)
         data = trainer.datamodule  # type: ignore[attr-defined]
         record = {
             "command": redact(shlex.join(sys.argv)),
@@ -408,8 +407,8 @@ class RunDirectory(Checkpoint):
             "machine": f"{platform.node()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores",
             "ranks": trainer.world_size,
             "seed": data.seed,
-            "train_pairs": len(data.train_index),
-            "held_out_pairs": len(data.val_index) if data.val_index else 0,
+            f"train_{pl_module.noun}": len(data.train_index),
+            f"held_out_{pl_module.noun}": len(data.val_index) if data.val_index else 0,
             "fingerprint": data.train_index.fingerprint,
             "step": trainer.global_step,
             "samples_seen": self._samples,
@@ -426,34 +425,22 @@ class RunDirectory(Checkpoint):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """`report.html`: the curves, and the last measurement of what this process has measured."""
-        assert isinstance(pl_module, ContrastiveTask)
+        assert isinstance(pl_module, Task)
         record = json.loads((self.root / "run.json").read_text("utf-8"))
         sections = [
             section for callback in trainer.callbacks if isinstance(callback, Evaluation)  # type: ignore[attr-defined]
             for section in callback.sections
         ]  # fmt: skip
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if pl_module.held_out is not None:
-            rows, image, text = pl_module.held_out
-            samples = [data.val_index[row] for row in rows.tolist()]
-            captions = [captions_of(sample, data.captions)[0] for sample in samples]
-            sections.append(
-                score_retrieval(
-                    "held-out pairs", image, text, captions, torch.arange(len(samples)),
-                    picture=lambda i: thumbnail(decode_sample(samples[i])), model=str(self.root),
-                ).section
-            )  # fmt: skip
-        config = pl_module.model.config
+        sections += pl_module.sections()
+        noun = pl_module.noun
         minutes, seconds = divmod(round(record["seconds"]), 60)
         about = {
             "command": redact(shlex.join(["dualenc", *sys.argv[1:]])),
             "model": self.root,
-            "image tower": f"{config.image.name} {config.image.overrides or ''} at {config.image.img_size} pixels",
-            "text tower": f"{config.text.layers} layers of width {config.text.width}, "
-            f"{config.text.vocab_size:,} entries, up to {config.text.context_length} tokens",
+            **pl_module.about(),
             "parameters": f"{sum(p.numel() for p in pl_module.model.parameters()) / 1e6:.1f} M",
-            "data": "; ".join(map(_words, data.sources)),
-            "pairs": f"{record['train_pairs']:,} to train on, {record['held_out_pairs']:,} held out; "
+            "data": "; ".join(map(_words, trainer.datamodule.sources)),  # type: ignore[attr-defined]
+            noun: f"{record[f'train_{noun}']:,} to train on, {record[f'held_out_{noun}']:,} held out; "
             f"fingerprint {record['fingerprint']}",
             "training": f"{record['step']:,} steps, {record['samples_seen']:,} samples seen in {minutes} min "
             f"{seconds} s on {record['ranks']} x {record['device']}",
@@ -461,8 +448,8 @@ class RunDirectory(Checkpoint):
         write_report(self.root, f"Training of {self.root.name}", sections, about, self.root / "metrics.csv")
 
 
-def _words(source: Source) -> str:
-    shards, weight = source["shards"], source.get("weight", 1.0)
+def _words(source: Mapping[str, Any]) -> str:
+    shards, weight = source.get("shards") or source["files"], source.get("weight", 1.0)
     return redact(shards if isinstance(shards, str) else " ".join(shards)) + (f", weight {weight:g}" * (weight != 1))
 
 

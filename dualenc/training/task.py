@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import DataError
 from dualenc.data.plan import draw
+from dualenc.models import TextConfig
+from dualenc.report import Section
 from dualenc.training.optim import Tuning, parameter_groups
 from dualenc.training.ranks import Watch
 
@@ -66,6 +68,8 @@ class Task(LightningModule):
     """
 
     trainer: Any  # Lightning declares less than its Trainer has
+    noun = "samples"  # what the data consist of
+    pretrained: Any = False  # where a new run has weights from
 
     def __init__(
         self,
@@ -338,6 +342,28 @@ class Task(LightningModule):
                 short = name.removeprefix("train/").replace("samples_per_second", "samples/s")
                 self.trainer.progress_bar_metrics[short] = value
 
+    # What a run directory asks for
+
+    def save_model(self, path: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes a model directory.
+
+        Args:
+            path: its name.
+            weights: of `model`, whole.
+
+        Raises:
+            ModelError: it cannot be written.
+        """
+        raise NotImplementedError
+
+    def about(self) -> dict[str, str]:
+        """The model in words, for the report."""
+        return {}
+
+    def sections(self) -> list[Section]:
+        """What the last validation found, for the report."""
+        return []
+
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -361,6 +387,15 @@ class Task(LightningModule):
         self._skipped, self._spikes, self._in_a_row = running["skipped"], running["spikes"], running["in_a_row"]
         self._norms = deque(running["norms"], maxlen=NORMS)
         self._counts = list(running["counts"]) if self.trainer.is_global_zero else [0] * 4
+
+
+def tower_in_words(config: TextConfig) -> str:
+    """A text encoder's size."""
+    family = f"{config.family}, " if config.family else ""
+    return (
+        f"{family}{config.layers} layers of width {config.width}, {config.vocab_size:,} entries, up to "
+        f"{config.context_length} tokens"
+    )
 
 
 def _for_json(value: float) -> float | str:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo
@@ -11,7 +13,7 @@ from dualenc.models.attention import (
     ragged_attention,
     repadded_attention,
 )
-from dualenc.models.text import TextConfig, TextEncoder
+from dualenc.models.text import TextConfig, TextEncoder, rotated
 from dualenc.tokens import Tokens
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -55,11 +57,17 @@ def gradients(model, loss):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def per_text(q, k, v, offsets):
+def per_text(q, k, v, offsets, causal=False, window=None):
     """Attention as its formula reads, a text at a time."""
     outs = []
     for start, end in zip(offsets.tolist(), offsets.tolist()[1:]):
         scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
+        for i in range(end - start):
+            for j in range(end - start):
+                if (causal and j > i) or (window is not None and abs(i - j) > window):
+                    scores = scores.index_put(
+                        (torch.arange(HEADS), *torch.tensor([[i], [j]])), scores.new_tensor(-1e30)
+                    )
         outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:end]))
     return torch.cat(outs)
 
@@ -75,11 +83,26 @@ def heads(lengths, width=8, dtype=torch.float64, device="cpu"):
 # The encoder: packed against padded.
 
 
-@pytest.mark.parametrize("types", [0, 2])
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize("norm", ["post", "pre"])
-def test_packed_equals_padded(norm, pool, types):
-    model = build(norm=norm, pool=pool, types=types)
+FAMILIES = {
+    "shared layers": {"layers": 5, "groups": 2, "group_size": 2, "embed_width": 10},
+    "window": {"layers": 4, "window": 4, "global_every": 3},
+    "modern": {
+        "layers": 4, "positions": "rotary", "theta": 50.0, "local_theta": 7.0, "window": 6, "global_every": 2,
+        "gated": True, "bias": False, "norm": "pre", "embed_norm": True,
+    },
+    "causal": {"causal": True, "norm": "pre", "pool": "last", "activation": "quick_gelu"},
+    "offset": {"position_offset": 2, "types": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*({"norm": norm, "pool": pool, "types": types} for norm in ("post", "pre") for pool in ("cls", "mean")
+       for types in (0, 2)), *FAMILIES.values()],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)  # fmt: skip
+def test_packed_equals_padded(changes):
+    model, types = build(**changes), changes.get("types", 0)
     texts, segments = draw(ragged(), types)
     tokens = Tokens.pack(texts, segments)
 
@@ -105,7 +128,7 @@ def test_packed_equals_padded(norm, pool, types):
     got = gradients(model, (pooled * weight).sum() + (packed * spread_packed).sum())
     want = gradients(model, (oracle * weight).sum() + (padded * spread)[mask].sum())
     for name in want:
-        assert want[name].abs().max() > 1e-6, name
+        assert want[name].abs().max() > 1e-9, name
         torch.testing.assert_close(got[name], want[name], **EXACT, msg=lambda m, name=name: f"{name}: {m}")
 
     shifted = model.forward_padded(ids.roll(1, 0), mask.roll(1, 0), kinds)  # control: other texts
@@ -127,7 +150,7 @@ def test_nothing_to_pack(texts):
         Tokens.pack(texts)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("pool", ["cls", "mean", "last"])
 def test_pooled_rows_in_the_callers_order(pool):
     model = build(pool=pool)
     texts, _ = draw(ragged())
@@ -137,7 +160,8 @@ def test_pooled_rows_in_the_callers_order(pool):
         row = int(tokens.rows[i])
         assert tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]].tolist() == texts[i]
         own = hidden[tokens.offsets[row] : tokens.offsets[row + 1]]
-        torch.testing.assert_close(vector, own[0] if pool == "cls" else own.mean(0), **EXACT)
+        want = {"cls": own[0], "last": own[-1], "mean": own.mean(0)}[pool]
+        torch.testing.assert_close(vector, want, **EXACT)
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -219,19 +243,21 @@ def test_flop_formula_is_that_of_sdpa_on_each_text():
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "mixed"])
 @pytest.mark.parametrize("way", ["grouped", "repadded", "ragged"])
-def test_attention_against_its_formula(way, order):
+@pytest.mark.parametrize("seen", [(False, None), (True, None), (False, 0), (False, 3), (True, 2), (False, CONTEXT - 1)])
+def test_attention_against_its_formula(way, order, seen):
     lengths = ragged()
     lengths = lengths if order == "mixed" else sorted(lengths, reverse=order == "descending")
     offsets = offsets_of(lengths)
     # Views into one matrix, as the encoder's qkv gives them.
     qkv = torch.randn(sum(lengths), 3, HEADS, 8, dtype=torch.float64, requires_grad=True)
     q, k, v = qkv.unbind(1)
+    causal, window = seen
     attend = {
-        "grouped": lambda: grouped_attention(q, k, v, offsets),
-        "repadded": lambda: repadded_attention(q, k, v, offsets, max(lengths)),
-        "ragged": lambda: ragged_attention(q, k, v, offsets, max(lengths)),
+        "grouped": lambda: grouped_attention(q, k, v, offsets, causal, window),
+        "repadded": lambda: repadded_attention(q, k, v, offsets, max(lengths), causal, window),
+        "ragged": lambda: ragged_attention(q, k, v, offsets, max(lengths), causal=causal, window=window),
     }[way]
-    out, want = attend(), per_text(q, k, v, offsets)
+    out, want = attend(), per_text(q, k, v, offsets, causal, window)
     torch.testing.assert_close(out, want, **EXACT)
     weight = torch.randn_like(out)
     (grad,), (grad_want,) = (torch.autograd.grad((x * weight).sum(), qkv) for x in (out, want))
@@ -262,10 +288,11 @@ def test_attention_in_lower_precision(dtype):
         assert (got - want).norm() <= 1.2 * (plain - want).norm()
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("seen", [(False, None), (True, None), (False, 1)])
+def test_gradcheck(seen):
     lengths = [1, 3, 3, 2]
     offsets = offsets_of(lengths)
-    assert torch.autograd.gradcheck(lambda *qkv: grouped_attention(*qkv, offsets), heads(lengths, width=2))
+    assert torch.autograd.gradcheck(lambda *qkv: grouped_attention(*qkv, offsets, *seen), heads(lengths, width=2))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
@@ -275,14 +302,16 @@ def test_opcheck(contiguous):
     q, k, v = heads(lengths, width=4)
     if not contiguous:
         q, k, v = (x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (q, k, v))
-    torch.library.opcheck(grouped_attention, (q, k, v, offsets_of(lengths)))
-    plain = [x.detach() for x in (torch.randn_like(q), q, k, v)]
-    torch.library.opcheck(grouped_attention_backward, (*plain, offsets_of(lengths)))
+    for seen in ((), (True, 1)):
+        torch.library.opcheck(grouped_attention, (q, k, v, offsets_of(lengths), *seen))
+        plain = [x.detach() for x in (torch.randn_like(q), q, k, v)]
+        torch.library.opcheck(grouped_attention_backward, (*plain, offsets_of(lengths), *seen))
 
 
 @pytest.mark.gpu
 @needs_cuda
-def test_varlen_agrees_with_repadded_fp32():
+@pytest.mark.parametrize("seen", [{}, {"causal": True}, {"window": 5}])
+def test_varlen_agrees_with_repadded_fp32(seen):
     lengths = [*ragged(), 77, 63]
     offsets = offsets_of(lengths).cuda()
     wide = heads(lengths, width=64, dtype=torch.float32, device="cuda")
@@ -292,8 +321,8 @@ def test_varlen_agrees_with_repadded_fp32():
     narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
     weight = torch.randn_like(wide[0]).bfloat16()
 
-    want = repadded_attention(*wide, offsets, max(lengths))
-    got = ragged_attention(*narrow, offsets, max(lengths))
+    want = repadded_attention(*wide, offsets, max(lengths), **seen)
+    got = ragged_attention(*narrow, offsets, max(lengths), **seen)
     assert got.dtype == torch.bfloat16
     wants = (want, *torch.autograd.grad((want * weight.float()).sum(), wide))
     gots = (got, *torch.autograd.grad((got * weight).sum(), narrow))
@@ -325,10 +354,12 @@ def test_encoder_on_cuda(pool):
 # The encoder under torch's transformations.
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_compiles_to_one_graph(pool):
+@pytest.mark.parametrize(
+    "changes", [{"pool": "cls", "layers": 1}, {"pool": "mean", "layers": 1}, {**FAMILIES["modern"], "layers": 2}]
+)
+def test_compiles_to_one_graph(changes):
     torch._dynamo.reset()
-    model = build(pool=pool, types=2, layers=1)
+    model = build(types=2, **changes)
 
     def embed(tokens):
         return model.pool(model(tokens), tokens)
@@ -473,6 +504,74 @@ def test_equals_transformer_encoder_of_torch(norm):
     assert (peer(x)[mask] - got).abs().max() > 1e-3  # control: with the padding attended
 
 
-def test_width_must_be_divisible_by_heads():
-    with pytest.raises(ValueError, match=r"text\.width 30 .* text\.heads 4"):
-        TextConfig(width=30, heads=4)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"width": 30, "heads": 4}, r"text\.width 30 .* text\.heads 4"),
+        ({"width": 12, "heads": 4, "positions": "rotary"}, "must be even for rotary"),
+        ({"pool": "first"}, r"text\.pool 'first' is none of cls, mean, last"),
+        ({"groups": 13}, r"text\.groups 13 must lie between 1 and text\.layers 12"),
+        ({"group_size": 2}, r"text\.group_size 2 must be 1"),
+        ({"pad_to": 78}, r"text\.pad_to 78 .* context_length 77"),
+        ({"window": -1}, r"text\.window"),
+    ],
+)
+def test_what_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TextConfig(**wrong)
+
+
+# What the families differ in.
+
+
+def test_rotary_positions_are_rotations_of_complex_numbers():
+    x = torch.randn(7, HEADS, 8, dtype=torch.float64)
+    places = torch.randint(0, 50, (7,))
+    pairs = torch.complex(x[..., :4], x[..., 4:])  # feature i with i + 4
+    angles = places[:, None].double() * 10.0 ** -(torch.arange(4) / 4).double()
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    got = rotated(x, places, 10.0)
+    torch.testing.assert_close(got, torch.cat([turned.real, turned.imag], -1), rtol=1e-4, atol=1e-5)
+    # What attention sees of two tokens is how far apart they are.
+    q, k = torch.randn(2, 1, HEADS, 8, dtype=torch.float64)
+    near, far = (
+        (rotated(q, torch.tensor([a]), 10.0) * rotated(k, torch.tensor([a + 3]), 10.0)).sum(-1) for a in (0, 9)
+    )
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_layers_are_the_same_blocks_again():
+    """ALBERT's groups beside an encoder that has copies of them."""
+    settings = {"layers": 5, "embed_width": 10}
+    model = build(groups=2, group_size=2, **settings)
+    plain = build(layers=10, embed_width=10)
+    way = [0, 1, 0, 1, 0, 1, 2, 3, 2, 3]  # layers 0 to 2 are of the first group
+    state = {name: x for name, x in model.state_dict().items() if not name.startswith("blocks")}
+    for i, number in enumerate(way):
+        state |= {f"blocks.{i}.{name}": x for name, x in model.blocks[number].state_dict().items()}
+    plain.load_state_dict(state)
+    tokens = Tokens.pack(draw(ragged())[0])
+    torch.testing.assert_close(model(tokens), plain(tokens), **EXACT)
+    assert len(model.blocks) == 4
+    assert model.layers == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("window", 6), ("theta", 49.0), ("local_theta", 8.0), ("global_every", 3)]
+)
+def test_each_setting_of_windows_and_angles_counts(name, change):
+    model = build(**FAMILIES["modern"])
+    other = TextEncoder(replace(model.config, **{name: change + 2 if name == "window" else change})).double()
+    other.load_state_dict(model.state_dict())
+    tokens = Tokens.pack([draw([CONTEXT])[0][0]])
+    assert (model(tokens) - other(tokens)).abs().max() > 1e-4
+
+
+def test_a_causal_tower_knows_nothing_of_what_follows():
+    model = build(**FAMILIES["causal"])
+    text = draw([CONTEXT])[0][0]
+    whole, part = model(Tokens.pack([text])), model(Tokens.pack([text[:6]]))
+    torch.testing.assert_close(whole[:6], part, **EXACT)
+    both_ways = build(norm="pre")
+    whole, part = both_ways(Tokens.pack([text])), both_ways(Tokens.pack([text[:6]]))
+    assert (whole[:6] - part).abs().max() > 1e-3  # control

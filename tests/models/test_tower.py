@@ -77,6 +77,19 @@ def test_depths_of_the_text_encoder(norm, above):
     assert set(tower.depths()) == {name for name, _ in tower.named_parameters()} > above
 
 
+def test_a_shared_block_counts_as_the_highest_of_its_layers():
+    tower = TextEncoder(TextConfig(30, width=16, layers=6, heads=2, context_length=9, groups=2, embed_width=8))
+    assert tower.layers == 6
+    found = {name.split(".")[1]: depth for name, depth in tower.depths().items() if name.startswith("blocks")}
+    assert found == {"0": 3, "1": 6}
+    tower.freeze(3)  # embeddings and two layers: the third still trains the first block
+    assert all(p.requires_grad for p in tower.blocks.parameters())
+    assert not any(p.requires_grad for p in tower.embeddings.parameters())
+    tower.freeze(4)
+    assert not any(p.requires_grad for p in tower.blocks[0].parameters())
+    assert all(p.requires_grad for p in tower.blocks[1].parameters())
+
+
 TOWERS = {
     "image": lambda: image(**DROPS),
     "text": lambda: text(dropout=0.5),

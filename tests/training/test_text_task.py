@@ -1,0 +1,344 @@
+"""The text task: heads together and in turn, ranks, resuming, and one encoder in all of its uses."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import WORDS, tiny_tokenizer, write_texts
+from ranks import in_ranks
+from safetensors.torch import load_file
+from test_configs import CONFIGS, metrics, small_fit
+
+import dualenc
+from dualenc.cli import main
+from dualenc.data.masking import Masking
+from dualenc.data.texts import Part, Texts
+from dualenc.interop import open_text
+from dualenc.losses import clip_loss
+from dualenc.models import HeadConfig, TextConfig, TextModel
+from dualenc.training import TextTask
+from dualenc.training.text import NEGATIVES
+
+SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
+HEADS = {
+    "words": HeadConfig("mlm", weight=0.5),
+    "one": HeadConfig("classification", labels=("a", "b", "c")),
+    "several": HeadConfig("classification", labels=("x", "y"), problem="several", activation=None, weight=2.0),
+    "number": HeadConfig("classification", labels=("n",), problem="regression", pool="mean"),
+    "near": HeadConfig("embedding", problem="cosine", scale=5.0, pool="mean"),
+}
+BATCH = 20  # four texts a head, and the second texts of pairs after them
+
+
+def config(**changes):
+    return TextConfig(tiny_tokenizer().vocab_size, width=16, layers=2, heads=2, context_length=12, **changes)
+
+
+def task_of(heads=HEADS, world=1):
+    task = TextTask(heads, config()).double()
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    task._trainer = SimpleNamespace(world_size=world)
+    return task.train()
+
+
+def sentence(number):
+    return " ".join((WORDS * 3)[number : number + 2 + number % 6])
+
+
+def piece_of(start, stop, heads=HEADS):
+    """Samples start to stop of a batch; sample i is of head i modulo their number."""
+    names = list(heads)
+    own = list(range(start, stop))
+    apart = [i for i in own if heads[names[i % len(names)]].kind == "embedding"]
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer([sentence(i) for i in own] + [sentence(i + 5) for i in apart])
+    parts = {}
+    for name, head in heads.items():
+        mine = [i for i in own if names[i % len(names)] == name]
+        if not mine:
+            continue
+        others = torch.tensor([len(own) + apart.index(i) for i in mine]) if head.kind == "embedding" else None
+        labels = {
+            "single": torch.tensor([i % 3 for i in mine]),
+            "several": torch.tensor([[i % 2, (i // 2) % 2] for i in mine]).double(),
+            "regression": torch.tensor([i / 7 for i in mine], dtype=torch.float64),
+            "cosine": torch.tensor([i % 6 for i in mine], dtype=torch.float64),
+            "negatives": None,
+        }[head.problem]
+        parts[name] = Part(torch.tensor(mine) - start, others, None if head.kind == "mlm" else labels)
+    masked = None
+    if any(heads[name].kind == "mlm" for name in parts):
+        hidden = {int(i): start + int(i) for i in parts["words"].texts}
+        masked = Masking(tokenizer, 0.5)(tokens, (3, 0), numbers=hidden)
+    return Texts(tokens, torch.arange(start, stop), parts, masked)
+
+
+def gradients(task, value):
+    task.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in task.named_parameters()}
+
+
+def by_hand(task, batch):
+    """On padded texts, one head after the other."""
+    model, tokens = task.model, batch.tokens
+    masked = batch.masked
+    ids, mask, _ = tokens._replace(ids=masked.ids).padded()
+    hidden = model.encoder.forward_padded(ids, mask)
+    where = torch.zeros(len(tokens.ids), dtype=torch.int64)
+    where[masked.places] = 1
+    chosen = tokens._replace(ids=where).padded()[0].bool()
+    words = model.encoder.embeddings.words.weight
+    logits = model.heads["words"](hidden[chosen], words)
+    total = 0.5 * F.cross_entropy(logits.float(), tokens.padded()[0][chosen])
+    first, mean = hidden[:, 0], (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    part = batch.parts["one"]
+    total = total + F.cross_entropy(model.heads["one"](first[part.texts]).float(), part.labels)
+    part = batch.parts["several"]
+    chance = model.heads["several"](first[part.texts]).sigmoid()
+    total = total - 2 * torch.where(part.labels.bool(), chance, 1 - chance).log().mean()
+    part = batch.parts["number"]
+    total = total + (model.heads["number"](mean[part.texts])[:, 0] - part.labels).square().mean()
+    part = batch.parts["near"]
+    cosine = F.cosine_similarity(mean[part.texts], mean[part.others])
+    return total + (cosine - part.labels / 5).square().mean()
+
+
+def close(one, other):
+    assert one.keys() == other.keys()
+    for name in one:  # logits are compared in single precision
+        torch.testing.assert_close(
+            one[name].double(), other[name].double(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m
+        )
+
+
+def test_the_sum_over_the_heads(seed):
+    task, batch = task_of(), piece_of(0, BATCH)
+    want = by_hand(task, batch)
+    got = task.training_step(batch, 0)
+    torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=0)
+    close(gradients(task, got), gradients(task, want))
+    for name in HEADS:  # each counts
+        rest = batch._replace(parts={key: part for key, part in batch.parts.items() if key != name})
+        assert abs(task.training_step(rest, 0) - got) > 1e-4, name
+
+
+def test_the_other_texts_of_the_batch_are_wrong(seed):
+    heads = {"near": HeadConfig("embedding", problem="negatives")}
+    task, batch = task_of(heads), piece_of(0, 6, heads)
+    vectors = F.normalize(task.model.encoder.pool(task.model.encoder(batch.tokens), batch.tokens), dim=-1)
+    want = clip_loss(vectors[:6], vectors[6:], torch.tensor(NEGATIVES, dtype=torch.float64))
+    torch.testing.assert_close(task.training_step(batch, 0).double(), want.double(), rtol=1e-5, atol=0)
+
+
+def ranks(folder, rank, world):
+    import torch.distributed as dist
+
+    task = task_of(world=world)
+    task.load_state_dict(torch.load(folder / "task.pt", weights_only=True))
+    task.train()
+    loss = task.training_step(piece_of(*SPANS[rank]), 0)
+    found = gradients(task, loss + 0 * sum(p.sum() for p in task.parameters()))
+    for grad in found.values():  # as DDP does
+        dist.all_reduce(grad)
+        grad /= world
+    return {"loss": loss.detach(), **found}
+
+
+SPANS = [(0, 13), (13, BATCH)]  # of some heads one rank has more, and the other other texts
+
+
+def test_over_ranks(tmp_path, seed):
+    task = task_of()
+    torch.save(task.state_dict(), tmp_path / "task.pt")
+    want = by_hand(task, piece_of(0, BATCH))
+    want = {"loss": want.detach(), **gradients(task, want)}
+    for result in in_ranks(ranks, tmp_path, 2):
+        close(result, want)
+
+
+# Runs.
+
+TINY = {"vocab_size": 120, "width": 32, "layers": 2, "heads": 2, "context_length": 24, "norm": "pre"}
+
+
+def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, **options) -> Path:
+    """A run on the files of `write_texts`."""
+    heads = heads or {
+        "words": {"kind": "mlm"},
+        "mood": {"kind": "classification", "labels": ["bad", "good"], "activation": None},
+    }
+    files = {
+        "words": {"files": str(data / "plain.txt")},
+        "mood": {"files": str(data / "labels.tsv")},
+        "near": {"files": str(data / "pairs.jsonl"), "pair": "other", "label": "score"},
+    }
+    sources = {name: files[name] for name in heads}
+    settings = {
+        "seed_everything": seed,
+        "trainer": {
+            "max_epochs": 2, "default_root_dir": str(folder), "log_every_n_steps": 1, "accelerator": "cpu",
+        },
+        "run": {"monitor": "val/mood/accuracy", "every_n_steps": 2},
+        "model": {"class_path": "dualenc.training.TextTask", "init_args": {
+            "heads": heads, **({"text": text or TINY} if "text_from" not in options else {}), **options,
+            "scheduler": {"class_path": "dualenc.training.WarmupCosine", "init_args": {"warmup": 2}},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}},
+        }},
+        "data": {"class_path": "dualenc.training.TextData", "init_args": {
+            "train": sources, "val": 0.2, "batch_size": 8, "workers": 0,
+        }},
+    }  # fmt: skip
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".yaml")
+    path.write_text(json.dumps(settings))
+    main(["fit", "--config", str(path), *more])
+    return folder
+
+
+@pytest.mark.parametrize("mix", ["together", "in_turn"])
+def test_continued_to_the_bit(tmp_path, seed, mix):
+    write_texts(tmp_path, seed)
+    dropout = {**TINY, "dropout": 0.1}
+    more = ("--data.mix", mix)
+    whole = fit(tmp_path / "whole", tmp_path, seed, *more, text=dropout)
+    stop = json.dumps([{"class_path": "helpers.StopAt", "init_args": {"step": 5}}])
+    part = tmp_path / "part"
+    with pytest.raises(SystemExit):
+        fit(part, tmp_path, seed, *more, "--trainer.callbacks", stop, text=dropout)
+    fit(part, tmp_path, seed, *more, "--ckpt_path", "last", text=dropout)
+    for name in ("train/loss", "val/words/loss", "val/mood/accuracy", "train/grad_norm"):
+        assert metrics(part, name) == metrics(whole, name)
+    one, other = (load_file(run / "last" / "model.safetensors") for run in (part, whole))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    changed = fit(tmp_path / "changed", tmp_path, seed + 1, *more, text=dropout)
+    assert metrics(changed, "train/loss") != metrics(whole, "train/loss")  # control
+
+
+def test_one_checkpoint_many_uses(tmp_path, seed, capsys):
+    """Contrastive, then masked words and a classification, then contrastive again: the tower is the same to the bit."""
+    pairs = small_fit(SMOKE, tmp_path / "pairs", seed)
+    tower = dualenc.load(pairs / "last", "cpu").dual_encoder.text
+    write_texts(tmp_path, seed)
+    texts = fit(tmp_path / "texts", tmp_path, seed, "--trainer.max_epochs", "8", text_from=str(pairs / "last"))
+    begun = open_text(str(pairs / "last")).model().encoder.state_dict()
+    assert begun.keys() == tower.state_dict().keys()
+    assert all(torch.equal(begun[name], x) for name, x in tower.state_dict().items())
+    predictor = dualenc.load_text(texts / "last", "cpu")
+    assert predictor.model.config == tower.config
+    assert metrics(texts, "val/mood/accuracy")[-1] > 0.8 > max(metrics(texts, "val/mood/baseline_accuracy"))
+    good, bad = predictor.classify(["a good red dog", "a bad red dog"])
+    assert (good["label"], bad["label"]) == ("good", "bad")
+    (found,) = predictor.fill(f"{WORDS[0]} [MASK]", k=3)
+    assert len(found) == 3
+    vectors = predictor.embed(["a good red dog", "a bad red dog"])
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
+    predictor.save(tmp_path / "saved")
+    again = dualenc.load_text(tmp_path / "saved", "cpu")
+    for name, x in predictor.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], x), name
+    assert torch.equal(again.embed(["a good red dog", "a bad red dog"]), vectors)
+
+    still = ["--trainer.max_steps", "1", "--model.optimizer.lr", "0.0"]
+    back = small_fit(SMOKE, tmp_path / "back", seed, "--model.text_from", str(texts / "last"), *still)
+    model = dualenc.load(back / "last", "cpu")
+    assert model.tokenizer.fingerprint == predictor.tokenizer.fingerprint
+    for name, x in predictor.model.encoder.state_dict().items():
+        assert torch.equal(model.dual_encoder.text.state_dict()[name], x), name
+
+
+def test_predictions(tmp_path, seed, capsys):
+    write_texts(tmp_path, seed)
+    run = fit(tmp_path / "run", tmp_path, seed)
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": sentence(i)}) + "\n" for i in range(11)))
+    asked = json.dumps({"mood": {"files": str(tmp_path / "new.jsonl")}})
+    main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--data.predict", asked])
+    assert "11 predictions are in" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in lines] == [f"line {i + 1}" for i in range(11)]
+    want = dualenc.load_text(run / "last", "cpu").classify([sentence(i) for i in range(11)])
+    for line, answer in zip(lines, want, strict=True):
+        assert line["label"] == answer["label"]
+        assert line["score"] == pytest.approx(answer["score"], abs=1e-5)
+
+
+def test_tested_beside_ngrams(tmp_path, seed, capsys):
+    write_texts(tmp_path, seed)
+    heads = {"words": {"kind": "mlm"}}
+    run = fit(tmp_path / "run", tmp_path, seed, heads=heads, scored_tokens=60)
+    main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", "last"])
+    said = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    for name in ("pseudo_perplexity", "unigram_perplexity", "bigram_perplexity", "bigram_both_sides_perplexity"):
+        assert 1 < float(said[f"test/words/{name}"]) < 130, name
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ({}, "names no head"),
+        ({"a": HeadConfig("rtd")}, "ReplacedTokenTask does rtd"),
+        ({"a": HeadConfig("mlm"), "b": HeadConfig("mlm")}, "two of kind mlm"),
+    ],
+)
+def test_heads_that_cannot_be(heads, message):
+    with pytest.raises(ValueError, match=message):
+        TextTask(heads, config())
+
+
+def test_wrong_use(tmp_path, seed, capsys):
+    write_texts(tmp_path, seed)
+
+    def error(*more, **options):
+        with pytest.raises(SystemExit) as status:
+            fit(tmp_path / f"run{len(list(tmp_path.iterdir()))}", tmp_path, seed, *more, **options)
+        assert status.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        return line
+
+    labels = {"mood": {"kind": "classification", "labels": ["bad", "fine"]}}
+    assert "'good'" in (line := error(heads=labels)) and "model.heads.mood.labels" in line  # noqa: PT018
+    assert "2 or more labels" in error(heads={"mood": {"kind": "classification", "labels": ["bad"]}})
+    assert "set model.text.vocab_size" in error("--data.tokenizer", str(big_vocabulary(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in error(text_from=str(tmp_path / "empty"))
+    (tmp_path / "labels.tsv").write_text("")
+    assert "labels.tsv" in error()
+
+
+def big_vocabulary(folder: Path) -> Path:
+    path = folder / "vocab.txt"
+    path.write_text(
+        "".join(f"{word}\n" for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(500))))
+    )
+    return path
+
+
+def test_what_is_taken_of_another_model(seed):
+    two = HeadConfig("classification", labels=("a", "b"))
+    given = TextModel(config(), {"words": HeadConfig("mlm"), "pooler": HeadConfig("pooler"), "one": two})
+    with torch.no_grad():
+        for parameter in given.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    mine = TextModel(config(), {
+        "guess": HeadConfig("mlm", weight=2.0), "one": two,
+        "two": HeadConfig("classification", labels=("c", "d", "e")),
+        "flat": HeadConfig("classification", labels=("a", "b"), activation=None),
+    })  # fmt: skip
+    before = {name: x.clone() for name, x in mine.state_dict().items()}
+    assert mine.load_pretrained(given) == ["head guess", "head one", "the first layer of head two"]
+    after, theirs = mine.state_dict(), given.state_dict()
+    for name, x in after.items():
+        if name.startswith("encoder."):
+            assert torch.equal(x, theirs[name])
+        elif name.startswith(("heads.guess", "heads.one")):
+            assert torch.equal(x, theirs[name.replace("guess", "words")])
+        elif name.startswith("heads.two.dense"):
+            assert torch.equal(x, theirs[name.replace("two", "pooler")])
+        else:
+            assert torch.equal(x, before[name]), name
