@@ -304,8 +304,13 @@ class TextEncoder(Tower):
             nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Hidden states (N, D) of the real tokens, in the order of `tokens.ids`."""
+        """Hidden states (N, D) of the real tokens, in the order of `tokens.ids`.
+
+        Raises:
+            ValueError: a text is longer than there are positions.
+        """
         config = self.config
+        self._check_length(tokens.max_len)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
             return ragged_attention(q, k, v, tokens.offsets, tokens.max_len, causal=config.causal, window=window)
@@ -319,11 +324,15 @@ class TextEncoder(Tower):
             ids: (B, T), padded on the right; what stands in the padding has no influence.
             mask: (B, T), true or 1 where a token is real.
             types: (B, T) segments.
+
+        Raises:
+            ValueError: T is more than there are positions.
         """
+        self._check_length(ids.shape[1])
         mask = mask.bool()
         place = torch.arange(ids.shape[1], device=ids.device)
         positions = place.expand_as(ids)
-        x = self.embeddings(ids, positions.clamp(max=self.config.context_length - 1), types)
+        x = self.embeddings(ids, positions, types)
         x = x.masked_fill(~mask[..., None], 0)  # a non-finite padding embedding must not reach a sum
         whole = mask[:, None, None, :] & torch.ones_like(mask)[:, None, :, None]  # (B, 1, T, T)
         if self.config.causal:
@@ -338,6 +347,11 @@ class TextEncoder(Tower):
             return F.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
 
         return self._encode(x, positions, attend)
+
+    def _check_length(self, length: int) -> None:
+        most = self.config.context_length
+        if length > most and self.config.positions == "learned":
+            raise ValueError(f"a text of {length} tokens: the encoder has {most} positions; cut it (context_length)")
 
     def _encode(self, x: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         config = self.config

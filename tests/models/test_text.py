@@ -567,6 +567,16 @@ def test_each_setting_of_windows_and_angles_counts(name, change):
     assert (model(tokens) - other(tokens)).abs().max() > 1e-4
 
 
+def test_a_text_that_is_too_long():
+    text = draw([CONTEXT])[0][0] + [1]
+    tokens = Tokens.pack([text])
+    model = build()
+    for run in (lambda: model(tokens), lambda: model.forward_padded(*tokens.padded())):
+        with pytest.raises(ValueError, match="a text of 17 tokens: the encoder has 16 positions"):
+            run()
+    assert build(positions="rotary")(tokens).isfinite().all()  # which end nowhere
+
+
 def test_a_causal_tower_knows_nothing_of_what_follows():
     model = build(**FAMILIES["causal"])
     text = draw([CONTEXT])[0][0]
