@@ -53,12 +53,13 @@ def embed(
         model: model directory, run directory, or hf-hub:owner/name[@revision]; with --features also the .yaml of a
             `dualenc fit`, for the image tower that this run begins with; for files of texts, a text model.
         shards: paths, globs, brace patterns or folders; or files of texts, .txt, .tsv, .csv or .jsonl.
-        out: folder for a .safetensors of each shard and embed.json; the same command again continues a stopped one.
+        out: folder for a .safetensors of each shard or file, and embed.json of shards; the same command again continues
+            a stopped one.
         features: what the image tower gives before the projection, in place of embeddings; for `data.features`.
         captions: "txt", or "json.FIELD" for a field of the .json that may list several.
         column: of the texts in their files.
         tokens: of texts, the vector of each token in place of one for all.
-        workers: processes that decode.
+        workers: processes that decode images.
         batch_size: images or texts embedded at once.
     """
     from functools import partial

@@ -18,6 +18,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
+from dualenc.data import DataError
+from dualenc.data.lines import TextIndex
 from dualenc.evaluation import label_measures, majority_baseline
 from dualenc.report import Points, Section, print_table, write_json, write_report
 
@@ -89,15 +91,12 @@ def purity(clusters: np.ndarray, targets: np.ndarray) -> float:
 
 
 def read(path: Path, columns: Sequence[str], label: str) -> tuple[list[str], list[str]]:
-    """Texts, several columns joined by a space, and labels; a header, then tabs and no quotes, as GLUE's files are."""
-    head, *lines = (line.split("\t") for line in path.read_text("utf-8").removesuffix("\n").split("\n"))
-    if missing := [name for name in (*columns, label) if name not in head]:
-        raise SystemExit(f"{path} has no column {missing[0]!r}, only {', '.join(head)}")
-    for number, line in enumerate(lines, 2):
-        if len(line) != len(head):
-            raise SystemExit(f"{path}, line {number} has {len(line)} columns in place of {len(head)}")
-    at = [head.index(name) for name in columns]
-    return [" ".join(line[i] for i in at) for line in lines], [line[head.index(label)] for line in lines]
+    """Texts, several columns joined by a space, and labels."""
+    try:
+        lines = [line.read() for line in TextIndex.build(str(path), [*columns, label])]
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+    return [" ".join(line[name] for name in columns) for line in lines], [str(line[label]) for line in lines]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -33,6 +33,7 @@ TEXT = "text"  # the one column of plain text
 CHUNK = 1 << 24  # bytes that are looked through at a time
 AT_ONCE = 256  # lines that are cut
 LONGEST = 1 << 24  # bytes of a line that are read
+csv.field_size_limit(max(csv.field_size_limit(), LONGEST))  # of 128 KiB otherwise, beyond which it makes up records
 MARK = b"\xef\xbb\xbf"  # that some programs write at the beginning of UTF-8
 
 
@@ -156,7 +157,10 @@ def expand_files(files: Shards) -> list[str]:
     for part in (os.fspath(part) for part in parts):
         if is_remote(part) or part.startswith("pipe:"):
             raise DataError(f"{shown(part)!r}: text is read from local files only: copy it")
-        found = [part] if os.path.isfile(part) else [p for x in braceexpand(part) for p in sorted(glob(x))]
+        try:
+            found = [part] if os.path.isfile(part) else [p for x in braceexpand(part) for p in sorted(glob(x))]
+        except ValueError as error:
+            raise DataError(f"files {part!r}: {error}") from None
         if not found:
             raise DataError(f"files {part!r} match no file")
         paths += found
@@ -166,7 +170,7 @@ def expand_files(files: Shards) -> list[str]:
         if os.path.isdir(path) or os.path.splitext(path)[1].lower() not in KINDS:
             raise DataError(f"{path} is none of {', '.join(KINDS)}: name such files")
     if twice := distinct(paths)[1]:
-        raise DataError(f"{twice[0]} is named twice: give it a weight instead")
+        raise DataError(f"{twice[0]} is named twice: name it once")
     return paths
 
 
@@ -286,10 +290,12 @@ def _scan(path: str) -> TextFile:
         starts, stops, numbers = _records(whole, starts, stops)
     stops = stops - ((stops > starts) & (whole[stops - 1] == 13))
     full = stops > starts
-    if kind in (".txt", ".jsonl"):
-        doubtful = np.flatnonzero(full & (whole[np.minimum(starts, len(whole) - 1)] <= 32))
-        for i in doubtful.tolist():
-            full[i] = bool(whole[starts[i] : stops[i]].tobytes().strip())
+    head = whole[np.minimum(starts, len(whole) - 1)]
+    # Spaces of Unicode begin with one of these bytes, and a short line may be nothing but them.
+    odd = np.isin(head, (0xC2, 0xE1, 0xE2, 0xE3)) & (stops - starts <= 64)
+    for i in np.flatnonzero(full & ((head <= 32) | odd)).tolist() if kind != ".csv" else ():
+        line = whole[starts[i] : stops[i]].tobytes()
+        full[i] = bool(line.strip(b" ") if kind == ".tsv" else line.decode("utf-8", "replace").strip())
     starts, sizes, numbers = starts[full], (stops - starts)[full], numbers[full]
     if not len(starts):
         raise DataError(f"{path} has nothing but empty lines")
@@ -325,9 +331,10 @@ def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[
     """Where the records of a CSV begin and end, and their lines: a quoted field may hold line ends.
 
     The csv module says where; a byte is a letter to it, since those that it looks for are ASCII. A record that it
-    cannot read is taken as it is met, and is met again, as a bad sample, by whoever reads it.
+    cannot read, such as one whose quotes do not end, is its first line alone, a bad sample for whoever reads it; the
+    next one begins in the next line.
     """
-    if not (whole == 34).any():
+    if not any((whole[at : at + CHUNK] == 34).any() for at in range(0, len(whole), CHUNK)):
         return starts, stops, np.arange(1, len(starts) + 1)
     at, line = 0, 0  # lines given to the reader
 
@@ -338,15 +345,15 @@ def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[
             yield whole[starts[at - 1] : stops[at - 1]].tobytes().decode("latin-1") + "\n"
 
     first, last = array("q"), array("q")
-    source = lines()
-    reader = csv.reader(source, strict=True)
+    reader = csv.reader(lines(), strict=True)
     while line < len(starts):
         try:
             next(reader)
         except StopIteration:
             break
         except csv.Error:
-            reader = csv.reader(source, strict=True)
+            at = line + 1
+            reader = csv.reader(lines(), strict=True)
         first.append(line)
         last.append(at - 1)
         line = at
@@ -362,6 +369,8 @@ def _cut(file: TextFile, tokenizer: Tokenizer) -> TextFile:
     for some in (long[i : i + AT_ONCE] for i in range(0, len(long), AT_ONCE)):
         texts: dict[int, str] = {}
         for i in some:
+            if file.sizes[i] > LONGEST:  # a bad sample, when it is read
+                continue
             data = file.bytes(i)
             if len(data) > room or not data.isascii():
                 with suppress(UnicodeDecodeError):  # a bad sample, when it is read

@@ -45,7 +45,7 @@ class Masking:
 
     def __init__(self, tokenizer: Tokenizer, share: float, hidden: float = 0.8, swapped: float = 0.1) -> None:
         if not 0 < share < 1:
-            raise DataError(f"data.mask {share} must lie between 0 and 1, or be 0 for none")
+            raise DataError(f"data.mask {share}: the share of tokens to guess must lie between 0 and 1")
         if tokenizer.mask_id is None:
             raise DataError(
                 "the tokenizer has neither [MASK] nor <mask>: model.mlm_weight, or a head of kind mlm, needs one"

@@ -50,6 +50,11 @@ class Quarantine:
         self._known: dict[tuple[str, str], Bad] = {}
         self._read = 0  # bytes of the file
 
+    @property
+    def known(self) -> list[Bad]:
+        """All of them."""
+        return list(self._known.values())
+
     def __len__(self) -> int:
         self._read_on()
         return len(self._known)

@@ -96,13 +96,18 @@ class Item(NamedTuple):
     label: int | list[float] | float | None
 
 
-def texts_of(sample: Line, use: Use) -> list[str]:
+def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) -> list[str]:
     """The text of a line, or both.
+
+    Args:
+        sample: the line.
+        use: what it is for.
+        fields: what it holds, where that has been read.
 
     Raises:
         BadSample: one is missing, empty, or no text.
     """
-    fields = sample.read()
+    fields = sample.read() if fields is None else fields
     found = []
     for name in (use.text, use.pair):
         if name is None:
@@ -129,15 +134,15 @@ def field(sample: Line, fields: Mapping[str, Any], name: str) -> Any:
     return fields[name]
 
 
-def label_of(sample: Line, use: Use) -> int | list[float] | float | None:
-    """The label of a line, as numbers; None where it has none.
+def label_of(sample: Line, use: Use, fields: Mapping[str, Any]) -> int | list[float] | float | None:
+    """The label of a line that holds these fields, as numbers; None where it has none.
 
     Raises:
         BadSample: it is no number, or none of the head's labels.
     """
     if use.label is None:
         return None
-    value = field(sample, sample.read(), use.label)
+    value = field(sample, fields, use.label)
     if use.problem in ("regression", "cosine"):
         try:
             number = math.nan if isinstance(value, bool) else float(value)
@@ -156,8 +161,10 @@ def label_of(sample: Line, use: Use) -> int | list[float] | float | None:
 
 def _names(value: Any, problem: str) -> list[str]:
     """The labels that a field names."""
-    if problem == "several":
-        items = value if isinstance(value, list) else [name for name in str(value).split(SEPARATOR) if name.strip()]
+    if problem == "several" and isinstance(value, str):
+        items = [name for name in value.split(SEPARATOR) if name.strip()]
+    elif problem == "several" and isinstance(value, list):
+        items = value
     else:
         items = [value]
     return [item.strip() if isinstance(item, str) else json.dumps(item) for item in items]
@@ -181,7 +188,7 @@ def all_labels(index: TextIndex, use: Use) -> list[int | list[float] | float]:
                             f"{sample}: label {name[:80]!r} in column {use.label!r} is none of head {use.head!r}, "
                             f"which has {known}: add it to model.heads.{use.head}.labels, or mend the line"
                         )
-            label = label_of(sample, use)
+            label = label_of(sample, use, fields)
         except BadSample:
             continue
         if label is not None:
@@ -237,8 +244,9 @@ class TextDataset(Batches):
     def read(self, row: int, sample: Line) -> Item:
         """See `Batches.read`."""
         use = self.uses[self._source(row)][1]
-        text, *other = texts_of(sample, use)
-        return Item(text, other[0] if other else None, label_of(sample, use))
+        fields = sample.read()
+        text, *other = texts_of(sample, use, fields)
+        return Item(text, other[0] if other else None, label_of(sample, use, fields))
 
     def __getitem__(self, request: Request) -> Texts:
         """The batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch.
@@ -301,6 +309,7 @@ class TextDataset(Batches):
         """See `Batches.facts`."""
         return {
             "columns": [[use.head, use.text, use.pair, use.label] for _, use in self.uses],
+            "labels": [[use.kind, use.problem, list(use.labels)] for _, use in self.uses],
             "tokenizer": self.tokenizer.fingerprint,
             "fingerprint": self.index.fingerprint,
             "mask": self.masking.share if self.masking else None,

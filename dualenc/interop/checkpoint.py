@@ -18,7 +18,6 @@ from dualenc.interop.families import (
     PROBLEMS,
     Family,
     Slot,
-    choose_family,
     family_of,
     places_of,
     text_config,
@@ -141,7 +140,8 @@ def _own(spec: str, folder: Path) -> TextCheckpoint:
     heads = {name: from_dict(HeadConfig, head, f"{path}: heads.{name}") for name, head in fields["heads"].items()}
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        family = choose_family(text, heads)
+        config = folder / "config.json"  # only where a family's names were taken
+        family = family_of(read_json(config), str(config))[0] if config.is_file() else None
         names = own_names(family, text, heads, shapes)
         return _read(folder, names, shapes, () if family is None else family.ignored)
 

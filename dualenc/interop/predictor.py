@@ -82,6 +82,7 @@ class TextPredictor:
         """
         name = self._head("classification", head)
         config = self.model.head_configs[name]
+        texts = [texts] if isinstance(texts, str) else texts
         out: list[dict[str, Any]] = [{} for _ in texts]
         with self._evaluating():
             for part, tokens in self._batches(texts, batch_size):
@@ -173,6 +174,10 @@ class TextPredictor:
         text, heads = self.model.config, self.model.head_configs
         state = self.model.state_dict() if weights is None else weights
         family = choose_family(text, heads)
+        if family is not None and text.position_offset:
+            # transformers counts positions by what is not this token: another one there would move them.
+            padding = self.tokenizer.backend.id_to_token(text.position_offset - 1)
+            family = family if padding in ("<pad>", "[PAD]") else None
         untied = {f"heads.{name}.bias" for name, head in heads.items() if head.kind == "mlm" and not head.tied}
         with replaced_folder(path, FILES) as folder:
             about = {name: dataclasses.asdict(head) for name, head in heads.items()}
@@ -231,8 +236,6 @@ class TextPredictor:
         types: list[list[int]] | None = None
         if any(pairs):
             ids, types = self.tokenizer.encode_pairs([(one, other) for one, other in texts])
-            if self.model.config.types < 2:  # an encoder that knows no second text as such
-                types = None
         else:
             ids = self.tokenizer.encode([str(text) for text in texts])
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -150,6 +150,8 @@ def tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[str, Any]:
             roles[role] = found[0]
     if text.pad_to is not None and (token := tokenizer.backend.id_to_token(text.pad_id)) is not None:
         roles["pad_token"] = token
+    if "eos_token" in roles:  # CLIP has none of its own; what it is does not matter to a causal tower
+        roles.setdefault("pad_token", roles["eos_token"])
     inputs = ["input_ids", *(["token_type_ids"] if text.types > 1 else []), "attention_mask"]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -49,7 +49,7 @@ def embed_lines(
 
     Args:
         predictor: the model.
-        files: `.txt`, `.tsv`, `.csv`, `.jsonl`: paths, globs, brace patterns, folders.
+        files: `.txt`, `.tsv`, `.csv`, `.jsonl`: paths, globs, brace patterns.
         out: folder, made if missing.
         column: of the text.
         tokens: writes vectors of the tokens.
@@ -144,7 +144,8 @@ def in_words(made: Vectors, out: Path, tokens: bool) -> list[str]:
     plural = "s" * (len(made.files) != 1)
     lines = [f"{out}: {what} of {made.lines:,} texts in {len(made.files):,} file{plural}, {made.dims} dimensions"]
     if made.before:
-        lines.append(f"{made.before:,} of them were there before")
+        there = "all of them" if made.before == len(made.files) else f"{made.before:,} of the files"
+        lines.append(f"{there} were there before")
     if made.bad:
         lines.append(f"{len(made.bad):,} texts could not be read: {causes(made.bad)}")
     return lines

@@ -24,8 +24,8 @@ class HeadConfig:
         problem: one label a text ("single"), any number of labels ("several"), or a number ("regression"). Of an
             embedding: the other texts of the batch are wrong ("negatives"), or the cosine is given ("cosine").
         pool: which vector of a text is taken; absent, that of the encoder's `pool`.
-        activation: between the two layers of a classification head; null for a head of one layer. Of "mlm" and "rtd"
-            absent too: the encoder's.
+        activation: between the two layers of a classification head; null for a head of one layer. "mlm" and "rtd" have
+            the encoder's.
         norm: LayerNorm after the activation of a classification head (ModernBERT).
         tied: the logits of "mlm" are products with the word embedding, and not with weights of the head's own.
         scale: of the cosines of an embedding with negatives, absent 20; of a cosine problem, the label that means a
@@ -46,9 +46,9 @@ class HeadConfig:
     def __post_init__(self) -> None:
         kinds = {"classification": ("single", "several", "regression"), "embedding": ("negatives", "cosine")}
         if self.kind in kinds and self.problem not in kinds[self.kind]:
-            raise ValueError(f"a head for {self.kind} has a problem of {', '.join(kinds[self.kind])}")
+            raise ValueError(f"a head for {self.kind}: set its problem to {' or '.join(kinds[self.kind])}")
         if self.kind == "classification":
-            least = 2 if self.problem == "single" else 1
+            least = 1 if self.problem == "regression" else 2
             if len(self.labels) < least or len(set(self.labels)) < len(self.labels):
                 raise ValueError(f"a head for {self.problem} classification needs {least} or more labels, each once")
             if self.problem == "regression" and len(self.labels) != 1:
@@ -73,14 +73,13 @@ class MaskedLanguageHead(nn.Module):
     Args:
         config: of the text encoder.
         tied: whether the word embedding is the last layer.
-        activation: absent, the encoder's.
     """
 
-    def __init__(self, config: TextConfig, tied: bool = True, activation: Activation | None = None) -> None:
+    def __init__(self, config: TextConfig, tied: bool = True) -> None:
         super().__init__()
         width = config.embed_width or config.width
         self.dense = _linear(config.width, width, config.bias)
-        self.activation = ACTIVATIONS[activation or config.activation]()
+        self.activation = ACTIVATIONS[config.activation]()
         self.norm = layer_norm(config, width)
         self.words = None if tied else nn.Parameter(torch.randn(config.vocab_size, width) * 0.02)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -185,6 +184,9 @@ class TextModel(nn.Module):
 
     def __init__(self, config: TextConfig, heads: Mapping[str, HeadConfig] | None = None) -> None:
         super().__init__()
+        for name in heads or {}:
+            if not name or "." in name or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"model.heads.{name}: a head cannot be called so")
         self.config, self.head_configs = config, dict(heads or {})
         self.encoder = TextEncoder(config)
         self.heads = nn.ModuleDict({name: make_head(config, head) for name, head in self.head_configs.items()})
@@ -210,9 +212,15 @@ class TextModel(nn.Module):
         taken = []
         for name, mine in self.head_configs.items():
             for key, theirs in other.head_configs.items():
-                named = key == name or mine.kind in ("mlm", "rtd")
-                if named and replace(theirs, weight=mine.weight, scale=mine.scale, pool=mine.pool) == mine:
-                    self.heads[name].load_state_dict(other.heads[key].state_dict())
+                words = mine.kind == theirs.kind and mine.kind in ("mlm", "rtd")
+                same = replace(theirs, weight=mine.weight, scale=mine.scale, pool=mine.pool) == mine
+                if words or (same and key == name):
+                    given = other.heads[key].state_dict()
+                    if mine.tied:  # what was untied is from here on the word embedding
+                        given.pop("words", None)
+                    elif "words" in self.heads[name].state_dict():
+                        given.setdefault("words", other.encoder.embeddings.words.weight)
+                    self.heads[name].load_state_dict(given)
                     taken.append(f"head {name}")
                     break
             else:

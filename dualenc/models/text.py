@@ -246,7 +246,8 @@ class Embeddings(nn.Module):
         if self.places is not None:
             x = x + self.places(positions + self.offset)
         if self.segments is not None:
-            x = x + self.segments(torch.zeros_like(ids) if types is None else types)
+            alone = types is None or self.segments.num_embeddings == 1  # as RoBERTa, whatever a tokenizer says
+            x = x + self.segments(torch.zeros_like(ids) if alone else types)
         return self.projection(self.dropout(self.norm(x)))
 
 

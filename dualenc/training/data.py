@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -79,7 +80,10 @@ class TokenData(LightningDataModule):
         if given or taken or self.trainer.state.fn != "fit":
             return
         say(f"training a tokenizer of {self.text.vocab_size:,} entries on the {what}")
-        tokenizer = Tokenizer.train(self.all_texts(), self.text.vocab_size, self.text.context_length)
+        texts = iter(self.all_texts())
+        if (one := next(texts, None)) is None:
+            raise DataError(f"not one of the {what} can be read: there is nothing to train a tokenizer on")
+        tokenizer = Tokenizer.train(chain([one], texts), self.text.vocab_size, self.text.context_length)
         self._own_tokenizer.parent.mkdir(parents=True, exist_ok=True)
         beside = self._own_tokenizer.with_name(f".tokenizer-{os.getpid()}.json")
         tokenizer.save(beside)

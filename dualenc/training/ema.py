@@ -19,7 +19,8 @@ class EMA(Callback):
 
     Args:
         decay: of long runs; the average goes back over some 1 / (1 - decay) steps.
-        evaluate: validation, evaluation sets, `best/` and `last/` take the average; otherwise the weights as trained.
+        evaluate: validation, prediction, evaluation sets, `best/` and `last/` take the average; otherwise the weights
+            as trained.
     """
 
     def __init__(self, decay: float = 0.9999, evaluate: bool = True) -> None:
@@ -82,8 +83,8 @@ class EMA(Callback):
         """See `evaluate`."""
         self._restore(pl_module)
 
-    on_test_start = on_validation_start
-    on_test_end = on_validation_end
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     @torch.no_grad()
     def _apply(self, module: LightningModule) -> None:

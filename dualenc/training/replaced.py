@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dualenc.data import DataError
 from dualenc.data.plan import draw
 from dualenc.data.texts import Texts
 from dualenc.evaluation.text import replaced_metrics
@@ -75,7 +76,8 @@ class ReplacedTokenTask(LanguageTask):
 
     def look(self, batch: Texts) -> dict[str, Any]:
         """See `LanguageTask.look`."""
-        assert batch.masked is not None
+        if batch.masked is None:  # all of its lines are bad
+            return {}
         out = self.model(batch.tokens, batch.masked.ids, batch.masked.places)
         guessed, judged = replaced_token_losses(out, batch.masked.labels)
         right = (out.guesses.argmax(-1) == batch.masked.labels).sum()
@@ -84,6 +86,8 @@ class ReplacedTokenTask(LanguageTask):
 
     def measure(self, found: dict[str, list[Any]], stage: str) -> tuple[dict[str, float], list[Section]]:
         """See `LanguageTask.measure`; frequent are the tokens that make up half of the training texts."""
+        if "rtd" not in found:
+            raise DataError("not one of them can be read")
         logits, replaced, ids = (torch.cat(column) for column in list(zip(*found["rtd"]))[:3])
         guessed, judged, right, number = (float(sum(column)) for column in list(zip(*found["rtd"]))[3:])
         if self._frequent is None:

@@ -67,7 +67,7 @@ class RunDirectory(Checkpoint):
         stall_seconds: float = 600.0,
         accept_changes: Sequence[str] = (),
     ) -> None:
-        if monitor.rpartition("/")[2] in ("loss", "median_rank"):
+        if monitor.endswith(("loss", "median_rank", "perplexity", "mse")):
             raise ValueError(f"run.monitor {monitor} is best when small, best/ is of the largest: name another metric")
         if keep < 2:
             raise ValueError(f"run.keep {keep} must be 2 at least: the newest checkpoint may turn out damaged")

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import DataError
 from dualenc.data.plan import permutation
+from dualenc.data.quarantine import causes
 from dualenc.data.texts import Part, Texts
 from dualenc.evaluation import retrieval_metrics
 from dualenc.evaluation.text import (
@@ -118,6 +120,35 @@ class LanguageTask(Task):
         """The losses of the last step, where there are several."""
         several = self._losses if len(self._losses) > 1 else {}
         return {f"train/{name}/loss": float(loss) for name, loss in several.items()}
+
+    def configure_model(self) -> None:
+        """Refuses a strategy that spreads the weights."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError("a text task does not spread its weights over the ranks: use trainer.strategy ddp")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the logits mean is part of a checkpoint."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["heads"] = {name: self._meaning(name) for name in self.heads}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses heads that mean something else.
+
+        Raises:
+            ValueError: names the head, and what it was.
+        """
+        super().on_load_checkpoint(checkpoint)
+        for name in self.heads:
+            kind, problem, labels = then = checkpoint["heads"].get(name, [None, None, []])
+            if then != self._meaning(name):
+                raise ValueError(
+                    f"model.heads.{name} is not what the checkpoint has: kind {kind}, problem {problem}, labels "
+                    f"{', '.join(labels) or 'none'}"
+                )
+
+    def _meaning(self, name: str) -> list[Any]:
+        head = self.heads[name]
+        return [head.kind, head.problem, list(head.labels)]
 
     def on_validation_epoch_start(self) -> None:
         """Starts anew."""
@@ -225,6 +256,8 @@ class TextTask(LanguageTask):
         self.model.encoder.grad_checkpointing = grad_checkpointing
         self.tunings = {"encoder": tuning}
         tuning.freeze(self.model.encoder, "model.tuning")
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("model.tuning.locked leaves nothing to train: the heads have no weights")
 
     def setup(self, stage: str) -> None:
         """Loads the checkpoint's weights where a new run begins.
@@ -242,7 +275,10 @@ class TextTask(LanguageTask):
             )
         if stage == "fit" and self.text_checkpoint is not None and not self.trainer.ckpt_path:
             taken = self.model.load_pretrained(self.text_checkpoint.model())
-            say(f"weights of {self.text_checkpoint.spec}: {', '.join(['the encoder', *taken])}")
+            random = [name for name in self.heads if not any(name == one.split()[-1] for one in taken)]
+            random = [name for name in random if self.heads[name].kind != "embedding"]
+            new = f"; random at first: head {', '.join(random)}" if random else ""
+            say(f"weights of {self.text_checkpoint.spec}: {', '.join(['the encoder', *taken])}{new}")
 
     def step(self, batch: Texts) -> tuple[dict[str, Tensor], dict[str, float], int]:
         """See `LanguageTask.step`."""
@@ -252,7 +288,8 @@ class TextTask(LanguageTask):
         sums = {name: self._sum(name, hidden, batch) if name in batch.parts else (zero, 0) for name in self.heads}
         numbers = torch.tensor([float(number) for _, number in sums.values()], device=hidden.device)
         means = mean_over_ranks(torch.stack([total for total, _ in sums.values()]), numbers, world)
-        losses = {name: mean for name, mean in zip(sums, means) if world > 1 or sums[name][1]}
+        met = [name for name in sums if world > 1 or name in batch.parts] or list(sums)  # all bad: none
+        losses = {name: mean for name, mean in zip(sums, means) if name in met}
         return losses, {name: head.weight for name, head in self.heads.items()}, len(batch.tokens.rows)
 
     def _hidden(self, batch: Texts) -> Tensor:
@@ -312,8 +349,8 @@ class TextTask(LanguageTask):
             head = self.heads[name]
             if head.kind == "mlm":
                 loss, right, number = (sum(column) for column in zip(*kept))
-                number = max(1, number)
-                own = {"loss": loss / number, "perplexity": math.exp(loss / number), "accuracy": right / number}
+                loss, right = (loss / number, right / number) if number else (math.nan, math.nan)
+                own = {"loss": loss, "perplexity": math.exp(loss), "accuracy": right}
                 measured = Measured(own, {}, {}, number)
                 if stage == "test":
                     measured = self._beside_ngrams(name, measured)
@@ -346,7 +383,7 @@ class TextTask(LanguageTask):
         found = {"pseudo_perplexity": pseudo_perplexity(guess, some, tokenizer.mask_id, special)}
         for baseline in (unigram_perplexity, bigram_perplexity, bigram_both_sides):
             short = baseline.__name__.removesuffix("_perplexity")
-            found[f"{short}_perplexity"] = baseline(train, some, self.text_config.vocab_size, special)
+            found[f"{short}_perplexity"] = baseline(train, some, tokenizer.vocab_size, special)
         return measured._replace(metrics={**measured.metrics, **found})
 
     # Prediction
@@ -392,11 +429,9 @@ class TextTask(LanguageTask):
 
     def on_predict_end(self) -> None:
         """Says where they are."""
-        bad = len(self.trainer.datamodule.quarantine)
-        say(
-            f"{self._written:,} predictions are in {Path(self.trainer.default_root_dir) / PREDICTIONS}"
-            + f"; {bad:,} lines could not be read" * (bad > 0)
-        )
+        bad = self.trainer.datamodule.quarantine
+        named = f"; {len(bad):,} lines could not be read: {causes(bad.known)}" if len(bad) else ""
+        say(f"{self._written:,} predictions are in {Path(self.trainer.default_root_dir) / PREDICTIONS}{named}")
 
     def save_model(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         """See `Task.save_model`."""

@@ -126,7 +126,9 @@ class TextData(TokenData):
         asked: dict[str, Any] = {**self.given["train"].get(name, {}), **source}
         needs = head.kind == "classification" or head.problem == "cosine"
         pair = asked.get("pair")
-        if head.kind == "embedding" and pair is None and part != "predict":
+        if part in ("val", "test") and name not in self.given["train"] and head.kind != "embedding":
+            raise DataError(f"{where}: data.train has no files for this head, and the baselines need them")
+        if head.kind == "embedding" and pair is None:
             raise DataError(f"{where} has no pair: name the column of the second text, {where}.pair")
         if head.kind in ("mlm", "rtd") and pair is not None:
             raise DataError(f"{where}.pair {pair!r}: a head of kind {head.kind} takes single texts; leave it out")
@@ -288,6 +290,10 @@ class TextData(TokenData):
         own = self._cut[part]
         uses = [(len(found.parts), self.uses[part][name]) for name, found in own.items()]
         weights = [(len(found.parts), self.given[part][name].get("weight", 1.0)) for name, found in own.items()]
+        for (number, weight), head in zip(weights, own) if train and self.mix == "in_turn" else ():
+            lines = round(weight * sum(own[head].counts()))
+            if number and lines < self.batch_size:
+                raise DataError(f"data.train.{head} gives {lines:,} lines an epoch, data.batch_size {self.batch_size}")
         hides = part != "predict" and any(use.hides for _, use in uses)
         # A generator's guesses stand in all of the places: ELECTRA has 85% hidden from it, and no other words.
         shares = (0.85, 0.0) if any(use.kind == "rtd" for _, use in uses) else (0.8, 0.1)

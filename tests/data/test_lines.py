@@ -118,7 +118,13 @@ def test_bad_rows_are_bad_samples(tmp_path):
         "",
         "line 6: its number of columns is not that of the header",
         "line 7: its quotes are not those of a CSV",
+        "",
     ]
+    many = b"".join(b"row %d,1\n" % i for i in range(300))  # a quote that does not end is one bad line, and no more
+    found = causes("a.csv", b'a,b\n"oh no,1\n' + many + b'"fine",2\n' + many)
+    assert found == ["line 2: its quotes are not those of a CSV", *[""] * 601]
+    found = causes("a.csv", b'a,b\n"' + b"some line, of text\n" * 10_000 + b'",1\n' + many)  # a field of 190 KB
+    assert found == [""] * 301
     found = causes("a.jsonl", b'{"a": 1}\n[1]\n{\n{"a": "\xff"}\n' + b"[" * 100_000 + b"\n{}\n")
     assert [line[8:] for line in found] == [
         "",

@@ -242,14 +242,14 @@ def test_labels_of_several_kinds(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"t": "x", "y": y}) + "\n" for y in rows))
     index = TextIndex.build(str(tmp_path / "a.jsonl"))
     want = [[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0] * 3, [0.0] * 3, [0.0, 0.0, 1.0]]
-    assert [label_of(sample, several) for sample in index] == want == all_labels(index, several)
+    assert [label_of(sample, several, sample.read()) for sample in index] == want == all_labels(index, several)
     single = several._replace(problem="single", labels=("1", "true", "x"))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"t": "x", "y": y}) + "\n" for y in (1, True, " x ", "1")))
     assert all_labels(TextIndex.build(str(tmp_path / "b.jsonl")), single) == [0, 1, 2, 0]
     number = several._replace(problem="regression", labels=("n",))
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"t": "x", "y": y}) + "\n" for y in (1, "-2.5", 1e3)))
     index = TextIndex.build(str(tmp_path / "c.jsonl"))
-    assert [label_of(sample, number) for sample in index] == [1.0, -2.5, 1000.0]
+    assert [label_of(sample, number, sample.read()) for sample in index] == [1.0, -2.5, 1000.0]
 
 
 @pytest.mark.parametrize("value", ["x", "", None, True, "nan", "inf", [1], {"a": 1}])
@@ -261,7 +261,7 @@ def test_what_is_no_number_is_a_bad_sample(tmp_path, value):
         Use("h", "classification", "t", None, "y", ("n",), "regression"),
     ):
         with pytest.raises(BadSample, match="line 1: its column 'y' is not a number"):
-            label_of(sample, use)
+            label_of(sample, use, sample.read())
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_label_that_the_head_does_not_know(tmp_path):
     with pytest.raises(DataError, match=r"a\.tsv line 3: label 'maybe' in column 'y' is none of head 'topic'.*0, 1, 2"):
         all_labels(index, CLASS)
     with pytest.raises(BadSample, match="no label of head 'topic'"):
-        label_of(index[1], CLASS)
+        label_of(index[1], CLASS, index[1].read())
 
 
 def test_bad_lines_are_replaced_by_others_of_their_source(tmp_path, tokenizer, seed):

@@ -567,6 +567,13 @@ def test_each_setting_of_windows_and_angles_counts(name, change):
     assert (model(tokens) - other(tokens)).abs().max() > 1e-4
 
 
+def test_one_segment_for_all():
+    """Encoders with a single one take whatever segments a tokenizer numbers."""
+    model = build(types=1)
+    texts, segments = draw(ragged(), types=2)
+    torch.testing.assert_close(model(Tokens.pack(texts, segments)), model(Tokens.pack(texts)), rtol=0, atol=0)
+
+
 def test_a_text_that_is_too_long():
     text = draw([CONTEXT])[0][0] + [1]
     tokens = Tokens.pack([text])

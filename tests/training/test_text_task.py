@@ -278,10 +278,48 @@ def test_tested_beside_ngrams(tmp_path, seed, capsys):
         assert 1 < float(said[f"test/words/{name}"]) < 130, name
 
 
+def test_nothing_is_hidden_and_nothing_is_good(seed):
+    heads = {"words": HEADS["words"]}
+    task, batch = task_of(heads), piece_of(0, 4, heads)
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = batch._replace(masked=batch.masked._replace(ids=batch.tokens.ids, places=none, labels=none))
+    for empty in (batch, batch._replace(parts={}, masked=None)):
+        loss = task.training_step(empty, 0)
+        assert loss == 0
+    loss = task.training_step(batch, 0)
+    assert not any(grad.any() for grad in gradients(task, loss).values())
+
+
+def test_predicted_by_the_average(tmp_path, seed):
+    """As `last/` is, where there is one."""
+    write_texts(tmp_path, seed)
+    average = json.dumps([{"class_path": "dualenc.training.EMA", "init_args": {"decay": 0.99}}])
+    run = fit(tmp_path / "run", tmp_path, seed, "--trainer.callbacks", average)
+    (tmp_path / "new.txt").write_text("a good cat\na bad cat\n")
+    asked = json.dumps({"mood": {"files": str(tmp_path / "new.txt")}})
+    main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--data.predict", asked])
+    got = [json.loads(line)["score"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    want = dualenc.load_text(run / "last", "cpu").classify(["a good cat", "a bad cat"])
+    assert got == pytest.approx([answer["score"] for answer in want], abs=1e-6)
+
+
+def test_what_the_logits_mean_stays(tmp_path, seed, capsys):
+    write_texts(tmp_path, seed)
+    labels = {"mood": {"kind": "classification", "labels": ["bad", "good"]}}
+    run = fit(tmp_path / "run", tmp_path, seed, heads=labels)
+    turned = json.dumps({"mood": {"kind": "classification", "labels": ["good", "bad"]}})
+    for command in ("fit", "validate"):
+        with pytest.raises(SystemExit):
+            main([command, "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--model.heads", turned])
+        assert "labels" in capsys.readouterr().err.splitlines()[-1]
+    main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", "last"])  # control
+
+
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
         ({}, "names no head"),
+        ({"type": HeadConfig("mlm")}, r"model\.heads\.type: a head cannot be called so"),
         ({"a": HeadConfig("rtd")}, "ReplacedTokenTask does rtd"),
         ({"a": HeadConfig("mlm"), "b": HeadConfig("mlm")}, "two of kind mlm"),
     ],
@@ -303,6 +341,14 @@ def test_wrong_use(tmp_path, seed, capsys):
 
     labels = {"mood": {"kind": "classification", "labels": ["bad", "fine"]}}
     assert "'good'" in (line := error(heads=labels)) and "model.heads.mood.labels" in line  # noqa: PT018
+    assert "run.monitor val/words/perplexity" in error("--run.monitor", "val/words/perplexity")
+    locked = {"near": {"kind": "embedding", "problem": "cosine", "scale": 5.0}}
+    assert "nothing to train" in error("--model.tuning.locked", "true", heads=locked)
+    more = json.dumps({"mood": {"files": str(tmp_path / "labels.tsv")}})
+    assert "data.val.mood: data.train has no files" in error("--data.train", json.dumps(
+        {"words": {"files": str(tmp_path / "plain.txt")}}), "--data.val", more)  # fmt: skip
+    spread = json.dumps({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
+    assert "use trainer.strategy ddp" in error("--trainer.strategy", spread)
     assert "2 or more labels" in error(heads={"mood": {"kind": "classification", "labels": ["bad"]}})
     assert "set model.text.vocab_size" in error("--data.tokenizer", str(big_vocabulary(tmp_path)))
     (tmp_path / "empty").mkdir()
@@ -325,6 +371,12 @@ def test_what_is_taken_of_another_model(seed):
     with torch.no_grad():
         for parameter in given.parameters():
             parameter.add_(torch.randn_like(parameter))
+    apart = TextModel(config(), {"guess": HeadConfig("mlm", tied=False)})
+    assert apart.load_pretrained(given) == ["head guess"]
+    assert torch.equal(apart.heads["guess"].words, given.encoder.embeddings.words.weight)
+    joined = TextModel(config(), {"words": HeadConfig("mlm")})
+    assert joined.load_pretrained(apart) == ["head words"]
+    assert torch.equal(joined.heads["words"].dense.weight, given.heads["words"].dense.weight)
     mine = TextModel(config(), {
         "guess": HeadConfig("mlm", weight=2.0), "one": two,
         "two": HeadConfig("classification", labels=("c", "d", "e")),

@@ -36,7 +36,7 @@ def text(
 ) -> None:
     """Real tokens a second, forward, and forward and backward; BERT-base with random weights, the same for all sides.
 
-    In fp32; on CUDA the packed and the padded texts in bf16 under autocast too.
+    In fp32; on CUDA all of them in bf16 under autocast too.
 
     Args:
         layers: of the encoder.
