@@ -7,7 +7,6 @@ import json
 import os
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from dualenc.folders import (
     FORMAT,
     ModelError,
     check_format,
+    check_tokenizer,
     from_dict,
     hub_folder,
     read_json,
@@ -36,6 +36,7 @@ from dualenc.models.dual import DualConfig, DualEncoder
 from dualenc.models.heads import TextModel
 from dualenc.models.image import ImageEncoder
 from dualenc.models.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, load_open_clip
+from dualenc.models.tower import evaluating
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocess.json")
 
@@ -64,14 +65,7 @@ class Embedder:
         if isinstance(model, OpenClip) or isinstance(tokenizer, OpenClipTokenizer):
             return  # made for each other by the library
         text, image = model.config.text, model.config.image
-        if tokenizer.vocab_size > text.vocab_size:
-            raise ModelError(
-                f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size {text.vocab_size}"
-            )
-        if tokenizer.context_length > text.context_length:
-            raise ModelError(
-                f"the tokenizer gives {tokenizer.context_length} tokens, the model takes {text.context_length}"
-            )
+        check_tokenizer(tokenizer, text)
         if preprocess.size != image.img_size:
             raise ModelError(
                 f"preprocess.json makes {preprocess.size} pixels, the image encoder takes {image.img_size}"
@@ -102,7 +96,7 @@ class Embedder:
             batch_size: images a forward pass, where they come one by one.
         """
         images = [images] if isinstance(images, str | os.PathLike | Image.Image) else images
-        with self._evaluating():
+        with evaluating(self.model):
             parts = [
                 self.model.encode_image(self._normalised(batch)).float().cpu()
                 for batch in self._image_batches(images, batch_size)
@@ -120,7 +114,7 @@ class Embedder:
         ids = tokenizer.encode(texts)
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # equal lengths together: less to compute
         out = torch.empty(len(texts), self.model.embed_dim)
-        with self._evaluating():
+        with evaluating(self.model):
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
                 out[part] = model.encode_text(tokenizer.pack([ids[i] for i in part]).to(self.device)).float().cpu()
@@ -204,17 +198,6 @@ class Embedder:
         if isinstance(self.preprocess, Preprocess) and not batch.is_floating_point():
             return self.preprocess.normalize(batch, dtype)
         return batch.to(dtype)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients; the model's own mode comes back afterwards."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.model.train(training)
 
 
 def load(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:

@@ -13,6 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dualenc.data.tokenizer import Tokenizer
+from dualenc.models.text import TextConfig
+
 FORMAT = 1
 
 
@@ -125,6 +128,20 @@ def _is(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind or hint)
+
+
+def check_tokenizer(tokenizer: Tokenizer, text: TextConfig) -> None:
+    """Refuses a tokenizer that gives what a text encoder does not take.
+
+    Raises:
+        ModelError: it has more entries, or makes longer texts.
+    """
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ModelError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size {text.vocab_size}")
+    if tokenizer.context_length > text.context_length:
+        raise ModelError(
+            f"the tokenizer gives {tokenizer.context_length} tokens, the model takes {text.context_length}"
+        )
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, TypedDict
 
@@ -15,13 +14,14 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from dualenc.data.tokenizer import Tokenizer
-from dualenc.folders import FORMAT, ModelError, replaced_folder, write_json
+from dualenc.folders import FORMAT, check_tokenizer, replaced_folder, write_json
 from dualenc.interop.checkpoint import OWN, open_text, own_names
 from dualenc.interop.families import PROBLEMS, Family, activation_name, choose_family, family_config, places_of
 from dualenc.interop.tokenizers import tokenizer_config
 from dualenc.interop.weights import split_state
 from dualenc.models.heads import HeadConfig, TextModel, answers
 from dualenc.models.text import TextConfig
+from dualenc.models.tower import evaluating
 from dualenc.tokens import Tokens
 
 FILES = (OWN, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
@@ -51,15 +51,7 @@ class TextPredictor:
 
     def __init__(self, model: TextModel, tokenizer: Tokenizer, name: str = "model") -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        text = model.config
-        if tokenizer.vocab_size > text.vocab_size:
-            raise ModelError(
-                f"the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size {text.vocab_size}"
-            )
-        if tokenizer.context_length > text.context_length:
-            raise ModelError(
-                f"the tokenizer gives {tokenizer.context_length} tokens, the model takes {text.context_length}"
-            )
+        check_tokenizer(tokenizer, model.config)
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +76,7 @@ class TextPredictor:
         config = self.model.head_configs[name]
         texts = [texts] if isinstance(texts, str) else texts
         out: list[dict[str, Any]] = [{} for _ in texts]
-        with self._evaluating():
+        with evaluating(self.model):
             for part, tokens in self._batches(texts, batch_size):
                 for i, answer in zip(part, answers(config, self.model(tokens, name)), strict=True):
                     out[i] = answer
@@ -116,7 +108,7 @@ class TextPredictor:
         places = [i for i, one in enumerate(ids) if one == mask_id]
         if len(places) < len(segments) - 1:
             raise ValueError(f"{text!r} is longer than {self.tokenizer.context_length} tokens, and a {MASK} is cut off")
-        with self._evaluating():
+        with evaluating(self.model):
             tokens = tokens.to(self.device)
             logits = self.model(tokens, name, torch.tensor(places, device=self.device)).float().cpu()
         found = logits.softmax(-1)[:, : self.tokenizer.vocab_size].topk(min(k, self.tokenizer.vocab_size))
@@ -137,7 +129,7 @@ class TextPredictor:
             raise ValueError("there are no texts to embed")
         heads = [head for head in self.model.head_configs.values() if head.kind == "embedding"]
         out = torch.empty(len(texts), self.model.config.width)
-        with self._evaluating():
+        with evaluating(self.model):
             for part, tokens in self._batches(texts, batch_size):
                 hidden = self.model.encoder(tokens)
                 pooled = self.model.encoder.pool(hidden, tokens, heads[0].pool if heads else None)
@@ -148,7 +140,7 @@ class TextPredictor:
         """The tokens of each text, special ones among them, and their vectors (T, D), on the CPU."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(texts)
-        with self._evaluating():
+        with evaluating(self.model):
             for part, tokens in self._batches(texts, 64):
                 hidden = self.model.encoder(tokens).float().cpu()
                 ids, offsets = tokens.ids.tolist(), tokens.offsets.tolist()
@@ -270,17 +262,6 @@ class TextPredictor:
         if token.startswith("##"):  # goes on with the word before it
             before, word = before.rstrip(), token[2:]
         return {"token": token, "probability": probability, "text": before + word + after}
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients; the model's own mode comes back afterwards."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.model.train(training)
 
 
 def hub_config(

@@ -15,7 +15,10 @@ from markupsafe import Markup
 
 from dualenc.report.findings import Points
 
-CURVES = ("acc1", "acc5", "mean_average_precision", "image_retrieval_recall@1", "image_retrieval_recall@10")
+CURVES = (
+    "acc1", "acc5", "mean_average_precision", "image_retrieval_recall@1", "image_retrieval_recall@10", "accuracy",
+    "baseline_accuracy", "spearman", "auroc", "first_recall@1",
+)  # fmt: skip
 LINES = ("#4a90d9", "#e08a3c", "#3fa66b", "#b867c6", "#d05a5a", "#8a8f98")  # seen on white and on black
 INK = "#010203"  # becomes the colour of the text around a plot, whatever the page's is
 COLOURS = 10  # classes with a colour of their own on a map; style.css has as many
@@ -32,8 +35,11 @@ def curves(path: Path) -> list[dict[str, Any]]:
     sets = dict.fromkeys(name.rpartition("/")[0] for name in series if not name.startswith(("train/", "test/")))
     groups = {"loss": ["train/loss", "val/loss"]}
     for name in sets:
-        shares = [m for m in series if m.rpartition("/")[0] == name and m.rpartition("/")[2] in CURVES]
-        groups["held-out pairs" if name == "val" else name] = shares
+        own = [m for m in series if m.rpartition("/")[0] == name]
+        title = "held-out pairs" if name == "val" else f"{name[4:]}, held out" if name.startswith("val/") else name
+        groups[title] = [m for m in own if m.rpartition("/")[2] in CURVES]
+        groups[f"{title}: perplexity"] = [m for m in own if m.endswith("/perplexity")]
+        groups["loss"] += [m for m in own if m.endswith("/loss") and m not in groups["loss"]]
     groups["learning rate"] = ["train/lr"]
     groups["temperature (logit scale)"] = ["train/logit_scale"]
     groups["gradient norm before clipping"] = ["train/grad_norm"]
