@@ -22,6 +22,7 @@ from dualenc.data import (
     Tokenizer,
 )
 from dualenc.data.features import Features
+from dualenc.data.loader import Batches
 from dualenc.data.masking import Masking
 from dualenc.data.pairs import all_captions, only_pairs
 from dualenc.data.shards import distinct
@@ -54,6 +55,10 @@ class TokenData(LightningDataModule):
     """
 
     trainer: Any  # Lightning declares less than its Trainer has
+    seed: int
+    workers: int
+    timeout: float
+    quarantine: Quarantine
 
     def __init__(self, text: TextConfig, tokenizer: str | None) -> None:
         super().__init__()
@@ -110,6 +115,24 @@ class TokenData(LightningDataModule):
         everywhere = gathered(prints, self.trainer.world_size)
         if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
             raise DataError(f"rank {different[0]} finds other {what} than rank 0: give all machines the same data")
+
+    def _load(self, dataset: Batches, size: int, train: bool, **options: Any) -> Loader:
+        """This rank's part of the batches of a data set, as the run has it."""
+        made = Loader(
+            dataset,
+            size,
+            seed=self.seed,
+            shuffle=train,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            workers=self.workers,
+            timeout=self.timeout,
+            pin_memory=torch.cuda.is_available(),
+            quarantine=self.quarantine,
+            **options,
+        )
+        self._loaders.append(made)
+        return made
 
     def teardown(self, stage: str) -> None:
         """Ends the workers."""
@@ -288,7 +311,7 @@ class PairData(TokenData):
         if not train and micro:  # nothing there depends on the batch
             micro, size = None, min(size, micro * world)
         transform = self.augment if train else self.preprocess
-        made = Loader(
+        return self._load(
             PairDataset(
                 index,
                 self.captions,
@@ -299,17 +322,8 @@ class PairData(TokenData):
                 Masking(self.tokenizer, self.mask) if train and self.mask else None,
             ),
             size,
+            train,
             micro_batch_size=micro,
-            seed=self.seed,
             window=self.window,
             sources=self._weights if train else None,
-            shuffle=train,
-            rank=self.trainer.global_rank,
-            world=world,
-            workers=self.workers,
-            timeout=self.timeout,
-            pin_memory=torch.cuda.is_available(),
-            quarantine=self.quarantine,
         )
-        self._loaders.append(made)
-        return made

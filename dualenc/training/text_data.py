@@ -298,20 +298,10 @@ class TextData(TokenData):
         # A generator's guesses stand in all of the places: ELECTRA has 85% hidden from it, and no other words.
         shares = (0.85, 0.0) if any(use.kind == "rtd" for _, use in uses) else (0.8, 0.1)
         masking = Masking(self.tokenizer, self.mask, *shares) if hides else None
-        mix: Mix = self.mix if train else "together"
-        made = Loader(
+        return self._load(
             TextDataset(index, uses, self.tokenizer, self.seed if train else None, masking, self.whole_words),
             self.batch_size,
-            seed=self.seed,
+            train,
             sources=weights if train else None,
-            mix=mix,
-            shuffle=train,
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-            workers=self.workers,
-            timeout=self.timeout,
-            pin_memory=torch.cuda.is_available(),
-            quarantine=self.quarantine,
+            mix=self.mix if train else "together",
         )
-        self._loaders.append(made)
-        return made
