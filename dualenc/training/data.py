@@ -46,6 +46,11 @@ class Source(TypedDict):
     weight: NotRequired[float]
 
 
+def stage_name(stage: str) -> str:
+    """The words "fit", "validate", "test" or "predict", which Lightning has as members of an enumeration."""
+    return str(getattr(stage, "value", stage))
+
+
 class TokenData(LightningDataModule):
     """What all data have in common: texts, the tokenizer of a run, and loaders whose workers must be ended.
 
@@ -241,7 +246,7 @@ class PairData(TokenData):
         if not held and stage == "fit":
             self.trainer.limit_val_batches = 0  # no validation at all, rather than one without data
         elif not held:
-            raise DataError(f"data.val is null: there is nothing to {stage}")
+            raise DataError(f"data.val is null: there is nothing to {stage_name(stage)}")
         say(f"{len(self.train_index):,} pairs to train on, {held:,} held out; shards: {len(self.train_index.shards):,}")
 
     def _build_indexes(self) -> None:

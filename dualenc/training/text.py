@@ -139,8 +139,8 @@ class LanguageTask(Task):
         """
         super().on_load_checkpoint(checkpoint)
         for name in self.heads:
-            kind, problem, labels = then = checkpoint["heads"].get(name, [None, None, []])
-            if then != self._meaning(name):
+            kind, problem, labels = then = checkpoint.get("heads", {}).get(name, self._meaning(name))
+            if then != self._meaning(name):  # a head that it has not has no weights there, and is refused for that
                 raise ValueError(
                     f"model.heads.{name} is not what the checkpoint has: kind {kind}, problem {problem}, labels "
                     f"{', '.join(labels) or 'none'}"

@@ -15,7 +15,7 @@ from dualenc.data.masking import Masking
 from dualenc.data.texts import TextDataset, Texts, Use, all_labels, all_texts
 from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig
-from dualenc.training.data import Source, TokenData
+from dualenc.training.data import Source, TokenData, stage_name
 from dualenc.training.task import say
 
 Split = Literal["train", "val", "test", "predict"]
@@ -192,7 +192,7 @@ class TextData(TokenData):
         """
         part: Split = "test" if stage == "test" and self.given["test"] else "val" if stage != "predict" else "predict"
         if stage != "fit" and not self.given[part]:
-            raise DataError(f"data.{stage if stage == 'predict' else part} is null: there is nothing to {stage}")
+            raise DataError(f"data.{part} is null: there is nothing to {stage_name(stage)}")
         parts: list[Split] = ["train", "val"] if stage == "fit" else [part]
         self.tokenizer = self._read_tokenizer()
         for part in parts:
