@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import WORDS, tiny_tokenizer, write_texts
 from ranks import in_ranks
+from runs import callbacks, run
 from safetensors.torch import load_file
 from test_configs import CONFIGS, metrics, small_fit
 
@@ -167,7 +168,7 @@ def test_over_ranks(tmp_path, seed):
 TINY = {"vocab_size": 120, "width": 32, "layers": 2, "heads": 2, "context_length": 24, "norm": "pre"}
 
 
-def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, **options) -> Path:
+def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, start=main, **options) -> Path:
     """A run on the files of `write_texts`."""
     heads = heads or {
         "words": {"kind": "mlm"},
@@ -197,7 +198,7 @@ def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, 
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".yaml")
     path.write_text(json.dumps(settings))
-    main(["fit", "--config", str(path), *more])
+    start(["fit", "--config", str(path), *more])
     return folder
 
 
@@ -219,6 +220,24 @@ def test_continued_to_the_bit(tmp_path, seed, mix):
     assert all(torch.equal(one[name], other[name]) for name in one)
     changed = fit(tmp_path / "changed", tmp_path, seed + 1, *more, text=dropout)
     assert metrics(changed, "train/loss") != metrics(whole, "train/loss")  # control
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", ["together", "in_turn"])
+def test_two_ranks_are_one(tmp_path, seed, mix):
+    """In the log, and after one of them was killed to the bit."""
+    write_texts(tmp_path, seed)
+    files: list[str] = []
+    fit(tmp_path / "x", tmp_path, seed, "--data.mix", mix, start=files.extend)
+    assert run(files, tmp_path / "one") == [0], (tmp_path / "one" / "log-0").read_text()
+    assert run(files, tmp_path / "two", 2) == [0, 0], (tmp_path / "two" / "log-0").read_text()
+    kill = callbacks(("Kill", {"step": 7, "rank": 1}))
+    assert run([*files, *kill], tmp_path / "part", 2)[1] == -9
+    assert run([*files, "--ckpt_path", "auto"], tmp_path / "part", 2) == [0, 0]
+    for name in ("train/loss", "train/grad_norm", "val/words/loss", "val/mood/loss"):
+        whole = metrics(tmp_path / "two" / "run", name)
+        assert whole == metrics(tmp_path / "part" / "run", name), name
+        assert whole == pytest.approx(metrics(tmp_path / "one" / "run", name), rel=1e-3), name
 
 
 def test_one_checkpoint_many_uses(tmp_path, seed, capsys):
