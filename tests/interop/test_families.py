@@ -11,9 +11,11 @@ import torch
 import transformers
 from helpers import tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, ElectraForPreTraining
 
+from dualenc.data import Tokenizer
 from dualenc.folders import ModelError
 from dualenc.interop import TextPredictor, load_text, open_text
 from dualenc.models import HeadConfig, TextConfig, TextModel
@@ -78,8 +80,22 @@ def build(kind: str, config: dict[str, Any], auto: Any = AutoModel, **more: Any)
     return model.eval()
 
 
+def tokenizer_of(text: TextConfig) -> Tokenizer:
+    """Of small texts; where positions begin after the number of the padding token, that is its number."""
+    tokenizer = tiny_tokenizer(text.context_length)
+    if not text.position_offset:
+        return tokenizer
+    about = json.loads(tokenizer.backend.to_str())
+    numbers = about["model"]["vocab"]
+    other = next(token for token, number in numbers.items() if number == text.position_offset - 1)
+    numbers |= {"[PAD]": numbers[other], other: numbers["[PAD]"]}
+    for token in about["added_tokens"]:
+        token["id"] = numbers[token["content"]]
+    return Tokenizer(Backend.from_str(json.dumps(about)), text.context_length)
+
+
 def add_tokenizer(folder: Path) -> None:
-    tiny_tokenizer().save(folder / "tokenizer.json")
+    tokenizer_of(open_text(folder).config).save(folder / "tokenizer.json")
 
 
 def ragged(config: TextConfig, seed: int) -> tuple[Tokens, Tensor, Tensor, Tensor]:
@@ -184,7 +200,7 @@ def test_masked_language_heads(name: str, tied: bool, tmp_path: Path, seed: int)
     logits = theirs(peer, ids, mask, types).logits
     with torch.no_grad():
         assert_close(model(tokens, "mlm"), packed(model, logits, mask, tokens))
-    TextPredictor(model, tiny_tokenizer()).save(tmp_path / "ours")
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").eval()
     assert type(again) is type(peer)
     unused = () if tied else ("cls.predictions.bias", "predictions.bias", "lm_head.bias")  # the decoder has its own
@@ -222,7 +238,7 @@ def test_classification_heads(name: str, problem: str, tmp_path: Path, seed: int
     logits = theirs(peer, ids, mask, types).logits
     with torch.no_grad():
         assert_close(model(tokens, "classification"), logits)
-    TextPredictor(model, tiny_tokenizer()).save(tmp_path / "ours")
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
     equal(again, peer)
     assert_close(theirs(again, ids, mask, types).logits, logits)
@@ -242,7 +258,7 @@ def test_discriminators(name: str, tmp_path: Path, seed: int) -> None:
     logits = theirs(peer, ids, mask, types).logits
     with torch.no_grad():
         assert_close(model(tokens, "rtd"), packed(model, logits, mask, tokens))
-    TextPredictor(model, tiny_tokenizer()).save(tmp_path / "ours")
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
     again = ElectraForPreTraining.from_pretrained(tmp_path / "ours").eval()
     equal(again, peer)
     assert_close(theirs(again, ids, mask, types).logits, logits)
@@ -261,7 +277,7 @@ def test_both_heads_of_pretraining(kind: str, tmp_path: Path, seed: int) -> None
     with torch.no_grad():
         assert_close(model(tokens, "mlm"), packed(model, expected.prediction_logits, mask, tokens))
         assert_close(model(tokens, "nsp"), expected["seq_relationship_logits" if kind == "bert" else "sop_logits"])
-    TextPredictor(model, tiny_tokenizer()).save(tmp_path / "ours")
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
     before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("peer", "ours"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], x) for key, x in before.items())
@@ -379,6 +395,18 @@ def test_many_heads_come_back_to_the_bit(family: str | None, tmp_path: Path, see
     assert own == {"stars", "other", "pooler"}
 
 
+def test_positions_that_unknown_words_would_move(tmp_path: Path, seed: int) -> None:
+    """transformers counts RoBERTa's by what is not number 1: no padding there, no format of its."""
+    size = tiny_tokenizer().vocab_size
+    text = TextConfig(size, width=16, layers=2, heads=2, context_length=16, types=1, position_offset=2)
+    model = perturbed(TextModel(text))
+    TextPredictor(model, tokenizer_of(text)).save(tmp_path / "padding")
+    assert (tmp_path / "padding" / "config.json").exists()
+    TextPredictor(model, tiny_tokenizer()).save(tmp_path / "unknown")
+    assert not (tmp_path / "unknown" / "config.json").exists()
+    same(load_text(tmp_path / "unknown", "cpu").model, model)
+
+
 ARCHITECTURES = {
     "bert": {"types": 2},
     "distilbert": {},
@@ -397,8 +425,9 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_was_trained_from_scratch_finds_its_family(family: str | None, tmp_path: Path, seed: int) -> None:
-    tokenizer = tiny_tokenizer()
-    text = TextConfig(tokenizer.vocab_size, width=16, layers=3, heads=2, context_length=16, **ARCHITECTURES[family])
+    size = tiny_tokenizer().vocab_size
+    text = TextConfig(size, width=16, layers=3, heads=2, context_length=16, **ARCHITECTURES[family])
+    tokenizer = tokenizer_of(text)
     model = perturbed(TextModel(text, {"topic": HeadConfig("classification", ("a", "b"), pool="cls")}))
     TextPredictor(model, tokenizer).save(tmp_path / "model")
     same(load_text(tmp_path / "model", "cpu").model, model)

@@ -56,7 +56,7 @@ def test_a_run(tmp_path, seed):
     assert len(generator.fill("a [MASK]", k=2)[0]) == 2
 
     # Killed and gone on: the same draws.
-    stop = json.dumps([{"class_path": "helpers.StopAt", "init_args": {"step": 7}}])
+    stop = json.dumps([{"class_path": "helpers.StopAt", "init_args": {"step": 3}}])
     part = tmp_path / "part"
     with pytest.raises(SystemExit):
         fit(part, tmp_path, seed, "--trainer.callbacks", stop)
