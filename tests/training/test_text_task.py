@@ -202,7 +202,7 @@ def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, 
     return folder
 
 
-@pytest.mark.parametrize("mix", ["together", "in_turn"])
+@pytest.mark.parametrize("mix", ["together", pytest.param("in_turn", marks=pytest.mark.slow)])
 def test_continued_to_the_bit(tmp_path, seed, mix):
     write_texts(tmp_path, seed)
     dropout = {**TINY, "dropout": 0.1}
@@ -240,6 +240,7 @@ def test_two_ranks_are_one(tmp_path, seed, mix):
         assert whole == pytest.approx(metrics(tmp_path / "one" / "run", name), rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_one_checkpoint_many_uses(tmp_path, seed, capsys):
     """Contrastive, then masked words and a classification, then contrastive again: the tower is the same to the bit."""
     pairs = small_fit(SMOKE, tmp_path / "pairs", seed)
@@ -309,6 +310,7 @@ def test_nothing_is_hidden_and_nothing_is_good(seed):
     assert not any(grad.any() for grad in gradients(task, loss).values())
 
 
+@pytest.mark.slow
 def test_predicted_by_the_average(tmp_path, seed):
     """As `last/` is, where there is one."""
     write_texts(tmp_path, seed)
