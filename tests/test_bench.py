@@ -81,6 +81,7 @@ def fails():
     raise ValueError("no such apple")
 
 
+@pytest.mark.slow
 def test_sides_have_processes_of_their_own():
     before = len(family(os.getpid()))
     result = compare(
@@ -92,6 +93,7 @@ def test_sides_have_processes_of_their_own():
     assert len(family(os.getpid())) <= before + 1  # multiprocessing keeps one that tracks its resources
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_is_named():
     with pytest.raises(RuntimeError, match=r"side 'bad' failed:(.|\n)*no such apple"):
         compare("memory", "rounds", [Side("good", partial(holds, 1)), Side("bad", fails)], "good", 1)

@@ -72,8 +72,6 @@ class ContrastiveTask(Task):
     Args:
         image: architecture of the image tower.
         text: architecture of the text tower.
-        text_from: a text checkpoint, see `dualenc.load_text`: the text tower has its architecture in place of `text`,
-            its weights, and its tokenizer unless the data name another.
         embed_dim: dimensions of the common space.
         projection: from each tower into it, "linear" or "mlp".
         loss: function of (image, text, scale, bias, group=...), such as `dualenc.losses.clip_loss` or `siglip_loss`.
@@ -91,6 +89,8 @@ class ContrastiveTask(Task):
         pretrained: true for timm's weights of the image tower's name, or a local file of them; or a model directory,
             run directory or hf-hub:owner/name[@revision] for all weights, whose architecture and tokenizer the run
             must have, but for `image.img_size` and dropout, and it may add a bias.
+        text_from: a text checkpoint, see `dualenc.load_text`: the text tower has its architecture in place of `text`,
+            its weights, and its tokenizer unless the data name another.
         image_tuning: what of the image tower is trained, and how fast.
         text_tuning: likewise of the text tower.
         patch_dropout: share of image patches left out in training.
@@ -106,7 +106,6 @@ class ContrastiveTask(Task):
         self,
         image: ImageConfig,
         text: TextConfig = BASE,
-        text_from: str | None = None,
         embed_dim: int = 512,
         projection: Literal["linear", "mlp"] = "linear",
         loss: Callable = clip_loss,
@@ -118,6 +117,7 @@ class ContrastiveTask(Task):
         optimizer: Callable[[Iterable], Optimizer] = adamw,
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
         pretrained: bool | str = False,
+        text_from: str | None = None,
         image_tuning: Tuning = PLAIN,
         text_tuning: Tuning = PLAIN,
         patch_dropout: float = 0.0,

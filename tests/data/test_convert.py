@@ -479,6 +479,7 @@ make_shards(sys.argv[1], sys.argv[2], samples=4, val=0.1, workers=int(sys.argv[3
 """
 
 
+@pytest.mark.slow
 def test_killed(tmp_path, seed):
     class_folders(tmp_path / "set", np.random.default_rng(seed), each=15)
     make_shards(tmp_path / "set", tmp_path / "whole", samples=4, val=0.1, workers=0)

@@ -308,6 +308,7 @@ shrink.shrink_shards(sys.argv[1], sys.argv[2], size=24, workers=int(sys.argv[3])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed(tmp_path, seed, workers):
     random_shards(tmp_path / "in", np.random.default_rng(seed), (5,) * 12)

@@ -154,6 +154,7 @@ def test_a_bomb_behind_the_last_row_is_never_inflated(tmp_path, seed):
     assert peak() - before < 1 << 27
 
 
+@pytest.mark.slow
 def test_all_kinds_in_a_run(tmp_path, seed, capsys):
     """Trained through, each named once, counted where it was met; the exit status is that of success."""
     rng = np.random.default_rng(seed)

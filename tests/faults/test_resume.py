@@ -189,6 +189,7 @@ def test_sharded_weights_killed_and_continued(unbroken, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_from_two_ranks_to_one(unbroken, tmp_path):
     """The same global batches, and the same losses but for dropout and rounding."""
     rows = [("Rows", {"folder": str(tmp_path / name)}) for name in ("whole", "part")]

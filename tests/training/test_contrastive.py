@@ -48,6 +48,7 @@ def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixt
     assert metrics(tmp_path / "again", "train/loss") == metrics(run, "train/loss")
 
 
+@pytest.mark.slow
 def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, seed: int) -> None:
     """Stopped at step 5 of 24, inside an epoch, and continued: losses and weights of the unbroken run, to the bit."""
     dropout = ["--model.text.dropout", "0.2", "--model.patch_dropout", "0.5"]

@@ -64,6 +64,7 @@ def alike(first: Path, second: Path) -> float:
     return float((abs(x - y) / abs(x)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", ["null", "5"])
 def test_a_run_from_features_is_the_run_from_pictures(
     config: Path, micro: str, monkeypatch: pytest.MonkeyPatch
@@ -102,6 +103,7 @@ def test_a_run_from_features_is_the_run_from_pictures(
     assert alike(pictures, fit(config, "augmented", *pieces, "--data.augment", "Augment")) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_bit(config: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     features = embed(config)
     from_them = ["--data.features", features, "--data.batch_size", "8"]

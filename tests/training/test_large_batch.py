@@ -18,6 +18,7 @@ def fit(folder: Path, *more: str) -> list[float]:
     return metrics(folder, "train/loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["clip_loss", "siglip_loss"])
 def test_pieces_follow_the_whole_batch(tmp_path: Path, seed: int, loss: str) -> None:
     """24 steps, the last piece smaller; dropout would be drawn otherwise."""

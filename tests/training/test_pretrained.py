@@ -157,6 +157,7 @@ def test_what_may_differ(given: dualenc.Embedder, tmp_path: Path) -> None:
     assert all(torch.equal(x, whole[name]) for name, x in biased.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_from_a_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     """At learning rate 0 it ends with the weights it began with; stopped, it goes on when they are gone."""
     base = small_fit(SMOKE, tmp_path / "base", seed, "--trainer.max_steps", "3", "--data.val", "null")

@@ -154,6 +154,7 @@ def ranks(folder, rank, world):
 SPANS = [(0, 13), (13, BATCH)]  # of some heads one rank has more, and the other other texts
 
 
+@pytest.mark.slow
 def test_over_ranks(tmp_path, seed):
     task = task_of()
     torch.save(task.state_dict(), tmp_path / "task.pt")
