@@ -13,15 +13,8 @@ from torch import Tensor
 
 from dualenc.data.tokenizer import Tokenizer
 from dualenc.folders import ModelError, check_format, from_dict, hub_folder, read_json
-from dualenc.interop.families import (
-    ACTIVATION_NAMES,
-    PROBLEMS,
-    Family,
-    Slot,
-    family_of,
-    places_of,
-    text_config,
-)
+from dualenc.interop.architecture import family_of, places_of, text_config
+from dualenc.interop.families import ACTIVATION_NAMES, PROBLEMS, Family, Slot
 from dualenc.interop.tokenizers import TOKENIZER_FILES, longest, padding_token, read_tokenizer
 from dualenc.interop.weights import PICKLED, SAFE, Weights, family_names, prefixes, read_state
 from dualenc.models.dual import DualConfig

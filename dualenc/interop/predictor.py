@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dualenc.data.tokenizer import Tokenizer
 from dualenc.folders import FORMAT, check_tokenizer, replaced_folder, write_json
+from dualenc.interop.architecture import activation_name, choose_family, family_config, places_of
 from dualenc.interop.checkpoint import OWN, open_text, own_names
-from dualenc.interop.families import PROBLEMS, Family, activation_name, choose_family, family_config, places_of
+from dualenc.interop.families import PROBLEMS, Family
 from dualenc.interop.tokenizers import tokenizer_config
 from dualenc.interop.weights import split_state
 from dualenc.models.heads import HeadConfig, TextModel, answers
