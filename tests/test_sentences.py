@@ -42,7 +42,7 @@ def test_what_is_not_there_is_chance(seed):
     result = sentences(embed, (train, drawn[0]), (dev, drawn[1]), "news", "model").result
     assert result["chance"]["linear_acc1"] == drawn[1].count("a") / 400
     for name, value in result["metrics"].items():
-        assert value == pytest.approx(result["chance"][name], abs=0.15)
+        assert 0.2 < value < result["chance"][name] + 0.1, name
     with pytest.raises(SystemExit, match="no training text has the label 'e'"):
         sentences(embed, (train, drawn[0]), (dev, ["e"] * 400), "news", "model")
 
