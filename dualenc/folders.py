@@ -100,8 +100,9 @@ def from_dict(cls: type[Any], fields: Any, where: str) -> Any:
         if key not in fields:
             continue
         value = fields[key]
-        if dataclasses.is_dataclass(hint):
-            values[key] = from_dict(typing.cast(type, hint), value, f"{where}: {key}")
+        inside = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+        if inside is not None and (value is not None or hint is inside):
+            values[key] = from_dict(typing.cast(type, inside), value, f"{where}: {key}")
         elif not _is(value, hint):
             raise ModelError(f"{where}: {key} must be {getattr(hint, '__name__', hint)}, not {value!r}")
         else:

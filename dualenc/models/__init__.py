@@ -1,6 +1,6 @@
 """Towers and the dual encoder: plain torch modules."""
 
-from dualenc.models.dual import DualConfig, DualEncoder, Embeddings, embed_pieces, in_pieces
+from dualenc.models.dual import DualConfig, DualEncoder, Embeddings, Projection, embed_pieces, in_pieces
 from dualenc.models.heads import HeadConfig, MaskedLanguageHead, TextModel
 from dualenc.models.image import ImageConfig, ImageEncoder
 from dualenc.models.text import TextConfig, TextEncoder
@@ -13,6 +13,7 @@ __all__ = [
     "ImageConfig",
     "ImageEncoder",
     "MaskedLanguageHead",
+    "Projection",
     "TextConfig",
     "TextEncoder",
     "TextModel",

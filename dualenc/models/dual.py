@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,58 @@ MAX_SCALE = 100.0  # Radford et al. 2021, section 2.5
 
 
 @dataclass(frozen=True)
+class Projection:
+    """Maps from a tower's features to embeddings.
+
+    Attributes:
+        hidden: widths between the maps, with an activation after each.
+        bias: of each map whether it has one; empty for no map at all, where the features are the embeddings.
+        activation: "gelu", or "tanh" as BERT's pooler has it.
+    """
+
+    hidden: tuple[int, ...] = ()
+    bias: tuple[bool, ...] = (False,)
+    activation: Literal["gelu", "tanh"] = "gelu"
+
+    def __post_init__(self) -> None:
+        if len(self.bias) != len(self.hidden) + 1 and (self.hidden or self.bias):
+            raise ValueError(f"a projection with hidden {self.hidden} has {len(self.hidden) + 1} bias, not {self.bias}")
+        if self.activation not in PROJECTION_ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is none of {', '.join(PROJECTION_ACTIVATIONS)}")
+
+
+PROJECTION_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "tanh": nn.Tanh}
+
+
+@dataclass(frozen=True)
 class DualConfig:
-    """Architecture of a `DualEncoder`: what `config.json` of a model directory holds."""
+    """Architecture of a `DualEncoder`: what `config.json` of a model directory holds.
+
+    Attributes:
+        image, text: of the towers.
+        embed_dim: E.
+        projection: of both towers: one linear map without bias ("linear"), or two with a GELU between ("mlp").
+        logit_bias: whether there is a bias beside the temperature.
+        image_projection, text_projection: of one tower, in place of `projection`, as models of others have them.
+    """
+
+    REQUIRED: ClassVar = ("image", "text", "embed_dim", "projection", "logit_bias")  # what the first files had
 
     image: ImageConfig
     text: TextConfig
     embed_dim: int = 512
     projection: Literal["linear", "mlp"] = "linear"
     logit_bias: bool = False
+    image_projection: Projection | None = None
+    text_projection: Projection | None = None
+
+    def __post_init__(self) -> None:
+        if self.projection not in ("linear", "mlp"):
+            raise ValueError(f"projection must be 'linear' or 'mlp', not {self.projection!r}")
+
+    def projection_of(self, own: Projection | None, width: int) -> Projection:
+        """The projection of a tower of this width, whose `own` one may be absent."""
+        return own or (Projection((width,), (True, True)) if self.projection == "mlp" else Projection())
 
 
 class Embeddings(NamedTuple):
@@ -42,7 +86,7 @@ class Logits(nn.Module):
     """The learned temperature, and a bias where the loss is a sigmoid (SigLIP, Zhai et al. 2023).
 
     Args:
-        bias: whether there is a bias.
+        bias: whether there is a bias; without one the factor is at most `MAX_SCALE`.
         init_scale: the factor at the start.
         init_bias: the bias at the start.
     """
@@ -50,6 +94,7 @@ class Logits(nn.Module):
     def __init__(self, bias: bool, init_scale: float, init_bias: float) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(init_scale)))
+        self.bound = math.inf if bias else math.log(MAX_SCALE)  # SigLIP has none, and the published ones are past 100
         self.logit_bias = nn.Parameter(torch.full((1,), init_bias)) if bias else None
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
@@ -57,13 +102,12 @@ class Logits(nn.Module):
         # A copy: of a parameter that lies spread over ranks the memory is gone when this returns.
         bias = None if self.logit_bias is None else self.logit_bias.clone()
         # Not clamp: its gradient at the bound itself is 0, and the scale could never come down again.
-        bound = math.log(MAX_SCALE)
-        return torch.where(self.logit_scale > bound, bound, self.logit_scale).exp(), bias
+        return torch.where(self.logit_scale > self.bound, self.bound, self.logit_scale).exp(), bias
 
     @torch.no_grad()
     def project(self) -> None:
         """Brings the parameter back to the bound after a step; past it `forward` gives no gradient."""
-        self.logit_scale.clamp_(max=math.log(MAX_SCALE))
+        self.logit_scale.clamp_(max=self.bound)
 
 
 class DualEncoder(nn.Module):
@@ -74,6 +118,7 @@ class DualEncoder(nn.Module):
         embed_dim: E.
         projection: one linear map without bias a tower ("linear"), or two with a GELU between ("mlp").
         logit_bias: learn a bias for the sigmoid loss.
+        image_projection, text_projection: see `DualConfig`.
         init_scale, init_bias: temperature factor and bias before training; absent, CLIP's 1/0.07, or SigLIP's 10 and
             -10 where there is a bias.
         patch_dropout: see `ImageEncoder`; no part of the architecture.
@@ -87,22 +132,24 @@ class DualEncoder(nn.Module):
         projection: Literal["linear", "mlp"] = "linear",
         logit_bias: bool = False,
         *,
+        image_projection: Projection | None = None,
+        text_projection: Projection | None = None,
         init_scale: float | None = None,
         init_bias: float = -10.0,
         patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.config = DualConfig(image, text, embed_dim, projection, logit_bias)
+        self.config = DualConfig(image, text, embed_dim, projection, logit_bias, image_projection, text_projection)
         self.image = ImageEncoder(image, patch_dropout)
         self.text = TextEncoder(text)
-        self.image_projection = _projection(projection, self.image.width, embed_dim)
-        self.text_projection = _projection(projection, text.width, embed_dim)
+        self.image_projection = self._projection("image", image_projection, self.image.width)
+        self.text_projection = self._projection("text", text_projection, text.width)
         self.logits = Logits(logit_bias, init_scale or (10.0 if logit_bias else 1 / 0.07), init_bias)
 
     @classmethod
     def from_config(cls, config: DualConfig) -> "DualEncoder":
         """A model of this architecture with random weights."""
-        return cls(config.image, config.text, config.embed_dim, config.projection, config.logit_bias)
+        return cls(**{field.name: getattr(config, field.name) for field in fields(config)})
 
     def load_pretrained(self, other: "DualEncoder") -> None:
         """Takes all weights of a model that differs in `image.img_size` and dropout at most, and may lack the bias.
@@ -112,6 +159,20 @@ class DualEncoder(nn.Module):
         self.image.load_pretrained(other.image.vit.state_dict())
         rest = {name: x for name, x in other.state_dict().items() if not name.startswith("image.")}
         self.load_state_dict({**self.state_dict(), **rest})
+
+    def _projection(self, tower: str, own: Projection | None, width: int) -> nn.Module:
+        shape = self.config.projection_of(own, width)
+        if not shape.bias:
+            if width != self.embed_dim:
+                raise ValueError(f"the {tower} tower has width {width} and no projection: embed_dim cannot be another")
+            return nn.Identity()
+        layers: list[nn.Module] = []
+        widths = [width, *shape.hidden, self.embed_dim]
+        for before, after, bias in zip(widths, widths[1:], shape.bias):
+            layers += [PROJECTION_ACTIVATIONS[shape.activation]()] if layers else []
+            layers.append(nn.Linear(before, after, bias))
+            nn.init.normal_(layers[-1].weight, std=before**-0.5)
+        return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
     @property
     def embed_dim(self) -> int:
@@ -168,19 +229,6 @@ def _without_cache(function: Callable[..., Any], *piece: Any) -> Any:
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     with torch.autocast(device, dtype, enabled, cache_enabled=False):
         return function(*piece)
-
-
-def _projection(kind: str, width: int, embed_dim: int) -> nn.Module:
-    if kind == "linear":
-        layers = [nn.Linear(width, embed_dim, bias=False)]
-    elif kind == "mlp":
-        layers = [nn.Linear(width, width), nn.GELU(), nn.Linear(width, embed_dim)]
-    else:
-        raise ValueError(f"projection must be 'linear' or 'mlp', not {kind!r}")
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
 def unit(x: Tensor) -> Tensor:

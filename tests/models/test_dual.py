@@ -80,16 +80,21 @@ def test_initial_scale_and_bias(bias, scale):
 
 
 def test_scale_is_clamped_and_comes_back():
-    logits = Logits(True, 1000.0, -10.0)
+    logits = Logits(False, 1000.0, 0.0)
     scale, _ = logits()
     torch.testing.assert_close(scale, torch.tensor([100.0]))
     assert torch.autograd.grad(scale.sum(), logits.logit_scale)[0] == 0  # past the bound: stuck without project()
     logits.project()
     assert logits.logit_scale.requires_grad
-    scale, bias = logits()
+    scale, _ = logits()
     torch.testing.assert_close(scale, torch.tensor([100.0]), rtol=1e-4, atol=0)
     gradient = torch.autograd.grad(scale.sum(), logits.logit_scale)[0]  # clamp's own is 0 at the bound (torch 2.15)
     torch.testing.assert_close(gradient, torch.tensor([100.0]), rtol=1e-4, atol=0)
+
+    logits = Logits(True, 1000.0, -10.0)  # a sigmoid's has no bound
+    logits.project()
+    scale, bias = logits()
+    torch.testing.assert_close(scale, torch.tensor([1000.0]), rtol=1e-5, atol=0)
     assert bias == -10
 
     logits = Logits(False, 99.0, 0.0)  # below the bound nothing happens
