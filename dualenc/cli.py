@@ -1,9 +1,9 @@
 """The command line, and the only parser.
 
 `fit`, `validate`, `test` and `predict` are LightningCLI's; every other command is a plain function, of
-`dualenc.commands` and `dualenc.evaluating` but for the demo, parsed by jsonargparse from its signature. A user's
-mistake is one line on standard error, never a traceback: exit status 2 for wrong use, 1 for work that failed, 75 for a
-run that a signal stopped and that can go on.
+`dualenc.commands`, `dualenc.evaluating` and `dualenc.exchanging` but for the demo, parsed by jsonargparse from its
+signature. A user's mistake is one line on standard error, never a traceback: exit status 2 for wrong use, 1 for work
+that failed, 75 for a run that a signal stopped and that can go on.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from dualenc import commands, evaluating
+from dualenc import commands, evaluating, exchanging
 from dualenc.commands import UsageError, WorkError, config_folder
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -41,7 +41,7 @@ def demo(out: Path = Path("demo")) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    function.__name__.replace("_", "-"): function
+    function.__name__.strip("_").replace("_", "-"): function
     for function in (
         demo,
         commands.configs,
@@ -57,6 +57,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
         evaluating.compare,
         commands.embed,
         commands.interpolate,
+        exchanging.import_,
+        exchanging.export,
+        exchanging.push,
     )
 }
 
@@ -241,7 +244,8 @@ def _function_parser(function: Callable[..., None]) -> ArgumentParser:
     Of these, a tuple takes one or more too, and what is false by default is a switch.
     """
     text = docstring_parser.parse(function.__doc__ or "")
-    parser = _Parser(prog=f"dualenc {function.__name__.replace('_', '-')}", description=text.short_description)
+    name = function.__name__.strip("_").replace("_", "-")
+    parser = _Parser(prog=f"dualenc {name}", description=text.short_description)
     help_of = {item.arg_name: item.description for item in text.params}
     mine = set()
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):

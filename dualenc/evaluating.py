@@ -212,7 +212,7 @@ def _evaluate(
         print(f"used again from {cache.folder}: {again}")
     if out is not None:
         try:
-            write_results(out, command, found, sets)
+            write_results(out, command, found, sets, embedder.fingerprint)
             about = {"data": " ".join(map(redact, data)), "command": command_line()}
             page = write_report(out, _TITLES[command.partition("-")[0]], [one.section for one in found], about)
         except (OSError, SafetensorError) as error:

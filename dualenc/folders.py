@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dualenc.data.errors import one_line
 from dualenc.data.tokenizer import Tokenizer
 from dualenc.models.text import TextConfig
 
@@ -54,17 +58,67 @@ def replaced_folder(path: str | os.PathLike[str], files: Collection[str]) -> Ite
 def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
     """The files of `hf-hub:owner/name[@revision]` that fit the patterns, fetched where they are not here yet.
 
+    A commit hash that was fetched before is served from the cache, and the hub is not asked. A branch or tag is looked
+    up; where the hub cannot be reached, the commit that it was last is taken, and a line of the log says which.
+
     Raises:
-        ModelError: the hub has them not, or cannot be reached.
+        ModelError: the hub has them not, or cannot be reached and not all of them are in the cache.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import (
+        CachedRepoTreeNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name, _, revision = spec.removeprefix("hf-hub:").partition("@")
+    pinned = bool(re.fullmatch("[0-9a-f]{40}", revision))
+    get = partial(snapshot_download, name, revision=revision or None, allow_patterns=list(patterns))
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{spec} cannot be had from the hub ({str(error).splitlines()[0]})") from None
+        if pinned:
+            with suppress(CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
+                get_cached_repo_tree(name, revision=revision)  # without it none can tell a part of the files from all
+                return Path(get(local_files_only=True))
+        # Asked here, since `snapshot_download` takes what is in the cache without a word where the hub is silent.
+        HfApi().model_info(name, revision=revision or None, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        folder = Path(get())
+    except HFValidationError as error:
+        raise ModelError(f"{spec} must be hf-hub:owner/name[@revision] ({one_line(error)})") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{spec}: the repository has no revision {revision or 'main'!r}: correct it") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{spec}: the hub has no such repository, or not for you: correct the name, or `hf auth login`"
+        ) from None
+    except (HTTPError, OSError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+        if status < 500 and status not in (408, 429):  # an answer, and no sign of a hub in trouble
+            raise ModelError(f"{spec} cannot be had from the hub ({one_line(error)})") from None
+        try:
+            folder = Path(get(local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise ModelError(
+                f"{spec}: not all of its files are in the cache {constants.HF_HUB_CACHE}, and the hub at "
+                f"{constants.ENDPOINT} cannot be reached ({one_line(error)}): fetch it once where it can be"
+            ) from None
+        if not pinned:
+            _warn(
+                f"{spec}: the hub cannot be reached ({one_line(error)}); taken from the cache as it last was: "
+                f"commit {folder.name}"
+            )
+    if not folder.is_dir():
+        raise ModelError(f"{spec}: the repository has none of {', '.join(patterns)}: it is no model of this kind")
+    return folder
+
+
+@cache
+def _warn(line: str) -> None:
+    """Once a process: a model is opened several times before it is loaded."""
+    logging.getLogger("dualenc").warning("%s", line)
 
 
 def check_format(fields: Any, path: Path) -> None:

@@ -1,6 +1,8 @@
 """Stores on this machine's loopback that count what is asked of them, and fail when told to."""
 
+import base64
 import hashlib
+import json
 import os
 import re
 import socket
@@ -79,8 +81,6 @@ class _Handler(BaseHTTPRequestHandler):
             elif send:
                 fault = self.server.always.get(name)
         if self.server.credentials is not None:
-            import base64
-
             wanted = "Basic " + base64.b64encode(self.server.credentials.encode()).decode()
             if self.headers.get("Authorization") != wanted:
                 return self._status(401)
@@ -201,6 +201,293 @@ def s3_server() -> Iterator[tuple[str, Store]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", store
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub of models, with as much of its protocol as huggingface_hub needs to create, push and fetch.
+
+    Each repository has commits, which hold files by name, and branches. `log` has the requests (method, path).
+    `tokens` says who has which. Faults: `status` is what all requests are answered with, `hang` the seconds that they
+    wait before, `spoil` turns a bit in uploads of large files that is noticed ("loud") or is not ("quiet").
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+    LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "other")
+    LARGE = (".safetensors", ".onnx", ".bin")  # stored apart from git, by their SHA-256
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _HubHandler)
+        self.tokens = {"token-of-owner": "owner", "token-of-other": "other"}
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.log: list[tuple[str, str]] = []
+        self.status, self.hang, self.spoil = 0, 0.0, ""
+        self.lock = threading.RLock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client may go."""
+
+
+class Repo:
+    """Files by commit; large ones as `Large`."""
+
+    def __init__(self, private: bool) -> None:
+        self.private = private
+        self.commits: dict[str, dict[str, bytes | Large]] = {}
+        self.branches: dict[str, str] = {}
+        self.messages: list[str] = []
+        self.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+
+    def commit(self, branch: str, changes: "dict[str, bytes | Large]", message: str) -> str:
+        files = {**self.commits.get(self.branches.get(branch, ""), {}), **changes}
+        names = [len(self.commits), message, *((name, str(x)) for name, x in sorted(files.items()))]
+        commit = hashlib.sha1(json.dumps(names).encode()).hexdigest()
+        self.commits[commit], self.branches[branch] = files, commit
+        self.messages.append(message)
+        return commit
+
+    def at(self, revision: str) -> str | None:
+        """The commit that a branch or a hash names."""
+        return self.branches.get(revision) or (revision if revision in self.commits else None)
+
+
+class Large:
+    def __init__(self, oid: str, size: int) -> None:
+        self.oid, self.size = oid, size
+
+    def __str__(self) -> str:
+        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.oid}\nsize {self.size}\n"
+
+
+def git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    do_GET = do_POST = do_PUT = do_HEAD
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = urlsplit(self.path).path
+        with self.server.lock:
+            self.server.log.append((self.command, unquote(path)))
+        if self.server.hang:
+            time.sleep(self.server.hang)
+        if self.server.status:
+            return self._send(self.server.status, {"error": "out of order"})
+        self.user = self.server.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        with self.server.lock:
+            for pattern, method in self.ROUTES:
+                command, _, rest = pattern.partition(" ")
+                if self.command in command.split("|") and (found := re.fullmatch(rest, path)):
+                    return method(self, body, *map(unquote, found.groups()))
+        return self._send(404, {"error": "Not Found"})
+
+    def _send(self, status: int, body: Any, **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if status >= 400 and isinstance(body, dict):
+            self.send_header("X-Error-Message", body["error"])
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _may_write(self, repo: str) -> bool:
+        if self.user is None:
+            self._send(401, {"error": "Invalid username or password."})
+        elif self.user != repo.partition("/")[0]:
+            self._send(403, {"error": f"You don't have the rights to write to {repo}"})
+        return self.user is not None and self.user == repo.partition("/")[0]
+
+    def _found(self, name: str, revision: str) -> "tuple[Repo, str] | None":
+        """A repository that this user may read, and a commit of it."""
+        repo = self.server.repos.get(name)
+        if repo is None or (repo.private and self.user != name.partition("/")[0]):
+            error = {"error": "Repository not found"}
+            self._send(401 if self.user is None else 404, error, X_Error_Code="RepoNotFound")
+        elif (commit := repo.at(revision)) is None:
+            self._send(404, {"error": f"Invalid rev id: {revision}"}, X_Error_Code="RevisionNotFound")
+        else:
+            return repo, commit
+        return None
+
+    def _create(self, body: bytes) -> None:
+        asked = json.loads(body)
+        repo = f"{asked['organization']}/{asked['name']}"
+        if not self._may_write(repo):
+            return None
+        if repo in self.server.repos:
+            return self._send(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{repo}"})
+        self.server.repos[repo] = Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
+        return self._send(200, {"url": f"{self.server.url}/{repo}", "name": repo})
+
+    def _validate(self, body: bytes) -> None:
+        import yaml
+
+        content = json.loads(body)["content"]
+        about = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)[1])  # type: ignore[index]
+        errors = []
+        if about.get("license") not in (None, *self.server.LICENCES):
+            errors.append({"message": '"license" must be one of a list'})
+        for model in about.get("model-index", []):
+            for result in model["results"]:
+                wrong = not result["task"]["type"] or not result["dataset"]["type"] or not result["metrics"]
+                errors += [{"message": '"model-index" is malformed'}] if wrong else []
+        self._send(400 if errors else 200, {"error": "Bad Request", "errors": errors, "warnings": []})
+
+    def _preupload(self, body: bytes, repo: str, revision: str) -> None:
+        if not self._may_write(repo) or (found := self._found(repo, revision)) is None:
+            return
+        files = found[0].commits[found[1]]
+        answer = []
+        for one in json.loads(body)["files"]:
+            there = files.get(one["path"])
+            oid = there.oid if isinstance(there, Large) else None if there is None else git_hash(there)
+            mode = "lfs" if one["path"].endswith(self.server.LARGE) else "regular"
+            answer.append({"path": one["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._send(200, {"files": answer})
+
+    def _batch(self, body: bytes, repo: str) -> None:
+        if not self._may_write(repo):
+            return
+        answer = []
+        for one in json.loads(body)["objects"]:
+            actions = {
+                "upload": {"href": f"{self.server.url}/lfs/{one['oid']}"},
+                "verify": {"href": f"{self.server.url}/verify"},
+            }
+            answer.append({**one} if one["oid"] in self.server.objects else {**one, "actions": actions})
+        self._send(200, {"transfer": "basic", "objects": answer})
+
+    def _upload(self, body: bytes, oid: str) -> None:
+        if self.server.spoil:
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if hashlib.sha256(body).hexdigest() != oid and self.server.spoil != "quiet":
+            return self._send(400, {"error": "the content has another SHA-256"})
+        self.server.objects[oid] = body
+        return self._send(200, b"")
+
+    def _verify(self, body: bytes) -> None:
+        asked = json.loads(body)
+        there = len(self.server.objects.get(asked["oid"], b"")) == asked["size"]
+        self._send(200 if there else 404, {"error": "no such object"})
+
+    def _commit(self, body: bytes, name: str, revision: str) -> None:
+        if not self._may_write(name) or (found := self._found(name, revision)) is None:
+            return None
+        changes: dict[str, bytes | Large] = {}
+        message = ""
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                message = value["summary"]
+            elif line["key"] == "file":
+                changes[value["path"]] = base64.b64decode(value["content"])
+            else:
+                content = self.server.objects[value["oid"]]  # listed as what it is, whatever it was announced as
+                changes[value["path"]] = Large(hashlib.sha256(content).hexdigest(), len(content))
+                self.server.objects[hashlib.sha256(content).hexdigest()] = content
+        commit = found[0].commit(revision, changes, message)
+        return self._send(200, {"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
+
+    def _branch(self, body: bytes, name: str, branch: str) -> None:
+        if not self._may_write(name) or (found := self._found(name, "main")) is None:
+            return None
+        if branch in found[0].branches:
+            return self._send(409, {"error": "Reference already exists"})
+        found[0].branches[branch] = found[1]
+        return self._send(200, {})
+
+    def _info(self, body: bytes, name: str, revision: str = "main") -> None:
+        if (found := self._found(name, revision)) is not None:
+            private = found[0].private
+            self._send(200, {"id": name, "modelId": name, "sha": found[1], "private": private, "siblings": []})
+
+    def _listed(self, name: str, content: bytes | Large) -> dict[str, Any]:
+        if isinstance(content, Large):
+            pointer = git_hash(str(content).encode())
+            lfs = {"oid": content.oid, "size": content.size, "pointerSize": len(str(content))}
+            return {"type": "file", "path": name, "size": content.size, "oid": pointer, "lfs": lfs}
+        return {"type": "file", "path": name, "size": len(content), "oid": git_hash(content)}
+
+    def _tree(self, body: bytes, name: str, revision: str) -> None:
+        if (found := self._found(name, revision)) is not None:
+            files = found[0].commits[found[1]]
+            self._send(200, [self._listed(*item) for item in files.items()])
+
+    def _paths(self, body: bytes, name: str, revision: str) -> None:
+        if (found := self._found(name, revision)) is not None:
+            from urllib.parse import parse_qs
+
+            json_body = self.headers.get("Content-Type", "").startswith("application/json")
+            paths = json.loads(body)["paths"] if json_body else parse_qs(body.decode())["paths"]
+            files = found[0].commits[found[1]]
+            self._send(200, [self._listed(path, files[path]) for path in paths if path in files])
+
+    def _resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
+        if (found := self._found(name, revision)) is None:
+            return None
+        content = found[0].commits[found[1]].get(path)
+        headers = {"X_Repo_Commit": found[1]}
+        if content is None:
+            return self._send(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", **headers)
+        if isinstance(content, Large):
+            headers |= {"X_Linked_Etag": f'"{content.oid}"', "X_Linked_Size": str(content.size)}
+            # Of another host, as large files are: tokens are for the hub alone.
+            where = f"http://localhost:{self.server.server_port}/large/{content.oid}"
+            return self._send(302, b"", Location=where, **headers)
+        return self._send(200, content, ETag=f'"{git_hash(content)}"', **headers)
+
+    def _large(self, body: bytes, oid: str) -> None:
+        if "Authorization" in self.headers:
+            return self._send(400, {"error": "a token was sent to another host"})
+        return self._send(200, self.server.objects[oid], ETag=f'"{oid}"')
+
+    _REPO = "([^/]+/[^/]+)"
+    ROUTES = (
+        ("POST /api/repos/create", _create),
+        ("POST /api/validate-yaml", _validate),
+        (f"POST /api/models/{_REPO}/preupload/([^/]+)", _preupload),
+        (f"POST /{_REPO}[.]git/info/lfs/objects/batch", _batch),
+        ("PUT /lfs/(.+)", _upload),
+        ("POST /verify", _verify),
+        (f"POST /api/models/{_REPO}/commit/([^/]+)", _commit),
+        (f"POST /api/models/{_REPO}/branch/([^/]+)", _branch),
+        (f"POST /api/models/{_REPO}/paths-info/([^/]+)", _paths),
+        (f"GET /api/models/{_REPO}/revision/([^/]+)", _info),
+        (f"GET /api/models/{_REPO}/tree/([^/]+)", _tree),
+        (f"GET /api/models/{_REPO}", _info),
+        (f"HEAD|GET /{_REPO}/resolve/([^/]+)/(.+)", _resolve),
+        ("HEAD|GET /large/(.+)", _large),
+    )
+
+
+@contextmanager
+def hub_server() -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield server
     finally:
         server.shutdown()
         server.server_close()

@@ -3,7 +3,6 @@ import json
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -437,27 +436,3 @@ def test_a_run_directory_gives_its_best_and_else_its_last(seed, tmp_path):
     assert torch.equal(load(tmp_path / "run").embed_texts(TEXTS), models["best"].embed_texts(TEXTS))
     shutil.rmtree(tmp_path / "run" / "best")
     assert torch.equal(load(str(tmp_path / "run")).embed_texts(TEXTS), models["last"].embed_texts(TEXTS))
-
-
-def test_hub_specs_are_fetched_at_their_revision(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's own client is asked for the named revision; a stand-in answers, since tests have no network."""
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    embedder = tiny_embedder(seed)
-    embedder.save(tmp_path / "snapshot")
-    asked = []
-
-    def download(name: str, revision: str | None = None, **kwargs: object) -> str:
-        asked.append((name, revision))
-        if name == "owner/gone":
-            raise LocalEntryNotFoundError("not in the cache, and the hub cannot be reached")
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    loaded = load("hf-hub:owner/name@v1", "cpu")
-    assert torch.equal(loaded.embed_texts(["a cat"]), embedder.embed_texts(["a cat"]))
-    load("hf-hub:owner/name", "cpu")
-    assert asked == [("owner/name", "v1"), ("owner/name", None)]
-    with pytest.raises(ModelError, match="owner/gone"):
-        load("hf-hub:owner/gone", "cpu")

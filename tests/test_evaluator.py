@@ -346,7 +346,7 @@ def test_probe(embedder, tmp_path, seed):
 
 def results(embedder, folder, sets):
     found = [score(data, embed_set(embedder, data), embedder) for data in sets]
-    write_results(folder, "zeroshot", found, sets)
+    write_results(folder, "zeroshot", found, sets, embedder.fingerprint)
     return found
 
 
@@ -404,9 +404,8 @@ def test_other_groups_and_other_classes_are_not_compared(embedder, tmp_path, see
     def among(folder, between, kind, change):
         data = BenchmarkSet.open(write_benchmark(tmp_path / folder / "s", seed, kind, counts=(20,)))
         data = dataclasses.replace(data, **change(data))
-        write_results(
-            tmp_path / folder, "x", [score_within(data, embed_set(embedder, data), embedder, between)], [data]
-        )
+        found = [score_within(data, embed_set(embedder, data), embedder, between)]
+        write_results(tmp_path / folder, "x", found, [data], embedder.fingerprint)
 
     for between, kind, change in (
         ("image-image", "classification", lambda data: {"targets": data.targets.roll(1)}),
@@ -430,7 +429,8 @@ def test_a_folder_with_two_models_is_not_compared(embedder, tmp_path, seed):
     sets = [BenchmarkSet.open(write_benchmark(tmp_path / kind, seed, kind)) for kind in KINDS[:2]]
     other = dualenc.Embedder(embedder.model, embedder.tokenizer, embedder.preprocess, "another")
     for data, one in zip(sets, (embedder, other)):
-        write_results(tmp_path / "a", data.kind, [score(data, embed_set(one, data), one)], [data])
+        found = [score(data, embed_set(one, data), one)]
+        write_results(tmp_path / "a", data.kind, found, [data], one.fingerprint)
     with pytest.raises(DataError, match=r"holds results of several models: another, .*; name one of its \.json files"):
         compare(tmp_path / "a", tmp_path / "a")
     compare(tmp_path / "a" / "multilabel.json", tmp_path / "a")

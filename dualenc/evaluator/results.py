@@ -30,7 +30,11 @@ class Result(NamedTuple):
 
 
 def write_results(
-    folder: str | os.PathLike[str], command: str, found: Sequence[Evaluated], sets: Sequence[BenchmarkSet]
+    folder: str | os.PathLike[str],
+    command: str,
+    found: Sequence[Evaluated],
+    sets: Sequence[BenchmarkSet],
+    fingerprint: str,
 ) -> None:
     """Writes `<command>.json` and, for comparisons, `<command>.items.safetensors`.
 
@@ -39,10 +43,12 @@ def write_results(
         command: that has measured.
         found: what it has found.
         sets: on which.
+        fingerprint: of the model; its name may be another's tomorrow.
     """
     figures = [
         {
             **one.section.result,
+            "fingerprint": fingerprint,
             "data": data.path if is_remote(data.path) else os.path.abspath(data.path),
             "split": data.split,
         }

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dualenc.folders import ModelError
 from dualenc.interop.families import ACTIVATION_NAMES, FAMILIES, Config, Family, Slot
@@ -86,6 +89,26 @@ def family_config(family: Family, text: TextConfig) -> Config:
     if family.write is not None:
         family.write(text, config)
     return config
+
+
+def fitted(text: TextConfig, names: Sequence[str]) -> tuple[Family, TextConfig] | None:
+    """The first of some families that has an architecture, its own before the others, and it as that family has it.
+
+    Where a family has segments and the encoder none, there is one, whose embedding `with_segment` adds: zeros.
+    """
+    for name in dict.fromkeys([text.family, *names]):
+        for one in (text, dataclasses.replace(text, types=1)) if not text.types else (text,):
+            if name in names and expresses(FAMILIES[str(name)], one):
+                return FAMILIES[str(name)], dataclasses.replace(one, family=name)
+    return None
+
+
+def with_segment(state: Mapping[str, Tensor], text: TextConfig) -> dict[str, Tensor]:
+    """The state of a dual encoder whose text tower is to be as `fitted` says."""
+    name = "text.embeddings.segments.weight"
+    missing = text.types and name not in state
+    width = text.embed_width or text.width
+    return {**state, **({name: torch.zeros(text.types, width)} if missing else {})}
 
 
 def expresses(family: Family, text: TextConfig) -> bool:

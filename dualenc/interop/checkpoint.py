@@ -118,7 +118,8 @@ def _fetched(spec: str) -> Path:
     """Fetches a checkpoint's files; pickled weights only where there are no others."""
     folder = hub_folder(spec, [*CONFIGS, *TOKENIZER_FILES, "model*.safetensors", SAFE[1]])
     if not any((folder / name).is_file() for name in SAFE):
-        folder = hub_folder(spec, ["pytorch_model*.bin", PICKLED[1]])
+        pinned = f"{spec.partition('@')[0]}@{folder.name}"  # the commit that the others are of
+        folder = hub_folder(pinned, ["pytorch_model*.bin", PICKLED[1]])
     return folder
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -166,25 +167,12 @@ class TextPredictor:
         """
         text, heads = self.model.config, self.model.head_configs
         state = self.model.state_dict() if weights is None else weights
-        family = choose_family(text, heads)
-        if family is not None and text.position_offset:
-            # transformers counts positions by what is not this token: another one there would move them.
-            padding = self.tokenizer.backend.id_to_token(text.position_offset - 1)
-            family = family if padding in ("<pad>", "[PAD]") else None
+        family = choose_family(text, heads) if counts_positions(text, self.tokenizer) else None
         untied = {f"heads.{name}.bias" for name, head in heads.items() if head.kind == "mlm" and not head.tied}
         with replaced_folder(path, FILES) as folder:
             about = {name: dataclasses.asdict(head) for name, head in heads.items()}
             write_json(folder / OWN, {"format": FORMAT, "text": dataclasses.asdict(text), "heads": about})
-            if family is not None:
-                write_json(folder / "config.json", hub_config(family, text, heads, self.tokenizer))
-            tensors = split_state(state, own_names(family, text, heads, state), untied)
-            if family is not None and family.name == "siglip_text_model":
-                # The format has a map after pooling, which the encoder has not: one that changes nothing.
-                head = {"weight": torch.eye(text.width), "bias": torch.zeros(text.width)}
-                tensors |= {f"{family.prefix}head.{name}": x for name, x in head.items()}
-            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-            self.tokenizer.save(folder / "tokenizer.json")
-            write_json(folder / "tokenizer_config.json", tokenizer_config(self.tokenizer, text))
+            write_text_model(folder, family, text, heads, self.tokenizer, state, untied)
             (folder / "README.md").write_text(self._card(family), "utf-8")
 
     def _card(self, family: Family | None) -> str:
@@ -263,6 +251,46 @@ class TextPredictor:
         if token.startswith("##"):  # goes on with the word before it
             before, word = before.rstrip(), token[2:]
         return {"token": token, "probability": probability, "text": before + word + after}
+
+
+def counts_positions(text: TextConfig, tokenizer: Tokenizer) -> bool:
+    """Whether transformers gives the tokens of a text the positions that we give them.
+
+    Where the first is not 0 it counts by what is not the token before it, which so must be the one that pads.
+    """
+    padding = tokenizer.backend.id_to_token(text.position_offset - 1) if text.position_offset else "<pad>"
+    return padding in ("<pad>", "[PAD]")
+
+
+def write_text_model(
+    folder: Path,
+    family: Family | None,
+    text: TextConfig,
+    heads: Mapping[str, HeadConfig],
+    tokenizer: Tokenizer,
+    state: Mapping[str, Tensor],
+    untied: Collection[str] = (),
+) -> None:
+    """Writes config.json, where there is a family, model.safetensors, and the tokenizer's files.
+
+    Args:
+        folder: that is there.
+        family: whose format it is; absent, tensors keep their own names.
+        text, heads: of the model.
+        tokenizer: its.
+        state: of a `TextModel`.
+        untied: see `split_state`.
+    """
+    if family is not None:
+        write_json(folder / "config.json", hub_config(family, text, heads, tokenizer))
+    tensors = split_state(state, own_names(family, text, heads, state), untied)
+    if family is not None and family.name == "siglip_text_model":
+        # The format has a map after pooling, which the encoder has not: one that changes nothing.
+        head = {"weight": torch.eye(text.width), "bias": torch.zeros(text.width)}
+        tensors |= {f"{family.prefix}head.{name}": x for name, x in head.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, text))
 
 
 def hub_config(

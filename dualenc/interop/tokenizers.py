@@ -1,10 +1,11 @@
 """Tokenizers of text checkpoints: the files that there are, and those that `transformers` looks for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from dualenc.data.shards import DataError
 from dualenc.data.tokenizer import Tokenizer
@@ -19,6 +20,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+START, END = "<|startoftext|>", "<|endoftext|>"  # of CLIP
+WORDS = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # to be cut into pieces; before them, what ends some
+SUFFIXES = "'s|'t|'re|'ve|'m|'ll|'d"
 # What transformers calls the special tokens, and the tokens themselves, the likeliest first.
 ROLES = {
     "unk_token": ("[UNK]", "<unk>"),
@@ -33,14 +37,13 @@ ROLES = {
 
 def longest(folder: Path, context_length: int) -> int:
     """Tokens of the longest text: what the tokenizer's config says, but no more than the encoder takes."""
-    length = _about(folder).get("model_max_length")
+    length = about_tokenizer(folder).get("model_max_length")
     return min(int(length), context_length) if isinstance(length, int | float) and length > 0 else context_length
 
 
 def padding_token(folder: Path) -> int | None:
     """The id of the token that a tokenizer pads with, where its files say so."""
-    token = _about(folder).get("pad_token")
-    token = token.get("content") if isinstance(token, dict) else token
+    token = _content(about_tokenizer(folder).get("pad_token"))
     if not isinstance(token, str) or not (folder / "tokenizer.json").is_file():
         return None
     return _backend(folder / "tokenizer.json").token_to_id(token)
@@ -50,7 +53,7 @@ def read_tokenizer(folder: Path, text: TextConfig, length: int, lowercase: bool 
     """The tokenizer of a checkpoint.
 
     Args:
-        folder: with tokenizer.json; or BERT's vocab.txt; or RoBERTa's vocab.json and merges.txt.
+        folder: with tokenizer.json; or BERT's vocab.txt; or vocab.json and merges.txt, RoBERTa's or CLIP's.
         text: the encoder's architecture.
         length: longest text in tokens.
         lowercase: texts are lower-cased before all else.
@@ -62,8 +65,8 @@ def read_tokenizer(folder: Path, text: TextConfig, length: int, lowercase: bool 
         backend = _backend(folder / "tokenizer.json")
     elif (folder / "vocab.txt").is_file():
         backend = _wordpiece(folder)
-    elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")) and text.position_offset:
-        backend = _byte_pairs(folder)
+    elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        backend = _byte_pairs(folder) if text.position_offset else _clip_pairs(folder)
     else:
         raise ModelError(
             f"{folder} holds no tokenizer.json: save one there with transformers "
@@ -72,17 +75,27 @@ def read_tokenizer(folder: Path, text: TextConfig, length: int, lowercase: bool 
     if lowercase:
         steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer is not None else [])]
         backend.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
+    return tokenizer_of(backend, text, length)
+
+
+def tokenizer_of(backend: Backend, text: TextConfig, length: int) -> Tokenizer:
+    """A backend as the tokenizer of an encoder, with its padding where it sees that."""
     pad_to = None if text.pad_to is None else min(text.pad_to, length)
     return Tokenizer(backend, length, pad_to, text.pad_id)
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def about_tokenizer(folder: Path) -> dict[str, Any]:
+    """What its config files say, the main one before the other."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             fields = read_json(folder / name)
             found |= fields if isinstance(fields, dict) else {}
     return found
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _backend(path: Path) -> Backend:
@@ -94,7 +107,7 @@ def _backend(path: Path) -> Backend:
 
 def _wordpiece(folder: Path) -> Backend:
     """BERT's, whose vocabulary does not say whether it is of small letters: the config does."""
-    about = _about(folder)
+    about = about_tokenizer(folder)
     try:
         backend = Tokenizer.from_file(folder / "vocab.txt", 1).backend
     except DataError as error:
@@ -112,7 +125,7 @@ def _wordpiece(folder: Path) -> Backend:
 def _byte_pairs(folder: Path) -> Backend:
     """RoBERTa's: pairs of bytes as GPT-2 has them (Radford et al. 2019, section 2.2), between <s> and </s>."""
     vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
-    space = bool(_about(folder).get("add_prefix_space", False))
+    space = bool(about_tokenizer(folder).get("add_prefix_space", False))
     try:
         backend = Backend(models.BPE.from_file(vocab, merges))
     except Exception as error:  # the library raises plain Exception
@@ -132,6 +145,55 @@ def _byte_pairs(folder: Path) -> Backend:
 
         backend.add_special_tokens([AddedToken("<mask>", lstrip=True)])
     return backend
+
+
+def clip_pairs(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    steps: Sequence[normalizers.Normalizer],
+    words: str = f"{SUFFIXES}|{WORDS}",
+    ends: tuple[str, str] = (START, END),
+) -> Backend:
+    """Pairs of bytes that know the end of a word, between two tokens.
+
+    Args:
+        vocab, merges: with "</w>" after what ends a word.
+        steps: before all else.
+        words: what is cut out of a text.
+        ends: tokens that open and close a text, entries of the vocabulary.
+    """
+    backend = Backend(models.BPE(vocab, merges, unk_token=ends[1], end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence(list(steps))  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([  # type: ignore[assignment]
+        pre_tokenizers.Split(Regex(words), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    backend.decoder = decoders.Sequence([  # type: ignore[assignment]
+        decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1),
+    ])  # fmt: skip
+    opening, closing = ((token, vocab[token]) for token in ends)
+    backend.post_processor = processors.RobertaProcessing(  # type: ignore[assignment]
+        closing, opening, trim_offsets=False, add_prefix_space=False
+    )
+    backend.add_special_tokens(list(ends))
+    return backend
+
+
+def _clip_pairs(folder: Path) -> Backend:
+    """CLIP's, as transformers cleans and cuts texts for it."""
+    about, path = about_tokenizer(folder), folder / "vocab.json"
+    ends = tuple(_content(about.get(role)) or usual for role, usual in (("bos_token", START), ("eos_token", END)))
+    try:
+        vocab, merges = models.BPE.read_file(str(path), str(folder / "merges.txt"))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{path} and merges.txt cannot be read ({error})") from None
+    if missing := [token for token in ends if token not in vocab]:
+        raise ModelError(f"{path} has no {missing[0]}: it is no vocabulary of CLIP's, and no encoder of RoBERTa's")
+    steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    try:
+        return clip_pairs(vocab, merges, steps, ends=(ends[0], ends[1]))
+    except Exception as error:  # a merge of what is no entry
+        raise ModelError(f"{path} and merges.txt cannot be read ({error})") from None
 
 
 def tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from dualenc.data.tokenizer import Tokenizer
 from dualenc.embedder import Embedder
 from dualenc.folders import ModelError
 from dualenc.interop import peers
-from dualenc.models.tower import evaluating
 from dualenc.models.text import TextConfig
+from dualenc.models.tower import evaluating
 from dualenc.tokens import Tokens
 
 TEXTS = (
@@ -120,7 +120,10 @@ def outputs_of(embedder: Embedder, inputs: Inputs) -> dict[str, np.ndarray]:
     with evaluating(embedder.model):
         tokens = Tokens.pack(inputs.ids).to(embedder.device)
         of_ids = embedder.dual_encoder.encode_text(tokens).float().cpu()
+    scale, bias = embedder.model.logits()
+    parts = {"scale": scale, **({} if bias is None else {"bias": bias})}
     return {
+        **{name: x.detach().float().reshape(1, 1).cpu().numpy() for name, x in parts.items()},
         "pixels": embedder.embed_images(inputs.pixels).numpy(),
         "ids": of_ids.numpy(),
         "pictures": embedder.embed_images(inputs.pictures).numpy(),
@@ -170,7 +173,7 @@ class Verified:
         return lines
 
 
-WORDS = {"pixels": "images of noise", "ids": "texts of random tokens"}
+WORDS = {"pixels": "images of noise", "ids": "texts of random tokens", "scale": "temperature", "bias": "logit bias"}
 
 
 def verify(
@@ -206,7 +209,8 @@ def verify(
     for name in names:
         if ours[name].shape != theirs[name].shape:
             raise ModelError(f"{library} makes {theirs[name].shape} of the {name} of {model}, we {ours[name].shape}")
-        differences[name] = float(np.abs(ours[name] - theirs[name]).max())
+        largest = max(1.0, float(np.abs(ours[name]).max()))  # embeddings are of unit length; a temperature is not
+        differences[name] = float(np.abs(ours[name] - theirs[name]).max()) / largest
         if name not in NOT_COUNTED and not differences[name] <= tolerance:  # also where it is no number
             raise ModelError(
                 f"{library} and dualenc differ by {differences[name]:.1e} on {WORDS.get(name, name)} of {model}, "

@@ -1,7 +1,7 @@
 """Tensors of a checkpoint: files of several kinds behind one mapping, and the names that a family gives them."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,7 +28,7 @@ class Weights(Mapping[str, Tensor]):
     LayerNorm's "gamma" and "beta", as TensorFlow had them, are "weight" and "bias" here.
 
     Args:
-        folder: with model.safetensors or pytorch_model.bin, whole or in several files with an index.
+        folder: with model.safetensors or pytorch_model.bin, whole or in several files with an index; or the file.
 
     Raises:
         ModelError: there is none of them, or one cannot be read.
@@ -38,6 +38,7 @@ class Weights(Mapping[str, Tensor]):
         self._stack = ExitStack()
         self._where: dict[str, tuple[Any, str]] = {}  # name -> (a file's reader or dictionary, its name there)
         found = [folder / name for name in (*SAFE, *PICKLED) if (folder / name).is_file()]
+        found = [folder] if folder.is_file() else found
         if not found:
             raise ModelError(f"{folder} holds no weights: neither {SAFE[0]} nor {PICKLED[0]}")
         self.path = found[0]
@@ -68,6 +69,8 @@ class Weights(Mapping[str, Tensor]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
             raise ModelError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # beside an optimizer's
+            state = state["state_dict"]
         if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
             raise ModelError(f"{path} holds more than tensors by name: save it as safetensors with what wrote it")
         return state
@@ -195,12 +198,30 @@ def read_state(
             pieces.append(piece)
         if len(pieces) == len(parts):
             state[name] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).to(torch.float32, copy=True)
-    known = [re.compile(pattern) for pattern in (*STALE, *ignored)]
-    wrong += [f"{n} is unknown" for n in weights if n not in used and not any(p.fullmatch(n) for p in known)]
-    if wrong:
-        more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ModelError(f"{weights.path} does not fit its config: {'; '.join(wrong[:10])}{more}")
+    account(weights, used, wrong, str(weights.path), ignored)
     return state
+
+
+def account(
+    weights: Iterable[str], used: Collection[str], wrong: Sequence[str], where: str, ignored: Collection[str] = ()
+) -> None:
+    """Closes the account of a checkpoint's tensors.
+
+    Args:
+        weights: their names.
+        used: those that a model took.
+        wrong: what is amiss so far.
+        where: the file, for the error.
+        ignored: patterns of names that stand for nothing.
+
+    Raises:
+        ModelError: something is amiss, or a tensor is left; names the first ten.
+    """
+    known = [re.compile(pattern) for pattern in (*STALE, *ignored)]
+    left = [f"{n} is unknown" for n in weights if n not in used and not any(p.fullmatch(n) for p in known)]
+    if wrong := [*wrong, *left]:
+        more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ModelError(f"{where} does not fit its config: {'; '.join(wrong[:10])}{more}")
 
 
 def split_state(state: Mapping[str, Tensor], names: Names, copies: Collection[str] = ()) -> dict[str, Tensor]:

@@ -4,12 +4,12 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import timm
 from timm.data import resolve_model_data_config
 from timm.models import group_parameters
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualenc.models.tower import Tower
 
@@ -23,11 +23,15 @@ class ImageConfig:
         img_size: input height and width in pixels.
         overrides: further arguments of `timm.create_model` that shape the network (`patch_size`, `depth`,
             `embed_dim`, `num_heads`, `global_pool`, ...).
+        norm_eps: epsilon of every LayerNorm; absent, as timm has it.
     """
+
+    REQUIRED: ClassVar = ("name", "img_size", "overrides")  # what the first files had
 
     name: str = "vit_base_patch32_224"
     img_size: int = 224
     overrides: dict[str, Any] = field(default_factory=dict)
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         weights = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -51,6 +55,10 @@ class ImageEncoder(Tower):
         super().__init__()
         self.config = config
         self.vit = _create(config, patch_drop_rate=patch_dropout) if patch_dropout else _create(config)
+        if config.norm_eps is not None:
+            for module in self.vit.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = config.norm_eps
         self.width: int = self.vit.num_features
 
     def forward(self, images: Tensor) -> Tensor:

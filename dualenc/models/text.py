@@ -343,7 +343,7 @@ class TextEncoder(Tower):
             seen = whole
             if window is not None:  # what stands in the padding sees itself: a row of nothing is not a number
                 near = (place - place[:, None]).abs() <= window
-                seen = whole & near | torch.eye(len(place), dtype=torch.bool, device=ids.device)
+                seen = whole & near | (place == place[:, None])
             heads_first = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, Dh)
             return F.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
 
@@ -390,6 +390,7 @@ class TextEncoder(Tower):
         if how == "cls":
             return hidden[:, 0]
         if how == "last":
-            return hidden[torch.arange(len(hidden), device=hidden.device), mask.long().sum(1) - 1]
+            rows = torch.arange(hidden.shape[0], device=hidden.device)  # not len: it would fix the batch of an export
+            return hidden[rows, mask.long().sum(1) - 1]
         weight = mask.to(hidden.dtype)[..., None]  # (B, T, 1)
         return (hidden * weight).sum(1) / weight.sum(1)

@@ -323,12 +323,13 @@ def test_hub_specs_fetch_pickles_only_where_they_must(
         return str(tmp_path / "peer")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     assert open_text("hf-hub:owner/name@v2").spec == "hf-hub:owner/name@v2"
     assert asked == [("owner/name", "v2", False)]
     rewrite(tmp_path / "peer", dict, "pytorch_model.bin")
     asked.clear()
     open_text("hf-hub:owner/name").model()
-    assert asked == [("owner/name", None, False), ("owner/name", None, True)]
+    assert asked == [("owner/name", None, False), ("owner/name", "peer", True)]  # of one commit: its folder's name
 
 
 def test_saving_never_replaces_another_folder(peer: BertForMaskedLM, tmp_path: Path) -> None:

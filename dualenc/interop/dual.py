@@ -1,0 +1,286 @@
+"""Dual encoders of others on disk: open_clip's and Hugging Face's, read as one of ours."""
+
+import os
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualenc.data.images import Preprocess
+from dualenc.data.tokenizer import Tokenizer
+from dualenc.embedder import Embedder
+from dualenc.folders import ModelError, hub_folder, read_json
+from dualenc.interop import hugging_face, open_clip
+from dualenc.interop.checkpoint import open_text
+from dualenc.interop.clip_tokens import open_clip_tokenizer
+from dualenc.interop.families import Config
+from dualenc.interop.tensors import Rule, read_rules
+from dualenc.interop.tokenizers import TOKENIZER_FILES, longest, padding_token, read_tokenizer
+from dualenc.interop.weights import PICKLED, SAFE, Weights
+from dualenc.models.dual import DualConfig, DualEncoder
+from dualenc.models.image import ImageConfig
+from dualenc.models.open_clip import load_open_clip
+
+OPEN_CLIP = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth", *SAFE, *PICKLED,
+)  # fmt: skip
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+TEXT_OF_OLD = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
+
+
+@dataclass(frozen=True)
+class DualCheckpoint:
+    """A dual encoder of others, of which only the configuration has been read.
+
+    Attributes:
+        spec: as it was asked for.
+        config: the architecture.
+        preprocess: the evaluation transform.
+        peers: the libraries to check it with, and what each of them loads.
+        notes: what becomes another than it was, in words.
+    """
+
+    spec: str
+    config: DualConfig
+    preprocess: Preprocess
+    peers: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    _tokenizer: Callable[[], Tokenizer] = field(repr=False)
+    _state: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Tensor]] = field(repr=False)
+
+    def embedder(self) -> Embedder:
+        """The model with its weights, on the CPU, in single precision and eval mode.
+
+        Raises:
+            ModelError: the tensors are not those of the configuration (names ten of them), or the tokenizer does not
+                fit.
+        """
+        tokenizer = self._tokenizer()
+        try:
+            model = DualEncoder.from_config(self.config)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ModelError(f"{self.spec}: {error}") from None
+        shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        model.load_state_dict(self._state(shapes))
+        return Embedder(model.eval(), tokenizer, self.preprocess, self.spec)
+
+
+def open_dual(spec: str | os.PathLike[str]) -> DualCheckpoint:
+    """Reads the configuration of a dual encoder that another library wrote.
+
+    Args:
+        spec: `open_clip:ARCH/WEIGHTS`, where WEIGHTS is a tag of open_clip's or a local file; `open_clip:ARCH` for its
+            random weights; a folder with open_clip_config.json, or with a config.json of Hugging Face's CLIPModel,
+            SiglipModel or VisionTextDualEncoderModel; or `hf-hub:owner/name[@revision]` with one of these.
+
+    Raises:
+        ModelError: it is none of these, or asks for what dualenc does not compute; names the file and the key.
+    """
+    name = os.fspath(spec)
+    if name.startswith("open_clip:"):
+        inside = name.removeprefix("open_clip:")
+        if not inside.startswith(("hf-hub:", "local-dir:")):
+            return _architecture(name, inside)
+        name = inside.removeprefix("local-dir:")
+    folder = Path(name)
+    if name.startswith("hf-hub:"):
+        folder = hub_folder(name, [OPEN_CLIP, "config.json", *PROCESSORS, *TOKENIZER_FILES])
+        weights = OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP).is_file() else (SAFE[1], "model*.safetensors")
+        folder = hub_folder(name, weights)
+        if not (folder / OPEN_CLIP).is_file() and not any((folder / file).is_file() for file in SAFE):
+            folder = hub_folder(name, ["pytorch_model*.bin", PICKLED[1]])
+    if folder.is_file():
+        raise ModelError(f"{folder} does not say of what architecture it is: write open_clip:ARCH/{folder}")
+    if not folder.is_dir():
+        raise ModelError(f"model {name!r} is no folder, and no hf-hub:owner/name or open_clip:ARCH/WEIGHTS")
+    if (folder / OPEN_CLIP).is_file():
+        return _open_clip_folder(name, folder)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is no model to import: it has neither {OPEN_CLIP} nor config.json")
+    return _hugging_face(name, folder)
+
+
+def _architecture(spec: str, name: str) -> DualCheckpoint:
+    """One of open_clip's own architectures, with weights by tag or of a file."""
+    import open_clip as library
+
+    architecture, _, weights = name.partition("/")
+    model_cfg: Config | None = library.get_model_config(architecture)
+    file = Path(weights) if weights and Path(weights).is_file() else None
+    known: Any = {} if file or not weights else library.get_pretrained_cfg(architecture, weights)
+    if model_cfg is None or (weights and not file and not known):
+        load_open_clip(name)  # which says what open_clip has instead
+        raise ModelError(f"open_clip has no {name}")
+    quick = known.get("quick_gelu", False)
+    if quick != bool(model_cfg.get("quick_gelu")) and known:
+        better = f"{architecture}-quickgelu" if quick else architecture.removesuffix("-quickgelu")
+        raise ModelError(
+            f"{spec}: these weights were trained {'with' if quick else 'without'} quick_gelu, which {architecture} has "
+            f"{'not' if quick else ''}: name open_clip:{better}/{weights}".replace("has :", "has:")
+        )
+    if known:
+        try:
+            file = Path(library.download_pretrained(known))
+        except Exception as error:  # of the hub's client, or of urllib
+            raise ModelError(f"{spec} cannot be had ({(str(error).splitlines() or [''])[0]})") from None
+    return _open_clip(spec, f"{architecture}/{weights}" if weights else architecture, model_cfg, known, None, file)
+
+
+def _open_clip_folder(spec: str, folder: Path) -> DualCheckpoint:
+    fields = read_json(folder / OPEN_CLIP)
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_cfg"), dict):
+        raise ModelError(f"{folder / OPEN_CLIP} has no model_cfg")
+    files = [folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()]
+    if not files:
+        raise ModelError(f"{folder} holds no weights: neither {' nor '.join(OPEN_CLIP_WEIGHTS[:3])}")
+    preprocess = fields.get("preprocess_cfg") or {}
+    return _open_clip(spec, f"local-dir:{folder}", fields["model_cfg"], preprocess, folder, files[0])
+
+
+def _open_clip(
+    spec: str, peer: str, model_cfg: Config, preprocess: Config, folder: Path | None, file: Path | None
+) -> DualCheckpoint:
+    where = str(folder / OPEN_CLIP if folder else spec)
+    positions: list[int] = []
+
+    def of_hub(name: str) -> Config:
+        inside = Path(name) if Path(name).is_dir() else hub_folder(f"hf-hub:{name}", ["config.json"])
+        config = read_json(inside / "config.json")
+        positions.append(config.get("max_position_embeddings", 0))
+        return config
+
+    config = open_clip.read_config(model_cfg, where, of_hub)
+    rules, _ = open_clip.rules_of(model_cfg, config)
+
+    def state(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+        if file is None:
+            theirs: Mapping[str, Tensor] = load_open_clip(peer)[0].model.state_dict()
+            return _read(theirs, rules, shapes, spec, bool(positions))
+        weights = Weights(file)
+        try:
+            named = _as_today(weights, custom=any("text." in rule.theirs[0][:5] for rule in rules))
+            return _read(named, rules, shapes, str(file), bool(positions))
+        finally:
+            weights.close()
+
+    return DualCheckpoint(
+        spec,
+        config,
+        open_clip.read_preprocess(preprocess, config.image.img_size, where),
+        (("open_clip", peer),),
+        (),
+        partial(open_clip_tokenizer, model_cfg["text_cfg"], folder, config.text),
+        state,
+    )
+
+
+def _as_today(weights: Mapping[str, Tensor], custom: bool) -> Mapping[str, Tensor]:
+    """Tensors of a checkpoint of open_clip's under the names of today.
+
+    Training under DDP put "module." before all, and the first versions had no "text." before those of a text tower.
+    """
+    names = {name: name.removeprefix("module.") for name in weights}
+    if custom and "positional_embedding" in names.values():
+        names = {old: f"text.{new}" if new.startswith(TEXT_OF_OLD) else new for old, new in names.items()}
+    return _Renamed(weights, {new: old for old, new in names.items()})
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Tensors under other names, read when asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self.tensors, self.names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.names[name]]
+
+    def __iter__(self) -> Any:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _read(
+    weights: Mapping[str, Tensor],
+    rules: list[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    cut: bool,
+) -> Mapping[str, Tensor]:
+    """The state; `cut` where texts are shorter than the tower has positions, of which the rest are left."""
+    name = "text.embeddings.places.weight"
+    found = [rule.theirs[0] for rule in rules if rule.ours == (name,)]
+    if cut and found and found[0] in weights:
+        weights = ChainMap({found[0]: weights[found[0]][: shapes[name][0]]}, dict(weights))
+    wanted = {ours: shapes[ours] for rule in rules for ours in rule.ours}
+    return open_clip.complete(read_rules(weights, rules, wanted, where), shapes)
+
+
+def _hugging_face(spec: str, folder: Path) -> DualCheckpoint:
+    path = folder / "config.json"
+    fields = read_json(path)
+    if isinstance(fields, dict) and "format" in fields:
+        raise ModelError(f"{folder} is a model of dualenc already: load it as it is")
+    config, form = hugging_face.read_config(fields, str(path), partial(longest, folder))
+    text = config.text
+    if text.pad_to is not None and (pad_id := padding_token(folder)) is not None:
+        from dataclasses import replace
+
+        config = replace(config, text=replace(text, pad_id=pad_id, pad_to=text.context_length))
+        form = replace(form, text=config.text)
+    preprocess, notes = hugging_face.read_preprocess(folder, config.image.img_size)
+
+    def state(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+        weights = Weights(folder)
+        try:
+            rules, _ = hugging_face.rules_of(form, config, weights.keys())
+            return _read(weights, rules, shapes, str(weights.path), cut=True)
+        finally:
+            weights.close()
+
+    tokenizer = partial(read_tokenizer, folder, config.text, config.text.context_length)
+    return DualCheckpoint(spec, config, preprocess, (("transformers", str(folder)),), tuple(notes), tokenizer, state)
+
+
+def join(image: str, text: str, embed_dim: int, seed: int) -> DualCheckpoint:
+    """A timm tower and a text tower, each with its weights, and projections that nobody has trained.
+
+    Args:
+        image: `timm:NAME` for timm's own weights of this name, or `timm:NAME/FILE` for those of a file.
+        text: a text checkpoint, see `dualenc.load_text`.
+        embed_dim: dimensions of the common space.
+        seed: of the projections.
+
+    Raises:
+        ModelError: timm has no such model or weights, or the text tower cannot be read.
+    """
+    name, _, weights = image.removeprefix("timm:").partition("/")
+    found = open_text(text)
+    from timm.models import get_pretrained_cfg
+
+    known = get_pretrained_cfg(name)
+    size = known.input_size[-1] if known is not None else 224
+    config = DualConfig(ImageConfig(name, size), found.config, embed_dim)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = DualEncoder.from_config(config)
+        model.image.load_pretrained(weights or None)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ModelError(f"{image}: {(str(error).splitlines() or [''])[0]}") from None
+    model.text.load_state_dict(found.model().encoder.state_dict())
+    state = model.state_dict()
+    preprocess = Preprocess(size, **model.image.data_config)
+    peers = [("timm", f"{name}/{weights}" if weights else name)]
+    peers += [("transformers_text", str(found.folder))] if (found.folder / "config.json").is_file() else []
+    return DualCheckpoint(
+        f"{image} and {text}", config, preprocess, tuple(peers), (), found.tokenizer, lambda shapes: state
+    )

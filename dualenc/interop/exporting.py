@@ -1,0 +1,307 @@
+"""Models out: written in a format of others, loaded again by those in a process of their own, and compared.
+
+What open_clip and transformers are given is written by the rules that theirs is read by.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors.torch import save_file
+
+from dualenc.data.images import Preprocess
+from dualenc.data.tokenizer import Tokenizer
+from dualenc.embedder import Embedder, load
+from dualenc.folders import ModelError, hub_folder, read_json, replaced_folder, write_json
+from dualenc.interop import hugging_face, open_clip
+from dualenc.interop.architecture import choose_family, family_of, fitted, places_of, with_segment
+from dualenc.interop.clip_tokens import open_clip_tokenizer_config
+from dualenc.interop.dual import OPEN_CLIP
+from dualenc.interop.onnx import text_outputs, verify_text_onnx, write_onnx, write_text_onnx
+from dualenc.interop.predictor import TextPredictor, hub_config, load_text
+
+from dualenc.interop.tensors import write_rules
+from dualenc.interop.tokenizers import tokenizer_config
+from dualenc.interop.verify import TEXTS, Inputs, Verified, make_inputs, outputs_of, random_ids, verify
+from dualenc.models.heads import TextModel
+from dualenc.models.tower import evaluating
+from dualenc.tokens import Tokens, padding_index
+
+Format = Literal["open_clip", "transformers", "sentence-transformers", "onnx"]
+TOLERANCE = 1e-5
+ONNX_TOLERANCE = 1e-4
+# What a folder that was exported may hold: one with anything else is not replaced.
+FILES = (
+    "README.md", "config.json", "dualenc.json", "image.onnx", "image.onnx.data", "model.safetensors", "modules.json",
+    "onnx.json", OPEN_CLIP, "open_clip_model.safetensors", "preprocess.json", "preprocessor_config.json",
+    "sentence_bert_config.json", "text", "text.onnx", "text.onnx.data", "tokenizer.json", "tokenizer_config.json",
+    "1_Pooling", "2_Dense", "3_Dense", "2_Normalize", "3_Normalize", "4_Normalize", "config_sentence_transformers.json",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        verified: what was compared.
+        notes: what is not as it was, in words.
+    """
+
+    folder: Path
+    verified: list[Verified]
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files) / 1e6
+        lines = [f"{self.folder}: {len(files)} files, {size:,.1f} MB"]
+        lines += [line for one in self.verified for line in one.lines()]
+        return lines + [f"not as it was: {note}" for note in self.notes]
+
+
+def open_model(spec: str) -> Embedder | TextPredictor:
+    """A dual encoder or a text model of ours, or a text model that `dualenc.load_text` reads."""
+    if spec.startswith("open_clip:"):
+        raise ModelError(f"{spec} is a model of open_clip: dualenc import {spec} OUT makes it one of ours")
+    folder = hub_folder(spec, ["config.json", "dualenc.json"]) if spec.startswith("hf-hub:") else Path(spec)
+    for inside in (folder, folder / "best", folder / "last"):
+        if (inside / "dualenc.json").is_file():
+            return load_text(spec, "cpu")
+        if (inside / "config.json").is_file():
+            config = read_json(inside / "config.json")
+            ours = isinstance(config, dict) and "format" in config
+            return load(spec, "cpu") if ours else load_text(spec, "cpu")
+    return load(spec, "cpu")
+
+
+def export(
+    spec: str, out: str | os.PathLike[str], form: Format, more: Callable[[Embedder], Inputs] = make_inputs
+) -> Exported:
+    """Writes a model in a format of others, and checks it with the library whose format it is.
+
+    Args:
+        spec: a model directory, run directory, text model, or hf-hub:owner/name[@revision].
+        out: folder to write; one that was exported before is replaced.
+        form: the format.
+        more: what both sides are given, of a dual encoder.
+
+    Raises:
+        ModelError: the format has no such model; the library is not installed; or it makes something else of the
+            inputs, by more than 1e-5, or 1e-4 in ONNX. Nothing is written.
+    """
+    model = open_model(spec)
+    with replaced_folder(out, FILES) as folder:
+        if isinstance(model, TextPredictor):
+            found = _export_text(model, folder, form)
+        else:
+            found = _export_dual(model, folder, form, Path(out), more)
+    return dataclasses.replace(found, folder=Path(out))
+
+
+def _export_dual(
+    model: Embedder, folder: Path, form: Format, out: Path, more: Callable[[Embedder], Inputs]
+) -> Exported:
+    inputs = more(model)
+    ours, (tokenizer, _) = outputs_of(model, inputs), parts_of(model)
+    notes: list[str] = []
+    if form == "open_clip":
+        write_open_clip(model, folder, str(folder))
+        verified = [verify("open_clip", f"local-dir:{folder}", inputs, ours, TOLERANCE, tokenizer=tokenizer)]
+        for name in (OPEN_CLIP, "README.md"):  # which may name the folder: it is going to be another
+            text = (folder / name).read_text("utf-8")
+            (folder / name).write_text(text.replace(str(folder), str(out.resolve())), "utf-8")
+    elif form == "transformers":
+        notes = write_transformers(model, folder)
+        without = {name: x for name, x in ours.items() if name != "bias" or not notes}
+        verified = [verify("transformers", str(folder), inputs, without, TOLERANCE, tokenizer=tokenizer)]
+        if (folder / "text" / "config.json").is_file():
+            verified.append(verify_text(load_text(folder / "text", "cpu"), folder / "text"))
+        else:
+            notes.append("text/: of no family that transformers knows, only dualenc reads it")
+    elif form == "sentence-transformers":
+        write_sentence_transformer(model, folder)
+        verified = [verify("sentence_transformers", str(folder), inputs, ours, TOLERANCE, tokenizer=tokenizer)]
+    else:
+        write_onnx(model, folder)
+        verified = [verify("onnx", str(folder), inputs, ours, ONNX_TOLERANCE, tokenizer=tokenizer)]
+    return Exported(folder, verified, notes)
+
+
+def _export_text(model: TextPredictor, folder: Path, form: Format) -> Exported:
+    if form == "open_clip":
+        raise ModelError(f"{model.name} is a text model alone, and open_clip takes image and text together")
+    if form == "onnx":
+        write_text_onnx(model, folder)
+        return Exported(folder, [verify_text_onnx(model, folder)], [])
+    if form == "sentence-transformers":
+        write_sentence_transformer(model, folder)
+        inputs = Inputs(random_ids(model.tokenizer, model.model.config, np.random.default_rng(0)), list(TEXTS))
+        ours = {name: x for name, x in text_outputs(model, inputs).items() if name in ("ids", "texts")}
+        verified = verify("sentence_transformers", str(folder), inputs, ours, TOLERANCE, tokenizer=model.tokenizer)
+        return Exported(folder, [verified], [])
+    if choose_family(model.model.config, model.model.head_configs) is None:
+        raise ModelError(
+            f"transformers has no text encoder like this one ({open_clip.in_words(model.model.config)}): export to onnx"
+        )
+    inner = folder / "text"
+    model.save(inner)
+    for path in inner.iterdir():
+        path.rename(folder / path.name)
+    inner.rmdir()
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"transformers counts positions by another padding token than {model.name}: export to onnx")
+    return Exported(folder, [verify_text(model, folder)], [])
+
+
+def verify_text(model: TextPredictor, folder: Path) -> Verified:
+    """Compares what transformers makes of a text model's folder: hidden states, and the head that its config names.
+
+    They are compared by their asinh: to the tolerance where they are small, to a share of it where not.
+    """
+    text, heads = model.model.config, model.model.head_configs
+    inputs = Inputs(random_ids(model.tokenizer, text, np.random.default_rng(0)), list(TEXTS))
+    ours = {"hidden": text_outputs(model, inputs)["hidden"]}
+    config = read_json(folder / "config.json")
+    family, _ = family_of(config, str(folder / "config.json"))
+    for name, slot in places_of(family, text, heads).items():
+        if slot.architecture in ("ForMaskedLM", "ForSequenceClassification") and any(
+            architecture.endswith(slot.architecture) for architecture in config["architectures"]
+        ):
+            ours["logits"] = _logits(model, name, inputs)
+    return verify("transformers_text", str(folder), inputs, ours, TOLERANCE, tokenizer=model.tokenizer)
+
+
+def _logits(model: TextPredictor, name: str, inputs: Inputs) -> np.ndarray:
+    types = None
+    if model.model.config.types > 1:
+        types = [[int(2 * i >= len(ids)) for i in range(len(ids))] for ids in inputs.ids]
+    tokens = Tokens.pack(inputs.ids, types).to(model.device)
+    with evaluating(model.model):
+        hidden = model.model.encoder(tokens)
+        logits = model.model.head(name, hidden, tokens).asinh()
+    if model.model.head_configs[name].kind == "mlm":
+        index, mask = padding_index(tokens.offsets, tokens.max_len)
+        logits = (logits[index] * mask[..., None])[tokens.rows]
+    return logits.float().cpu().numpy()
+
+
+def parts_of(embedder: Embedder) -> tuple[Tokenizer, Preprocess]:
+    """The tokenizer and the preprocessing of a model of ours."""
+    assert isinstance(embedder.tokenizer, Tokenizer)
+    assert isinstance(embedder.preprocess, Preprocess)
+    return embedder.tokenizer, embedder.preprocess
+
+
+def write_open_clip(embedder: Embedder, folder: Path, name: str) -> None:
+    """What `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads.
+
+    Args:
+        embedder: the model.
+        folder: empty.
+        name: under which open_clip finds a text encoder of Hugging Face's: this folder, or a repository of the hub.
+
+    Raises:
+        ModelError: open_clip has no such model; says which part.
+    """
+    model, (tokenizer, preprocess) = embedder.dual_encoder, parts_of(embedder)
+    ids = tokenizer.backend.encode("").ids
+    model_cfg = open_clip.write_config(model.config, ids[-1] if ids else None, name)
+    text_cfg, config = model_cfg["text_cfg"], model.config
+    found = fitted(config.text, open_clip.HUGGING_FACE) if "hf_model_name" in text_cfg else None
+    if found is not None:
+        config = dataclasses.replace(config, text=found[1])
+        write_json(folder / "config.json", hub_config(*found, {}, tokenizer))
+    text_cfg |= open_clip_tokenizer_config(tokenizer, config.text)
+    state = with_segment(model.state_dict(), config.text)
+    if "timm_model_name" not in model_cfg["vision_cfg"]:
+        state = open_clip.fold(state)
+    save_file(write_rules(state, *open_clip.rules_of(model_cfg, config)), folder / "open_clip_model.safetensors")
+    preprocess_cfg = {
+        "size": preprocess.size,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "resize_mode": preprocess.resize,
+    }
+    write_json(folder / OPEN_CLIP, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.text))
+    lines = [
+        "import open_clip",
+        "",
+        'name = "local-dir:path/of/this/folder"  # on the hub: hf-hub:owner/name',
+        "model, _, preprocess = open_clip.create_model_and_transforms(name)",
+        "tokenizer = open_clip.get_tokenizer(name)",
+    ]
+    more = ""
+    if found is not None:
+        more = (
+            f"\nopen_clip looks for the text encoder's config.json at {name}: where the folder is moved, change "
+            f"`hf_model_name` in {OPEN_CLIP}.\n"
+        )
+    (folder / "README.md").write_text(card(embedder.name, "open_clip", lines) + more, "utf-8")
+
+
+def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
+    """What `AutoModel.from_pretrained(FOLDER)` loads, and the text tower alone in FOLDER/text.
+
+    Args:
+        embedder: the model.
+        folder: empty.
+
+    Returns:
+        What is not kept, in words.
+
+    Raises:
+        ModelError: transformers has no such model; says which part.
+    """
+    model, (tokenizer, preprocess) = embedder.dual_encoder, parts_of(embedder)
+    form = hugging_face.choose_format(model.config)
+    config = dataclasses.replace(model.config, text=form.text)
+    state, config = hugging_face.through_pooler(with_segment(model.state_dict(), form.text), form, config)
+    tensors = write_rules(state, *hugging_face.rules_of(form, config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    written = hugging_face.write_config(form, config)
+    if ids := tokenizer.backend.encode("").ids:
+        written["text_config"] |= {"bos_token_id": ids[0], "eos_token_id": ids[-1]}
+    write_json(folder / "config.json", written)
+    write_json(folder / "preprocessor_config.json", hugging_face.write_preprocess(preprocess))
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, form.text))
+    lines = [
+        f"from transformers import AutoImageProcessor, AutoTokenizer, {form.architecture}",
+        "",
+        'folder = "path/of/this/folder"  # or owner/name',
+        f"model = {form.architecture}.from_pretrained(folder)",
+        "tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)",
+    ]
+    notes = ["logit_bias: the format has no place for it"] if config.logit_bias and form.kind != "siglip" else []
+    if form.passes:
+        notes.append(
+            "the text's features pass through BERT's pooler nearly unchanged (times 2^-16 before its tanh, times 2^16 "
+            "after): in float16 this loses digits, in bfloat16 and float32 it does not"
+        )
+    text = "\n".join(f"Not as it was: {note}." for note in notes)
+    (folder / "README.md").write_text(card(embedder.name, "transformers", lines) + text, "utf-8")
+    encoder = TextModel(model.config.text)
+    encoder.encoder.load_state_dict(model.text.state_dict())
+    TextPredictor(encoder.eval(), tokenizer, f"the text tower of {embedder.name}").save(folder / "text")
+    return notes
+
+
+def card(name: str, library: str, lines: list[str]) -> str:
+    """A model card that says how to load it."""
+    if "\n" in name:
+        raise ModelError(f"{name!r} is no name")
+    code = "\n".join(lines)
+    return (
+        f"---\nlibrary_name: {library}\ntags: [dualenc, image-text]\n---\n\n# {name}\n\nA dual encoder of images and "
+        f"texts, written by dualenc {version('dualenc')} in the format of {library}.\n\n```python\n{code}\n```\n"
+    )

@@ -1,0 +1,88 @@
+"""Models in: read, compared with what their own library makes of the same inputs, and only then given out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dualenc.data.tokenizer import Tokenizer
+from dualenc.embedder import Embedder
+from dualenc.folders import ModelError
+from dualenc.interop.dual import DualCheckpoint, join, open_dual
+from dualenc.interop.exporting import verify_text
+from dualenc.interop.predictor import TextPredictor, load_text
+from dualenc.interop.verify import Inputs, Verified, make_inputs, outputs_of, verify
+from dualenc.models.dual import unit
+from dualenc.models.tower import evaluating
+
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model of another library as one of ours.
+
+    Attributes:
+        embedder: the model.
+        verified: what was compared.
+        notes: what is not as it was, in words.
+    """
+
+    embedder: Embedder
+    verified: list[Verified]
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        lines = [line for one in self.verified for line in one.lines()]
+        return lines + [f"not as it was: {note}" for note in self.notes]
+
+
+def import_model(
+    spec: str,
+    text: str | None = None,
+    embed_dim: int = 512,
+    seed: int = 0,
+    more: Callable[[Embedder], Inputs] = make_inputs,
+) -> Imported:
+    """Reads a dual encoder of another library, and checks it with that library.
+
+    Args:
+        spec: see `dualenc.interop.dual.open_dual`; or `timm:NAME[/FILE]` for an image tower to be joined with a text.
+        text: a text checkpoint, see `dualenc.load_text`, to be joined with that tower.
+        embed_dim, seed: of the projections that join them.
+        more: what both sides are given.
+
+    Raises:
+        ModelError: it cannot be read, or not be checked; or the library makes something else of the inputs.
+    """
+    if spec.startswith("timm:") != (text is not None):
+        raise ModelError(f"{spec}: timm:NAME is joined with the text tower that --text names, others have their own")
+    if text is not None:
+        return _joined(join(spec, text, embed_dim, seed), text, more)
+    checkpoint = open_dual(spec)
+    embedder = checkpoint.embedder()
+    assert isinstance(embedder.tokenizer, Tokenizer)
+    inputs = more(embedder)
+    ours = outputs_of(embedder, inputs)
+    verified = [
+        verify(library, model, inputs, ours, TOLERANCE, tokenizer=embedder.tokenizer)
+        for library, model in checkpoint.peers
+    ]
+    return Imported(embedder, verified, list(checkpoint.notes))
+
+
+def _joined(checkpoint: DualCheckpoint, text: str, more: Callable[[Embedder], Inputs]) -> Imported:
+    """Each tower by itself: what is above them is nobody's yet."""
+    embedder = checkpoint.embedder()
+    inputs, verified = more(embedder), []
+    for library, model in checkpoint.peers:
+        if library == "timm":
+            with evaluating(embedder.model), torch.no_grad():
+                features = unit(embedder.dual_encoder.image(inputs.pixels)).numpy()
+            verified.append(verify(library, model, inputs, {"features": features}, TOLERANCE))
+        else:
+            encoder: TextPredictor = load_text(text, "cpu")
+            verified.append(verify_text(encoder, Path(model)))
+    return Imported(embedder, verified, ["the projections are random: train them before the embeddings mean anything"])

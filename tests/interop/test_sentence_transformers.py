@@ -1,0 +1,181 @@
+"""Folders for sentence-transformers, and what the library itself makes of them in a process of its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import SIZE, WORDS, perturb, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+
+from dualenc.data import Preprocess, Tokenizer
+from dualenc.embedder import Embedder
+from dualenc.folders import ModelError
+from dualenc.interop import TextPredictor, load_text
+from dualenc.interop.clip_tokens import clip_backend
+from dualenc.interop.sentence_transformers import write_sentence_transformer
+from dualenc.interop.verify import TEXTS, Inputs, make_inputs, outputs_of, random_ids, verify
+from dualenc.models import DualEncoder, HeadConfig, ImageConfig, TextConfig, TextModel
+from dualenc.models.dual import Projection
+from dualenc.models.text import ACTIVATIONS
+from dualenc.models.tower import evaluating
+
+TOLERANCE = 1e-5
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {"types": 2, "pool": "cls"},
+    "no segments": {"pool": "mean"},
+    "roberta": {"types": 1, "position_offset": 1, "pool": "mean", "norm_eps": 1e-5},
+    "albert": {"types": 2, "embed_width": 8, "groups": 1, "activation": "gelu_tanh", "pool": "cls"},
+    "distilbert": {"family": "distilbert", "pool": "mean"},
+    "electra": {"types": 2, "embed_width": 8, "pool": "mean"},
+    "modernbert": {
+        "norm": "pre", "embed_norm": True, "positions": "rotary", "gated": True, "bias": False, "norm_eps": 1e-5,
+        "theta": 160000.0, "local_theta": 10000.0, "window": 4, "global_every": 3, "pool": "cls",
+    },
+    "clip_text_model": {
+        "norm": "pre", "embed_norm": False, "causal": True, "activation": "quick_gelu", "pool": "last",
+        "norm_eps": 1e-5,
+    },
+}  # fmt: skip
+
+
+def text_model(tokenizer: Tokenizer, heads: dict[str, HeadConfig] | None = None, **config: Any) -> TextPredictor:
+    text = TextConfig(tokenizer.vocab_size + 3, 16, 3, 2, context_length=tokenizer.context_length, **config)
+    return TextPredictor(perturb(TextModel(text, heads or {}), 0.3), tokenizer, "it")
+
+
+def dual(tokenizer: Tokenizer, **config: Any) -> Embedder:
+    text = TextConfig(tokenizer.vocab_size, 16, 2, 2, context_length=tokenizer.context_length, types=2, pool="mean")
+    vit = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = DualEncoder(ImageConfig("vit_tiny_patch16_224", SIZE, vit), text, **{"embed_dim": 8, **config})
+    return Embedder(perturb(model, 0.3), tokenizer, Preprocess(SIZE), "it")
+
+
+def inputs_of(it: TextPredictor) -> tuple[Inputs, dict[str, np.ndarray]]:
+    """Of a text model, and what we make of them."""
+    inputs = Inputs(random_ids(it.tokenizer, it.model.config, np.random.default_rng(0)), [*TEXTS, " ".join(WORDS)])
+    with evaluating(it.model):
+        tokens = it.tokenizer.pack(inputs.ids)
+        pooled = it.model.encoder.pool(it.model.encoder(tokens), tokens)
+    ours = {"ids": torch.nn.functional.normalize(pooled, dim=-1), "texts": it.embed(inputs.texts)}
+    return inputs, {name: x.numpy() for name, x in ours.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, tmp_path: Path, seed: int) -> None:
+    it = text_model(tiny_tokenizer(), **FAMILIES[family])
+    write_sentence_transformer(it, tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())["model_type"]
+    assert found == ("bert" if family == "no segments" else family)
+    inputs, ours = inputs_of(it)
+    verified = verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+    assert verified.counts == {"ids": 6, "texts": 10}
+    again = load_text(tmp_path, "cpu")
+    assert again.tokenizer.encode(inputs.texts) == it.tokenizer.encode(inputs.texts)
+    torch.testing.assert_close(again.embed(inputs.texts), it.embed(inputs.texts))
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "last"])
+@pytest.mark.parametrize("family", ["bert", "clip_text_model"])
+def test_every_pooling(pool: Any, family: str, tmp_path: Path, seed: int) -> None:
+    if FAMILIES[family]["pool"] == pool:
+        pytest.skip("is tested with the families")
+    it = text_model(tiny_tokenizer(), **{**FAMILIES[family], "pool": pool})
+    write_sentence_transformer(it, tmp_path)
+    inputs, ours = inputs_of(it)
+    verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+
+
+def test_the_pooling_of_an_embedding_head_goes_out_and_no_other_head(tmp_path: Path, seed: int) -> None:
+    heads = {"e": HeadConfig("embedding", pool="mean"), "mlm": HeadConfig("mlm"), "c": HeadConfig("pooler", pool="cls")}
+    heads["c"] = HeadConfig("classification", ("a", "b"))
+    it = text_model(tiny_tokenizer(), heads, types=2, pool="cls")
+    write_sentence_transformer(it, tmp_path)
+    inputs, ours = inputs_of(it)
+    verify("sentence_transformers", str(tmp_path), inputs, {"texts": ours["texts"]}, TOLERANCE)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "classif" in name or "cls." in name]
+
+
+PROJECTIONS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "mlp": {"projection": "mlp"},
+    "none": {"text_projection": Projection(bias=()), "embed_dim": 16},
+    "tanh": {"text_projection": Projection((16, 12), (True, False, True), "tanh")},
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_projections_of_a_dual_encoder(name: str, tmp_path: Path, seed: int) -> None:
+    it = dual(tiny_tokenizer(), **PROJECTIONS[name])
+    write_sentence_transformer(it, tmp_path)
+    inputs = make_inputs(it)
+    ours = outputs_of(it, inputs)
+    assert isinstance(it.tokenizer, Tokenizer)
+    verified = verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+    assert set(verified.differences) == {"ids", "texts"}
+    dense = sorted(tmp_path.glob("*_Dense"))
+    assert len(dense) == {"linear": 1, "mlp": 2, "none": 0, "tanh": 3}[name]
+    assert "SentenceTransformer(" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["weight", "activation", "pooling", "tokenizer", "length"])
+def test_what_is_wrong_is_found(part: str, tmp_path: Path, seed: int) -> None:
+    """One thing in the folder changed, and the comparison fails."""
+    it = dual(tiny_tokenizer(), projection="mlp")
+    write_sentence_transformer(it, tmp_path)
+
+    def change(name: str, **fields: Any) -> None:
+        path = tmp_path / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    if part == "weight":
+        state = load_file(tmp_path / "model.safetensors")
+        name = sorted(state)[int(np.random.default_rng(seed).integers(len(state)))]
+        if name.endswith("token_type_embeddings.weight"):
+            state[name][0] += 0.1
+        elif name.endswith("key.bias"):  # to which softmax is blind
+            name = name.replace("key", "value")
+        state[name] = state[name] + torch.randn_like(state[name]) * 0.1
+        save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    elif part == "activation":
+        change("2_Dense/config.json", activation_function="torch.nn.modules.activation.Tanh")
+    elif part == "pooling":
+        change("1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
+    elif part == "tokenizer":
+        text = (tmp_path / "tokenizer.json").read_text().replace('"lowercase":true', '"lowercase":false')
+        (tmp_path / "tokenizer.json").write_text(text.replace('"lowercase": true', '"lowercase": false'))
+    else:
+        change("tokenizer_config.json", model_max_length=5)
+        change("sentence_bert_config.json", max_seq_length=5)
+    inputs = make_inputs(it, texts=["A CAT", " ".join(WORDS)])
+    assert isinstance(it.tokenizer, Tokenizer)
+    with pytest.raises(ModelError, match=r"differ by|does not match"):
+        verify(
+            "sentence_transformers", str(tmp_path), inputs, outputs_of(it, inputs), TOLERANCE, tokenizer=it.tokenizer
+        )
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_clip(tmp_path: Path, seed: int) -> None:
+    it = text_model(Tokenizer(clip_backend(), 20), **FAMILIES["clip_text_model"])
+    write_sentence_transformer(it, tmp_path)
+    inputs, ours = inputs_of(it)
+    verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+
+
+def test_what_is_refused(tmp_path: Path, seed: int) -> None:
+    tokenizer = tiny_tokenizer()
+    odd = next(name for name in ACTIVATIONS if name == "relu")
+    bare = json.loads(tokenizer.backend.to_str().replace("[PAD]", "[FILL]"))
+    nothing = Tokenizer(type(tokenizer.backend).from_str(json.dumps(bare)), tokenizer.context_length)
+    for it, message in (
+        (text_model(tokenizer, pad_to=8), r"sees the padding of a text \(text\.pad_to 8\).*--format onnx"),
+        (text_model(tokenizer, positions="rotary", activation=odd), "is of no family .*--format onnx"),
+        (text_model(tokenizer, types=1, position_offset=3), "counts positions by its padding token, number 2"),
+        (text_model(nothing, types=2), "has no padding token"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            write_sentence_transformer(it, tmp_path)
+        assert not list(tmp_path.iterdir())
