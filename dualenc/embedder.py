@@ -219,12 +219,7 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from None
         return Embedder(peer.to(device), peer_tokenizer, transform, name)
-    path = model_folder(spec)
-    fields = read_json(path / "config.json")
-    check_format(fields, path / "config.json")
-    config: DualConfig = from_dict(DualConfig, fields, str(path / "config.json"))
-    where = path / "preprocess.json"
-    preprocess: Preprocess = from_dict(Preprocess, read_json(where), str(where))
+    path, config, preprocess = read_config(spec)
     text = config.text
     tokenizer = Tokenizer.from_file(path / "tokenizer.json", text.context_length, text.pad_to, text.pad_id)
     try:
@@ -237,6 +232,20 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
         raise ModelError(f"{path / 'config.json'}: {error}") from None
     _load_state(model, state, path / "model.safetensors")
     return Embedder(model.to(device).eval(), tokenizer, preprocess, name)
+
+
+def read_config(spec: str | os.PathLike[str]) -> tuple[Path, DualConfig, Preprocess]:
+    """The model directory that `load` reads for a spec, the architecture and the preprocessing.
+
+    Raises:
+        ModelError: there is none, or a file of it is missing or says what it should not.
+    """
+    path = model_folder(spec)
+    fields = read_json(path / "config.json")
+    check_format(fields, path / "config.json")
+    config: DualConfig = from_dict(DualConfig, fields, str(path / "config.json"))
+    where = path / "preprocess.json"
+    return path, config, from_dict(Preprocess, read_json(where), str(where))
 
 
 def model_folder(spec: str | os.PathLike[str]) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import caption, tiny_tokenizer, write_benchmark, write_shards
+from helpers import caption, tiny_embedder, tiny_tokenizer, write_benchmark, write_shards
 
 from dualenc import TextConfig
 from dualenc.cli import main
@@ -40,6 +40,8 @@ def small_fit(config: Path, folder: Path, seed: int, *more: str) -> Path:
     write_shards(folder / "shards", [20, 15, 13], seed, captions=captions)
     sets = write_benchmark(folder / "set", seed, "retrieval")
     more = ("--data.micro_batch_size", "6", *more) if "micro_batch_size" in config.read_text() else more
+    if "pretrained: " in config.read_text():
+        return small_tuning(config, folder, seed, sets)
     evaluation = f'[{{"class_path": "dualenc.training.Evaluation", "init_args": {{"data": ["{sets}"]}}}}]'
     run = folder / "run"
     main([
@@ -47,6 +49,27 @@ def small_fit(config: Path, folder: Path, seed: int, *more: str) -> Path:
         "--trainer.callbacks", evaluation, "--trainer.default_root_dir", str(run), *more,
     ])  # fmt: skip
     return run
+
+
+def small_tuning(config: Path, folder: Path, seed: int, sets: str) -> Path:
+    """Fine-tunes a small model, by whose architecture the run is, with the configuration's own callbacks."""
+    tiny_embedder(seed).save(folder / "model")
+    settings = yaml.safe_load(config.read_text())
+    for callback in settings["trainer"]["callbacks"]:
+        if callback["class_path"].endswith("Evaluation"):
+            callback["init_args"]["data"] = [str(sets)]
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    theirs = ("--model.image", "--model.text", "--model.embed_dim")  # the architecture, which is the model's
+    pairs = zip(SMALL[::2], SMALL[1::2])
+    small = [part for pair in pairs if not pair[0].startswith(theirs) for part in pair]
+    main([
+        "fit", "--config", str(path), *small, "--data.train", str(folder / "shards"), "--seed_everything", str(seed),
+        "--model.pretrained", str(folder / "model"), "--trainer.default_root_dir", str(folder / "run"),
+    ])  # fmt: skip
+    with open(folder / "run" / "metrics.csv") as file:
+        assert "0" in {row["step"] for row in csv.DictReader(file) if row["metric"].startswith("set/")}  # before it all
+    return folder / "run"
 
 
 def small_texts(config: Path, folder: Path, seed: int) -> Path:
@@ -145,6 +168,7 @@ def test_there_are_configs() -> None:
         "classify",
         "classify_pretrained",
         "tasks_pretrained",
+        "finetune_clip",
         "smoke",
         "small",
         "flickr8k",

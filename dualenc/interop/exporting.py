@@ -23,7 +23,7 @@ from dualenc.interop.clip_tokens import open_clip_tokenizer_config
 from dualenc.interop.dual import OPEN_CLIP
 from dualenc.interop.onnx import text_outputs, verify_text_onnx, write_onnx, write_text_onnx
 from dualenc.interop.predictor import TextPredictor, hub_config, load_text
-
+from dualenc.interop.sentence_transformers import write_sentence_transformer
 from dualenc.interop.tensors import write_rules
 from dualenc.interop.tokenizers import tokenizer_config
 from dualenc.interop.verify import TEXTS, Inputs, Verified, make_inputs, outputs_of, random_ids, verify
@@ -39,7 +39,7 @@ FILES = (
     "README.md", "config.json", "dualenc.json", "image.onnx", "image.onnx.data", "model.safetensors", "modules.json",
     "onnx.json", OPEN_CLIP, "open_clip_model.safetensors", "preprocess.json", "preprocessor_config.json",
     "sentence_bert_config.json", "text", "text.onnx", "text.onnx.data", "tokenizer.json", "tokenizer_config.json",
-    "1_Pooling", "2_Dense", "3_Dense", "2_Normalize", "3_Normalize", "4_Normalize", "config_sentence_transformers.json",
+    "1_Pooling", *(f"{i}_{kind}" for i in range(2, 6) for kind in ("Dense", "Normalize")),
 )  # fmt: skip
 
 

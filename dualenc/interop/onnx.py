@@ -231,11 +231,8 @@ Model = TypeVar("Model", DualEncoder, TextModel)
 
 
 def _exportable(model: Model) -> Model:
-    """A copy on the CPU, in fp32 and eval mode, that keeps what it computes."""
-    model = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
-    if isinstance(model, DualEncoder):
-        model.set_grad_checkpointing(False)  # timm's goes on in eval mode
-    return model
+    """A copy on the CPU, in fp32 and eval mode."""
+    return copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
 
 
 def _texts(text: TextConfig, names: Sequence[str]) -> dict[str, tuple[Tensor, dict[int, Any]]]:

@@ -26,6 +26,7 @@ class Evaluation(Callback):
         data: folders in the layout of CLIP_benchmark.
         every_n_epochs: measure at the end of every so many epochs; 0 for never.
         every_n_steps: measure after every so many steps, too; 0 for never.
+        at_start: measure before the first step, too: what a pretrained model could do.
         workers: processes a rank that decode.
 
     The numbers are those of `dualenc zeroshot` and `dualenc retrieval`, logged as `SET/METRIC`. Each rank embeds its
@@ -33,8 +34,15 @@ class Evaluation(Callback):
     `test` measure the sets beside the held-out pairs.
     """
 
-    def __init__(self, data: Sequence[str], every_n_epochs: int = 1, every_n_steps: int = 0, workers: int = 0) -> None:
-        self.folders, self.workers = list(data), workers
+    def __init__(
+        self,
+        data: Sequence[str],
+        every_n_epochs: int = 1,
+        every_n_steps: int = 0,
+        workers: int = 0,
+        at_start: bool = False,
+    ) -> None:
+        self.folders, self.workers, self.at_start = list(data), workers, at_start
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.sets: list[BenchmarkSet] = []
         self.sections: list[Section] = []  # of the last measurement, on the first rank
@@ -51,6 +59,11 @@ class Evaluation(Callback):
             raise DataError(f"two evaluation sets are called {twice.pop()!r}: their numbers would be mixed up")
         if taken := {"train", "val", "test"} & set(names):
             raise DataError(f"evaluation set {taken.pop()!r} has the name of the run's own figures: rename its folder")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures what there is before the first step, if that is asked for."""
+        if self.at_start and trainer.global_step == 0:
+            self._measure(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,5 +1,6 @@
 """The contrastive task: towers and loss, each from the configuration, and validation on held-out pairs."""
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,12 +21,13 @@ from dualenc.data.features import Features
 from dualenc.data.images import thumbnail
 from dualenc.data.masking import Masked
 from dualenc.data.pairs import captions_of, decode_sample
-from dualenc.embedder import Embedder, ModelError, difference, fingerprint, load, model_folder
+from dualenc.embedder import Embedder, ModelError, difference, fingerprint, load, model_folder, read_config
 from dualenc.evaluation import retrieval_metrics
 from dualenc.evaluator import score_retrieval
 from dualenc.interop import open_text
 from dualenc.losses import Duplicates, clip_loss
 from dualenc.models import (
+    DualConfig,
     DualEncoder,
     Embeddings,
     ImageConfig,
@@ -70,7 +72,8 @@ class ContrastiveTask(Task):
     """Trains a dual encoder on pairs of images and captions.
 
     Args:
-        image: architecture of the image tower.
+        image: architecture of the image tower; absent, the run has that of the model that `pretrained` names, with its
+            text tower, projections, preprocessing, and tokenizer unless the data name another.
         text: architecture of the text tower.
         embed_dim: dimensions of the common space.
         projection: from each tower into it, "linear" or "mlp".
@@ -104,7 +107,7 @@ class ContrastiveTask(Task):
 
     def __init__(
         self,
-        image: ImageConfig,
+        image: ImageConfig | None = None,
         text: TextConfig = BASE,
         embed_dim: int = 512,
         projection: Literal["linear", "mlp"] = "linear",
@@ -126,17 +129,22 @@ class ContrastiveTask(Task):
         max_skipped: int = 20,
         seed: int = 0,
     ) -> None:
+        if isinstance(pretrained, str) and pretrained.startswith("open_clip:"):
+            raise ValueError(f"model.pretrained {pretrained}: dualenc import {pretrained} OUT, and name OUT")
         text_checkpoint = open_text(text_from) if text_from else None
         if text_checkpoint is not None:
             text = text_checkpoint.config
             if is_model(pretrained):
                 raise ValueError(f"model.text_from {text_from}: model.pretrained {pretrained} has a text tower already")
+        preprocess, shape = None, DualConfig(image or ImageConfig(), text, embed_dim, projection, logit_bias)
+        if image is None:
+            if not isinstance(pretrained, str) or not is_model(pretrained):
+                raise ValueError("model.image is missing: say an architecture, or name a model in model.pretrained")
+            folder, shape, preprocess = read_config(pretrained)
+            shape = dataclasses.replace(shape, logit_bias=logit_bias or shape.logit_bias)
+            text, text_checkpoint = shape.text, open_text(folder)
         model = DualEncoder(
-            image,
-            text,
-            embed_dim,
-            projection,
-            logit_bias,
+            **{field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)},
             init_scale=init_scale,
             init_bias=init_bias,
             patch_dropout=patch_dropout,
@@ -147,7 +155,9 @@ class ContrastiveTask(Task):
         self.tunings = {"image": image_tuning, "text": text_tuning}
         for name, tuning in self.tunings.items():
             tuning.freeze(getattr(model, name), f"model.{name}_tuning")
-        self.preprocess = Preprocess(image.img_size, resize=resize, **self.model.image.data_config)
+        self.preprocess = preprocess or Preprocess(
+            shape.image.img_size, resize=resize, **self.model.image.data_config
+        )
         self.text_config = text
         if duplicates != "ignore" and not _takes_ids(loss):
             raise ValueError(f"model.duplicates {duplicates} needs a loss that takes ids: set it to ignore")

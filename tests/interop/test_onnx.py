@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx as library
 import onnxruntime
 import pytest
 import torch
@@ -119,7 +120,10 @@ def test_a_text_model_of_every_family(family: str, tmp_path: Path, seed: int) ->
     assert sides["inputs"] == {name: ["batch", "length"] for name in wanted}
     assert sides["outputs"]["hidden"][:2] == ["batch", "length"]
     assert sides["outputs"]["logits_mood"] == ["batch", 3]
+    file = library.load(tmp_path / "text.onnx")
+    library.checker.check_model(file, full_check=True)
     assert about["opset"] == 20
+    assert [(one.domain, one.version) for one in file.opset_import] == [("", 20)]
     assert about["heads"]["tags"] == {"labels": ["x", "y"], "problem": "several"}
 
     def packed(lengths: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
