@@ -14,6 +14,9 @@ from dualenc.models.heads import HeadConfig
 from dualenc.models.text import Activation, TextConfig
 
 
+WIDTHS = ("vocab_size", "width", "layers", "heads", "mlp_width", "context_length")
+
+
 def family_of(config: Any, where: str) -> tuple[Family, Config]:
     """The family that a `config.json` of Hugging Face is of, and the part of it that speaks of the text encoder.
 
@@ -59,6 +62,9 @@ def text_config(family: Family, config: Config, where: str) -> TextConfig:
         raise ModelError(f"{where}: type_vocab_size 0 leaves the family's segments without an embedding")
     if family.dropouts and isinstance(dropout := config.get(family.dropouts[0], 0.1), int | float):
         fields["dropout"] = float(dropout)
+    # Before anything is built: so many layers take minutes even without memory.
+    if fields["layers"] > 1000 or any(fields[name] < 1 for name in WIDTHS if name in fields):
+        raise ModelError(f"{where}: {', '.join(f'{family.keys[n][0]} {fields[n]}' for n in WIDTHS)}: no such encoder")
     try:
         if family.read is not None:
             family.read(config, fields)

@@ -2,8 +2,9 @@
 
 import os
 from collections import ChainMap
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dualenc.interop.weights import PICKLED, SAFE, Weights
 from dualenc.models.dual import DualConfig, DualEncoder
 from dualenc.models.image import ImageConfig
 from dualenc.models.open_clip import load_open_clip
+from dualenc.models.text import TextConfig
 
 OPEN_CLIP = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = (
@@ -32,6 +34,7 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.pth", *SAFE, *PICKLED,
 )  # fmt: skip
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+OF_ARCHIVES = ("input_resolution", "context_length", "vocab_size")  # numbers in the state of OpenAI's archives
 TEXT_OF_OLD = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
 
 
@@ -63,12 +66,12 @@ class DualCheckpoint:
                 fit.
         """
         tokenizer = self._tokenizer()
-        try:
+        with sense(self.spec), torch.device("meta"):  # no memory before it is known that the tensors are there
+            shapes = {name: tuple(x.shape) for name, x in DualEncoder.from_config(self.config).state_dict().items()}
+        state = self._state(shapes)
+        with sense(self.spec):
             model = DualEncoder.from_config(self.config)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ModelError(f"{self.spec}: {error}") from None
-        shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-        model.load_state_dict(self._state(shapes))
+        model.load_state_dict(state)
         return Embedder(model.eval(), tokenizer, self.preprocess, self.spec)
 
 
@@ -107,6 +110,17 @@ def open_dual(spec: str | os.PathLike[str]) -> DualCheckpoint:
     return _hugging_face(name, folder)
 
 
+@contextmanager
+def sense(where: str) -> Iterator[None]:
+    """What cannot be computed with the numbers of a config is its author's mistake, and one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(f"{where}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+
+
 def _architecture(spec: str, name: str) -> DualCheckpoint:
     """One of open_clip's own architectures, with weights by tag or of a file."""
     import open_clip as library
@@ -141,6 +155,8 @@ def _open_clip_folder(spec: str, folder: Path) -> DualCheckpoint:
     if not files:
         raise ModelError(f"{folder} holds no weights: neither {' nor '.join(OPEN_CLIP_WEIGHTS[:3])}")
     preprocess = fields.get("preprocess_cfg") or {}
+    if not isinstance(preprocess, dict):
+        raise ModelError(f"{folder / OPEN_CLIP}: preprocess_cfg must be an object, not {preprocess!r}")
     return _open_clip(spec, f"local-dir:{folder}", fields["model_cfg"], preprocess, folder, files[0])
 
 
@@ -156,8 +172,11 @@ def _open_clip(
         positions.append(config.get("max_position_embeddings", 0))
         return config
 
-    config = open_clip.read_config(model_cfg, where, of_hub)
-    rules, _ = open_clip.rules_of(model_cfg, config)
+    with sense(where):
+        config = open_clip.read_config(model_cfg, where, of_hub)
+        rules, _ = open_clip.rules_of(model_cfg, config)
+        read_preprocess = open_clip.read_preprocess(preprocess, config.image.img_size, where)
+        config = replace(config, text=_padded(config.text, model_cfg["text_cfg"], folder))
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
         if file is None:
@@ -173,12 +192,23 @@ def _open_clip(
     return DualCheckpoint(
         spec,
         config,
-        open_clip.read_preprocess(preprocess, config.image.img_size, where),
+        read_preprocess,
         (("open_clip", peer),),
         (),
         partial(open_clip_tokenizer, model_cfg["text_cfg"], folder, config.text),
         state,
     )
+
+
+def _padded(text: TextConfig, text_cfg: Config, folder: Path | None) -> TextConfig:
+    """With the padding that its tokenizer makes, where it sees that; `pad_id` of the config is of no weight there."""
+    name = text_cfg.get("hf_tokenizer_name")
+    if text.pad_to is None or not name:
+        return text
+    if folder is None or not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        folder = hub_folder(f"hf-hub:{name}", TOKENIZER_FILES)
+    found = padding_token(folder)
+    return text if found is None else replace(text, pad_id=found)
 
 
 def _as_today(weights: Mapping[str, Tensor], custom: bool) -> Mapping[str, Tensor]:
@@ -221,7 +251,7 @@ def _read(
     if cut and found and found[0] in weights:
         weights = ChainMap({found[0]: weights[found[0]][: shapes[name][0]]}, dict(weights))
     wanted = {ours: shapes[ours] for rule in rules for ours in rule.ours}
-    return open_clip.complete(read_rules(weights, rules, wanted, where), shapes)
+    return open_clip.complete(read_rules(weights, rules, wanted, where, OF_ARCHIVES), shapes)
 
 
 def _hugging_face(spec: str, folder: Path) -> DualCheckpoint:
@@ -229,14 +259,14 @@ def _hugging_face(spec: str, folder: Path) -> DualCheckpoint:
     fields = read_json(path)
     if isinstance(fields, dict) and "format" in fields:
         raise ModelError(f"{folder} is a model of dualenc already: load it as it is")
-    config, form = hugging_face.read_config(fields, str(path), partial(longest, folder))
-    text = config.text
-    if text.pad_to is not None and (pad_id := padding_token(folder)) is not None:
-        from dataclasses import replace
-
-        config = replace(config, text=replace(text, pad_id=pad_id, pad_to=text.context_length))
-        form = replace(form, text=config.text)
-    preprocess, notes = hugging_face.read_preprocess(folder, config.image.img_size)
+    with sense(str(path)):
+        config, form = hugging_face.read_config(fields, str(path), partial(longest, folder))
+        text = config.text
+        if text.pad_to is not None and (pad_id := padding_token(folder)) is not None:
+            config = replace(config, text=replace(text, pad_id=pad_id, pad_to=text.context_length))
+            form = replace(form, text=config.text)
+    with sense(str(folder / PROCESSORS[0])):
+        preprocess, notes = hugging_face.read_preprocess(folder, config.image.img_size)
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
         weights = Weights(folder)
@@ -280,7 +310,9 @@ def join(image: str, text: str, embed_dim: int, seed: int) -> DualCheckpoint:
     state = model.state_dict()
     preprocess = Preprocess(size, **model.image.data_config)
     peers = [("timm", f"{name}/{weights}" if weights else name)]
-    peers += [("transformers_text", str(found.folder))] if (found.folder / "config.json").is_file() else []
+    path = found.folder / "config.json"
+    theirs = path.is_file() and "format" not in read_json(path)  # but for a text tower of ours, which none but we load
+    peers += [("transformers_text", str(found.folder))] if theirs else []
     return DualCheckpoint(
         f"{image} and {text}", config, preprocess, tuple(peers), (), found.tokenizer, lambda shapes: state
     )

@@ -22,7 +22,7 @@ from dualenc.interop.architecture import choose_family, family_of, fitted, place
 from dualenc.interop.clip_tokens import open_clip_tokenizer_config
 from dualenc.interop.dual import OPEN_CLIP
 from dualenc.interop.onnx import text_outputs, verify_text_onnx, write_onnx, write_text_onnx
-from dualenc.interop.predictor import TextPredictor, hub_config, load_text
+from dualenc.interop.predictor import TextPredictor, counts_positions, hub_config, load_text
 from dualenc.interop.sentence_transformers import write_sentence_transformer
 from dualenc.interop.tensors import write_rules
 from dualenc.interop.tokenizers import tokenizer_config
@@ -96,6 +96,7 @@ def export(
         ModelError: the format has no such model; the library is not installed; or it makes something else of the
             inputs, by more than 1e-5, or 1e-4 in ONNX. Nothing is written.
     """
+    _check_place(spec, Path(out))
     model = open_model(spec)
     with replaced_folder(out, FILES) as folder:
         if isinstance(model, TextPredictor):
@@ -103,6 +104,14 @@ def export(
         else:
             found = _export_dual(model, folder, form, Path(out), more)
     return dataclasses.replace(found, folder=Path(out))
+
+
+def _check_place(spec: str, out: Path) -> None:
+    """Refuses to write over a model of ours, whose files have the names of some that are exported."""
+    config = read_json(out / "config.json") if (out / "config.json").is_file() else None
+    own = isinstance(config, dict) and "format" in config
+    if own or any(out.resolve() == (Path(spec) / inside).resolve() for inside in ("", "best", "last")):
+        raise ModelError(f"{out} is a model of dualenc, and an export would take its place: choose another path")
 
 
 def _export_dual(
@@ -114,9 +123,11 @@ def _export_dual(
     if form == "open_clip":
         write_open_clip(model, folder, str(folder))
         verified = [verify("open_clip", f"local-dir:{folder}", inputs, ours, TOLERANCE, tokenizer=tokenizer)]
-        for name in (OPEN_CLIP, "README.md"):  # which may name the folder: it is going to be another
-            text = (folder / name).read_text("utf-8")
-            (folder / name).write_text(text.replace(str(folder), str(out.resolve())), "utf-8")
+        fields, card = read_json(folder / OPEN_CLIP), (folder / "README.md").read_text("utf-8")
+        if "hf_model_name" in fields["model_cfg"]["text_cfg"]:  # this folder, which is going to have another name
+            fields["model_cfg"]["text_cfg"]["hf_model_name"] = str(out.resolve())
+            write_json(folder / OPEN_CLIP, fields)
+            (folder / "README.md").write_text(card.replace(str(folder), str(out.resolve())), "utf-8")
     elif form == "transformers":
         notes = write_transformers(model, folder)
         without = {name: x for name, x in ours.items() if name != "bias" or not notes}
@@ -264,6 +275,10 @@ def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
     """
     model, (tokenizer, preprocess) = embedder.dual_encoder, parts_of(embedder)
     form = hugging_face.choose_format(model.config)
+    if not counts_positions(form.text, tokenizer):
+        raise ModelError(
+            f"transformers counts positions by another padding token than {embedder.name}: export to open_clip or onnx"
+        )
     config = dataclasses.replace(model.config, text=form.text)
     state, config = hugging_face.through_pooler(with_segment(model.state_dict(), form.text), form, config)
     tensors = write_rules(state, *hugging_face.rules_of(form, config))

@@ -13,7 +13,7 @@ from dualenc.interop.dual import DualCheckpoint, join, open_dual
 from dualenc.interop.exporting import verify_text
 from dualenc.interop.predictor import TextPredictor, load_text
 from dualenc.interop.verify import Inputs, Verified, make_inputs, outputs_of, verify
-from dualenc.models.dual import unit
+from dualenc.models.dual import MAX_SCALE, unit
 from dualenc.models.tower import evaluating
 
 TOLERANCE = 2e-5
@@ -64,13 +64,18 @@ def import_model(
     checkpoint = open_dual(spec)
     embedder = checkpoint.embedder()
     assert isinstance(embedder.tokenizer, Tokenizer)
+    notes, logits = list(checkpoint.notes), embedder.dual_encoder.logits
+    factor = logits.logit_scale.exp().item()
+    logits.project()
     inputs = more(embedder)
     ours = outputs_of(embedder, inputs)
+    if factor > MAX_SCALE * (1 + TOLERANCE) and ours["scale"].item() < factor:  # as CLIP's own is in half precision
+        notes.append(f"the temperature's factor is {ours.pop('scale').item():.4g}, dualenc's largest, not {factor:.6g}")
     verified = [
         verify(library, model, inputs, ours, TOLERANCE, tokenizer=embedder.tokenizer)
         for library, model in checkpoint.peers
     ]
-    return Imported(embedder, verified, list(checkpoint.notes))
+    return Imported(embedder, verified, notes)
 
 
 def _joined(checkpoint: DualCheckpoint, text: str, more: Callable[[Embedder], Inputs]) -> Imported:

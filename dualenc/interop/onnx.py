@@ -270,7 +270,10 @@ def _write(
             large = sum(x.numel() * x.element_size() for x in exported.state_dict.values()) > ONE_FILE
             program.save(path, external_data=large)
     except Exception as error:  # torch, onnxscript and onnx have each their own, and those plain ones
-        reason = one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = one_line((str(first).strip() or type(first).__name__).splitlines()[0])
         raise ModelError(f"{name} cannot be written as {path.name} ({reason})") from error
     graph = program.model.graph
     return {

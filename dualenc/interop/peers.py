@@ -84,8 +84,7 @@ def transformers(model: str, inputs: Inputs) -> Outputs:
     tokenizer = AutoTokenizer.from_pretrained(model)
     processor = AutoImageProcessor.from_pretrained(model)
     filled = net.config.model_type == "siglip"  # which sees its padding
-    places = getattr(net.config.text_config, "max_position_embeddings", None)
-    longest = min(tokenizer.model_max_length, places or 512)
+    longest = min(tokenizer.model_max_length, inputs["ids"].shape[1])
     texts: Any = tokenizer(
         inputs["texts"],
         padding="max_length" if filled else True,

@@ -160,19 +160,24 @@ class Verified:
             for name, x in self.differences.items()
             if name not in NOT_COUNTED
         ]
+        library = NAMES.get(self.library, self.library)
         lines = [
-            f"beside {self.library}: largest difference {self.largest:.1e}, {self.tolerance:.0e} allowed "
+            f"beside {library}: largest difference {self.largest:.1e}, {self.tolerance:.0e} allowed "
             f"({', '.join(parts)})"
         ]
         lines += [
-            f"beside {self.library}'s own resizing of {self.counts[name]} {name}: {self.differences[name]:.1e}, not "
-            "counted"
+            f"{self.counts[name]} {name} that {library} resizes itself: {self.differences[name]:.1e}, not counted"
             for name in NOT_COUNTED
             if name in self.differences
         ]
         return lines
 
 
+NAMES = {
+    "onnx": "onnxruntime",
+    "sentence_transformers": "sentence-transformers",
+    "transformers_text": "transformers, text tower alone",
+}
 WORDS = {"pixels": "images of noise", "ids": "texts of random tokens", "scale": "temperature", "bias": "logit bias"}
 
 

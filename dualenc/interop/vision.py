@@ -4,6 +4,7 @@ A `Shape` says what a plain vision transformer is, whoever built it; it is read 
 is found for it. A layout is a table of names. What is no plain transformer has no shape, and goes out by its timm name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -49,6 +50,24 @@ class Shape:
     pool: Literal["token", "avg", "map"] = "token"
     norm_last: bool = False
     layer_scale: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = {"size": self.size, "patch": self.patch, "width": self.width, "heads": self.heads}
+        check_numbers({**numbers, "mlp_width": self.mlp_width}, self.layers)
+        if self.size // self.patch > 1024 or self.width % self.heads:
+            raise ValueError(f"patches of {self.patch} of {self.size} pixels, width {self.width}, heads {self.heads}")
+
+
+def check_numbers(numbers: Mapping[str, Any], layers: Any) -> None:
+    """Refuses what no transformer has, before one is built: so many layers take minutes even without memory.
+
+    Raises:
+        ValueError: names it.
+    """
+    most = dict.fromkeys(numbers, 10_000_000) | {"layers": 1000}
+    for name, value in {**numbers, "layers": layers}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most[name]:
+            raise ValueError(f"{name} must be a whole number from 1 to {most[name]:,}, not {value!r}")
 
 
 # timm's names of published towers; others get the names of a base model and what is else with them.
@@ -151,7 +170,7 @@ def _named(shape: Shape) -> str | None:
     names = MAP if shape.pool == "map" else PLAIN
     if shape.pre_norm:
         names = QUICK if shape.activation == "quick_gelu" else PRE_NORM
-    for name in names:
+    for name in (one for one in names if f"_patch{shape.patch}_" in one):
         found = shape_of(_meta(ImageConfig(name, shape.size)))
         if found is not None and replace(found, norm_eps=shape.norm_eps) == shape:
             return name

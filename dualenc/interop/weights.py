@@ -68,7 +68,12 @@ class Weights(Mapping[str, Tensor]):
             except RuntimeError:  # files older than torch 1.6 cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-            raise ModelError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+            if "TorchScript" in str(error):
+                raise ModelError(
+                    f"{path} is a TorchScript archive, which holds code: save the tensors alone, by "
+                    "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), OUT)"
+                ) from None
+            raise ModelError(f"{path} cannot be read ({(str(error).splitlines() or [''])[0]})") from None
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # beside an optimizer's
             state = state["state_dict"]
         if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):

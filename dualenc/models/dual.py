@@ -67,6 +67,9 @@ class DualConfig:
     def __post_init__(self) -> None:
         if self.projection not in ("linear", "mlp"):
             raise ValueError(f"projection must be 'linear' or 'mlp', not {self.projection!r}")
+        for name in ("image_projection", "text_projection"):  # one way to say what `projection` says already
+            if self.projection == "linear" and getattr(self, name) == Projection():
+                object.__setattr__(self, name, None)
 
     def projection_of(self, own: Projection | None, width: int) -> Projection:
         """The projection of a tower of this width, whose `own` one may be absent."""

@@ -155,9 +155,7 @@ class ContrastiveTask(Task):
         self.tunings = {"image": image_tuning, "text": text_tuning}
         for name, tuning in self.tunings.items():
             tuning.freeze(getattr(model, name), f"model.{name}_tuning")
-        self.preprocess = preprocess or Preprocess(
-            shape.image.img_size, resize=resize, **self.model.image.data_config
-        )
+        self.preprocess = preprocess or Preprocess(shape.image.img_size, resize=resize, **self.model.image.data_config)
         self.text_config = text
         if duplicates != "ignore" and not _takes_ids(loss):
             raise ValueError(f"model.duplicates {duplicates} needs a loss that takes ids: set it to ignore")

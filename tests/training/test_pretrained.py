@@ -15,8 +15,9 @@ from test_cli import fails
 from test_configs import CONFIGS, SMALL, metrics, small_fit
 
 import dualenc
-from dualenc import DualEncoder, ImageConfig, ModelError, TextConfig, Tokenizer
+from dualenc import DualEncoder, ImageConfig, ModelError, Preprocess, TextConfig, Tokenizer
 from dualenc.cli import main
+from dualenc.models import Projection
 from dualenc.training import ContrastiveTask
 
 SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
@@ -186,3 +187,27 @@ def test_a_run_from_a_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixtu
     assert all(torch.equal(x, whole[name]) for name, x in ended.items())
     assert not torch.equal(began["image_projection.weight"], ended["image_projection.weight"])  # the control
     assert torch.equal(began["text.blocks.0.mlp.0.weight"], ended["text.blocks.0.mlp.0.weight"])
+
+
+def test_a_run_without_an_architecture_has_that_of_its_model(tmp_path: Path, seed: int) -> None:
+    """With its preprocessing and tokenizer, of which an own one would be others."""
+    given = tiny_embedder(seed, image_projection=Projection((12,), (True, False), "tanh"))
+    given.save(tmp_path / "model")
+    made = ContrastiveTask(pretrained=str(tmp_path / "model"), embed_dim=99, logit_bias=True)
+    assert made.model.config == dataclasses.replace(given.dual_encoder.config, logit_bias=True)
+    assert made.preprocess == given.preprocess != Preprocess(given.preprocess.size)  # type: ignore[union-attr]
+    assert made.text_checkpoint is not None
+    assert made.text_checkpoint.tokenizer().fingerprint == given.tokenizer.fingerprint
+    made._trainer = SimpleNamespace(  # type: ignore[assignment]
+        accumulate_grad_batches=1, ckpt_path=None, datamodule=SimpleNamespace(tokenizer=given.tokenizer)
+    )
+    made.setup("fit")
+    ours = made.model.state_dict()
+    assert all(torch.equal(x, ours[name]) for name, x in given.dual_encoder.state_dict().items())
+    for wrong, message in (
+        ({}, "model.image is missing"),
+        ({"pretrained": True}, "model.image is missing"),
+        ({"pretrained": "open_clip:ViT-B-32/openai"}, "dualenc import open_clip:ViT-B-32/openai OUT"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ContrastiveTask(**wrong)
