@@ -262,7 +262,9 @@ def model_folder(spec: str | os.PathLike[str]) -> Path:
         inside = [path / name for name in ("best", "last") if (path / name / "config.json").exists()]
         path = inside[0] if inside else path
     if missing := [name for name in FILES if not (path / name).is_file()]:
-        raise ModelError(f"{path} is no whole model directory: {', '.join(missing)} missing")
+        foreign = (path / "open_clip_config.json").is_file() or (path / "config.json").is_file()
+        hint = f"; if it is another library's, dualenc import {spec} OUT" * foreign
+        raise ModelError(f"{path} is no whole model directory: {', '.join(missing)} missing{hint}")
     return path
 
 

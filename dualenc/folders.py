@@ -46,10 +46,8 @@ def replaced_folder(path: str | os.PathLike[str], files: Collection[str]) -> Ite
     try:
         beside.chmod(0o755)
         yield beside
-        mask = os.umask(0)
-        os.umask(mask)
         for file in beside.rglob("*"):  # safetensors lets nobody else read what it writes
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+            file.chmod(0o755 if file.is_dir() else 0o644)
         old = beside.with_name(f"{beside.name}-old")
         if path.exists():
             path.rename(old)  # whatever happens now, one of the two is whole

@@ -13,7 +13,6 @@ from dualenc.interop.families import ACTIVATION_NAMES, FAMILIES, Config, Family,
 from dualenc.models.heads import HeadConfig
 from dualenc.models.text import Activation, TextConfig
 
-
 WIDTHS = ("vocab_size", "width", "layers", "heads", "mlp_width", "context_length")
 
 

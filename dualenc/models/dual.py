@@ -173,8 +173,9 @@ class DualEncoder(nn.Module):
         widths = [width, *shape.hidden, self.embed_dim]
         for before, after, bias in zip(widths, widths[1:], shape.bias):
             layers += [PROJECTION_ACTIVATIONS[shape.activation]()] if layers else []
-            layers.append(nn.Linear(before, after, bias))
-            nn.init.normal_(layers[-1].weight, std=before**-0.5)
+            linear = nn.Linear(before, after, bias)
+            nn.init.normal_(linear.weight, std=before**-0.5)
+            layers.append(linear)
         return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -138,11 +139,23 @@ class ContrastiveTask(Task):
                 raise ValueError(f"model.text_from {text_from}: model.pretrained {pretrained} has a text tower already")
         preprocess, shape = None, DualConfig(image or ImageConfig(), text, embed_dim, projection, logit_bias)
         if image is None:
-            if not isinstance(pretrained, str) or not is_model(pretrained):
+            if not isinstance(pretrained, str):
                 raise ValueError("model.image is missing: say an architecture, or name a model in model.pretrained")
+            if not is_model(pretrained):
+                raise ValueError(
+                    f"model.pretrained {pretrained} is no folder, and no hf-hub:owner/name: make it by dualenc import "
+                    f"SPEC {pretrained}, or say an architecture in model.image"
+                )
+            own = {"text": text, "embed_dim": embed_dim, "projection": projection, "resize": resize}
+            usual = inspect.signature(ContrastiveTask.__init__).parameters
+            if said := [name for name, value in own.items() if value != usual[name].default and not text_from]:
+                raise ValueError(
+                    f"model.{said[0]} is that of model.pretrained {pretrained}: leave it away, or say model.image too"
+                )
             folder, shape, preprocess = read_config(pretrained)
             shape = dataclasses.replace(shape, logit_bias=logit_bias or shape.logit_bias)
             text, text_checkpoint = shape.text, open_text(folder)
+        self._described = image is None
         model = DualEncoder(
             **{field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)},
             init_scale=init_scale,
@@ -184,7 +197,7 @@ class ContrastiveTask(Task):
             self._load(source)
         elif stage == "fit" and source:
             self.model.image.load_pretrained(source if isinstance(source, str) else None)
-        if stage == "fit" and self.text_checkpoint is not None and not self.trainer.ckpt_path:
+        if stage == "fit" and self.text_checkpoint is not None and not is_model(source) and not self.trainer.ckpt_path:
             self.model.text.load_state_dict(self.text_checkpoint.model().encoder.state_dict())
         if stage == "fit" and self.mlm is not None and not getattr(self.trainer.datamodule, "mask", 0):
             raise ValueError(f"model.mlm_weight needs data that hide words: PairData(mask={MASKED})")
@@ -226,6 +239,30 @@ class ContrastiveTask(Task):
                 f"{folder / 'tokenizer.json'}"
             )
         self.model.load_pretrained(given.dual_encoder)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the weights are of, and how their images are made, is part of a checkpoint."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["model"] = self._description()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses what the folder of `pretrained` says by now, where the run has its architecture from there.
+
+        Raises:
+            ValueError: names what was and is.
+        """
+        super().on_load_checkpoint(checkpoint)
+        now, then = self._description(), checkpoint.get("model", {})
+        if self._described and (changed := [name for name in now if then.get(name, now[name]) != now[name]]):
+            raise ValueError(
+                f"model.pretrained: {changed[0]} {now[changed[0]]} is not the checkpoint's {then[changed[0]]}: put the "
+                "model back that the run began with"
+            )
+
+    def _description(self) -> dict[str, str]:
+        """Architecture and preprocessing, as JSON."""
+        parts = {**dataclasses.asdict(self.model.config), "preprocess": dataclasses.asdict(self.preprocess)}
+        return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
 
     def embedder(self) -> Embedder:
         """The model as it stands, for evaluation or saving."""

@@ -222,6 +222,11 @@ class RunDirectory(Checkpoint):
                 self._agree(trainer, wait=True)
                 self._save_if_due(trainer, pl_module)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `best/` with the weights that an evaluation before the first step was of."""
+        if trainer.global_step == 0:
+            self._save_best(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes `best/` if the metric has improved, and the checkpoint."""
         self._save_best(trainer, pl_module)

@@ -1,188 +1,76 @@
 """Dual encoders in from open_clip and Hugging Face, and out again: each side computes the same."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 import transformers as hf
+from exchanges import HUGGING_FACE, OF_NAME, OPEN_CLIP, SMALL, of_hugging_face, of_open_clip, same, save_tokenizer
+from helpers import perturb
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
 
-from dualenc import Embedder, ModelError, Preprocess, load
-from dualenc.interop import peers
+from dualenc import Embedder, ModelError
 from dualenc.interop import verify as verify_module
-from dualenc.interop.clip_tokens import clip_backend
 from dualenc.interop.dual import open_dual
 from dualenc.interop.exporting import export
-from dualenc.interop.importing import import_model
-from dualenc.interop.verify import Inputs
-from dualenc.interop.vision import Shape, image_config, shape_of
-from dualenc.models import DualConfig, DualEncoder, ImageConfig, ImageEncoder, Projection, TextConfig
-from tests.helpers import perturb, tiny_tokenizer
+from dualenc.interop.importing import TOLERANCE, import_model
+from dualenc.interop.verify import Inputs, make_inputs, verify
+from dualenc.models import DualConfig, DualEncoder
+from dualenc.tokens import Tokens
 
-VISION = {"image_size": 16, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8}
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 4, "layers": 2}
-FILLED = {**TEXT, "context_length": 12, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
-OPEN_CLIP: dict[str, dict[str, Any]] = {
-    "openai": {"quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
-    "laion": {"vision_cfg": {**VISION, "mlp_ratio": 3.3}, "text_cfg": {**TEXT, "mlp_ratio": 3.7}},
-    "average": {
-        "vision_cfg": {
-            **VISION, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True, "ls_init_value": 0.1,
-            "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
-        },
-        "text_cfg": {**TEXT, "proj_type": "none", "width": 16},
-        "custom_text": True,
-    },
-    "timm": {
-        "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "timm_proj": "mlp"},
-        "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 49407},
-        "custom_text": True,
-    },
-    "siglip": {
-        "embed_dim": 768,
-        "vision_cfg": {
-            "timm_model_name": "vit_base_patch32_siglip_256", "timm_pool": "map", "timm_proj": "none",
-            "image_size": 256,
-        },
-        "text_cfg": {**FILLED, "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}},
-        "init_logit_bias": -10,
-        "custom_text": True,
-    },
-}  # fmt: skip
+Changes = dict[str, Callable[[DualConfig], DualConfig]]
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The peer's program without a process of its own, which takes seconds to start."""
-
-    def run(library: str, model: str, inputs: Inputs) -> dict[str, np.ndarray]:
-        folder = tmp_path / "between"
-        folder.mkdir(exist_ok=True)
-        inputs.write(folder)
-        peers.main(library, model, str(folder), str(folder))
-        with np.load(folder / "outputs.npz") as arrays:
-            return dict(arrays)
-
-    monkeypatch.setattr(verify_module, "run", run)
-
-
-def of_open_clip(folder: Path, name: str, **changes: Any) -> Path:
-    """A folder of open_clip's with random weights."""
-    config = {"embed_dim": 16, **OPEN_CLIP[name], **changes}
-    folder.mkdir(exist_ok=True)
-    fields = {"model_cfg": config, "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "interpolation": "bilinear"}}
-    (folder / "open_clip_config.json").write_text(json.dumps(fields))
-    model = perturb(open_clip.create_model(f"local-dir:{folder}"))
-    save_file({key: x.contiguous() for key, x in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return folder
-
-
-def same(first: Embedder, second: Embedder) -> bool:
-    """Whether two models are alike, weights to the bit."""
-    one, other = first.dual_encoder.state_dict(), second.dual_encoder.state_dict()
-    assert one.keys() == other.keys()
-    return (
-        first.dual_encoder.config == second.dual_encoder.config
-        and first.preprocess == second.preprocess
-        and all(torch.equal(x, other[name]) for name, x in one.items())
-    )
+def there_and_back(folder: Path, tmp_path: Path) -> Embedder:
+    """open_clip's model in, out again, and in: the same to the bit, and so is the file."""
+    found = import_model(str(folder))
+    assert found.verified[0].largest < TOLERANCE
+    assert {"pixels", "ids", "pictures", "texts", "scale"} <= found.verified[0].differences.keys()
+    assert found.notes == []
+    found.embedder.save(tmp_path / "ours")
+    export(str(tmp_path / "ours"), tmp_path / "again", "open_clip")
+    assert same(found.embedder, import_model(f"open_clip:local-dir:{tmp_path / 'again'}").embedder)
+    files = [load_file(one / "open_clip_model.safetensors") for one in (folder, tmp_path / "again")]
+    theirs, again = ({n.removeprefix("text."): x for n, x in file.items()} for file in files)  # custom_text or not
+    assert {n: x.shape for n, x in theirs.items()} == {n: x.shape for n, x in again.items()}
+    assert all(torch.equal(x, again[n]) for n, x in theirs.items())
+    return found.embedder
 
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_open_clip_in_and_out_and_in(name: str, tmp_path: Path, seed: int) -> None:
-    folder = of_open_clip(tmp_path / "theirs", name)
-    found = import_model(str(folder))
-    assert found.verified[0].largest < 2e-5
-    assert {"pixels", "ids", "pictures", "texts", "scale"} <= found.verified[0].differences.keys()
-    assert ("bias" in found.verified[0].differences) == (name == "siglip")
-    assert found.embedder.preprocess.mean == (0.4, 0.5, 0.6)  # type: ignore[union-attr]
-    found.embedder.save(tmp_path / "ours")
-    export(str(tmp_path / "ours"), tmp_path / "again", "open_clip")
-    assert same(found.embedder, import_model(f"open_clip:local-dir:{tmp_path / 'again'}").embedder)
-    files = [load_file(tmp_path / one / "open_clip_model.safetensors") for one in ("theirs", "again")]
-    theirs, again = ({n.removeprefix("text."): x for n, x in file.items()} for file in files)  # custom_text or not
-    assert {n: x.shape for n, x in theirs.items()} == {n: x.shape for n, x in again.items()}
-    assert all(torch.equal(x, again[n]) for n, x in theirs.items())
+    found = there_and_back(of_open_clip(tmp_path / "theirs", name), tmp_path)
+    assert found.dual_encoder.config.logit_bias == (name == "siglip")
+    assert found.preprocess.mean == (0.4, 0.5, 0.6)  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_a_published_tower_by_its_name(tmp_path: Path, seed: int) -> None:
+    there_and_back(of_open_clip(tmp_path / "theirs", "siglip", **OF_NAME), tmp_path)
 
 
 def test_in_processes_of_their_own(tmp_path: Path, seed: int) -> None:
     folder = of_open_clip(tmp_path / "theirs", "openai")
     found = import_model(str(folder))
     found.embedder.save(tmp_path / "ours")
-    for form in ("open_clip", "transformers"):
-        made = export(str(tmp_path / "ours"), tmp_path / form, form)  # type: ignore[arg-type]
-        assert made.verified[0].largest < 1e-5
-        again = import_model(str(tmp_path / form)).embedder.dual_encoder.state_dict()
-        assert all(torch.equal(x, again[n]) for n, x in found.embedder.dual_encoder.state_dict().items())
-
-
-def models() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Of transformers, with what makes their pictures and texts."""
-    vision: dict[str, Any] = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16,
-        "patch_size": 8,
-    }  # fmt: skip
-    text: dict[str, Any] = {
-        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40,
-    }  # fmt: skip
-    clip = {**text, "eos_token_id": 49407, "bos_token_id": 49406}
-    siglip = {**text, "vocab_size": 49408, "max_position_embeddings": 12, "projection_size": 32, "pad_token_id": 49407}
-    small = {**text, "vocab_size": tiny_tokenizer().vocab_size, "max_position_embeddings": 20}
-    timm = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "reg_tokens": 2}
-    yield "clip", lambda: hf.CLIPModel(hf.CLIPConfig(vision_config=vision, text_config=clip, projection_dim=16))
-    yield "siglip", lambda: hf.SiglipModel(hf.SiglipConfig(vision_config=vision, text_config=siglip))
-    for name, of_vision, of_text in (
-        ("vit-bert", lambda: hf.ViTConfig(**vision), lambda: hf.BertConfig(**small)),
-        ("clip-roberta", lambda: hf.CLIPVisionConfig(**vision), lambda: hf.RobertaConfig(**small, pad_token_id=0)),
-        ("siglip-albert", lambda: hf.SiglipVisionConfig(**vision), lambda: hf.AlbertConfig(**small, embedding_size=8)),
-        (
-            "timm-bert",
-            lambda: hf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=timm, hidden_size=24),
-            lambda: hf.BertConfig(**small),
-        ),
-        ("clip-clip", lambda: hf.CLIPVisionConfig(**vision), lambda: hf.CLIPTextConfig(**clip)),
-    ):
-
-        def joined(of_vision: Any = of_vision, of_text: Any = of_text) -> Any:
-            config = hf.VisionTextDualEncoderConfig.from_vision_text_configs(of_vision(), of_text(), projection_dim=16)
-            return hf.VisionTextDualEncoderModel(config)
-
-        yield name, joined
-
-
-def of_hugging_face(folder: Path, name: str) -> Path:
-    """A folder of transformers' with random weights."""
-    perturb(dict(models())[name]()).save_pretrained(folder)
-    if "clip" in name.split("-")[-1] or name == "siglip":
-        ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=clip_backend(), model_max_length=77, **ends)
-    else:
-        backend = tiny_tokenizer().backend
-        backend.no_truncation()
-        ends = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=20, **ends)
-    tokenizer.save_pretrained(folder)
-    side = {"height": 16, "width": 16}
-    squash = name == "siglip"
-    processor: Any = (
-        hf.SiglipImageProcessor(size=side) if squash else hf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side)
-    )
-    processor.save_pretrained(folder)
-    return folder
+    made = export(str(tmp_path / "ours"), tmp_path / "out", "transformers")
+    assert made.verified[0].largest < 1e-5
+    again = open_dual(str(tmp_path / "out")).embedder()
+    assert all(torch.equal(x, again.dual_encoder.state_dict()[n]) for n, x in found.embedder.model.state_dict().items())
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("name", [name for name, _ in models()])
+@pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face_in_and_out_and_in(name: str, tmp_path: Path, seed: int) -> None:
     found = import_model(str(of_hugging_face(tmp_path / "theirs", name)))
-    assert found.verified[0].largest < 2e-5
+    assert found.verified[0].largest < TOLERANCE
     assert found.notes == []
     found.embedder.save(tmp_path / "ours")
     made = export(str(tmp_path / "ours"), tmp_path / "again", "transformers")
@@ -191,3 +79,226 @@ def test_hugging_face_in_and_out_and_in(name: str, tmp_path: Path, seed: int) ->
     theirs, again = (load_file(tmp_path / one / "model.safetensors") for one in ("theirs", "again"))
     assert theirs.keys() == again.keys()
     assert all(torch.equal(x, again[n]) for n, x in theirs.items())
+
+
+def tower(config: DualConfig, name: str, **changes: Any) -> DualConfig:
+    return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **changes)})
+
+
+def act(config: DualConfig, name: str) -> DualConfig:
+    return tower(config, "image", overrides={**config.image.overrides, "act_layer": name})
+
+
+def other_heads(config: DualConfig) -> DualConfig:
+    model: Any = DualEncoder.from_config(config)
+    heads = model.image.vit.blocks[0].attn.num_heads
+    return tower(config, "image", overrides={**config.image.overrides, "num_heads": 1 if heads > 1 else 2})
+
+
+# Mistakes of a kind that shapes do not show; those of the image tower only where nothing else says the same.
+WRONG: Changes = {
+    "text.norm_eps": lambda config: tower(config, "text", norm_eps=config.text.norm_eps + 1e-3),
+    "text.activation": lambda config: tower(
+        config, "text", activation="gelu_tanh" if config.text.activation == "gelu" else "gelu"
+    ),
+    "text.heads": lambda config: tower(config, "text", heads=2),
+    "text.pool": lambda config: tower(config, "text", pool="mean" if config.text.pool != "mean" else "cls"),
+    "text.causal": lambda config: tower(config, "text", causal=not config.text.causal),
+    "image.norm_eps": lambda config: tower(config, "image", norm_eps=1e-3),
+    "image.activation": lambda config: act(config, "relu"),
+    "image.heads": other_heads,
+}
+SEVERAL = (
+    "openai",
+    "average",
+    "timm",
+    "siglip",
+    "bert, mean, mlp",
+    "bert, pooler, linear, timm",
+    "roberta, first, mlp",
+)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("name", [*SEVERAL, *HUGGING_FACE])
+def test_no_tensor_and_no_setting_can_be_wrong(
+    name: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = (of_open_clip if name in OPEN_CLIP else of_hugging_face)(tmp_path / "theirs", name)
+    checkpoint = open_dual(str(folder))
+    it = checkpoint.embedder()
+    ((library, model),) = checkpoint.peers
+    inputs = make_inputs(it)
+    inputs = Inputs(inputs.ids[1:], inputs.texts[:1], inputs.pixels[:3])
+    theirs = verify_module.run(library, model, inputs)
+    for one in ("pixels", "ids"):  # vectors that are all alike would hide much
+        apart = np.linalg.norm(theirs[one][:, None] - theirs[one][None], axis=-1)
+        assert apart[~np.eye(len(apart), dtype=bool)].min() > 1e-3, one
+    monkeypatch.setattr(verify_module, "run", lambda *given: theirs)
+
+    def check(embedder: Embedder) -> None:
+        dual = embedder.dual_encoder
+        with torch.no_grad():
+            scale, bias = dual.logits()
+            made = {"pixels": dual.encode_image(inputs.pixels), "ids": dual.encode_text(Tokens.pack(inputs.ids))}
+        made |= {"scale": scale[None]} | ({} if bias is None else {"bias": bias[None]})
+        verify(library, model, inputs, {one: x.detach().numpy() for one, x in made.items()}, TOLERANCE)
+
+    check(it)
+    missed = []
+    for tensor, x in it.dual_encoder.state_dict().items():
+        kept = x.clone()
+        x.copy_(x.roll(1, -1) if x.shape[-1] > 1 else x + 0.01)
+        try:
+            check(it)
+            missed.append(tensor)
+        except ModelError:
+            pass
+        x.copy_(kept)
+    for setting, change in WRONG.items():
+        altered = DualEncoder.from_config(change(it.dual_encoder.config))
+        altered.load_state_dict(it.dual_encoder.state_dict())
+        try:
+            check(Embedder(altered.eval(), it.tokenizer, it.preprocess))
+            missed.append(setting)
+        except ModelError:
+            pass
+    assert missed == []
+
+
+def renewed(folder: Path, change: Callable[[dict[str, Any]], Any], old: str, new: str = "") -> None:
+    """The same weights under other names or in another file."""
+    state = change(load_file(folder / old))
+    (folder / old).unlink()
+    if new:
+        torch.save(state, folder / new)
+    else:
+        save_file(state, folder / old)
+
+
+def as_halves(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.half() for name, x in state.items()}
+
+
+# What people have on their disks, as it was written by training, by older versions, or in half precision.
+OTHER_FILES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "checkpoint": (
+        lambda state: {"epoch": 3, "name": "run", "state_dict": {f"module.{name}": x for name, x in state.items()}},
+        "open_clip_pytorch_model.bin",
+    ),
+    "state of an archive": (
+        lambda state: {**state, "input_resolution": torch.tensor(16), "vocab_size": torch.tensor(49408)},
+        "open_clip_pytorch_model.bin",
+    ),
+    "scale of one dimension": (lambda state: {**state, "logit_scale": state["logit_scale"].reshape(1)}, ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_files_of_open_clip_of_other_times(name: str, tmp_path: Path, seed: int) -> None:
+    folder = of_open_clip(tmp_path / "theirs", "openai")
+    expected = open_dual(str(folder)).embedder()
+    renewed(folder, OTHER_FILES[name][0], "open_clip_model.safetensors", OTHER_FILES[name][1])
+    assert same(expected, open_dual(str(folder)).embedder())
+
+
+def test_names_without_text_before_them(tmp_path: Path, seed: int) -> None:
+    folder = of_open_clip(tmp_path / "theirs", "average")
+    expected = open_dual(str(folder)).embedder()
+    renewed(folder, lambda state: {n.removeprefix("text."): x for n, x in state.items()}, "open_clip_model.safetensors")
+    assert same(expected, open_dual(str(folder)).embedder())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_half_precision(tmp_path: Path, seed: int) -> None:
+    folder = of_open_clip(tmp_path / "theirs", "openai")
+    renewed(folder, as_halves, "open_clip_model.safetensors")
+    found = import_model(str(folder))
+    assert found.verified[0].largest < TOLERANCE
+    assert {x.dtype for x in found.embedder.model.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("factor", [4.6054688, 5.0])
+def test_a_temperature_past_the_bound_is_said(factor: float, tmp_path: Path, seed: int) -> None:
+    folder = of_open_clip(tmp_path / "theirs", "openai")
+    change = {"logit_scale": torch.tensor(factor)}  # ln 100 in half precision is 4.6055
+    renewed(folder, lambda state: {**state, **change}, "open_clip_model.safetensors")
+    found = import_model(str(folder))
+    assert f"100, dualenc's largest, not {np.exp(factor):.6g}" in found.notes[0]
+    found.embedder.save(tmp_path / "ours")
+    made = export(str(tmp_path / "ours"), tmp_path / "out", "open_clip")
+    assert made.verified[0].differences["scale"] < 1e-6
+
+
+def deeper(part: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """As VisionTextDualEncoderModel wrote CLIP's and SigLIP's towers before transformers 5."""
+    return lambda state: {n.replace(part, part + part, 1) if n.startswith(part) else n: x for n, x in state.items()}
+
+
+OLDER: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "vision_model": ("clip-roberta", deeper("vision_model."), ""),
+    "text_model": ("clip-clip", deeper("text_model."), ""),
+    "position_ids": (
+        "clip",
+        lambda state: {
+            **state, "text_model.embeddings.position_ids": torch.arange(77)[None],
+            "vision_model.embeddings.position_ids": torch.arange(5)[None],
+        },
+        "",
+    ),
+    "pickled": ("vit-bert", dict, "pytorch_model.bin"),
+    "scale of one dimension": ("clip", lambda state: {**state, "logit_scale": state["logit_scale"].reshape(1)}, ""),
+    "bias of no dimension": ("siglip", lambda state: {**state, "logit_bias": state["logit_bias"].reshape(())}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_files_of_transformers_of_other_times(name: str, tmp_path: Path, seed: int) -> None:
+    kind, change, file = OLDER[name]
+    folder = of_hugging_face(tmp_path / "theirs", kind)
+    expected = open_dual(str(folder)).embedder()
+    renewed(folder, change, "model.safetensors", file)
+    assert same(expected, open_dual(str(folder)).embedder())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_tower_of_timms_and_one_of_berts_are_joined(tmp_path: Path, seed: int) -> None:
+    import timm
+
+    vit: Any = perturb(timm.create_model("test_vit"))
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    perturb(hf.BertModel(hf.BertConfig(**SMALL))).save_pretrained(tmp_path / "bert")
+    save_tokenizer(tmp_path / "bert")
+    found = import_model(f"timm:test_vit/{tmp_path / 'vit.pth'}", str(tmp_path / "bert"), 16, seed=3)
+    assert [one.library for one in found.verified] == ["timm", "transformers_text"]
+    assert max(one.largest for one in found.verified) < TOLERANCE
+    assert "random" in found.notes[0]
+    again = import_model(f"timm:test_vit/{tmp_path / 'vit.pth'}", str(tmp_path / "bert"), 16, seed=3)
+    assert same(found.embedder, again.embedder)
+    other = import_model(f"timm:test_vit/{tmp_path / 'vit.pth'}", str(tmp_path / "bert"), 16, seed=4)
+    assert not same(found.embedder, other.embedder)
+    found.embedder.save(tmp_path / "ours")  # whose text tower can be joined with another in turn
+    once_more = import_model(f"timm:test_vit/{tmp_path / 'vit.pth'}", str(tmp_path / "ours"), 16, seed=3)
+    assert same(found.embedder, once_more.embedder)
+    assert [one.library for one in once_more.verified] == ["timm"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_weights_of_a_file_for_an_architecture(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    folder = of_open_clip(tmp_path / "theirs", "openai")
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "Tiny-B-8.json").write_text(json.dumps(config))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [tmp_path])
+    open_clip.factory._rescan_model_configs()
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes((folder / "open_clip_model.safetensors").read_bytes())
+    found = import_model(f"open_clip:Tiny-B-8/{file}")
+    assert found.verified[0].largest < TOLERANCE
+    expected = open_dual(str(folder)).embedder().dual_encoder.state_dict()
+    assert all(torch.equal(x, expected[n]) for n, x in found.embedder.dual_encoder.state_dict().items())
+    random = import_model("open_clip:Tiny-B-8")
+    assert random.verified[0].largest < TOLERANCE

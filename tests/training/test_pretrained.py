@@ -1,6 +1,7 @@
 """Fine-tuning from models of this package: what is loaded, resampled and refused."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SIZE, WORDS, tiny_embedder, write_shards
+from helpers import SIZE, WORDS, tiny_embedder, write_benchmark, write_shards
 from safetensors.torch import load_file
 from test_cli import fails
 from test_configs import CONFIGS, SMALL, metrics, small_fit
@@ -193,7 +194,7 @@ def test_a_run_without_an_architecture_has_that_of_its_model(tmp_path: Path, see
     """With its preprocessing and tokenizer, of which an own one would be others."""
     given = tiny_embedder(seed, image_projection=Projection((12,), (True, False), "tanh"))
     given.save(tmp_path / "model")
-    made = ContrastiveTask(pretrained=str(tmp_path / "model"), embed_dim=99, logit_bias=True)
+    made = ContrastiveTask(pretrained=str(tmp_path / "model"), logit_bias=True)
     assert made.model.config == dataclasses.replace(given.dual_encoder.config, logit_bias=True)
     assert made.preprocess == given.preprocess != Preprocess(given.preprocess.size)  # type: ignore[union-attr]
     assert made.text_checkpoint is not None
@@ -204,10 +205,43 @@ def test_a_run_without_an_architecture_has_that_of_its_model(tmp_path: Path, see
     made.setup("fit")
     ours = made.model.state_dict()
     assert all(torch.equal(x, ours[name]) for name, x in given.dual_encoder.state_dict().items())
+    folder = str(tmp_path / "model")
     for wrong, message in (
         ({}, "model.image is missing"),
+        ({"pretrained": str(tmp_path / "gone")}, "model.pretrained .*gone is no folder.*dualenc import SPEC"),
+        ({"pretrained": folder, "embed_dim": 7}, "model.embed_dim is that of model.pretrained"),
+        ({"pretrained": folder, "resize": "squash"}, "model.resize is that of model.pretrained"),
         ({"pretrained": True}, "model.image is missing"),
         ({"pretrained": "open_clip:ViT-B-32/openai"}, "dualenc import open_clip:ViT-B-32/openai OUT"),
     ):
         with pytest.raises(ValueError, match=message):
             ContrastiveTask(**wrong)
+
+
+@pytest.mark.slow
+def test_a_run_of_a_models_architecture_goes_on_with_that_model_alone(tmp_path: Path, seed: int, capsys: Any) -> None:
+    """And its `best/` is the model as it began, where nothing was better than before the first step."""
+    tiny_embedder(seed).save(tmp_path / "model")
+    write_shards(tmp_path / "shards", [20, 15], seed)
+    sets = write_benchmark(tmp_path / "set", seed, "retrieval")
+    evaluation = {"class_path": "dualenc.training.Evaluation", "init_args": {"data": [str(sets)], "at_start": True}}
+    run = tmp_path / "run"
+    arguments = [
+        "fit", "--model", "ContrastiveTask", "--model.pretrained", str(tmp_path / "model"), "--data", "PairData",
+        "--data.train", str(tmp_path / "shards"), "--data.batch_size", "16", "--data.workers", "0", "--data.val", "null",
+        "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(run),
+        "--trainer.callbacks", json.dumps([evaluation]), "--run.monitor", "set/median_rank",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(arguments)  # the monitor must grow with what is better
+    arguments[-1] = "set/mrr"
+    arguments += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e-6"]  # no rank changes
+    main(arguments)
+    best, last, began = (load_file(tmp_path / one / "model.safetensors") for one in ("run/best", "run/last", "model"))
+    assert len(set(metrics(run, "set/mrr"))) == 1
+    assert all(torch.equal(x, best[name]) for name, x in began.items())
+    assert not all(torch.equal(x, last[name]) for name, x in began.items())
+    path = tmp_path / "model" / "preprocess.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "resize": "squash"}))
+    again = [*arguments, "--trainer.max_epochs", "2", "--ckpt_path", "last"]
+    assert "model.pretrained: preprocess" in fails(capsys, again)
