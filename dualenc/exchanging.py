@@ -32,8 +32,11 @@ def import_(
         data: shards, of which some pairs are compared beside what is drawn.
         captions: of these, "txt" or "json.FIELD".
     """
+    from dualenc.embedder import FILES
+    from dualenc.folders import check_place
     from dualenc.interop.importing import import_model
 
+    check_place(out, {*FILES, "README.md"})
     found = import_model(spec, text, embed_dim, seed, _inputs(data, captions))
     try:
         found.embedder.save(out)

@@ -27,6 +27,16 @@ class ModelError(ValueError):
     """A model directory or spec that cannot be used; the message names the file or key."""
 
 
+def check_place(path: Path, files: Collection[str]) -> None:
+    """Refuses to write where something else is than a folder of these files.
+
+    Raises:
+        ModelError: it is.
+    """
+    if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= set(files)):
+        raise ModelError(f"{path} exists and is no model directory: choose another path")
+
+
 @contextmanager
 def replaced_folder(path: str | os.PathLike[str], files: Collection[str]) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of `path` once all is written.
@@ -39,8 +49,7 @@ def replaced_folder(path: str | os.PathLike[str], files: Collection[str]) -> Ite
         ModelError: the path is taken by something else.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= set(files)):
-        raise ModelError(f"{path} exists and is no model directory: choose another path")
+    check_place(path, files)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -64,11 +73,13 @@ def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
     up; where the hub cannot be reached, the commit that it was last is taken, and a line of the log says which.
 
     Raises:
-        ModelError: the hub has them not, or cannot be reached and not all of them are in the cache.
+        ModelError: the hub has them not, or cannot be reached and not all of them are in the cache, or the cache cannot
+            be written.
     """
     from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import (
         CachedRepoTreeNotFoundError,
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         HTTPError,
@@ -92,11 +103,19 @@ def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
         raise ModelError(f"{spec} must be hf-hub:owner/name[@revision] ({one_line(error)})") from None
     except RevisionNotFoundError:
         raise ModelError(f"{spec}: the repository has no revision {revision or 'main'!r}: correct it") from None
+    except GatedRepoError:
+        raise ModelError(
+            f"{spec}: it is for those who accepted its terms: accept its terms on the hub first, and `hf auth login`"
+        ) from None
     except RepositoryNotFoundError:
         raise ModelError(
             f"{spec}: the hub has no such repository, or not for you: correct the name, or `hf auth login`"
         ) from None
     except (HTTPError, OSError) as error:
+        # What the hub's client says of the hub by an OSError of its own has no number.
+        far = isinstance(error, HTTPError | ConnectionError | TimeoutError | LocalEntryNotFoundError)
+        if isinstance(error, OSError) and error.errno is not None and not far:
+            raise _unwritable(spec, constants.HF_HUB_CACHE, error) from None
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
         if status < 500 and status not in (408, 429):  # an answer, and no sign of a hub in trouble
             raise ModelError(f"{spec} cannot be had from the hub ({one_line(error)})") from None
@@ -107,6 +126,8 @@ def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
                 f"{spec}: not all of its files are in the cache {constants.HF_HUB_CACHE}, and the hub at "
                 f"{constants.ENDPOINT} cannot be reached ({one_line(error)}): fetch it once where it can be"
             ) from None
+        except OSError as broken:
+            raise _unwritable(spec, constants.HF_HUB_CACHE, broken) from None
         if not pinned:
             _warn(
                 f"{spec}: the hub cannot be reached ({one_line(error)}); taken from the cache as it last was: "
@@ -115,6 +136,13 @@ def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
     if not folder.is_dir():
         raise ModelError(f"{spec}: the repository has none of {', '.join(patterns)}: it is no model of this kind")
     return folder
+
+
+def _unwritable(spec: str, cache: str, error: OSError) -> ModelError:
+    return ModelError(
+        f"{spec} cannot be written to the cache {cache} ({one_line(error)}): make room there, or name another by "
+        "HF_HUB_CACHE"
+    )
 
 
 @cache

@@ -241,13 +241,16 @@ class Repo:
 
     def __init__(self, private: bool) -> None:
         self.private = private
+        self.gated = False  # files are for those alone who accepted its terms, and nobody has
         self.commits: dict[str, dict[str, bytes | Large]] = {}
         self.branches: dict[str, str] = {}
         self.messages: list[str] = []
         self.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
 
-    def commit(self, branch: str, changes: "dict[str, bytes | Large]", message: str) -> str:
-        files = {**self.commits.get(self.branches.get(branch, ""), {}), **changes}
+    def commit(self, branch: str, changes: "dict[str, bytes | Large | None]", message: str) -> str:
+        """With these files, and without those that are None."""
+        both = {**self.commits.get(self.branches.get(branch, ""), {}), **changes}
+        files = {name: content for name, content in both.items() if content is not None}
         names = [len(self.commits), message, *((name, str(x)) for name, x in sorted(files.items()))]
         commit = hashlib.sha1(json.dumps(names).encode()).hexdigest()
         self.commits[commit], self.branches[branch] = files, commit
@@ -395,7 +398,7 @@ class _HubHandler(BaseHTTPRequestHandler):
     def _commit(self, body: bytes, name: str, revision: str) -> None:
         if not self._may_write(name) or (found := self._found(name, revision)) is None:
             return None
-        changes: dict[str, bytes | Large] = {}
+        changes: dict[str, bytes | Large | None] = {}
         message = ""
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
@@ -403,6 +406,8 @@ class _HubHandler(BaseHTTPRequestHandler):
                 message = value["summary"]
             elif line["key"] == "file":
                 changes[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                changes[value["path"]] = None
             else:
                 content = self.server.objects[value["oid"]]  # listed as what it is, whatever it was announced as
                 changes[value["path"]] = Large(hashlib.sha256(content).hexdigest(), len(content))
@@ -447,6 +452,8 @@ class _HubHandler(BaseHTTPRequestHandler):
     def _resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
         if (found := self._found(name, revision)) is None:
             return None
+        if found[0].gated:
+            return self._send(403, {"error": "Access to this model is restricted"}, X_Error_Code="GatedRepo")
         content = found[0].commits[found[1]].get(path)
         headers = {"X_Repo_Commit": found[1]}
         if content is None:

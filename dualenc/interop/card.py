@@ -1,6 +1,6 @@
 """The model card of a push: what a model is, how good, of what data, under which licence, and how it is loaded.
 
-Whatever users wrote stands in it as text, never as markup, and without the secrets of its URLs.
+Whatever users wrote stands in it as text, never as markup or a link, and without the secrets of its URLs.
 """
 
 import csv
@@ -33,7 +33,15 @@ TASKS = {
     "text-text": ("text-retrieval", "retrieval among captions"),
     "image-image": ("image-to-image-retrieval", "retrieval among images"),
 }
-_SECRET = re.compile(r"(?:^|[_.-])(?:token|password|passwd|secret|key|credentials?)$", re.IGNORECASE)
+# What a key calls a secret, and where a value names one itself.
+_SECRET = re.compile(
+    r"(?:^|[\W_])(?:key|pass|pw|sig)$|(?:(?:api|access|account|private|secret)_?key(?:_?id)?|token|passw(?:or)?d|pwd|"
+    r"passphrase|secret|credential|auth(?:entication|orization)?|cookie|bearer)s?$",
+    re.IGNORECASE,
+)
+_BEARER = re.compile(r"\b(bearer\s+|authorization\s*[:=]\s*(?:\w+\s+)?)\S+", re.IGNORECASE)
+# What renderers make links of, and GitHub mentions, in the midst of a text.
+_LINK = re.compile(r"\w://|\bwww\.|\b(?:mailto|xmpp):|@[\w-]+\.[a-z]|(?<!\w)@\w", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Subject:
         fingerprint: of a model of ours, which has been read whole; none of an export.
         task: the hub's name of what it is for.
         readers: the libraries that read the folder.
+        pinned: whether all that they read is of the commit that is asked for; else some of it is of the branch main.
     """
 
     kind: str
@@ -72,6 +81,7 @@ class Subject:
     fingerprint: str | None
     task: str
     readers: Sequence[str]
+    pinned: bool = True
 
 
 # What was measured
@@ -96,7 +106,7 @@ def read_measured(path: str | os.PathLike[str]) -> list[Measured]:
             problems = tuple(f"{problem['what']}: {problem['count']}" for problem in one["problems"])
             split, n = one_line(one.get("split") or ""), int(one["n"])
             found.append(Measured(dataset, kind, model, mark, split, n, problems, metrics, intervals))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise ModelError(
             f"{path} cannot be read as a result ({why}): name a .json that --out of an evaluation wrote, or measure "
@@ -142,17 +152,31 @@ def measured_in_training(run: Path, name: str) -> tuple[int, dict[str, float]]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = [(int(one["step"]), one["metric"], float(one["value"])) for one in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ModelError(f"{path} cannot be read ({one_line(error)})") from None
     rows = [row for row in rows if not row[1].startswith("train/")]
     if name == "best":
-        config = read_json(run / "run.json").get("config") or {}
-        monitor = (config.get("run") or {}).get("monitor", "")
+        path = run / "run.json"
+        monitor = _part(_part(_object(read_json(path), path), "config", path), "run", path).get("monitor", "")
         values = [(value, -step) for step, metric, value in rows if metric == monitor and not math.isnan(value)]
         step = -max(values)[1] if values else 0
     else:
         step = max((row[0] for row in rows), default=0)
     return step, {metric: value for at, metric, value in rows if at == step}
+
+
+def _object(value: Any, path: Path, what: str = "it") -> dict[str, Any]:
+    """What must be an object in the record of a run."""
+    if not isinstance(value, dict):
+        raise ModelError(
+            f"{path} is no record of a run ({what} must be an object): restore it, or push a copy of the model"
+        )
+    return value
+
+
+def _part(fields: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """An object in another one; an empty one, where there is none."""
+    return _object({} if fields.get(key) is None else fields[key], path, key)
 
 
 # The card
@@ -188,7 +212,7 @@ def card(
         "model-index": [{"name": title, "results": [_indexed(one) for one in measured]}] if measured else None,
     }
     lines = ["---", _yaml({key: value for key, value in about.items() if value is not None}), "---", ""]
-    lines += [f"# {title}", "", f"{TITLES[subject.kind]}.", "", *_table(("", ""), subject.facts)]
+    lines += [f"# {_text(title)}", "", f"{TITLES[subject.kind]}.", "", *_table(("", ""), subject.facts)]
     figures = _figures(subject, measured)
     lines += ["## How good it is", "", *(figures or ["It comes without measurements.", ""])]
     lines += _training(subject)
@@ -235,10 +259,9 @@ def _training(subject: Subject) -> list[str]:
     """The data of a run, and its configuration."""
     if subject.run is None:
         return ["## Data", "", "It comes without the record of a run: what it was trained on is not known here.", ""]
-    record = read_json(subject.run / "run.json")
-    config = (record.get("config") or {}) if isinstance(record, dict) else None
-    if not isinstance(config, dict):
-        raise ModelError(f"{subject.run / 'run.json'} is no record of a run")
+    path = subject.run / "run.json"
+    record = _object(read_json(path), path)
+    config = _part(record, "config", path)
     told = {
         "train_pairs": "pairs to train on",
         "train_texts": "texts to train on",
@@ -253,6 +276,7 @@ def _training(subject: Subject) -> list[str]:
     lines = ["## Data", "", *_table(("", ""), [(words, f"{x:,}" if isinstance(x, int) else x) for words, x in facts])]
     data = config.get("data")
     data = data.get("init_args", data) if isinstance(data, dict) else {}
+    data = data if isinstance(data, dict) else {}
     if sources := {key: data[key] for key in ("train", "val", "captions", "select") if data.get(key) is not None}:
         lines += ["As the run's configuration names it:", "", *_block("yaml", _yaml(_public(sources))), ""]
     if config:
@@ -264,54 +288,73 @@ def _training(subject: Subject) -> list[str]:
 def _loading(subject: Subject, repo: str, revision: str) -> list[str]:
     spec = f"hf-hub:{repo}" + (f"@{revision}" if revision != "main" else "")
     both = subject.task.startswith("zero-shot-image")  # images and texts
-    where = f'"{repo}", revision="{revision}"'
-    fetched = f"folder = huggingface_hub.snapshot_download({where})\n"
-    here = {
+    own = {
         "dualenc": f'import dualenc\n\nembedder = dualenc.load("{spec}")\n'
         'images = embedder.embed_images(["photo.jpg"])  # (1, E), unit length\n'
         'texts = embedder.embed_texts(["a dog on a beach"])\nprint(images @ texts.T)',
         "text": f'import dualenc\n\nmodel = dualenc.load_text("{spec}")\nprint(model.embed(["a sentence"]))',
-        "open_clip": f"import huggingface_hub\nimport open_clip\n\n{fetched}"
-        'model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")\n'
-        'tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")',
-        "transformers": f"from transformers import AutoModel, AutoTokenizer{', AutoImageProcessor' * both}\n\n"
-        f"model = AutoModel.from_pretrained({where})\ntokenizer = AutoTokenizer.from_pretrained({where})"
-        + f"\nprocessor = AutoImageProcessor.from_pretrained({where})"
-        * both,
-        "sentence-transformers": "from sentence_transformers import SentenceTransformer\n\n"
-        f'model = SentenceTransformer({where})\nprint(model.encode(["a sentence"]))',
-        "onnx": f"import huggingface_hub\nimport onnxruntime\nimport tokenizers\n\n{fetched}"
-        'session = onnxruntime.InferenceSession(f"{folder}/text.onnx")\n'
-        'tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")\n'
-        "tokenizer.encode_special_tokens = True  # the name of one in a text is text",
-    }
-    exported = {
-        "open_clip": 'model, preprocess = open_clip.create_model_from_pretrained("local-dir:OUT")\n'
-        'tokenizer = open_clip.get_tokenizer("local-dir:OUT")',
-        "transformers": 'model = transformers.AutoModel.from_pretrained("OUT")\n'
-        'tokenizer = transformers.AutoTokenizer.from_pretrained("OUT")',
-        "sentence-transformers": 'model = sentence_transformers.SentenceTransformer("OUT")\n'
-        'print(model.encode(["a sentence"]))',
-        "onnx": 'session = onnxruntime.InferenceSession("OUT/text.onnx")\n'
-        'tokenizer = tokenizers.Tokenizer.from_file("OUT/tokenizer.json")',
     }
     lines = ["## How to load it", ""]
     for reader in subject.readers:
-        key = subject.kind if reader == "dualenc" else reader
-        lines += [f"With {reader}:", "", *_block("python", here[key]), ""]
-    pinned = f"`hf-hub:{repo}@HASH`" if "dualenc" in subject.readers else '`revision="HASH"`'
-    lines += [
-        f"This takes what the branch {_text(revision)} is when it is fetched. {pinned}, with the hash of a commit of "
-        "this repository's history, is the same for good.",
-        "",
-    ]
+        code = own[subject.kind] if reader == "dualenc" else _code(reader, both, repo, revision)
+        lines += [f"With {reader}:", "", *_block("python", code), ""]
+    lines.append(f"This takes what the branch {_text(revision)} is when it is fetched.")
+    if subject.pinned:
+        pinned = f"`hf-hub:{repo}@HASH`" if "dualenc" in subject.readers else '`revision="HASH"`'
+        lines.append(f"{pinned}, with the hash of a commit of this repository's history, is the same for good.")
+    lines.append("")
     if subject.fingerprint is not None:
         others = EXPORTS if subject.kind == "dualenc" else ("sentence-transformers", "onnx")
         lines += ["Other libraries read what `dualenc export` writes, where they have such an architecture:", ""]
         for name in others:
             lines += [*_block("sh", f"dualenc export {spec} OUT --format {name}"), ""]
-            lines += [*_block("python", exported[name]), ""]
+            lines += [*_block("python", _code(name, both)), ""]
     return lines
+
+
+def _code(library: str, both: bool, repo: str = "", revision: str = "") -> str:
+    """A program that loads a model with a library: of a repository, or of the folder OUT."""
+    where = f'"{repo}", revision="{revision}"' if repo else '"OUT"'
+    fetching = ["import huggingface_hub"] if repo else []
+    folder = f"folder = huggingface_hub.snapshot_download({where})" if repo else f"folder = {where}"
+    images = ['image = onnxruntime.InferenceSession(f"{folder}/image.onnx")'] if both else []
+    processor = [f"processor = AutoImageProcessor.from_pretrained({where})"] if both else []
+    return "\n".join(
+        {
+            "open_clip": [
+                *fetching,
+                "import open_clip",
+                "",
+                folder,
+                'model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")',
+                'tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")',
+            ],
+            "transformers": [
+                f"from transformers import {'AutoImageProcessor, ' * both}AutoModel, AutoTokenizer",
+                "",
+                f"model = AutoModel.from_pretrained({where})",
+                f"tokenizer = AutoTokenizer.from_pretrained({where})",
+                *processor,
+            ],
+            "sentence-transformers": [
+                "from sentence_transformers import SentenceTransformer",
+                "",
+                f"model = SentenceTransformer({where})",
+                'print(model.encode(["a sentence"]))',
+            ],
+            "onnx": [
+                *fetching,
+                "import onnxruntime",
+                "import tokenizers",
+                "",
+                folder,
+                *images,
+                'text = onnxruntime.InferenceSession(f"{folder}/text.onnx")',
+                'tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")',
+                "tokenizer.encode_special_tokens = True  # the name of one in a text is text",
+            ],
+        }[library]
+    )
 
 
 def _indexed(one: Measured) -> dict[str, Any]:
@@ -335,14 +378,18 @@ def _yaml(value: Any) -> str:
 
 
 def _public(value: Any, key: str = "") -> Any:
-    """A configuration without secrets: those of URLs, and what a key calls one."""
+    """A configuration without secrets: those of URLs, and what a key calls one, whatever is in it.
+
+    What is true, false or nothing is none, and a number of `tokens` is a size.
+    """
+    number = isinstance(value, int | float) and key.lower().endswith("tokens")
+    if _SECRET.search(key) and value is not None and not isinstance(value, bool) and not number:
+        return "..."
     if isinstance(value, dict):
         return {one_line(name): _public(part, str(name)) for name, part in value.items()}
     if isinstance(value, list):
-        return [_public(part, key) for part in value]
-    if _SECRET.search(key) and isinstance(value, str | int) and not isinstance(value, bool):
-        return "..."
-    return one_line(value) if isinstance(value, str) else value
+        return [_public(part) for part in value]
+    return _BEARER.sub(r"\1...", one_line(value)) if isinstance(value, str) else value
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
@@ -357,5 +404,10 @@ def _block(language: str, text: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """Words of anybody's in one line, with all that would be markup escaped."""
-    return re.sub(r"[\\`*\[\]<>|~$&!#]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"\\{found[0]}", one_line(value))
+    """Words of anybody's in one line, with all that would be markup escaped; a link is code, and leads nowhere."""
+    words = re.split(r"([`|\s]+)", one_line(value))
+    return "".join(f"`{word}`" if _LINK.search(word) else _escaped(word) for word in words)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[\\`*\[\]<>|~$&!#]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"\\{found[0]}", text)

@@ -33,6 +33,10 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth", *SAFE, *PICKLED,
 )  # fmt: skip
+HUB_WEIGHTS = {
+    True: [(file,) for file in OPEN_CLIP_WEIGHTS[:4]],
+    False: [(SAFE[0],), (SAFE[1], "model-*.safetensors"), (PICKLED[0],), (PICKLED[1], "pytorch_model-*.bin")],
+}
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 OF_ARCHIVES = ("input_resolution", "context_length", "vocab_size")  # numbers in the state of OpenAI's archives
 TEXT_OF_OLD = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
@@ -65,7 +69,8 @@ class DualCheckpoint:
             ModelError: the tensors are not those of the configuration (names ten of them), or the tokenizer does not
                 fit.
         """
-        tokenizer = self._tokenizer()
+        with sense(self.spec):
+            tokenizer = self._tokenizer()
         with sense(self.spec), torch.device("meta"):  # no memory before it is known that the tensors are there
             shapes = {name: tuple(x.shape) for name, x in DualEncoder.from_config(self.config).state_dict().items()}
         state = self._state(shapes)
@@ -95,10 +100,10 @@ def open_dual(spec: str | os.PathLike[str]) -> DualCheckpoint:
     folder = Path(name)
     if name.startswith("hf-hub:"):
         folder = hub_folder(name, [OPEN_CLIP, "config.json", *PROCESSORS, *TOKENIZER_FILES])
-        weights = OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP).is_file() else (SAFE[1], "model*.safetensors")
-        folder = hub_folder(name, weights)
-        if not (folder / OPEN_CLIP).is_file() and not any((folder / file).is_file() for file in SAFE):
-            folder = hub_folder(name, ["pytorch_model*.bin", PICKLED[1]])
+        for files in HUB_WEIGHTS[(folder / OPEN_CLIP).is_file()]:  # one of the copies that there may be
+            folder = hub_folder(name, files)
+            if any(next(folder.glob(pattern), None) for pattern in files):
+                break
     if folder.is_file():
         raise ModelError(f"{folder} does not say of what architecture it is: write open_clip:ARCH/{folder}")
     if not folder.is_dir():
@@ -130,7 +135,8 @@ def _architecture(spec: str, name: str) -> DualCheckpoint:
     file = Path(weights) if weights and Path(weights).is_file() else None
     known: Any = {} if file or not weights else library.get_pretrained_cfg(architecture, weights)
     if model_cfg is None or (weights and not file and not known):
-        load_open_clip(name)  # which says what open_clip has instead
+        with sense(spec):
+            load_open_clip(name)  # which says what open_clip has instead
         raise ModelError(f"open_clip has no {name}")
     quick = known.get("quick_gelu", False)
     if quick != bool(model_cfg.get("quick_gelu")) and known:
@@ -180,7 +186,8 @@ def _open_clip(
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
         if file is None:
-            theirs: Mapping[str, Tensor] = load_open_clip(peer)[0].model.state_dict()
+            with sense(spec):
+                theirs: Mapping[str, Tensor] = load_open_clip(peer)[0].model.state_dict()
             return _read(theirs, rules, shapes, spec, bool(positions))
         weights = Weights(file)
         try:
@@ -249,7 +256,7 @@ def _read(
     name = "text.embeddings.places.weight"
     found = [rule.theirs[0] for rule in rules if rule.ours == (name,)]
     if cut and found and found[0] in weights:
-        weights = ChainMap({found[0]: weights[found[0]][: shapes[name][0]]}, dict(weights))
+        weights = ChainMap({found[0]: weights[found[0]][: shapes[name][0]]}, weights)  # type: ignore[arg-type]
     wanted = {ours: shapes[ours] for rule in rules for ours in rule.ours}
     return open_clip.complete(read_rules(weights, rules, wanted, where, OF_ARCHIVES), shapes)
 
@@ -266,7 +273,7 @@ def _hugging_face(spec: str, folder: Path) -> DualCheckpoint:
             config = replace(config, text=replace(text, pad_id=pad_id, pad_to=text.context_length))
             form = replace(form, text=config.text)
     with sense(str(folder / PROCESSORS[0])):
-        preprocess, notes = hugging_face.read_preprocess(folder, config.image.img_size)
+        preprocess = hugging_face.read_preprocess(folder, config.image.img_size)
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
         weights = Weights(folder)
@@ -277,7 +284,7 @@ def _hugging_face(spec: str, folder: Path) -> DualCheckpoint:
             weights.close()
 
     tokenizer = partial(read_tokenizer, folder, config.text, config.text.context_length)
-    return DualCheckpoint(spec, config, preprocess, (("transformers", str(folder)),), tuple(notes), tokenizer, state)
+    return DualCheckpoint(spec, config, preprocess, (("transformers", str(folder)),), (), tokenizer, state)
 
 
 def join(image: str, text: str, embed_dim: int, seed: int) -> DualCheckpoint:
@@ -308,11 +315,16 @@ def join(image: str, text: str, embed_dim: int, seed: int) -> DualCheckpoint:
         raise ModelError(f"{image}: {(str(error).splitlines() or [''])[0]}") from None
     model.text.load_state_dict(found.model().encoder.state_dict())
     state = model.state_dict()
-    preprocess = Preprocess(size, **model.image.data_config)
+    said: Any = model.image.vit.pretrained_cfg  # how timm crops, which other libraries have no word for
+    squash = said.get("crop_mode") == "squash"
+    preprocess = Preprocess(size, **model.image.data_config, resize="squash" if squash else "shortest")
+    notes = []
+    if not squash and (share := said.get("crop_pct") or 1.0) != 1:
+        notes.append(f"of a resized image all is seen, where timm cuts out {share:.3g} of each side")
     peers = [("timm", f"{name}/{weights}" if weights else name)]
     path = found.folder / "config.json"
     theirs = path.is_file() and "format" not in read_json(path)  # but for a text tower of ours, which none but we load
     peers += [("transformers_text", str(found.folder))] if theirs else []
     return DualCheckpoint(
-        f"{image} and {text}", config, preprocess, tuple(peers), (), found.tokenizer, lambda shapes: state
+        f"{image} and {text}", config, preprocess, tuple(peers), tuple(notes), found.tokenizer, lambda shapes: state
     )

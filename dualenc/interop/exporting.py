@@ -22,6 +22,7 @@ from dualenc.interop.architecture import choose_family, family_of, fitted, place
 from dualenc.interop.clip_tokens import open_clip_tokenizer_config
 from dualenc.interop.dual import OPEN_CLIP
 from dualenc.interop.onnx import text_outputs, verify_text_onnx, write_onnx, write_text_onnx
+from dualenc.interop.peers import SHORT
 from dualenc.interop.predictor import TextPredictor, counts_positions, hub_config, load_text
 from dualenc.interop.sentence_transformers import write_sentence_transformer
 from dualenc.interop.tensors import write_rules
@@ -39,7 +40,8 @@ FILES = (
     "README.md", "config.json", "dualenc.json", "image.onnx", "image.onnx.data", "model.safetensors", "modules.json",
     "onnx.json", OPEN_CLIP, "open_clip_model.safetensors", "preprocess.json", "preprocessor_config.json",
     "sentence_bert_config.json", "text", "text.onnx", "text.onnx.data", "tokenizer.json", "tokenizer_config.json",
-    "1_Pooling", *(f"{i}_{kind}" for i in range(2, 6) for kind in ("Dense", "Normalize")),
+    "config_sentence_transformers.json", "1_Pooling",
+    *(f"{i}_{kind}" for i in range(2, 6) for kind in ("Dense", "Normalize")),
 )  # fmt: skip
 
 
@@ -109,7 +111,7 @@ def export(
 def _check_place(spec: str, out: Path) -> None:
     """Refuses to write over a model of ours, whose files have the names of some that are exported."""
     config = read_json(out / "config.json") if (out / "config.json").is_file() else None
-    own = isinstance(config, dict) and "format" in config
+    own = (isinstance(config, dict) and "format" in config) or (out / "dualenc.json").is_file()
     if own or any(out.resolve() == (Path(spec) / inside).resolve() for inside in ("", "best", "last")):
         raise ModelError(f"{out} is a model of dualenc, and an export would take its place: choose another path")
 
@@ -124,6 +126,11 @@ def _export_dual(
         write_open_clip(model, folder, str(folder))
         verified = [verify("open_clip", f"local-dir:{folder}", inputs, ours, TOLERANCE, tokenizer=tokenizer)]
         fields, card = read_json(folder / OPEN_CLIP), (folder / "README.md").read_text("utf-8")
+        if "hf_tokenizer_name" in fields["model_cfg"]["text_cfg"]:
+            notes.append(
+                "open_clip cleans texts (blanks, entities, curly quotes) and takes the name of a special token in a "
+                "text for the token: such texts may get other ids there"
+            )
         if "hf_model_name" in fields["model_cfg"]["text_cfg"]:  # this folder, which is going to have another name
             fields["model_cfg"]["text_cfg"]["hf_model_name"] = str(out.resolve())
             write_json(folder / OPEN_CLIP, fields)
@@ -138,7 +145,8 @@ def _export_dual(
             notes.append("text/: of no family that transformers knows, only dualenc reads it")
     elif form == "sentence-transformers":
         write_sentence_transformer(model, folder)
-        verified = [verify("sentence_transformers", str(folder), inputs, ours, TOLERANCE, tokenizer=tokenizer)]
+        texts = {name: ours[name] for name in ("ids", "texts")}
+        verified = [verify("sentence_transformers", str(folder), inputs, texts, TOLERANCE, tokenizer=tokenizer)]
     else:
         write_onnx(model, folder)
         verified = [verify("onnx", str(folder), inputs, ours, ONNX_TOLERANCE, tokenizer=tokenizer)]
@@ -161,14 +169,26 @@ def _export_text(model: TextPredictor, folder: Path, form: Format) -> Exported:
         raise ModelError(
             f"transformers has no text encoder like this one ({open_clip.in_words(model.model.config)}): export to onnx"
         )
-    inner = folder / "text"
+    family = choose_family(model.model.config, model.model.head_configs)
+    kept = places_of(family, model.model.config, model.model.head_configs) if family is not None else {}
+    notes = [f"head {name}: the format has no place for it" for name in model.model.head_configs if name not in kept]
+    encoder = TextModel(model.model.config, {name: model.model.head_configs[name] for name in kept})
+    encoder.load_state_dict({name: x for name, x in model.model.state_dict().items() if name in encoder.state_dict()})
+    model, inner = TextPredictor(encoder.eval(), model.tokenizer, model.name), folder / "text"
     model.save(inner)
+    (inner / "dualenc.json").unlink()  # by which a folder is known as one of ours
     for path in inner.iterdir():
         path.rename(folder / path.name)
     inner.rmdir()
     if not (folder / "config.json").is_file():
         raise ModelError(f"transformers counts positions by another padding token than {model.name}: export to onnx")
-    return Exported(folder, [verify_text(model, folder)], [])
+    named = read_json(folder / "config.json")["architectures"]
+    notes += [
+        f"head {name}: read by {family.stem}{slot.architecture}, which was not compared"
+        for name, slot in kept.items()
+        if family is not None and slot.architecture and f"{family.stem}{slot.architecture}" not in named
+    ]
+    return Exported(folder, [verify_text(model, folder)], notes)
 
 
 def verify_text(model: TextPredictor, folder: Path) -> Verified:
@@ -192,8 +212,8 @@ def verify_text(model: TextPredictor, folder: Path) -> Verified:
 def _logits(model: TextPredictor, name: str, inputs: Inputs) -> np.ndarray:
     types = None
     if model.model.config.types > 1:
-        types = [[int(2 * i >= len(ids)) for i in range(len(ids))] for ids in inputs.ids]
-    tokens = Tokens.pack(inputs.ids, types).to(model.device)
+        types = [[int(2 * i >= len(ids)) for i in range(len(ids))][:SHORT] for ids in inputs.ids]
+    tokens = Tokens.pack([ids[:SHORT] for ids in inputs.ids], types).to(model.device)
     with evaluating(model.model):
         hidden = model.model.encoder(tokens)
         logits = model.model.head(name, hidden, tokens).asinh()

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +97,8 @@ def push(
 ) -> Pushed:
     """Uploads a model to the hub in one commit, and compares what the hub then lists with what was sent.
 
-    Only the files that such a model is made of go there: no checkpoints, nothing hidden, nothing else.
+    Only the files that such a model is made of go there: no checkpoints, nothing hidden, nothing else. What is there of
+    an earlier push and not of this one is deleted by the same commit; other files stay.
 
     Args:
         model: a model directory, a run directory (its `best/`, or else `last/`), a folder of `TextPredictor.save`, or
@@ -113,7 +115,7 @@ def push(
             logged in.
         HubError: the hub cannot be reached, refuses, or has not got what was sent.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII) or re.search(r"--|\.\.|\.git$|[.-]$|[.-]/", repo):
@@ -125,8 +127,9 @@ def push(
     subject = open_subject(model)
     measured = [one for path in results for one in read_measured(path)]
     check_measured(subject, measured)
-    files = files_of(subject, repo)
-    files["README.md"] = card(subject, repo, measured, licence, revision).encode()
+    files = files_of(subject, repo, revision)
+    text = card(subject, repo, measured, licence, revision)
+    files["README.md"] = text.encode()
     if get_token() is None:
         raise ModelError(f"nobody is logged in who could write to {repo}: `hf auth login`, or set HF_TOKEN")
     api = HfApi(library_name="dualenc", library_version=version("dualenc"))
@@ -134,15 +137,19 @@ def push(
         try:
             there = api.model_info(repo, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # what follows waits for ever
         except RepositoryNotFoundError:
+            there = None
+        if private and there is not None and not there.private:
+            raise HubError(f"{repo} is there and public: name another, or make this one private on the hub")
+        _validate(text, repo)  # before anything is made that would stay empty
+        if there is None:
             api.create_repo(repo, private=private or None)
-        else:
-            if private and not there.private:
-                raise HubError(f"{repo} is there and public: name another, or make this one private on the hub")
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
+        gone = [name for name in api.list_repo_files(repo, revision=revision) if name not in files and _uploaded(name)]
         commit = api.create_commit(
             repo,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
+            [CommitOperationAdd(name, content) for name, content in files.items()]
+            + [CommitOperationDelete(name, is_folder=False) for name in gone],
             commit_message=message or f"{TITLES[subject.kind]} {version('dualenc')}",
             revision=revision,
         )
@@ -170,6 +177,33 @@ def push(
     return Pushed(commit.commit_url, f"hf-hub:{repo}@{commit.oid}")
 
 
+def _validate(text: str, repo: str) -> None:
+    """Asks the hub whether it takes a card.
+
+    Raises:
+        HubError: it does not; says why.
+    """
+    from huggingface_hub import RepoCard
+
+    try:
+        RepoCard(text).validate("model")
+    except ValueError as error:
+        try:
+            said = "; ".join(one["message"] for one in json.loads(str(error))["errors"])
+        except (ValueError, LookupError, TypeError):
+            said = str(error)
+        raise HubError(f"the hub does not take the card of {repo} ({one_line(said)}): correct it") from None
+
+
+def _uploaded(name: str) -> bool:
+    """Whether a push may have written a file of this name, of whatever kind its model was."""
+    parts = name.split("/")
+    patterns = [pattern.split("/") for kind in UPLOADED.values() for pattern in kind]
+    return not parts[-1].startswith(".") and any(
+        len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern)) for pattern in patterns
+    )
+
+
 def _same(content: Path | bytes, there: Any) -> bool:
     """Whether the hub lists this content: a large file by its SHA-256, another by git's hash of it."""
     data = content if isinstance(content, bytes) else None
@@ -194,14 +228,14 @@ def open_subject(model: str | os.PathLike[str]) -> Subject:
     Raises:
         ModelError: it is nothing that can be pushed, or cannot be read.
     """
-    path = Path(model)
+    path = Path(os.path.realpath(model))  # `.` may be a run's best/
     folder = next((one for one in (path, path / "best", path / "last") if _kind(one)), None)
     if folder is None:
         raise ModelError(
-            f"{path} is no model: name a model directory, a run directory, a text model, or what `dualenc export` wrote"
+            f"{model} is no model: name a model directory, run directory, text model, or what `dualenc export` wrote"
         )
     kind = _kind(folder)
-    run = next((one for one in (path, path.resolve().parent) if (one / "run.json").is_file()), None)
+    run = next((one for one in (path, path.parent) if (one / "run.json").is_file()), None)
     run = run if folder.name in ("best", "last") else None
     if kind == "dualenc":
         embedder = load(folder, "cpu")
@@ -231,12 +265,19 @@ def open_subject(model: str | os.PathLike[str]) -> Subject:
         task = "text-classification" if "classification" in kinds else "fill-mask" if "mlm" in kinds else ""
         readers = ["dualenc", *(["transformers"] if (folder / "config.json").is_file() else [])]
         return Subject(kind, folder, run, facts, mark, task or "feature-extraction", readers)
+    about = folder / "README.md"
+    if not about.is_file() or not re.search(r"\b[Ww]ritten by dualenc \d", about.read_text("utf-8", "replace")):
+        raise ModelError(
+            f"{folder} is no export of dualenc, which its {about.name} would say: push what `dualenc export` or "
+            "`dualenc import` wrote"
+        )
     task = {"sentence-transformers": "sentence-similarity"}.get(kind, "zero-shot-image-classification")
     if kind == "transformers" and "vision_config" not in read_json(folder / "config.json"):
         task = "feature-extraction"
     if kind == "onnx" and not (folder / "image.onnx").is_file():
         task = "feature-extraction"
-    return Subject(kind, folder, None, _facts_of_export(kind, folder), None, task, [kind])
+    pinned = kind != "open_clip" or not _open_clip_config(folder)[1].get("hf_model_name")
+    return Subject(kind, folder, None, _facts_of_export(kind, folder), None, task, [kind], pinned)
 
 
 def _kind(folder: Path) -> str:
@@ -284,17 +325,28 @@ def _facts_of_export(kind: str, folder: Path) -> list[tuple[str, Any]]:
     return facts + [(mark[:-2].lower(), line.removeprefix(mark)) for line in lines if line.startswith(mark)]
 
 
+def _open_clip_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration of a folder for open_clip, and what in it is of the text tower."""
+    path = folder / "open_clip_config.json"
+    config = read_json(path)
+    model = config.get("model_cfg") if isinstance(config, dict) else None
+    text = model.get("text_cfg") if isinstance(model, dict) else None
+    if not isinstance(text, dict):
+        raise ModelError(f"{path}: model_cfg and its text_cfg must be objects: export it anew")
+    return config, text
+
+
 def _millions(sizes: Iterable[int]) -> str:
     return f"{sum(sizes) / 1e6:.1f} M"
 
 
-def files_of(subject: Subject, repo: str) -> dict[str, Path | bytes]:
+def files_of(subject: Subject, repo: str, revision: str | None = None) -> dict[str, Path | bytes]:
     """What is uploaded, by its name there.
 
     A folder that open_clip reads may name itself where a tokenizer or a text tower is looked up; there it is `repo`.
 
     Raises:
-        ModelError: there are no weights.
+        ModelError: there are no weights, or open_clip could not read them on this branch.
     """
     folder = subject.folder
     found: dict[str, Path | bytes] = {
@@ -306,11 +358,18 @@ def files_of(subject: Subject, repo: str) -> dict[str, Path | bytes]:
     if not any(name.endswith((".safetensors", ".onnx")) for name in found):
         raise ModelError(f"{folder} has no weights: write it anew")
     if subject.kind == "open_clip":
-        config = read_json(folder / "open_clip_config.json")
-        text = config.get("model_cfg", {}).get("text_cfg", {}) if isinstance(config, dict) else {}
+        config, text = _open_clip_config(folder)
         for key in ("hf_model_name", "hf_tokenizer_name"):
             name = text.get(key)
-            if isinstance(name, str) and (os.path.isabs(name) or Path(name).exists() or name.startswith(".")):
+            # Of the folder, wherever it lies and this program was started; else of the hub.
+            if not isinstance(name, str) or not name:
+                continue
+            if os.path.isabs(name) or name.startswith(".") or (folder / name).exists():
                 text[key] = repo
+        if text.get("hf_model_name") == repo and revision not in (None, "main"):
+            raise ModelError(
+                f"--revision {revision}: open_clip reads the configuration of such a text encoder from main: leave it "
+                "out, or name a repository of its own"
+            )
         found["open_clip_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return found

@@ -5,6 +5,7 @@ a `DualEncoder` does not compute is refused by name.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from dualenc.data.images import Preprocess
 from dualenc.folders import ModelError, read_json
 from dualenc.interop.architecture import activation_name, expresses, family_config, family_of, fitted, text_config
 from dualenc.interop.families import ACTIVATION_NAMES, FAMILIES, Config, Family
-from dualenc.interop.open_clip import in_words, projection_rules, text_rules
+from dualenc.interop.open_clip import in_words, moments, projection_rules, text_rules
 from dualenc.interop.tensors import Rule
-from dualenc.interop.vision import Shape, fits, image_config, shape_of, vision_rules
+from dualenc.interop.vision import Shape, check_timm, fits, image_config, shape_of, vision_rules
 from dualenc.models.dual import DualConfig, Projection
 from dualenc.models.image import ImageConfig, ImageEncoder
 from dualenc.models.text import TextConfig
@@ -123,6 +124,7 @@ def _read_vision(kind: str, config: Config, where: str) -> ImageConfig:
         known = get_pretrained_cfg(str(config.get("architecture")))
         size = size or (known.input_size[-1] if known is not None else 224)
         try:
+            check_timm(config.get("architecture"), {**arguments, "img_size": size})
             return ImageConfig(str(config.get("architecture")), size, arguments)
         except (ValueError, TypeError) as error:
             raise ModelError(f"{where}: {error}") from None
@@ -201,21 +203,22 @@ VISION_MARK = {
 }
 
 
+# Of image processors what a single number as size means, and the resampling, where their file leaves it unsaid.
+PROCESSORS = {"CLIP": ("shortest", 3), "ViT": ("squash", 2), "Siglip": ("squash", 3)}
+
+
 def _prefix(usual: str, mark: str, names: Collection[str] | None) -> str:
     """Where a tower's tensors are: in checkpoints of before transformers 5 some are one level deeper."""
     deeper = f"{usual}{usual}"
     return deeper if names is not None and f"{deeper}{mark}" in names else usual
 
 
-def read_preprocess(folder: Path, size: int) -> tuple[Preprocess, list[str]]:
+def read_preprocess(folder: Path, size: int) -> Preprocess:
     """The evaluation transform of a folder's image processor.
 
     Args:
         folder: with preprocessor_config.json or processor_config.json.
         size: of the image tower.
-
-    Returns:
-        It, and what of it dualenc does otherwise, in words.
 
     Raises:
         ModelError: there is none, or it is none that dualenc does.
@@ -231,32 +234,36 @@ def read_preprocess(folder: Path, size: int) -> tuple[Preprocess, list[str]]:
             break
     else:
         raise ModelError(f"{folder} has no preprocessor_config.json that says how its images are made")
-    kind = {2: "bilinear", 3: "bicubic"}.get(fields.get("resample", 3))
+    name = str(fields.get("image_processor_type") or fields.get("feature_extractor_type"))
+    family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
+    resized = fields.get("size")
+    if family not in PROCESSORS and not (isinstance(resized, dict) and "resample" in fields):
+        raise ModelError(f"{path}: image_processor_type {name} leaves unsaid how it resizes: say size and resample")
+    usual = PROCESSORS.get(family, ("", 3))
+    kind = {2: "bilinear", 3: "bicubic"}.get(fields.get("resample", usual[1]))
     if kind is None or not fields.get("do_resize", True) or not fields.get("do_normalize", True):
         raise ModelError(f"{path}: resample {fields.get('resample')}, do_resize, do_normalize: none that dualenc does")
     if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not fields.get("do_rescale", True):
         raise ModelError(f"{path}: rescale_factor {fields.get('rescale_factor')} is not 1/255")
-    resized, notes = fields.get("size"), []
-    resized = {"shortest_edge": resized} if isinstance(resized, int) else resized or {}
+    if isinstance(resized, int):
+        resized = {"shortest_edge": resized} if usual[0] == "shortest" else {"height": resized, "width": resized}
+    resized = resized or {}
     if "shortest_edge" in resized:
         mode = "shortest"
-        if resized["shortest_edge"] != size:
-            notes.append(
-                f"images are resized to {size} and not to {resized['shortest_edge']} before {size} are cut out: "
-                "dualenc has one size"
-            )
         cut = fields.get("crop_size") or size
-        if fields.get("do_center_crop", True) and cut not in (size, {"height": size, "width": size}):
-            raise ModelError(f"{path}: crop_size {cut} is not the image tower's {size}")
+        if not fields.get("do_center_crop", family == "CLIP") or cut not in (size, {"height": size, "width": size}):
+            raise ModelError(f"{path}: do_center_crop, crop_size {cut}: no square of the image tower's {size}")
+        if resized["shortest_edge"] != size:
+            raise ModelError(
+                f"{path}: shortest_edge {resized['shortest_edge']} before {size} are cut out: dualenc has one size for "
+                f"both, and would see more of an image; say shortest_edge {size} if you want that"
+            )
     elif resized.get("height") == resized.get("width") == size:
         mode = "squash"
     else:
         raise ModelError(f"{path}: size {resized} is not the image tower's {size}")
-    try:
-        mean, std = (tuple(map(float, fields[key])) for key in ("image_mean", "image_std"))
-        return Preprocess(size, mean, std, kind, mode), notes  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{path}: image_mean and image_std must be three numbers each") from None
+    mean, std = moments(fields["image_mean"], fields.get("image_std"), str(path))
+    return Preprocess(size, mean, std, kind, mode)  # type: ignore[arg-type]
 
 
 def write_preprocess(preprocess: Preprocess) -> Config:

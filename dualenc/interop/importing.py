@@ -1,7 +1,7 @@
 """Models in: read, compared with what their own library makes of the same inputs, and only then given out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,9 +11,10 @@ from dualenc.embedder import Embedder
 from dualenc.folders import ModelError
 from dualenc.interop.dual import DualCheckpoint, join, open_dual
 from dualenc.interop.exporting import verify_text
-from dualenc.interop.predictor import TextPredictor, load_text
-from dualenc.interop.verify import Inputs, Verified, make_inputs, outputs_of, verify
+from dualenc.interop.predictor import TextPredictor
+from dualenc.interop.verify import UNCLEAN, Inputs, Verified, make_inputs, outputs_of, verify
 from dualenc.models.dual import MAX_SCALE, unit
+from dualenc.models.heads import TextModel
 from dualenc.models.tower import evaluating
 
 TOLERANCE = 2e-5
@@ -68,6 +69,7 @@ def import_model(
     factor = logits.logit_scale.exp().item()
     logits.project()
     inputs = more(embedder)
+    inputs = replace(inputs, texts=[*inputs.texts, *UNCLEAN])
     ours = outputs_of(embedder, inputs)
     if factor > MAX_SCALE * (1 + TOLERANCE) and ours["scale"].item() < factor:  # as CLIP's own is in half precision
         notes.append(f"the temperature's factor is {ours.pop('scale').item():.4g}, dualenc's largest, not {factor:.6g}")
@@ -88,6 +90,9 @@ def _joined(checkpoint: DualCheckpoint, text: str, more: Callable[[Embedder], In
                 features = unit(embedder.dual_encoder.image(inputs.pixels)).numpy()
             verified.append(verify(library, model, inputs, {"features": features}, TOLERANCE))
         else:
-            encoder: TextPredictor = load_text(text, "cpu")
-            verified.append(verify_text(encoder, Path(model)))
-    return Imported(embedder, verified, ["the projections are random: train them before the embeddings mean anything"])
+            encoder = TextModel(embedder.dual_encoder.config.text)
+            encoder.encoder.load_state_dict(embedder.dual_encoder.text.state_dict())
+            assert isinstance(embedder.tokenizer, Tokenizer)
+            verified.append(verify_text(TextPredictor(encoder.eval(), embedder.tokenizer, text), Path(model)))
+    notes = ["the projections are random: train them before the embeddings mean anything"]
+    return Imported(embedder, verified, [*notes, *checkpoint.notes])

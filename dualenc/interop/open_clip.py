@@ -5,6 +5,7 @@ The fields are those of `CLIPVisionCfg` and `CLIPTextCfg` (open_clip 3.3, model.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from dualenc.folders import ModelError
 from dualenc.interop.architecture import family_of, fitted, text_config
 from dualenc.interop.families import FAMILIES, Config, Family
 from dualenc.interop.tensors import Rule, of_names
-from dualenc.interop.vision import Shape, fits, image_config, shape_of, vision_rules
+from dualenc.interop.vision import Shape, check_timm, fits, image_config, shape_of, vision_rules
 from dualenc.interop.weights import family_names
 from dualenc.models.dual import DualConfig, Projection
 from dualenc.models.image import ImageConfig, ImageEncoder
@@ -136,6 +137,7 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
     """A tower of timm by its name; its size is what timm says, whatever `image_size` is."""
     from timm.models import get_pretrained_cfg
 
+    check_timm(name)
     known = get_pretrained_cfg(name)
     size = known.input_size[-1] if known is not None else _sides(vision["image_size"])[0]
     kind, pool = vision["timm_proj"], vision["timm_pool"]
@@ -144,7 +146,7 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
     overrides: Config = {}
     if pool and pool != getattr(vit, "global_pool", None):
         overrides["global_pool"] = pool
-        if kind != "none":  # open_clip changes the pooling after timm has decided where the last LayerNorm stands
+        if kind in ("linear", "mlp"):  # open_clip changes it after timm has decided where the last LayerNorm stands
             overrides["fc_norm"] = not isinstance(vit.fc_norm, nn.Identity)
     if kind == "none":
         projection = Projection(bias=())
@@ -152,6 +154,8 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
         projection = Projection(bias=(bool(vision["timm_proj_bias"]),))
     elif kind == "mlp":
         projection = Projection((2 * embed_dim,), (True, bool(vision["timm_proj_bias"])))
+    elif not kind:  # the tower's own classifier
+        projection = Projection(bias=(True,))
     else:
         raise ModelError(f"{where}.timm_proj {kind!r} is none that dualenc computes")
     return ImageConfig(name, size, overrides), projection
@@ -228,8 +232,25 @@ def read_preprocess(fields: Config, size: int, where: str) -> Preprocess:
         raise ModelError(f"{where}: preprocess_cfg.resize_mode {mode!r} (fill_color {fill}) is none that dualenc does")
     if interpolation not in ("bicubic", "bilinear"):
         raise ModelError(f"{where}: preprocess_cfg.interpolation {interpolation!r} is none that dualenc does")
-    mean, std = (tuple(map(float, fields.get(key) or usual)) for key, usual in MOMENTS.items())
+    found = {key: fields.get(key) or usual for key, usual in MOMENTS.items()}
+    mean, std = moments(found["mean"], found["std"], where)
     return Preprocess(size, mean, std, interpolation, mode)  # type: ignore[arg-type]
+
+
+def moments(mean: Any, std: Any, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """By which pixels are normalised, three numbers each.
+
+    Raises:
+        ModelError: they are not.
+    """
+    try:
+        found = tuple(map(float, mean)), tuple(map(float, std))
+        fine = all(len(x) == 3 and all(map(math.isfinite, x)) for x in found) and min(found[1]) > 0
+    except (TypeError, ValueError):
+        fine, found = False, ((), ())
+    if not fine:
+        raise ModelError(f"{where}: mean {mean} and std {std} must be three numbers each, those of std above 0")
+    return found
 
 
 MOMENTS = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
@@ -255,6 +276,7 @@ def rules_of(model_cfg: Config, config: DualConfig) -> tuple[list[Rule], list[st
         rules += [Rule((f"image.vit.{name}",), (f"visual.trunk.{name}",)) for name in tower.vit.state_dict()]
         projection = config.projection_of(config.image_projection, tower.width)
         there = ("visual.head.mlp.fc1", "visual.head.mlp.fc2") if projection.hidden else ("visual.head.proj",)
+        there = there if vision.get("timm_proj", VISION["timm_proj"]) else ("visual.trunk.head",)
         rules += projection_rules("image_projection", projection, there)
     else:
         shape = shape_of(tower.vit)

@@ -6,7 +6,8 @@
 
 - `INPUTS/inputs.npz`: `pixels` (N, 3, S, S) float32, normalised; `ids` and `mask` (M, L) int64, padded on the right;
 - `INPUTS/inputs.json`: `pictures`, names of files of S x S pixels beside it, `photos`, of other sizes, and `texts`;
-- `OUTPUTS/outputs.npz`: for each of these that the library has a tower for, the embeddings (., E) under its name, and
+- `OUTPUTS/outputs.npz`: for each of these that the library has a tower for, the embeddings (., E) under its name;
+  `pictures_pixels` and `photos_pixels` (., 3, S, S), what goes into the image tower; `scale` and `bias`; and
   `text_ids` with `text_mask`, what the library's tokenizer makes of the texts.
 
 `pixels` and `ids` go into the model as they are; pictures, photos and texts through the library's own preprocessing.
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+SHORT = 64  # tokens: of more, the logits of a large vocabulary would not fit into memory
 Inputs = dict[str, Any]
 Outputs = dict[str, np.ndarray]
 
@@ -46,6 +48,7 @@ def open_clip(model: str, inputs: Inputs) -> Outputs:
     torch.manual_seed(0)  # of an architecture without weights
     made: Any = open_clip.create_model_and_transforms(architecture, pretrained=weights or None)
     net, _, preprocess = made
+    pixels: Outputs = {}
     tokenizer = open_clip.get_tokenizer(architecture)
     net.eval()
     with torch.no_grad():
@@ -53,7 +56,7 @@ def open_clip(model: str, inputs: Inputs) -> Outputs:
         ids = torch.from_numpy(inputs["ids"])
         length = getattr(getattr(net, "text", net), "context_length", ids.shape[1])
         whole = torch.zeros(len(ids), min(length, text_ids.shape[1]), dtype=ids.dtype)
-        whole[:] = text_ids[0, -1] if text_ids[0, -1] != text_ids[0].max() else 0  # as the tokenizer pads
+        whole[:] = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", None) or 0
         whole[:, : ids.shape[1]] = torch.where(torch.from_numpy(inputs["mask"]).bool(), ids, whole[:, : ids.shape[1]])
         outputs = {
             "pixels": net.encode_image(torch.from_numpy(inputs["pixels"])),
@@ -63,9 +66,9 @@ def open_clip(model: str, inputs: Inputs) -> Outputs:
         for name in ("pictures", "photos"):
             if inputs[name]:
                 batch = torch.stack([preprocess(image) for image in images_of(inputs, name)])
-                outputs[name] = net.encode_image(batch)
+                outputs[name], pixels[f"{name}_pixels"] = net.encode_image(batch), batch.numpy()
         made = {name: unit(x) for name, x in outputs.items()}
-        return {**made, **logits_of(net), "text_ids": text_ids.numpy()}
+        return {**made, **pixels, **logits_of(net), "text_ids": text_ids.numpy()}
 
 
 def logits_of(net: Any) -> Outputs:
@@ -83,6 +86,7 @@ def transformers(model: str, inputs: Inputs) -> Outputs:
     net: Any = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     processor = AutoImageProcessor.from_pretrained(model)
+    pixels: Outputs = {}
     filled = net.config.model_type == "siglip"  # which sees its padding
     longest = min(tokenizer.model_max_length, inputs["ids"].shape[1])
     texts: Any = tokenizer(
@@ -109,15 +113,17 @@ def transformers(model: str, inputs: Inputs) -> Outputs:
             if inputs[name]:
                 batch: Any = processor(images=images_of(inputs, name), return_tensors="pt")
                 outputs[name] = of(batch["pixel_values"]).image_embeds
+                pixels[f"{name}_pixels"] = batch["pixel_values"].numpy()
     made = {name: unit(x) for name, x in outputs.items()}
     masks = {} if filled else {"text_mask": texts["attention_mask"].numpy()}
-    return {**made, **logits_of(net), "text_ids": texts["input_ids"].numpy(), **masks}
+    return {**made, **pixels, **logits_of(net), "text_ids": texts["input_ids"].numpy(), **masks}
 
 
 def transformers_text(model: str, inputs: Inputs) -> Outputs:
     """MODEL is a folder of Hugging Face's with a text encoder, alone or under the head that its config names.
 
-    `ids` as in `onnx`; hidden states and the head's logits come by their asinh.
+    `ids` as in `onnx`; hidden states, and the head's logits of the first `SHORT` tokens of each text as a text, come by
+    their asinh.
     """
     import torch
     import transformers as library
@@ -141,8 +147,8 @@ def transformers_text(model: str, inputs: Inputs) -> Outputs:
         for name in config.architectures or ():
             if name.endswith(heads):
                 head: Any = getattr(library, name).from_pretrained(model, dtype=torch.float32).eval()
-                logits = head(**given).logits
-                outputs["logits"] = (logits * mask[..., None] if logits.dim() == 3 else logits).asinh()
+                logits = head(**{key: x[:, :SHORT] for key, x in given.items()}).logits
+                outputs["logits"] = (logits * mask[:, :SHORT, None] if logits.dim() == 3 else logits).asinh()
     texts: Any = tokenizer(inputs["texts"], truncation=True, padding="max_length", max_length=ids.shape[1])
     found = {name: x.numpy() for name, x in outputs.items()}
     return {**found, "text_ids": np.array(texts["input_ids"]), "text_mask": np.array(texts["attention_mask"])}
@@ -198,7 +204,7 @@ def onnx(model: str, inputs: Inputs) -> Outputs:
         for name in ("pictures", "photos"):
             if inputs[name]:
                 pixels = np.stack([resized(image, how) for image in images_of(inputs, name)])
-                outputs[name] = run("image", pixels=pixels)["embeddings"]
+                outputs[name], outputs[f"{name}_pixels"] = run("image", pixels=pixels)["embeddings"], pixels
         about = json.loads((folder / "onnx.json").read_text("utf-8"))
         numbers = {"scale": about["logit_scale"], "bias": about["logit_bias"]}
         outputs |= {name: np.full((1, 1), x, np.float32) for name, x in numbers.items() if x is not None}

@@ -7,8 +7,10 @@ is found for it. A layout is a table of names. What is no plain transformer has 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal
 
+import timm
 import torch
 from timm.layers import GELUTanh, LayerScale, QuickGELU
 from timm.layers.attention import Attention
@@ -68,6 +70,18 @@ def check_numbers(numbers: Mapping[str, Any], layers: Any) -> None:
     for name, value in {**numbers, "layers": layers}.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most[name]:
             raise ValueError(f"{name} must be a whole number from 1 to {most[name]:,}, not {value!r}")
+
+
+def check_timm(name: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Refuses names that timm would look for elsewhere, and sizes of nothing, before a tower is built.
+
+    Raises:
+        ValueError: names it.
+    """
+    if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"timm knows no model {name!r}")
+    sizes = {key: arguments[key] for key in ("embed_dim", "num_heads", "patch_size", "img_size") if key in arguments}
+    check_numbers(sizes, arguments.get("depth", 1))
 
 
 # timm's names of published towers; others get the names of a base model and what is else with them.

@@ -98,7 +98,7 @@ def of_open_clip(folder: Path, name: str, **changes: Any) -> Path:
         "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "interpolation": "bilinear"},
     }
     (folder / "open_clip_config.json").write_text(json.dumps(fields))
-    model = perturb(open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_hf=False))
+    model = perturb(open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_hf=False), 0.3)
     save_file({key: x.contiguous() for key, x in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return folder
 
@@ -142,7 +142,7 @@ HUGGING_FACE: dict[str, Callable[[], Any]] = {
 
 def of_hugging_face(folder: Path, name: str) -> Path:
     """A folder of transformers' with random weights."""
-    perturb(HUGGING_FACE[name]()).save_pretrained(folder)
+    perturb(HUGGING_FACE[name](), 0.3).save_pretrained(folder)
     if name == "clip":
         ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=clip_backend(), model_max_length=77, **ends)

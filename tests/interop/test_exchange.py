@@ -108,61 +108,53 @@ WRONG: Changes = {
     "image.activation": lambda config: act(config, "relu"),
     "image.heads": other_heads,
 }
-SEVERAL = (
-    "openai",
-    "average",
-    "timm",
-    "siglip",
-    "bert, mean, mlp",
-    "bert, pooler, linear, timm",
-    "roberta, first, mlp",
-)
+QUICK = ("openai", "bert, mean, mlp", "clip-roberta", "siglip-albert")
+SLOW = ("average", "timm", "siglip", "bert, pooler, linear, timm", "roberta, first, mlp", *HUGGING_FACE)
+CONTROLS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW if name not in QUICK)]
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("name", [*SEVERAL, *HUGGING_FACE])
+@pytest.mark.parametrize("name", CONTROLS)
 def test_no_tensor_and_no_setting_can_be_wrong(
     name: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = (of_open_clip if name in OPEN_CLIP else of_hugging_face)(tmp_path / "theirs", name)
-    checkpoint = open_dual(str(folder))
+    of_peer = of_open_clip if name in OPEN_CLIP and name != "siglip" else of_hugging_face
+    checkpoint = open_dual(str(of_peer(tmp_path / "theirs", name)))
     it = checkpoint.embedder()
     ((library, model),) = checkpoint.peers
     inputs = make_inputs(it)
-    inputs = Inputs(inputs.ids[1:], inputs.texts[:1], inputs.pixels[:3])
+    inputs = Inputs(inputs.ids[-4:], inputs.texts[:1], inputs.pixels[:3])
     theirs = verify_module.run(library, model, inputs)
     for one in ("pixels", "ids"):  # vectors that are all alike would hide much
         apart = np.linalg.norm(theirs[one][:, None] - theirs[one][None], axis=-1)
-        assert apart[~np.eye(len(apart), dtype=bool)].min() > 1e-3, one
+        assert apart[~np.eye(len(apart), dtype=bool)].min() > 1e-2, one
     monkeypatch.setattr(verify_module, "run", lambda *given: theirs)
 
-    def check(embedder: Embedder) -> None:
-        dual = embedder.dual_encoder
-        with torch.no_grad():
-            scale, bias = dual.logits()
-            made = {"pixels": dual.encode_image(inputs.pixels), "ids": dual.encode_text(Tokens.pack(inputs.ids))}
-        made |= {"scale": scale[None]} | ({} if bias is None else {"bias": bias[None]})
-        verify(library, model, inputs, {one: x.detach().numpy() for one, x in made.items()}, TOLERANCE)
+    @torch.no_grad()
+    def wrong(dual: DualEncoder, part: str = "") -> bool:
+        """Whether it is found, of the part that a name begins with."""
+        made: dict[str, Any] = dict(zip(("scale", "bias"), (x for x in dual.logits() if x is not None)))
+        made = {one: x[None] for one, x in made.items()}
+        made |= {} if part.startswith("text") else {"pixels": dual.encode_image(inputs.pixels)}
+        made |= {} if part.startswith("image") else {"ids": dual.encode_text(Tokens.pack(inputs.ids))}
+        try:
+            verify(library, model, inputs, {one: x.numpy() for one, x in made.items()}, TOLERANCE)
+        except ModelError:
+            return True
+        return False
 
-    check(it)
+    assert not wrong(it.dual_encoder)
     missed = []
     for tensor, x in it.dual_encoder.state_dict().items():
         kept = x.clone()
-        x.copy_(x.roll(1, -1) if x.shape[-1] > 1 else x + 0.01)
-        try:
-            check(it)
-            missed.append(tensor)
-        except ModelError:
-            pass
+        rolled = x.roll(1, -1)
+        x.copy_(rolled if not torch.equal(rolled, x) else x + 0.1 * torch.randn_like(x))
+        missed += [] if wrong(it.dual_encoder, tensor) else [tensor]
         x.copy_(kept)
     for setting, change in WRONG.items():
         altered = DualEncoder.from_config(change(it.dual_encoder.config))
         altered.load_state_dict(it.dual_encoder.state_dict())
-        try:
-            check(Embedder(altered.eval(), it.tokenizer, it.preprocess))
-            missed.append(setting)
-        except ModelError:
-            pass
+        missed += [] if wrong(altered.eval(), setting) else [setting]
     assert missed == []
 
 

@@ -1,5 +1,7 @@
 """Against a hub on this machine; whatever would go elsewhere fails."""
 
+import ast
+import builtins
 import json
 import logging
 import os
@@ -211,6 +213,26 @@ def test_what_the_hub_has_not_is_said_in_one_line(
         load(f"hf-hub:{REPO}", "cpu")
 
 
+def test_terms_and_a_broken_cache_are_not_the_hubs_silence(
+    hub: Hub, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    spec = push(tmp_path / "model", REPO).spec
+    hub.repos[REPO].gated = True
+    with pytest.raises(ModelError, match="accept its terms on the hub first"):
+        load(f"hf-hub:{REPO}", "cpu")
+    hub.repos[REPO].gated = False
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    for one in (spec, f"hf-hub:{REPO}"):
+        with pytest.raises(ModelError, match=r"cannot be written to the cache .*file/cache \(.*HF_HUB_CACHE") as error:
+            load(one, "cpu")
+        assert "cannot be reached" not in str(error.value)
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    load(spec, "cpu")  # the control
+
+
 # Pushing
 
 
@@ -263,7 +285,9 @@ def run_directory(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_of_a_run_the_best_goes_there_and_only_what_it_needs(hub: Hub, tmp_path: Path, seed: int) -> None:
+def test_of_a_run_the_best_goes_there_and_only_what_it_needs(
+    hub: Hub, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = run_directory(tmp_path / "run", seed)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     spec = push(folder, REPO).spec
@@ -284,6 +308,8 @@ def test_of_a_run_the_best_goes_there_and_only_what_it_needs(hub: Hub, tmp_path:
         assert kept in text
     for path in (folder / "best", folder / "last"):  # named themselves, they are the run's all the same
         assert "## Configuration" in card(open_subject(path), REPO)
+        monkeypatch.chdir(path)
+        assert "## Configuration" in card(open_subject("."), REPO)
     shutil.rmtree(folder / "best")
     assert same(load(push(folder, REPO).spec, "cpu"), load(folder / "last", "cpu"))
     text = card(open_subject(folder), REPO)
@@ -357,6 +383,7 @@ def measured(**changes: Any) -> dict[str, Any]:
         (json.dumps([measured(dataset=3)]), "cannot be read"),
         (json.dumps([measured(metrics=None)]), "cannot be read"),
         (json.dumps([measured(n="many")]), "cannot be read"),
+        (json.dumps([measured(n=float("inf"))]), "cannot be read"),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -386,6 +413,11 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
         inside = [child.type for token in tokens for child in token.children or ()]
         return [token.type for token in tokens] + [kind for kind in inside if kind != "text"]
 
+    def links(text: str) -> list[str]:
+        tokens = MarkdownIt("commonmark").enable("table").parse(text.partition("\n---\n")[2])
+        inside = [child for token in tokens for child in token.children or () if child.type == "text"]
+        return [child.content for child in inside if re.search("(?i)://|www[.]|@[a-z]", child.content)]
+
     facts = [("head", NASTY), (NASTY, 3)]
     nasty = Subject("open_clip", tmp_path, None, facts, None, "zero-shot-image-classification", ["open_clip"])
     plain = Subject("open_clip", tmp_path, None, [("head", "x"), ("y", 3)], *list(vars(nasty).values())[4:])
@@ -396,7 +428,26 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
         )
     )
     text, calm = card(nasty, REPO, found), card(plain, REPO, read_measured(tmp_path / "r.json"))
-    assert outline(text) == outline(calm)
+    assert outline(re.sub(r"`\S+//\S+`", "l", text)) == outline(calm)
+    assert "`[l](http://h/)`" in text
+    assert links(text) == []  # nor what a renderer makes one of unasked
+    for link in (
+        "https://a.b/_c_",
+        "(www.a.b)",
+        "WWW.a.b",
+        "me@a.b",
+        "mailto:me@a",
+        "ftp://a",
+        "x|https://a.b|`y",
+        "@me",
+    ):
+        there = card(Subject("onnx", tmp_path, None, [("x", f"a {link} b")], None, "", ["onnx"]), REPO)
+        assert outline(re.sub(r"(?i)`[^`|\n]*(//|www|me)[^`|\n]*`", "l", there)) == outline(
+            card(Subject("onnx", tmp_path, None, [("x", "y")], None, "", ["onnx"]), REPO)
+        )
+        assert links(there) == []
+        assert links(there.replace("`", "")) != []  # the control
+    assert "| recall@5 |" in card(Subject("onnx", tmp_path, None, [("x", "recall@5")], None, "", ["onnx"]), REPO)
     assert ":p@" not in text
     assert "token=t" not in text
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
@@ -409,7 +460,7 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
     assert "was not complete" in text
     assert "was not checked" in text
     # The control: without escapes the outline is another one.
-    assert outline(text.replace("\\", "")) != outline(calm)
+    assert outline(re.sub(r"`\S+//\S+`", "l", text).replace("\\", "")) != outline(calm)
 
 
 def test_a_hostile_configuration_stays_in_its_block(tmp_path: Path, seed: int) -> None:
@@ -453,7 +504,7 @@ def export(folder: Path, kind: str) -> Path:
         (folder / "text.onnx").write_bytes(b"a graph")
     else:
         save_file({"x": torch.randn(3, 5)}, folder / name)
-    (folder / "README.md").write_text("the exporter's\nNot as it was: the bias|es.\n")
+    (folder / "README.md").write_text("the exporter's, written by dualenc 1.0.\nNot as it was: the bias|es.\n")
     (folder / "training_args.bin").write_text("no")
     (folder / ".cache").mkdir()
     return folder
@@ -487,6 +538,166 @@ def test_exports_are_known_by_their_files(hub: Hub, tmp_path: Path, kind: str) -
     (folder / "text.onnx").unlink(missing_ok=True)
     with pytest.raises(ModelError, match="has no weights"):
         push(folder, REPO)
+
+
+def test_a_name_in_an_open_clip_folder_is_of_that_folder_or_of_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the directory that the command is started in does not count."""
+    folder = export(tmp_path / "out", "open_clip")
+    path = folder / "open_clip_config.json"
+    whole = json.loads(path.read_text())
+    (tmp_path / "here" / "google-bert" / "bert-base").mkdir(parents=True)
+    (tmp_path / "here" / "tokenizer.json").touch()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def told(**names: Any) -> tuple[Any, ...]:
+        whole["model_cfg"]["text_cfg"] = names
+        path.write_text(json.dumps(whole))
+        config = json.loads(files_of(open_subject(folder), REPO)["open_clip_config.json"])  # type: ignore[arg-type]
+        return tuple(config["model_cfg"]["text_cfg"].values())
+
+    assert told(hf_model_name="/gone/since", hf_tokenizer_name="tokenizer.json") == (REPO, REPO)
+    assert told(hf_model_name="google-bert/bert-base", hf_tokenizer_name="") == ("google-bert/bert-base", "")
+    assert told(hf_model_name="./gone", hf_tokenizer_name="vocab.txt") == (REPO, "vocab.txt")
+    with pytest.raises(ModelError, match=r"--revision try: open_clip reads .* from main: leave it out, or name a repo"):
+        push(folder, REPO, revision="try")
+    assert hub.log == []
+    push(folder, REPO, revision="main")
+    assert "the same for good" not in card(open_subject(folder), REPO)
+    told(hf_tokenizer_name="tokenizer.json")
+    push(folder, REPO, revision="try")  # the tokenizer is of the branch
+    assert "the same for good" in card(open_subject(folder), REPO)
+    for wrong in (None, [], "x"):
+        whole["model_cfg"]["text_cfg"] = wrong
+        path.write_text(json.dumps(whole))
+        with pytest.raises(ModelError, match="text_cfg must be objects"):
+            push(folder, REPO)
+
+
+def test_a_push_leaves_nothing_of_a_model_of_another_kind(hub: Hub, tmp_path: Path, seed: int) -> None:
+    def there() -> set[str]:
+        return set(hub.repos[REPO].commits[hub.repos[REPO].branches["main"]])
+
+    push(export(tmp_path / "clip", "transformers"), REPO)
+    own = {"notes/config.json": b"", "1_x/y/config.json": b"", "LICENSE": b"", "pytorch_model.bin": b"", ".x.onnx": b""}
+    hub.repos[REPO].commit("main", {**own}, "by hand")
+    kept = {*own, "README.md", ".gitattributes"}
+    tiny_text_model(seed).save(tmp_path / "text")
+    push(tmp_path / "text", REPO)
+    assert "dualenc.json" in there()
+    embedder = tiny_embedder(seed)
+    embedder.save(tmp_path / "model")
+    commits = len(hub.repos[REPO].commits)
+    push(tmp_path / "model", REPO)
+    assert len(hub.repos[REPO].commits) == commits + 1
+    assert there() == {*FILES, *kept}
+    assert same(load(f"hf-hub:{REPO}", "cpu"), embedder)
+    push(export(tmp_path / "sentences", "sentence-transformers"), REPO)
+    push(export(tmp_path / "graphs", "onnx"), REPO)
+    assert there() == {"onnx.json", "text.onnx", "preprocess.json", *kept}
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "transformers", "sentence-transformers", "onnx"])
+def test_what_others_wrote_is_no_export(tmp_path: Path, kind: str) -> None:
+    folder = export(tmp_path / "out", kind)
+    open_subject(folder)  # the control
+    (folder / "README.md").write_text("A model that was not written by dualenc's makers.\n")
+    with pytest.raises(ModelError, match="is no export of dualenc"):
+        open_subject(folder)
+    (folder / "README.md").unlink()
+    with pytest.raises(ModelError, match=r"is no export of dualenc.* `dualenc import` wrote"):
+        open_subject(folder)
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["[]", "null", '{"config": "x"}', '{"config": {"run": "x"}}', '{"config": {"run": []}}', '{"config": []}', "7"],
+)
+def test_the_record_of_a_run_that_is_none_is_said_in_one_line(tmp_path: Path, seed: int, record: str) -> None:
+    folder = run_directory(tmp_path / "run", seed)
+    (folder / "run.json").write_text(record)
+    with pytest.raises(ModelError, match=r"run\.json is no record of a run .* must be an object") as error:
+        card(open_subject(folder), REPO)
+    assert "\n" not in str(error.value)
+    (folder / "metrics.csv").unlink()
+    if "run" not in record:
+        with pytest.raises(ModelError, match="is no record of a run"):
+            card(open_subject(folder), REPO)
+    for calm in (
+        '{"config": null}',
+        "{}",
+        '{"config": {"run": null, "data": {"init_args": "x"}}}',
+        '{"config": {"data": 3}}',
+    ):
+        (folder / "run.json").write_text(calm)
+        card(open_subject(folder), REPO)
+
+
+def test_secrets_of_a_configuration_stay_at_home(tmp_path: Path, seed: int) -> None:
+    names = (
+        "apikey", "apiKey", "api_keys", "Authorization", "auth", "authToken", "passphrase", "pwd", "db.pwd", "passwd",
+        "aws_access_key_id", "AWS_SECRET_ACCESS_KEY", "secretKey", "private-key", "key", "hf_token", "cookies", "pw",
+    )  # fmt: skip
+    hidden: dict[str, Any] = dict.fromkeys(names, "hush") | {
+        "credentials": {"user": "hush", "pw": 3.25},
+        "secrets": {"a": ["hush"]},
+        "tokens": ["hush", {"b": "hush"}],
+        "password": 3.25,
+        "secret": 325,
+        "token": [3.25],
+        "headers": {"Authorization": "Basic hush"},
+        "more": ["Bearer hush", "authorization: Basic hush", "-H 'Authorization: hush'"],
+    }
+    kept = {
+        "no_embed_class": True, "class_token": True, "reg_tokens": 4, "max_tokens": 77, "mask_tokens": 0.15,
+        "pad_token": None, "tokenizer": "kept", "keys": "kept", "monkey": "kept", "author": "kept", "design": "kept",
+        "global_pool": "token", "compass": "kept", "authors": ["kept"],
+    }  # fmt: skip
+    folder = run_directory(tmp_path / "run", seed)
+    (folder / "run.json").write_text(json.dumps({"config": {"hidden": hidden, "model": kept}}))
+    text = card(open_subject(folder), REPO)
+    assert "hush" not in text
+    assert "3.25" not in text
+    assert "325" not in text
+    block = next(token.content for token in MarkdownIt().parse(text) if token.info == "yaml")
+    assert yaml.safe_load(block)["model"] == kept
+    assert yaml.safe_load(block)["hidden"]["credentials"] == "..."
+    hidden = {name.replace("e", "3"): "hush" for name in ("apikey", "secret")}  # the control
+    (folder / "run.json").write_text(json.dumps({"config": {"hidden": hidden}}))
+    assert "hush" in card(open_subject(folder), REPO)
+
+
+def test_what_the_card_says_to_paste_knows_all_its_names(tmp_path: Path, seed: int) -> None:
+    def unknown(code: str) -> set[str]:
+        tree = ast.parse(code)
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        imports = [
+            one for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for one in node.names
+        ]
+        known = {*dir(builtins), *(one.asname or one.name for one in imports)}
+        known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        return {node.id for node in names} - known
+
+    tiny_embedder(seed).save(tmp_path / "model")
+    tiny_text_model(seed).save(tmp_path / "text")
+    folders = [tmp_path / "model", tmp_path / "text", *(export(tmp_path / kind, kind) for kind in TITLES if kind in
+               ("open_clip", "transformers", "sentence-transformers", "onnx"))]  # fmt: skip
+    (tmp_path / "onnx" / "image.onnx").write_bytes(b"a graph")
+    found = 0
+    for folder in folders:
+        text = card(open_subject(folder), REPO, revision="try")
+        blocks = [token.content for token in MarkdownIt().parse(text) if token.info == "python"]
+        assert blocks
+        for block in blocks:
+            assert unknown(block) == set(), block
+            assert ("image.onnx" in block) == ("onnx" in block and folder.name != "text")
+            assert ("text.onnx" in block) == ("onnx" in block)
+            assert ("AutoImageProcessor" in block) == ("transformers import AutoI" in block)
+        assert text.count('revision="try"') + text.count(f"hf-hub:{REPO}@try") > 0
+        found += len(blocks)
+    assert found == 1 + 4 + 2 + 2 + 4
+    assert unknown("x = torch.ones(3)") == {"torch"}  # the control
 
 
 def test_figures_of_an_export_are_of_one_model_and_marked() -> None:
@@ -530,7 +741,13 @@ def test_a_push_that_fails_says_why_in_one_line(
     monkeypatch.setenv("HF_TOKEN", "token-of-other")
     refused([*command, REPO], 1, "may not write to owner/model: `hf auth login`")
     monkeypatch.setenv("HF_TOKEN", "token-of-owner")
-    refused([*command, REPO, "--licence", "unheard-of"], 1, '"license" must be one of a list')
+    refused([*command, REPO, "--licence", "unheard-of"], 1, 'does not take the card .*"license" must be one of a list')
+    assert not hub.repos  # nothing is made for a card that is not taken
+    main([*command, REPO])
+    capsys.readouterr()
+    refused([*command, REPO, "--revision", "try", "--licence", "unheard-of"], 1, "must be one of a list")
+    assert list(hub.repos.pop(REPO).branches) == ["main"]
+    hub.objects.clear()
     hub.spoil = "loud"
     refused([*command, REPO], 1, "failed")
     hub.spoil = "quiet"

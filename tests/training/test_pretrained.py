@@ -228,8 +228,9 @@ def test_a_run_of_a_models_architecture_goes_on_with_that_model_alone(tmp_path: 
     run = tmp_path / "run"
     arguments = [
         "fit", "--model", "ContrastiveTask", "--model.pretrained", str(tmp_path / "model"), "--data", "PairData",
-        "--data.train", str(tmp_path / "shards"), "--data.batch_size", "16", "--data.workers", "0", "--data.val", "null",
-        "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(run),
+        "--data.train", str(tmp_path / "shards"), "--data.batch_size", "16", "--data.workers", "0",
+        "--data.val", "null", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
+        "--trainer.default_root_dir", str(run),
         "--trainer.callbacks", json.dumps([evaluation]), "--run.monitor", "set/median_rank",
     ]  # fmt: skip
     with pytest.raises(SystemExit):
