@@ -327,6 +327,7 @@ def _code(library: str, both: bool, repo: str = "", revision: str = "") -> str:
                 "",
                 folder,
                 'model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")',
+                "model.eval()  # it comes ready to be trained, dropout and all",
                 'tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")',
             ],
             "transformers": [

@@ -269,6 +269,7 @@ def write_open_clip(embedder: Embedder, folder: Path, name: str) -> None:
         "",
         'name = "local-dir:path/of/this/folder"  # on the hub: hf-hub:owner/name',
         "model, _, preprocess = open_clip.create_model_and_transforms(name)",
+        "model.eval()",
         "tokenizer = open_clip.get_tokenizer(name)",
     ]
     more = ""

@@ -17,7 +17,7 @@ from dualenc.folders import ModelError
 from dualenc.interop.architecture import family_of, fitted, text_config
 from dualenc.interop.families import FAMILIES, Config, Family
 from dualenc.interop.tensors import Rule, of_names
-from dualenc.interop.vision import Shape, check_timm, fits, image_config, shape_of, vision_rules
+from dualenc.interop.vision import Shape, check_numbers, check_timm, fits, image_config, shape_of, vision_rules
 from dualenc.interop.weights import family_names
 from dualenc.models.dual import DualConfig, Projection
 from dualenc.models.image import ImageConfig, ImageEncoder
@@ -162,6 +162,7 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
 
 
 def _read_text(text: Config, quick: bool, where: str) -> tuple[TextConfig, Projection]:
+    check_numbers({key: text[key] for key in ("vocab_size", "width", "heads", "context_length")}, text["layers"])
     causal, pool, length = not text["no_causal_mask"], text["pool_type"], text["context_length"]
     # Of a tower that sees what follows the closing token the texts are filled up, as there.
     ends = {"argmax": "last", "eos": "last", "last": "last", "first": "cls"}

@@ -1,6 +1,7 @@
 """Tensors of a checkpoint: files of several kinds behind one mapping, and the names that a family gives them."""
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,10 +64,11 @@ class Weights(Mapping[str, Tensor]):
         try:
             if path.suffix == ".safetensors":
                 return self._stack.enter_context(safe_open(path, "pt"))
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # files older than torch 1.6 cannot be mapped
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # torch warns of TorchScript before it refuses it
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError:  # files older than torch 1.6 cannot be mapped
+                    state = torch.load(path, map_location="cpu", weights_only=True)
         except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
             if "TorchScript" in str(error):
                 raise ModelError(

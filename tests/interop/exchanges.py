@@ -1,11 +1,12 @@
 """Small models of open_clip and transformers on disk, every tensor random, and one of ours for each architecture."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import pytest
 import torch
 import transformers as hf
 from helpers import perturb, tiny_tokenizer
@@ -194,3 +195,8 @@ def of_ours(image: dict[str, Any], text: dict[str, Any], dual: dict[str, Any], s
     model = perturb(DualEncoder(tower, TextConfig(**{**usual, **text}), **{"embed_dim": 8, **dual}), size)
     preprocess = Preprocess(tower.img_size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bicubic", "shortest")
     return Embedder(model.eval(), tokenizer, preprocess, "it")
+
+
+def all_but(few: Collection[str], names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: these few, and the others where there is time."""
+    return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]

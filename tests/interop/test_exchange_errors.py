@@ -110,7 +110,7 @@ def test_options(
     assert "nothing" in refused("export", str(tmp_path / "nothing"), "--format", "onnx")
     joined = ("--text", str(tmp_path / "nothing"))
     assert "nothing" in refused("import", "timm:test_vit", *joined)
-    assert "timm knows no model" in refused("import", "timm:no_vit", "--text", str(kept["vit-bert"]))
+    assert "timm knows no model" in refused("import", "timm:no_vit", "--text", ours)
 
 
 def test_files_that_are_no_models(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "decoder": ("vit-bert", in_config(lambda c: c["text_config"].update(is_decoder=True)), "is_decoder true"),
     "activation": ("vit-bert", in_config(lambda c: c["vision_config"].update(hidden_act="mish")), "hidden_act 'mish'"),
     "timm's name": (
-        "timm-bert", in_config(lambda c: c["vision_config"].update(architecture="local-dir:/x")), "architecture",
+        "timm-bert", in_config(lambda c: c["vision_config"].update(architecture="local-dir:/x")), "knows no model",
     ),
     "weights of elsewhere": (
         "timm-bert", in_config(lambda c: c["vision_config"].update(model_args={"pretrained": 1})), "pretrained",
@@ -344,6 +344,7 @@ def altered(fields: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{name}", {**fields, key: inside}) for name, inside in altered(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["open_clip", "hf text", "siglip", "vit-bert", "clip-clip", "timm-bert"])
 @pytest.mark.parametrize("file", ["config.json", "open_clip_config.json", "preprocessor_config.json"])
 def test_configs_of_nonsense(name: str, file: str, copy_of: Callable[[str], Path], seed: int) -> None:
@@ -353,7 +354,7 @@ def test_configs_of_nonsense(name: str, file: str, copy_of: Callable[[str], Path
         pytest.skip("has none")
     rng = np.random.default_rng(seed)
     cases = list(altered(json.loads(path.read_text())))
-    for i in rng.permutation(len(cases))[:60]:
+    for i in rng.permutation(len(cases))[:25]:
         what, fields = cases[i]
         path.write_text(json.dumps(fields))
         found: Exception | None = None

@@ -18,7 +18,7 @@ from dualenc.interop.hugging_face import SMALL
 from dualenc.interop.verify import make_inputs, outputs_of
 from dualenc.models import HeadConfig, Projection, TextConfig, TextModel
 
-pytestmark = pytest.mark.usefixtures("in_process")
+pytestmark = [pytest.mark.usefixtures("in_process"), pytest.mark.slow]
 POOLED = Projection((24,), (True, False), "tanh")
 PRE = {"norm": "pre", "norm_eps": 1e-5}
 CLIP_TEXT = {**PRE, "causal": True, "pool": "last", "activation": "quick_gelu"}

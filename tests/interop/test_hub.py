@@ -807,3 +807,57 @@ def test_the_command_in_a_process_of_its_own(hub: Hub, tmp_path: Path, seed: int
     assert run("-c", code, spec).strip() == embedder.fingerprint
     environment["HF_HUB_OFFLINE"] = "1"
     assert run("-c", code, f"hf-hub:{REPO}@{spec.partition('@')[2]}").strip() == embedder.fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "form", "more"),
+    [
+        ("bert, mean, mlp", "open_clip", "import torch\nx = model.encode_text(tokenizer(TEXTS), normalize=True)"),
+        ("bert, mean, mlp", "sentence-transformers", "x = model.encode(TEXTS, convert_to_tensor=True)"),
+        (
+            "bert, mean, mlp",
+            "onnx",
+            "import numpy\nfound = tokenizer.encode_batch(TEXTS)\n"
+            "made = {'ids': [one.ids for one in found], 'mask': [one.attention_mask for one in found]}\n"
+            "kinds = {one.name: 'bool' if 'bool' in one.type else 'int64' for one in text.get_inputs()}\n"
+            "x = text.run(None, {name: numpy.array(made[name], kind) for name, kind in kinds.items()})[0]\n"
+            "assert image.get_inputs()",
+        ),
+        (
+            "openai",
+            "transformers",
+            "import torch\nfound = tokenizer(TEXTS, padding=True, return_tensors='pt')\n"
+            "x = model.get_text_features(**found)\nx = getattr(x, 'pooler_output', x)\n"
+            "x = torch.nn.functional.normalize(x, dim=-1)\nassert processor",
+        ),
+    ],
+    ids=["open_clip", "sentence-transformers", "onnx", "transformers"],
+)  # fmt: skip
+def test_what_the_card_says_to_paste_loads_what_was_pushed(
+    hub: Hub, tmp_path: Path, seed: int, source: str, form: Any, more: str
+) -> None:
+    from exchanges import of_open_clip
+
+    from dualenc.interop.exporting import export as write
+    from dualenc.interop.importing import import_model
+
+    import_model(f"open_clip:local-dir:{of_open_clip(tmp_path / 'theirs', source)}").embedder.save(tmp_path / "ours")
+    write(str(tmp_path / "ours"), tmp_path / "out", form)
+    shutil.rmtree(tmp_path / "theirs")
+    push((tmp_path / "out").rename(tmp_path / "moved"), REPO)
+    (tmp_path / "moved").rename(tmp_path / "gone")
+    text = hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]["README.md"].decode()  # type: ignore[union-attr]
+    (code,) = [token.content for token in MarkdownIt().parse(text) if token.info == "python"]
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "token-of-owner", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    end = "import json\nprint(json.dumps(['the texts', x.tolist()]))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nTEXTS = {TEXTS!r}\n{more}\n{end}"],
+        env=environment, cwd=tmp_path / "gone", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = torch.tensor(json.loads(done.stdout.splitlines()[-1])[1])
+    torch.testing.assert_close(found, load(tmp_path / "ours", "cpu").embed_texts(TEXTS), atol=1e-4, rtol=0)

@@ -107,6 +107,7 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return any(not torch.allclose(found[name], x, **CLOSE) for name, x in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_model_of_every_family(family: str, tmp_path: Path, seed: int) -> None:
     """Any batch, any length, any padding: what the packed encoder makes of the texts alone."""
@@ -167,6 +168,7 @@ def test_a_text_model_of_every_family(family: str, tmp_path: Path, seed: int) ->
     assert apart(run(tmp_path / "text.onnx", **inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vit", VITS)
 def test_an_image_tower(vit: str, tmp_path: Path, seed: int) -> None:
     it = dual(VITS[vit], {"layers": 1}, projection="mlp" if vit == "average" else "linear")

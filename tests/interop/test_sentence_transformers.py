@@ -81,6 +81,7 @@ def inputs_of(it: TextPredictor) -> tuple[Inputs, dict[str, np.ndarray]]:
     return inputs, {name: x.numpy() for name, x in ours.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, tmp_path: Path, seed: int) -> None:
     it = text_model(tiny_tokenizer(), **FAMILIES[family])
@@ -102,6 +103,7 @@ def test_in_a_fresh_process(tmp_path: Path, seed: int) -> None:
     verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["cls", "mean", "last"])
 @pytest.mark.parametrize("family", ["bert", "clip_text_model"])
 def test_every_pooling(pool: Any, family: str, tmp_path: Path, seed: int) -> None:
@@ -134,6 +136,7 @@ PROJECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_projections_of_a_dual_encoder(name: str, tmp_path: Path, seed: int) -> None:
     it = dual(tiny_tokenizer(), **PROJECTIONS[name])
