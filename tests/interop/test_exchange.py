@@ -120,16 +120,22 @@ WRONG: Changes = {
     "image.heads": other_heads,
 }
 QUICK = ("openai", "bert, mean, mlp", "clip-roberta", "siglip-albert")
-SLOW = ("average", "timm", "siglip", "bert, pooler, linear, timm", "roberta, first, mlp", *HUGGING_FACE)
-CONTROLS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW if name not in QUICK)]
+SLOW = ("average", "timm", "siglip", "bert, pooler, linear, timm", "roberta, first, mlp")
+CONTROLS = [
+    pytest.param(of, name, id=f"{library}, {name}", marks=() if name in QUICK else pytest.mark.slow)
+    for library, of, names in (
+        ("open_clip", of_open_clip, [name for name in OPEN_CLIP if name in QUICK + SLOW]),
+        ("transformers", of_hugging_face, HUGGING_FACE),
+    )
+    for name in names
+]
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize(("of_peer", "name"), CONTROLS)
 def test_no_tensor_and_no_setting_can_be_wrong(
-    name: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    of_peer: Callable[[Path, str], Path], name: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_peer = of_open_clip if name in OPEN_CLIP and name != "siglip" else of_hugging_face
     checkpoint = open_dual(str(of_peer(tmp_path / "theirs", name)))
     it = checkpoint.embedder()
     ((library, model),) = checkpoint.peers
