@@ -83,8 +83,8 @@ OF_NAME = {"embed_dim": 768, "vision_cfg": {"timm_model_name": "vit_base_patch32
 OF_NAME["vision_cfg"] |= {"timm_proj": "none", "image_size": 256}  # type: ignore[operator]
 
 
-def of_open_clip(folder: Path, name: str, **changes: Any) -> Path:
-    """A folder of open_clip's with random weights."""
+def of_open_clip(folder: Path, name: str, size: float = 0.3, **changes: Any) -> Path:
+    """A folder of open_clip's with random weights; `size` is of what is added to each."""
     config = {"embed_dim": 16, **OPEN_CLIP[name], **changes}
     folder.mkdir(exist_ok=True)
     text = dict(config["text_cfg"])
@@ -99,7 +99,7 @@ def of_open_clip(folder: Path, name: str, **changes: Any) -> Path:
         "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "interpolation": "bilinear"},
     }
     (folder / "open_clip_config.json").write_text(json.dumps(fields))
-    model = perturb(open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_hf=False), 0.3)
+    model = perturb(open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_hf=False), size)
     save_file({key: x.contiguous() for key, x in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return folder
 

@@ -63,7 +63,7 @@ def test_open_clip_in_and_out_and_in(name: str, tmp_path: Path, seed: int) -> No
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_published_tower_by_its_name(tmp_path: Path, seed: int) -> None:
-    there_and_back(of_open_clip(tmp_path / "theirs", "siglip", **OF_NAME), tmp_path)
+    there_and_back(of_open_clip(tmp_path / "theirs", "siglip", 0.05, **OF_NAME), tmp_path)
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ WRONG: Changes = {
     "text.heads": lambda config: tower(config, "text", heads=2),
     "text.pool": lambda config: tower(config, "text", pool="mean" if config.text.pool != "mean" else "cls"),
     "text.causal": lambda config: tower(config, "text", causal=not config.text.causal),
-    "image.norm_eps": lambda config: tower(config, "image", norm_eps=1e-3),
+    "image.norm_eps": lambda config: tower(config, "image", norm_eps=2e-2),
     "image.activation": lambda config: act(config, "relu"),
     "image.heads": other_heads,
 }
