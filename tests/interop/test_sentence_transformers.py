@@ -142,7 +142,7 @@ def test_projections_of_a_dual_encoder(name: str, tmp_path: Path, seed: int) -> 
     it = dual(tiny_tokenizer(), **PROJECTIONS[name])
     write_sentence_transformer(it, tmp_path)
     inputs = make_inputs(it)
-    ours = outputs_of(it, inputs)
+    ours = {name: x for name, x in outputs_of(it, inputs).items() if name in ("ids", "texts")}
     assert isinstance(it.tokenizer, Tokenizer)
     verified = verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
     assert set(verified.differences) == {"ids", "texts"}
@@ -181,7 +181,7 @@ def test_what_is_wrong_is_found(part: str, tmp_path: Path, seed: int) -> None:
         change("tokenizer_config.json", model_max_length=5)
         change("sentence_bert_config.json", max_seq_length=5)
     inputs = make_inputs(it, texts=["A CAT", " ".join(WORDS)])
-    ours = outputs_of(it, inputs)
+    ours = {name: x for name, x in outputs_of(it, inputs).items() if name in ("ids", "texts")}
     assert isinstance(it.tokenizer, Tokenizer)
     with pytest.raises(ModelError, match=r"differ by|does not match"):
         verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
