@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,15 @@ from dualenc.training.task import Task
 EVERY = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 TEXTS = [path for path in EVERY if "TextData" in path.read_text()]
 CONFIGS = [path for path in EVERY if path not in TEXTS]
+
+LONG = ("many_nodes", "large_batch", "vit_b16_bert_base", "replaced_tokens")
+
+
+def in_time(configs: list[Path]) -> list[Any]:
+    """Parameters of a test, of which those that take long run with the slow ones."""
+    marks = {True: pytest.mark.slow, False: ()}
+    return [pytest.param(path, id=path.stem, marks=marks[path.stem in LONG]) for path in configs]
+
 
 SMALL = [
     "--model.image.name", "vit_tiny_patch16_224", "--model.image.img_size", "32",
@@ -140,7 +150,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     assert had
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", in_time(CONFIGS))
 def test_runs_small(config: Path, tmp_path: Path, seed: int, without: set[str]) -> None:
     run = small_fit(config, tmp_path, seed)
     losses = metrics(run, "train/loss")
@@ -151,7 +161,7 @@ def test_runs_small(config: Path, tmp_path: Path, seed: int, without: set[str]) 
     assert {path.name for path in run.iterdir()} >= {"best", "last", "config.yaml", "run.json", "checkpoints"}
 
 
-@pytest.mark.parametrize("config", TEXTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", in_time(TEXTS))
 def test_texts_run_small(config: Path, tmp_path: Path, seed: int, without: set[str]) -> None:
     run = small_texts(config, tmp_path, seed)
     losses = metrics(run, "train/loss")

@@ -97,6 +97,7 @@ def labelled(images, classes, share):
     return multilabel_measures({"scores": torch.randn(images, classes) + 1.2 * targets, "targets": targets})
 
 
+@pytest.mark.slow
 def test_mean_average_precision():
     """Its mean over samples of this size; 1,500 samples give it to 1/40 of the spread of one."""
     name = "mean_average_precision"

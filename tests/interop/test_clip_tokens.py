@@ -309,6 +309,7 @@ def test_our_tokenizers_in_open_clip(kind: Any, tmp_path: Path, seed: int) -> No
     assert tokenizer.encode(["“dirty” &amp;"]) != [ids[: len(ids)] for ids in again.encode(["“dirty” &amp;"])]
 
 
+@pytest.mark.slow
 def test_clip_needs_no_file_in_open_clip(tmp_path: Path, seed: int) -> None:
     text = TextConfig(49408, causal=True, pool="last")
     write_clip(tmp_path)

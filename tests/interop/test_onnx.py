@@ -188,7 +188,9 @@ def test_an_image_tower(vit: str, tmp_path: Path, seed: int) -> None:
             expected = it.embed_images(pixels)
 
 
-@pytest.mark.parametrize("text", ["bert", "siglip", "siglip of longer texts"])
+@pytest.mark.parametrize(
+    "text", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("siglip", "siglip of longer texts"))]
+)
 def test_a_dual_encoder_beside_onnxruntime(text: str, tmp_path: Path, seed: int) -> None:
     """By the contract of `verify`: a process of its own, without torch; the folder is moved before."""
     it = dual({}, FAMILIES[text], logit_bias="siglip" in text)
@@ -223,6 +225,7 @@ def test_a_dual_encoder_beside_onnxruntime(text: str, tmp_path: Path, seed: int)
         verify("onnx", str(folder), inputs, ours, onnx.TOLERANCE, tokenizer=other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["electra", "siglip"])
 def test_a_text_model_beside_onnxruntime(family: str, tmp_path: Path, seed: int) -> None:
     it = predictor(HEADS, **FAMILIES[family])
@@ -258,6 +261,7 @@ def test_the_tokenizer_alone_makes_the_ids(tmp_path: Path, seed: int) -> None:
         assert len(alone.ids) == (CONTEXT if family == "siglip" else 4)
 
 
+@pytest.mark.slow
 def test_the_model_stays_and_nothing_is_said(tmp_path: Path, capfd: Any, seed: int) -> None:
     """In half precision, with checkpoints of gradients, in the middle of training: what is written is fp32."""
     it = dual({}, {"dropout": 0.2})
@@ -288,6 +292,7 @@ def test_the_model_stays_and_nothing_is_said(tmp_path: Path, capfd: Any, seed: i
         assert b"site-packages" not in file.read_bytes()
 
 
+@pytest.mark.slow
 def test_weights_beside_the_file(tmp_path: Path, monkeypatch: Any, seed: int) -> None:
     it = tiny_embedder(seed)
     (tmp_path / "a").mkdir()
@@ -322,6 +327,7 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: Any, seed: int) -> 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_peer_has_no_torch(tmp_path: Path, monkeypatch: Any, seed: int) -> None:
     """Where there is one, as in this process, it says so in the end: so there was none in those of `verify`."""
     it = predictor({})

@@ -44,6 +44,7 @@ def test_the_formula(seed, dtype, decay):
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_what_takes_it(tmp_path, seed, evaluate):
     callback = [{"class_path": "dualenc.training.EMA", "init_args": {"decay": 0.9, "evaluate": evaluate}}]

@@ -35,6 +35,7 @@ def fit(folder, data, seed, *more):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path, seed):
     write_texts(tmp_path, seed)
     whole = fit(tmp_path / "whole", tmp_path, seed)
