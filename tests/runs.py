@@ -150,7 +150,10 @@ class Rows(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"{trainer.global_rank}.jsonl", "a") as file:
-            file.write(json.dumps([trainer.global_step, batch.rows.tolist()]) + "\n")
+            pieces = batch if isinstance(batch, list) else [batch]
+            file.write(
+                json.dumps([trainer.global_step, [row for piece in pieces for row in piece.rows.tolist()]]) + "\n"
+            )
 
 
 def callbacks(*some: tuple[str, dict[str, Any]]) -> list[str]:

@@ -1,0 +1,135 @@
+"""What earlier versions wrote and computed: read, continued and computed again by this one; see `golden.py`.
+
+Arithmetic differs between processors in the last digits: numbers that come out of it are compared to a tolerance, all
+others exactly.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import golden
+import numpy as np
+import pytest
+import torch
+
+import dualenc
+from dualenc import ShardIndex
+from dualenc.cli import main
+
+NUMBERS = json.loads((golden.FILES / "numbers.json").read_text())
+
+
+def same(now: Any, then: Any, tolerance: float, where: str = "") -> None:
+    """Compares nested JSON: floats to a tolerance, everything else exactly."""
+    if isinstance(then, dict):
+        assert now.keys() == then.keys(), where
+        for name in then:
+            same(now[name], then[name], tolerance, f"{where} / {name}")
+    elif isinstance(then, list):
+        assert len(now) == len(then), where
+        for i, (one, other) in enumerate(zip(now, then)):
+            same(one, other, tolerance, f"{where}[{i}]")
+    elif isinstance(then, float):
+        assert now == pytest.approx(then, rel=tolerance, abs=tolerance, nan_ok=True), where
+    else:
+        assert now == then, where
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the fixtures, as the working folder."""
+    folder = tmp_path / "files"
+    shutil.copytree(golden.FILES, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DUALENC_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_the_order_of_samples() -> None:
+    assert golden.plans() == NUMBERS["plans"]
+
+
+def test_an_index(files: Path) -> None:
+    """Read, from the file, and scanned anew: the same facts."""
+    assert golden.of_index(files) == NUMBERS["index"]
+    assert ShardIndex.build("shards").fingerprint == NUMBERS["index"]["fingerprint"]  # although the times are others
+    main(["index", "shards", "--hash", "--workers", "0"])
+    assert golden.of_index(files) == NUMBERS["index"]
+
+
+@pytest.mark.parametrize("name", list(NUMBERS["outputs"]))
+def test_a_model(name: str) -> None:
+    path = golden.FILES / name
+    found = golden.of_model(path) if name.startswith("models/") else golden.of_text_model(path)
+    same(found, NUMBERS["outputs"][name], 1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS["outputs"] if "/" in name])
+def test_a_model_is_written_as_it_was(name: str, tmp_path: Path) -> None:
+    """Configuration, weights and tokenizer to the bit; the card may say it better."""
+    path = golden.FILES / name
+    if name.startswith("models/"):
+        dualenc.load(path, "cpu").save(tmp_path / "again")
+    else:
+        path = path / "last" if name.startswith("runs/") else path
+        dualenc.load_text(path, "cpu").save(tmp_path / "again")
+    files = sorted(file.name for file in path.iterdir())
+    assert sorted(file.name for file in (tmp_path / "again").iterdir()) == files
+    for file in files:
+        if file != "README.md":
+            assert (tmp_path / "again" / file).read_bytes() == (path / file).read_bytes(), file
+
+
+def test_augmentation() -> None:
+    now, then = golden.augmentations(golden.FILES), NUMBERS["augmentations"]
+    assert now.keys() == then.keys()
+    for name in then:
+        one, other = np.array(now[name], np.int16), np.array(then[name], np.int16)
+        assert one.shape == other.shape
+        assert abs(one - other).max() <= 2, name  # rounding of another processor
+
+
+@pytest.mark.parametrize("kind", list(NUMBERS["runs"]))
+def test_twenty_steps(kind: str, files: Path) -> None:
+    """The samples of each step, and all that a run logs."""
+    golden.fit(kind, Path("again"))
+    now, then = golden.numbers_of_run(Path("again"), kind), NUMBERS["runs"][kind]
+    assert now["rows"] == then["rows"]
+    same(now["metrics"], then["metrics"], 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["clip", "text", "electra"])
+def test_a_killed_run_continues(kind: str, files: Path) -> None:
+    """From the checkpoint that an earlier version wrote, to the end of the run that nobody stopped."""
+    step = int(golden.checkpoints(kind)[-1].stem.removeprefix("step-"))
+    golden.fit(kind, Path("runs"), resume=True)
+    now, then = golden.numbers_of_run(Path("runs"), kind), NUMBERS["runs"][kind]
+    assert now["rows"] == then["rows"][step:]
+    same(now["metrics"], then["metrics"], 2e-3)
+    assert torch.load(f"runs/{kind}/checkpoints/step-00000020.ckpt", weights_only=True)["global_step"] == 20
+
+
+def test_embeddings(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Made anew they are the same, and those that are there are taken for what they are."""
+    golden.embed(Path("embeddings"))
+    assert capsys.readouterr().out.count("all of them were there before") == 4
+    then = list(golden.embeddings(files))
+    shutil.rmtree("embeddings")
+    golden.embed(Path("embeddings"))
+    for (name, now_arrays, now_about), (_, then_arrays, then_about) in zip(golden.embeddings(files), then, strict=True):
+        assert now_about == then_about, name
+        assert now_arrays.keys() == then_arrays.keys()
+        for key, array in now_arrays.items():
+            np.testing.assert_allclose(array, then_arrays[key], rtol=1e-5, atol=1e-6, err_msg=f"{name} {key}")
+
+
+def test_results(files: Path) -> None:
+    golden.evaluate(Path("again"))
+    for path in Path("again").rglob("*.json"):
+        then = Path("results") / path.relative_to("again")
+        now = [{**one, "data": os.path.relpath(one["data"])} for one in json.loads(path.read_text())]
+        same(now, json.loads(then.read_text()), 1e-4, str(path))
+    main(["compare", "results/zeroshot", "again/zeroshot"])
