@@ -6,13 +6,14 @@ Everything here is plain torch; the Lightning modules are in `dualenc.training`.
 from importlib.metadata import version
 
 from dualenc.data import BenchmarkSet, DataError, EpochPlan, Preprocess, ShardIndex, Tokenizer
-from dualenc.embedder import Embedder, ModelError, load
-from dualenc.evaluation import match_ranks, recall_at, zero_shot_classifier
-from dualenc.evaluator import evaluate
-from dualenc.interop import TextPredictor, load_text
+from dualenc.evaluation import evaluate
+from dualenc.inference.embedder import Embedder, load
+from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.losses import clip_loss, siglip_loss
+from dualenc.metrics import match_ranks, recall_at, zero_shot_classifier
 from dualenc.models import DualEncoder, ImageConfig, TextConfig
 from dualenc.tokens import Tokens
+from dualenc.utils.errors import ModelError
 
 __version__ = version("dualenc")
 

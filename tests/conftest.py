@@ -1,5 +1,6 @@
 """Every test draws fresh random inputs; a failing one shows its seed, DUALENC_TEST_SEED=... draws them again."""
 
+import logging
 import os
 import random
 import tempfile
@@ -7,9 +8,9 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from servers import web_server
+from servers import Bucket, s3_server, web_server
 
-import dualenc.data.storage as storage
+import dualenc.data.shards.remote as storage
 
 torch.set_num_threads(2)
 # Indexes of read-only folders go here, not to the user's own.
@@ -39,3 +40,29 @@ def here(tmp_path, monkeypatch):
 def web(tmp_path):
     with web_server(tmp_path / "web") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def s3():
+    import boto3
+    import s3fs
+
+    with pytest.MonkeyPatch.context() as patch, s3_server() as (url, store):
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name, value in {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        client = boto3.client("s3")
+        yield lambda: Bucket(client, f"bucket-{os.urandom(4).hex()}", store)
+        client.close()
+        s3fs.S3FileSystem.clear_instance_cache()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 import webdataset as wds
@@ -18,9 +19,9 @@ from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor
 
-import dualenc.data.index as index_module
+import dualenc.data.shards.shard as index_module
 from dualenc.data import Augment, Preprocess, Tokenizer
-from dualenc.embedder import Embedder
+from dualenc.inference.embedder import Embedder
 from dualenc.losses import clip_loss
 from dualenc.models import DualEncoder, ImageConfig, TextConfig
 from dualenc.training.checkpoint import path_of
@@ -44,6 +45,9 @@ WORDS = [
     "boats",
 ]
 SIZE = 16
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"  # real data beside the checkout, where there is some
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the checkout")
 
 
 def pixels(rng: np.random.Generator, height: int = 8, width: int = 8, channels: int = 3) -> np.ndarray:

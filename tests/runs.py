@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from fits import SMOKE
 from helpers import tiny_tokenizer, write_benchmark, write_shards
 from lightning.pytorch import Callback
 
@@ -22,7 +23,6 @@ import dualenc.training.checkpoint as checkpoint_module
 from dualenc.cli import main
 from tools.soak import end_of, log_of
 
-SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 TINY = [
     "--model.image.img_size", "16", "--model.image.name", "vit_tiny_patch16_224",
     "--model.image.overrides", '{"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}',

@@ -1,20 +1,17 @@
 """The sets of shared/data, where the checkout has them."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_embedder
+from helpers import DATA, needs_data, tiny_embedder
 
 import dualenc
 from dualenc.data import BenchmarkSet, Preprocess, ShardIndex, decode_image
 from dualenc.data.pairs import captions_of, only_pairs
 
-ROOT = Path(__file__).parents[1]
-DATA = next((path for path in (ROOT.parent / "shared" / "data", ROOT / "shared" / "data") if path.is_dir()), None)
-pytestmark = pytest.mark.skipif(DATA is None, reason="no shared/data beside the checkout")
+pytestmark = needs_data
 
 SETS = {  # folder: kind, samples by split, classes
     "zeroshot_cifar10": ("classification", {"test": 2000, "train": 1500}, 10),

@@ -19,8 +19,8 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 from dualenc.data import DataError
-from dualenc.data.lines import TextIndex
-from dualenc.evaluation import label_measures, majority_baseline
+from dualenc.data.text.files import TextIndex
+from dualenc.metrics import label_measures, majority_baseline
 from dualenc.report import Points, Section, print_table, write_json, write_report
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of C

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from dualenc.cli import main
-from dualenc.data.scenes import write_scenes
+from dualenc.data.prepare.scenes import write_scenes
 from dualenc.training.checkpoint import checkpoints, read
 from dualenc.training.ranks import STOPPED
 

@@ -1,15 +1,15 @@
 """Shards in, batches out: plain torch, no trainer."""
 
-from dualenc.data.benchmarks import BenchmarkSet
-from dualenc.data.errors import BadSample, DataError
+from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
 from dualenc.data.images import Augment, ImageError, Preprocess, decode_image
-from dualenc.data.loader import Loader
+from dualenc.data.loading.bad_samples import Quarantine
+from dualenc.data.loading.epoch_plan import EpochPlan
+from dualenc.data.loading.loader import Loader
 from dualenc.data.pairs import PairDataset, Pairs
-from dualenc.data.plan import EpochPlan
-from dualenc.data.quarantine import Quarantine
-from dualenc.data.shards import ShardIndex
-from dualenc.data.storage import Cache
-from dualenc.data.tokenizer import Tokenizer
+from dualenc.data.shards.index import ShardIndex
+from dualenc.data.shards.remote import Cache
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.utils.errors import BadSample, DataError
 
 __all__ = [
     "Augment",

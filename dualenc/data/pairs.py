@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualenc.data.errors import BadSample, DataError
 from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image
-from dualenc.data.index import content_hash, piece_hash
-from dualenc.data.loader import Batches, Request
-from dualenc.data.masking import Masked, Masking
-from dualenc.data.plan import draw
-from dualenc.data.quarantine import Bad
-from dualenc.data.shards import Sample, ShardIndex
-from dualenc.data.tokenizer import Tokenizer
+from dualenc.data.loading.bad_samples import Bad
+from dualenc.data.loading.epoch_plan import draw
+from dualenc.data.loading.loader import Batches, Request
+from dualenc.data.shards.index import Sample, ShardIndex
+from dualenc.data.shards.shard import content_hash, piece_hash
+from dualenc.data.text.masking import Masked, Masking
+from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
+from dualenc.utils.errors import BadSample, DataError
 
 if TYPE_CHECKING:
-    from dualenc.data.features import Features
+    from dualenc.data.image_features import Features
 
 
 class Pairs(NamedTuple):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from dualenc.data.errors import DataError
+from dualenc.utils.errors import DataError
 
 LOOK_EVERY = 1.0  # seconds between looks at the workers while one waits for a batch
 GRACE = 3.0  # seconds that workers have to end by themselves

@@ -1,77 +1,20 @@
-"""Arrays in, numbers out."""
+"""One evaluator, in training and offline: a model and an evaluation set in, figures with intervals out."""
 
-from dualenc.evaluation.bootstrap import Measures
-from dualenc.evaluation.choice import choice_measures, choice_metrics
-from dualenc.evaluation.probe import Probe, knn_probe, linear_probe
-from dualenc.evaluation.ranking import match_ranks, nearest
-from dualenc.evaluation.retrieval import (
-    Answer,
-    Scores,
-    group_measures,
-    group_metrics,
-    recall_at,
-    retrieval_answers,
-    retrieval_measures,
-    retrieval_metrics,
-    retrieval_ranks,
-)
-from dualenc.evaluation.text import (
-    bigram_both_sides,
-    bigram_perplexity,
-    label_measures,
-    label_metrics,
-    majority_baseline,
-    mean_baseline,
-    perplexity,
-    pseudo_perplexity,
-    replaced_metrics,
-    unigram_perplexity,
-)
-from dualenc.evaluation.zeroshot import (
-    average_precision,
-    calibration,
-    classification_measures,
-    classification_metrics,
-    multilabel_measures,
-    multilabel_metrics,
-    per_class,
-    zero_shot_classifier,
-)
+from dualenc.evaluation.embed import EmbeddingCache, SetEmbeddings, embed_set
+from dualenc.evaluation.results import compare, write_results
+from dualenc.evaluation.score import Evaluated, evaluate, measures, probe, score, score_retrieval, score_within
 
 __all__ = [
-    "Answer",
-    "Measures",
-    "Probe",
-    "Scores",
-    "average_precision",
-    "bigram_both_sides",
-    "bigram_perplexity",
-    "calibration",
-    "choice_measures",
-    "choice_metrics",
-    "classification_measures",
-    "classification_metrics",
-    "group_measures",
-    "group_metrics",
-    "knn_probe",
-    "label_measures",
-    "label_metrics",
-    "linear_probe",
-    "majority_baseline",
-    "match_ranks",
-    "mean_baseline",
-    "multilabel_measures",
-    "multilabel_metrics",
-    "nearest",
-    "per_class",
-    "perplexity",
-    "pseudo_perplexity",
-    "recall_at",
-    "replaced_metrics",
-    "retrieval_answers",
-    "retrieval_measures",
-    "retrieval_metrics",
-    "retrieval_ranks",
-    "unigram_perplexity",
-    "zero_shot_classifier",
+    "EmbeddingCache",
+    "Evaluated",
+    "SetEmbeddings",
+    "compare",
+    "embed_set",
+    "evaluate",
+    "measures",
+    "probe",
+    "score",
+    "score_retrieval",
+    "score_within",
+    "write_results",
 ]

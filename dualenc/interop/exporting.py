@@ -14,23 +14,26 @@ import numpy as np
 from safetensors.torch import save_file
 
 from dualenc.data.images import Preprocess
-from dualenc.data.tokenizer import Tokenizer
-from dualenc.embedder import Embedder, load
-from dualenc.folders import ModelError, hub_folder, read_json, replaced_folder, write_json
-from dualenc.interop import hugging_face, open_clip
-from dualenc.interop.architecture import choose_family, family_of, fitted, places_of, with_segment
-from dualenc.interop.clip_tokens import open_clip_tokenizer_config
-from dualenc.interop.dual import OPEN_CLIP
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.formats.download import hub_folder
+from dualenc.formats.huggingface import dual as hugging_face
+from dualenc.formats.huggingface.architecture import choose_family, family_of, fitted, places_of, with_segment
+from dualenc.formats.huggingface.tokenizers import tokenizer_config
+from dualenc.formats.open_clip import config as open_clip
+from dualenc.formats.open_clip.tokenizer import open_clip_tokenizer_config
+from dualenc.formats.tensors import write_rules
+from dualenc.inference.embedder import Embedder, load
+from dualenc.inference.text_model import TextPredictor, counts_positions, hub_config, load_text
 from dualenc.interop.onnx import text_outputs, verify_text_onnx, write_onnx, write_text_onnx
-from dualenc.interop.peers import SHORT
-from dualenc.interop.predictor import TextPredictor, counts_positions, hub_config, load_text
+from dualenc.interop.reading import OPEN_CLIP
+from dualenc.interop.references import SHORT
 from dualenc.interop.sentence_transformers import write_sentence_transformer
-from dualenc.interop.tensors import write_rules
-from dualenc.interop.tokenizers import tokenizer_config
 from dualenc.interop.verify import TEXTS, Inputs, Verified, make_inputs, outputs_of, random_ids, verify
 from dualenc.models.heads import TextModel
 from dualenc.models.tower import evaluating
 from dualenc.tokens import Tokens, padding_index
+from dualenc.utils.errors import ModelError
+from dualenc.utils.files import read_json, replaced_folder, write_json
 
 Format = Literal["open_clip", "transformers", "sentence-transformers", "onnx"]
 TOLERANCE = 1e-5

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from dualenc.data.tokenizer import Tokenizer
-from dualenc.embedder import Embedder
-from dualenc.folders import ModelError
-from dualenc.interop.dual import DualCheckpoint, join, open_dual
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.inference.embedder import Embedder
+from dualenc.inference.text_model import TextPredictor
 from dualenc.interop.exporting import verify_text
-from dualenc.interop.predictor import TextPredictor
+from dualenc.interop.reading import DualCheckpoint, join, open_dual
 from dualenc.interop.verify import UNCLEAN, Inputs, Verified, make_inputs, outputs_of, verify
-from dualenc.models.dual import MAX_SCALE, unit
+from dualenc.models.dual_encoder import MAX_SCALE, unit
 from dualenc.models.heads import TextModel
 from dualenc.models.tower import evaluating
+from dualenc.utils.errors import ModelError
 
 TOLERANCE = 2e-5
 
@@ -50,7 +50,8 @@ def import_model(
     """Reads a dual encoder of another library, and checks it with that library.
 
     Args:
-        spec: see `dualenc.interop.dual.open_dual`; or `timm:NAME[/FILE]` for an image tower to be joined with a text.
+        spec: see `dualenc.interop.reading.open_dual`; or `timm:NAME[/FILE]` for an image tower to be joined
+            with a text.
         text: a text checkpoint, see `dualenc.load_text`, to be joined with that tower.
         embed_dim, seed: of the projections that join them.
         more: what both sides are given.

@@ -18,17 +18,17 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 from torch.export import Dim
 
-from dualenc.data.errors import one_line
-from dualenc.data.tokenizer import Tokenizer
-from dualenc.embedder import Embedder
-from dualenc.folders import ModelError, write_json
-from dualenc.interop.predictor import TextPredictor
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.inference.embedder import Embedder
+from dualenc.inference.text_model import TextPredictor
 from dualenc.interop.verify import TEXTS, Inputs, Verified, random_ids, verify
-from dualenc.models.dual import DualEncoder, unit
+from dualenc.models.dual_encoder import DualEncoder, unit
 from dualenc.models.heads import TextModel
-from dualenc.models.text import Pool, TextConfig
+from dualenc.models.text_encoder import Pool, TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.tokens import Tokens, padding_index
+from dualenc.utils.errors import ModelError, one_line
+from dualenc.utils.files import write_json
 
 OPSET = 20  # the first that has GELU as one operator; onnxruntime reads it since 1.17
 TOLERANCE = 1e-4  # fp32, beside onnxruntime
@@ -201,7 +201,7 @@ def verify_text_onnx(predictor: TextPredictor, folder: Path, seed: int = 0) -> V
 
 
 def text_outputs(predictor: TextPredictor, inputs: Inputs) -> dict[str, np.ndarray]:
-    """What a text model makes of inputs, by the names of `dualenc.interop.peers`: packed, without any padding."""
+    """What a text model makes of inputs, by the names of `dualenc.interop.references`: packed, without any padding."""
     model, part = predictor.model, WholeText(predictor.model)
     types = None
     if model.config.types > 1:  # as the peer has it: a text's second half is its second segment

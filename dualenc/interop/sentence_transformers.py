@@ -10,14 +10,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dualenc.data.tokenizer import Tokenizer
-from dualenc.embedder import Embedder
-from dualenc.folders import ModelError, write_json
-from dualenc.interop.architecture import fitted, with_segment
-from dualenc.interop.families import FAMILIES
-from dualenc.interop.predictor import TextPredictor, counts_positions, write_text_model
-from dualenc.interop.tokenizers import tokenizer_config
-from dualenc.models.text import Pool, TextEncoder
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.formats.huggingface.architecture import fitted, with_segment
+from dualenc.formats.huggingface.families import FAMILIES
+from dualenc.formats.huggingface.tokenizers import tokenizer_config
+from dualenc.inference.embedder import Embedder
+from dualenc.inference.text_model import TextPredictor, counts_positions, write_text_model
+from dualenc.models.text_encoder import Pool, TextEncoder
+from dualenc.utils.errors import ModelError
+from dualenc.utils.files import write_json
 
 MODES: dict[Pool, str] = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
 ACTIVATIONS = {

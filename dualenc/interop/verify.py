@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from dualenc.data.images import Preprocess, to_tensor
-from dualenc.data.scenes import draw_scene
-from dualenc.data.tokenizer import Tokenizer
-from dualenc.embedder import Embedder
-from dualenc.folders import ModelError
-from dualenc.interop import peers
-from dualenc.models.text import TextConfig
+from dualenc.data.prepare.scenes import draw_scene
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.inference.embedder import Embedder
+from dualenc.interop import references
+from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.tokens import Tokens
+from dualenc.utils.errors import ModelError
 
 TEXTS = (
     "a photo of a dog",
@@ -44,7 +44,7 @@ LONG = 1024  # tokens of a random text, of an encoder that takes more
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both sides are given; see `dualenc.interop.peers`.
+    """What both sides are given; see `dualenc.interop.references`.
 
     Attributes:
         pixels: (N, 3, S, S) float32, normalised noise.
@@ -125,7 +125,7 @@ def make_inputs(
 
 
 def outputs_of(embedder: Embedder, inputs: Inputs) -> dict[str, np.ndarray]:
-    """What we make of the inputs: embeddings by the names of `dualenc.interop.peers`."""
+    """What we make of the inputs: embeddings by the names of `dualenc.interop.references`."""
     with evaluating(embedder.model):
         tokens = Tokens.pack(inputs.ids).to(embedder.device)
         of_ids = embedder.dual_encoder.encode_text(tokens).float().cpu()
@@ -206,7 +206,7 @@ def verify(
     """Compares what we make of inputs with what another library makes of them, in a fresh process.
 
     Args:
-        library: one of `peers.LIBRARIES`.
+        library: one of `references.LIBRARIES`.
         model: what it loads.
         inputs: of both.
         ours: what we made of them, by name; the other must have all of it.
@@ -266,7 +266,7 @@ def run(library: str, model: str, inputs: Inputs) -> dict[str, np.ndarray]:
         folder = Path(name)
         inputs.write(folder)
         done = subprocess.run(
-            [sys.executable, "-I", str(peers.__file__), library, model, name, name],
+            [sys.executable, "-I", str(references.__file__), library, model, name, name],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

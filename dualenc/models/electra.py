@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualenc.models.heads import HeadConfig, TextModel
-from dualenc.models.text import TextConfig
+from dualenc.models.text_encoder import TextConfig
 from dualenc.tokens import Tokens
 
 SHARED = ("words", "places", "segments", "norm")  # of the embeddings; the way to the encoder's width is its own

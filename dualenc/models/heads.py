@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualenc.models.text import ACTIVATIONS, Activation, Pool, TextConfig, TextEncoder, layer_norm
+from dualenc.models.text_encoder import ACTIVATIONS, Activation, Pool, TextConfig, TextEncoder, layer_norm
 from dualenc.tokens import Tokens
 
 

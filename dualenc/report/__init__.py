@@ -1,7 +1,8 @@
 """Results to a table, to JSON and to a page that stands by itself."""
 
-from dualenc.report.examination import print_examination, write_examination
-from dualenc.report.findings import (
+from dualenc.report.doctor import print_examination, write_examination
+from dualenc.report.html import write_comparison, write_json, write_report
+from dualenc.report.model import (
     Answers,
     Choices,
     Classes,
@@ -14,7 +15,6 @@ from dualenc.report.findings import (
     TwoAnswers,
     TwoRankings,
 )
-from dualenc.report.pages import write_comparison, write_json, write_report
 from dualenc.report.terminal import print_comparison, print_table
 
 __all__ = [

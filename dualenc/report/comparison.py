@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from dualenc.report.findings import Comparison, Result, TwoAnswers, TwoRankings
+from dualenc.report.formatting import is_share, less_is_better, measured
+from dualenc.report.model import Comparison, Result, TwoAnswers, TwoRankings
 from dualenc.report.sections import HEADLINES, draw, item
-from dualenc.report.words import is_share, less_is_better, measured
 
 SIDES = ("a", "b")
 

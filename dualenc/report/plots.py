@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from dualenc.report.findings import Points
+from dualenc.report.model import Points
 
 CURVES = (
     "acc1", "acc5", "mean_average_precision", "image_retrieval_recall@1", "image_retrieval_recall@10", "accuracy",

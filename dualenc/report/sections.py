@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dualenc.report.findings import Answers, Choices, Classes, Labels, Picture, Result, Section
+from dualenc.report.formatting import is_share, less_is_better, measured
+from dualenc.report.model import Answers, Choices, Classes, Labels, Picture, Result, Section
 from dualenc.report.plots import COLOURS, embedding_map, reliability, spread
-from dualenc.report.words import is_share, less_is_better, measured
 
 HEADLINES = (
     "acc1", "linear_acc1", "knn_acc1", "mean_average_precision", "image_retrieval_recall@1",

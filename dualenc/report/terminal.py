@@ -5,9 +5,9 @@ from itertools import zip_longest
 from typing import Any
 
 from dualenc.report.comparison import differences
-from dualenc.report.findings import Result
+from dualenc.report.formatting import change, number, plain
+from dualenc.report.model import Result
 from dualenc.report.sections import rows
-from dualenc.report.words import change, number, plain
 
 
 def print_table(results: Sequence[Result]) -> None:

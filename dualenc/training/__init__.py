@@ -1,12 +1,12 @@
 """Lightning: tasks, data modules, optimization, and what a run writes."""
 
-from dualenc.training.callbacks import Evaluation
 from dualenc.training.contrastive import ContrastiveTask
-from dualenc.training.data import PairData
+from dualenc.training.electra import ReplacedTokenTask
 from dualenc.training.ema import EMA
+from dualenc.training.evaluation_callback import Evaluation
 from dualenc.training.optim import Tuning, WarmupCosine, parameter_groups
-from dualenc.training.replaced import ReplacedTokenTask
-from dualenc.training.run import RunDirectory
+from dualenc.training.pair_data import PairData
+from dualenc.training.run_directory import RunDirectory
 from dualenc.training.text import TextTask
 from dualenc.training.text_data import TextData
 

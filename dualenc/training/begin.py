@@ -10,7 +10,7 @@ from lightning import LightningModule, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dualenc.data import DataError, Preprocess
-from dualenc.embedder import load
+from dualenc.inference.embedder import load
 from dualenc.models import ImageEncoder
 from dualenc.training.contrastive import ContrastiveTask, is_model
 

@@ -18,15 +18,15 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import DataError, Pairs, Preprocess
-from dualenc.data.features import Features
+from dualenc.data.image_features import Features
 from dualenc.data.images import thumbnail
-from dualenc.data.masking import Masked
 from dualenc.data.pairs import captions_of, decode_sample
-from dualenc.embedder import Embedder, ModelError, difference, fingerprint, load, model_folder, read_config
-from dualenc.evaluation import retrieval_metrics
-from dualenc.evaluator import score_retrieval
-from dualenc.interop import open_text
+from dualenc.data.text.masking import Masked
+from dualenc.evaluation import score_retrieval
+from dualenc.formats.huggingface.text_checkpoint import open_text
+from dualenc.inference.embedder import Embedder, difference, fingerprint, load, model_folder, read_config
 from dualenc.losses import Duplicates, clip_loss
+from dualenc.metrics import retrieval_metrics
 from dualenc.models import (
     DualConfig,
     DualEncoder,
@@ -43,6 +43,7 @@ from dualenc.training.metrics import PairEmbeddings
 from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.ranks import mean_over_ranks
 from dualenc.training.task import Task, say, tower_in_words
+from dualenc.utils.errors import ModelError
 
 
 def adamw(parameters: Iterable[Any]) -> AdamW:

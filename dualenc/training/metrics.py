@@ -1,4 +1,4 @@
-"""Metrics that keep their state across ranks: thin shells around `dualenc.evaluation`."""
+"""Metrics that keep their state across ranks: thin shells around `dualenc.metrics`."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualenc.data.errors import DataError, one_line
+from dualenc.utils.errors import DataError, one_line
 
 STOPPED = 75  # exit status of a run that a signal stopped: EX_TEMPFAIL, it can go on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

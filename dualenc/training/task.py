@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import DataError
-from dualenc.data.plan import draw
+from dualenc.data.loading.epoch_plan import draw
 from dualenc.models import TextConfig
 from dualenc.report import Section
 from dualenc.training.optim import Tuning, parameter_groups

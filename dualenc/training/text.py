@@ -15,11 +15,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data import DataError
-from dualenc.data.plan import permutation
-from dualenc.data.quarantine import causes
-from dualenc.data.texts import Part, Texts
-from dualenc.evaluation import retrieval_metrics
-from dualenc.evaluation.text import (
+from dualenc.data.loading.bad_samples import causes
+from dualenc.data.loading.epoch_plan import permutation
+from dualenc.data.text.dataset import Part, Texts
+from dualenc.formats.huggingface.text_checkpoint import TextCheckpoint, open_text
+from dualenc.inference.text_model import TextPredictor
+from dualenc.losses import clip_loss
+from dualenc.metrics import retrieval_metrics
+from dualenc.metrics.text import (
     bigram_both_sides,
     bigram_perplexity,
     label_measures,
@@ -29,8 +32,6 @@ from dualenc.evaluation.text import (
     pseudo_perplexity,
     unigram_perplexity,
 )
-from dualenc.interop import TextCheckpoint, TextPredictor, open_text
-from dualenc.losses import clip_loss
 from dualenc.models import HeadConfig, TextConfig, TextModel
 from dualenc.models.heads import answers
 from dualenc.report import Section

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dualenc.data import DataError, Loader, Quarantine
-from dualenc.data.lines import TextIndex
-from dualenc.data.loader import Mix
-from dualenc.data.masking import Masking
-from dualenc.data.texts import TextDataset, Texts, Use, all_labels, all_texts
+from dualenc.data.loading.loader import Mix
+from dualenc.data.text.dataset import TextDataset, Texts, Use, all_labels, all_texts
+from dualenc.data.text.files import TextIndex
+from dualenc.data.text.masking import Masking
 from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig
-from dualenc.training.data import Source, TokenData, stage_name
+from dualenc.training.pair_data import Source, TokenData, stage_name
 from dualenc.training.task import say
 
 Split = Literal["train", "val", "test", "predict"]
@@ -166,7 +166,7 @@ class TextData(TokenData):
         return self._whole[part]
 
     def labels(self, head: str) -> Tensor:
-        """The labels that a head is trained on, see `dualenc.data.texts.Part`."""
+        """The labels that a head is trained on, see `dualenc.data.text.dataset.Part`."""
         if head not in self._labels:
             self._read("train")
             self._labels[head] = all_labels(self._raw["train"][head], self.uses["train"][head])

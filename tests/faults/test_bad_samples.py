@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fits import fails, fit
 from helpers import Shake, caption, encode, pixels, smooth, tiny_tokenizer, write_tar
-from test_cli import fails, fit
 
-import dualenc.data.index as index_module
 import dualenc.data.pairs as pairs_module
+import dualenc.data.shards.shard as index_module
 from dualenc.cli import main
 from dualenc.data import DataError, Loader, PairDataset, Preprocess, Quarantine, ShardIndex
-from dualenc.data.quarantine import Bad
+from dualenc.data.loading.bad_samples import Bad
 
 TOKENIZER = tiny_tokenizer()
 SHORT = ["--data.val", "null", "--trainer.max_steps", "4"]

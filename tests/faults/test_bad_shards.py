@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fits import fails, fit
 from helpers import Shake, forget_copies, tiny_tokenizer, write_shards, write_tar
 from test_bad_samples import SHORT, good, peak, prints
-from test_cli import fails, fit
 
-import dualenc.data.storage as storage
+import dualenc.data.shards.remote as storage
 from dualenc.cli import main
 from dualenc.data import Loader, PairDataset, ShardIndex
 

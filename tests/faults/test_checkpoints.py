@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 import torch
+from fits import fails
 from runs import begin, data, end, logged, run, spoil
-from test_cli import fails
 
 import dualenc.training.checkpoint as checkpoint_module
 from dualenc.training.checkpoint import (

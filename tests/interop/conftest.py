@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dualenc.interop import peers
+from dualenc.interop import references
 from dualenc.interop import verify as verify_module
 from dualenc.interop.verify import Inputs
 
@@ -18,7 +18,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         folder = tmp_path / "between"
         folder.mkdir(exist_ok=True)
         inputs.write(folder)
-        peers.main(library, model, str(folder), str(folder))
+        references.main(library, model, str(folder), str(folder))
         with np.load(folder / "outputs.npz") as arrays:
             return dict(arrays)
 

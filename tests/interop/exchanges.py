@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dualenc import Embedder, Preprocess
 from dualenc.data import Tokenizer
-from dualenc.interop.clip_tokens import clip_backend
+from dualenc.formats.open_clip.tokenizer import clip_backend
 from dualenc.models import DualEncoder, ImageConfig, TextConfig
 
 LONGEST = 12

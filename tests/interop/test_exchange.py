@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from dualenc import Embedder, ModelError
 from dualenc.interop import verify as verify_module
-from dualenc.interop.dual import open_dual
 from dualenc.interop.exporting import export
 from dualenc.interop.importing import TOLERANCE, import_model
+from dualenc.interop.reading import open_dual
 from dualenc.interop.verify import Inputs, make_inputs, verify
 from dualenc.models import DualConfig, DualEncoder
 from dualenc.tokens import Tokens

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from exchanges import of_hugging_face, of_open_clip, of_ours
+from fits import fails
 from safetensors.torch import load_file, save_file
-from test_cli import fails
 
 from dualenc import ModelError
 from dualenc.interop import verify as verify_module
-from dualenc.interop.dual import open_dual
+from dualenc.interop.reading import open_dual
 from dualenc.interop.verify import Inputs
 
 BERT = {"types": 2, "pool": "cls"}
@@ -290,8 +290,8 @@ def test_what_cannot_be_checked_is_not_written(
 ) -> None:
     hidden = "import sys\nsys.modules['transformers'] = None\n"  # as where it is not installed
     program = tmp_path / "peers.py"
-    program.write_text(hidden + Path(str(verify_module.peers.__file__)).read_text())
-    monkeypatch.setattr(verify_module.peers, "__file__", str(program))
+    program.write_text(hidden + Path(str(verify_module.references.__file__)).read_text())
+    monkeypatch.setattr(verify_module.references, "__file__", str(program))
     line = refused("export", str(kept["ours"]), "--format", "transformers")
     assert "transformers" in line
     assert "what cannot be checked is not written" in line

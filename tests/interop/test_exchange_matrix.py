@@ -10,13 +10,13 @@ from exchanges import VOCAB, of_ours
 from helpers import perturb, tiny_tokenizer
 
 from dualenc import ModelError
-from dualenc.folders import read_json
-from dualenc.interop import TextPredictor
-from dualenc.interop.dual import open_dual
+from dualenc.formats.huggingface.dual import SMALL
+from dualenc.inference.text_model import TextPredictor
 from dualenc.interop.exporting import export
-from dualenc.interop.hugging_face import SMALL
+from dualenc.interop.reading import open_dual
 from dualenc.interop.verify import make_inputs, outputs_of
 from dualenc.models import HeadConfig, Projection, TextConfig, TextModel
+from dualenc.utils.files import read_json
 
 pytestmark = [pytest.mark.usefixtures("in_process"), pytest.mark.slow]
 POOLED = Projection((24,), (True, False), "tanh")

@@ -13,19 +13,19 @@ import onnx as library
 import onnxruntime
 import pytest
 import torch
-from helpers import WORDS, tiny_embedder, tiny_tokenizer
+from helpers import ROOT, WORDS, tiny_embedder, tiny_tokenizer
 from PIL import Image
 from torch import Tensor
 
 from dualenc.data import Preprocess, Tokenizer
-from dualenc.embedder import Embedder
-from dualenc.folders import ModelError
-from dualenc.interop import TextPredictor, onnx, peers
+from dualenc.inference.embedder import Embedder
+from dualenc.inference.text_model import TextPredictor
+from dualenc.interop import onnx, references
 from dualenc.interop.verify import TEXTS, make_inputs, outputs_of, verify
 from dualenc.models import DualEncoder, HeadConfig, ImageConfig, TextConfig, TextModel
 from dualenc.tokens import Tokens
+from dualenc.utils.errors import ModelError
 
-ROOT = Path(__file__).parents[2]
 CONTEXT = 16
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 HEADS = {
@@ -335,9 +335,9 @@ def test_the_peer_has_no_torch(tmp_path: Path, monkeypatch: Any, seed: int) -> N
     mask = np.ones((1, 3), np.int64)
     inputs = {"ids": mask, "mask": mask, "texts": ["a"]}
     with pytest.raises(RuntimeError, match="torch was imported"):
-        peers.onnx(str(tmp_path), inputs)
+        references.onnx(str(tmp_path), inputs)
     monkeypatch.delitem(sys.modules, "torch")
-    assert set(peers.onnx(str(tmp_path), inputs)) == {"ids", "hidden", "texts", "text_ids", "text_mask"}
+    assert set(references.onnx(str(tmp_path), inputs)) == {"ids", "hidden", "texts", "text_ids", "text_mask"}
 
 
 def test_the_example_of_the_docs(tmp_path: Path, seed: int) -> None:

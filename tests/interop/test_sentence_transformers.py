@@ -11,17 +11,18 @@ from helpers import SIZE, WORDS, perturb, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from dualenc.data import Preprocess, Tokenizer
-from dualenc.embedder import Embedder
-from dualenc.folders import ModelError
-from dualenc.interop import TextPredictor, load_text, peers
+from dualenc.formats.open_clip.tokenizer import clip_backend
+from dualenc.inference.embedder import Embedder
+from dualenc.inference.text_model import TextPredictor, load_text
+from dualenc.interop import references
 from dualenc.interop import verify as verify_module
-from dualenc.interop.clip_tokens import clip_backend
 from dualenc.interop.sentence_transformers import write_sentence_transformer
 from dualenc.interop.verify import TEXTS, Inputs, make_inputs, outputs_of, random_ids, verify
 from dualenc.models import DualEncoder, HeadConfig, ImageConfig, TextConfig, TextModel
-from dualenc.models.dual import Projection
-from dualenc.models.text import ACTIVATIONS
+from dualenc.models.dual_encoder import Projection
+from dualenc.models.text_encoder import ACTIVATIONS
 from dualenc.models.tower import evaluating
+from dualenc.utils.errors import ModelError
 
 TOLERANCE = 1e-5
 
@@ -33,7 +34,7 @@ def here_and_now(request: pytest.FixtureRequest, tmp_path_factory: Any, monkeypa
     def run(library: str, model: str, inputs: Inputs) -> dict[str, np.ndarray]:
         folder = tmp_path_factory.mktemp("peer")
         inputs.write(folder)
-        peers.main(library, model, str(folder), str(folder))
+        references.main(library, model, str(folder), str(folder))
         with np.load(folder / "outputs.npz") as arrays:
             return dict(arrays)
 

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fits import SMALL, SMOKE, metrics, small_fit
 from helpers import WORDS, write_benchmark, write_shards
-from test_configs import CONFIGS, SMALL, metrics, small_fit
 
 import dualenc
 from dualenc.cli import main
-
-SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
 
 
 def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:

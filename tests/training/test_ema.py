@@ -5,13 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fits import SMOKE, small_fit
 from safetensors.torch import load_file
-from test_configs import CONFIGS, small_fit
 
 from dualenc.training import EMA
 from dualenc.training.checkpoint import checkpoints, read
-
-SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -3,13 +3,10 @@
 from pathlib import Path
 
 import pytest
-from helpers import write_shards
-from test_configs import CONFIGS, SMALL, metrics, small_fit
+from fits import SMALL, SMOKE, metrics, small_fit
+from helpers import DATA, needs_data, write_shards
 
 from dualenc.cli import main
-
-SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
-FLICKR = Path(__file__).parents[3] / "shared" / "data" / "flickr8k"
 
 
 def fit(folder: Path, *more: str) -> list[float]:
@@ -34,10 +31,10 @@ def test_pieces_follow_the_whole_batch(tmp_path: Path, seed: int, loss: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FLICKR.is_dir(), reason="no Flickr8k")
+@needs_data
 def test_flickr8k(tmp_path: Path, seed: int) -> None:
     """1,024 photos and captions a batch through pieces of 64."""
-    options = ["--data.train", str(FLICKR), "--data.captions", "json.captions", "--data.batch_size", "1024"]
+    options = ["--data.train", str(DATA / "flickr8k"), "--data.captions", "json.captions", "--data.batch_size", "1024"]
     options += ["--trainer.max_steps", "20", "--seed_everything", str(seed)]
     whole = fit(tmp_path / "whole", *options)
     pieces = fit(tmp_path / "pieces", *options, "--data.micro_batch_size", "64")

@@ -6,19 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from fits import SMOKE, metrics, small_fit
 from helpers import SIZE, WORDS, tiny_tokenizer
 from ranks import in_ranks
-from test_configs import CONFIGS, metrics, small_fit
 
 import dualenc
 from dualenc.cli import main
 from dualenc.data import Pairs
-from dualenc.data.masking import Masking
+from dualenc.data.text.masking import Masking
 from dualenc.losses import clip_loss
 from dualenc.models import ImageConfig, TextConfig
 from dualenc.training import ContrastiveTask
 
-SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 WEIGHT = 0.7
 

@@ -10,17 +10,15 @@ from types import SimpleNamespace
 import pytest
 import timm.optim
 import torch
+from fits import SMOKE, fails, fit, metrics, small_fit
 from helpers import write_shards
 from runs import callbacks, data
 from runs import run as run_ranks
 from safetensors.torch import load_file
-from test_cli import fails, fit
-from test_configs import CONFIGS, metrics, small_fit
 
 from dualenc.models import DualEncoder, ImageConfig, ImageEncoder, TextConfig
 from dualenc.training import ContrastiveTask, Tuning, WarmupCosine, parameter_groups
 
-SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
 VIT = {"patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2}
 IMAGE = ImageConfig("vit_tiny_patch16_224", 32, VIT)
 TEXT = TextConfig(50, 16, 2, 2, types=2, norm="pre")

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fits import SMALL, SMOKE, fails, metrics, small_fit
 from helpers import SIZE, WORDS, tiny_embedder, write_benchmark, write_shards
 from safetensors.torch import load_file
-from test_cli import fails
-from test_configs import CONFIGS, SMALL, metrics, small_fit
 
 import dualenc
 from dualenc import DualEncoder, ImageConfig, ModelError, Preprocess, TextConfig, Tokenizer
@@ -21,7 +20,6 @@ from dualenc.cli import main
 from dualenc.models import Projection
 from dualenc.training import ContrastiveTask
 
-SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 

@@ -7,23 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from fits import SMOKE, TINY_TEXT, metrics, small_fit
 from helpers import WORDS, tiny_tokenizer, write_texts
 from ranks import in_ranks
 from runs import callbacks, run
 from safetensors.torch import load_file
-from test_configs import CONFIGS, metrics, small_fit
 
 import dualenc
 from dualenc.cli import main
-from dualenc.data.masking import Masking
-from dualenc.data.texts import Part, Texts
-from dualenc.interop import open_text
+from dualenc.data.text.dataset import Part, Texts
+from dualenc.data.text.masking import Masking
+from dualenc.formats.huggingface.text_checkpoint import open_text
 from dualenc.losses import clip_loss
 from dualenc.models import HeadConfig, TextConfig, TextModel
 from dualenc.training import TextTask
 from dualenc.training.text import NEGATIVES
 
-SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
 HEADS = {
     "words": HeadConfig("mlm", weight=0.5),
     "one": HeadConfig("classification", labels=("a", "b", "c")),
@@ -166,8 +165,6 @@ def test_over_ranks(tmp_path, seed):
 
 # Runs.
 
-TINY = {"vocab_size": 120, "width": 32, "layers": 2, "heads": 2, "context_length": 24, "norm": "pre"}
-
 
 def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, start=main, **options) -> Path:
     """A run on the files of `write_texts`."""
@@ -188,7 +185,7 @@ def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, 
         },
         "run": {"monitor": "val/mood/accuracy", "every_n_steps": 2},
         "model": {"class_path": "dualenc.training.TextTask", "init_args": {
-            "heads": heads, **({"text": text or TINY} if "text_from" not in options else {}), **options,
+            "heads": heads, **({"text": text or TINY_TEXT} if "text_from" not in options else {}), **options,
             "scheduler": {"class_path": "dualenc.training.WarmupCosine", "init_args": {"warmup": 2}},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}},
         }},
@@ -206,7 +203,7 @@ def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, 
 @pytest.mark.parametrize("mix", ["together", pytest.param("in_turn", marks=pytest.mark.slow)])
 def test_continued_to_the_bit(tmp_path, seed, mix):
     write_texts(tmp_path, seed)
-    dropout = {**TINY, "dropout": 0.1}
+    dropout = {**TINY_TEXT, "dropout": 0.1}
     more = ("--data.mix", mix)
     whole = fit(tmp_path / "whole", tmp_path, seed, *more, text=dropout)
     stop = json.dumps([{"class_path": "helpers.StopAt", "init_args": {"step": 5}}])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualenc.evaluation.retrieval import retrieval_metrics
+from dualenc.metrics.retrieval import retrieval_metrics
 from tools.bench.runner import Result, Side, compare, extra_memory
 
 KS = (1, 5, 10)

@@ -73,8 +73,8 @@ def _open_clip(width: int, layers: int) -> tuple[Any, Any, Any]:
     """A model for both sides, the peer's view of it, and the peer's tokenizer."""
     from open_clip import CLIP, SimpleTokenizer
 
-    from dualenc.embedder import Embedder
-    from dualenc.models.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform
+    from dualenc.inference.embedder import Embedder
+    from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform
 
     vision = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": width // 64, "layers": layers}

@@ -1,0 +1,1 @@
+"""What would hurt a run on shards, found before it."""

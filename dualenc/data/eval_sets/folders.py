@@ -1,0 +1,253 @@
+"""Evaluation sets of loose files: class folders, caption tables, and captions to choose between."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualenc.data.eval_sets.base import (
+    CLASSNAMES,
+    SPLITS,
+    TEMPLATE_FILE,
+    Choices,
+    Content,
+    Files,
+    Problems,
+    listed,
+    note_duplicates,
+    read_classnames,
+    read_templates,
+)
+from dualenc.data.images import IMAGE_EXTENSIONS
+from dualenc.data.prepare.caption_sources import (
+    TEMPLATES,
+    class_name,
+    clean,
+    fault,
+    inside,
+    json_lines,
+    read_source,
+    tables_in,
+)
+from dualenc.utils.errors import DataError
+from dualenc.utils.urls import join
+
+# Class folders
+
+
+def class_folders(root: Path) -> dict[str, Path]:
+    """The splits of a set of class folders: its own folder as "test", or one below for each; none if it is no such."""
+    if any(map(_has_image, _below(root))):
+        return {"test": root}
+    below = {name: root / name for name in SPLITS if (root / name).is_dir()}
+    return {name: folder for name, folder in below.items() if any(map(_has_image, _below(folder)))}
+
+
+def read_class_folders(root: Path, split: str) -> Content:
+    """Classification with a folder for each class: those of all splits, in sorted order.
+
+    Raises:
+        DataError: there are fewer than two, or `classnames.txt` beside them has another number of lines.
+    """
+    problems: Problems = defaultdict(list)
+    splits = class_folders(root)
+    folders = sorted({folder.name for here in splits.values() for folder in _below(here)})
+    if len(folders) < 2:
+        tables = ", ".join(sorted(path.name for path in root.iterdir() if path.suffix in (".json", ".jsonl", ".csv")))
+        more = f"; if a table beside it describes the images, name that: {tables}" if tables else ""
+        raise DataError(f"{root} has one folder with images, {folders[0]}: a folder for each class is wanted{more}")
+    names = read_classnames(join(str(root), CLASSNAMES), problems)
+    if names is None:
+        names = list(map(class_name, folders))
+        note_duplicates(names, problems)
+    if len(names) != len(folders):
+        raise DataError(
+            f"{root / CLASSNAMES} has {len(names)} lines for {len(folders)} class folders: one for each is wanted, "
+            "in sorted order"
+        )
+    templates = read_templates(join(str(root), TEMPLATE_FILE), problems) or list(TEMPLATES)
+    paths, keys, targets = [], [], []
+    for number, folder in enumerate(folders):
+        here = splits[split] / folder
+        images, others = _files(here) if here.is_dir() else ([], [])
+        if others:
+            problems[f"neither .{', .'.join(IMAGE_EXTENSIONS)} in a class folder"] += [
+                clean(f"{here}/{name}") for name in others
+            ]
+        if not images:
+            problems["class folder without images"].append(clean(str(here)))
+        paths += [f"{here}/{name}" for name in images]
+        keys += [f"{folder}/{name}" for name in images]
+        targets += [number] * len(images)
+    return Content(
+        kind="classification",
+        pictures=Files(paths, keys),
+        problems=listed(problems),
+        classnames=names,
+        templates=templates,
+        targets=torch.tensor(targets, dtype=torch.int64),
+    )
+
+
+def _below(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _files(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the images in a folder, and of all else that is not hidden."""
+    with os.scandir(folder) as found:
+        entries = {entry.name: _is_image(entry) for entry in found if not entry.name.startswith(".")}
+    return sorted(name for name in entries if entries[name]), sorted(name for name in entries if not entries[name])
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS and entry.is_file()
+
+
+def _has_image(folder: Path) -> bool:
+    with os.scandir(folder) as found:
+        return any(_is_image(entry) for entry in found if not entry.name.startswith("."))
+
+
+# Tables
+
+
+def is_described(folder: Path) -> bool:
+    """Whether a folder holds a table that `read_table` takes."""
+    return (folder / "examples.jsonl").is_file() or bool(tables_in(folder))
+
+
+def read_table(path: Path) -> Content:
+    """A caption table as retrieval, with all captions of an image; Winoground's or SugarCrepe's as choices.
+
+    Args:
+        path: of the table, or of a folder that holds one.
+
+    Raises:
+        DataError: it is not understood, or its images are not found.
+    """
+    table = path / "examples.jsonl" if (path / "examples.jsonl").is_file() else path
+    if rows := _winoground(table) or _sugar_crepe(table):
+        return _read_choices(table, rows)
+    source = read_source(table, None, None, None, None)
+    problems: Problems = defaultdict(list)
+    for what, name in source.left_out:
+        problems[what].append(name)
+    files, keys, texts, owner = [], [], [], []
+    for item in source.items:
+        file = inside(source.images, item.image)
+        if file is None or not os.path.isfile(file):
+            problems["image missing" if file else "image outside of its folder"].append(clean(item.image))
+            continue
+        texts += item.captions
+        owner += [len(files)] * len(item.captions)
+        files.append(file)
+        keys.append(item.image)
+    return Content(
+        kind="retrieval",
+        pictures=Files(files, keys),
+        problems=listed(problems),
+        captions=(texts, torch.tensor(owner, dtype=torch.int64)),
+    )
+
+
+_Row = tuple[str, list[Any], list[Any]] | tuple[str, None, None]  # key, image names and captions; None: not understood
+
+
+def _winoground(table: Path) -> Iterator[_Row] | None:
+    """The rows of an `examples.jsonl`; None if the table is none."""
+    fields = ("image_0", "image_1", "caption_0", "caption_1")
+
+    def row(place: str, record: dict[str, Any] | None) -> _Row:
+        if record is None or not record.keys() >= set(fields):
+            return place, None, None
+        values = [record[name] for name in fields]
+        return str(record.get("id", place)), values[:2], values[2:]
+
+    if table.suffix.lower() not in (".jsonl", ".ndjson"):
+        return None
+    first = next((record for _, record in json_lines(table) if record is not None), {})
+    if not first.keys() >= set(fields):
+        return None
+    return (row(*record) for record in json_lines(table))
+
+
+def _sugar_crepe(table: Path) -> Iterator[_Row] | None:
+    """The rows of such a JSON, in its order; None if the table is none."""
+    fields = ("filename", "caption", "negative_caption")
+
+    def row(place: str, record: Any) -> _Row:
+        if not isinstance(record, dict) or not record.keys() >= set(fields):
+            return place, None, None
+        return place, [record["filename"]], [record["caption"], record["negative_caption"]]
+
+    if table.suffix.lower() != ".json":
+        return None
+    try:
+        content = json.loads(table.read_bytes())
+    except (ValueError, RecursionError):  # the reader of all other tables will say so
+        return None
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    first = next((record for _, record in items if isinstance(record, dict)), {})
+    if "negative_caption" not in first:
+        return None
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    return (row(str(place), record) for place, record in items)
+
+
+def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
+    """Instances whose images are there and whose captions can be read; an image of several is one."""
+    problems: Problems = defaultdict(list)
+    here = os.path.dirname(os.path.abspath(table))
+    folders = [os.path.normpath(os.path.join(here, name)) for name in _IMAGE_FOLDERS]
+    files: dict[str, tuple[int, str]] = {}  # path -> number and name
+    texts: dict[str, int] = {}
+    images: list[list[int]] = []
+    captions: list[list[int]] = []
+    keys: list[str] = []
+    for key, names, pair in rows:
+        where = f"{table} {clean(key)!r}"
+        if names is None or pair is None:
+            problems["row broken"].append(where)
+            continue
+        if wrong := next(filter(None, map(fault, pair)), None):
+            problems[wrong].append(where)
+            continue
+        found = [_locate(folders, name) for name in names]
+        if None in found:
+            problems["image missing"].append(f"{where}: {clean(names[found.index(None)])!r}")
+            continue
+        numbers = [files.setdefault(str(path), (len(files), name))[0] for path, name in zip(found, names)]
+        images.append([*numbers, -1][:2])
+        captions.append([texts.setdefault(text.strip(), len(texts)) for text in pair])
+        keys.append(clean(key))
+    return Content(
+        kind="choice",
+        pictures=Files(list(files), [name for _, name in files.values()]),
+        problems=listed(problems),
+        texts=list(texts),
+        choices=Choices(
+            torch.tensor(images, dtype=torch.int64).view(-1, 2),
+            torch.tensor(captions, dtype=torch.int64).view(-1, 2),
+            keys,
+        ),
+    )
+
+
+_IMAGE_FOLDERS = ("images", "val2017", "images/val2017", ".", "../images", "../val2017")  # from the table on
+
+
+def _locate(folders: Sequence[str], name: Any) -> str | None:
+    """The file of an image, whose name may lack its ending."""
+    if not isinstance(name, str) or not name.strip():
+        return None
+    for folder in folders:
+        for ending in ("", *(f".{extension}" for extension in IMAGE_EXTENSIONS)):
+            path = inside(folder, f"{name}{ending}")
+            if path is not None and os.path.isfile(path):
+                return path
+    return None

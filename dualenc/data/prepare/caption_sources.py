@@ -1,0 +1,359 @@
+"""Pictures with captions as people keep them: tables, COCO, Flickr's token files, class folders.
+
+Each becomes a list of items, an image's name and its captions; nobody after this knows where they came from.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from dualenc.data.images import IMAGE_EXTENSIONS
+from dualenc.utils.errors import DataError
+
+TEMPLATES = ("a photo of a {c}.",)
+_IMAGE_COLUMNS = (
+    "image", "image_path", "img_path", "image_file", "image_filename", "image_name", "img", "file", "filename",
+    "file_name", "filepath", "file_path", "path",
+)  # fmt: skip
+_CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences", "description", "comment")
+_IMAGE_FOLDERS = (
+    "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images"
+)  # fmt: skip
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token")
+_TABLE_IN_FOLDER = re.compile(r"(metadata|captions)\.(csv|tsv|jsonl|ndjson|parquet|txt)|results\.csv|.*\.token(\.txt)?")
+_TOKEN_LINE = re.compile(r"(\S.*)#\d+\t(.*)")
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,12})?")
+
+Record = tuple[str, dict[str, Any] | None]  # where in the source, and what is there; None for what cannot be read
+
+
+@dataclass(slots=True)
+class Item:
+    """An image with its captions and whatever else is known of it."""
+
+    image: str  # relative to the image folder, or absolute
+    captions: list[str]
+    fields: dict[str, Any]
+
+
+@dataclass
+class Source:
+    """What a source holds."""
+
+    images: str  # folder
+    items: list[Item]
+    total: int  # items, and what is lost before any picture is read
+    left_out: list[list[str]]  # cause, which
+    classnames: list[str] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """A hash of all of it but the pictures themselves."""
+        digest = hashlib.blake2b(digest_size=16)
+        for item in self.items:
+            digest.update(json.dumps([item.image, item.captions, item.fields]).encode())
+        digest.update(json.dumps([self.left_out, self.classnames]).encode())
+        return digest.hexdigest()
+
+
+def read_source(
+    source: Path,
+    images: str | os.PathLike[str] | None,
+    image_column: str | None,
+    caption_column: str | None,
+    templates: Sequence[str] | None,
+) -> Source:
+    """Reads a source, whatever it is; the arguments are those of `make_shards`.
+
+    Raises:
+        DataError: it is not there, not understood, or holds nothing.
+    """
+    if not source.exists():
+        raise DataError(f"source {source} does not exist")
+    if images is not None and not os.path.isdir(images):
+        raise DataError(f"images {images} is no folder")
+    table = source
+    if source.is_dir():
+        tables = tables_in(source)
+        if len(tables) > 1:
+            raise DataError(
+                f"{source} holds {' and '.join(path.name for path in tables)}: name one of them as the source"
+            )
+        if not tables:
+            if image_column or caption_column or images is not None:
+                raise DataError(f"{source}: columns and images are for tables, these are folders of classes")
+            return _class_folders(source, templates or TEMPLATES)
+        table = tables[0]
+    if templates:
+        raise DataError(f"{table}: templates are for folders of classes; its captions are its own")
+    try:
+        records, coco = _records(table)
+        first = list(islice(records, 100))
+        columns = list(dict.fromkeys(name for _, record in first for name in record or ()))
+        if coco and (image_column or caption_column):
+            raise DataError(f"{table}: columns are for tables, this is COCO's captions JSON")
+        image = "file_name" if coco else _column(table, columns, image_column, _IMAGE_COLUMNS, "image")
+        caption = "caption" if coco else _column(table, columns, caption_column, _CAPTION_COLUMNS, "caption")
+        found = _gather(chain(first, records), image, caption)
+    except OSError as error:
+        raise DataError(f"{table} cannot be read ({error.strerror})") from None
+    if not found.items:
+        causes = ", ".join(f"{cause} {n}" for cause, n in Counter(cause for cause, _ in found.left_out).items())
+        raise DataError(f"{table}: no row has an image and a caption ({causes or 'it is empty'})")
+    if table.suffix.lower() in (".csv", ".tsv", ".txt"):
+        _to_numbers(found.items)
+    found.images = os.path.abspath(images) if images is not None else _find_images(table, found.items)
+    return found
+
+
+def tables_in(folder: Path) -> list[Path]:
+    """The tables that a folder is taken to be described by."""
+    return sorted(path for path in folder.iterdir() if _TABLE_IN_FOLDER.fullmatch(path.name))
+
+
+def class_name(folder: str) -> str:
+    """What the class is called whose images a folder holds."""
+    return " ".join(clean(folder).replace("_", " ").replace("-", " ").split())
+
+
+def _class_folders(source: Path, templates: Sequence[str]) -> Source:
+    if without := [template for template in templates if "{c}" not in template or not template.strip()]:
+        raise DataError(f"templates: {without[0]!r} has no {{c}}")
+    folders = {}
+    for folder in sorted(source.iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+            if any(Path(name).suffix.lower()[1:] in IMAGE_EXTENSIONS for name in names):
+                folders[folder.name] = names
+    if not folders:
+        tables = [path.name for path in sorted(source.iterdir()) if path.suffix in _TABLES]
+        below = [path.name for path in sorted(source.iterdir()) if path.is_dir()]
+        raise DataError(
+            f"{source} has no folders with images in them, one for each class, and no metadata.csv or the like; name "
+            f"a table or a folder of class folders as the source (here are: {', '.join([*tables, *below]) or 'none'})"
+        )
+    found = Source(str(source), [], 0, [])
+    for folder, names in folders.items():
+        name = class_name(folder)
+        found.classnames += [name] if name not in found.classnames else []
+        filled = [template.replace("{c}", name) for template in templates]
+        for file in names:
+            turn = len(found.items) % len(filled)
+            found.items.append(Item(f"{folder}/{file}", filled[turn:] + filled[:turn], {"class": name}))
+    found.images, found.total = os.path.abspath(source), len(found.items)
+    return found
+
+
+def _records(table: Path) -> tuple[Iterator[Record], bool]:
+    """The rows of a table, and whether they are COCO's."""
+    kind = table.suffix.lower()
+    if kind not in _TABLES:
+        raise DataError(f"source {table}: a folder, or a table {', '.join(_TABLES)} is wanted")
+    if kind == ".parquet":
+        return _parquet(table), False
+    if kind in (".jsonl", ".ndjson"):
+        return json_lines(table), False
+    if kind == ".json":
+        try:
+            content = json.loads(table.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{table} is no JSON ({error})") from None
+        if isinstance(content, list):
+            return ((f"entry {i}", row if isinstance(row, dict) else None) for i, row in enumerate(content)), False
+        return _coco(table, content), True
+    return _delimited(table), False
+
+
+def _delimited(path: Path) -> Iterator[Record]:
+    """CSV with commas or semicolons, quoted; tabs or bars, a row a line; or Flickr's `name#number<TAB>caption`."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        head = file.readline().rstrip("\r\n")
+        if _TOKEN_LINE.fullmatch(head):
+            for number, line in enumerate(chain([head], file), 1):
+                match = _TOKEN_LINE.fullmatch(line.rstrip("\r\n"))
+                if line.strip():
+                    yield f"line {number}", {"image": match[1], "caption": match[2]} if match else None
+            return
+        delimiter = "\t" if path.suffix == ".tsv" else max(",\t|;", key=head.count)
+        rows = _quoted_rows(file, delimiter) if delimiter in ",;" else _plain_rows(file, delimiter)
+        columns = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
+        for place, row in rows:
+            whole = row is not None and len(row) == len(columns)
+            yield place, dict(zip(columns, row)) if row and whole else None
+
+
+def _quoted_rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[str, list[str] | None]]:
+    reader = csv.reader(file, delimiter=delimiter, strict=True)  # else an open quote swallows what follows
+    while True:
+        first = reader.line_num + 2
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            row = None
+        last = reader.line_num + 1
+        if row is None or row:
+            yield f"line {first}" if first >= last or row else f"lines {first} to {last}", row
+
+
+def _plain_rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[str, list[str] | None]]:
+    for number, line in enumerate(file, 2):
+        if line.strip():
+            row = [value.strip() for value in line.rstrip("\r\n").split(delimiter)]
+            quoted = [len(value) > 1 and value[0] == value[-1] == '"' for value in row]
+            yield f"line {number}", [v[1:-1].replace('""', '"') if q else v for v, q in zip(row, quoted)]
+
+
+def json_lines(path: Path) -> Iterator[Record]:
+    """The objects of a file with one a line."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            yield f"line {number}", record if isinstance(record, dict) else None
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise DataError(f"{path}: Parquet files are read by pyarrow, which is missing: pip install pyarrow") from None
+    try:
+        number = 0
+        for batch in ParquetFile(path).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield f"row {number}", record
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error})") from None
+
+
+def _coco(path: Path, content: Any) -> Iterator[Record]:
+    try:
+        images = {image["id"]: {"file_name": None, **image, "caption": None} for image in content["images"]}
+        notes = [(note["id"], note["image_id"], note["caption"]) for note in content["annotations"]]
+        without = dict.fromkeys(images.keys())
+        for _, image, _ in notes:
+            without.pop(image, None)
+    except (KeyError, TypeError):
+        raise DataError(
+            f"{path} is neither a list of objects nor COCO's captions JSON, with `images` (id, file_name) and "
+            "`annotations` (id, image_id, caption)"
+        ) from None
+    for id, image, caption in notes:
+        yield f"annotation {id}", {**images[image], "caption": caption} if image in images else None
+    for id in without:
+        yield f"image {id}", images[id]
+
+
+def _column(table: Path, columns: list[str], given: str | None, usual: Sequence[str], what: str) -> str:
+    if given is not None and given in columns:
+        return given
+    known = {name.lower(): name for name in reversed(columns)}
+    found = [known[name] for name in usual if name in known] if given is None else []
+    if not found:
+        wrong = f"no column {given!r}" if given is not None else f"no column that is known to hold the {what}s"
+        raise DataError(
+            f"{table} has {wrong}, only {', '.join(map(repr, columns)) or 'none'}: "
+            f"name it by --{what}_column of make-shards"
+        )
+    return found[0]
+
+
+def _gather(records: Iterable[Record], image: str, caption: str) -> Source:
+    """Rows to items: the rows of an image are one, which keeps the further columns that they agree in."""
+    items: dict[str, Item] = {}
+    broken, left_out = 0, []
+    for place, record in records:
+        if record is None:
+            broken += 1
+            left_out.append(["row broken", place])
+            continue
+        name = record.get(image)
+        if not isinstance(name, str) or not name.strip():
+            broken += 1
+            left_out.append(["image not named", place])
+            continue
+        name = name.strip()
+        fields = {
+            clean(key): clean(value) for key, value in record.items()
+            if key not in (image, caption, "") and _is_scalar(value)
+        }  # fmt: skip
+        item = items.setdefault(os.path.normpath(name), Item(name, [], fields))
+        item.fields = {key: value for key, value in item.fields.items() if key in fields and fields[key] == value}
+        texts = record.get(caption)
+        for text in texts if isinstance(texts, list) and texts else [texts]:
+            if wrong := fault(text):
+                left_out.append([wrong, f"{place}: {clean(name)}"])
+            else:
+                item.captions.append(" ".join(str(text).split()))
+    usable = [item for item in items.values() if item.captions]
+    return Source("", usable, len(items) + broken, left_out)
+
+
+def fault(caption: Any) -> str | None:
+    """What is wrong with a caption, or None."""
+    if isinstance(caption, str) and caption.strip():
+        return None if caption == clean(caption) else "caption not UTF-8"
+    nothing = caption is None or caption == [] or caption != caption  # NaN is how pandas writes nothing
+    return "caption empty" if nothing or isinstance(caption, str) else "caption no text"
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def clean(value: Any) -> Any:
+    """Text that can be written as UTF-8; other values as they are."""
+    return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if isinstance(value, str) else value
+
+
+def _to_numbers(items: list[Item]) -> None:
+    """Columns of a text table that hold nothing but numbers: expressions over the fields compare them."""
+    words = {key for item in items for key, value in item.fields.items() if value and not _NUMBER.fullmatch(value)}
+    for item in items:
+        item.fields = {
+            key: value if key in words else float(value) if "." in value else int(value)
+            for key, value in item.fields.items()
+            if value or key in words
+        }
+
+
+def _find_images(table: Path, items: list[Item]) -> str:
+    """The folder beside a table that holds most of a sample of its images."""
+    folder = os.path.dirname(os.path.abspath(table))
+    split = table.stem.rpartition("_")[2]  # captions_train2017.json belongs to train2017/
+    below = [*_IMAGE_FOLDERS, split, f"images/{split}"]
+    places = [
+        folder,
+        *(os.path.normpath(os.path.join(base, name)) for base in (folder, f"{folder}/..") for name in below),
+    ]
+    some = [item.image for item in items[:: max(1, len(items) // 50)]]
+    hits = [sum(os.path.isfile(inside(place, name) or "") for name in some) for place in places]
+    if not any(hits):
+        near = ", ".join(os.path.relpath(place, folder) for place in places)
+        raise DataError(
+            f"{table}: {clean(some[0])!r} and the like are not in {folder} nor in ({near}) beside it; "
+            "name the folder that the names start from by --images of make-shards"
+        )
+    return places[hits.index(max(hits))]
+
+
+def inside(folder: str, name: str) -> str | None:
+    """The path of an image, unless its name leads out of the folder. Links in the folder are the owner's choice."""
+    path = os.path.normpath(os.path.join(folder, name))
+    return path if "\0" not in path and "://" not in name and path.startswith(folder.rstrip("/") + "/") else None

@@ -1,0 +1,1 @@
+"""Texts: files of lines, tokenizers, hidden words, and batches of texts."""

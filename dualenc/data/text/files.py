@@ -1,0 +1,394 @@
+"""Lines of text files as samples, without loading them: where each begins, read when it is asked for.
+
+Plain text (`.txt`); tables whose first line names the columns (`.tsv`: a tab always ends a field, quotes mean nothing;
+`.csv`: RFC 4180, a quoted field may hold line ends); and `.jsonl`, one object a line. All are UTF-8; what ends a line
+is "\\n" or "\\r\\n". Lines with nothing in them are no samples.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from glob import glob
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from braceexpand import braceexpand
+
+from dualenc.data.shards.index import Shards, distinct
+from dualenc.data.shards.shard import content_hash, open_kept
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.urls import is_remote, shown
+
+KINDS = (".txt", ".tsv", ".csv", ".jsonl")
+TEXT = "text"  # the one column of plain text
+CHUNK = 1 << 24  # bytes that are looked through at a time
+AT_ONCE = 256  # lines that are cut
+LONGEST = 1 << 24  # bytes of a line that are read
+csv.field_size_limit(max(csv.field_size_limit(), LONGEST))  # of 128 KiB otherwise, beyond which it makes up records
+MARK = b"\xef\xbb\xbf"  # that some programs write at the beginning of UTF-8
+
+
+@dataclass(frozen=True, eq=False)
+class TextFile:
+    """Where the lines of one file are."""
+
+    url: str  # a local path
+    size: int  # bytes
+    mtime: int
+    digest: str  # of its content
+    columns: tuple[str, ...]  # of a `.jsonl`, the fields of its first line
+    starts: np.ndarray  # (S,) int64, first byte of each sample
+    sizes: np.ndarray  # (S,) int64, bytes, line end not included
+    numbers: np.ndarray  # (S,) int64, of the line that it begins in, from 1
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def kind(self) -> str:
+        """The end of its name, with the dot."""
+        return os.path.splitext(self.url)[1].lower()
+
+    def key(self, i: int) -> str:
+        """What people find sample i by."""
+        name = f"line {self.numbers[i]}"
+        if i and self.numbers[i] == self.numbers[i - 1]:  # a further piece of it
+            name += f" from byte {self.starts[i]}"
+        return name
+
+    def bytes(self, i: int) -> bytes:
+        """Sample i as it stands in the file.
+
+        Raises:
+            DataError: the file is gone or was changed.
+        """
+        try:
+            status = os.stat(self.url)
+            if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime):
+                raise DataError(f"{self.url} changed since it was indexed: start the run again")
+            return os.pread(open_kept(self.url, status.st_ino).descriptor, int(self.sizes[i]), int(self.starts[i]))
+        except OSError as error:
+            raise DataError(f"{self.url} cannot be read: {error.strerror}") from None
+
+    def take(self, chosen: np.ndarray) -> "TextFile":
+        """Some of the samples, given by a mask (S,)."""
+        return replace(self, starts=self.starts[chosen], sizes=self.sizes[chosen], numbers=self.numbers[chosen])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One sample: a line of a file, or a piece of it."""
+
+    source: TextFile
+    number: int  # among the file's samples
+
+    @property
+    def shard(self) -> str:
+        """The file's path."""
+        return self.source.url
+
+    @property
+    def key(self) -> str:
+        """The line, for people."""
+        return self.source.key(self.number)
+
+    def __str__(self) -> str:
+        return f"{self.shard} {self.key}"
+
+    def read(self) -> dict[str, Any]:
+        """Its fields by column; of plain text, one.
+
+        Raises:
+            BadSample: it is no UTF-8, no JSON object, not quoted well, or has another number of fields than the header;
+                or it is larger than any line should be.
+            DataError: the file is gone or was changed.
+        """
+        size = int(self.source.sizes[self.number])
+        if size > LONGEST:
+            raise BadSample(self, "it is too large", f"{size:,} bytes")
+        try:
+            text = self.source.bytes(self.number).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample(self, "it is not UTF-8", str(error)) from None
+        kind, columns = self.source.kind, self.source.columns
+        if kind == ".txt":
+            return {TEXT: text}
+        if kind == ".jsonl":
+            try:
+                found = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise BadSample(self, "it is no JSON", str(error)) from None
+            if not isinstance(found, dict):
+                raise BadSample(self, "it is no JSON object")
+            return found
+        try:
+            fields = text.split("\t") if kind == ".tsv" else _record(text)
+        except csv.Error as error:
+            raise BadSample(self, "its quotes are not those of a CSV", str(error)) from None
+        if len(fields) != len(columns):
+            raise BadSample(self, "its number of columns is not that of the header", f"{len(fields)}, {len(columns)}")
+        return dict(zip(columns, fields))
+
+
+def _record(text: str) -> list[str]:
+    return next(csv.reader([text], strict=True), [])
+
+
+def expand_files(files: Shards) -> list[str]:
+    """Paths of what users write: a path, a glob, a brace pattern, or a list of these.
+
+    Raises:
+        DataError: a part names no file, or none that is read here; or a file is named twice.
+    """
+    parts = [files] if isinstance(files, str | os.PathLike) else list(files)
+    paths: list[str] = []
+    for part in (os.fspath(part) for part in parts):
+        if is_remote(part) or part.startswith("pipe:"):
+            raise DataError(f"{shown(part)!r}: text is read from local files only: copy it")
+        try:
+            found = [part] if os.path.isfile(part) else [p for x in braceexpand(part) for p in sorted(glob(x))]
+        except ValueError as error:
+            raise DataError(f"files {part!r}: {error}") from None
+        if not found:
+            raise DataError(f"files {part!r} match no file")
+        paths += found
+    if not paths:
+        raise DataError("the list of files is empty")
+    for path in paths:
+        if os.path.isdir(path) or os.path.splitext(path)[1].lower() not in KINDS:
+            raise DataError(f"{path} is none of {', '.join(KINDS)}: name such files")
+    if twice := distinct(paths)[1]:
+        raise DataError(f"{twice[0]} is named twice: name it once")
+    return paths
+
+
+class TextIndex:
+    """The lines of several files, or some of them. Make one with `build`."""
+
+    def __init__(self, parts: Sequence[TextFile]) -> None:
+        self.parts = list(parts)
+        self.starts = [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
+
+    @classmethod
+    def build(cls, files: Shards, columns: Sequence[str] = ()) -> "TextIndex":
+        """The index of files, each looked through once.
+
+        Args:
+            files: see `expand_files`.
+            columns: that each must have.
+
+        Raises:
+            DataError: a file is missing or empty, cannot be read, or lacks a column; names it.
+        """
+        parts = [_scan(path) for path in expand_files(files)]
+        for part in parts:
+            for name in columns:
+                if name not in part.columns:
+                    raise DataError(f"{part} has no column {name!r}, but {', '.join(map(repr, part.columns))}")
+        return cls(parts)
+
+    @classmethod
+    def join(cls, indexes: Sequence["TextIndex"]) -> "TextIndex":
+        """The samples of several indexes, one after the other."""
+        return cls([part for index in indexes for part in index.parts])
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, i: int) -> Line:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        number = bisect_right(self.starts, i) - 1
+        return Line(self.parts[number], int(i) - self.starts[number])
+
+    def __iter__(self) -> Iterator[Line]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def shards(self) -> list[str]:
+        """The files' paths, for people."""
+        return list(map(str, self.parts))
+
+    def counts(self) -> list[int]:
+        """Samples in each file."""
+        return [len(part) for part in self.parts]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the files' names without their folders, of their content, and of which parts of it are meant."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in self.parts:
+            digest.update(json.dumps([os.path.basename(part.url), part.digest, len(part)]).encode())
+            digest.update(part.starts.astype("<i8").data)
+            digest.update(part.sizes.astype("<i8").data)
+        return digest.hexdigest()
+
+    def split(self, share: float) -> tuple["TextIndex", "TextIndex"]:
+        """Two parts by content: about `1 - share` and `share` of the samples.
+
+        Which part a line falls into depends on its bytes alone, so that equal lines never stand in both, and adding
+        some moves none.
+
+        Raises:
+            DataError: one of the parts would be empty.
+        """
+        limit = min(int(share * 2**64), 2**64 - 1)
+        held = [
+            np.array([content_hash(part.bytes(i)) < limit for i in range(len(part))], dtype=bool) for part in self.parts
+        ]
+        number = sum(int(mask.sum()) for mask in held)
+        if not 0 < number < len(self):
+            raise DataError(
+                f"val: {share} of {len(self)} lines of {self.parts[0]} leaves one side empty; give another share, or "
+                "files"
+            )
+        pairs = list(zip(self.parts, held))
+        return TextIndex([part.take(~mask) for part, mask in pairs]), TextIndex([part.take(m) for part, m in pairs])
+
+    def cut(self, tokenizer: Tokenizer) -> "TextIndex":
+        """The same text in pieces that fit a context: of plain text, lines that are longer are several samples.
+
+        Nothing but blanks is left out, and pieces end between words where that is possible. Lines of tables and of
+        `.jsonl` stay as they are.
+        """
+        return TextIndex([_cut(part, tokenizer) if part.kind == ".txt" else part for part in self.parts])
+
+
+def _scan(path: str) -> TextFile:
+    kind = os.path.splitext(path)[1].lower()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if not status.st_size:
+                raise DataError(f"{path} is empty")
+            whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    digest = hashlib.blake2b(digest_size=16)
+    ends = []
+    for at in range(0, len(whole), CHUNK):
+        digest.update(whole[at : at + CHUNK].data)
+        ends.append(np.flatnonzero(whole[at : at + CHUNK] == 10) + at)
+    stops = np.concatenate([*ends, [len(whole)]] if whole[-1] != 10 else ends)
+    starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
+    if whole[:3].tobytes() == MARK:
+        starts[0] = 3
+    numbers = np.arange(1, len(starts) + 1)
+    if kind == ".csv":
+        starts, stops, numbers = _records(whole, starts, stops)
+    stops = stops - ((stops > starts) & (whole[stops - 1] == 13))
+    full = stops > starts
+    head = whole[np.minimum(starts, len(whole) - 1)]
+    # Spaces of Unicode begin with one of these bytes, and a short line may be nothing but them.
+    odd = np.isin(head, (0xC2, 0xE1, 0xE2, 0xE3)) & (stops - starts <= 64)
+    for i in np.flatnonzero(full & ((head <= 32) | odd)).tolist() if kind != ".csv" else ():
+        line = whole[starts[i] : stops[i]].tobytes()
+        full[i] = bool(line.strip(b" ") if kind == ".tsv" else line.decode("utf-8", "replace").strip())
+    starts, sizes, numbers = starts[full], (stops - starts)[full], numbers[full]
+    if not len(starts):
+        raise DataError(f"{path} has nothing but empty lines")
+    file = TextFile(path, status.st_size, status.st_mtime_ns, digest.hexdigest(), (), starts, sizes, numbers)
+    if kind == ".txt":
+        return replace(file, columns=(TEXT,))
+    first = whole[starts[0] : starts[0] + sizes[0]].tobytes()
+    try:
+        text = first.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: its first line is not UTF-8 ({error}): convert it") from None
+    if kind == ".jsonl":
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            raise DataError(f"{path}: its first line is no JSON object: each line must be one")
+        return replace(file, columns=tuple(fields))
+    try:
+        columns = text.split("\t") if kind == ".tsv" else _record(text)
+    except csv.Error as error:
+        raise DataError(f"{path}: the header cannot be read ({error})") from None
+    if twice := [name for i, name in enumerate(columns) if name in columns[:i]]:
+        raise DataError(f"{path}: two columns are called {twice[0]!r}; its first line must name the columns")
+    rest = np.arange(len(starts)) > 0
+    if not rest.any():
+        raise DataError(f"{path} has a header and no lines")
+    return replace(file, columns=tuple(columns)).take(rest)
+
+
+def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Where the records of a CSV begin and end, and their lines: a quoted field may hold line ends.
+
+    The csv module says where; a byte is a letter to it, since those that it looks for are ASCII. A record that it
+    cannot read, such as one whose quotes do not end, is its first line alone, a bad sample for whoever reads it; the
+    next one begins in the next line.
+    """
+    if not any((whole[at : at + CHUNK] == 34).any() for at in range(0, len(whole), CHUNK)):
+        return starts, stops, np.arange(1, len(starts) + 1)
+    at, line = 0, 0  # lines given to the reader
+
+    def lines() -> Iterator[str]:
+        nonlocal at
+        while at < len(starts):
+            at += 1
+            yield whole[starts[at - 1] : stops[at - 1]].tobytes().decode("latin-1") + "\n"
+
+    first, last = array("q"), array("q")
+    reader = csv.reader(lines(), strict=True)
+    while line < len(starts):
+        try:
+            next(reader)
+        except StopIteration:
+            break
+        except csv.Error:
+            at = line + 1
+            reader = csv.reader(lines(), strict=True)
+        first.append(line)
+        last.append(at - 1)
+        line = at
+    begin = np.frombuffer(first, np.int64)
+    return starts[begin], stops[np.frombuffer(last, np.int64)], begin + 1
+
+
+def _cut(file: TextFile, tokenizer: Tokenizer) -> TextFile:
+    # A token is of one byte at least, or of a sixth where a normal form makes one letter many; one may be put before.
+    room = tokenizer.context_length - tokenizer.backend.num_special_tokens_to_add(False) - 1
+    long = np.flatnonzero(file.sizes * 6 > room).tolist()
+    places: dict[int, list[tuple[int, int]]] = {}  # of the lines that are cut: pieces, in bytes
+    for some in (long[i : i + AT_ONCE] for i in range(0, len(long), AT_ONCE)):
+        texts: dict[int, str] = {}
+        for i in some:
+            if file.sizes[i] > LONGEST:  # a bad sample, when it is read
+                continue
+            data = file.bytes(i)
+            if len(data) > room or not data.isascii():
+                with suppress(UnicodeDecodeError):  # a bad sample, when it is read
+                    texts[i] = data.decode("utf-8")
+        for (i, text), letters in zip(texts.items(), tokenizer.cut(list(texts.values()))):
+            if len(letters) > 1:
+                pieces = [text[a:b] for a, b in pairwise([0, *letters])]
+                bounds = pairwise(np.cumsum([0, *(len(piece.encode()) for piece in pieces)]).tolist())
+                places[i] = [bound for bound, piece in zip(bounds, pieces) if piece.strip()]
+    if not places:
+        return file
+    counts = np.ones(len(file), dtype=np.int64)
+    counts[list(places)] = [len(pieces) for pieces in places.values()]
+    first = np.cumsum(counts) - counts
+    starts, sizes = np.repeat(file.starts, counts), np.repeat(file.sizes, counts)
+    for i, pieces in places.items():
+        here = slice(first[i], first[i] + counts[i])
+        begins, ends = np.array(pieces, dtype=np.int64).reshape(-1, 2).T
+        starts[here] += begins
+        sizes[here] = ends - begins
+    return replace(file, starts=starts, sizes=sizes, numbers=np.repeat(file.numbers, counts))

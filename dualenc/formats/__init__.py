@@ -1,0 +1,1 @@
+"""How other libraries write models: names of tensors, configurations, tokenizers. No model is run here."""

@@ -1,0 +1,193 @@
+"""From a family's config to an architecture and back, and which heads have a place in a family's own format."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualenc.formats.huggingface.families import ACTIVATION_NAMES, FAMILIES, Config, Family, Slot
+from dualenc.models.heads import HeadConfig
+from dualenc.models.text_encoder import Activation, TextConfig
+from dualenc.utils.errors import ModelError
+
+WIDTHS = ("vocab_size", "width", "layers", "heads", "mlp_width", "context_length")
+
+
+def family_of(config: Any, where: str) -> tuple[Family, Config]:
+    """The family that a `config.json` of Hugging Face is of, and the part of it that speaks of the text encoder.
+
+    Raises:
+        ModelError: there is none such.
+    """
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    for family in FAMILIES.values():
+        if kind == family.name:
+            return family, config
+        if kind is not None and kind == family.nested:
+            inside = config.get("text_config_dict") or {}
+            return family, {**(config.get("text_config") or {}), **inside}
+    raise ModelError(f"{where}: model_type {kind!r} is no text encoder that dualenc reads ({', '.join(FAMILIES)})")
+
+
+def text_config(family: Family, config: Config, where: str) -> TextConfig:
+    """The architecture that a family's config says.
+
+    Args:
+        family: the family.
+        config: the parsed JSON.
+        where: its file, for errors.
+
+    Raises:
+        ModelError: a value cannot be computed, or makes no sense; names the key.
+    """
+    for key, known in family.refused.items():
+        if (value := config.get(key, known[0])) not in known and value is not None:
+            raise ModelError(f"{where}: {key} {json.dumps(value)} is none that dualenc computes")
+    fields: Config = {**family.always, "pool": family.pool, "family": family.name}
+    for name, (key, usual) in family.keys.items():
+        value = config.get(key)
+        value = usual if value is None else value
+        if name == "activation":
+            if value not in ACTIVATION_NAMES:
+                raise ModelError(f"{where}: {key} {json.dumps(value)} is none that dualenc computes")
+            value = ACTIVATION_NAMES[value]
+        elif not isinstance(value, (int, float) if name == "norm_eps" else int) or isinstance(value, bool):
+            raise ModelError(f"{where}: {key} must be a number, not {json.dumps(value)}")
+        fields[name] = value
+    if fields["types"] == 0 and "types" in family.keys:
+        raise ModelError(f"{where}: type_vocab_size 0 leaves the family's segments without an embedding")
+    if family.dropouts and isinstance(dropout := config.get(family.dropouts[0], 0.1), int | float):
+        fields["dropout"] = float(dropout)
+    # Before anything is built: so many layers take minutes even without memory.
+    if fields["layers"] > 1000 or any(fields[name] < 1 for name in WIDTHS if name in fields):
+        raise ModelError(f"{where}: {', '.join(f'{family.keys[n][0]} {fields[n]}' for n in WIDTHS)}: no such encoder")
+    try:
+        if family.read is not None:
+            family.read(config, fields)
+        return TextConfig(**fields)
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+        raise ModelError(f"{where}: {error}") from None
+
+
+def activation_name(activation: Activation, usual: str = "gelu") -> str:
+    """Hugging Face's name of an activation: the usual one of a family, where it is the same."""
+    if ACTIVATION_NAMES[usual] == activation:
+        return usual
+    return next(theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == activation)
+
+
+def family_config(family: Family, text: TextConfig) -> Config:
+    """What a family's `config.json` says of an architecture that is one of its own."""
+    config: Config = {"model_type": family.name}
+    for name, (key, usual) in family.keys.items():
+        value = getattr(text, name)
+        if name == "mlp_width":
+            value = text.mlp_width or 4 * text.width
+        config[key] = activation_name(text.activation, usual) if name == "activation" else value
+    config |= dict.fromkeys(family.dropouts, text.dropout)
+    config |= {key: known[0] for key, known in family.refused.items()}
+    if "hidden_dropout_prob" in family.dropouts:
+        config["attention_probs_dropout_prob"] = 0.0  # which the encoder has not
+    if family.write is not None:
+        family.write(text, config)
+    return config
+
+
+def fitted(text: TextConfig, names: Sequence[str]) -> tuple[Family, TextConfig] | None:
+    """The first of some families that has an architecture, its own before the others, and it as that family has it.
+
+    Where a family has segments and the encoder none, there is one, whose embedding `with_segment` adds: zeros.
+    """
+    for name in dict.fromkeys([text.family, *names]):
+        for one in (text, dataclasses.replace(text, types=1)) if not text.types else (text,):
+            if name in names and expresses(FAMILIES[str(name)], one):
+                return FAMILIES[str(name)], dataclasses.replace(one, family=name)
+    return None
+
+
+def with_segment(state: Mapping[str, Tensor], text: TextConfig) -> dict[str, Tensor]:
+    """The state of a dual encoder whose text tower is to be as `fitted` says."""
+    name = "text.embeddings.segments.weight"
+    missing = text.types and name not in state
+    width = text.embed_width or text.width
+    return {**state, **({name: torch.zeros(text.types, width)} if missing else {})}
+
+
+def expresses(family: Family, text: TextConfig) -> bool:
+    """Whether a family has exactly this architecture: what is written is read as the same."""
+    try:
+        again = text_config(family, family_config(family, text), "")
+    except (ModelError, ArithmeticError, TypeError):
+        return False
+    return _plain(again) == _plain(text)
+
+
+def _plain(text: TextConfig) -> TextConfig:
+    """The architecture as such: one way to say what can be said in several, and nothing that is no part of it."""
+    plain = dataclasses.replace(
+        text,
+        mlp_width=text.mlp_width or 4 * text.width,
+        embed_norm=text.normalises_embeddings,
+        global_every=min(text.global_every, text.layers),
+        groups=None if text.groups == text.layers and text.group_size == 1 else text.groups,
+        dropout=0.0,
+        pool="cls",
+        family=None,
+        pad_id=0,
+    )
+    if plain.window is None or plain.global_every == 1:  # no layer sees a window
+        plain = dataclasses.replace(plain, window=None, global_every=1, local_theta=None)
+    else:
+        local = plain.theta if plain.local_theta is None else plain.local_theta
+        plain = dataclasses.replace(plain, window=(plain.window or 0) // 2 * 2, local_theta=local)
+    return plain if plain.positions == "rotary" else dataclasses.replace(plain, theta=10000.0, local_theta=None)
+
+
+def places_of(family: Family, text: TextConfig, heads: Mapping[str, HeadConfig]) -> dict[str, Slot]:
+    """Which heads stand under the family's own names, and in which slot.
+
+    Of two that would have the same names the first has them; one that is called as a pretraining head comes after the
+    others, a pooler last. The same for writing and reading.
+    """
+
+    def order(name: str) -> int:
+        return 2 if heads[name].kind == "pooler" else name == "nsp"
+
+    places: dict[str, Slot] = {}
+    taken: set[str] = set()
+    for name in sorted(heads, key=order):
+        for slot in family.slots:
+            modules = {*slot.modules.values(), *(names[0] for names in slot.parameters.values())}
+            if not modules & taken and _fits(slot, name, text, heads[name]):
+                places[name] = slot
+                taken |= modules
+                break
+    return places
+
+
+def _fits(slot: Slot, name: str, text: TextConfig, head: HeadConfig) -> bool:
+    """Whether a head is what the format has in this slot."""
+    if head.kind != slot.kind or (slot.labels and (name != slot.name or head.labels != slot.labels)):
+        return False
+    if head.kind in ("mlm", "rtd"):
+        return slot.activation in (None, text.activation)
+    pool = head.pool or text.pool
+    if head.kind == "classification" and slot.norm:  # ModernBERT: its config says the rest
+        return head.norm and head.activation is not None and pool in ("cls", "mean")
+    return head.activation == slot.activation and not head.norm and pool == "cls"
+
+
+def choose_family(text: TextConfig, heads: Mapping[str, HeadConfig]) -> Family | None:
+    """The family that a model is written as: its own; or of those with its architecture one with its heads.
+
+    Returns:
+        None where no family has it.
+    """
+    own = FAMILIES.get(text.family or "")
+    if own is not None and expresses(own, text):
+        return own
+    able = [family for family in FAMILIES.values() if expresses(family, text)]
+    return max(able, key=lambda family: len(places_of(family, text, heads)), default=None)

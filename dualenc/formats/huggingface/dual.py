@@ -1,0 +1,405 @@
+"""Dual encoders in Hugging Face's formats: CLIP, SigLIP, and a vision and a text encoder joined by two projections.
+
+As in `families.py` the formats are data: keys of `config.json`, names of tensors. What a config says and a
+`DualEncoder` does not compute is refused by name.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualenc.data.images import Preprocess
+from dualenc.formats.huggingface.architecture import (
+    activation_name,
+    expresses,
+    family_config,
+    family_of,
+    fitted,
+    text_config,
+)
+from dualenc.formats.huggingface.families import ACTIVATION_NAMES, FAMILIES, Config, Family
+from dualenc.formats.open_clip.config import in_words, moments, projection_rules, text_rules
+from dualenc.formats.tensors import Rule
+from dualenc.formats.timm import Shape, check_timm, fits, image_config, shape_of, vision_rules
+from dualenc.models.dual_encoder import DualConfig, Projection
+from dualenc.models.image_encoder import ImageConfig, ImageEncoder
+from dualenc.models.text_encoder import TextConfig
+from dualenc.utils.errors import ModelError
+from dualenc.utils.files import read_json
+
+JOINED = "vision-text-dual-encoder"
+KINDS = ("clip", "siglip", JOINED)
+# Layout of `vision_rules` by model_type; and keys of its config with the value that an absent one means.
+VISION = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "vit": "vit"}
+USUAL: dict[str, Config] = {
+    "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "image_size": 224, "patch_size": 32},
+    "siglip": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "image_size": 224, "patch_size": 16},
+    "vit": {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "image_size": 224, "patch_size": 16},
+}
+WIDTHS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+WRAPPED = "timm_wrapper"
+# BERT's pooler ends in tanh, which a tower without one passes almost unchanged where it is near zero: by a power of two
+# the features are made small before it, and large again after. Of features up to 11 in size that is off by less than
+# 1e-8 of each, beside the rounding of single precision (Taylor: x^2 2^-32 / 3).
+SMALL = 2.0**-16
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a model is, or would be, written by Hugging Face.
+
+    Attributes:
+        kind: `model_type`.
+        vision: that of the image tower.
+        family: of the text tower.
+        architecture: the class.
+        text: the architecture of the text tower as its family has it.
+        passes: whether the text's features pass through a pooler that is made to change nothing.
+    """
+
+    kind: str
+    vision: str
+    family: Family
+    text: TextConfig
+    passes: bool = False
+
+    @property
+    def architecture(self) -> str:
+        """The class that reads it."""
+        return {"clip": "CLIPModel", "siglip": "SiglipModel", JOINED: "VisionTextDualEncoderModel"}[self.kind]
+
+
+def read_config(config: Any, where: str, length: Callable[[int], int]) -> tuple[DualConfig, Format]:
+    """The architecture that a `config.json` says.
+
+    Args:
+        config: the parsed JSON.
+        where: its file, for errors.
+        length: of the longest text in tokens, of a tower with so many positions.
+
+    Raises:
+        ModelError: it is none of `KINDS`, or asks for what dualenc does not compute; names the key.
+    """
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in KINDS:
+        raise ModelError(f"{where}: model_type {kind!r} is no dual encoder that dualenc reads ({', '.join(KINDS)})")
+    vision: Config = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+    inside: Config = {**(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
+    of_vision = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind) or vision.get("model_type")
+    if kind == JOINED:
+        known = {"clip": "clip_text_model", "siglip": "siglip_text_model"}
+        family, inside = family_of(
+            {**inside, "model_type": known.get(inside.get("model_type", ""), inside.get("model_type"))}, where
+        )
+    else:
+        family = family_of(config, where)[0]
+    image = _read_vision(str(of_vision), vision, f"{where}: vision_config")
+    text = text_config(family, inside, f"{where}: text_config")
+    text = dataclasses.replace(text, context_length=length(text.context_length))
+    with torch.device("meta"):
+        width = ImageEncoder(image).width
+    if kind == "siglip":
+        embed_dim = inside.get("projection_size") or text.width
+        own, other = Projection(bias=()), Projection(bias=(True,))
+    else:
+        embed_dim = config.get("projection_dim") or 512
+        own = Projection((width,), (True, False), "tanh") if of_vision == "vit" else Projection()
+        other = Projection()
+    if kind == JOINED and family.name != "clip_text_model":
+        if not any(slot.kind == "pooler" for slot in family.slots):
+            raise ModelError(f"{where}: text_config.model_type {family.name!r} has no pooler, which the format takes")
+        other = Projection((text.width,), (True, False), "tanh")
+    try:
+        dual = DualConfig(
+            image, text, embed_dim, logit_bias=kind == "siglip", image_projection=own, text_projection=other
+        )
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{where}: {error}") from None
+    return dual, Format(kind, str(of_vision), family, text)
+
+
+def _read_vision(kind: str, config: Config, where: str) -> ImageConfig:
+    if kind == WRAPPED:
+        arguments = dict(config.get("model_args") or {})
+        size = arguments.pop("img_size", None)
+        from timm.models import get_pretrained_cfg
+
+        known = get_pretrained_cfg(str(config.get("architecture")))
+        size = size or (known.input_size[-1] if known is not None else 224)
+        try:
+            check_timm(config.get("architecture"), {**arguments, "img_size": size})
+            return ImageConfig(str(config.get("architecture")), size, arguments)
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{where}: {error}") from None
+    if kind not in VISION:
+        raise ModelError(f"{where}.model_type {kind!r} is none that dualenc computes ({', '.join(VISION)}, {WRAPPED})")
+    layout = VISION[kind]
+    fields = {**WIDTHS, **USUAL[layout], **{key: value for key, value in config.items() if value is not None}}
+    if fields["hidden_act"] not in ACTIVATION_NAMES:
+        raise ModelError(f"{where}.hidden_act {fields['hidden_act']!r} is none that dualenc computes")
+    kept: dict[str, Any] = {"num_channels": 3, "qkv_bias": True, "vision_use_head": True, "pooler_act": "tanh"}
+    if wrong := [key for key, value in kept.items() if fields.get(key, value) != value]:
+        raise ModelError(f"{where}.{wrong[0]} {fields[wrong[0]]!r} is none that dualenc computes")
+    if layout == "vit" and (fields.get("pooler_output_size") or fields["hidden_size"]) != fields["hidden_size"]:
+        raise ModelError(f"{where}.pooler_output_size {fields['pooler_output_size']} is not the hidden_size")
+    try:
+        shape = Shape(
+            size=int(fields["image_size"]),
+            patch=int(fields["patch_size"]),
+            width=int(fields["hidden_size"]),
+            layers=int(fields["num_hidden_layers"]),
+            heads=int(fields["num_attention_heads"]),
+            mlp_width=int(fields["intermediate_size"]),
+            activation=ACTIVATION_NAMES[fields["hidden_act"]],  # type: ignore[arg-type]
+            norm_eps=float(fields["layer_norm_eps"]),
+            pre_norm=layout == "clip",
+            class_token=layout != "siglip",
+            pool="map" if layout == "siglip" else "token",
+        )
+        return image_config(shape)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ModelError(f"{where}: {error}") from None
+
+
+def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = None) -> tuple[list[Rule], list[str]]:
+    """Names of the tensors of a model.
+
+    Args:
+        form: how it is written.
+        config: the architecture.
+        names: of a checkpoint's tensors, whose prefixes are looked for; absent, as they are written.
+
+    Returns:
+        The rules, and those of theirs that lack our dimensions of length 1.
+    """
+    with torch.device("meta"):
+        tower = ImageEncoder(config.image)
+    vision = _prefix("vision_model.", VISION_MARK[form.vision], names)
+    rules = [Rule(("logits.logit_scale",), ("logit_scale",))]
+    rules += [Rule(("logits.logit_bias",), ("logit_bias",))] if form.kind == "siglip" else []
+    if form.vision == WRAPPED:
+        rules += [Rule((f"image.vit.{name}",), (f"{vision}timm_model.{name}",)) for name in tower.vit.state_dict()]
+    else:
+        shape = shape_of(tower.vit)
+        assert shape is not None
+        rules += vision_rules(VISION[form.vision], shape, vision)
+    own = config.projection_of(config.image_projection, tower.width)
+    other = config.projection_of(config.text_projection, config.text.width)
+    rules += projection_rules("image_projection", own, (f"{vision}pooler.dense", "visual_projection")[not own.hidden :])
+    words = f"{form.family.words}.weight"
+    text = _prefix("text_model.", words, names)
+    rules += text_rules(form.family, form.text, text)
+    head = (f"{text}head",) if form.kind == "siglip" else ("text_projection",)
+    if other.hidden:
+        slot = next(slot for slot in form.family.slots if slot.kind == "pooler")
+        head = (text + slot.modules["dense"][1:], *head)
+    flat = ["logit_scale"] if form.kind != "siglip" else []
+    flat += [f"{vision}embeddings.class_embedding", f"{vision}embeddings.position_embedding.weight"]
+    return rules + projection_rules("text_projection", other, head), flat
+
+
+VISION_MARK = {
+    "clip_vision_model": "embeddings.patch_embedding.weight",
+    "siglip_vision_model": "embeddings.patch_embedding.weight",
+    "vit": "embeddings.patch_embeddings.projection.weight",
+    WRAPPED: "timm_model.pos_embed",
+}
+
+
+# Of image processors what a single number as size means, and the resampling, where their file leaves it unsaid.
+PROCESSORS = {"CLIP": ("shortest", 3), "ViT": ("squash", 2), "Siglip": ("squash", 3)}
+
+
+def _prefix(usual: str, mark: str, names: Collection[str] | None) -> str:
+    """Where a tower's tensors are: in checkpoints of before transformers 5 some are one level deeper."""
+    deeper = f"{usual}{usual}"
+    return deeper if names is not None and f"{deeper}{mark}" in names else usual
+
+
+def read_preprocess(folder: Path, size: int) -> Preprocess:
+    """The evaluation transform of a folder's image processor.
+
+    Args:
+        folder: with preprocessor_config.json or processor_config.json.
+        size: of the image tower.
+
+    Raises:
+        ModelError: there is none, or it is none that dualenc does.
+    """
+    found = [
+        folder / name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()
+    ]
+    fields: Any = None
+    for path in found:
+        fields = read_json(path)
+        fields = fields.get("image_processor", fields) if isinstance(fields, dict) else fields
+        if isinstance(fields, dict) and "image_mean" in fields:
+            break
+    else:
+        raise ModelError(f"{folder} has no preprocessor_config.json that says how its images are made")
+    name = str(fields.get("image_processor_type") or fields.get("feature_extractor_type"))
+    family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
+    resized = fields.get("size")
+    if family not in PROCESSORS and not (isinstance(resized, dict) and "resample" in fields):
+        raise ModelError(f"{path}: image_processor_type {name} leaves unsaid how it resizes: say size and resample")
+    usual = PROCESSORS.get(family, ("", 3))
+    kind = {2: "bilinear", 3: "bicubic"}.get(fields.get("resample", usual[1]))
+    if kind is None or not fields.get("do_resize", True) or not fields.get("do_normalize", True):
+        raise ModelError(f"{path}: resample {fields.get('resample')}, do_resize, do_normalize: none that dualenc does")
+    if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not fields.get("do_rescale", True):
+        raise ModelError(f"{path}: rescale_factor {fields.get('rescale_factor')} is not 1/255")
+    if isinstance(resized, int):
+        resized = {"shortest_edge": resized} if usual[0] == "shortest" else {"height": resized, "width": resized}
+    resized = resized or {}
+    if "shortest_edge" in resized:
+        mode = "shortest"
+        cut = fields.get("crop_size") or size
+        if not fields.get("do_center_crop", family == "CLIP") or cut not in (size, {"height": size, "width": size}):
+            raise ModelError(f"{path}: do_center_crop, crop_size {cut}: no square of the image tower's {size}")
+        if resized["shortest_edge"] != size:
+            raise ModelError(
+                f"{path}: shortest_edge {resized['shortest_edge']} before {size} are cut out: dualenc has one size for "
+                f"both, and would see more of an image; say shortest_edge {size} if you want that"
+            )
+    elif resized.get("height") == resized.get("width") == size:
+        mode = "squash"
+    else:
+        raise ModelError(f"{path}: size {resized} is not the image tower's {size}")
+    mean, std = moments(fields["image_mean"], fields.get("image_std"), str(path))
+    return Preprocess(size, mean, std, kind, mode)  # type: ignore[arg-type]
+
+
+def write_preprocess(preprocess: Preprocess) -> Config:
+    """`preprocessor_config.json` of a model.
+
+    Raises:
+        ModelError: no image processor does the same.
+    """
+    if preprocess.resize == "longest":
+        raise ModelError("transformers has no image processor that resizes the longer side on a black ground")
+    size, squash = preprocess.size, preprocess.resize == "squash"
+    sides = {"height": size, "width": size}
+    fields: Config = {
+        "image_processor_type": "SiglipImageProcessor" if squash else "CLIPImageProcessor",
+        "do_resize": True,
+        "size": sides if squash else {"shortest_edge": size},
+        "resample": {"bilinear": 2, "bicubic": 3}[preprocess.interpolation],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+        "do_convert_rgb": True,
+    }
+    fields |= {} if squash else {"do_center_crop": True, "crop_size": sides}
+    return fields
+
+
+def choose_format(config: DualConfig) -> Format:
+    """How a model is written: as CLIP or SigLIP where it is one, else as two encoders joined.
+
+    Raises:
+        ModelError: none of them has its like; says which part.
+    """
+    with torch.device("meta"):
+        tower = ImageEncoder(config.image)
+    shape = shape_of(tower.vit)
+    text = config.text
+    own = config.projection_of(config.image_projection, tower.width)
+    other = config.projection_of(config.text_projection, text.width)
+    layouts = {kind: layout for kind, layout in VISION.items() if shape is not None and fits(layout, shape)}
+    clip, siglip = FAMILIES["clip_text_model"], FAMILIES["siglip_text_model"]
+    is_clip = expresses(clip, text) and text.pool == "last"
+    if "clip_vision_model" in layouts and is_clip and own == other == Projection() and not config.logit_bias:
+        return Format("clip", "clip_vision_model", clip, text)
+    is_siglip = expresses(siglip, text) and text.pool == "last"
+    as_siglip = (own, other) == (Projection(bias=()), Projection(bias=(True,)))
+    if "siglip_vision_model" in layouts and is_siglip and as_siglip and config.logit_bias:
+        return Format("siglip", "siglip_vision_model", siglip, text)
+    tanh = own == Projection((tower.width,), (True, False), "tanh")
+    if tanh and "vit" in layouts:
+        vision = "vit"
+    elif own == Projection() and ("clip_vision_model" in layouts or "siglip_vision_model" in layouts):
+        vision = next(kind for kind in layouts if kind != "vit")
+    elif own == Projection() and config.image.norm_eps is None:
+        vision = WRAPPED
+    else:
+        raise ModelError(
+            f"transformers has no image tower like this one ({config.image.name} with the projection {own}): its "
+            "joined models have one linear map without bias; export to onnx"
+        )
+    if is_clip and other == Projection():
+        return Format(JOINED, vision, clip, text)
+    found = fitted(text, POOLED)
+    pooled = other == Projection((text.width,), (True, False), "tanh")
+    if found is None or text.pool != "cls" or not (pooled or other == Projection()):
+        raise ModelError(
+            f"transformers' joined models have no text tower like this one ({in_words(text)}, projection {other}): "
+            "they take the first token of BERT, RoBERTa and ALBERT, or CLIP's text encoder; export to open_clip, "
+            "sentence-transformers or onnx"
+        )
+    return Format(JOINED, vision, *found, passes=not pooled)
+
+
+POOLED = tuple(name for name, family in FAMILIES.items() if any(slot.kind == "pooler" for slot in family.slots))
+
+
+def write_config(form: Format, config: DualConfig) -> Config:
+    """`config.json` of a model."""
+    with torch.device("meta"):
+        tower = ImageEncoder(config.image)
+    shape = shape_of(tower.vit)
+    text = family_config(form.family, form.text)
+    if form.vision == WRAPPED:
+        image = config.image
+        vision: Config = {
+            "model_type": WRAPPED,
+            "architecture": image.name.split(".")[0],
+            "model_args": {**image.overrides, "img_size": image.img_size},
+            "hidden_size": tower.width,
+            "num_classes": 0,
+            "label_names": [],
+        }
+    else:
+        assert shape is not None
+        usual = USUAL[VISION[form.vision]]["hidden_act"]
+        vision = {
+            "model_type": form.vision,
+            "hidden_size": shape.width,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "intermediate_size": shape.mlp_width,
+            "hidden_act": activation_name(shape.activation, usual),
+            "layer_norm_eps": shape.norm_eps,
+            "image_size": shape.size,
+            "patch_size": shape.patch,
+        }
+    written: Config = {"architectures": [form.architecture], "model_type": form.kind, "dtype": "float32"}
+    if form.kind == "siglip":
+        text["projection_size"] = config.embed_dim
+    else:
+        written["projection_dim"] = config.embed_dim
+    if form.kind == "clip":
+        vision["projection_dim"] = text["projection_dim"] = config.embed_dim
+    return {**written, "vision_config": vision, "text_config": text}
+
+
+def through_pooler(
+    state: Mapping[str, Tensor], form: Format, config: DualConfig
+) -> tuple[dict[str, Tensor], DualConfig]:
+    """A model whose text goes through a pooler that changes nothing, where its format has one and it has none."""
+    if not form.passes:
+        return dict(state), config
+    width = config.text.width
+    state = {name: x for name, x in state.items() if name != "text_projection.weight"} | {
+        "text_projection.0.weight": SMALL * torch.eye(width),
+        "text_projection.0.bias": torch.zeros(width),
+        "text_projection.2.weight": state["text_projection.weight"] / SMALL,
+    }
+    return state, dataclasses.replace(config, text_projection=Projection((width,), (True, False), "tanh"))

@@ -1,0 +1,571 @@
+"""The families of text encoders that Hugging Face knows, as data: fields of `config.json` and names of tensors.
+
+A family says how its config stands for a `TextConfig` and back, and what its tensors are called; no code runs that is
+a family's alone, but for ModernBERT's config, which has had two forms. What a config says and the encoder cannot
+compute is refused by name.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dualenc.models.text_encoder import Activation, Pool, TextConfig
+from dualenc.utils.errors import ModelError
+
+# Hugging Face's names of activations; of two that mean the same the first is the one that is written.
+ACTIVATION_NAMES: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+PROBLEMS = {
+    "single": "single_label_classification",
+    "several": "multi_label_classification",
+    "regression": "regression",
+}
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a head in a family's own format.
+
+    Attributes:
+        name: of the head that a checkpoint is read as.
+        kind: of the head.
+        marker: the tensor that tells that a checkpoint has it.
+        modules: module of the head -> module of the checkpoint; one with a dot before it is inside the encoder.
+        parameters: parameter of the head -> names that it has in a checkpoint, the first being the one written.
+        activation: what the format always has; None for what the encoder has.
+        norm: see `HeadConfig`.
+        labels: of a head whose labels are always these.
+        architecture: what Hugging Face calls an encoder with this head.
+    """
+
+    name: str
+    kind: str
+    marker: str
+    modules: Mapping[str, str]
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    activation: Activation | None = None
+    norm: bool = False
+    labels: tuple[str, ...] = ()
+    architecture: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` is written.
+
+    Attributes:
+        name: the `model_type`.
+        stem: what its classes' names begin with.
+        prefix: of the encoder's tensors beside a head's.
+        keys: field of `TextConfig` -> key of the config and the value that an absent key means.
+        always: fields of `TextConfig` that all of the family have.
+        refused: key -> the values that can be computed, the first being the one that is written.
+        outside: module of the encoder -> module of the checkpoint, but for the blocks.
+        block: where the tensors of block i are, {i}; or {group} and {member}.
+        inside: module of a block -> module of the checkpoint, or the three that are joined to one.
+        slots: for heads.
+        dropouts: keys that the dropout is written to; it is read from the first.
+        words: module of the word embedding in the checkpoint.
+        ignored: patterns of tensors, besides those that every family may have, that stand for no part of the encoder.
+        nested: key of the config, and `model_type`, in which the family stands inside a bigger model.
+        pool: of a text's vector, where the checkpoint does not say.
+        read, write: what is left to say of a config.
+    """
+
+    name: str
+    stem: str
+    prefix: str
+    keys: Mapping[str, tuple[str, Any]]
+    always: Mapping[str, Any]
+    refused: Mapping[str, tuple[Any, ...]]
+    outside: Mapping[str, str]
+    block: str
+    inside: Mapping[str, str | tuple[str, str, str]]
+    slots: tuple[Slot, ...] = ()
+    dropouts: tuple[str, ...] = ()
+    words: str = "embeddings.word_embeddings"
+    ignored: tuple[str, ...] = ()
+    nested: str | None = None
+    pool: Pool = "cls"
+    read: Callable[[Config, Config], None] | None = None
+    write: Callable[[TextConfig, Config], None] | None = None
+
+
+ENCODER = {
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "position_embedding_type": ("absolute",),
+}
+WIDTHS = {
+    "vocab_size": ("vocab_size", 30522),
+    "width": ("hidden_size", 768),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "mlp_width": ("intermediate_size", 3072),
+    "context_length": ("max_position_embeddings", 512),
+    "types": ("type_vocab_size", 2),
+    "activation": ("hidden_act", "gelu"),
+    "norm_eps": ("layer_norm_eps", 1e-12),
+    "pad_id": ("pad_token_id", 0),
+}
+POST_NORM = {"norm": "post", "positions": "learned"}
+BERT_OUTSIDE = {
+    "embeddings.words": "embeddings.word_embeddings",
+    "embeddings.places": "embeddings.position_embeddings",
+    "embeddings.segments": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+}
+BERT_INSIDE = {
+    "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention.out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "mlp.0": "intermediate.dense",
+    "mlp.2": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+DROPOUTS = ("hidden_dropout_prob",)
+POOLER = Slot("pooler", "pooler", ".pooler.dense.weight", {"dense": ".pooler.dense"}, activation="tanh")
+TOP_CLASSIFIER = Slot(  # as RoBERTa and ELECTRA have it: two layers above the encoder
+    "classification",
+    "classification",
+    "classifier.out_proj.weight",
+    {"dense": "classifier.dense", "out": "classifier.out_proj"},
+    activation="tanh",
+    architecture="ForSequenceClassification",
+)
+
+BERT = Family(
+    name="bert",
+    stem="Bert",
+    prefix="bert.",
+    keys=WIDTHS,
+    always=POST_NORM,
+    refused=ENCODER,
+    outside=BERT_OUTSIDE,
+    block="encoder.layer.{i}",
+    inside=BERT_INSIDE,
+    dropouts=DROPOUTS,
+    slots=(
+        Slot(
+            "mlm",
+            "mlm",
+            "cls.predictions.transform.dense.weight",
+            {"dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm"},
+            {
+                "words": ("cls.predictions.decoder.weight",),
+                "bias": ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+            },
+            architecture="ForMaskedLM",
+        ),
+        Slot(
+            "nsp",
+            "classification",
+            "cls.seq_relationship.weight",
+            {"dense": ".pooler.dense", "out": "cls.seq_relationship"},
+            activation="tanh",
+            labels=("IsNext", "NotNext"),
+            architecture="ForNextSentencePrediction",
+        ),
+        Slot(
+            "classification",
+            "classification",
+            "classifier.weight",
+            {"dense": ".pooler.dense", "out": "classifier"},
+            activation="tanh",
+            architecture="ForSequenceClassification",
+        ),
+        POOLER,
+    ),
+)
+
+
+def _roberta_read(config: Config, fields: Config) -> None:
+    """Positions begin after the number of the padding token, which is one of theirs."""
+    if fields["pad_id"] < 0:
+        raise ModelError(f"pad_token_id {fields['pad_id']} is no place after which positions could begin")
+    fields["position_offset"] = fields["pad_id"] + 1
+    fields["context_length"] -= fields["position_offset"]
+
+
+def _roberta_write(text: TextConfig, config: Config) -> None:
+    config["max_position_embeddings"] = text.context_length + text.position_offset
+    config["pad_token_id"] = text.position_offset - 1
+
+
+ROBERTA = dataclasses.replace(
+    BERT,
+    name="roberta",
+    stem="Roberta",
+    prefix="roberta.",
+    keys={**WIDTHS, "vocab_size": ("vocab_size", 50265), "pad_id": ("pad_token_id", 1)},
+    slots=(
+        Slot(
+            "mlm",
+            "mlm",
+            "lm_head.dense.weight",
+            {"dense": "lm_head.dense", "norm": "lm_head.layer_norm"},
+            {"words": ("lm_head.decoder.weight",), "bias": ("lm_head.bias", "lm_head.decoder.bias")},
+            activation="gelu",
+            architecture="ForMaskedLM",
+        ),
+        TOP_CLASSIFIER,
+        POOLER,
+    ),
+    read=_roberta_read,
+    write=_roberta_write,
+)
+
+
+def _albert_read(config: Config, fields: Config) -> None:
+    """Which group a layer is of is a quotient of floats there, and in odd cases another than ours."""
+    layers, groups = fields["layers"], fields["groups"]
+    if [int(i / (layers / groups)) for i in range(layers)] != [i * groups // layers for i in range(layers)]:
+        raise ModelError(f"num_hidden_groups {groups} of {layers} layers is none that dualenc computes")
+
+
+ALBERT = dataclasses.replace(
+    BERT,
+    name="albert",
+    stem="Albert",
+    prefix="albert.",
+    keys={
+        **WIDTHS,
+        "vocab_size": ("vocab_size", 30000),
+        "width": ("hidden_size", 4096),
+        "heads": ("num_attention_heads", 64),
+        "mlp_width": ("intermediate_size", 16384),
+        "activation": ("hidden_act", "gelu_new"),
+        "embed_width": ("embedding_size", 128),
+        "groups": ("num_hidden_groups", 1),
+        "group_size": ("inner_group_num", 1),
+    },
+    outside={**BERT_OUTSIDE, "embeddings.projection": "encoder.embedding_hidden_mapping_in"},
+    block="encoder.albert_layer_groups.{group}.albert_layers.{member}",
+    inside={
+        "attention.qkv": ("attention.query", "attention.key", "attention.value"),
+        "attention.out": "attention.dense",
+        "attention_norm": "attention.LayerNorm",
+        "mlp.0": "ffn",
+        "mlp.2": "ffn_output",
+        "mlp_norm": "full_layer_layer_norm",
+    },
+    slots=(
+        Slot(
+            "mlm",
+            "mlm",
+            "predictions.dense.weight",
+            {"dense": "predictions.dense", "norm": "predictions.LayerNorm"},
+            {"words": ("predictions.decoder.weight",), "bias": ("predictions.bias", "predictions.decoder.bias")},
+            architecture="ForMaskedLM",
+        ),
+        Slot(
+            "nsp",  # the order of two sentences, in truth
+            "classification",
+            "sop_classifier.classifier.weight",
+            {"dense": ".pooler", "out": "sop_classifier.classifier"},
+            activation="tanh",
+            labels=("InOrder", "Swapped"),
+            architecture="ForPreTraining",
+        ),
+        Slot(
+            "classification",
+            "classification",
+            "classifier.weight",
+            {"dense": ".pooler", "out": "classifier"},
+            activation="tanh",
+            architecture="ForSequenceClassification",
+        ),
+        Slot("pooler", "pooler", ".pooler.weight", {"dense": ".pooler"}, activation="tanh"),
+    ),
+    read=_albert_read,
+)
+DISTILBERT = Family(
+    name="distilbert",
+    stem="DistilBert",
+    prefix="distilbert.",
+    keys={
+        "vocab_size": ("vocab_size", 30522),
+        "width": ("dim", 768),
+        "layers": ("n_layers", 6),
+        "heads": ("n_heads", 12),
+        "mlp_width": ("hidden_dim", 3072),
+        "context_length": ("max_position_embeddings", 512),
+        "activation": ("activation", "gelu"),
+        "pad_id": ("pad_token_id", 0),
+    },
+    always={**POST_NORM, "types": 0, "norm_eps": 1e-12},
+    refused={},
+    outside={key: name for key, name in BERT_OUTSIDE.items() if key != "embeddings.segments"},
+    block="transformer.layer.{i}",
+    inside={
+        "attention.qkv": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        "attention.out": "attention.out_lin",
+        "attention_norm": "sa_layer_norm",
+        "mlp.0": "ffn.lin1",
+        "mlp.2": "ffn.lin2",
+        "mlp_norm": "output_layer_norm",
+    },
+    dropouts=("dropout",),
+    slots=(
+        Slot(
+            "mlm",
+            "mlm",
+            "vocab_transform.weight",
+            {"dense": "vocab_transform", "norm": "vocab_layer_norm"},
+            {"words": ("vocab_projector.weight",), "bias": ("vocab_projector.bias",)},
+            architecture="ForMaskedLM",
+        ),
+        Slot(
+            "classification",
+            "classification",
+            "pre_classifier.weight",
+            {"dense": "pre_classifier", "out": "classifier"},
+            activation="relu",
+            architecture="ForSequenceClassification",
+        ),
+    ),
+)
+
+
+def _electra_read(config: Config, fields: Config) -> None:
+    """A map after the embeddings only where they have another width."""
+    if fields["embed_width"] == fields["width"]:
+        fields["embed_width"] = None
+
+
+def _electra_write(text: TextConfig, config: Config) -> None:
+    config["embedding_size"] = text.embed_width or text.width
+
+
+ELECTRA = dataclasses.replace(
+    BERT,
+    name="electra",
+    stem="Electra",
+    prefix="electra.",
+    keys={
+        **WIDTHS,
+        "width": ("hidden_size", 256),
+        "heads": ("num_attention_heads", 4),
+        "mlp_width": ("intermediate_size", 1024),
+        "embed_width": ("embedding_size", 128),
+    },
+    outside={**BERT_OUTSIDE, "embeddings.projection": "embeddings_project"},
+    slots=(
+        Slot(
+            "rtd",
+            "rtd",
+            "discriminator_predictions.dense.weight",
+            {"dense": "discriminator_predictions.dense", "out": "discriminator_predictions.dense_prediction"},
+            architecture="ForPreTraining",
+        ),
+        Slot(
+            "mlm",
+            "mlm",
+            "generator_predictions.dense.weight",
+            {"dense": "generator_predictions.dense", "norm": "generator_predictions.LayerNorm"},
+            {"words": ("generator_lm_head.weight",), "bias": ("generator_lm_head.bias",)},
+            activation="gelu",
+            architecture="ForMaskedLM",
+        ),
+        dataclasses.replace(TOP_CLASSIFIER, activation="gelu"),
+    ),
+    read=_electra_read,
+    write=_electra_write,
+)
+
+
+def _modernbert_read(config: Config, fields: Config) -> None:
+    """Which layers see a window, by a list or by a number; angles and biases of several kinds."""
+    layers = fields["layers"]
+    every = config.get("global_attn_every_n_layers") or 3
+    kinds = config.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
+    whole = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ModelError(f"layer_types {kinds} are not {layers} of full_attention and sliding_attention")
+    every = whole[1] if len(whole) > 1 else layers
+    if whole != list(range(0, layers, every)):
+        raise ModelError(f"layer_types {kinds}: the full ones must be the first and every so many-th from it on")
+    thetas = {}
+    old = {"full_attention": ("global_rope_theta", 160000.0), "sliding_attention": ("local_rope_theta", 10000.0)}
+    for kind, (key, usual) in old.items():
+        rope = (config.get("rope_parameters") or {}).get(kind) or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ModelError(f"rope_parameters.{kind}.rope_type {rope['rope_type']!r} is none that dualenc computes")
+        theta = rope.get("rope_theta", config.get(key))
+        thetas[kind] = float(usual if theta is None else theta)
+    if config.get("rope_scaling"):
+        raise ModelError(f"rope_scaling {config['rope_scaling']!r} is none that dualenc computes")
+    fields["theta"] = thetas["full_attention"]
+    if len(whole) < layers:
+        fields["window"] = config.get("local_attention", 128) // 2 * 2  # an odd one is halved to the same
+        fields["local_theta"], fields["global_every"] = thetas["sliding_attention"], every
+    biases = {key: bool(config.get(key, False)) for key in BIASES}
+    if len(set(biases.values())) > 1:
+        raise ModelError(f"{', '.join(f'{key} {value}' for key, value in biases.items())}: they must be all alike")
+    fields["bias"] = any(biases.values())
+    if config.get("classifier_activation", "gelu") not in ACTIVATION_NAMES:
+        raise ModelError(f"classifier_activation {config['classifier_activation']!r} is none that dualenc computes")
+
+
+def _modernbert_write(text: TextConfig, config: Config) -> None:
+    local = text.theta if text.local_theta is None else text.local_theta
+    thetas = {"full_attention": text.theta, "sliding_attention": local}
+    config["layer_types"] = [f"{'full' if text.sees_all(i) else 'sliding'}_attention" for i in range(text.layers)]
+    config["rope_parameters"] = {
+        kind: {"rope_type": "default", "rope_theta": float(theta)} for kind, theta in thetas.items()
+    }
+    # Beside the names of today those of the versions before 5, which know no others.
+    config |= {"global_rope_theta": float(text.theta), "local_rope_theta": float(local)}
+    config["global_attn_every_n_layers"] = 1 if text.window is None else text.global_every
+    config["local_attention"] = 128 if text.window is None else text.window
+    config |= dict.fromkeys(BIASES, text.bias) | {"decoder_bias": True}
+
+
+BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
+MODERNBERT = Family(
+    name="modernbert",
+    stem="ModernBert",
+    prefix="model.",
+    keys={
+        "vocab_size": ("vocab_size", 50368),
+        "width": ("hidden_size", 768),
+        "layers": ("num_hidden_layers", 22),
+        "heads": ("num_attention_heads", 12),
+        "mlp_width": ("intermediate_size", 1152),
+        "context_length": ("max_position_embeddings", 8192),
+        "activation": ("hidden_activation", "gelu"),
+        "norm_eps": ("norm_eps", 1e-5),
+        "pad_id": ("pad_token_id", 50283),
+    },
+    always={"norm": "pre", "positions": "rotary", "types": 0, "gated": True, "embed_norm": True},
+    refused={"decoder_bias": (True,)},
+    outside={
+        "embeddings.words": "embeddings.tok_embeddings",
+        "embeddings.norm": "embeddings.norm",
+        "norm": "final_norm",
+    },
+    words="embeddings.tok_embeddings",
+    block="layers.{i}",
+    inside={
+        "attention.qkv": "attn.Wqkv",
+        "attention.out": "attn.Wo",
+        "attention_norm": "attn_norm",
+        "mlp.0": "mlp.Wi",
+        "mlp.2": "mlp.Wo",
+        "mlp_norm": "mlp_norm",
+    },
+    dropouts=("mlp_dropout", "embedding_dropout"),
+    slots=(
+        Slot(
+            "mlm",
+            "mlm",
+            "decoder.bias",
+            {"dense": "head.dense", "norm": "head.norm"},
+            {"words": ("decoder.weight",), "bias": ("decoder.bias",)},
+            architecture="ForMaskedLM",
+        ),
+        Slot(
+            "classification",
+            "classification",
+            "classifier.weight",
+            {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
+            norm=True,
+            architecture="ForSequenceClassification",
+        ),
+    ),
+    read=_modernbert_read,
+    write=_modernbert_write,
+)
+CLIP_INSIDE = {
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.out": "self_attn.out_proj",
+    "attention_norm": "layer_norm1",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+    "mlp_norm": "layer_norm2",
+}
+# What a model of images and texts has beside its text encoder.
+BESIDE_TEXT = (r"vision_model\..*", r"visual_projection\..*", r"text_projection\..*", "logit_scale", "logit_bias")
+CLIP = Family(
+    name="clip_text_model",
+    stem="CLIPText",
+    prefix="text_model.",
+    keys={
+        "vocab_size": ("vocab_size", 49408),
+        "width": ("hidden_size", 512),
+        "layers": ("num_hidden_layers", 12),
+        "heads": ("num_attention_heads", 8),
+        "mlp_width": ("intermediate_size", 2048),
+        "context_length": ("max_position_embeddings", 77),
+        "activation": ("hidden_act", "quick_gelu"),
+        "norm_eps": ("layer_norm_eps", 1e-5),
+        "pad_id": ("pad_token_id", 1),
+    },
+    always={"norm": "pre", "positions": "learned", "types": 0, "causal": True},
+    refused={},
+    outside={
+        "embeddings.words": "embeddings.token_embedding",
+        "embeddings.places": "embeddings.position_embedding",
+        "norm": "final_layer_norm",
+    },
+    words="embeddings.token_embedding",
+    block="encoder.layers.{i}",
+    inside=CLIP_INSIDE,
+    ignored=BESIDE_TEXT,
+    nested="clip",
+    pool="last",
+)
+
+
+def _siglip_read(config: Config, fields: Config) -> None:
+    """The tower sees its padding: all texts are of one length."""
+    fields["pad_to"] = fields["context_length"]
+
+
+SIGLIP = dataclasses.replace(
+    CLIP,
+    name="siglip_text_model",
+    stem="SiglipText",
+    keys={
+        **CLIP.keys,
+        "vocab_size": ("vocab_size", 32000),
+        "width": ("hidden_size", 768),
+        "heads": ("num_attention_heads", 12),
+        "mlp_width": ("intermediate_size", 3072),
+        "context_length": ("max_position_embeddings", 64),
+        "activation": ("hidden_act", "gelu_pytorch_tanh"),
+        "norm_eps": ("layer_norm_eps", 1e-6),
+    },
+    always={**CLIP.always, "causal": False},
+    ignored=(*BESIDE_TEXT, r"(text_model\.)?head\..*"),  # a linear map after pooling, which is no part of the encoder
+    nested="siglip",
+    read=_siglip_read,
+)
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        BERT,
+        ROBERTA,
+        ALBERT,
+        DISTILBERT,
+        ELECTRA,
+        MODERNBERT,
+        CLIP,
+        SIGLIP,
+        dataclasses.replace(ROBERTA, name="xlm-roberta", stem="XLMRoberta"),
+        dataclasses.replace(ROBERTA, name="camembert", stem="Camembert"),
+    )
+}

@@ -1,0 +1,224 @@
+"""Tokenizers of text checkpoints: the files that there are, and those that `transformers` looks for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.models.text_encoder import TextConfig
+from dualenc.utils.errors import DataError, ModelError
+from dualenc.utils.files import read_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+START, END = "<|startoftext|>", "<|endoftext|>"  # of CLIP
+WORDS = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # to be cut into pieces; before them, what ends some
+SUFFIXES = "'s|'t|'re|'ve|'m|'ll|'d"
+# What transformers calls the special tokens, and the tokens themselves, the likeliest first.
+ROLES = {
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "pad_token": ("[PAD]", "<pad>"),
+    "mask_token": ("[MASK]", "<mask>"),
+    "bos_token": ("<|startoftext|>", "<s>"),
+    "eos_token": ("<|endoftext|>", "</s>"),
+}
+
+
+def longest(folder: Path, context_length: int) -> int:
+    """Tokens of the longest text: what the tokenizer's config says, but no more than the encoder takes."""
+    length = about_tokenizer(folder).get("model_max_length")
+    return min(int(length), context_length) if isinstance(length, int | float) and length > 0 else context_length
+
+
+def padding_token(folder: Path) -> int | None:
+    """The id of the token that a tokenizer pads with, where its files say so."""
+    token = _content(about_tokenizer(folder).get("pad_token"))
+    if not isinstance(token, str) or not (folder / "tokenizer.json").is_file():
+        return None
+    return _backend(folder / "tokenizer.json").token_to_id(token)
+
+
+def read_tokenizer(folder: Path, text: TextConfig, length: int, lowercase: bool = False) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Args:
+        folder: with tokenizer.json; or BERT's vocab.txt; or vocab.json and merges.txt, RoBERTa's or CLIP's.
+        text: the encoder's architecture.
+        length: longest text in tokens.
+        lowercase: texts are lower-cased before all else.
+
+    Raises:
+        ModelError: there is none of these files, or they cannot be read.
+    """
+    if (folder / "tokenizer.json").is_file():
+        backend = _backend(folder / "tokenizer.json")
+    elif (folder / "vocab.txt").is_file():
+        backend = _wordpiece(folder)
+    elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        backend = _byte_pairs(folder) if text.position_offset else _clip_pairs(folder)
+    else:
+        raise ModelError(
+            f"{folder} holds no tokenizer.json: save one there with transformers "
+            "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
+        )
+    if lowercase:
+        steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer is not None else [])]
+        backend.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
+    return tokenizer_of(backend, text, length)
+
+
+def tokenizer_of(backend: Backend, text: TextConfig, length: int) -> Tokenizer:
+    """A backend as the tokenizer of an encoder, with its padding where it sees that."""
+    pad_to = None if text.pad_to is None else min(text.pad_to, length)
+    return Tokenizer(backend, length, pad_to, text.pad_id)
+
+
+def about_tokenizer(folder: Path) -> dict[str, Any]:
+    """What its config files say, the main one before the other."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            fields = read_json(folder / name)
+            found |= fields if isinstance(fields, dict) else {}
+    return found
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _backend(path: Path) -> Backend:
+    try:
+        return Backend.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{path} is no tokenizer that the tokenizers library reads ({error})") from None
+
+
+def _wordpiece(folder: Path) -> Backend:
+    """BERT's, whose vocabulary does not say whether it is of small letters: the config does."""
+    about = about_tokenizer(folder)
+    try:
+        backend = Tokenizer.from_file(folder / "vocab.txt", 1).backend
+    except DataError as error:
+        raise ModelError(str(error)) from None
+    backend.no_truncation()
+    if "do_lower_case" in about:
+        backend.normalizer = normalizers.BertNormalizer(  # type: ignore[assignment]
+            lowercase=bool(about["do_lower_case"]),
+            strip_accents=about.get("strip_accents"),
+            handle_chinese_chars=bool(about.get("tokenize_chinese_chars", True)),
+        )
+    return backend
+
+
+def _byte_pairs(folder: Path) -> Backend:
+    """RoBERTa's: pairs of bytes as GPT-2 has them (Radford et al. 2019, section 2.2), between <s> and </s>."""
+    vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+    space = bool(about_tokenizer(folder).get("add_prefix_space", False))
+    try:
+        backend = Backend(models.BPE.from_file(vocab, merges))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{vocab} and merges.txt cannot be read ({error})") from None
+    known = backend.get_vocab()
+    if missing := [token for token in ("<s>", "</s>") if token not in known]:
+        raise ModelError(f"{vocab} has no {missing[0]}: it is no vocabulary of RoBERTa's")
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.post_processor = processors.RobertaProcessing(  # type: ignore[assignment]
+        ("</s>", known["</s>"]), ("<s>", known["<s>"]), add_prefix_space=space
+    )
+    special = [token for token in ("<s>", "</s>", "<unk>", "<pad>") if token in known]
+    backend.add_special_tokens(special)
+    if "<mask>" in known:
+        from tokenizers import AddedToken
+
+        backend.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    return backend
+
+
+def clip_pairs(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    steps: Sequence[normalizers.Normalizer],
+    words: str = f"{SUFFIXES}|{WORDS}",
+    ends: tuple[str, str] = (START, END),
+) -> Backend:
+    """Pairs of bytes that know the end of a word, between two tokens.
+
+    Args:
+        vocab, merges: with "</w>" after what ends a word.
+        steps: before all else.
+        words: what is cut out of a text.
+        ends: tokens that open and close a text, entries of the vocabulary.
+    """
+    backend = Backend(models.BPE(vocab, merges, unk_token=ends[1], end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence(list(steps))  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([  # type: ignore[assignment]
+        pre_tokenizers.Split(Regex(words), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    backend.decoder = decoders.Sequence([  # type: ignore[assignment]
+        decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1),
+    ])  # fmt: skip
+    opening, closing = ((token, vocab[token]) for token in ends)
+    backend.post_processor = processors.RobertaProcessing(  # type: ignore[assignment]
+        closing, opening, trim_offsets=False, add_prefix_space=False
+    )
+    backend.add_special_tokens(list(ends))
+    return backend
+
+
+def _clip_pairs(folder: Path) -> Backend:
+    """CLIP's, as transformers cleans and cuts texts for it."""
+    about, path = about_tokenizer(folder), folder / "vocab.json"
+    ends = tuple(_content(about.get(role)) or usual for role, usual in (("bos_token", START), ("eos_token", END)))
+    try:
+        vocab, merges = models.BPE.read_file(str(path), str(folder / "merges.txt"))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{path} and merges.txt cannot be read ({error})") from None
+    if missing := [token for token in ends if token not in vocab]:
+        raise ModelError(f"{path} has no {missing[0]}: it is no vocabulary of CLIP's, and no encoder of RoBERTa's")
+    steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    try:
+        return clip_pairs(vocab, merges, steps, ends=(ends[0], ends[1]))
+    except Exception as error:  # a merge of what is no entry
+        raise ModelError(f"{path} and merges.txt cannot be read ({error})") from None
+
+
+def tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[str, Any]:
+    """What `tokenizer_config.json` says, so that transformers' AutoTokenizer reads tokenizer.json as it is.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the architecture that it is for.
+    """
+    vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
+    special = tokenizer.special
+    roles = {}
+    for role, tokens in ROLES.items():
+        found = [token for token in tokens if token in special or (role != "mask_token" and token in vocab)]
+        if found:
+            roles[role] = found[0]
+    if text.pad_to is not None and (token := tokenizer.backend.id_to_token(text.pad_id)) is not None:
+        roles["pad_token"] = token
+    if "eos_token" in roles:  # CLIP has none of its own; what it is does not matter to a causal tower
+        roles.setdefault("pad_token", roles["eos_token"])
+    inputs = ["input_ids", *(["token_type_ids"] if text.types > 1 else []), "attention_mask"]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": tokenizer.context_length,
+        "model_input_names": inputs,
+        "clean_up_tokenization_spaces": False,
+        **roles,
+    }

@@ -1,0 +1,1 @@
+"""Models in use: images and texts to embeddings, texts to labels."""

@@ -1,0 +1,362 @@
+"""The embedder: model, tokenizer and preprocessing together, and the model directory they live in."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dualenc.data.images import Preprocess, open_image
+from dualenc.data.pairs import Pairs
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.formats.download import hub_folder
+from dualenc.inference.model_folder import check_tokenizer
+from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, load_open_clip
+from dualenc.metrics import zero_shot_classifier
+from dualenc.models.dual_encoder import DualConfig, DualEncoder
+from dualenc.models.heads import TextModel
+from dualenc.models.image_encoder import ImageEncoder
+from dualenc.models.tower import evaluating
+from dualenc.utils.errors import ModelError
+from dualenc.utils.files import FORMAT, check_format, from_dict, read_json, replaced_folder, write_json
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocess.json")
+
+
+class Embedder:
+    """Embeds images and texts into one space.
+
+    Args:
+        model: the dual encoder, or a model of open_clip.
+        tokenizer: whose ids fit the model's vocabulary.
+        preprocess: whose size is the image encoder's.
+        name: for people.
+
+    Raises:
+        ModelError: the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder | OpenClip,
+        tokenizer: Tokenizer | OpenClipTokenizer,
+        preprocess: Preprocess | OpenClipTransform,
+        name: str = "model",
+    ) -> None:
+        self.model, self.tokenizer, self.preprocess, self.name = model, tokenizer, preprocess, name
+        if isinstance(model, OpenClip) or isinstance(tokenizer, OpenClipTokenizer):
+            return  # made for each other by the library
+        text, image = model.config.text, model.config.image
+        check_tokenizer(tokenizer, text)
+        if preprocess.size != image.img_size:
+            raise ModelError(
+                f"preprocess.json makes {preprocess.size} pixels, the image encoder takes {image.img_size}"
+            )
+
+    @property
+    def dual_encoder(self) -> DualEncoder:
+        """The model, where it is one of ours.
+
+        Raises:
+            ModelError: it is open_clip's.
+        """
+        if isinstance(self.model, OpenClip):
+            raise ModelError(f"{self.name} is a model of open_clip, which is measured here and nothing else")
+        return self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where embeddings are made."""
+        return next(self.model.parameters()).device
+
+    def embed_images(self, images: Any, batch_size: int = 64) -> Tensor:
+        """Embeddings (N, E) of unit length, on the CPU.
+
+        Args:
+            images: one or an iterable of paths, Pillow images, uint8 tensors (3, H, W) of any size; or of batches
+                (B, 3, S, S) uint8 as loaders give them. Float tensors are taken as already normalised.
+            batch_size: images a forward pass, where they come one by one.
+        """
+        images = [images] if isinstance(images, str | os.PathLike | Image.Image) else images
+        with evaluating(self.model):
+            parts = [
+                self.model.encode_image(self._normalised(batch)).float().cpu()
+                for batch in self._image_batches(images, batch_size)
+            ]
+        if not parts:
+            raise ValueError("there are no images to embed")
+        return torch.cat(parts)
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Embeddings (N, E) of unit length, on the CPU, of N strings in any order of lengths."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("there are no texts to embed")
+        model, tokenizer = typing.cast(Any, self.model), typing.cast(Any, self.tokenizer)  # each with its own tokens
+        ids = tokenizer.encode(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # equal lengths together: less to compute
+        out = torch.empty(len(texts), self.model.embed_dim)
+        with evaluating(self.model):
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                out[part] = model.encode_text(tokenizer.pack([ids[i] for i in part]).to(self.device)).float().cpu()
+        return out
+
+    def classify(self, images: Any, names: Sequence[str], templates: Sequence[str] = ("a photo of a {c}.",)) -> Tensor:
+        """Probabilities (N, C) of the named classes for each image, on the CPU."""
+        classifier = zero_shot_classifier(self, names, templates)
+        scale = self.model.logits()[0].detach().float().cpu()
+        return torch.softmax(scale * self.embed_images(images) @ classifier.T, dim=-1)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that embeddings depend on: architecture, weights to the bit, preprocessing, tokenizer."""
+        return fingerprint(self.model, self.preprocess, self.tokenizer.fingerprint)
+
+    def save(self, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes a model directory; an older one of this name is replaced once the new one is whole.
+
+        Args:
+            path: its name.
+            weights: in place of the model's own, such as those that lie spread over several processes.
+
+        Raises:
+            ModelError: the path is taken by something that is no model directory, or the model is open_clip's.
+        """
+        model = self.dual_encoder
+        with replaced_folder(path, {*FILES, "README.md"}) as folder:
+            write_json(folder / "config.json", {"format": FORMAT, **dataclasses.asdict(model.config)})
+            write_json(folder / "preprocess.json", dataclasses.asdict(self.preprocess))
+            typing.cast(Tokenizer, self.tokenizer).save(folder / "tokenizer.json")
+            weights = model.state_dict() if weights is None else weights
+            state = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
+            save_file(state, folder / "model.safetensors")
+            (folder / "README.md").write_text(self._card(), "utf-8")
+
+    def _card(self) -> str:
+        config = self.dual_encoder.config
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return (
+            "---\nlibrary_name: dualenc\ntags: [image-text, zero-shot-image-classification]\n---\n\n"
+            f"# {self.name}\n\nA dual encoder of images and texts ({millions:.1f} M parameters): {config.image.name} "
+            f"at {config.image.img_size} pixels, a text encoder of {config.text.layers} layers of width "
+            f"{config.text.width}, {config.embed_dim} dimensions in common.\n\n"
+            "```python\nimport dualenc\n\nembedder = dualenc.load(\"path/of/this/folder\")\n"
+            'images = embedder.embed_images(["photo.jpg"])  # (1, E), unit length\n'
+            'texts = embedder.embed_texts(["a dog on a beach"])\nprint(images @ texts.T)\n```\n\n'
+            f"Written by dualenc {version('dualenc')}.\n"
+        )  # fmt: skip
+
+    def _image_batches(self, images: Iterable[Any], batch_size: int) -> Iterator[Tensor]:
+        if isinstance(images, Tensor) and images.dim() == 3:
+            images = [images]
+        if isinstance(images, Tensor):
+            yield from images.split(batch_size)
+            return
+        waiting: list[Tensor] = []
+        for item in images:
+            item = item.images if isinstance(item, Pairs) else item
+            if isinstance(item, Tensor) and item.dim() == 4:
+                yield item
+                continue
+            image = item if isinstance(item, Tensor) else open_image(item)
+            image = image if image.is_floating_point() else self.preprocess(image)
+            if waiting and waiting[0].dtype != image.dtype:  # stack would turn pixels into normalised values
+                yield torch.stack(waiting)
+                waiting = []
+            waiting.append(image)
+            if len(waiting) == batch_size:
+                yield torch.stack(waiting)
+                waiting = []
+        if waiting:
+            yield torch.stack(waiting)
+
+    def _normalised(self, batch: Tensor) -> Tensor:
+        done = isinstance(self.preprocess, Preprocess) and batch.shape[-2:] == (self.preprocess.size,) * 2
+        if not batch.is_floating_point() and not done:
+            batch = torch.stack([self.preprocess(image) for image in batch])
+        batch = batch.to(self.device, non_blocking=True)
+        dtype = next(self.model.parameters()).dtype
+        if isinstance(self.preprocess, Preprocess) and not batch.is_floating_point():
+            return self.preprocess.normalize(batch, dtype)
+        return batch.to(dtype)
+
+
+def load(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:
+    """Loads a model.
+
+    Args:
+        spec: a model directory; a run directory (its `best/`, or else `last/`); `hf-hub:owner/name[@revision]`; or a
+            model of open_clip, `open_clip:ARCH/PRETRAINED`, see `dualenc.inference.open_clip.load_open_clip`.
+        device: absent, CUDA if there is one, else the CPU.
+
+    Raises:
+        ModelError: a file is missing, of a newer format, or does not fit, or open_clip has no such model; names it.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = os.fspath(spec)
+    if name.startswith("open_clip:"):
+        try:
+            peer, peer_tokenizer, transform = load_open_clip(name.removeprefix("open_clip:"))
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}") from None
+        return Embedder(peer.to(device), peer_tokenizer, transform, name)
+    path, config, preprocess = read_config(spec)
+    text = config.text
+    tokenizer = Tokenizer.from_file(path / "tokenizer.json", text.context_length, text.pad_to, text.pad_id)
+    try:
+        state = load_file(path / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path / 'model.safetensors'} cannot be read ({error})") from None
+    try:
+        model = DualEncoder.from_config(config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ModelError(f"{path / 'config.json'}: {error}") from None
+    _load_state(model, state, path / "model.safetensors")
+    return Embedder(model.to(device).eval(), tokenizer, preprocess, name)
+
+
+def read_config(spec: str | os.PathLike[str]) -> tuple[Path, DualConfig, Preprocess]:
+    """The model directory that `load` reads for a spec, the architecture and the preprocessing.
+
+    Raises:
+        ModelError: there is none, or a file of it is missing or says what it should not.
+    """
+    path = model_folder(spec)
+    fields = read_json(path / "config.json")
+    check_format(fields, path / "config.json")
+    config: DualConfig = from_dict(DualConfig, fields, str(path / "config.json"))
+    where = path / "preprocess.json"
+    return path, config, from_dict(Preprocess, read_json(where), str(where))
+
+
+def model_folder(spec: str | os.PathLike[str]) -> Path:
+    """The model directory that `load` reads for a spec, fetched where it is on the hub.
+
+    Raises:
+        ModelError: there is none, or a file of it is missing.
+    """
+    spec = os.fspath(spec)
+    path = hub_folder(spec, [*FILES, "README.md"]) if spec.startswith("hf-hub:") else Path(spec)
+    if not path.is_dir():
+        raise ModelError(f"model {spec!r} is no folder, and no hf-hub:owner/name or open_clip:ARCH/PRETRAINED")
+    if not (path / "config.json").exists():
+        inside = [path / name for name in ("best", "last") if (path / name / "config.json").exists()]
+        path = inside[0] if inside else path
+    if missing := [name for name in FILES if not (path / name).is_file()]:
+        foreign = (path / "open_clip_config.json").is_file() or (path / "config.json").is_file()
+        hint = f"; if it is another library's, dualenc import {spec} OUT" * foreign
+        raise ModelError(f"{path} is no whole model directory: {', '.join(missing)} missing{hint}")
+    return path
+
+
+@torch.no_grad()
+def image_features(tower: ImageEncoder, preprocess: Preprocess, images: Tensor) -> Tensor:
+    """What a tower in eval mode gives before the projection: (B, D) fp32 on the CPU, of uint8 images (B, 3, S, S)."""
+    weight = next(tower.parameters())
+    return tower(preprocess.normalize(images.to(weight.device, non_blocking=True), weight.dtype)).float().cpu()
+
+
+def fingerprint(
+    model: DualEncoder | OpenClip | ImageEncoder | TextModel,
+    preprocess: Preprocess | OpenClipTransform | None,
+    more: str = "",
+) -> str:
+    """A hash of all that embeddings or features depend on: architecture, weights to the bit, preprocessing.
+
+    Args:
+        model: a dual encoder, or one tower.
+        preprocess: its; none of a text model.
+        more: what else counts, such as the tokenizer's fingerprint.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    about = [dataclasses.asdict(model.config), preprocess and dataclasses.asdict(preprocess), more]
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def difference(first: Embedder, second: Embedder, apart: Collection[str] = ()) -> str | None:
+    """Names the first field of architecture or preprocessing in which two models differ, with both values.
+
+    Args:
+        first, second: the models.
+        apart: fields that may differ, such as "image.img_size".
+    """
+
+    def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from fields(value, f"{prefix}{field.name}.")
+            else:
+                yield f"{prefix}{field.name}", value
+
+    for part, prefix in ((lambda one: one.dual_encoder.config, ""), (lambda one: one.preprocess, "preprocess.")):
+        for (name, x), (_, y) in zip(fields(part(first), prefix), fields(part(second), prefix), strict=True):
+            if x != y and name not in apart:
+                return f"{name} {x!r} and {y!r}"
+    return None
+
+
+def interpolate(first: Embedder, second: Embedder, alpha: float) -> Embedder:
+    """A model between two, with the weights (1 - alpha) * first + alpha * second (Wortsman et al. 2022, section 3).
+
+    Args:
+        first: whose architecture, tokenizer and preprocessing it has.
+        second: a model that differs from it in weights and dropout only, such as the first after fine-tuning.
+        alpha: from 0 to 1, for the weights of the first and of the second to the bit.
+
+    Raises:
+        ModelError: the models differ in more, or alpha is not between 0 and 1.
+    """
+    if not 0 <= alpha <= 1:
+        raise ModelError(f"alpha {alpha} must lie between 0 and 1")
+    found = difference(first, second, apart=["text.dropout"])
+    if not found and first.tokenizer.fingerprint != second.tokenizer.fingerprint:
+        found = "their tokenizers"
+    if found:
+        raise ModelError(f"{first.name} and {second.name} differ: {found}; what lies between them is no model")
+    others, weights = second.dual_encoder.state_dict(), {}
+    for name, x in first.dual_encoder.state_dict().items():
+        y = others[name].to(x.device)
+        if not x.is_floating_point():
+            if not torch.equal(x, y):
+                raise ModelError(f"{first.name} and {second.name} differ: {name}, which is no weight")
+            weights[name] = x
+        elif alpha in (0, 1):  # a sum would lose the sign of a zero
+            weights[name] = y if alpha else x
+        else:
+            weights[name] = ((1 - alpha) * x.double() + alpha * y.double()).to(x.dtype)
+    model = copy.deepcopy(first.dual_encoder)
+    model.load_state_dict(weights)
+    name = f"{1 - alpha:g} {first.name} + {alpha:g} {second.name}"
+    return Embedder(model, first.tokenizer, first.preprocess, name=name)
+
+
+def _load_state(model: DualEncoder, state: dict[str, Tensor], path: Path) -> None:
+    wanted = model.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in state]
+    wrong += [f"{name} is unknown" for name in state if name not in wanted]
+    wrong += [
+        f"{name} has shape {tuple(x.shape)} and not {tuple(wanted[name].shape)}"
+        for name, x in state.items()
+        if name in wanted and x.shape != wanted[name].shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ModelError(f"{path} does not fit config.json: {'; '.join(wrong[:5])}{more}")
+    model.load_state_dict(state)

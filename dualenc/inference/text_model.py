@@ -1,0 +1,343 @@
+"""What a text model is used for, and how it is written so that others can read it."""
+
+import dataclasses
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Encoding
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.formats.huggingface.architecture import activation_name, choose_family, family_config, places_of
+from dualenc.formats.huggingface.families import PROBLEMS, Family
+from dualenc.formats.huggingface.text_checkpoint import OWN, open_text, own_names
+from dualenc.formats.huggingface.tokenizers import tokenizer_config
+from dualenc.formats.state_dict import split_state
+from dualenc.inference.model_folder import check_tokenizer
+from dualenc.models.heads import HeadConfig, TextModel, answers
+from dualenc.models.text_encoder import TextConfig
+from dualenc.models.tower import evaluating
+from dualenc.tokens import Tokens
+from dualenc.utils.files import FORMAT, replaced_folder, write_json
+
+FILES = (OWN, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+MASK = "[MASK]"  # in a text that is to be filled, whatever the tokenizer calls it
+Texts = Sequence[str] | Sequence[tuple[str, str]]
+
+
+class Filling(TypedDict):
+    """A guess at a hidden word."""
+
+    token: str
+    probability: float
+    text: str  # with the token in its place; other hidden words stay hidden
+
+
+class TextPredictor:
+    """A text model with its tokenizer: labels, hidden words, vectors.
+
+    Args:
+        model: encoder and heads.
+        tokenizer: whose ids fit the encoder's vocabulary.
+        name: for people.
+
+    Raises:
+        ModelError: the two do not fit together.
+    """
+
+    def __init__(self, model: TextModel, tokenizer: Tokenizer, name: str = "model") -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        check_tokenizer(tokenizer, model.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where it computes."""
+        return next(self.model.parameters()).device
+
+    def classify(self, texts: Texts, head: str | None = None, batch_size: int = 64) -> list[dict[str, Any]]:
+        """What a classification head says of N texts.
+
+        Args:
+            texts: strings; or pairs of them, which the head sees together.
+            head: its name; may be left away where there is one.
+            batch_size: texts a forward pass.
+
+        Returns:
+            For each what `dualenc.models.heads.answers` says.
+
+        Raises:
+            ValueError: there is no such head, or it must be named.
+        """
+        name = self._head("classification", head)
+        config = self.model.head_configs[name]
+        texts = [texts] if isinstance(texts, str) else texts
+        out: list[dict[str, Any]] = [{} for _ in texts]
+        with evaluating(self.model):
+            for part, tokens in self._batches(texts, batch_size):
+                for i, answer in zip(part, answers(config, self.model(tokens, name)), strict=True):
+                    out[i] = answer
+        return out
+
+    def fill(self, text: str, k: int = 5) -> list[list[Filling]]:
+        """The likeliest words for each place of a text that is hidden by "[MASK]", or the tokenizer's own such token.
+
+        Args:
+            text: with one such place or more.
+            k: guesses a place.
+
+        Returns:
+            For each place, in order, its k guesses, the likeliest first.
+
+        Raises:
+            ValueError: nothing is hidden, or it lies past the longest text; or the model has no head for it.
+        """
+        name = self._head("mlm", None)
+        mask_id = self.tokenizer.mask_id
+        if mask_id is None:
+            raise ValueError(f"the tokenizer of {self.name} has no token that hides words")
+        token = self.tokenizer.backend.id_to_token(mask_id) or MASK
+        segments = text.replace(token, MASK).split(MASK)
+        if len(segments) < 2:
+            raise ValueError(f"{text!r} hides no word: write {MASK} in its place")
+        ids = self._spliced(segments, mask_id, token)
+        tokens = Tokens.pack([ids])
+        places = [i for i, one in enumerate(ids) if one == mask_id]
+        if len(places) < len(segments) - 1:
+            raise ValueError(f"{text!r} is longer than {self.tokenizer.context_length} tokens, and a {MASK} is cut off")
+        with evaluating(self.model):
+            tokens = tokens.to(self.device)
+            logits = self.model(tokens, name, torch.tensor(places, device=self.device)).float().cpu()
+        found = logits.softmax(-1)[:, : self.tokenizer.vocab_size].topk(min(k, self.tokenizer.vocab_size))
+        return [
+            [self._filling(segments, place, one, p) for one, p in zip(best.tolist(), values.tolist(), strict=True)]
+            for place, (best, values) in enumerate(zip(found.indices, found.values, strict=True))
+        ]
+
+    def embed(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Vectors (N, D) of unit length, on the CPU: by the encoder's `pool`, or that of an embedding head.
+
+        Args:
+            texts: N strings.
+            batch_size: texts a forward pass.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("there are no texts to embed")
+        heads = [head for head in self.model.head_configs.values() if head.kind == "embedding"]
+        out = torch.empty(len(texts), self.model.config.width)
+        with evaluating(self.model):
+            for part, tokens in self._batches(texts, batch_size):
+                hidden = self.model.encoder(tokens)
+                pooled = self.model.encoder.pool(hidden, tokens, heads[0].pool if heads else None)
+                out[part] = F.normalize(pooled.float(), dim=-1).cpu()
+        return out
+
+    def embed_tokens(self, texts: Sequence[str]) -> list[tuple[list[str], Tensor]]:
+        """The tokens of each text, special ones among them, and their vectors (T, D), on the CPU."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(texts)
+        with evaluating(self.model):
+            for part, tokens in self._batches(texts, 64):
+                hidden = self.model.encoder(tokens).float().cpu()
+                ids, offsets = tokens.ids.tolist(), tokens.offsets.tolist()
+                for i, row in zip(part, tokens.rows.tolist(), strict=True):
+                    start, stop = offsets[row], offsets[row + 1]
+                    names = [self.tokenizer.backend.id_to_token(one) or str(one) for one in ids[start:stop]]
+                    out[i] = names, hidden[start:stop].clone()
+        return out
+
+    def save(self, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the model in its family's own format, that `transformers` reads too; an older one is replaced.
+
+        `dualenc.json` beside it keeps what that format cannot say, and heads that it has no place for keep their own
+        names in `model.safetensors`: what `load_text` reads is the same to the bit.
+
+        Args:
+            path: name of the folder.
+            weights: in place of the model's own, such as those that lie spread over several processes.
+
+        Raises:
+            ModelError: the path is taken by something else.
+        """
+        text, heads = self.model.config, self.model.head_configs
+        state = self.model.state_dict() if weights is None else weights
+        family = choose_family(text, heads) if counts_positions(text, self.tokenizer) else None
+        untied = {f"heads.{name}.bias" for name, head in heads.items() if head.kind == "mlm" and not head.tied}
+        with replaced_folder(path, FILES) as folder:
+            about = {name: dataclasses.asdict(head) for name, head in heads.items()}
+            write_json(folder / OWN, {"format": FORMAT, "text": dataclasses.asdict(text), "heads": about})
+            write_text_model(folder, family, text, heads, self.tokenizer, state, untied)
+            (folder / "README.md").write_text(self._card(family), "utf-8")
+
+    def _card(self, family: Family | None) -> str:
+        text, heads = self.model.config, self.model.head_configs
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        library = "dualenc" if family is None else "transformers"
+        lines = [
+            f"---\nlibrary_name: {library}\ntags: [dualenc]\n---\n\n# {self.name}\n",
+            f"A text encoder ({millions:.1f} M parameters): {text.layers} layers of width {text.width}, texts of up to "
+            f"{self.tokenizer.context_length} tokens.\n",
+        ]
+        for name, head in heads.items():
+            labels = f" of {head.problem}: {', '.join(head.labels)}" if head.labels else ""
+            lines.append(f"- head `{name}`: {head.kind}{labels}")
+        lines.append('\n```python\nimport dualenc\n\nmodel = dualenc.load_text("path/of/this/folder")')
+        lines.append('print(model.embed(["a sentence"]))\n```\n')
+        if family is None:
+            lines.append("Its architecture is of no family that transformers knows: only dualenc reads this folder.\n")
+        else:
+            own = [name for name in heads if name not in places_of(family, text, heads)]
+            lines.append(f"The format is that of transformers ({family.name}); `{OWN}` is dualenc's.")
+            if own := [name for name in own if heads[name].kind != "embedding"]:
+                lines.append(f"It has no place for the heads {', '.join(own)}: only dualenc reads these.")
+            lines.append("")
+        lines.append(f"Written by dualenc {version('dualenc')}.")
+        return "\n".join(lines) + "\n"
+
+    def _head(self, kind: str, name: str | None) -> str:
+        heads = [key for key, head in self.model.head_configs.items() if head.kind == kind]
+        if name is None and len(heads) == 1:
+            return heads[0]
+        if name not in heads:
+            what = f"no head {name!r} for {kind}" if name is not None else f"{len(heads) or 'no'} heads for {kind}"
+            raise ValueError(f"{self.name} has {what}" + (f": name one of {', '.join(heads)}" if heads else ""))
+        return name
+
+    def _batches(self, texts: Texts, batch_size: int) -> Iterator[tuple[list[int], Tokens]]:
+        """Places of texts in the caller's list, and their tokens; equal lengths together: less to compute."""
+        pairs = [not isinstance(text, str) for text in texts]
+        if any(pairs) and not all(pairs):
+            raise ValueError("texts must be all strings or all pairs of strings")
+        types: list[list[int]] | None = None
+        if any(pairs):
+            ids, types = self.tokenizer.encode_pairs([(one, other) for one, other in texts])
+        else:
+            ids = self.tokenizer.encode([str(text) for text in texts])
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            kinds = None if types is None else [types[i] for i in part]
+            yield part, Tokens.pack([ids[i] for i in part], kinds).to(self.device)
+
+    def _spliced(self, segments: Sequence[str], mask_id: int, token: str) -> list[int]:
+        """Ids of a text whose hidden words stand between the segments: in these "[SEP]" is text, as ever."""
+        backend = Backend.from_str(self.tokenizer.backend.to_str())
+        backend.no_truncation()
+        backend.encode_special_tokens = False
+        hidden = backend.encode(token, add_special_tokens=False)
+        backend.encode_special_tokens = True
+        added = backend.get_added_tokens_decoder()[mask_id]
+        parts: list[Encoding] = []
+        for i, segment in enumerate(segments):
+            segment = segment.rstrip() if added.lstrip and i + 1 < len(segments) else segment
+            segment = segment.lstrip() if added.rstrip and i else segment
+            parts += [hidden] if i else []
+            parts.append(backend.encode(segment, add_special_tokens=False))
+        backend.enable_truncation(self.tokenizer.context_length)
+        ids = backend.post_process(Encoding.merge(parts)).ids
+        return ids + [self.tokenizer.pad_id] * ((self.tokenizer.pad_to or 0) - len(ids))
+
+    def _filling(self, segments: Sequence[str], place: int, token_id: int, probability: float) -> Filling:
+        backend = self.tokenizer.backend
+        token = backend.id_to_token(token_id) or ""
+        before, after = MASK.join(segments[: place + 1]), MASK.join(segments[place + 1 :])
+        word = backend.decode([token_id], skip_special_tokens=False).strip()
+        if token.startswith("##"):  # goes on with the word before it
+            before, word = before.rstrip(), token[2:]
+        return {"token": token, "probability": probability, "text": before + word + after}
+
+
+def counts_positions(text: TextConfig, tokenizer: Tokenizer) -> bool:
+    """Whether transformers gives the tokens of a text the positions that we give them.
+
+    Where the first is not 0 it counts by what is not the token before it, which so must be the one that pads.
+    """
+    padding = tokenizer.backend.id_to_token(text.position_offset - 1) if text.position_offset else "<pad>"
+    return padding in ("<pad>", "[PAD]")
+
+
+def write_text_model(
+    folder: Path,
+    family: Family | None,
+    text: TextConfig,
+    heads: Mapping[str, HeadConfig],
+    tokenizer: Tokenizer,
+    state: Mapping[str, Tensor],
+    untied: Collection[str] = (),
+) -> None:
+    """Writes config.json, where there is a family, model.safetensors, and the tokenizer's files.
+
+    Args:
+        folder: that is there.
+        family: whose format it is; absent, tensors keep their own names.
+        text, heads: of the model.
+        tokenizer: its.
+        state: of a `TextModel`.
+        untied: see `split_state`.
+    """
+    if family is not None:
+        write_json(folder / "config.json", hub_config(family, text, heads, tokenizer))
+    tensors = split_state(state, own_names(family, text, heads, state), untied)
+    if family is not None and family.name == "siglip_text_model":
+        # The format has a map after pooling, which the encoder has not: one that changes nothing.
+        head = {"weight": torch.eye(text.width), "bias": torch.zeros(text.width)}
+        tensors |= {f"{family.prefix}head.{name}": x for name, x in head.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, text))
+
+
+def hub_config(
+    family: Family, text: TextConfig, heads: Mapping[str, HeadConfig], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """A family's `config.json`, heads and special tokens included.
+
+    Args:
+        family: the family.
+        text, heads: of the model.
+        tokenizer: whose opening and closing tokens are named.
+    """
+    places = places_of(family, text, heads)
+    named = {slot.name: slot.architecture for slot in places.values()}
+    first = next((architecture for architecture in named.values() if architecture), "Model")
+    config = family_config(family, text)
+    config |= {"architectures": [family.stem + ("ForPreTraining" if {"mlm", "nsp"} <= named.keys() else first)]}
+    ids = tokenizer.backend.encode("").ids
+    if len(ids) > 1:
+        config |= {"bos_token_id": ids[0], "eos_token_id": ids[-1]}
+    mlm = [heads[name] for name, slot in places.items() if slot.kind == "mlm"]
+    config["tie_word_embeddings"] = all(head.tied for head in mlm)
+    shown = [heads[name] for name, slot in places.items() if slot.name == "classification"]
+    for head in shown:
+        config["id2label"] = {str(i): label for i, label in enumerate(head.labels)}
+        config["label2id"] = {label: i for i, label in enumerate(head.labels)}
+        config["problem_type"] = PROBLEMS[head.problem]
+    if family.name == "modernbert":
+        activation = shown[0].activation if shown else None
+        config["classifier_activation"] = activation_name(activation or text.activation)
+        config["classifier_pooling"] = (shown[0].pool or text.pool) if shown else "cls"
+        if len(ids) > 1:
+            config |= {"cls_token_id": ids[0], "sep_token_id": ids[-1]}
+    return {**config, "dtype": "float32"}
+
+
+def load_text(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> TextPredictor:
+    """Loads a text model.
+
+    Args:
+        spec: see `open_text`.
+        device: absent, CUDA if there is one, else the CPU.
+
+    Raises:
+        ModelError: it cannot be read, or computed; names the file and the key.
+    """
+    checkpoint = open_text(spec)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return TextPredictor(checkpoint.model().to(device), checkpoint.tokenizer(), checkpoint.spec)

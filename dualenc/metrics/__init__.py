@@ -1,0 +1,77 @@
+"""Arrays in, numbers out."""
+
+from dualenc.metrics.bootstrap import Measures
+from dualenc.metrics.choice import choice_measures, choice_metrics
+from dualenc.metrics.classification import (
+    average_precision,
+    calibration,
+    classification_measures,
+    classification_metrics,
+    multilabel_measures,
+    multilabel_metrics,
+    per_class,
+    zero_shot_classifier,
+)
+from dualenc.metrics.probe import Probe, knn_probe, linear_probe
+from dualenc.metrics.ranking import match_ranks, nearest
+from dualenc.metrics.retrieval import (
+    Answer,
+    Scores,
+    group_measures,
+    group_metrics,
+    recall_at,
+    retrieval_answers,
+    retrieval_measures,
+    retrieval_metrics,
+    retrieval_ranks,
+)
+from dualenc.metrics.text import (
+    bigram_both_sides,
+    bigram_perplexity,
+    label_measures,
+    label_metrics,
+    majority_baseline,
+    mean_baseline,
+    perplexity,
+    pseudo_perplexity,
+    replaced_metrics,
+    unigram_perplexity,
+)
+
+__all__ = [
+    "Answer",
+    "Measures",
+    "Probe",
+    "Scores",
+    "average_precision",
+    "bigram_both_sides",
+    "bigram_perplexity",
+    "calibration",
+    "choice_measures",
+    "choice_metrics",
+    "classification_measures",
+    "classification_metrics",
+    "group_measures",
+    "group_metrics",
+    "knn_probe",
+    "label_measures",
+    "label_metrics",
+    "linear_probe",
+    "majority_baseline",
+    "match_ranks",
+    "mean_baseline",
+    "multilabel_measures",
+    "multilabel_metrics",
+    "nearest",
+    "per_class",
+    "perplexity",
+    "pseudo_perplexity",
+    "recall_at",
+    "replaced_metrics",
+    "retrieval_answers",
+    "retrieval_measures",
+    "retrieval_metrics",
+    "retrieval_ranks",
+    "unigram_perplexity",
+    "zero_shot_classifier",
+]

@@ -1,0 +1,124 @@
+"""What the doctor found, in the terminal and as a page."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dualenc.report.formatting import figure, percent
+from dualenc.report.html import write_page
+from dualenc.report.plots import histogram
+
+
+def print_examination(result: Mapping[str, Any]) -> None:
+    """Prints what `dualenc.data.doctor.checks` found: what the data is, then what is the matter with it.
+
+    Args:
+        result: facts and findings.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # lines stay whole for those who search in them
+        console.width = 100_000
+    facts = _facts(result["facts"])
+    for name, value in facts:
+        console.print(Text(f"{name:{max(len(name) for name, _ in facts)}}  {value}"))
+    if quantiles := result["facts"].get("quantiles"):
+        table = Table("", *next(iter(quantiles.values())), box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, values in quantiles.items():
+            table.add_row(name, *map(figure, values.values()))
+        console.print("", table)
+    console.print()
+    for finding in result["findings"]:
+        style = {"error": "bold red", "warning": "bold yellow", "info": "bold blue"}[finding["severity"]]
+        head = f"{finding['what']}: {_counted(finding)}"
+        console.print(Text.assemble((f"{finding['severity']:9}", style), head))
+        shown = finding["examples"] if finding["unit"].startswith("shards") else finding["examples"][:3]
+        for example in shown:
+            console.print(Padding.indent(Text(example, style="dim"), 11))
+        console.print(Padding.indent(Text(finding["advice"]), 9))
+    if not result["findings"]:
+        console.print("nothing found that would hurt a run")
+
+
+def write_examination(
+    folder: str | os.PathLike[str],
+    title: str,
+    result: Mapping[str, Any],
+    distributions: Mapping[str, np.ndarray],
+    galleries: Mapping[str, Sequence[Sequence[tuple[str, bytes]]]],
+    about: Mapping[str, Any] | None = None,
+    marks: Mapping[str, float] | None = None,
+) -> Path:
+    """Writes `report.html` on what `dualenc.data.doctor.checks` found; see `write_report`.
+
+    Args:
+        folder: where to.
+        title: of the page.
+        result: facts and findings.
+        distributions: values by name.
+        galleries: by title, groups of pictures to be seen together, each with what to say of it.
+        about: what else was run, by name.
+        marks: a value of a distribution to be marked.
+    """
+    facts = result["facts"]
+    severities = Counter(finding["severity"] for finding in result["findings"])
+    plots = [
+        {"title": name, "svg": histogram(values, (marks or {}).get(name))}
+        for name, values in distributions.items()
+        if len(values) and values.min() < values.max()
+    ]
+    return write_page(
+        "doctor.jinja",
+        folder,
+        title,
+        {**dict(_facts(facts)), **(about or {})},
+        counts=[(severities[name], name) for name in ("error", "warning")],
+        facts=facts,
+        findings=[{**finding, "counted": _counted(finding)} for finding in result["findings"]],
+        plots=plots,
+        galleries={title: groups for title, groups in galleries.items() if groups},
+    )
+
+
+def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures in words."""
+    shards = f"{facts['shards']:,} shard{'s' * (facts['shards'] != 1)}"
+    if facts["shards that can be read"] < facts["shards"]:
+        shards += f", {facts['shards that can be read']:,} of which can be read"
+    if "samples" not in facts:
+        return [("examined", shards)]
+    rest = (
+        f", {facts['samples']:,} samples, {facts['pairs']:,} pairs of image and caption, {facts['bytes'] / 1e6:,.1f} MB"
+    )
+    looked = f"{facts['looked at']:,} of {facts['pairs']:,} pairs"
+    if facts["seed"] is not None:
+        looked += (
+            f", drawn by seed {facts['seed']}: what is said of images and captions is of these; --all looks at all"
+        )
+    lines = [("examined", shards + rest), ("looked at", looked)]
+    if facts["images"]:
+        lines.append(("images", ", ".join(f"{n:,} .{name}" for name, n in facts["images"].items())))
+    for item in facts["against"]:
+        of_images, of_captions = item["of these among those looked at"], item["of these captions in both"]
+        both = f"{of_images:,} of {item['images']:,} images and {of_captions:,} of {item['different captions']:,}"
+        lines.append((f"in {item['name']} too", f"{both} different captions"))
+    return lines
+
+
+def _counted(finding: Mapping[str, Any]) -> str:
+    """How many of how many, and how many that makes of all."""
+    text = f"{finding['count']:,} of {finding['of']:,} {finding['unit']} ({percent(finding['share'])})"
+    if finding["estimate"]:
+        about, low, high = finding["estimate"]
+        text += f", of all pairs about {about:,} (95% interval {low:,} to {high:,})"
+    return text

@@ -1,0 +1,324 @@
+"""Pairs for a trainer: shards, split, tokenizer and loaders from one set of arguments."""
+
+import os
+from collections.abc import Callable, Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import nn
+
+from dualenc.data import Augment, Cache, DataError, Loader, PairDataset, Preprocess, Quarantine, ShardIndex, Tokenizer
+from dualenc.data.image_features import Features
+from dualenc.data.loading.loader import Batches
+from dualenc.data.pairs import all_captions, only_pairs
+from dualenc.data.shards.index import distinct
+from dualenc.data.text.masking import Masking
+from dualenc.models import TextConfig
+from dualenc.training.ranks import gathered
+from dualenc.training.task import say
+
+
+class Source(TypedDict):
+    """Shards with a weight.
+
+    A dict and no dataclass: for a dataclass the command line would read a shard's file as a configuration.
+
+    Attributes:
+        shards: a path, URL, glob, brace pattern, folder, or a list of these.
+        weight: how often an epoch goes through them, 1 where it is absent; of 0.5 an epoch takes half of the samples,
+            the next one the other half.
+    """
+
+    shards: str | list[str]
+    weight: NotRequired[float]
+
+
+def stage_name(stage: str) -> str:
+    """The words "fit", "validate", "test" or "predict", which Lightning has as members of an enumeration."""
+    return str(getattr(stage, "value", stage))
+
+
+class TokenData(LightningDataModule):
+    """What all data have in common: texts, the tokenizer of a run, and loaders whose workers must be ended.
+
+    Args:
+        text: architecture that the tokens are for.
+        tokenizer: path of one; absent, that of the task's text checkpoint, and where it has none, one is trained.
+    """
+
+    trainer: Any  # Lightning declares less than its Trainer has
+    seed: int
+    workers: int
+    timeout: float
+    quarantine: Quarantine
+
+    def __init__(self, text: TextConfig, tokenizer: str | None) -> None:
+        super().__init__()
+        self.text, self.tokenizer_path = text, tokenizer
+        self.tokenizer: Tokenizer | None = None
+        self._loaders: list[Loader] = []
+
+    def all_texts(self) -> Iterable[str]:
+        """Those that a tokenizer is trained on."""
+        raise NotImplementedError
+
+    @property
+    def _own_tokenizer(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "tokenizer.json"
+
+    @property
+    def _checkpoint(self) -> Any:
+        return getattr(self.trainer.lightning_module, "text_checkpoint", None)
+
+    def _train_tokenizer(self, what: str) -> None:
+        """Of `what` it is trained on, for people. None is, where the folder holds a run that has one."""
+        taken = self._own_tokenizer.with_name("run.json").exists()
+        given = self.tokenizer_path is not None or self._checkpoint is not None
+        if given or taken or self.trainer.state.fn != "fit":
+            return
+        say(f"training a tokenizer of {self.text.vocab_size:,} entries on the {what}")
+        texts = iter(self.all_texts())
+        if (one := next(texts, None)) is None:
+            raise DataError(f"not one of the {what} can be read: there is nothing to train a tokenizer on")
+        tokenizer = Tokenizer.train(chain([one], texts), self.text.vocab_size, self.text.context_length)
+        self._own_tokenizer.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._own_tokenizer.with_name(f".tokenizer-{os.getpid()}.json")
+        tokenizer.save(beside)
+        beside.replace(self._own_tokenizer)
+
+    def _read_tokenizer(self) -> Tokenizer:
+        text = self.text
+        if self.tokenizer_path is None and self._checkpoint is not None:
+            found = self._checkpoint.tokenizer()
+            length = min(found.context_length, text.context_length)
+            tokenizer, path = Tokenizer(found.backend, length, text.pad_to, text.pad_id), self._checkpoint.spec
+        else:
+            path = self.tokenizer_path or self._own_tokenizer
+            tokenizer = Tokenizer.from_file(path, text.context_length, text.pad_to, text.pad_id)
+        if tokenizer.vocab_size > text.vocab_size:
+            raise DataError(
+                f"tokenizer {path} has {tokenizer.vocab_size} entries: set model.text.vocab_size to at least "
+                f"that, not {text.vocab_size}"
+            )
+        return tokenizer
+
+    def _check_ranks(self, prints: list[str], what: str) -> None:
+        """Refuses to begin where another rank has found other data."""
+        everywhere = gathered(prints, self.trainer.world_size)
+        if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
+            raise DataError(f"rank {different[0]} finds other {what} than rank 0: give all machines the same data")
+
+    def _load(self, dataset: Batches, size: int, train: bool, **options: Any) -> Loader:
+        """This rank's part of the batches of a data set, as the run has it."""
+        made = Loader(
+            dataset,
+            size,
+            seed=self.seed,
+            shuffle=train,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            workers=self.workers,
+            timeout=self.timeout,
+            pin_memory=torch.cuda.is_available(),
+            quarantine=self.quarantine,
+            **options,
+        )
+        self._loaders.append(made)
+        return made
+
+    def teardown(self, stage: str) -> None:
+        """Ends the workers."""
+        for loader in self._loaders:
+            loader.close()
+
+
+class PairData(TokenData):
+    """Image-text pairs from webdataset shards.
+
+    Args:
+        train: shards: a path, URL, glob, brace pattern, folder, or a list of these; or a list of sources, each with
+            `shards` and `weight`.
+        preprocess: evaluation transform; the command line takes it from the task.
+        text: architecture that the tokens are for; the command line takes it from the task.
+        val: share of the pairs held out, by image content; or shards of their own; or null for none.
+        captions: "txt" for the `.txt` member, or "json.FIELD" for a string or list of strings in the `.json`; of
+            several captions one is drawn at each step.
+        select: keys or an expression over `.json` fields; see `ShardIndex.select`.
+        tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; absent, that of the checkpoint which the task
+            takes its text tower from, or else one of `text.vocab_size` entries is trained on the training captions and
+            kept in the run directory.
+        batch_size: over all ranks together.
+        micro_batch_size: the most pairs that a rank embeds at a time; a batch of more is computed in pieces, of which
+            only the embeddings are kept, and each piece is embedded once more for the gradient.
+        window: shards shuffled together.
+        augment: class of a transform of uint8 (3, H, W) tensors whose first argument is the output size; null for the
+            evaluation transform.
+        features: folder of `dualenc embed --features`, whose rows `fit` takes in place of images, for a locked image
+            tower; absent, images are decoded.
+        mask: share of the tokens to hide in training, for `model.mlm_weight`; the command line takes it from the task.
+        workers: processes a rank that decode.
+        timeout: seconds that the next batch may take with workers; then the run ends and names what they are at.
+        bad_samples: share of the samples that may be bad, 10 at least; they are replaced and named in
+            `quarantine.jsonl`. More end the run.
+        cache_gb: room on the local disk for shards that lie elsewhere.
+        seed: of order, augmentation and choice of captions; the command line gives it `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | list[Source],
+        preprocess: Preprocess,
+        text: TextConfig,
+        val: float | str | list[str] | None = 0.01,
+        captions: str = "txt",
+        select: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        batch_size: int = 256,
+        micro_batch_size: int | None = None,
+        window: int = 64,
+        augment: Callable[[int], nn.Module] | None = Augment,
+        features: str | None = None,
+        mask: float = 0.0,
+        workers: int = 2,
+        timeout: float = 300.0,
+        bad_samples: float = 0.001,
+        cache_gb: float = 100.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(text, tokenizer)
+        if not 0 <= bad_samples <= 1 or cache_gb <= 0:
+            raise DataError(
+                f"data.bad_samples {bad_samples} must lie between 0 and 1, data.cache_gb {cache_gb} above 0"
+            )
+        several = isinstance(train, list) and any(isinstance(item, dict) for item in train)
+        items: list[Any] = train if isinstance(train, list) and several else [train]
+        self.sources: list[Source] = [
+            Source(**item) if isinstance(item, dict) else Source(shards=item) for item in items
+        ]
+        self.val_shards, self.bad_samples, self.cache = val, bad_samples, Cache(int(cache_gb * 1e9))
+        self.preprocess, self.captions, self.selection = preprocess, captions, select
+        self.batch_size, self.window, self.workers, self.seed = batch_size, window, workers, seed
+        self.micro_batch_size, self.timeout, self.mask = micro_batch_size, timeout, mask
+        self.augment = augment(preprocess.size) if augment else preprocess
+        self.features_path = features
+        self.features: Features | None = None
+        self.train_index: ShardIndex | None = None
+        self.val_index: ShardIndex | None = None
+
+    def prepare_data(self) -> None:
+        """Indexes the shards and trains the tokenizer, on one process of each machine.
+
+        No tokenizer is trained where the folder holds a run that has one.
+        """
+        self._build_indexes()
+        self._train_tokenizer("captions")
+
+    def all_texts(self) -> Iterable[str]:
+        """The captions of the training pairs."""
+        assert self.train_index is not None
+        return all_captions(self.train_index, self.captions)
+
+    def setup(self, stage: str) -> None:
+        """Finds the shards, splits them, reads the tokenizer.
+
+        Raises:
+            DataError: shards, captions or tokenizer are missing or do not fit.
+        """
+        self._build_indexes()
+        assert self.train_index is not None
+        prints = [self.train_index.fingerprint, self.val_index.fingerprint if self.val_index else ""]
+        self._check_ranks(prints, "shards")
+        self.tokenizer = self._read_tokenizer()
+        held = len(self.val_index) if self.val_index else 0
+        if not held and stage == "fit":
+            self.trainer.limit_val_batches = 0  # no validation at all, rather than one without data
+        elif not held:
+            raise DataError(f"data.val is null: there is nothing to {stage_name(stage)}")
+        say(f"{len(self.train_index):,} pairs to train on, {held:,} held out; shards: {len(self.train_index.shards):,}")
+
+    def _build_indexes(self) -> None:
+        if self.train_index is not None:
+            return
+        held_out = isinstance(self.val_shards, float | int)
+        train, sizes = self._index([source["shards"] for source in self.sources], ("piece",) if held_out else ())
+        self._weights = list(zip(sizes, (source.get("weight", 1.0) for source in self.sources)))
+        if held_out:
+            assert isinstance(self.val_shards, float | int)
+            if not 0 < self.val_shards < 1:
+                raise DataError(f"data.val {self.val_shards} must lie between 0 and 1, or be shards, or null")
+            train, self.val_index = train.split(self.val_shards)
+        elif self.val_shards is not None:
+            self.val_index, _ = self._index([self.val_shards])
+        # Measured is the model itself, which may be of another checkpoint than the features are for.
+        if self.features_path is not None and self.trainer.state.fn == "fit":
+            self.features = Features(self.features_path)
+            self.features.check([*train.parts, *(self.val_index.parts if self.val_index else [])])
+        self.train_index = train
+        total = len(train) + (len(self.val_index) if self.val_index else 0)
+        root = Path(self.trainer.default_root_dir)
+        path = root / "quarantine.jsonl" if self.trainer.state.fn == "fit" else None
+        self.quarantine = Quarantine(total, path, self.bad_samples)
+
+    def _index(self, shards: list[Any], hashes: tuple[str, ...] = ()) -> tuple[ShardIndex, list[int]]:
+        """One index of the pairs in several lists of shards, and the number of shards in each."""
+        parts = [ShardIndex.build(some, hashes=hashes, workers=self.workers, cache=self.cache) for some in shards]
+        index = ShardIndex.join(parts)
+        if twice := distinct([part.url for part in index.parts])[1]:
+            raise DataError(f"{twice[0]} stands in two sources: add their weights instead")
+        if not len(index):
+            raise DataError(f"{index.shards[0]}: no samples in {len(index.shards)} shards")
+        index, left_out = only_pairs(index, self.captions)
+        if left_out:
+            say(
+                f"{len(left_out):,} samples have no image or no caption and are left out, such as "
+                f"{', '.join(map(repr, left_out[:3]))}"
+            )
+        index = index.select(self.selection) if self.selection is not None else index
+        return index, [len(part.parts) for part in parts]
+
+    def train_dataloader(self) -> Loader:
+        """This rank's part of each training batch."""
+        return self._loader(self.train_index, train=True)
+
+    def val_dataloader(self) -> Loader:
+        """This rank's part of the held-out pairs."""
+        return self._loader(self.val_index, train=False)
+
+    def test_dataloader(self) -> Loader:
+        """The held-out pairs."""
+        return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Without waiting for the copies; what only names the samples stays on the host."""
+        if isinstance(batch, list):
+            return [self.transfer_batch_to_device(piece, device, dataloader_idx) for piece in batch]
+        images, tokens, ids = (x.to(device, non_blocking=True) for x in (batch.images, batch.tokens, batch.ids))
+        masked = batch.masked and batch.masked.to(device, non_blocking=True)
+        return batch._replace(images=images, tokens=tokens, ids=ids, masked=masked)
+
+    def _loader(self, index: ShardIndex | None, train: bool) -> Loader:
+        assert index is not None
+        assert self.tokenizer is not None
+        micro, size, world = self.micro_batch_size, self.batch_size, self.trainer.world_size
+        if not train and micro:  # nothing there depends on the batch
+            micro, size = None, min(size, micro * world)
+        transform = self.augment if train else self.preprocess
+        return self._load(
+            PairDataset(
+                index,
+                self.captions,
+                self.tokenizer,
+                transform,
+                self.seed if train else None,
+                self.features,
+                Masking(self.tokenizer, self.mask) if train and self.mask else None,
+            ),
+            size,
+            train,
+            micro_batch_size=micro,
+            window=self.window,
+            sources=self._weights if train else None,
+        )

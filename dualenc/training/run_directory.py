@@ -1,0 +1,499 @@
+"""The run directory: what a run keeps, when it saves, how it stops and goes on."""
+
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric.strategies.launchers import subprocess_script
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DDPStrategy
+
+from dualenc.data.prepare.resumable import write_whole
+from dualenc.report import write_report
+from dualenc.training.checkpoint import CheckpointError, VerifiedIO, checkpoints, path_of, step_of, write
+from dualenc.training.csv_logger import cut_back
+from dualenc.training.ema import averaged
+from dualenc.training.evaluation_callback import Evaluation
+from dualenc.training.ranks import Agreement, Signals, Stopped, Watch, gathered
+from dualenc.training.task import SICK, RunError, Task, say
+from dualenc.utils.errors import ModelError, one_line
+from dualenc.utils.urls import redact
+
+
+class RunDirectory(Checkpoint):
+    """Keeps the run directory: configuration, record, checkpoints, report, model directories `best/` and `last/`.
+
+    Checkpoints are `checkpoints/step-N.ckpt`: after so many steps, after so many minutes, at the ends of epochs and
+    when a signal stops the run. A step that evaluation follows is saved after it. A save that fails is told; training
+    and the older checkpoints stay.
+
+    Args:
+        monitor: the metric whose largest value names `best/`, written whenever it improves. Where it is not measured
+            there is no best, and only `last/` is written, at the end.
+        every_n_steps: save after every so many steps; 0 for never.
+        every_n_minutes: save when the last one is so many minutes old; 0 for never.
+        keep: checkpoints that stay, the newest; 2 at least.
+        failed_saves: in a row, that end the run.
+        stall_seconds: without a step, that mean that a rank stands still; the others end and name it.
+        accept_changes: what may differ from the run that a checkpoint is of, such as `[batch_size]`; the run then goes
+            on from the beginning of the next epoch.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/mrr",
+        every_n_steps: int = 0,
+        every_n_minutes: float = 15.0,
+        keep: int = 2,
+        failed_saves: int = 3,
+        stall_seconds: float = 600.0,
+        accept_changes: Sequence[str] = (),
+    ) -> None:
+        if monitor.endswith(("loss", "median_rank", "perplexity", "mse")):
+            raise ValueError(f"run.monitor {monitor} is best when small, best/ is of the largest: name another metric")
+        if keep < 2:
+            raise ValueError(f"run.keep {keep} must be 2 at least: the newest checkpoint may turn out damaged")
+        if every_n_steps < 0 or every_n_minutes < 0 or failed_saves < 1 or stall_seconds <= 0:
+            raise ValueError(
+                f"run.every_n_steps {every_n_steps} and run.every_n_minutes {every_n_minutes} must not be negative, "
+                f"run.failed_saves {failed_saves} and run.stall_seconds {stall_seconds} must be positive"
+            )
+        self.monitor, self.every_n_steps, self.every_n_minutes = monitor, every_n_steps, every_n_minutes
+        self.keep, self.failed_saves, self.stall_seconds = keep, failed_saves, stall_seconds
+        self.accept_changes = list(accept_changes)
+        self.best_value = self._tried = -math.inf
+        self.config_yaml: str | None = None
+        self.goes_on = False  # whether the folder may hold a run: set where it is meant
+        self._continues = False
+        self._begins = 0  # step
+        self._samples = 0  # seen
+        self._metrics: dict[str, float] = {}  # of the run that this one continues
+        self._began = time.time()
+        self._before = 0.0  # seconds of the stopped run, where this one continues it
+        self._starts: list[dict[str, Any]] = []
+        self._config: Any = None  # as the record has it
+        self._due = self._stops = False
+        self._saved = -1  # step
+        self._saved_at = time.monotonic()
+        self._failures = 0
+        self._signals = Signals()
+        self._agreement: Agreement | None = None
+        self._watch: Watch | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the folder; takes care that checkpoints are read and written as ours, and signals are.
+
+        Raises:
+            ValueError: validation is to follow the clock, which is another one on each rank and in each run.
+        """
+        if stage == "fit" and getattr(trainer, "_val_check_time_interval", None) is not None:
+            raise ValueError("trainer.val_check_interval must be steps or a share of the epoch, no time")
+        if stage == "fit":  # Lightning's handlers send something to the other ranks wherever they are
+            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self.root, self._trainer = Path(trainer.default_root_dir), trainer
+        trainer.strategy.checkpoint_io = VerifiedIO()
+        several = len(getattr(pl_module, "heads", ())) > 1  # a step may be without one of them
+        if isinstance(trainer.strategy, DDPStrategy) and (trainer.world_size > 2 or several):
+            # Otherwise gradients are summed up in another order after the first step, and a run that is continued has
+            # another first step.
+            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with other data, or in another order, unless that is said.
+
+        Raises:
+            CheckpointError: names what differs.
+        """
+        if trainer.state.fn != "fit":
+            return
+        self._begins = checkpoint["global_step"]
+        fit = checkpoint["loops"]["fit_loop"]
+        (then,) = fit["state_dict"]["combined_loader"]
+        now = trainer.datamodule.train_dataloader().state_dict()  # type: ignore[attr-defined]
+        changed = [
+            name for name in {**then, **now} if name not in ("epoch", "batch") and then.get(name) != now.get(name)
+        ]
+        if "features" in changed and now["features"] is not None:
+            raise CheckpointError(
+                "the checkpoint's run did not have these data.features: give it those that it had, or begin a new run"
+            )
+        if refused := [name for name in changed if name not in self.accept_changes]:
+            name = refused[0]
+            raise CheckpointError(
+                f"the checkpoint's run had {name} {then.get(name)}, this one has {now.get(name)}; if that is meant: "
+                f"--run.accept_changes '[{', '.join(refused)}]' goes on from the next epoch"
+            )
+        if changed:
+            _at_the_next_epoch(fit)
+            epoch = fit["epoch_progress"]["total"]["completed"]
+            fit["state_dict"]["combined_loader"] = [{**now, "epoch": epoch, "batch": 0}]
+            say(f"other {', '.join(changed)} than before: goes on at the beginning of the next epoch")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a folder that holds another run; from here on signals stop the run well.
+
+        Raises:
+            CheckpointError: the ranks begin from different checkpoints.
+            ValueError: the folder holds a run that this one does not continue.
+        """
+        begins = gathered(self._begins, trainer.world_size)
+        if different := [rank for rank, step in enumerate(begins) if step != begins[0]]:
+            raise CheckpointError(
+                f"rank 0 begins from step {begins[0]}, rank {different[0]} from step {begins[different[0]]}: give all "
+                "machines the same folder"
+            )
+        taken = trainer.strategy.broadcast(
+            not self._continues and not self.goes_on and (self.root / "run.json").exists()
+        )
+        if taken:  # on every rank: one that went on alone would wait for the others for ever
+            raise ValueError(
+                f"{self.root} holds a run already: continue it with --ckpt_path last, remove it, or name another "
+                "folder with --trainer.default_root_dir"
+            )
+        self._signals.install()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the configuration and the record of the run; begins to listen to the other ranks."""
+        assert isinstance(pl_module, Task)
+        if trainer.is_global_zero:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.csv", SICK):
+                cut_back(self.root / name, trainer.global_step)
+            for path in checkpoints(self.root / "checkpoints"):
+                if step_of(path) > trainer.global_step:  # damaged, or this run begins before it
+                    path.rename(path.with_suffix(".stale"))
+                    say(f"{path} is damaged, or behind step {trainer.global_step}: renamed to .stale, may be deleted")
+            if self.config_yaml is not None:
+                write_whole(self.root / "config.yaml", redact(self.config_yaml))
+            self._take_up_record(trainer)
+            self._record(trainer, pl_module)
+            if self._continues:
+                say(f"goes on after step {trainer.global_step:,}")
+        # Lightning asks the first rank at each step whether it was told to stop, and waits for the answer.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        _leave_the_ranks_alone(trainer)
+        self._agreement = Agreement(trainer.world_size)
+        if trainer.world_size > 1:
+            self._watch = pl_module.watch = Watch(trainer.global_rank, trainer.world_size, self.stall_seconds)
+            self._watch.start()
+        self._saved_at = time.monotonic()
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes `best/` if the metric has improved, and a checkpoint if it is time."""
+        assert isinstance(pl_module, Task)
+        self._samples += trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        self._save_best(trainer, pl_module)
+        self._agree(trainer)
+        self._due |= bool(self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
+        loop = trainer.fit_loop.epoch_loop
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if not (loop._should_check_val_fx(fetcher) or loop._is_training_done):
+            self._save_if_due(trainer, pl_module)
+        if self._watch is not None:
+            self._watch.at(trainer.global_step, "loads")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `best/` if the metric has improved, and a checkpoint if it is time and the epoch goes on."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_best(trainer, pl_module)
+            if not trainer.fit_loop.epoch_loop._is_training_done:
+                self._agree(trainer, wait=True)
+                self._save_if_due(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `best/` with the weights that an evaluation before the first step was of."""
+        if trainer.global_step == 0:
+            self._save_best(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `best/` if the metric has improved, and the checkpoint."""
+        self._save_best(trainer, pl_module)
+        if not trainer.fit_loop.done:  # the very last one follows when all else is written
+            self._agree(trainer, wait=True)
+            self._due = True
+            self._save_if_due(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `last/`, the report and the last checkpoint."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Evaluation):
+                callback.complete(trainer, pl_module)
+        self._save_model(trainer, pl_module, "last")
+        if trainer.is_global_zero:
+            self._record(trainer, pl_module)
+            try:
+                self._report(trainer, pl_module)
+            except (OSError, ValueError) as error:  # the run is not lost because a page is
+                say(f"no report: {one_line(error)}")
+        self._save(trainer, pl_module)
+        self._signals.restore()
+        if self._watch is not None:
+            self._watch.close()
+        if trainer.is_global_zero:
+            self._record(trainer, pl_module)
+            found = self.best_value > -math.inf
+            best = (
+                f"best/ has {self.monitor} {self.best_value:.4g}"
+                if found
+                else f"no best/: no {self.monitor} was measured"
+            )
+            bad = len(trainer.datamodule.quarantine)  # type: ignore[attr-defined]
+            named = f"; {bad:,} bad sample{'s' * (bad != 1)} did not take part, see {self.root / 'quarantine.jsonl'}"
+            named *= bad > 0
+            say(
+                f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}; {best}; "
+                f"report: {self.root / 'report.html'}{named}"
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where there was nothing to do."""
+        if self._agreement is None:
+            say(f"{self.root} is done, after {trainer.global_step:,} steps: more by trainer.max_epochs or max_steps")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """With several ranks: shows the error of the one that failed first, and ends the others without their own."""
+        if isinstance(exception, Stopped):
+            return
+        if self._watch is not None:
+            self._watch.failed(exception)  # before signals mean anything else: whoever started the ranks may send some
+        self._signals.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value and the samples so far; what callbacks may look at."""
+        found = self._trainer.callback_metrics.items()
+        metrics = {name: float(value) for name, value in found if name != "train/samples_per_second"}
+        return {"best_value": self.best_value, "samples": self._samples, "metrics": metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what the run had that this one continues."""
+        self._continues = True
+        self.best_value, self._samples = state_dict["best_value"], state_dict["samples"]
+        self._metrics = state_dict["metrics"]
+
+    # Saving
+
+    def _agree(self, trainer: Trainer, wait: bool = False) -> None:
+        """Whether any rank was told to stop, and whether it is time to save by the clock of the first."""
+        assert self._agreement is not None
+        late = self.every_n_minutes and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
+        asked = bool(self._signals.seen), bool(late and trainer.is_global_zero)
+        if wait or trainer.world_size == 1:
+            stop, save = self._agreement.now(*asked)
+        else:
+            stop, save = self._agreement.hear() or (False, False)
+            self._agreement.ask(asked[0], asked[1] and not save)
+        self._stops |= stop
+        self._due |= stop or save
+
+    def _save_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._due and trainer.global_step != self._saved:
+            self._save(trainer, pl_module)
+        if self._stops:
+            self._signals.block()
+            if self._watch is not None:
+                self._watch.close()
+            kept = checkpoints(self.root / "checkpoints")
+            failed = "" if trainer.global_step == self._saved else " (saving this step failed)"
+            last = f"{kept[0] if kept else 'no checkpoint'}{failed}"
+            raise Stopped(
+                f"stopped by {self._signals.seen or 'a signal to another rank'} after step {trainer.global_step:,}; "
+                f"saved: {last}; go on with --ckpt_path auto"
+            )
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes a checkpoint, and removes those that are too many; on all ranks together.
+
+        Raises:
+            RunError: it has failed too often in a row.
+        """
+        assert isinstance(pl_module, Task)
+        pl_module.pause_clock("saves")
+        content = trainer._checkpoint_connector.dump_checkpoint()
+        if trainer.fit_loop.done and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            # Lightning counts the epoch in which a run ends by its steps; one that goes on by more of them is in it.
+            for part in content["loops"]["fit_loop"]["epoch_progress"].values():
+                part["processed"] = part["completed"] = part["ready"] - 1
+        error = ""
+        if trainer.is_global_zero:
+            folder = self.root / "checkpoints"
+            try:
+                _check_finite(content["state_dict"])
+                write(path_of(folder, trainer.global_step), content)
+            except (OSError, ValueError) as raised:
+                error = getattr(raised, "strerror", None) or str(raised)
+            else:
+                for path in checkpoints(folder)[self.keep :]:
+                    with suppress(OSError):
+                        path.unlink()
+                self._record(trainer, pl_module)
+        error = trainer.strategy.broadcast(error)
+        self._saved_at, self._due = time.monotonic(), False
+        if error:
+            self._failures += 1
+            say(
+                f"the checkpoint of step {trainer.global_step:,} cannot be saved in {self.root / 'checkpoints'}: "
+                f"{error}; training goes on, older checkpoints stay"
+            )
+            if self._failures >= self.failed_saves:
+                raise RunError(f"no checkpoint could be saved {self._failures} times in a row: {error}")
+        else:
+            self._failures, self._saved = 0, trainer.global_step
+        pl_module.start_clock()
+
+    def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None or float(value) <= max(self.best_value, self._tried):
+            return
+        self._tried = float(value)  # what cannot be written is not tried at each step
+        if self._save_model(trainer, pl_module, "best"):
+            self.best_value = float(value)
+
+    def _save_model(self, trainer: Trainer, pl_module: LightningModule, name: str) -> bool:
+        """Whether it could be written; the same on all ranks."""
+        error = ""
+        assert isinstance(pl_module, Task)
+        with averaged(trainer):
+            weights = trainer.strategy.lightning_module_state_dict()  # whole on the first rank, wherever they lie
+            if trainer.is_global_zero:
+                whole = {key.removeprefix("model."): x for key, x in weights.items() if key.startswith("model.")}
+                try:
+                    pl_module.save_model(self.root / name, whole)
+                except (OSError, ModelError) as raised:
+                    error = getattr(raised, "strerror", None) or str(raised)
+                    say(f"{self.root / name} cannot be written: {error}")
+        return not trainer.strategy.broadcast(error)
+
+    # Record and report
+
+    def _take_up_record(self, trainer: Trainer) -> None:
+        """What the run had written of itself before it was stopped."""
+        path = self.root / "run.json"
+        try:
+            before = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            before = {}
+        self._config = _redacted(yaml.safe_load(self.config_yaml)) if self.config_yaml else None
+        self._starts = before.get("starts", [])
+        self._before = before.get("seconds", 0.0) if self._continues else 0.0
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._starts.append({"step": trainer.global_step, "at": now, "ranks": trainer.world_size})
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        record = {
+            "command": redact(shlex.join(sys.argv)),
+            "versions": {name: version(name) for name in ("dualenc", "torch", "timm", "lightning", "tokenizers")},
+            "python": platform.python_version(),
+            "git": _revision(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "machine": f"{platform.node()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores",
+            "ranks": trainer.world_size,
+            "seed": data.seed,
+            f"train_{pl_module.noun}": len(data.train_index),
+            f"held_out_{pl_module.noun}": len(data.val_index) if data.val_index else 0,
+            "fingerprint": data.train_index.fingerprint,
+            "step": trainer.global_step,
+            "samples_seen": self._samples,
+            "bad_samples": len(data.quarantine),
+            "seconds": round(self._before + time.time() - self._began, 1),
+            "restarts": len(self._starts) - 1,
+            "starts": self._starts,
+            "config": self._config,
+        }
+        try:
+            write_whole(self.root / "run.json", json.dumps(record, indent=2) + "\n")
+        except OSError as error:
+            say(f"{self.root / 'run.json'} cannot be written: {error.strerror}")
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """`report.html`: the curves, and the last measurement of what this process has measured."""
+        assert isinstance(pl_module, Task)
+        record = json.loads((self.root / "run.json").read_text("utf-8"))
+        sections = [
+            section for callback in trainer.callbacks if isinstance(callback, Evaluation)  # type: ignore[attr-defined]
+            for section in callback.sections
+        ]  # fmt: skip
+        sections += pl_module.sections()
+        noun = pl_module.noun
+        minutes, seconds = divmod(round(record["seconds"]), 60)
+        about = {
+            "command": redact(shlex.join(["dualenc", *sys.argv[1:]])),
+            "model": self.root,
+            **pl_module.about(),
+            "parameters": f"{sum(p.numel() for p in pl_module.model.parameters()) / 1e6:.1f} M",
+            "data": "; ".join(map(_words, trainer.datamodule.sources)),  # type: ignore[attr-defined]
+            noun: f"{record[f'train_{noun}']:,} to train on, {record[f'held_out_{noun}']:,} held out; "
+            f"fingerprint {record['fingerprint']}",
+            "training": f"{record['step']:,} steps, {record['samples_seen']:,} samples seen in {minutes} min "
+            f"{seconds} s on {record['ranks']} x {record['device']}",
+        }
+        write_report(self.root, f"Training of {self.root.name}", sections, about, self.root / "metrics.csv")
+
+
+def _words(source: Mapping[str, Any]) -> str:
+    shards, weight = source.get("shards") or source["files"], source.get("weight", 1.0)
+    return redact(shards if isinstance(shards, str) else " ".join(shards)) + (f", weight {weight:g}" * (weight != 1))
+
+
+def _redacted(value: Any) -> Any:
+    """A configuration without the secrets of its URLs."""
+    if isinstance(value, dict):
+        return {key: _redacted(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_redacted(part) for part in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+@cache
+def _revision() -> str | None:
+    """The git revision of the working folder, with a mark where files differ from it; None where there is none."""
+    if shutil.which("git") is None:
+        return None
+    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def _check_finite(weights: Mapping[str, Any]) -> None:
+    """A run whose weights are lost goes on from a checkpoint that is not of them."""
+    for name, weight in weights.items():
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+
+
+def _at_the_next_epoch(fit: dict[str, Any]) -> None:
+    """Changes the state of Lightning's loops to that between the epoch that was begun and the next one."""
+    for part in ("total", "current"):
+        epochs, batches = fit["epoch_progress"][part], fit["epoch_loop.batch_progress"][part]
+        epochs.update(dict.fromkeys(epochs, epochs["ready"]))
+        batches.update(dict.fromkeys(batches, batches["ready"] if part == "total" else 0))
+    fit["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
+def _leave_the_ranks_alone(trainer: Trainer) -> None:
+    """Lightning's own process kills the run where a rank ends with a status, even one that it should end with."""
+    launched = getattr(trainer.strategy.launcher, "procs", [])
+    for thread in threading.enumerate():
+        if launched and isinstance(thread, subprocess_script._ChildProcessObserver):
+            thread._child_processes = []

@@ -1,0 +1,1 @@
+"""Errors, files, URLs and texts: what every other part may use."""

@@ -1,0 +1,246 @@
+"""The command line as a user meets it: what it writes, and one line for each mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fits import CONFIGS, SMALL, SMOKE, fails, fit
+from helpers import encode, pixels, tiny_embedder, write_benchmark, write_choices, write_shards, write_tar
+from servers import WebServer
+
+from dualenc.cli import main
+
+
+@pytest.fixture
+def shards(tmp_path: Path, seed: int) -> Path:
+    write_shards(tmp_path / "shards", [12, 12], seed)
+    return tmp_path
+
+
+def test_evaluation_writes_results(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    kinds = {"zeroshot": "classification", "retrieval": "retrieval"}
+    for command, kind in kinds.items():
+        data = [str(write_benchmark(tmp_path / f"{kind}{i}", seed + i, kind)) for i in range(2)]
+        main([command, str(tmp_path / "model"), *data, "--out", str(tmp_path / "out"), "--workers", "0"])
+        results = json.loads((tmp_path / "out" / f"{command}.json").read_text())
+        assert [result["dataset"] for result in results] == [f"{kind}0", f"{kind}1"]
+        assert all(set(result) >= {"dataset", "model", "n", "complete", "metrics", "intervals"} for result in results)
+        html = (tmp_path / "out" / "report.html").read_text().replace("<wbr>", "")
+        printed = capsys.readouterr().out
+        for name in results[0]["metrics"]:
+            assert name in printed
+            assert name in html
+        assert "http:" not in html
+        assert "https:" not in html
+
+
+def test_secrets_stay_out_of_the_report(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, web: WebServer
+) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    write_benchmark(web.folder / "set", seed)
+    url = f"{web.url}/set?X-Amz-Signature=SECRET"
+    arguments = ["zeroshot", str(tmp_path / "model"), url, "--out", str(tmp_path / "out"), "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", ["dualenc", *arguments])
+    main(arguments)
+    for path in (tmp_path / "out").iterdir():
+        assert b"SECRET" not in path.read_bytes(), path
+
+
+def test_report_escapes(tmp_path: Path, seed: int) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    data = write_benchmark(tmp_path / "<script>alert(1)<", seed)
+    main(["zeroshot", str(tmp_path / "model"), str(data), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert "<script>" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_configs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["configs"])
+    listed = capsys.readouterr().out
+    assert all(path.stem in listed for path in CONFIGS)
+    main(["configs", "smoke"])
+    assert capsys.readouterr().out == SMOKE.read_text()
+
+
+@pytest.mark.slow
+def test_help_and_version() -> None:
+    for arguments in (["--help"], ["zeroshot", "--help"], ["fit", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-m", "dualenc", *arguments], capture_output=True, text=True, check=True)
+        assert "dualenc" in done.stdout
+
+
+def test_unknown_command_and_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'train'" in fails(capsys, ["train"])
+    assert "--nope" in fails(capsys, ["zeroshot", "model", "data", "--nope", "1"])
+    assert "'nope'" in fails(capsys, ["configs", "nope"])
+    assert "exists already" in fails(capsys, ["demo", str(tmp_path)])
+
+
+def test_wrong_yaml_key(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = shards / "wrong.yaml"
+    wrong.write_text(SMOKE.read_text().replace("context_length", "context_lenght"))
+    arguments = fit(shards)
+    arguments[2] = str(wrong)
+    assert "context_lenght" in fails(capsys, arguments)
+    assert "no.yaml" in fails(capsys, ["fit", "--config", "no.yaml"])
+    assert "batchsize" in fails(capsys, fit(shards, "--data.batchsize", "3"))
+
+
+def test_unknown_timm_model(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "vit_huge_patch99" in fails(capsys, fit(shards, "--model.image.name", "vit_huge_patch99"))
+    assert "resnet18" in fails(capsys, fit(shards, "--model.image.name", "resnet18"))
+
+
+def test_shards_that_are_not_there(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = str(shards / "none-{00..03}.tar")
+    assert "none-00.tar" in fails(capsys, fit(shards, "--data.train", pattern))
+    assert "pipe:" in fails(capsys, fit(shards, "--data.train", "pipe:cat x.tar"))
+
+
+def test_shards_without_images_or_captions(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    picture = encode(pixels(np.random.default_rng(seed)))
+    write_tar(tmp_path / "text.tar", [{"__key__": "a", "txt": b"a cat"}])
+    write_tar(tmp_path / "image.tar", [{"__key__": "a", "png": picture}])
+    for name, what in (("text", "no images"), ("image", "no captions")):
+        line = fails(capsys, fit(tmp_path, "--data.train", str(tmp_path / f"{name}.tar")))
+        assert what in line
+        assert f"{name}.tar" in line
+
+
+def test_batch_larger_than_the_data(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, fit(shards, "--data.batch_size", "1000"))
+    assert "1000" in line
+    assert "larger than the data" in line
+
+
+def test_accumulation_is_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "accumulate_grad_batches" in fails(capsys, fit(shards, "--trainer.accumulate_grad_batches", "2"))
+
+
+def test_folder_not_in_the_layout(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    line = fails(capsys, ["zeroshot", str(tmp_path / "model"), str(tmp_path / "empty")])
+    assert "nshards.txt" in line
+    data = write_benchmark(tmp_path / "set", seed, "retrieval")
+    assert "dualenc retrieval" in fails(capsys, ["zeroshot", str(tmp_path / "model"), str(data)])
+
+
+def test_model_directory_that_is_not_whole(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_benchmark(tmp_path / "set", seed)
+    model = tmp_path / "model"
+    tiny_embedder(seed).save(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "format": 2}))
+    assert "format 2" in fails(capsys, ["zeroshot", str(model), str(data)])
+    (model / "model.safetensors").unlink()
+    assert "model.safetensors" in fails(capsys, ["zeroshot", str(model), str(data)])
+    assert "nowhere" in fails(capsys, ["zeroshot", "nowhere", str(data)])
+
+
+def test_broken_picture_is_failed_work(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found while at work: status 1, with shard and key, from a worker process too."""
+    tiny_embedder(seed).save(tmp_path / "model")
+    data = write_benchmark(tmp_path / "set", seed, counts=(3,))
+    write_tar(data / "test" / "0.tar", [{"__key__": "bad", "jpg": b"no jpeg", "cls": b"0"}])
+    for workers in "01":
+        line = fails(capsys, ["zeroshot", str(tmp_path / "model"), str(data), "--workers", workers], status=1)
+        assert "'bad'" in line
+        assert "0.tar" in line
+    write_tar(tmp_path / "shards" / "0.tar", [{"__key__": f"{i}", "png": b"no png", "txt": b"a"} for i in range(64)])
+    for workers in "01":
+        line = fails(capsys, fit(tmp_path, "--data.val", "null", "--data.workers", workers), status=1)
+        assert "0.tar" in line
+        assert "cannot be decoded" in line
+        for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_missing_checkpoint(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "https://example.org/x.ckpt" in fails(capsys, fit(shards, "--ckpt_path", "https://example.org/x.ckpt"))
+    assert "gone.ckpt" in fails(capsys, fit(shards, "--ckpt_path", "gone.ckpt"))
+
+
+def test_wrong_use_of_options(shards: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_embedder(seed).save(shards / "model")
+    data = str(write_benchmark(shards / "set", seed))
+    zeroshot = ["zeroshot", str(shards / "model"), data]
+    assert "--workers" in fails(capsys, [*zeroshot, "--workers", "-1"])
+    (shards / "file").write_text("taken")
+    assert "--out" in fails(capsys, [*zeroshot, "--out", str(shards / "file" / "out")])
+    assert "max_steps" in fails(capsys, [*fit(shards), "--trainer.max_steps", "-1", "--data.val", "null"])
+    rest = ["--config", str(SMOKE), *SMALL, "--data.train", str(shards / "shards")]
+    assert "--ckpt_path" in fails(capsys, ["validate", *rest])
+    assert "embed" in fails(capsys, ["predict", *rest])
+    (shards / "wrong.ckpt").write_text("no checkpoint")
+    assert "wrong.ckpt" in fails(capsys, fit(shards, "--ckpt_path", str(shards / "wrong.ckpt")))
+
+
+def test_what_is_not_complete_is_failed_work_unless_allowed(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    data = write_benchmark(tmp_path / "set", seed, counts=(9, 4))
+    zeroshot = ["zeroshot", str(tmp_path / "model"), str(data), "--workers", "0", "--out", str(tmp_path / "out")]
+    main(zeroshot)  # the control
+    (data / "test" / "1.tar").unlink()
+    line = fails(capsys, zeroshot, status=1)
+    assert "set is not complete" in line
+    assert "1.tar" in line
+    assert "--allow-partial" in line
+    (result,) = json.loads((tmp_path / "out" / "zeroshot.json").read_text())  # the figures are there all the same
+    assert (result["n"], result["complete"], result["problems"][0]["count"]) == (9, False, 1)
+    for option in ("--allow-partial", "--allow_partial"):
+        main([*zeroshot, option])
+        assert "1.tar" in capsys.readouterr().out
+    assert "1.tar" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    tiny_embedder(seed).save(model)
+    for split, count in (("train", 30), ("test", 20)):
+        write_benchmark(tmp_path / "set", seed + len(split), counts=(count,), split=split, classes=3)
+    data = str(tmp_path / "set")
+    main(["probe", model, data, "--out", out, "--workers", "0"])
+    assert "linear_acc1" in capsys.readouterr().out
+    main(["retrieval", model, data, "--between", "image-image", "--out", out, "--workers", "0"])
+    assert "image_image_retrieval_recall@1" in capsys.readouterr().out
+    write_choices(tmp_path / "winoground", seed)
+    main(["choice", model, str(tmp_path / "winoground"), "--out", out, "--workers", "0"])
+    assert "group_score" in capsys.readouterr().out
+    for name in ("probe", "retrieval-image-image", "choice"):
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text())[0]["complete"]
+    main(["compare", out, out, "--out", str(tmp_path / "both")])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("linear_acc1", "group_score", "image_image_retrieval_recall@1"))
+    assert len(json.loads((tmp_path / "both" / "compare.json").read_text())) == 3
+    assert "linear_acc1" in (tmp_path / "both" / "report.html").read_text().replace("<wbr>", "")
+    assert "is the split that is measured" in fails(capsys, ["probe", model, data, "--train", "test"])
+    assert "no split 'val'" in fails(capsys, ["probe", model, data, "--train", "val"])
+    assert "dualenc zeroshot" in fails(capsys, ["retrieval", model, data])
+    pairs = str(write_benchmark(tmp_path / "pairs", seed, "retrieval"))
+    wrong = fails(capsys, ["retrieval", model, pairs, "--between", "image-image"])
+    assert "another kind is wanted: classification" in wrong
+    assert "dualenc retrieval" in fails(capsys, ["probe", model, pairs])
+    (tmp_path / "taken" / "zeroshot.json").mkdir(parents=True)
+    assert "taken cannot be written" in fails(capsys, ["zeroshot", model, data, "--out", str(tmp_path / "taken")], 1)
+    assert "two sets are called 'set'" in fails(capsys, ["zeroshot", model, data, data])
+    assert "holds no result" in fails(capsys, ["compare", out, str(tmp_path)])
+    assert "has no architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])
+
+
+def test_failed_work_ends_the_program_too(tmp_path: Path, seed: int) -> None:
+    """Whose workers still live then: Python waits for them."""
+    tiny_embedder(seed).save(tmp_path / "model")
+    data = write_benchmark(tmp_path / "set", seed, counts=(3,))
+    write_tar(data / "test" / "0.tar", [{"__key__": "bad", "jpg": b"no jpeg", "cls": b"0"}])
+    command = [sys.executable, "-m", "dualenc", "zeroshot", str(tmp_path / "model"), str(data), "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1
+    assert "'bad'" in done.stderr

@@ -1,0 +1,374 @@
+import itertools
+import json
+import math
+import pickle
+import random
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import WORDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+from transformers import BertTokenizerFast
+
+from dualenc.data import DataError, Tokenizer
+from dualenc.data.text.tokenizer import _Lattice
+from dualenc.tokens import Tokens, padding_index
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+WHOLE = ["the", "cat", "dog", "##ing", "sit", "sep", "cls", "mask", "un", "猫", "犬", "é", "straße"]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *".,!?'-[]#", *(f"##{x}" for x in LETTERS), *WHOLE]
+
+
+KINDS = ["wordpiece", "bpe", "unigram"]
+SMALL = {"wordpiece": 150, "bpe": 400, "unigram": 150}  # of bytes there are 256
+
+
+def rows(tokens):
+    ids, mask, _ = tokens.padded()
+    return [text[real].tolist() for text, real in zip(ids, mask, strict=True)]
+
+
+def captions(rng, count=200):
+    letters = "abcdefghij"
+    made = ["".join(rng.choices(letters, k=rng.randint(1, 7))) for _ in range(60)] + WORDS
+    return [" ".join(rng.choices(made, k=rng.randint(0, 9))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    path.write_text("\n".join(VOCAB) + "\n", "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_depends_on_the_captions_alone(seed, kind):
+    """The trainers work with hash maps whose order changes from one to the next: several runs, all equal."""
+    texts = captions(random.Random(seed))
+    size = SMALL[kind]
+    first = Tokenizer.train(texts, size, 16, kind)
+    for i in range(6):
+        shuffled = random.Random(i).sample(texts, len(texts))
+        other = Tokenizer.train(iter(shuffled), size, 16, kind)
+        assert other.backend.to_str() == first.backend.to_str()
+    assert Tokenizer.train(texts[:100], size, 16, kind).backend.to_str() != first.backend.to_str()  # the control
+
+
+@pytest.mark.slow
+def test_training_in_other_processes(seed, tmp_path):
+    """Hash maps and Python's sets have another order in each process; the files have to be equal to the byte."""
+    texts = [*captions(random.Random(seed), 60), "é 猫犬 🎩", "ß Σς İ"]
+    code = (
+        "import json, random, sys\nfrom dualenc.data import Tokenizer\nfolder = sys.argv[1]\n"
+        "texts, sizes = json.load(open(folder + '/in.json'))\nrandom.shuffle(texts)\n"
+        "for kind in sizes: Tokenizer.train(texts, sizes[kind], 16, kind).save(f'{folder}/{kind}.json')"
+    )
+    (tmp_path / "in.json").write_text(json.dumps([texts, SMALL]))
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        for kind in KINDS:
+            Tokenizer.train(texts, SMALL[kind], 16, kind).save(tmp_path / "expected.json")
+            assert (tmp_path / f"{kind}.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
+
+
+def test_the_librarys_own_unigram_trainer_is_not_deterministic():
+    """Why ours exists; when this fails, theirs may do."""
+    texts = captions(random.Random(1))
+    found = set()
+    for _ in range(8):
+        backend = Backend(models.Unigram())
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=150, show_progress=False, unk_token="[UNK]", special_tokens=["[UNK]"]
+        )
+        backend.train_from_iterator(texts, trainer)
+        found.add(backend.to_str())
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_vocabulary(seed, kind):
+    texts = captions(random.Random(seed))
+    size = SMALL[kind]
+    tokenizer = Tokenizer.train(texts, size, 64, kind)
+    assert tokenizer.vocab_size <= size
+    special = [tokenizer.backend.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
+    assert special == [0, 1, 2, 3, 4]
+    found = rows(tokenizer(texts))
+    assert all(row[0] == 2 and row[-1] == 3 for row in found)
+    assert not any(set(row[1:-1]) & set(special) for row in found)  # every letter is known
+    assert [tokenizer.backend.decode(row) for row in found] == [" ".join(text.split()) for text in texts]
+    small = Tokenizer.train(texts, {"bpe": 280}.get(kind, 60), 64, kind)
+    assert len(tokenizer(texts).ids) < len(small(texts).ids)  # a larger vocabulary has longer pieces
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(DataError, match="'sentencepiece' is none of wordpiece, bpe, unigram"):
+        Tokenizer.train(["a"], 100, 16, "sentencepiece")
+
+
+SCRIPTS = "🎩👩‍👩‍👧‍👦🇩🇪 é\u0301ß猫犬हिन्दी עִבְרִית العربية ไทย \u200d\ufeff\U0001d54f"
+any_text = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(SCRIPTS)), max_size=30)
+
+
+def plain(form, text):
+    """One Unicode form, one space, lower case: what a trained vocabulary sees, by Python's own means."""
+    backend = normalizers.Lowercase()  # Python's lower() knows the final sigma, the library's does not
+    return backend.normalize_str(" ".join(unicodedata.normalize(form, text).split()))
+
+
+@pytest.fixture(scope="module")
+def by_bytes():
+    return Tokenizer.train([*captions(random.Random(0)), "a cat 🎩"], 500, 4000, "bpe")
+
+
+@settings(max_examples=300, deadline=None)
+@given(any_text.filter(lambda text: not set("\x1c\x1d\x1e\x1f") & set(text)))
+def test_bytes_know_every_character(by_bytes, text):
+    (ids,) = rows(by_bytes([text]))
+    assert 1 not in ids
+    assert by_bytes.backend.decode(ids) == plain("NFC", text)
+
+
+def test_unigram_of_any_script(seed):
+    texts = ["🎩👩‍👩‍👧 हिन्दी", "猫犬 é e\u0301 ﬁne", *captions(random.Random(seed))]
+    tokenizer = Tokenizer.train(texts, 300, 100, "unigram")
+    found = rows(tokenizer(texts))
+    assert [tokenizer.backend.decode(row) for row in found] == [plain("NFKC", text) for text in texts]
+    (unknown,) = rows(tokenizer(["cat 鬱 cat"]))
+    assert unknown.count(1) == 1  # [UNK], and what stands around it is known
+    assert not {0, 2, 3, 4} & set(unknown[1:-1])
+
+
+def cuts(text, pieces, longest=99):
+    """All ways to cut a text into pieces, by trying."""
+    if not text:
+        return [[]]
+    firsts = [text[:n] for n in range(1, min(longest, len(text)) + 1) if text[:n] in pieces]
+    return [[first, *rest] for first in firsts for rest in cuts(text[len(first) :], pieces, longest)]
+
+
+def test_the_lattice_equals_trying_all_cuts(seed):
+    rng = np.random.default_rng(seed)
+    chance = random.Random(seed)
+    texts = sorted({"".join(chance.choices("abc", k=chance.randint(1, 8))) for _ in range(20)})
+    every = {text[i:j] for text in texts for i, j in itertools.combinations(range(len(text) + 1), 2)}
+    pieces = sorted(set("abc") | set(chance.sample(sorted(every), len(every) // 2)))
+    scores, weights = rng.normal(-3, 2, len(pieces)), rng.integers(1, 9, len(texts)).astype(float)
+    score_of = dict(zip(pieces, scores, strict=True))
+    expected, best = Counter(), []
+    for text, weight in zip(texts, weights, strict=True):
+        ways = cuts(text, score_of)
+        probability = np.exp([sum(score_of[piece] for piece in way) for way in ways])
+        for way, share in zip(ways, probability / probability.sum(), strict=True):
+            for piece in way:
+                expected[piece] += share * weight
+        others = [sum(score_of[piece] for piece in way) for way in ways if way != [text]]
+        best.append(max(others, default=-math.inf))
+    found = _Lattice(texts, pieces).expected(scores, weights)
+    np.testing.assert_allclose(found, [expected[piece] for piece in pieces], rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(_Lattice(texts, pieces, itself=False).best(scores), best, rtol=1e-10)
+
+
+def test_unigram_has_good_pieces(seed):
+    """Captions that neither has seen take fewer pieces than with byte-pair encoding of letters."""
+    texts = captions(random.Random(seed), 1200)
+    ours = Tokenizer.train(texts[:1000], 125, 500, "unigram")
+    peer = Backend(models.BPE())
+    peer.pre_tokenizer = pre_tokenizers.Metaspace()
+    peer.train_from_iterator(texts[:1000], trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    count = sum(len(row) - 2 for row in rows(ours(texts[1000:])))
+    assert count < sum(len(row.ids) for row in peer.encode_batch(texts[1000:]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_without_a_letter(kind):
+    tokenizer = Tokenizer.train(["", "  "], 300, 8, kind)
+    assert rows(tokenizer(["", " "])) == [[2, 3], [2, 3]]
+    assert rows(Tokenizer.train([], 300, 8, kind)([""])) == [[2, 3]]
+
+
+def test_a_vocabulary_without_room_is_refused():
+    for kind, needed in (("wordpiece", 11), ("bpe", 261), ("unigram", 9)):  # of a, b, c, at the start and within
+        with pytest.raises(DataError, match=f"vocab_size {needed - 1} is too small: {needed} entries"):
+            Tokenizer.train(["abc cba"], needed - 1, 16, kind)
+        assert Tokenizer.train(["abc cba"], needed, 16, kind).vocab_size == needed
+
+
+PLAIN = ["the", "cats", "dogs", "sitting", "The", "CAT", "é", "e\u0301", "straße", "猫", "猫犬", "x" * 101]
+ODD = ["[SEP]", "[CLS]", "[MASK]", "##s", "don't", "a.b", "☃", "\u200b", "\t", "\x00", "U.N.", "-"]
+words = st.sampled_from(PLAIN + ODD)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(words, max_size=12).map(" ".join), min_size=1, max_size=6))
+def test_equals_transformers(vocab, texts):
+    peer = BertTokenizerFast(vocab=str(vocab), do_lower_case=True, split_special_tokens=True)
+    ours = Tokenizer.from_file(vocab, 24)
+    expected = peer(texts, truncation=True, max_length=24, split_special_tokens=True)["input_ids"]
+    assert rows(ours(texts)) == expected
+
+
+def test_equals_transformers_cased(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB, "The", "C", "##AT"]) + "\n", "utf-8")
+    peer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), do_lower_case=False)
+    texts = ["The CAT the cat", "é E", "THE"]
+    assert rows(Tokenizer.from_file(tmp_path, 24)(texts)) == peer(texts)["input_ids"]
+
+
+def test_only_a_line_feed_ends_an_entry(tmp_path):
+    """Entries such as U+2028 or U+0085, taken for line ends, would shift every id after them."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB[:40], "\u2028", "\x85", *VOCAB[40:]]) + "\n", "utf-8")
+    ours = Tokenizer.from_file(tmp_path / "vocab.txt", 24)
+    assert ours.backend.token_to_id(VOCAB[-1]) == len(VOCAB) + 1
+
+
+@pytest.mark.parametrize("text", ["[SEP]", "a [CLS] b", "[PAD][MASK]", "x[UNK]y", "[sep] [SEP]", "[CLS]" * 40])
+def test_special_tokens_in_a_caption_stay_text(vocab, tmp_path, text):
+    tokenizers = [Tokenizer.from_file(vocab, 24)]
+    for kind in KINDS:
+        trained = Tokenizer.train([text, "a b x y [ ]", *"sepclmaskdunk"], 261 if kind == "bpe" else 60, 24, kind)
+        trained.save(tmp_path / f"{kind}.json")
+        tokenizers += [trained, Tokenizer.from_file(tmp_path / f"{kind}.json", 24), pickle.loads(pickle.dumps(trained))]
+    for tokenizer in tokenizers:
+        special = {tokenizer.backend.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
+        (ids,) = rows(tokenizer([text]))
+        assert not special & set(ids[1:-1])
+        assert ids[0] == tokenizer.backend.token_to_id("[CLS]")
+        assert ids[-1] == tokenizer.backend.token_to_id("[SEP]")
+        letters = tokenizer.backend.decode(ids)  # leaves special tokens out
+        assert "".join(letters.split()).startswith("".join(text.lower().split())[:20])
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 30])
+def test_truncation_keeps_the_closing_token(vocab, seed, length, tmp_path):
+    texts = captions(random.Random(seed), 30)
+    for kind in KINDS:
+        Tokenizer.train(texts, SMALL[kind], 9, kind).save(tmp_path / f"{kind}.json")
+    for path in (vocab, *(tmp_path / f"{kind}.json" for kind in KINDS)):
+        whole, cut = rows(Tokenizer.from_file(path, 500)(texts)), rows(Tokenizer.from_file(path, length)(texts))
+        assert cut == [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in whole]
+
+
+def test_empty_captions_are_their_ends(vocab):
+    assert rows(Tokenizer.from_file(vocab, 8)(["", "  ", "cat"]))[:2] == [[2, 3], [2, 3]]
+    with pytest.raises(ValueError, match="no texts at all"):
+        Tokenizer.from_file(vocab, 8)([])
+
+
+def test_pickle_and_save(vocab, tmp_path, seed):
+    texts = captions(random.Random(seed))
+    for tokenizer in (Tokenizer.from_file(vocab, 9), *(Tokenizer.train(texts, SMALL[kind], 9, kind) for kind in KINDS)):
+        expected = rows(tokenizer(texts))
+        assert rows(pickle.loads(pickle.dumps(tokenizer))(texts)) == expected
+        assert pickle.loads(pickle.dumps(tokenizer)).context_length == 9
+        tokenizer.save(tmp_path / "tokenizer.json")
+        for path in (tmp_path, tmp_path / "tokenizer.json"):
+            again = Tokenizer.from_file(path, 9)
+            assert rows(again(texts)) == expected
+            assert again.vocab_size == tokenizer.vocab_size
+        assert json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["truncation"] is None
+        longer = rows(Tokenizer.from_file(tmp_path, 100)(texts))  # the file holds no length of its own
+        assert max(map(len, longer)) > 9
+        assert max(map(len, expected)) == 9
+
+
+def test_the_callers_backend_is_left_alone(vocab):
+    backend = Tokenizer.from_file(vocab, 100).backend
+    Tokenizer(backend, 3)
+    assert backend.truncation["max_length"] == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("tokenizer.json", b"garbage", "is no tokenizer"),
+        ("tokenizer.json", b"{}", "is no tokenizer"),
+        ("tokenizer.json", b"", "is no tokenizer"),
+        ("tokenizer.json", b"\xff\xfe", "is no tokenizer"),
+        ("vocab.txt", b"\xff\xfe", "is no tokenizer"),
+        ("vocab.txt", b"", "entries"),
+        ("vocab.txt", b"the\ncat\n[UNK]\n", r"\[CLS\], \[SEP\]"),
+    ],
+)
+def test_garbage_names_the_file(tmp_path, name, content, cause):
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=cause) as error:
+            Tokenizer.from_file(path, 8)
+        assert name in str(error.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"holds neither tokenizer.json nor vocab.txt"):
+        Tokenizer.from_file(tmp_path, 8)
+    with pytest.raises(DataError, match=r"tokenizer .*absent\.json does not exist"):
+        Tokenizer.from_file(tmp_path / "absent.json", 8)
+
+
+# Tokens
+
+texts_of_ids = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts_of_ids, st.booleans())
+def test_pack_and_padded(texts, with_types):
+    types = [[(id + i) % 2 for i, id in enumerate(text)] for text in texts] if with_types else None
+    tokens = Tokens.pack(texts, types)
+    ids, mask, padded_types = tokens.padded()
+    longest = max(map(len, texts))
+    assert ids.tolist() == [text + [0] * (longest - len(text)) for text in texts]
+    assert mask.tolist() == [[i < len(text) for i in range(longest)] for text in texts]
+    if types is None:
+        assert padded_types is None
+    else:
+        assert padded_types.tolist() == [kind + [0] * (longest - len(kind)) for kind in types]
+    assert tokens.max_len == longest
+    assert tokens.ids.shape == tokens.positions.shape == (sum(map(len, texts)),)
+    lengths = tokens.offsets.diff().tolist()
+    assert lengths == sorted(len(text) for text in texts)
+    assert tokens.offsets[0] == 0
+    for i, text in enumerate(texts):
+        row = int(tokens.rows[i])
+        part = slice(int(tokens.offsets[row]), int(tokens.offsets[row + 1]))
+        assert tokens.ids[part].tolist() == text
+        assert tokens.positions[part].tolist() == list(range(len(text)))
+        assert types is None or tokens.types[part].tolist() == types[i]
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts_of_ids)
+def test_padding_index_is_always_safe(texts):
+    tokens = Tokens.pack(texts)
+    index, mask = padding_index(tokens.offsets, tokens.max_len)
+    assert index.min() >= 0
+    assert index.max() < len(tokens.ids)
+    assert sorted(index[mask].tolist()) == list(range(len(tokens.ids)))
+    assert mask.sum() == len(tokens.ids)
+
+
+def test_dtypes_and_moving():
+    tokens = Tokens.pack([[1, 2], [3]], [[0, 1], [0]])
+    moved = tokens.to("cpu")
+    assert (tokens.ids.dtype, tokens.offsets.dtype, tokens.rows.dtype) == (torch.int64, torch.int32, torch.int64)
+    assert moved.max_len == 2
+    assert torch.equal(moved.types, tokens.types)
+    assert Tokens.pack([[1]]).to("cpu").types is None
+    assert repr(tokens) == "Tokens(2 texts, 3 tokens, longest 2)"
+
+
+@pytest.mark.parametrize(
+    ("texts", "named"), [([], "no texts at all"), ([[1], [], [2], []], r"\[1, 3\]"), ([[]], r"\[0\]")]
+)
+def test_texts_without_a_token_are_refused(texts, named):
+    with pytest.raises(ValueError, match=named):
+        Tokens.pack(texts)

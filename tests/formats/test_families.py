@@ -1,0 +1,515 @@
+"""Every family beside transformers, every tensor random: in, out, and back in."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, ElectraForPreTraining
+
+from dualenc.data import Tokenizer
+from dualenc.formats.huggingface.text_checkpoint import open_text
+from dualenc.inference.text_model import TextPredictor, load_text
+from dualenc.models import HeadConfig, TextConfig, TextModel
+from dualenc.tokens import Tokens
+from dualenc.utils.errors import ModelError
+
+VOCAB, LONGEST = 211, 40
+WIDE = {"vocab_size": VOCAB, "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 36}
+BERT = {**WIDE, "num_hidden_layers": 3, "max_position_embeddings": LONGEST}
+ROBERTA = {**BERT, "max_position_embeddings": LONGEST + 2, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+ALBERT = {**BERT, "num_hidden_layers": 5, "num_hidden_groups": 2, "embedding_size": 20}
+DISTILBERT = {"vocab_size": VOCAB, "dim": 24, "n_heads": 4, "n_layers": 3, "hidden_dim": 36}
+DISTILBERT = {**DISTILBERT, "max_position_embeddings": LONGEST}
+ELECTRA = {**BERT, "embedding_size": 14}
+IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+MODERNBERT = {**WIDE, **IDS, "num_hidden_layers": 6, "max_position_embeddings": LONGEST, "local_attention": 8}
+CLIP = {**BERT, "bos_token_id": 2, "eos_token_id": VOCAB - 1, "pad_token_id": 0}
+SIGLIP = {**BERT, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 1}
+
+# model_type and config: the smallest part of each family in which all of it is there
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", BERT),
+    "bert, relu": ("bert", {**BERT, "hidden_act": "relu", "layer_norm_eps": 1e-3}),
+    "roberta": ("roberta", ROBERTA),
+    "xlm-roberta": ("xlm-roberta", ROBERTA),
+    "camembert": ("camembert", {**ROBERTA, "pad_token_id": 3, "max_position_embeddings": LONGEST + 4}),
+    "albert": ("albert", ALBERT),
+    "albert, pairs of blocks": ("albert", {**ALBERT, "inner_group_num": 2, "embedding_size": 24}),
+    "distilbert": ("distilbert", DISTILBERT),
+    "electra": ("electra", ELECTRA),
+    "electra, one width": ("electra", {**ELECTRA, "embedding_size": 24}),
+    "modernbert": ("modernbert", MODERNBERT),
+    "modernbert, biases": (
+        "modernbert",
+        {**MODERNBERT, **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True)},
+    ),
+    "modernbert, every second": (
+        "modernbert",
+        {**MODERNBERT, "layer_types": ["full_attention", "sliding_attention"] * 3, "local_attention": 5},
+    ),
+    "clip": ("clip_text_model", CLIP),
+    "clip, old eos": ("clip_text_model", {**CLIP, "eos_token_id": 2}),
+    "siglip": ("siglip_text_model", SIGLIP),
+}
+CLASSES = {
+    "AutoModel": AutoModel,
+    "AutoModelForMaskedLM": AutoModelForMaskedLM,
+    "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+}
+MASKED = [name for name, (kind, config) in FAMILIES.items() if kind[:4] not in ("clip", "sigl")]
+
+
+def build(kind: str, config: dict[str, Any], auto: Any = AutoModel, **more: Any) -> Any:
+    """A model of transformers with every tensor perturbed; none is as it was initialised."""
+    loaded = transformers.CONFIG_MAPPING[kind](**config, **more)
+    if kind == "siglip_text_model":
+        model = transformers.SiglipTextModel(loaded)
+    else:
+        model = auto.from_config(loaded) if auto in CLASSES.values() else auto(loaded)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def tokenizer_of(text: TextConfig) -> Tokenizer:
+    """Of small texts; where positions begin after the number of the padding token, that is its number."""
+    tokenizer = tiny_tokenizer(text.context_length)
+    if not text.position_offset:
+        return tokenizer
+    about = json.loads(tokenizer.backend.to_str())
+    numbers = about["model"]["vocab"]
+    other = next(token for token, number in numbers.items() if number == text.position_offset - 1)
+    numbers |= {"[PAD]": numbers[other], other: numbers["[PAD]"]}
+    for token in about["added_tokens"]:
+        token["id"] = numbers[token["content"]]
+    return Tokenizer(Backend.from_str(json.dumps(about)), text.context_length)
+
+
+def add_tokenizer(folder: Path) -> None:
+    tokenizer_of(open_text(folder).config).save(folder / "tokenizer.json")
+
+
+def ragged(config: TextConfig, seed: int) -> tuple[Tokens, Tensor, Tensor, Tensor]:
+    """Texts of 1 to 40 tokens with segments, packed, and padded as transformers wants them: ids, mask, types."""
+    rng = np.random.default_rng(seed)
+    lengths = [int(n) for n in rng.integers(1, LONGEST + 1, 5)] + [LONGEST, LONGEST // 2 + 1]
+    lengths = [config.pad_to] * 4 if config.pad_to else lengths
+    texts = [rng.integers(5, VOCAB - 2, n).tolist() for n in lengths]
+    if config.causal:  # the closing token is the one that CLIP looks for, and of the highest number
+        texts = [[*text[:-1], VOCAB - 1] for text in texts]
+    types = [sorted(rng.integers(0, config.types, len(text)).tolist()) for text in texts] if config.types else None
+    tokens = Tokens.pack(texts, types)
+    ids, mask, segments = tokens.padded()
+    pad = config.position_offset - 1 if config.position_offset else 0
+    return tokens, ids.masked_fill(~mask, pad), mask, torch.zeros_like(ids) if segments is None else segments
+
+
+def theirs(model: Any, ids: Tensor, mask: Tensor, types: Tensor) -> Any:
+    more = {"token_type_ids": types} if getattr(model.config, "type_vocab_size", 0) else {}
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask.long(), **more)
+
+
+def assert_close(ours: Tensor, peer: Tensor, far: bool = False) -> None:
+    """Equal to 2e-5 of the largest; or, as a control, not."""
+    error = ((ours - peer).abs().max() / peer.abs().max().clamp(min=1)).item()
+    assert (error > 1e-3) if far else (error < 2e-5), error
+
+
+def packed(model: TextModel, padded: Tensor, mask: Tensor, tokens: Tokens) -> Tensor:
+    """(B, T, ...) of the caller's order to (N, ...) of the packed one."""
+    order = torch.argsort(tokens.rows)
+    return padded[order][mask[order]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encoder_is_that_of_transformers(name: str, tmp_path: Path, seed: int) -> None:
+    kind, config = FAMILIES[name]
+    peer = build(kind, config)
+    peer.save_pretrained(tmp_path / "peer")
+    add_tokenizer(tmp_path / "peer")
+    checkpoint = open_text(tmp_path / "peer")
+    assert checkpoint.config.family == kind
+    model = checkpoint.model()
+    tokens, ids, mask, types = ragged(model.config, seed)
+    expected = theirs(peer, ids, mask, types)
+    with torch.no_grad():
+        hidden = model.encoder(tokens)
+        assert_close(hidden, packed(model, expected.last_hidden_state, mask, tokens))
+        side = model.encoder.forward_padded(ids, mask, types if model.config.types else None)
+        assert_close(side[mask], expected.last_hidden_state[mask])
+        if "pooler" in model.heads:
+            assert_close(model.head("pooler", hidden, tokens), expected.pooler_output)
+        if model.config.causal:
+            assert_close(model.encoder.pool(hidden, tokens), expected.pooler_output)
+        if model.config.pad_to:
+            pooled = peer.head(model.encoder.pool(hidden, tokens)) if hasattr(peer, "head") else hidden
+            assert_close(pooled, expected.pooler_output)
+
+    predictor = TextPredictor(model, checkpoint.tokenizer())
+    predictor.save(tmp_path / "ours")
+    again = type(peer).from_pretrained(tmp_path / "ours").eval()
+    assert type(peer.config) is type(again.config)
+    equal(again, peer, apart=("head.",) if kind.startswith("siglip") else ("?",))
+    assert_close(theirs(again, ids, mask, types).last_hidden_state[mask], expected.last_hidden_state[mask])
+    before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("peer", "ours"))
+    after = {key.removeprefix("text_model."): x for key, x in after.items()}
+    lost = {key for key in before if key.startswith("head.")} if kind.startswith("siglip") else set()
+    assert all(torch.equal(after[key], x) for key, x in before.items() if key not in lost)
+    assert before.keys() == after.keys()
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+    (tmp_path / "ours" / "dualenc.json").unlink()  # as a checkpoint like any other
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+
+
+def same(one: TextModel, other: TextModel) -> None:
+    """Equal to the bit, architecture and all."""
+    assert (one.config, one.head_configs) == (other.config, other.head_configs)
+    for (name, x), (key, y) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
+        assert name == key
+        assert torch.equal(x, y), name
+
+
+def equal(one: Any, other: Any, apart: tuple[str, ...] = ("?",)) -> None:
+    """The same class of transformers with the same tensors, to the bit, but for those of which nothing depends."""
+    assert type(one) is type(other)
+    mine, its = one.state_dict(), other.state_dict()
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(x, its[name]) for name, x in mine.items() if not name.startswith(apart))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", [name for name in MASKED if "relu" not in name])
+def test_masked_language_heads(name: str, tied: bool, tmp_path: Path, seed: int) -> None:
+    kind, config = FAMILIES[name]
+    peer = build(kind, config, AutoModelForMaskedLM, tie_word_embeddings=tied)
+    peer.save_pretrained(tmp_path / "peer")
+    add_tokenizer(tmp_path / "peer")
+    model = open_text(tmp_path / "peer").model()
+    assert model.head_configs == {"mlm": HeadConfig("mlm", tied=tied)}
+    tokens, ids, mask, types = ragged(model.config, seed)
+    logits = theirs(peer, ids, mask, types).logits
+    with torch.no_grad():
+        assert_close(model(tokens, "mlm"), packed(model, logits, mask, tokens))
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(again) is type(peer)
+    unused = () if tied else ("cls.predictions.bias", "predictions.bias", "lm_head.bias")  # the decoder has its own
+    equal(again, peer, unused or ("?",))
+    assert_close(theirs(again, ids, mask, types).logits, logits)
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+    (tmp_path / "ours" / "dualenc.json").unlink()
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+
+
+PROBLEMS = {
+    "single": ("single_label_classification", ["bad", "so so", "good"]),
+    "several": ("multi_label_classification", ["a", "b"]),
+    "regression": ("regression", ["stars"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [*((name, "single") for name in [*MASKED, "modernbert, mean"]), ("bert", "several"), ("bert", "regression")],
+)
+def test_classification_heads(name: str, problem: str, tmp_path: Path, seed: int) -> None:
+    kind, config = FAMILIES[name.removesuffix(", mean")]
+    called, labels = PROBLEMS[problem]
+    more = {"problem_type": called, "id2label": dict(enumerate(labels)), "num_labels": len(labels)}
+    if name.endswith("mean"):
+        more |= {"classifier_pooling": "mean", "classifier_activation": "silu"}
+    peer = build(kind, config, AutoModelForSequenceClassification, **more)
+    peer.save_pretrained(tmp_path / "peer")
+    add_tokenizer(tmp_path / "peer")
+    model = open_text(tmp_path / "peer").model()
+    head = model.head_configs["classification"]
+    assert (list(model.head_configs), head.labels, head.problem) == (["classification"], tuple(labels), problem)
+    tokens, ids, mask, types = ragged(model.config, seed)
+    logits = theirs(peer, ids, mask, types).logits
+    with torch.no_grad():
+        assert_close(model(tokens, "classification"), logits)
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    equal(again, peer)
+    assert_close(theirs(again, ids, mask, types).logits, logits)
+    assert again.config.id2label == dict(enumerate(labels))
+    assert again.config.problem_type == called
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+    (tmp_path / "ours" / "dualenc.json").unlink()
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+
+
+@pytest.mark.parametrize("name", ["electra", "electra, one width"])
+def test_discriminators(name: str, tmp_path: Path, seed: int) -> None:
+    peer = build(*FAMILIES[name], ElectraForPreTraining)
+    peer.save_pretrained(tmp_path / "peer")
+    model = open_text(tmp_path / "peer").model()
+    tokens, ids, mask, types = ragged(model.config, seed)
+    logits = theirs(peer, ids, mask, types).logits
+    with torch.no_grad():
+        assert_close(model(tokens, "rtd"), packed(model, logits, mask, tokens))
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
+    again = ElectraForPreTraining.from_pretrained(tmp_path / "ours").eval()
+    equal(again, peer)
+    assert_close(theirs(again, ids, mask, types).logits, logits)
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert"])
+def test_both_heads_of_pretraining(kind: str, tmp_path: Path, seed: int) -> None:
+    auto = {"bert": transformers.BertForPreTraining, "albert": transformers.AlbertForPreTraining}[kind]
+    peer = build(*FAMILIES[kind], auto)
+    peer.save_pretrained(tmp_path / "peer")
+    model = open_text(tmp_path / "peer").model()
+    assert sorted(model.head_configs) == ["mlm", "nsp"]
+    tokens, ids, mask, types = ragged(model.config, seed)
+    expected = theirs(peer, ids, mask, types)
+    with torch.no_grad():
+        assert_close(model(tokens, "mlm"), packed(model, expected.prediction_logits, mask, tokens))
+        assert_close(model(tokens, "nsp"), expected["seq_relationship_logits" if kind == "bert" else "sop_logits"])
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
+    before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("peer", "ours"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], x) for key, x in before.items())
+    again = auto.from_pretrained(tmp_path / "ours").eval()
+    equal(again, peer)
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"] == [auto.__name__]
+
+
+def wrong_config(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("wrong", [2, 6, 10])
+def test_a_window_of_another_width_is_seen(wrong: int, tmp_path: Path, seed: int) -> None:
+    """A control of the comparison above: 8 must be 8."""
+    peer = build(*FAMILIES["modernbert"])
+    peer.save_pretrained(tmp_path)
+    wrong_config(tmp_path / "config.json", lambda config: config.update(local_attention=wrong))
+    model = open_text(tmp_path).model()
+    tokens, ids, mask, types = ragged(model.config, seed)
+    with torch.no_grad():
+        expected = packed(model, theirs(peer, ids, mask, types).last_hidden_state, mask, tokens)
+        assert_close(model.encoder(tokens), expected, far=True)
+
+
+def test_a_wrong_position_offset_is_seen(tmp_path: Path, seed: int) -> None:
+    peer = build(*FAMILIES["roberta"])
+    peer.save_pretrained(tmp_path)
+    wrong_config(tmp_path / "config.json", lambda config: config.update(pad_token_id=0))
+    model = open_text(tmp_path).model()
+    tokens, ids, mask, types = ragged(model.config, seed)
+    mask[:] = mask
+    with torch.no_grad():
+        expected = packed(model, theirs(peer, ids.masked_fill(~mask, 1), mask, types).last_hidden_state, mask, tokens)
+        assert_close(model.encoder(tokens), expected, far=True)
+
+
+def test_a_modernbert_of_before_transformers_5(tmp_path: Path, seed: int) -> None:
+    """Its config has a number where today there is a list, and two bases of angles by name."""
+    peer = build(*FAMILIES["modernbert"])
+    peer.save_pretrained(tmp_path)
+
+    def old(config: dict[str, Any]) -> None:
+        ropes = config.pop("rope_parameters")
+        del config["layer_types"]
+        config["global_attn_every_n_layers"] = 3
+        config["global_rope_theta"] = ropes["full_attention"]["rope_theta"]
+        config["local_rope_theta"] = ropes["sliding_attention"]["rope_theta"]
+
+    before = open_text(tmp_path).config
+    wrong_config(tmp_path / "config.json", old)
+    after = open_text(tmp_path).config
+    assert before == after
+    assert (after.theta, after.local_theta, after.window, after.global_every) == (160000.0, 10000.0, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_text_encoders_inside_models_of_images_and_texts(kind: str, tmp_path: Path, seed: int) -> None:
+    text = {"clip": CLIP, "siglip": SIGLIP}[kind]
+    image = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    image |= {"image_size": 8, "patch_size": 4}
+    more = {"projection_dim": 8} if kind == "clip" else {}
+    peer = build(kind, {"text_config": text, "vision_config": image, **more})
+    peer.save_pretrained(tmp_path)
+    model = open_text(tmp_path).model()
+    tokens, ids, mask, types = ragged(model.config, seed)
+    expected = theirs(peer.text_model, ids, mask, types)
+    with torch.no_grad():
+        assert_close(model.encoder(tokens), packed(model, expected.last_hidden_state, mask, tokens))
+
+
+def perturbed(model: TextModel) -> TextModel:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+HEADS = {
+    "pooler": HeadConfig("pooler", pool="cls"),
+    "mlm": HeadConfig("mlm"),
+    "topic": HeadConfig("classification", ("a", "b", "c"), pool="cls"),
+    "stars": HeadConfig("classification", ("stars",), "regression", pool="mean"),
+    "likeness": HeadConfig("embedding", problem="negatives", pool="mean", scale=20.0),
+    "other": HeadConfig("mlm", tied=False),
+}
+
+
+@pytest.mark.parametrize("family", [None, "bert"])
+def test_many_heads_come_back_to_the_bit(family: str | None, tmp_path: Path, seed: int) -> None:
+    """The first of each kind is where transformers looks for it; the others keep names of their own."""
+    tokenizer = tiny_tokenizer()
+    config = TextConfig(
+        tokenizer.vocab_size, 16, 2, 2, 20, context_length=16, types=2, pool="mean", dropout=0.3, family=family
+    )
+    model = perturbed(TextModel(config, HEADS))
+    predictor = TextPredictor(model, tokenizer, "many")
+    predictor.save(tmp_path / "many")
+    predictor.save(tmp_path / "many")  # in place of itself
+    assert not [path for path in tmp_path.iterdir() if path.name != "many"]
+    same(load_text(tmp_path / "many", "cpu").model, model)
+    texts = ["a cat sits", "two dogs", "a"]
+    ids, mask, _ = tokenizer(texts).padded()
+    with torch.no_grad():
+        tokens = tokenizer(texts)
+        hidden = model.encoder(tokens)
+        mlm = AutoModelForMaskedLM.from_pretrained(tmp_path / "many").eval()(ids, mask.long()).logits
+        topic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "many").eval()(ids, mask.long()).logits
+        assert_close(model.head("mlm", hidden, tokens), packed(model, mlm, mask, tokens))
+        assert_close(model.head("topic", hidden, tokens), topic)
+    held = load_file(tmp_path / "many" / "model.safetensors")
+    own = {name.split(".")[1] for name in held if name.startswith("heads.")}
+    assert own == {"stars", "other", "pooler"}
+
+
+def test_positions_that_unknown_words_would_move(tmp_path: Path, seed: int) -> None:
+    """transformers counts RoBERTa's by what is not number 1: no padding there, no format of its."""
+    size = tiny_tokenizer().vocab_size
+    text = TextConfig(size, width=16, layers=2, heads=2, context_length=16, types=1, position_offset=2)
+    model = perturbed(TextModel(text))
+    TextPredictor(model, tokenizer_of(text)).save(tmp_path / "padding")
+    assert (tmp_path / "padding" / "config.json").exists()
+    TextPredictor(model, tiny_tokenizer()).save(tmp_path / "unknown")
+    assert not (tmp_path / "unknown" / "config.json").exists()
+    same(load_text(tmp_path / "unknown", "cpu").model, model)
+
+
+ARCHITECTURES = {
+    "bert": {"types": 2},
+    "distilbert": {},
+    "roberta": {"types": 1, "position_offset": 2, "norm_eps": 1e-5},
+    "albert": {"types": 2, "groups": 1, "embed_width": 8},
+    "electra": {"types": 2, "embed_width": 8},
+    "modernbert": {
+        "norm": "pre", "positions": "rotary", "gated": True, "bias": False, "embed_norm": True, "window": 4,
+        "global_every": 2, "local_theta": 100.0,
+    },
+    "clip_text_model": {"norm": "pre", "causal": True, "pool": "last"},
+    "siglip_text_model": {"norm": "pre", "pad_to": 16, "pool": "last", "activation": "gelu_tanh"},
+    None: {"norm": "pre"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_what_was_trained_from_scratch_finds_its_family(family: str | None, tmp_path: Path, seed: int) -> None:
+    size = tiny_tokenizer().vocab_size
+    text = TextConfig(size, width=16, layers=3, heads=2, context_length=16, **ARCHITECTURES[family])
+    tokenizer = tokenizer_of(text)
+    model = perturbed(TextModel(text, {"topic": HeadConfig("classification", ("a", "b"), pool="cls")}))
+    TextPredictor(model, tokenizer).save(tmp_path / "model")
+    same(load_text(tmp_path / "model", "cpu").model, model)
+    config = tmp_path / "model" / "config.json"
+    assert config.exists() == (family is not None)
+    if family is None:
+        assert "only dualenc" in (tmp_path / "model" / "README.md").read_text()
+    else:
+        assert json.loads(config.read_text())["model_type"] == family
+        tokens = tokenizer(["a cat sits on the mat", "two dogs"])
+        if text.pad_to:
+            tokens = Tokens.pack([ids + [0] * (16 - len(ids)) for ids in tokenizer.encode(["a cat", "two dogs"])])
+        ids, mask, _ = tokens.padded()
+        auto = transformers.SiglipTextModel if family == "siglip_text_model" else AutoModel
+        expected = theirs(auto.from_pretrained(tmp_path / "model").eval(), ids, mask, torch.zeros_like(ids))
+        with torch.no_grad():
+            assert_close(model.encoder(tokens), packed(model, expected.last_hidden_state, mask, tokens))
+
+
+def test_a_discriminator_from_scratch_is_electra_s(tmp_path: Path, seed: int) -> None:
+    """BERT's architecture is also ELECTRA's, which has a place for the head."""
+    tokenizer = tiny_tokenizer()
+    text = TextConfig(tokenizer.vocab_size, width=16, layers=2, heads=2, context_length=16, types=2)
+    model = perturbed(TextModel(text, {"rtd": HeadConfig("rtd")}))
+    TextPredictor(model, tokenizer).save(tmp_path / "model")
+    peer = ElectraForPreTraining.from_pretrained(tmp_path / "model").eval()
+    tokens = tokenizer(["a cat sits on the mat", "two dogs"])
+    ids, mask, _ = tokens.padded()
+    with torch.no_grad():
+        assert_close(model(tokens, "rtd"), packed(model, theirs(peer, ids, mask, 0 * ids).logits, mask, tokens))
+
+
+REFUSED = [
+    ("bert", {"is_decoder": True}, "is_decoder true"),
+    ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
+    ("bert", {"hidden_act": "mish"}, "hidden_act"),
+    ("bert", {"hidden_size": "wide"}, "hidden_size must be a number"),
+    ("bert", {"num_attention_heads": 5}, "not divisible"),
+    ("bert", {"architectures": ["BertForTokenClassification"]}, "no such head"),
+    ("bert", {"model_type": "gpt2"}, "model_type 'gpt2'"),
+    ("bert", {"model_type": "t5"}, "model_type 't5'"),
+    ("bert", {"num_hidden_layers": 4}, r"encoder.layer.3.attention.self.query.weight is missing; .* and 6 more"),
+    ("bert", {"num_hidden_layers": 2}, r"encoder.layer.2.\S+ is unknown"),
+    ("bert", {"vocab_size": 99}, r"word_embeddings.weight has shape \(211, 24\) and not \(99, 24\)"),
+    ("modernbert", {"layer_types": ["sliding_attention"] * 6}, "layer_types"),
+    ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type 'yarn'"),
+    ("modernbert", {"mlp_bias": True}, "mlp_bias True"),
+    ("modernbert", {"decoder_bias": False}, "decoder_bias false"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), REFUSED)
+def test_what_cannot_be_computed_is_refused_by_name(
+    name: str, change: dict[str, Any], message: str, tmp_path: Path, seed: int
+) -> None:
+    build(*FAMILIES[name]).save_pretrained(tmp_path)
+    wrong_config(tmp_path / "config.json", lambda config: config.update(change))
+    with pytest.raises(ModelError, match=message) as caught:
+        open_text(tmp_path).model()
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_head_with_an_activation_of_its_own_is_refused(tmp_path: Path, seed: int) -> None:
+    """RoBERTa's head for hidden words has a GELU, whatever its encoder has."""
+    build("roberta", {**ROBERTA, "hidden_act": "relu"}, AutoModelForMaskedLM).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="relu"):
+        open_text(tmp_path)
+
+
+def test_tensors_that_nobody_knows(tmp_path: Path, seed: int) -> None:
+    build(*FAMILIES["bert"]).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    stale = {"embeddings.position_ids": torch.arange(LONGEST)[None]}
+    save_file({**state, **stale}, path)
+    open_text(tmp_path).model()
+    save_file({**state, "adapter.weight": torch.ones(2)}, path)
+    with pytest.raises(ModelError, match=r"adapter\.weight is unknown"):
+        open_text(tmp_path).model()
+    del state["embeddings.word_embeddings.weight"]
+    save_file(state, path)
+    with pytest.raises(ModelError, match=r"no tensors embeddings\.word_embeddings\.weight"):
+        open_text(tmp_path)

@@ -1,0 +1,188 @@
+import json
+import pickle
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import encode, smooth
+from PIL import Image
+from safetensors.torch import save_file
+
+from dualenc import ModelError, load
+from dualenc.data import decode_image
+from dualenc.inference.embedder import interpolate
+from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform
+
+VISION = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
+TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+TEXTS = ["a cat", "", "Two HATS, and 1,234 boats!", "the red dog sits on a blue mat under the green tree", "dog " * 40]
+
+
+def perturbed(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def towers(**text):
+    """Model and the ids of some texts: as CLIP has it, and with a text tower of its own."""
+    return {
+        "CLIP": lambda: open_clip.CLIP(16, VISION, {**TEXT, **text}),
+        "CustomTextCLIP": lambda: open_clip.CustomTextCLIP(16, VISION, {**TEXT, **text}),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, seed):
+    """A model as open_clip keeps it in a folder, and the model."""
+    model = perturbed(open_clip.CLIP(16, VISION, TEXT), seed)
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "resize_mode": "squash"}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}, "preprocess_cfg": preprocess}
+    (tmp_path / "peer").mkdir()
+    (tmp_path / "peer" / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "peer" / "open_clip_model.safetensors")
+    return tmp_path / "peer", model
+
+
+@pytest.mark.parametrize("name", towers())
+def test_without_padding_as_with_it(name, seed):
+    model = perturbed(towers()[name](), seed)
+    tokenizer = open_clip.SimpleTokenizer(context_length=20)
+    own, wrapped = OpenClipTokenizer(tokenizer, True), OpenClip(model, name)
+    assert wrapped.trims
+    expected = F.normalize(model.encode_text(tokenizer(TEXTS)), dim=-1)
+    ids = own.encode(TEXTS)
+    assert [len(row) for row in ids][:2] == [4, 2]
+    assert len(ids[-1]) == 20
+    for rows in ([0, 1, 2], [3], [4, 0], [0, 1, 2, 3, 4]):
+        found = wrapped.encode_text(own.pack([ids[i] for i in rows]))
+        assert (found - expected[rows]).abs().max() < 2e-6
+    # The control: an id less, and the text is another one.
+    assert (wrapped.encode_text(own.pack([ids[0][:-1]])) - expected[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "different", [{"pool_type": "last"}, {"no_causal_mask": True}, {"embed_cls": True, "pad_id": 0}]
+)
+def test_towers_that_see_their_padding_get_it(different, seed):
+    model = perturbed(towers(**different)["CustomTextCLIP"](), seed)
+    wrapped, tokenizer = OpenClip(model, "x"), open_clip.SimpleTokenizer(context_length=20)
+    assert not wrapped.trims
+    own = OpenClipTokenizer(tokenizer, wrapped.trims)
+    found = wrapped.encode_text(own.pack(own.encode(TEXTS)))
+    assert (found - F.normalize(model.encode_text(tokenizer(TEXTS)), dim=-1)).abs().max() < 2e-6
+    if "embed_cls" not in different:  # the control: without its padding it gives something else
+        wrapped.trims = True
+        short = OpenClipTokenizer(tokenizer, True)
+        if different == {"pool_type": "last"}:
+            assert (wrapped.encode_text(short.pack(short.encode(TEXTS[:1]))) - found[:1]).abs().max() > 1e-2
+
+
+def test_a_folder_of_open_clip_embeds_as_open_clip_does(folder, seed):
+    path, _ = folder
+    embedder = load(f"open_clip:local-dir:{path}", "cpu")
+    peer, _, transform = open_clip.create_model_and_transforms(f"local-dir:{path}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{path}")
+    with torch.no_grad():
+        text = peer.eval().encode_text(tokenizer(TEXTS), normalize=True)
+        assert (embedder.embed_texts(TEXTS, batch_size=2) - text).abs().max() < 2e-6
+        rng = np.random.default_rng(seed)
+        pictures = [Image.fromarray(smooth(rng, height, width)) for height, width in ((40, 33), (70, 20), (32, 32))]
+        image = peer.encode_image(torch.stack([transform(picture) for picture in pictures]), normalize=True)
+    tensors = [decode_image(encode(picture)) for picture in pictures]
+    for given in (pictures, tensors, [embedder.preprocess(x) for x in tensors]):
+        assert (embedder.embed_images(given, batch_size=2) - image).abs().max() < 2e-6
+    assert (embedder.embed_images(tensors[2][None]) - image[2]).abs().max() < 2e-6  # a batch of bytes of the right size
+    probabilities = embedder.classify(pictures, ["cat", "dog"])
+    names = peer.encode_text(tokenizer(["a photo of a cat.", "a photo of a dog."]), normalize=True)
+    expected = (peer.logit_scale.exp() * image @ names.T).softmax(1)
+    assert (probabilities - expected).abs().max() < 1e-5
+
+
+def test_the_transform_is_its_settings(folder):
+    embedder = load(f"open_clip:local-dir:{folder[0]}", "cpu")
+    assert embedder.preprocess == OpenClipTransform((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", "squash", 0)
+    again = pickle.loads(pickle.dumps(embedder.preprocess))  # to workers
+    image = torch.randint(256, (3, 20, 50), dtype=torch.uint8)
+    assert torch.equal(again(image), embedder.preprocess(image))
+
+
+def test_a_checkpoint_of_its_trainer(folder, tmp_path, seed):
+    """By name of architecture and path of a file, as the trainer writes it."""
+    path, model = folder
+    (tmp_path / "Tiny-7.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
+    open_clip.add_model_config(tmp_path / "Tiny-7.json")
+    state = {f"module.{name}": x for name, x in model.state_dict().items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state}, tmp_path / "epoch_3.pt")
+    embedder = load(f"open_clip:Tiny-7/{tmp_path}/epoch_3.pt", "cpu")
+    assert torch.equal(embedder.embed_texts(TEXTS), load(f"open_clip:local-dir:{path}", "cpu").embed_texts(TEXTS))
+    assert embedder.preprocess.interpolation == "bicubic"  # open_clip's own, since the file says nothing of it
+    assert embedder.embed_texts(TEXTS).shape == (5, 16)
+    random = load("open_clip:Tiny-7", "cpu")
+    torch.rand(1)
+    same = load("open_clip:Tiny-7", "cpu")
+    assert torch.equal(random.embed_texts(TEXTS), same.embed_texts(TEXTS))
+    assert random.fingerprint == same.fingerprint != embedder.fingerprint
+    torch.save({"state_dict": state, "code": tiny_code}, tmp_path / "evil.pt")
+    with pytest.raises(ModelError, match=r"evil\.pt holds more than weights"):
+        load(f"open_clip:Tiny-7/{tmp_path}/evil.pt", "cpu")
+    del state["module.ln_final.weight"]
+    torch.save({"state_dict": state}, tmp_path / "part.pt")
+    with pytest.raises(ModelError, match=r"part\.pt: Error"):
+        load(f"open_clip:Tiny-7/{tmp_path}/part.pt", "cpu")
+
+
+def tiny_code():
+    pass
+
+
+def test_what_open_clip_has_not(tmp_path):
+    with pytest.raises(ModelError, match="open_clip has no architecture 'ViT-B-23'; it has ViT-B-32"):
+        load("open_clip:ViT-B-23")
+    with pytest.raises(
+        ModelError, match=r"'laion' is no file, and no weights that open_clip has for ViT-B-32: openai, "
+    ):
+        load("open_clip:ViT-B-32/laion")
+    with pytest.raises(ModelError, match="open_clip cannot make local-dir:"):
+        load(f"open_clip:local-dir:{tmp_path}")
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}})
+    )
+    with pytest.raises(ModelError, match="could not be loaded"):  # a folder without weights is no random model
+        load(f"open_clip:local-dir:{tmp_path}")
+
+
+def test_it_is_measured_and_nothing_else(folder, tmp_path):
+    embedder = load(f"open_clip:local-dir:{folder[0]}", "cpu")
+    with pytest.raises(ModelError, match="is a model of open_clip"):
+        embedder.save(tmp_path / "model")
+    with pytest.raises(ModelError, match="is a model of open_clip"):
+        interpolate(embedder, embedder, 0.5)
+
+
+def test_the_fingerprint_is_of_weights_transform_and_tokenizer(folder, seed):
+    path, _ = folder
+    embedder = load(f"open_clip:local-dir:{path}", "cpu")
+    first = embedder.fingerprint
+    assert first == load(f"open_clip:local-dir:{path}", "cpu").fingerprint
+    with torch.no_grad():
+        embedder.model.model.ln_final.bias[3] += 1e-3
+    assert embedder.fingerprint != first
+    config = json.loads((path / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["mean"][0] = 0.51
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    assert load(f"open_clip:local-dir:{path}", "cpu").fingerprint != first
+    config["preprocess_cfg"]["mean"][0] = 0.5
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    assert load(f"open_clip:local-dir:{path}", "cpu").fingerprint == first
+    config["model_cfg"]["text_cfg"]["heads"] = 4  # which no weight shows
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    assert load(f"open_clip:local-dir:{path}", "cpu").fingerprint != first
+    config["model_cfg"]["text_cfg"]["heads"] = 2
+    config["model_cfg"]["quick_gelu"] = True
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    assert load(f"open_clip:local-dir:{path}", "cpu").fingerprint != first

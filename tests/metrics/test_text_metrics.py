@@ -1,0 +1,342 @@
+import math
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr, spearmanr
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    matthews_corrcoef,
+    mean_squared_error,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
+
+import dualenc.metrics.text as text_module
+from dualenc.metrics.text import (
+    bigram_both_sides,
+    bigram_perplexity,
+    label_measures,
+    label_metrics,
+    majority_baseline,
+    mean_baseline,
+    perplexity,
+    pseudo_perplexity,
+    replaced_metrics,
+    unigram_perplexity,
+)
+from dualenc.models import TextConfig
+from dualenc.models.heads import HeadConfig, TextModel
+
+# Labels
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("count", [5, 200])
+def test_classification_is_that_of_scikit_learn(classes, count):
+    """With 5 texts some of 7 classes are missing among labels, answers or both."""
+    labels = torch.cat([torch.arange(2), torch.randint(classes, (count - 2,))])
+    logits = torch.randn(count, classes)
+    logits[torch.arange(count), labels] += 1
+    answers = logits.argmax(1)
+    found = label_metrics(logits, labels, [f"class {c}" for c in range(classes)])
+    assert found == pytest.approx(
+        {
+            "accuracy": accuracy_score(labels, answers),
+            "f1": f1_score(labels, answers, average="binary" if classes == 2 else "macro", zero_division=0),
+            "matthews": matthews_corrcoef(labels, answers),
+        },
+        abs=1e-6,
+    )
+
+
+def test_several_labels_are_those_of_scikit_learn():
+    labels = (torch.rand(60, 5) < torch.tensor([0.5, 0.3, 0.1, 0.9, 0.0])).long()  # nobody has the last
+    logits = torch.randn(60, 5) + labels
+    logits[:, 4] = -1  # nor is given it
+    given = (logits > 0).numpy()
+    found = label_metrics(logits, labels, list("abcde"), "several")
+    assert found == pytest.approx(
+        {
+            "accuracy": accuracy_score(labels, given),
+            "f1_micro": f1_score(labels, given, average="micro"),
+            "f1_macro": f1_score(labels, given, average="macro", zero_division=0),
+        },
+        abs=1e-6,
+    )
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_regression_is_that_of_scipy(column):
+    numbers = torch.randint(0, 6, (150,)) * 1.0  # many ties
+    guesses = (numbers + torch.randn(150)).round(decimals=1)
+    found = label_metrics(guesses[:, None] if column else guesses, numbers, ["score"], "regression")
+    expected = {
+        "pearson": pearsonr(guesses.double(), numbers.double()).statistic,
+        "spearman": spearmanr(guesses, numbers).statistic,
+        "mse": mean_squared_error(numbers.double(), guesses.double()),
+    }
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_where_nothing_can_be_said():
+    """No warning either: they are errors here."""
+    one = torch.zeros(6, dtype=torch.long)
+    for labels, answers in (
+        (one, one),
+        (one, 1 - one),
+        (one, torch.tensor([0, 1] * 3)),
+        (torch.tensor([0, 1] * 3), one),
+    ):
+        found = label_metrics(torch.nn.functional.one_hot(answers, 2).float(), labels, ["a", "b"])
+        assert found["matthews"] == 0
+        assert found["f1"] == pytest.approx(f1_score(labels, answers, zero_division=0))
+    for guesses, numbers in ((torch.ones(5), torch.randn(5)), (torch.randn(5), torch.ones(5))):
+        found = label_metrics(guesses, numbers, ["score"], "regression")
+        assert math.isnan(found["pearson"])
+        assert math.isnan(found["spearman"])
+        assert found["mse"] > 0
+    nothing = label_metrics(-torch.ones(4, 3), torch.zeros(4, 3), list("abc"), "several")
+    assert nothing == {"accuracy": 1, "f1_micro": 0, "f1_macro": 0}
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "problem", "says"),
+    [
+        (torch.zeros(3, 2), torch.tensor([0, 1, 2]), "single", "between 0 and 1"),
+        (torch.zeros(3, 2), torch.tensor([0, -1, 1]), "single", "between 0 and 1"),
+        (torch.zeros(3, 2), torch.zeros(4), "single", "are not of a problem of kind single"),
+        (torch.zeros(3, 3), torch.zeros(3), "single", "with 2 names"),
+        (torch.zeros(0, 2), torch.zeros(0), "single", "there is no text"),
+        (torch.zeros(3, 2), torch.zeros(3), "several", "kind several"),
+        (torch.zeros(3, 2), torch.zeros(3), "regression", "kind regression"),
+        (torch.full((3, 2), torch.nan), torch.zeros(3), "single", "not finite"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(logits, labels, problem, says):
+    for function in (label_metrics, label_measures):
+        with pytest.raises(ValueError, match=says):
+            function(logits, labels, ["a", "b"], problem)
+
+
+@pytest.mark.parametrize(("problem", "name"), [("single", "accuracy"), ("several", "accuracy"), ("regression", "mse")])
+def test_measures_are_the_metrics_and_draw_texts(problem, name):
+    labels = {"single": torch.randint(3, (40,)), "several": torch.randint(2, (40, 3)), "regression": torch.randn(40)}
+    logits, names = torch.randn(40, 1 if problem == "regression" else 3), ["a", "b", "c"]
+    measures = label_measures(logits, labels[problem], names, problem)
+    assert measures.values() == pytest.approx({name: label_metrics(logits, labels[problem], names, problem)[name]})
+    weights = torch.randint(0, 3, (40,)).index_fill_(0, torch.tensor([2]), 1)
+    again = [x.repeat_interleave(weights, 0) for x in (logits, labels[problem])]
+    expected = label_metrics(*again, names, problem)[name]
+    assert measures.statistics[name](weights[None].double()).item() == pytest.approx(expected)
+    low, high = measures.intervals(replicates=100)[name]
+    assert low <= measures.values()[name] <= high
+
+
+def test_baselines_are_those_of_scikit_learn():
+    train, labels = torch.randint(4, (50,)), torch.randint(4, (30,))
+    dummy = DummyClassifier(strategy="most_frequent").fit(train[:, None], train)
+    assert majority_baseline(train, labels) == pytest.approx(dummy.score(labels[:, None], labels))
+    rows, asked = torch.randint(2, (50, 2)), torch.randint(2, (30, 2))
+    best = Counter(map(tuple, rows.tolist())).most_common()
+    top = min(row for row, n in best if n == best[0][1])
+    expected = np.mean([tuple(row) == top for row in asked.tolist()])
+    assert majority_baseline(rows, asked) == pytest.approx(expected)
+    numbers, others = torch.randn(40), torch.randn(20)
+    guess = DummyRegressor().fit(numbers[:, None], numbers).predict(others[:, None])
+    assert mean_baseline(numbers, others) == pytest.approx(mean_squared_error(others, guess), rel=1e-5)
+
+
+# Words
+
+
+def test_perplexity_is_over_tokens():
+    tokens = [torch.rand(n) * 5 for n in (3, 1, 8)]
+    losses = torch.tensor([*(x.mean() for x in tokens), torch.nan])
+    expected = torch.cat(tokens).double().mean().exp().item()
+    assert perplexity(losses, torch.tensor([3, 1, 8, 0])) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="no token"):
+        perplexity(torch.zeros(1), torch.zeros(1))
+
+
+V, CLS, SEP, MASK = 12, 0, 1, 2
+SPECIAL = (CLS, SEP, MASK)
+
+
+def drawn_texts(rng, count, most=7):
+    """Texts from a chain, so that neighbours tell something; one is empty but for its special tokens."""
+    chain = np.random.default_rng(0).dirichlet(np.full(V - 3, 0.3), V - 3)
+    texts = [[CLS, SEP]]
+    for _ in range(count):
+        words = [int(rng.integers(V - 3))]
+        while len(words) < rng.integers(1, most):
+            words.append(int(rng.choice(V - 3, p=chain[words[-1]])))
+        texts.append([CLS, *(word + 3 for word in words), SEP])
+    return texts
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
+def test_pseudo_perplexity_is_that_of_one_token_at_a_time(seed, batch_tokens):
+    config = TextConfig(V, width=16, layers=2, heads=2, context_length=12)
+    model = TextModel(config, {"mlm": HeadConfig("mlm")}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    texts = drawn_texts(np.random.default_rng(seed), 9)
+    logs = []
+    for text in texts:
+        for place, target in enumerate(text):
+            if target not in SPECIAL:
+                ids = torch.tensor([text])
+                ids[0, place] = MASK
+                with torch.no_grad():
+                    hidden = model.encoder.forward_padded(ids, torch.ones_like(ids))[0, place]
+                    logits = model.heads["mlm"](hidden[None], model.encoder.embeddings.words.weight)[0]
+                logs.append(logits.log_softmax(0)[target].item())
+    most = []
+
+    def guess(tokens, places):
+        most.append(len(tokens.ids))
+        return model(tokens, "mlm", places)
+
+    found = pseudo_perplexity(guess, texts, MASK, SPECIAL, batch_tokens=batch_tokens)
+    assert found == pytest.approx(math.exp(-np.mean(logs)), rel=1e-4)
+    assert max(most) <= max(batch_tokens, max(map(len, texts)))
+    assert len(most) == {1: len(logs), 100_000: 1}.get(batch_tokens, len(most))
+
+
+def test_pseudo_perplexity_of_no_knowledge_is_the_vocabulary():
+    texts = drawn_texts(np.random.default_rng(1), 5)
+    same = pseudo_perplexity(lambda tokens, places: torch.zeros(len(places), V), texts, MASK, SPECIAL)
+    assert same == pytest.approx(V)
+    with pytest.raises(ValueError, match="no token to score"):
+        pseudo_perplexity(lambda tokens, places: torch.zeros(len(places), V), [[CLS, SEP]], MASK, SPECIAL)
+
+
+def kneser_ney(pairs, possible):
+    """p[v][w] by its definition, dense; ids below len(possible)."""
+
+    def discount(counts):
+        counts = list(counts)
+        return (counts.count(1) + 0.5) / (counts.count(1) + 2 * counts.count(2) + 1)
+
+    size, counts = len(possible), Counter(pairs)
+    contexts = {w: len({v for v, x in counts if x == w}) for w in range(size)}
+    d1, d2 = discount(counts.values()), discount(n for n in contexts.values() if n)
+    lower = np.array([max(contexts[w] - d2, 0) / len(counts) for w in range(size)])
+    lower += possible * d2 * sum(n > 0 for n in contexts.values()) / len(counts) / sum(possible)
+    p = np.zeros((size, size))
+    for v in range(size):
+        seen = {w: n for (x, w), n in counts.items() if x == v}
+        total = sum(seen.values())
+        for w in range(size):
+            p[v, w] = lower[w] if not total else max(seen.get(w, 0) - d1, 0) / total + d1 * len(seen) / total * lower[w]
+    return p
+
+
+def test_bigrams_are_those_of_the_definition(seed):
+    rng = np.random.default_rng(seed)
+    train, held_out = drawn_texts(rng, 25), drawn_texts(rng, 40)
+    ordinary = np.array([i >= 3 for i in range(V)] + [False, False])
+    framed = [[V, *text, V + 1] for text in train]
+    pairs = [(a, b) for text in framed for a, b in pairwise(text)]
+    first = kneser_ney([(a, b) for a, b in pairs if ordinary[b]], ordinary)
+    second = kneser_ney(pairs, np.ones(V + 2, dtype=bool))
+    assert first.sum(1) == pytest.approx(np.ones(V + 2))  # shares of the tokens that are scored
+    one, two = [], []
+    for text in held_out:
+        text = [V, *text, V + 1]
+        for a, b, c in zip(text, text[1:], text[2:]):
+            if ordinary[b]:
+                one.append(math.log(first[a, b]))
+                two.append(math.log(first[a, b] * second[b, c] / sum(first[a, w] * second[w, c] for w in range(V + 2))))
+    assert bigram_perplexity(train, held_out, V, SPECIAL) == pytest.approx(math.exp(-np.mean(one)), rel=1e-9)
+    assert bigram_both_sides(train, held_out, V, SPECIAL) == pytest.approx(math.exp(-np.mean(two)), rel=1e-9)
+    assert bigram_both_sides(map_to_arrays(train), map_to_arrays(held_out), V, SPECIAL) == pytest.approx(
+        math.exp(-np.mean(two)), rel=1e-9
+    )
+
+
+def map_to_arrays(texts):
+    return [np.array(text, dtype=np.int32) for text in texts]
+
+
+def test_unigrams_are_those_of_the_definition(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    train, held_out = drawn_texts(rng, 30), drawn_texts(rng, 20)
+
+    def expected(seen, asked, k):
+        counts = Counter(i for text in seen for i in text if i not in SPECIAL)
+        p = [(counts[i] + k) / (counts.total() + k * (V - 3)) for i in range(V)]
+        return math.exp(-np.mean([math.log(p[i]) for text in asked for i in text if i not in SPECIAL]))
+
+    rest, tenth = [text for i, text in enumerate(train) if i % 10], train[::10]
+    best = min(text_module.SMOOTHING, key=lambda k: expected(rest, tenth, k))
+    assert unigram_perplexity(train, held_out, V, SPECIAL) == pytest.approx(expected(train, held_out, best))
+    monkeypatch.setattr(text_module, "SMOOTHING", (0.5,))
+    assert unigram_perplexity(train, held_out, V, SPECIAL) == pytest.approx(expected(train, held_out, 0.5))
+
+
+def test_more_context_guesses_better():
+    """On a chain, and as far as it goes: the entropies of the chain itself bound them."""
+    rng = np.random.default_rng(5)
+    train, held_out = drawn_texts(rng, 3000, 30), drawn_texts(rng, 300, 30)
+    one, two, both = (
+        f(train, held_out, V, SPECIAL) for f in (unigram_perplexity, bigram_perplexity, bigram_both_sides)
+    )
+    assert both < 0.9 * two < 0.9 * one < 0.9 * (V - 3)
+
+
+@pytest.mark.parametrize("function", [unigram_perplexity, bigram_perplexity, bigram_both_sides])
+def test_texts_that_cannot_be_counted_are_refused(function):
+    with pytest.raises(ValueError, match="no vocabulary of 12"):
+        function([[0, 12, 1]], [[0, 5, 1]], V, SPECIAL)
+    with pytest.raises(ValueError, match="no vocabulary of 12"):
+        function([[0, 5, 1]], [[0, -1, 1]], V, SPECIAL)
+    for train, held_out in (([[0, 1]], [[0, 5, 1]]), ([[0, 5, 1]], [[0, 1]]), ([], [[5]]), ([[5]], [])):
+        with pytest.raises(ValueError, match="no token to count, or none to score"):
+            function(train, held_out, V, SPECIAL)
+    assert 1 < function([[0, 5, 6, 1]], [[0, 6, 1], [7]], V, SPECIAL) < 1000  # neither pair nor last token was seen
+
+
+# Replaced words
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_replaced_tokens_are_those_of_scikit_learn(ties):
+    replaced, frequent = torch.rand(400) < 0.2, torch.rand(400) < 0.7
+    logits = (torch.randn(400) + 2 * replaced - 1) * 30  # sigmoids of which many would be one
+    logits = (logits / 20).round() if ties else logits
+    found = replaced_metrics(logits, replaced, frequent)
+    expected = {}
+    for name, rows in (("", torch.ones(400, dtype=torch.bool)), ("_frequent", frequent), ("_rare", ~frequent)):
+        truth, score, said = replaced[rows], logits[rows], logits[rows] > 0
+        expected |= {
+            f"accuracy{name}": accuracy_score(truth, said),
+            f"always_original{name}": accuracy_score(truth, torch.zeros_like(truth)),
+            f"balanced_accuracy{name}": balanced_accuracy_score(truth, said),
+            f"auroc{name}": roc_auc_score(truth, score),
+            f"precision{name}": precision_score(truth, said),
+            f"recall{name}": recall_score(truth, said),
+            f"f1{name}": f1_score(truth, said),
+        }
+    assert found == pytest.approx(expected, abs=1e-12)
+    whole = {name: value for name, value in found.items() if not name.endswith(("_frequent", "_rare"))}
+    assert replaced_metrics(logits, replaced) == whole
+
+
+def test_replaced_tokens_where_there_are_none():
+    found = replaced_metrics(-torch.rand(5) - 1, torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool))
+    assert found["accuracy"] == found["always_original"] == found["accuracy_frequent"] == 1
+    for name in ("auroc", "recall", "precision", "f1", "balanced_accuracy", "accuracy_rare"):
+        assert math.isnan(found[name])
+    with pytest.raises(ValueError, match="one entry for each token"):
+        replaced_metrics(torch.zeros(3), torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="not finite"):
+        replaced_metrics(torch.tensor([torch.inf]), torch.ones(1, dtype=torch.bool))

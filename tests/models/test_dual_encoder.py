@@ -1,0 +1,173 @@
+import math
+
+import pytest
+import torch
+
+from dualenc.losses import clip_loss, siglip_loss
+from dualenc.models import DualConfig, DualEncoder, Embeddings, ImageConfig, TextConfig
+from dualenc.models.dual_encoder import Logits
+from dualenc.tokens import Tokens
+
+SIZE, VOCAB, DIM = 16, 30, 20
+IMAGE = ImageConfig("vit_tiny_patch16_224", SIZE, {"depth": 1, "patch_size": 8, "embed_dim": 24, "num_heads": 2})
+TEXT = TextConfig(VOCAB, 32, layers=1, heads=2, context_length=12, types=2)
+
+
+def build(**changes):
+    model = DualEncoder(IMAGE, TEXT, DIM, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("logits."):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(lengths=(5, 1, 12, 5)):
+    texts = [torch.randint(1, VOCAB, (n,)).tolist() for n in lengths]
+    types = [torch.randint(0, 2, (n,)).tolist() for n in lengths]
+    return torch.randn(len(lengths), 3, SIZE, SIZE), Tokens.pack(texts, types)
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_embeddings_are_unit_vectors_of_the_projected_towers(projection):
+    model, (images, tokens) = build(projection=projection), batch()
+    out = model(images, tokens)
+    assert isinstance(out, Embeddings)
+    towers = (
+        (out.image, model.image(images), model.image_projection),
+        (out.text, model.text.pool(model.text(tokens), tokens), model.text_projection),
+    )
+    for embedding, x, layers in towers:
+        assert embedding.shape == (4, DIM)
+        if projection == "mlp":
+            x = torch.nn.functional.gelu(x @ layers[0].weight.T + layers[0].bias) @ layers[2].weight.T + layers[2].bias
+        else:
+            assert layers.bias is None
+            x = x @ layers.weight.T
+        torch.testing.assert_close(embedding, x / x.square().sum(1, keepdim=True).sqrt())
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(4))
+    assert out.bias is None
+
+
+def test_unit_length_under_autocast():
+    model, (images, tokens) = build(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images, tokens)
+    for x in (out.image, out.text):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x.norm(dim=1), torch.ones(4), rtol=1e-6, atol=1e-6)
+
+
+def test_texts_in_the_callers_order():
+    model = build().double()
+    texts = [torch.randint(1, VOCAB, (n,)).tolist() for n in (9, 2, 12, 1, 5, 5)]
+    together = model.encode_text(Tokens.pack(texts))
+    alone = torch.cat([model.encode_text(Tokens.pack([text])) for text in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    assert torch.pdist(alone).min() > 1e-3  # control: different texts differ
+
+
+@pytest.mark.parametrize(("bias", "scale"), [(False, 1 / 0.07), (True, 10.0)])
+def test_initial_scale_and_bias(bias, scale):
+    out = build(logit_bias=bias)(*batch())
+    torch.testing.assert_close(out.scale, torch.tensor([scale]))
+    if bias:
+        torch.testing.assert_close(out.bias, torch.tensor([-10.0]))
+    model = build(logit_bias=bias, init_scale=3.0, init_bias=-2.0)
+    torch.testing.assert_close(model.logits()[0], torch.tensor([3.0]))
+    shapes = {name: parameter.shape for name, parameter in model.logits.named_parameters()}
+    assert shapes == {"logit_scale": (1,), "logit_bias": (1,)} if bias else {"logit_scale": (1,)}
+
+
+def test_scale_is_clamped_and_comes_back():
+    logits = Logits(False, 1000.0, 0.0)
+    scale, _ = logits()
+    torch.testing.assert_close(scale, torch.tensor([100.0]))
+    assert torch.autograd.grad(scale.sum(), logits.logit_scale)[0] == 0  # past the bound: stuck without project()
+    logits.project()
+    assert logits.logit_scale.requires_grad
+    scale, _ = logits()
+    torch.testing.assert_close(scale, torch.tensor([100.0]), rtol=1e-4, atol=0)
+    gradient = torch.autograd.grad(scale.sum(), logits.logit_scale)[0]  # clamp's own is 0 at the bound (torch 2.15)
+    torch.testing.assert_close(gradient, torch.tensor([100.0]), rtol=1e-4, atol=0)
+
+    logits = Logits(True, 1000.0, -10.0)  # a sigmoid's has no bound
+    logits.project()
+    scale, bias = logits()
+    torch.testing.assert_close(scale, torch.tensor([1000.0]), rtol=1e-5, atol=0)
+    assert bias == -10
+
+    logits = Logits(False, 99.0, 0.0)  # below the bound nothing happens
+    before = logits.logit_scale.clone()
+    logits.project()
+    assert torch.equal(logits.logit_scale, before)
+    torch.testing.assert_close(logits()[0], torch.tensor([99.0]))
+    assert math.isclose(before.item(), math.log(99), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+@pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
+def test_every_parameter_is_called_and_gets_a_gradient(loss, projection, norm, pool):
+    text = TextConfig(VOCAB, 32, layers=1, heads=2, context_length=12, types=2, norm=norm, pool=pool)
+    model = DualEncoder(IMAGE, text, DIM, projection, logit_bias=loss is siglip_loss)
+    called = set()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _: called.add(module))
+    images, tokens = batch()
+    loss(*model(images, tokens)).backward()
+    # FSDP2 gathers a module's own parameters when that module is called, and at no other time.
+    owners = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    assert [name for name, module in owners.items() if module not in called] == []
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_from_config():
+    model = build(projection="mlp", logit_bias=True)
+    assert model.config == DualConfig(IMAGE, TEXT, DIM, "mlp", True)
+    again = DualEncoder.from_config(model.config)
+    again.load_state_dict(model.state_dict())
+    images, tokens = batch()
+    for x, y in zip(model.eval()(images, tokens), again.eval()(images, tokens), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_patch_dropout_reaches_the_tower():
+    model, (images, _) = build(patch_dropout=0.5), batch()
+    assert not torch.equal(model.train().encode_image(images), model.eval().encode_image(images))
+
+
+def test_grad_checkpointing_reaches_both_towers():
+    model, (images, tokens) = build(), batch()
+
+    def step(enable):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        kept = []
+        for encode, x in ((model.encode_image, images), (model.encode_text, tokens)):
+            kept.append(0)
+
+            def pack(t, kept=kept):
+                kept[-1] += t.numel()
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                out = encode(x)
+            (out * torch.arange(DIM)).sum().backward()
+        return kept, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    (plain_image, plain_text), plain = step(False)
+    (image, text), grads = step(True)
+    assert image < plain_image
+    assert text < plain_text
+    assert grads.keys() == plain.keys()
+    assert all(torch.equal(grads[name], plain[name]) for name in plain)
+
+
+def test_unknown_projection():
+    with pytest.raises(ValueError, match="'cubic'"):
+        build(projection="cubic")

@@ -1,0 +1,175 @@
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.models._hub import save_for_hf
+from torch.utils.flop_counter import FlopCounterMode
+
+from dualenc.models.image_encoder import ImageConfig, ImageEncoder
+
+NAME, SIZE, PATCH, WIDTH = "vit_tiny_patch16_224", 32, 8, 192
+PATCHES = (SIZE // PATCH) ** 2
+SHAPE = {"depth": 1, "patch_size": PATCH}
+
+
+def config(size=SIZE, **changes):
+    return ImageConfig(NAME, size, {**SHAPE, **changes})
+
+
+def build(size=SIZE, patch_dropout=0.0, **changes):
+    model = ImageEncoder(config(size, **changes), patch_dropout)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def images(count=3, dtype=torch.float32):
+    return torch.randn(count, 3, SIZE, SIZE, dtype=dtype)
+
+
+def test_features_are_timms():
+    model, x = build().double().eval(), images(dtype=torch.float64)
+    peer = timm.create_model(NAME, num_classes=0, img_size=SIZE, **SHAPE).double().eval()
+    assert model(x).shape == (3, model.width) == (3, WIDTH)
+    assert (model(x) - peer(x)).abs().max() > 1e-2  # control: with its own weights
+    peer.load_state_dict(model.vit.state_dict())
+    torch.testing.assert_close(model(x), peer(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_patch_dropout_skips_the_work(share):
+    model, plain, x = build(patch_dropout=share), build(), images()
+    plain.load_state_dict(model.state_dict())
+
+    def work(module):
+        with FlopCounterMode(display=False) as counter:
+            module(x)
+        return counter.get_total_flops()
+
+    def by_hand(patches):
+        tokens = patches + 1
+        block = 2 * tokens * 12 * WIDTH**2 + 4 * tokens**2 * WIDTH
+        return len(x) * (2 * PATCHES * 3 * PATCH**2 * WIDTH + block)
+
+    assert work(model.train()) == pytest.approx(by_hand(PATCHES * (1 - share)), rel=0.02)
+    assert work(plain.train()) == pytest.approx(by_hand(PATCHES), rel=0.02)
+    assert not torch.equal(model(x), plain(x))  # control: in training it drops
+    assert work(model.eval()) == work(plain.eval())
+    assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_grad_checkpointing_is_bit_equal(share, seed):
+    model, x = build(patch_dropout=share, depth=2), images()
+
+    def step(enable):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(seed)  # the same patches
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            out = model(x)
+        out.square().sum().backward()
+        return out, [parameter.grad.clone() for parameter in model.parameters()], sum(kept)
+
+    out, grads, kept = step(False)
+    again, again_grads, again_kept = step(True)
+    assert torch.equal(out, again)
+    assert all(map(torch.equal, grads, again_grads))
+    assert again_kept < kept / 2  # control: it does keep less
+
+
+def test_load_pretrained_resamples_positions(tmp_path):
+    big = timm.create_model(NAME, img_size=2 * SIZE, **SHAPE)  # with its classifier
+    with torch.no_grad():
+        big.pos_embed.normal_()
+    save_file(big.state_dict(), tmp_path / "weights.safetensors")
+    model = build()
+    before = {name: value.clone() for name, value in model.vit.state_dict().items()}
+    model.load_pretrained(str(tmp_path / "weights.safetensors"))
+    state, source = model.vit.state_dict(), big.state_dict()
+    for name, value in state.items():
+        assert not torch.equal(value, before[name]), name
+        if name != "pos_embed":
+            assert torch.equal(value, source[name]), name
+    token, grid = source["pos_embed"][:, :1], source["pos_embed"][:, 1:]
+    grid = grid.unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(4, 4), mode="bicubic", antialias=True, align_corners=False)
+    want = torch.cat([token, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    torch.testing.assert_close(state["pos_embed"], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "file"])
+def test_load_pretrained_takes_what_it_is_given_and_not_what_the_name_has(kind, tmp_path):
+    folder = tmp_path / "timm"
+    save_for_hf(timm.create_model(NAME, img_size=SIZE, num_classes=0, **SHAPE), folder, safe_serialization=True)
+    model = ImageEncoder(ImageConfig(f"local-dir:{folder}", SIZE, SHAPE))
+    state = build().vit.state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    model.load_pretrained()
+    assert not torch.equal(model.vit.pos_embed, state["pos_embed"])  # control: those of the name
+    model.load_pretrained(state if kind == "tensors" else str(tmp_path / "weights.safetensors"))
+    assert all(torch.equal(x, state[name]) for name, x in model.vit.state_dict().items())
+
+
+def test_load_pretrained_with_patch_dropout(tmp_path):
+    source = build()
+    save_file(source.vit.state_dict(), tmp_path / "weights.safetensors")
+    model = build(patch_dropout=0.5)
+    model.load_pretrained(str(tmp_path / "weights.safetensors"))
+    x = images()
+    assert torch.equal(model.eval()(x), source.eval()(x))
+
+
+@pytest.mark.parametrize("fault", ["shallower", "foreign", "wider", "absent"])
+def test_load_pretrained_refuses_what_does_not_fit(fault, tmp_path):
+    model, file = build(depth=2), tmp_path / "weights.safetensors"
+    fits = model.vit.state_dict()
+    tensors = {
+        "shallower": build(depth=1).vit.state_dict(),  # a block would keep its random weights
+        "foreign": {f"model.visual.{name}": value for name, value in fits.items()},  # all of them would
+        "wider": {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in fits.items()},
+    }
+    if fault != "absent":
+        save_file(tensors[fault], file)
+    before = model.vit.pos_embed.clone()
+    with pytest.raises(ValueError, match=rf"{NAME}.*weights\.safetensors"):
+        model.load_pretrained(str(file))
+    assert torch.equal(model.vit.pos_embed, before)
+
+
+def test_load_pretrained_where_timm_has_no_weights():
+    name = "vit_base_patch16_18x2_224"
+    assert not timm.list_pretrained(name)
+    model = ImageEncoder(ImageConfig(name, SIZE, {"depth": 1, "embed_dim": 48, "num_heads": 2}))
+    with pytest.raises(ValueError, match=name):
+        model.load_pretrained()
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [(NAME, (0.5, 0.5, 0.5)), ("vit_base_patch32_clip_224.openai", (0.48145466, 0.4578275, 0.40821073))],
+)
+def test_data_config(name, mean):
+    model = ImageEncoder(ImageConfig(name, SIZE, {"depth": 1, "embed_dim": 48, "num_heads": 2, "patch_size": 8}))
+    assert model.data_config["mean"] == mean
+    assert len(model.data_config["std"]) == 3
+    assert model.data_config["interpolation"] == "bicubic"
+
+
+def test_unknown_name_comes_with_close_ones():
+    with pytest.raises(ValueError, match=r"'vit_tiny_patch16_242'.*vit_tiny_patch16_224"):
+        ImageEncoder(ImageConfig("vit_tiny_patch16_242"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_no_vision_transformer(name):
+    with pytest.raises(ValueError, match=f"'{name}' is no vision transformer"):
+        ImageEncoder(ImageConfig(name, SIZE))
+
+
+def test_unknown_override_is_named():
+    with pytest.raises(ValueError, match="dept"):
+        ImageEncoder(ImageConfig(NAME, SIZE, {"dept": 1}))
