@@ -1,21 +1,31 @@
 """dualenc trains image-text dual encoders and measures them.
 
-Everything here is plain torch; the Lightning modules are in `dualenc.training`.
+Everything here is plain torch; the Lightning modules are in `dualenc.training`. Names are imported when they are first
+used, so that `import dualenc` alone is light.
 """
 
-from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from dualenc.data import BenchmarkSet, DataError, EpochPlan, Preprocess, ShardIndex, Tokenizer
-from dualenc.evaluation import evaluate
-from dualenc.inference.embedder import Embedder, load
-from dualenc.inference.text_model import TextPredictor, load_text
-from dualenc.losses import clip_loss, siglip_loss
-from dualenc.metrics import match_ranks, recall_at, zero_shot_classifier
-from dualenc.models import DualEncoder, ImageConfig, TextConfig
-from dualenc.tokens import Tokens
-from dualenc.utils.errors import ModelError
+from dualenc.utils.lazy import lazy_names
 
-__version__ = version("dualenc")
+if TYPE_CHECKING:
+    from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
+    from dualenc.data.images import Preprocess
+    from dualenc.data.loading.epoch_plan import EpochPlan
+    from dualenc.data.shards.index import ShardIndex
+    from dualenc.data.text.tokenizer import Tokenizer
+    from dualenc.evaluation.score import evaluate
+    from dualenc.inference.embedder import Embedder, load
+    from dualenc.inference.text_model import TextPredictor, load_text
+    from dualenc.losses import clip_loss, siglip_loss
+    from dualenc.metrics.classification import zero_shot_classifier
+    from dualenc.metrics.ranking import match_ranks
+    from dualenc.metrics.retrieval import recall_at
+    from dualenc.models.dual_encoder import DualEncoder
+    from dualenc.models.image_encoder import ImageConfig
+    from dualenc.models.text_encoder import TextConfig
+    from dualenc.tokens import Tokens
+    from dualenc.utils.errors import DataError, ModelError
 
 __all__ = [
     "BenchmarkSet",
@@ -40,3 +50,38 @@ __all__ = [
     "siglip_loss",
     "zero_shot_classifier",
 ]
+
+_named, __dir__ = lazy_names(
+    __name__,
+    {
+        "BenchmarkSet": "data.eval_sets.clip_benchmark",
+        "DataError": "utils.errors",
+        "DualEncoder": "models.dual_encoder",
+        "Embedder": "inference.embedder",
+        "EpochPlan": "data.loading.epoch_plan",
+        "ImageConfig": "models.image_encoder",
+        "ModelError": "utils.errors",
+        "Preprocess": "data.images",
+        "ShardIndex": "data.shards.index",
+        "TextConfig": "models.text_encoder",
+        "TextPredictor": "inference.text_model",
+        "Tokenizer": "data.text.tokenizer",
+        "Tokens": "tokens",
+        "clip_loss": "losses",
+        "evaluate": "evaluation.score",
+        "load": "inference.embedder",
+        "load_text": "inference.text_model",
+        "match_ranks": "metrics.ranking",
+        "recall_at": "metrics.retrieval",
+        "siglip_loss": "losses",
+        "zero_shot_classifier": "metrics.classification",
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dualenc")
+    return _named(name)

@@ -20,6 +20,7 @@ from helpers import tiny_tokenizer, write_benchmark, write_shards
 from lightning.pytorch import Callback
 
 import dualenc.training.checkpoint as checkpoint_module
+import dualenc.utils.files as files_module
 from dualenc.cli import main
 from tools.soak import end_of, log_of
 
@@ -117,7 +118,7 @@ class SignalsInSaves(Callback):
             return call
 
         checkpoint_module.torch = types.SimpleNamespace(**{**vars(torch), "save": with_signals(torch.save)})
-        checkpoint_module.os = types.SimpleNamespace(
+        files_module.os = types.SimpleNamespace(
             **{**vars(os), "fsync": with_signals(os.fsync), "replace": with_signals(os.replace)}
         )
 

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dualenc.data import DataError, ImageError, ShardIndex, decode_image
+from dualenc.data import ImageError, ShardIndex, decode_image
 from dualenc.data.images import to_tensor
+from dualenc.utils.errors import DataError
 
 CASES = 200  # in one process
 warnings.simplefilter("ignore")  # of Pillow, where this program asks it

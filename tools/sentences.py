@@ -18,10 +18,11 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
-from dualenc.data import DataError
 from dualenc.data.text.files import TextIndex
 from dualenc.metrics import label_measures, majority_baseline
-from dualenc.report import Points, Section, print_table, write_json, write_report
+from dualenc.report import Points, Section, print_table, write_report
+from dualenc.utils.errors import DataError
+from dualenc.utils.files import write_json
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of C
 FIFTH = 5
@@ -114,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = given.dev.parent.name or given.dev.stem
     section = sentences(load_text(given.model).embed, train, dev, name, given.model)
     print_table([section.result])
-    write_json(given.out, "sentences", [section.result])
+    given.out.mkdir(parents=True, exist_ok=True)
+    write_json(given.out / "sentences.json", [section.result])
     about: dict[str, Any] = {"data": f"{given.train} {given.dev}", "command": " ".join(map(str, sys.argv))}
     print(f"report: {write_report(given.out, 'Sentence embeddings', [section], about)}")
 

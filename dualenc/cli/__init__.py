@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: `main` runs a command, `parser.py` lists them."""
 
 from dualenc.cli.parser import main
 

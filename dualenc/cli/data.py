@@ -1,127 +1,13 @@
-"""The commands on data and embeddings: plain functions, which `dualenc.cli.parser` parses from their signatures."""
+"""The commands on shards and captions: plain functions, which `dualenc.cli.parser` parses from their signatures."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
-from dualenc.cli.common import UsageError, WorkError, command_line, config_folder, make_folder
+from dualenc.cli.common import UsageError, WorkError, command_line, config_folder, make_folder, progress, writing
 
-
-def interpolate(first: str, second: str, out: Path, alpha: float = 0.5) -> None:
-    """Writes a model between two of one architecture, such as one before and after fine-tuning.
-
-    Args:
-        first: model directory, run directory, or hf-hub:owner/name[@revision].
-        second: likewise.
-        out: model directory to write.
-        alpha: share of the second's weights; 0 for those of the first alone, 1 for those of the second.
-    """
-    from dualenc.inference.embedder import interpolate, load
-
-    made = interpolate(load(first, "cpu"), load(second, "cpu"), alpha)
-    try:
-        made.save(out)
-    except OSError as error:
-        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
-    print(f"{out}: alpha {alpha:g} between {first} (0) and {second} (1)")
-
-
-def embed(
-    model: str,
-    shards: list[str],
-    out: Path,
-    features: bool = False,
-    captions: str = "txt",
-    column: str = "text",
-    tokens: bool = False,
-    workers: int = 2,
-    batch_size: int = 64,
-) -> None:
-    """Writes the embeddings of all images and captions of shards, or image features to train from; or of texts.
-
-    Args:
-        model: model directory, run directory, or hf-hub:owner/name[@revision]; with --features also the .yaml of a
-            `dualenc fit`, for the image tower that this run begins with; for files of texts, a text model.
-        shards: paths, globs, brace patterns or folders; or files of texts, .txt, .tsv, .csv or .jsonl.
-        out: folder for a .safetensors of each shard or file, and embed.json of shards; the same command again continues
-            a stopped one.
-        features: what the image tower gives before the projection, in place of embeddings; for `data.features`.
-        captions: "txt", or "json.FIELD" for a field of the .json that may list several.
-        column: of the texts in their files.
-        tokens: of texts, the vector of each token in place of one for all.
-        workers: processes that decode images.
-        batch_size: images or texts embedded at once.
-    """
-    from functools import partial
-
-    import torch
-    from rich.progress import track
-
-    from dualenc.data.text.files import KINDS
-
-    if texts := [name for name in shards if name.lower().endswith(KINDS)]:
-        if len(texts) < len(shards) or features:
-            raise UsageError(f"{texts[0]} is a file of texts: embed those by themselves, without --features")
-        _embed_texts(model, texts, out, column, tokens, batch_size)
-        return
-    if tokens:
-        raise UsageError(f"--tokens is of texts: {shards[0]} is no file in {', '.join(KINDS)}")
-    from dualenc import Preprocess, ShardIndex, load
-    from dualenc.inference.embed_files import embed_shards
-    from dualenc.inference.embedder import fingerprint, image_features
-
-    embedder = None
-    if not model.endswith((".yaml", ".yml")):
-        embedder = load(model)
-        tower, preprocess = embedder.dual_encoder.image, cast(Preprocess, embedder.preprocess)
-    elif features:
-        from dualenc.training.begin import image_tower
-
-        tower, preprocess = image_tower(model)
-        tower.to("cuda" if torch.cuda.is_available() else "cpu")
-    else:
-        raise UsageError(f"{model} is a configuration, whose towers are not trained: it is for --features alone")
-    about: dict[str, Any] = {"model": model, "what": "features" if features else "embeddings"}
-    if embedder is None or features:
-        of_images, of_texts = partial(image_features, tower, preprocess), None
-        about |= {"made_by": fingerprint(tower, preprocess), "captions": None, "dims": tower.width}
-    else:
-        of_images, of_texts = partial(embedder.embed_images, batch_size=batch_size), embedder.embed_texts
-        about |= {"made_by": embedder.fingerprint, "captions": captions, "dims": embedder.model.embed_dim}
-    about |= {"image": asdict(tower.config), "preprocess": asdict(preprocess)}
-    bar = partial(track, description="images", transient=True, disable=not sys.stderr.isatty())
-    try:
-        made = embed_shards(
-            ShardIndex.build(shards, workers=workers),
-            out,
-            about,
-            preprocess,
-            of_images,
-            of_texts,
-            workers=workers,
-            batch_size=batch_size,
-            track=bar,
-        )
-    except OSError as error:
-        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
-    print("\n".join(made.lines()))
-
-
-def _embed_texts(model: str, files: list[str], out: Path, column: str, tokens: bool, batch_size: int) -> None:
-    from functools import partial
-
-    from rich.progress import track
-
-    from dualenc.inference.embed_texts import embed_lines, in_words
-    from dualenc.inference.text_model import load_text
-
-    bar = partial(track, description="texts", transient=True, disable=not sys.stderr.isatty())
-    try:
-        made = embed_lines(load_text(model), files, out, column, tokens=tokens, batch_size=batch_size, track=bar)
-    except OSError as error:
-        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
-    print("\n".join(in_words(made, out, tokens)))
+if TYPE_CHECKING:
+    from dualenc.data.doctor.checks import Examination
 
 
 def configs(name: str | None = None) -> None:
@@ -169,13 +55,9 @@ def make_shards(
         seed: of the order.
         workers: processes that read and decode.
     """
-    from functools import partial
-
-    from rich.progress import track
-
     from dualenc.data.prepare.make_shards import make_shards
 
-    try:
+    with writing(out):
         summary = make_shards(
             source,
             out,
@@ -187,10 +69,8 @@ def make_shards(
             samples=samples,
             seed=seed,
             workers=workers,
-            track=partial(track, description="pictures", transient=True, disable=not sys.stderr.isatty()),
+            track=progress("pictures"),
         )
-    except OSError as error:
-        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
     print("\n".join(summary.lines()))
 
 
@@ -204,17 +84,10 @@ def shrink(shards: list[str], out: Path, size: int = 256, quality: int = 90, wor
         quality: of JPEG and of lossy WebP, 1 to 100.
         workers: processes, each with a shard of its own.
     """
-    from functools import partial
-
-    from rich.progress import track
-
     from dualenc.data.prepare.shrink import shrink_shards
 
-    bar = partial(track, description="shards", transient=True, disable=not sys.stderr.isatty())
-    try:
-        summary = shrink_shards(shards, out, size=size, quality=quality, workers=workers, track=bar)
-    except OSError as error:
-        raise WorkError(f"{error.filename or out}: {error.strerror or error}") from error
+    with writing(out):
+        summary = shrink_shards(shards, out, size=size, quality=quality, workers=workers, track=progress("shards"))
     print("\n".join(summary.lines()))
 
 
@@ -248,16 +121,9 @@ def doctor(
         workers: processes that read and decode.
         seed: of the draw.
     """
-    from functools import partial
-    from json import dumps
-
-    from rich.console import Console
-    from rich.progress import track
-
     from dualenc import Tokenizer
-    from dualenc.data.doctor.checks import examine, printable
-    from dualenc.report import print_examination, write_examination, write_json
-    from dualenc.utils.urls import redact
+    from dualenc.data.doctor.checks import examine
+    from dualenc.utils.text import plural
 
     if sample < 1 or workers < 0 or seed < 0 or not 0 <= bad_samples <= 1:
         raise UsageError(
@@ -269,8 +135,6 @@ def doctor(
     vocabulary = None if tokenizer is None else Tokenizer.from_file(tokenizer, sys.maxsize)
     if out is not None:
         make_folder(out, "--out")
-    quiet = not sys.stderr.isatty()
-    bar = partial(track, description="samples", transient=True, disable=quiet, console=Console(stderr=True))
     found = examine(
         shards,
         captions,
@@ -281,26 +145,39 @@ def doctor(
         bad_samples=bad_samples,
         workers=workers,
         seed=seed,
-        track=bar,
+        track=progress("samples", stderr=True),
     )
+    _show(found, shards, context_length, json, out)
+    errors = sum(finding.severity == "error" for finding in found.findings)
+    if errors:
+        raise WorkError(f"a run on these shards would not start, or would stop: {plural(errors, 'error')}")
+
+
+def _show(found: "Examination", shards: list[str], context_length: int | None, as_json: bool, out: Path | None) -> None:
+    """Print what the doctor found, and write it to a folder."""
+    from json import dumps
+
+    from dualenc.report import print_examination, write_examination
+    from dualenc.utils.files import write_json
+    from dualenc.utils.text import printable
+    from dualenc.utils.urls import redact
+
     result = found.result()
-    if json:
+    if as_json:
         print(dumps(result, indent=2))
     else:
         print_examination(result)
-    if out is not None:
-        write_json(out, "doctor", result)
-        galleries = {
-            title: [[(label, found.picture(item)) for label, item in group] for group in groups]
-            for title, groups in found.galleries.items()
-        }
-        marks = {} if context_length is None else {"tokens of a caption": context_length}
-        title, command = printable(redact(f"Before a run: {', '.join(shards)}")), printable(command_line())
-        page = write_examination(out, title, result, found.distributions, galleries, {"command": command}, marks)
-        print(f"report: {page}", file=sys.stderr if json else sys.stdout)
-    errors = sum(finding.severity == "error" for finding in found.findings)
-    if errors:
-        raise WorkError(f"a run on these shards would not start, or would stop: {errors} error{'s' * (errors != 1)}")
+    if out is None:
+        return
+    write_json(out / "doctor.json", result)
+    galleries = {
+        title: [[(label, found.picture(item)) for label, item in group] for group in groups]
+        for title, groups in found.galleries.items()
+    }
+    marks = {} if context_length is None else {"tokens of a caption": context_length}
+    title, command = printable(redact(f"Before a run: {', '.join(shards)}")), printable(command_line())
+    page = write_examination(out, title, result, found.distributions, galleries, {"command": command}, marks)
+    print(f"report: {page}", file=sys.stderr if as_json else sys.stdout)
 
 
 def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
@@ -312,13 +189,12 @@ def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
         workers: processes that scan.
     """
     import time
-    from functools import partial
 
     import numpy as np
-    from rich.progress import track
 
     from dualenc import ShardIndex
     from dualenc.data.images import IMAGE_EXTENSIONS
+    from dualenc.utils.text import plural
 
     began = time.monotonic()
     found = ShardIndex.build(
@@ -326,11 +202,11 @@ def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
         anew=True,
         hashes=("piece", "image", "text") if hash else (),
         workers=workers,
-        track=partial(track, description="shards", transient=True, disable=not sys.stderr.isatty()),
+        track=progress("shards"),
     )
     seconds = time.monotonic() - began
     print(
-        f"{len(found):,} samples in {len(found.parts):,} shard{'s' * (len(found.parts) != 1)}, "
+        f"{len(found):,} samples in {plural(len(found.parts), 'shard')}, "
         f"{sum(part.facts['size'] for part in found.parts) / 1e6:,.1f} MB, in {seconds:.1f} s\n"
         f"{int(found.having(IMAGE_EXTENSIONS).sum()):,} with an image, {int(found.having(['txt']).sum()):,} with .txt, "
         f"{int(found.having(['json']).sum()):,} with .json\nfingerprint {found.fingerprint}"

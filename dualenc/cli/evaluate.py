@@ -1,11 +1,10 @@
 """The commands that evaluate: plain functions, which `dualenc.cli.parser` parses from their signatures."""
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dualenc.cli.common import UsageError, WorkError, command_line, make_folder
+from dualenc.cli.common import UsageError, WorkError, command_line, make_folder, progress, writing
 
 _TITLES = {
     "zeroshot": "Zero-shot classification",
@@ -137,7 +136,8 @@ def compare(first: Path, second: Path, out: Path | None = None) -> None:
         out: folder for compare.json and report.html.
     """
     from dualenc.evaluation import compare
-    from dualenc.report import print_comparison, write_comparison, write_json
+    from dualenc.report import print_comparison, write_comparison
+    from dualenc.utils.files import write_json
 
     if out is not None:
         make_folder(out, "--out")
@@ -146,11 +146,9 @@ def compare(first: Path, second: Path, out: Path | None = None) -> None:
     print_comparison(results)
     if out is not None:
         about = {"results of A": first, "results of B": second}
-        try:
-            write_json(out, "compare", results)
+        with writing(out):
+            write_json(out / "compare.json", results)
             print(f"report: {write_comparison(out, 'Comparison', comparisons, about)}")
-        except OSError as error:
-            raise WorkError(f"{out} cannot be written ({error.strerror})") from error
 
 
 def _evaluate(
@@ -165,29 +163,12 @@ def _evaluate(
     measure: Callable[..., Any] | None = None,
 ) -> None:
     """Measures a model on sets of some kinds, by default by all that is usual for the kind."""
-    from functools import partial
-
-    from rich.progress import track
-    from safetensors import SafetensorError
-
-    from dualenc import BenchmarkSet, DataError, load
+    from dualenc import DataError, load
     from dualenc.evaluation import EmbeddingCache, embed_set, score, write_results
     from dualenc.report import print_table, write_report
     from dualenc.utils.urls import redact
 
-    sets = [BenchmarkSet.open(place, split) for place in data]
-    for item in sets:
-        if item.kind not in kinds:
-            other = _COMMANDS[item.kind]
-            way_out = (
-                f"use `dualenc {other}`"
-                if other != command.partition("-")[0]
-                else f"another kind is wanted: {', '.join(kinds)}"
-            )
-            raise DataError(f"{item.path} is a {item.kind} set: {way_out}")
-    names = [item.name for item in sets]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"two sets are called {twice.pop()!r}: their figures would be mixed up")
+    sets = _open_sets(command, kinds, data, split)
     if workers < 0:
         raise UsageError(f"--workers {workers} must not be negative")
     if out is not None:
@@ -196,8 +177,7 @@ def _evaluate(
     cache = EmbeddingCache(embedder)
     found = []
     for item in sets:
-        bar = partial(track, description=item.name, transient=True, disable=not sys.stderr.isatty())
-        how = {"workers": workers, "track": bar, "cache": cache}
+        how = {"workers": workers, "track": progress(item.name), "cache": cache}
         try:
             if measure is None:
                 found.append(score(item, embed_set(embedder, item, **how), embedder))
@@ -211,12 +191,10 @@ def _evaluate(
         again = ", ".join(f"{cache.reused.count(what)} x {what}" for what in dict.fromkeys(cache.reused))
         print(f"used again from {cache.folder}: {again}")
     if out is not None:
-        try:
+        with writing(out):
             write_results(out, command, found, sets, embedder.fingerprint)
             about = {"data": " ".join(map(redact, data)), "command": command_line()}
             page = write_report(out, _TITLES[command.partition("-")[0]], [one.section for one in found], about)
-        except (OSError, SafetensorError) as error:
-            raise WorkError(f"{out} cannot be written ({error})") from error
         print(f"report: {page}")
     if not allow_partial and not all(result["complete"] for result in results):
         name, problem = next((result["dataset"], result["problems"][0]) for result in results if result["problems"])
@@ -224,3 +202,19 @@ def _evaluate(
             f"{name} is not complete: {problem['what']}: {problem['count']}, such as {problem['names'][0]}; "
             "with --allow-partial this is no failure"
         )
+
+
+def _open_sets(command: str, kinds: Sequence[str], data: list[str], split: str | None) -> list[Any]:
+    """Open evaluation sets, which must be of the right kind and have names of their own."""
+    from dualenc import BenchmarkSet, DataError
+
+    sets = [BenchmarkSet.open(place, split) for place in data]
+    for item in sets:
+        if item.kind not in kinds:
+            other, here = _COMMANDS[item.kind], command.partition("-")[0]
+            way_out = f"use `dualenc {other}`" if other != here else f"another kind is wanted: {', '.join(kinds)}"
+            raise DataError(f"{item.path} is a {item.kind} set: {way_out}")
+    names = [item.name for item in sets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"two sets are called {twice.pop()!r}: their figures would be mixed up")
+    return sets

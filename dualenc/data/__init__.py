@@ -1,22 +1,24 @@
 """Shards in, batches out: plain torch, no trainer."""
 
-from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
-from dualenc.data.images import Augment, ImageError, Preprocess, decode_image
-from dualenc.data.loading.bad_samples import Quarantine
-from dualenc.data.loading.epoch_plan import EpochPlan
-from dualenc.data.loading.loader import Loader
-from dualenc.data.pairs import PairDataset, Pairs
-from dualenc.data.shards.index import ShardIndex
-from dualenc.data.shards.remote import Cache
-from dualenc.data.text.tokenizer import Tokenizer
-from dualenc.utils.errors import BadSample, DataError
+from typing import TYPE_CHECKING
+
+from dualenc.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
+    from dualenc.data.images import Augment, ImageError, Preprocess, decode_image
+    from dualenc.data.loading.bad_samples import Quarantine
+    from dualenc.data.loading.epoch_plan import EpochPlan
+    from dualenc.data.loading.loader import Loader
+    from dualenc.data.pairs import PairDataset, Pairs
+    from dualenc.data.shards.index import ShardIndex
+    from dualenc.data.shards.remote import Cache
+    from dualenc.data.text.tokenizer import Tokenizer
 
 __all__ = [
     "Augment",
-    "BadSample",
     "BenchmarkSet",
     "Cache",
-    "DataError",
     "EpochPlan",
     "ImageError",
     "Loader",
@@ -28,3 +30,22 @@ __all__ = [
     "Tokenizer",
     "decode_image",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Augment": "images",
+        "BenchmarkSet": "eval_sets.clip_benchmark",
+        "Cache": "shards.remote",
+        "EpochPlan": "loading.epoch_plan",
+        "ImageError": "images",
+        "Loader": "loading.loader",
+        "PairDataset": "pairs",
+        "Pairs": "pairs",
+        "Preprocess": "images",
+        "Quarantine": "loading.bad_samples",
+        "ShardIndex": "shards.index",
+        "Tokenizer": "text.tokenizer",
+        "decode_image": "images",
+    },
+)

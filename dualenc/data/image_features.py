@@ -41,14 +41,14 @@ class Features:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        about = _about(self.folder)
+        about = read_about(self.folder)
         if about is None or about["what"] != "features":
             raise DataError(f"{self.folder} holds no image features: dualenc embed MODEL SHARDS OUT --features")
         self.made_by: str = about["made_by"]
         self.model: str = about["model"]
         self._inputs: dict[str, str] = about["inputs"]
         self._names = {digest: name for name, digest in self._inputs.items()}
-        self._files: dict[str, _File] = {}  # by the shard that they were looked up for
+        self._files: dict[str, EmbeddingFile] = {}  # by the shard that they were looked up for
 
     def check(self, shards: Iterable[Shard]) -> None:
         """Looks whether there are features of all of these shards.
@@ -62,8 +62,8 @@ class Features:
                 raise DataError(
                     f"{self.folder} has no features of shard {shard}, or it has changed since: dualenc embed makes them"
                 )
-            if not (self.folder / _file_name(name)).is_file():
-                raise DataError(f"{self.folder / _file_name(name)} is missing: the same dualenc embed again goes on")
+            if not (self.folder / file_name(name)).is_file():
+                raise DataError(f"{self.folder / file_name(name)} is missing: the same dualenc embed again goes on")
 
     def row(self, shard: Shard, place: int, sample: Sample) -> tuple[Tensor, int]:
         """Features (D,) of a sample's image, and the hash of it.
@@ -86,13 +86,13 @@ class Features:
         name, digest = shard.facts["name"], shard.facts["digest"]
         return name if self._inputs.get(name) == digest else self._names.get(digest)
 
-    def _file(self, shard: Shard) -> "_File":
+    def _file(self, shard: Shard) -> "EmbeddingFile":
         if shard.url not in self._files:
             digest, name = shard.facts["digest"], self._name(shard)
             assert name is not None  # see `check`
-            file = _File(self.folder / _file_name(name))
+            file = EmbeddingFile(self.folder / file_name(name))
             if file.about["digest"] != digest or file.about["made_by"] != self.made_by or len(file.piece) != len(shard):
-                raise _damaged(file.path)
+                raise damaged(file.path)
             # Where the index has them: shards of other images may have the same headers.
             known = shard.arrays.get("piece", file.piece)
             if ((file.piece != known) & (file.piece != 0)).any():
@@ -104,8 +104,21 @@ class Features:
         return {**self.__dict__, "_files": {}}  # each process maps its own
 
 
-class _File:
-    """One file, mapped into memory: what is not looked at is not read."""
+class EmbeddingFile:
+    """The file of one shard, mapped into memory: what is not looked at is not read.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        about: what it says of itself.
+        piece: (n,) hashes of the images; see `dualenc.data.shards.shard.DTYPES`.
+        names: of its tensors.
+        bad: number in the shard of each bad sample, with cause and detail.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,22 +134,24 @@ class _File:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise _damaged(path) from None
+            raise damaged(path) from None
 
     def rows(self, name: str) -> Any:
         """A tensor of which `[i]` reads a row."""
         return self._file.get_slice(name)
 
 
-def _damaged(path: Path) -> DataError:
+def damaged(path: Path) -> DataError:
+    """The error of a file that is not what it should be."""
     return DataError(f"{path} is damaged or not of this folder: remove it, and the same dualenc embed makes it anew")
 
 
-def _file_name(shard: str) -> str:
+def file_name(shard: str) -> str:
+    """The name of a shard's file."""
     return f"{shard.removesuffix('.tar')}.safetensors"
 
 
-def _about(folder: Path) -> dict[str, Any] | None:
+def read_about(folder: Path) -> dict[str, Any] | None:
     """What OUT/embed.json says, None where there is none.
 
     Raises:

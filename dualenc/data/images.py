@@ -15,10 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import simplejpeg
 import torch
-import torchvision.transforms.v2 as transforms
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 1 << 27  # 134 million: above any photo, below what a header can claim to exhaust memory
@@ -155,19 +154,16 @@ class Preprocess:
         height, width = image.shape[-2:]
         if self.resize == "shortest" and max(height, width) > LONG * min(height, width):
             # Only a square of the middle is seen: a line of 1 x 20,000 would else become one of 224 x 4,480,000.
-            image = TF.center_crop(image, [min(height, LONG * width), min(width, LONG * height)])
+            image = center_crop(image, min(height, LONG * width), min(width, LONG * height))
             height, width = image.shape[-2:]
         if self.resize == "squash":
-            target = [self.size, self.size]
+            target = (self.size, self.size)
         else:
             side = (max if self.resize == "longest" else min)(height, width)
             # torchvision, and so open_clip, cuts the fraction off where the shorter side is given
             whole = round if self.resize == "longest" else int
-            target = [max(1, whole(height * self.size / side)), max(1, whole(width * self.size / side))]
-        mode = transforms.InterpolationMode(self.interpolation)
-        if target != [height, width]:
-            image = TF.resize(image, target, interpolation=mode, antialias=True)
-        return TF.center_crop(image, [self.size, self.size])
+            target = (max(1, whole(height * self.size / side)), max(1, whole(width * self.size / side)))
+        return center_crop(resize(image, target, self.interpolation), self.size, self.size)
 
     def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 (..., 3, S, S) to `dtype`, zero mean and unit deviation by channel; on the images' device."""
@@ -189,6 +185,33 @@ def _channels(
     return mean_std[0], mean_std[1]
 
 
+def resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Return an image resized by antialiased interpolation, as torchvision resizes it.
+
+    Args:
+        image: uint8 (3, H, W).
+        size: output height and width in pixels.
+        mode: "bicubic" or "bilinear".
+
+    Returns:
+        uint8 (3, *size), stored channels last: both this and any stacking is then faster.
+    """
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    # One image of a batch: torch looks at all four strides, and takes the slow way if the first is not what it should.
+    pixels = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+    return F.interpolate(pixels, size, mode=mode, antialias=True, align_corners=False)[0]
+
+
+def center_crop(image: Tensor, height: int, width: int) -> Tensor:
+    """Return the middle of an image (3, H, W); where that is smaller, it is set on black."""
+    below, beside = max(0, height - image.shape[-2]), max(0, width - image.shape[-1])
+    if below or beside:
+        image = F.pad(image, [beside // 2, (beside + 1) // 2, below // 2, (below + 1) // 2])
+    top, left = round((image.shape[-2] - height) / 2), round((image.shape[-1] - width) / 2)
+    return image[..., top : top + height, left : left + width]
+
+
 def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor:
     """A part of an image, resized by antialiased bicubic interpolation.
 
@@ -201,12 +224,7 @@ def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: int) -> Te
         uint8 (3, size, size), stored channels last: both this and any stacking is then faster.
     """
     top, left, height, width = box
-    image = image[:, top : top + height, left : left + width]
-    if (height, width) == (size, size):
-        return image
-    # One image of a batch: torch looks at all four strides, and takes the slow way if the first is not what it should.
-    pixels = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
-    return torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
+    return resize(image[:, top : top + height, left : left + width], (size, size))
 
 
 class Augment(torch.nn.Module):
@@ -256,6 +274,10 @@ class Augment(torch.nn.Module):
         return self._recoloured(image) if self.colour or self.hue or self.grey else image
 
     def _on_ground(self, image: Tensor) -> Tensor:
+        # Here, since most training and all commands on data do without it, and it takes seconds to import.
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as TF
+
         height, width = image.shape[-2:]
         ground = image[:, :: max(1, height - 1), :: max(1, width - 1)].float().mean((1, 2)).round().tolist()
         if self.margin:
@@ -264,7 +286,7 @@ class Augment(torch.nn.Module):
         if self.rotate:
             angle = float(torch.empty(()).uniform_(-self.rotate, self.rotate))
             shift = torch.tensor(ground)[:, None, None]  # torchvision's own fill leaves a dark seam around the picture
-            turned = TF.rotate(image - shift, angle, transforms.InterpolationMode.BILINEAR) + shift
+            turned = TF.rotate(image - shift, angle, InterpolationMode.BILINEAR) + shift
             image = turned.round().clamp(0, 255).to(torch.uint8)
         return image
 
@@ -310,8 +332,8 @@ def thumbnail(image: Tensor, side: int = 160) -> bytes:
     """A uint8 (3, H, W) picture as a JPEG that fits into a square of `side` pixels; a smaller one keeps its size."""
     height, width = image.shape[-2:]
     if max(height, width) > side:
-        size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
-        image = TF.resize(image, size, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True)
+        size = (max(1, round(height * side / max(height, width))), max(1, round(width * side / max(height, width))))
+        image = resize(image, size)
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     return simplejpeg.encode_jpeg(pixels, quality=88, colorspace="RGB", colorsubsampling="444")
 

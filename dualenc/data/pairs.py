@@ -2,16 +2,18 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image
-from dualenc.data.loading.bad_samples import Bad
+from dualenc.data.loading.bad_samples import Bad, SampleReader
 from dualenc.data.loading.epoch_plan import draw
-from dualenc.data.loading.loader import Batches, Request
+from dualenc.data.loading.loader import Request
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.shards.shard import content_hash, piece_hash
 from dualenc.data.text.masking import Masked, Masking
@@ -32,6 +34,16 @@ class Pairs(NamedTuple):
     ids: Tensor  # (B, 2) int64, hashes: equal where images are equal, and where texts are the same tokens
     masked: Masked | None = None  # the texts with some words hidden, where they are to be guessed
     bad: Sequence[Bad] = ()  # samples that were met and could not be used
+
+
+def check_captions(source: str) -> None:
+    """Check where captions are read from.
+
+    Raises:
+        DataError: `source` is neither "txt" nor "json.FIELD".
+    """
+    if source != "txt" and not source.startswith("json."):
+        raise DataError(f"captions {source!r} must be 'txt' or 'json.FIELD'")
 
 
 def captions_of(sample: Sample, source: str) -> list[str]:
@@ -81,8 +93,7 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     Raises:
         DataError: `source` is neither "txt" nor "json.FIELD"; or no sample has both.
     """
-    if source != "txt" and not source.startswith("json."):
-        raise DataError(f"captions {source!r} must be 'txt' or 'json.FIELD'")
+    check_captions(source)
     where = f"{index.shards[0]}{f' and {len(index.shards) - 1} more shards' if len(index.shards) > 1 else ''}"
     image, text = index.having(IMAGE_EXTENSIONS), index.having([source.partition(".")[0]])
     if not image.any():
@@ -97,8 +108,8 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     return index.take(np.flatnonzero(both)), [index.key(int(i)) for i in np.flatnonzero(~both)]
 
 
-class PairDataset(Batches):
-    """Batches of image-text pairs; see `Batches`.
+class PairDataset(Dataset[Pairs]):
+    """Batches of image-text pairs, by request; see `dualenc.data.loading.loader.BatchDataset`.
 
     Args:
         index: samples that all have an image and captions.
@@ -110,8 +121,6 @@ class PairDataset(Batches):
         masking: hides words, to be guessed.
     """
 
-    index: ShardIndex
-
     def __init__(
         self,
         index: ShardIndex,
@@ -122,7 +131,9 @@ class PairDataset(Batches):
         features: "Features | None" = None,
         masking: Masking | None = None,
     ) -> None:
-        super().__init__(index, seed)
+        self.index, self.seed = index, seed
+        self.samples = SampleReader(index, self._read, measured=seed is None)
+        self.progress, self.where = self.samples.progress, self.samples.where
         self.captions, self.features, self.masking = captions, features, masking
         self.tokenizer, self.transform = tokenizer, transform
 
@@ -137,7 +148,7 @@ class PairDataset(Batches):
         bad: list[Bad] = []
         with _own_generators():
             for place, row in enumerate(rows.tolist(), position):
-                good, (picture, captions, piece) = self.next_good(row, bad)
+                number, (picture, captions, piece) = self.samples.first_good(row, bad)
                 choice = 0
                 if self.seed is not None:
                     key = draw(self.seed, epoch, place)
@@ -146,7 +157,7 @@ class PairDataset(Batches):
                     choice = key % len(captions)
                 images.append(picture if self.features else self.transform(picture))
                 texts.append(captions[choice])
-                used.append(self.used(row, good))
+                used.append(number)
                 ids.append(piece)
         if self.features:
             batch = torch.stack(images)
@@ -157,27 +168,27 @@ class PairDataset(Batches):
         masked = None
         if self.masking is not None and self.seed is not None:
             masked = self.masking(tokens, (self.seed, epoch), position)
-        self.done()
+        self.progress.done()
         return Pairs(batch, tokens, torch.tensor(used), hashes, masked, bad)
 
-    def read(self, row: int, sample: Sample) -> tuple[Tensor, list[str], int]:
-        """Picture or features, captions, and a hash of the image; see `Batches.read`."""
-        picture, piece = self._picture(row, sample)
+    def _read(self, row: int, sample: Sample) -> tuple[Tensor, list[str], int]:
+        """Picture or features, captions, and a hash of the image."""
+        if self.features is not None:
+            picture, piece = self.features.row(*self.index.find(row), sample)
+        else:
+            extension, data = image_of(sample)
+            with _naming(sample, extension):
+                picture, piece = decode_image(data), piece_hash(data)
         return picture, captions_of(sample, self.captions), piece
 
     def facts(self) -> dict[str, Any]:
-        """See `Batches.facts`."""
+        """See `BatchDataset.facts`."""
         return {
             "captions": self.captions,
             "tokenizer": self.tokenizer.fingerprint,
             "fingerprint": self.index.fingerprint,
             "features": self.features.made_by if self.features else None,
         }
-
-    def _picture(self, row: int, sample: Sample) -> tuple[Tensor, int]:
-        if self.features is None:
-            return read_picture(sample)
-        return self.features.row(*self.index.find(row), sample)
 
 
 class _own_generators:
@@ -197,26 +208,33 @@ def decode_sample(sample: Sample) -> Tensor:
     Raises:
         BadSample: there is none, or it cannot be decoded; names shard, key and cause.
     """
-    return _decoded(sample, *_image_of(sample))
+    return read_picture(sample)[0]
 
 
 def read_picture(sample: Sample) -> tuple[Tensor, int]:
     """Like `decode_sample`, and the hash `piece_hash` of the image's bytes."""
-    extension, data = _image_of(sample)
-    return _decoded(sample, extension, data), piece_hash(data)
+    extension, data = image_of(sample)
+    with _naming(sample, extension):
+        return decode_image(data), piece_hash(data)
 
 
-def _image_of(sample: Sample) -> tuple[str, bytes]:
-    """Extension and bytes."""
+def image_of(sample: Sample) -> tuple[str, bytes]:
+    """Extension and bytes of a sample's image.
+
+    Raises:
+        BadSample: there is none.
+    """
     extension = sample.image
     if extension is None:
         raise BadSample(sample, "no image among its members", ", ".join(sorted(sample.members)))
     return extension, sample.read(extension)
 
 
-def _decoded(sample: Sample, extension: str, data: bytes) -> Tensor:
+@contextmanager
+def _naming(sample: Sample, extension: str) -> Iterator[None]:
+    """Turns an error of a picture into one of its sample."""
     try:
-        return decode_image(data)
+        yield
     except ImageError as error:
         raise BadSample(sample, f".{extension} {error.cause}", error.detail) from None
 

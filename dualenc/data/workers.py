@@ -3,12 +3,11 @@
 import signal
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -58,23 +57,37 @@ def deaf(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Noting(Dataset[Any], ABC):
-    """A data set that notes which of its samples it is at, for whoever waits."""
+class Progress:
+    """The sample that a process is at, for the one that waits for its batch.
+
+    Attributes:
+        note: row of the sample that was begun last, and when; infinity once the batch is ready.
+    """
 
     def __init__(self) -> None:
-        self.note = np.array([-1, np.inf])  # row of the sample begun last, and when; inf: it is done
+        self.note = np.array([-1, np.inf])
 
     def begin(self, row: int) -> None:
-        """Sample `row` comes now."""
+        """Note that sample `row` comes now."""
         self.note[:] = row, time.monotonic()
 
     def done(self) -> None:
-        """The batch is ready."""
+        """Note that the batch is ready."""
         self.note[1] = np.inf
 
-    @abstractmethod
+
+class Watched(Protocol):
+    """A data set of batches that tells which of its samples it is at."""
+
+    progress: Progress
+
+    def __getitem__(self, request: Any) -> Any:
+        """The batch that is asked for."""
+        ...
+
     def where(self, row: int) -> tuple[str, str]:
         """A sample's shard, and its shard and key, for people."""
+        ...
 
 
 class PatientLoader(DataLoader[Any]):
@@ -94,11 +107,11 @@ class PatientLoader(DataLoader[Any]):
         DataError: (from the iteration) no batch came in time; or a worker was killed.
     """
 
-    def __init__(self, dataset: Noting, *, workers: int, timeout: float, **options: Any) -> None:
+    def __init__(self, dataset: Watched, *, workers: int, timeout: float, **options: Any) -> None:
         self.where = dataset.where
         self.notes = torch.tensor([[-1, torch.inf]] * workers, dtype=torch.float64).share_memory_()  # (W, 2)
         super().__init__(
-            dataset,
+            cast(Dataset[Any], dataset),
             batch_size=None,
             num_workers=workers,
             timeout=timeout if workers else 0,
@@ -142,8 +155,7 @@ def _begin(notes: Tensor, worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     info = get_worker_info()
     assert info is not None
-    assert isinstance(info.dataset, Noting)
-    info.dataset.note = notes[worker].numpy()
+    cast(Watched, info.dataset).progress.note = notes[worker].numpy()
 
 
 def _kill(workers: Sequence[BaseProcess]) -> None:

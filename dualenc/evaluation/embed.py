@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
 from dualenc.inference.embedder import Embedder
 from dualenc.metrics import zero_shot_classifier
+from dualenc.utils.files import atomic_write
 from dualenc.utils.urls import cache_folder
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]
@@ -79,17 +79,11 @@ class EmbeddingCache:
         return found
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        beside = None
-        try:
+        with suppress(OSError, SafetensorError):  # a cache that cannot be written is none
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(".part", dir=self.folder)
-            os.close(handle)
-            save_file({name: x.contiguous() for name, x in tensors.items()}, beside)
-            os.replace(beside, path)
+            with atomic_write(path) as beside:
+                save_file({name: x.contiguous() for name, x in tensors.items()}, beside)
             self._make_room()
-        except (OSError, SafetensorError):  # a cache that cannot be written is none
-            if beside is not None:
-                Path(beside).unlink(missing_ok=True)
 
     def _make_room(self) -> None:
         files = sorted(((path.stat(), path) for path in self.folder.iterdir()), key=lambda item: item[0].st_mtime)

@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualenc.data import BenchmarkSet, DataError
+from dualenc.data import BenchmarkSet
 from dualenc.evaluation.score import Evaluated, measures
-from dualenc.report import Comparison, Ranked, TwoAnswers, TwoRankings, write_json
+from dualenc.report import Comparison, Ranked, TwoAnswers, TwoRankings
+from dualenc.utils.errors import DataError
+from dualenc.utils.files import atomic_write, write_json
 from dualenc.utils.urls import is_remote
 
 ITEMS = ".items.safetensors"
@@ -54,9 +56,11 @@ def write_results(
         }
         for one, data in zip(found, sets, strict=True)
     ]
-    write_json(folder, command, figures)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / f"{command}.json", figures)
     items = {f"{i}/{name}": x.clone() for i, one in enumerate(found) for name, x in one.items.items()}
-    save_file(items, Path(folder) / f"{command}{ITEMS}")
+    with atomic_write(Path(folder) / f"{command}{ITEMS}") as beside:
+        save_file(items, beside)
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[tuple[str, str], Result]:

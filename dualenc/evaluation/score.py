@@ -32,7 +32,7 @@ from dualenc.metrics import (
     retrieval_measures,
     retrieval_metrics,
 )
-from dualenc.report import Answers, Choices, Classes, Labels, Points, Section
+from dualenc.report import Answers, ChoiceScores, Classes, Labels, Points, Section
 
 NAMES = 20  # of what is the matter, that a result says
 POINTS = 2000  # of an embedding map, at most
@@ -105,7 +105,7 @@ def score(data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Ev
         images_of, texts_of = number[images_of[kept]], texts_of[kept]
         found = choice_metrics(image, text, images_of, texts_of)
         captions = [[data.texts[i] for i in pair] for pair in texts_of.tolist()]
-        findings = Choices(captions, images_of.numpy(), found.items["scores"].numpy(), picture)
+        findings = ChoiceScores(captions, images_of.numpy(), found.items["scores"].numpy(), picture)
         result = _result(data.name, "choice", embedder.name, len(texts_of), found, problems)
         items = {"ids": torch.cat([ids[images_of], _hashes(data.texts)[texts_of]], 1), **found.items}
         return Evaluated(Section(result, findings), items)

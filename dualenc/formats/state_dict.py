@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: files of several kinds behind one mapping, and the names that a family gives them."""
+"""Tensors of a checkpoint: files of several kinds behind one mapping, and one table of names, read both ways."""
 
 import re
 import warnings
@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dualenc.formats.huggingface.families import Family, Slot
+from dualenc.formats.huggingface.family import Family, Slot
 from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json
@@ -21,7 +21,6 @@ SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Buffers that were once saved, and say nothing.
 STALE = (r".*\bposition_ids", r".*\binv_freq", r".*\bembeddings\.token_type_ids")
-Names = dict[str, list[tuple[str, ...]]]
 
 
 class Weights(Mapping[str, Tensor]):
@@ -126,10 +125,32 @@ def prefixes(family: Family, names: Collection[str], path: Path) -> tuple[str, s
     return prefix, prefix.removesuffix(family.prefix) if prefix.endswith(family.prefix) else ""
 
 
-def family_names(
+class Rule(NamedTuple):
+    """What is joined of our tensors is what is joined of theirs, along the first dimension; read in both directions.
+
+    Dimensions of length 1 at the front are as each side has them.
+
+    Attributes:
+        ours: names of ours.
+        theirs: names of theirs, those that are written.
+        transposed: whether theirs are the transposes.
+        flat: whether theirs lack the dimensions of length 1 that ours have at the front.
+        aliases: further names under which each of theirs may be read.
+        copied: whether theirs are written under the aliases too.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    transposed: bool = False
+    flat: bool = False
+    aliases: tuple[tuple[str, ...], ...] = ()
+    copied: bool = False
+
+
+def family_rules(
     family: Family, text: TextConfig, places: Mapping[str, Slot], ours: Collection[str], prefix: str, outer: str = ""
-) -> Names:
-    """What each tensor of a `TextModel` is called by a family.
+) -> dict[str, Rule]:
+    """Return what each tensor of a `TextModel` is called by a family.
 
     Args:
         family: the family.
@@ -140,13 +161,13 @@ def family_names(
         outer: of the heads' tensors.
 
     Returns:
-        For each of ours the tensors that are joined to it, each by all names that it may have.
+        A rule for each of ours.
     """
 
     def theirs(module: str) -> str:
         return prefix + module[1:] if module.startswith(".") else outer + module
 
-    names: Names = {}
+    rules: dict[str, Rule] = {}
     for name in ours:
         part, _, rest = name.partition(".")
         module, _, parameter = rest.rpartition(".")
@@ -155,76 +176,92 @@ def family_names(
             slot = places.get(head)
             module, _, parameter = inside.rpartition(".")
             if slot is None:
-                names[name] = [(name,)]
+                rules[name] = Rule((name,), (name,))
             elif inside in slot.parameters:
-                names[name] = [tuple(map(theirs, slot.parameters[inside]))]
+                first, *others = map(theirs, slot.parameters[inside])
+                rules[name] = Rule((name,), (first,), aliases=(tuple(others),))
             else:
-                names[name] = [(f"{theirs(slot.modules[module])}.{parameter}",)]
+                rules[name] = Rule((name,), (f"{theirs(slot.modules[module])}.{parameter}",))
         elif module.startswith("blocks."):
             _, number, inside = module.split(".", 2)
             group, member = divmod(int(number), text.group_size)
             block = family.block.format(i=number, group=group, member=member)
             there = family.inside[inside]
             there = [there] if isinstance(there, str) else there
-            names[name] = [(f"{prefix}{block}.{one}.{parameter}",) for one in there]
+            rules[name] = Rule((name,), tuple(f"{prefix}{block}.{one}.{parameter}" for one in there))
         else:
-            names[name] = [(f"{prefix}{family.outside[module]}.{parameter}",)]
-    return names
+            rules[name] = Rule((name,), (f"{prefix}{family.outside[module]}.{parameter}",))
+    return rules
+
+
+def of_tower(rules: Mapping[str, Rule]) -> list[Rule]:
+    """Return the rules of a `TextModel`'s encoder with ours named as in the state of a `DualEncoder`."""
+    return [rule._replace(ours=("text." + ours.removeprefix("encoder."),)) for ours, rule in rules.items()]
 
 
 def read_state(
-    weights: Weights, names: Names, shapes: Mapping[str, Sequence[int]], ignored: Sequence[str] = ()
+    weights: Mapping[str, Tensor],
+    rules: Iterable[Rule],
+    shapes: Mapping[str, Sequence[int]],
+    where: str,
+    ignored: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The state of a model from a checkpoint, in single precision; every tensor of both is accounted for.
+    """Return the state of a model from a checkpoint, in single precision; every tensor of both is accounted for.
 
     Args:
         weights: the checkpoint's.
-        names: see `family_names`.
-        shapes: of the model's tensors.
-        ignored: patterns of tensors that the model has no use for.
+        rules: for all of ours.
+        shapes: of ours.
+        where: the file, for errors.
+        ignored: patterns of theirs that stand for nothing.
 
     Raises:
-        ModelError: a tensor is missing, unknown, or of another shape; or there are two of one, and they differ.
+        ModelError: a tensor is missing, unknown, or of another shape; or there are two of one, and they differ. Names
+            the first ten.
     """
     state: dict[str, Tensor] = {}
     wrong: list[str] = []
     used: set[str] = set()
-    for name, parts in names.items():
-        pieces = []
-        for alternatives in parts:
-            there = [one for one in alternatives if one in weights]
-            used.update(there)
-            if not there:
-                wrong.append(f"{alternatives[0]} is missing")
-                continue
-            piece = weights[there[0]]
-            shape = (shapes[name][0] // len(parts), *shapes[name][1:])
-            if tuple(piece.shape) != shape:
-                wrong.append(f"{there[0]} has shape {tuple(piece.shape)} and not {shape}")
-                continue
-            wrong += [f"{one} differs from {there[0]}" for one in there[1:] if not torch.equal(weights[one], piece)]
-            pieces.append(piece)
-        if len(pieces) == len(parts):
-            state[name] = (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).to(torch.float32, copy=True)
-    account(weights, used, wrong, str(weights.path), ignored)
+    for rule in rules:
+        pieces, names = _pieces(weights, rule, used, wrong)
+        if len(pieces) < len(rule.theirs):
+            continue
+        first, rows = shapes[rule.ours[0]], [shapes[name][0] for name in rule.ours]
+        length, *rest = (sum(rows), *first[1:]) if len(rule.ours) > 1 else _core(first)
+        share = (length // len(pieces), *rest)
+        bad = [i for i, piece in enumerate(pieces) if _core(piece.shape) != _core(share)]
+        if bad:
+            found, fit = tuple(weights[names[bad[0]]].shape), share[::-1] if rule.transposed else share
+            wrong.append(f"{names[bad[0]]} has shape {found} and not {fit}")
+            continue
+        whole = torch.cat([piece.reshape(share) for piece in pieces])
+        for name, part in zip(rule.ours, whole.split(rows) if len(rule.ours) > 1 else [whole], strict=True):
+            state[name] = part.reshape(tuple(shapes[name])).to(torch.float32, copy=True).contiguous()
+    _account(weights, used, wrong, where, ignored)
     return state
 
 
-def account(
-    weights: Iterable[str], used: Collection[str], wrong: Sequence[str], where: str, ignored: Collection[str] = ()
+def _pieces(
+    weights: Mapping[str, Tensor], rule: Rule, used: set[str], wrong: list[str]
+) -> tuple[list[Tensor], list[str]]:
+    """The tensors of a checkpoint that a rule names, and the names under which they are there."""
+    pieces, names = [], []
+    for i, first in enumerate(rule.theirs):
+        there = [name for name in (first, *(rule.aliases[i] if rule.aliases else ())) if name in weights]
+        used.update(there)
+        if not there:
+            wrong.append(f"{first} is missing")
+            continue
+        piece = weights[there[0]]
+        wrong += [f"{name} differs from {there[0]}" for name in there[1:] if not torch.equal(weights[name], piece)]
+        pieces.append(piece.T if rule.transposed else piece)
+        names.append(there[0])
+    return pieces, names
+
+
+def _account(
+    weights: Iterable[str], used: Collection[str], wrong: Sequence[str], where: str, ignored: Collection[str]
 ) -> None:
-    """Closes the account of a checkpoint's tensors.
-
-    Args:
-        weights: their names.
-        used: those that a model took.
-        wrong: what is amiss so far.
-        where: the file, for the error.
-        ignored: patterns of names that stand for nothing.
-
-    Raises:
-        ModelError: something is amiss, or a tensor is left; names the first ten.
-    """
     known = [re.compile(pattern) for pattern in (*STALE, *ignored)]
     left = [f"{n} is unknown" for n in weights if n not in used and not any(p.fullmatch(n) for p in known)]
     if wrong := [*wrong, *left]:
@@ -232,18 +269,26 @@ def account(
         raise ModelError(f"{where} does not fit its config: {'; '.join(wrong[:10])}{more}")
 
 
-def split_state(state: Mapping[str, Tensor], names: Names, copies: Collection[str] = ()) -> dict[str, Tensor]:
-    """A model's state under a family's names.
+def write_state(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
+    """Return a state under the names of others.
 
     Args:
-        state: the model's.
-        names: see `family_names`; the first of each is taken.
-        copies: of ours, those that are written under all of their names.
+        state: ours.
+        rules: for all of it.
     """
     out: dict[str, Tensor] = {}
-    for name, x in state.items():
-        parts = names[name]
-        for alternatives, piece in zip(parts, x.detach().cpu().chunk(len(parts)), strict=True):
-            for there in alternatives if name in copies else alternatives[:1]:
+    for rule in rules:
+        parts = [state[name].detach().cpu() for name in rule.ours]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        for i, (name, piece) in enumerate(zip(rule.theirs, whole.chunk(len(rule.theirs)), strict=True)):
+            piece = piece.reshape([length for length in piece.shape if length != 1]) if rule.flat else piece
+            piece = piece.T if rule.transposed else piece
+            for there in (name, *(rule.aliases[i] if rule.copied and rule.aliases else ())):
                 out[there] = piece.clone(memory_format=torch.contiguous_format)  # safetensors wants no shared memory
     return out
+
+
+def _core(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without the ones at its front."""
+    start = next((i for i, length in enumerate(shape) if length != 1), len(shape))
+    return tuple(shape[start:]) or (1,)

@@ -17,7 +17,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from dualenc.formats.tensors import Rule
+from dualenc.formats.state_dict import Rule
 from dualenc.models.image_encoder import ImageConfig, ImageEncoder
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu"]

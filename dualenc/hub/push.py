@@ -3,41 +3,46 @@
 A push is one commit, so that no state of the repository has the weights of one model and the card of another.
 """
 
+import glob
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from dualenc.formats.huggingface.text_checkpoint import OWN
 from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES
+from dualenc.formats.model_folder import EXPORT, ONNX, OPEN_CLIP, OWN_FILES, Kind, detect
 from dualenc.hub.card import TITLES, Subject, card, check_measured, read_measured
-from dualenc.inference.embedder import FILES, fingerprint, load
+from dualenc.inference.embedder import facts_of, load
 from dualenc.inference.text_model import FILES as TEXT_FILES
-from dualenc.inference.text_model import load_text
-from dualenc.utils.errors import ModelError, one_line
-from dualenc.utils.files import read_json
+from dualenc.inference.text_model import facts_of_text, load_text
+from dualenc.utils.errors import ModelError
+from dualenc.utils.files import read_json, write_json, write_text
+from dualenc.utils.text import one_line
 
 # What is uploaded of a folder of each kind, where it is there; the card is made anew.
 UPLOADED = {
-    "dualenc": FILES,
+    "dualenc": OWN_FILES,
     "text": TEXT_FILES,
     "open_clip": (
-        "open_clip_config.json",
+        EXPORT,
+        OPEN_CLIP,
         "open_clip_model.safetensors",
         "config.json",
         "spiece.model",
         *TOKENIZER_FILES,
     ),
     "transformers": (
-        OWN,
+        EXPORT,
         "config.json",
         "model*.safetensors",
         "model.safetensors.index.json",
@@ -47,7 +52,7 @@ UPLOADED = {
         *(f"text/{name}" for name in TEXT_FILES),  # the text tower alone
     ),
     "sentence-transformers": (
-        OWN,
+        EXPORT,
         "modules.json",
         "config_sentence_transformers.json",
         "sentence_bert_config.json",
@@ -58,7 +63,7 @@ UPLOADED = {
         "[0-9]_*/config.json",
         "[0-9]_*/model.safetensors",
     ),
-    "onnx": ("onnx.json", "*.onnx", "*.onnx.data", "tokenizer.json", "preprocess.json"),
+    "onnx": (EXPORT, ONNX, "*.onnx", "*.onnx.data", "tokenizer.json", "preprocess.json"),
 }
 
 # What is told of an export: of its configuration, and of the parts for its towers.
@@ -115,48 +120,80 @@ def push(
             logged in.
         HubError: the hub cannot be reached, refuses, or has not got what was sent.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+    from huggingface_hub import get_token
 
+    _check_names(repo, revision, licence)
+    subject = open_subject(model)
+    measured = [one for path in results for one in read_measured(path)]
+    check_measured(subject, measured)
+    text = card(subject, repo, measured, licence, revision)
+    if get_token() is None:
+        raise ModelError(f"nobody is logged in who could write to {repo}: `hf auth login`, or set HF_TOKEN")
+    with TemporaryDirectory(prefix="dualenc-push-") as name:
+        folder = Path(name)
+        stage(subject, folder, repo, revision)
+        write_text(folder / "README.md", text)
+        with _said(repo):
+            return _upload(folder, repo, revision, private, message or f"{TITLES[subject.kind]} {version('dualenc')}")
+
+
+def _check_names(repo: str, revision: str | None, licence: str | None) -> None:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII) or re.search(r"--|\.\.|\.git$|[.-]$|[.-]/", repo):
         raise ModelError(f"repository {repo!r} must be owner/name, of letters, digits, -, _ and .")
     if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
         raise ModelError(f"licence {licence!r} must be a name that the hub has for one, such as apache-2.0, or other")
     if revision is not None and not re.fullmatch(r"(?![0-9a-f]{40}$)[\w][\w./-]*", revision, re.ASCII):
         raise ModelError(f"revision {revision!r} must be the name of a branch, of letters, digits, -, _, . and /")
-    subject = open_subject(model)
-    measured = [one for path in results for one in read_measured(path)]
-    check_measured(subject, measured)
-    files = files_of(subject, repo, revision)
-    text = card(subject, repo, measured, licence, revision)
-    files["README.md"] = text.encode()
-    if get_token() is None:
-        raise ModelError(f"nobody is logged in who could write to {repo}: `hf auth login`, or set HF_TOKEN")
+
+
+def _upload(folder: Path, repo: str, revision: str | None, private: bool, message: str) -> Pushed:
+    """Upload a folder in one commit, which deletes what an earlier push left; compare what the hub then has."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     api = HfApi(library_name="dualenc", library_version=version("dualenc"))
     try:
-        try:
-            there = api.model_info(repo, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # what follows waits for ever
-        except RepositoryNotFoundError:
-            there = None
-        if private and there is not None and not there.private:
-            raise HubError(f"{repo} is there and public: name another, or make this one private on the hub")
-        _validate(text, repo)  # before anything is made that would stay empty
-        if there is None:
-            api.create_repo(repo, private=private or None)
-        if revision is not None:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        gone = [name for name in api.list_repo_files(repo, revision=revision) if name not in files and _uploaded(name)]
-        commit = api.create_commit(
-            repo,
-            [CommitOperationAdd(name, content) for name, content in files.items()]
-            + [CommitOperationDelete(name, is_folder=False) for name in gone],
-            commit_message=message or f"{TITLES[subject.kind]} {version('dualenc')}",
-            revision=revision,
-        )
-        listed = api.get_paths_info(repo, list(files), revision=commit.oid)
+        there = api.model_info(repo, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # what follows waits for ever
+    except RepositoryNotFoundError:
+        there = None
+    if private and there is not None and not there.private:
+        raise HubError(f"{repo} is there and public: name another, or make this one private on the hub")
+    _validate((folder / "README.md").read_text("utf-8"), repo)  # before anything is made that would stay empty
+    if there is None:
+        api.create_repo(repo, private=private or None)
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    gone = [name for name in api.list_repo_files(repo, revision=revision) if name not in files and _uploaded(name)]
+    commit = api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        commit_message=message,
+        revision=revision,
+        delete_patterns=[glob.escape(name) for name in gone],
+    )
+    found = {one.path: one for one in api.get_paths_info(repo, list(files), revision=commit.oid)}
+    for name, path in files.items():
+        if name not in found or not _same(path, found[name]):
+            raise HubError(f"{repo} has another {name} at commit {commit.oid} than was sent: push again")
+    return Pushed(commit.commit_url, f"hf-hub:{repo}@{commit.oid}")
+
+
+@contextmanager
+def _said(repo: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one line.
+
+    Raises:
+        HubError: anything failed.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        yield
+    except HubError:
+        raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, HubError):
-            raise
         cause: BaseException = error
         while type(cause) is RuntimeError and cause.__cause__ is not None:  # of a thread that uploads
             cause = cause.__cause__
@@ -170,11 +207,6 @@ def push(
         if isinstance(cause, HTTPError | ConnectionError) and not status:
             raise HubError(f"the hub at {constants.ENDPOINT} cannot be reached ({one_line(cause)})") from None
         raise HubError(f"the push to {repo} failed ({one_line(cause)})") from None
-    found = {one.path: one for one in listed}
-    for name, content in files.items():
-        if name not in found or not _same(content, found[name]):
-            raise HubError(f"{repo} has another {name} at commit {commit.oid} than was sent: push again")
-    return Pushed(commit.commit_url, f"hf-hub:{repo}@{commit.oid}")
 
 
 def _validate(text: str, repo: str) -> None:
@@ -204,22 +236,27 @@ def _uploaded(name: str) -> bool:
     )
 
 
-def _same(content: Path | bytes, there: Any) -> bool:
-    """Whether the hub lists this content: a large file by its SHA-256, another by git's hash of it."""
-    data = content if isinstance(content, bytes) else None
-    size = len(data) if data is not None else os.path.getsize(content)
-    large = there.lfs is not None
+def _same(path: Path, there: Any) -> bool:
+    """Whether the hub lists this file: a large one by its SHA-256, another by git's hash of it."""
+    size, large = path.stat().st_size, there.lfs is not None
     digest = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % size)
-    if data is not None:
-        digest.update(data)
-    else:
-        with open(content, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     return size == there.size and digest.hexdigest() == (there.lfs.sha256 if large else there.blob_id)
 
 
 # What is pushed
+
+
+KINDS: dict[Kind, str] = {  # of folders, by the names of `TITLES`
+    "open_clip": "open_clip",
+    "onnx": "onnx",
+    "sentence_transformers": "sentence-transformers",
+    "text_model": "text",
+    "dual_encoder": "dualenc",
+    "transformers": "transformers",
+}
 
 
 def open_subject(model: str | os.PathLike[str]) -> Subject:
@@ -228,73 +265,47 @@ def open_subject(model: str | os.PathLike[str]) -> Subject:
     Raises:
         ModelError: it is nothing that can be pushed, or cannot be read.
     """
-    path = Path(os.path.realpath(model))  # `.` may be a run's best/
-    folder = next((one for one in (path, path / "best", path / "last") if _kind(one)), None)
-    if folder is None:
+    found = detect(os.path.realpath(model))  # `.` may be a run's best/
+    first = found.first(*KINDS)
+    if first is None:
         raise ModelError(
             f"{model} is no model: name a model directory, run directory, text model, or what `dualenc export` wrote"
         )
-    kind = _kind(folder)
-    run = next((one for one in (path, path.parent) if (one / "run.json").is_file()), None)
-    run = run if folder.name in ("best", "last") else None
+    kind, folder = KINDS[first], found.path
     if kind == "dualenc":
         embedder = load(folder, "cpu")
-        config, mark = embedder.dual_encoder.config, embedder.fingerprint
-        text = config.text
-        facts = [
-            ("parameters", _millions(p.numel() for p in embedder.model.parameters())),
-            ("image tower", f"{config.image.name} at {config.image.img_size} x {config.image.img_size} pixels"),
-            ("text tower", f"{text.layers} layer{'s' * (text.layers != 1)} of width {text.width}"),
-            ("longest text", f"{text.context_length} tokens of a vocabulary of {text.vocab_size:,}"),
-            ("embeddings", f"{config.embed_dim} dimensions, unit length"),
-            ("fingerprint", mark),
-        ]
-        return Subject(kind, folder, run, facts, mark, "zero-shot-image-classification", ["dualenc"])
+        facts = [*facts_of(embedder), ("fingerprint", embedder.fingerprint)]
+        task, mark = "zero-shot-image-classification", embedder.fingerprint
+        return Subject(kind, folder, found.run, facts, mark, task, ["dualenc"])
     if kind == "text":
         predictor = load_text(folder, "cpu")
-        text, mark = predictor.model.config, fingerprint(predictor.model, None, predictor.tokenizer.fingerprint)
-        heads = predictor.model.head_configs
-        facts = [
-            ("parameters", _millions(p.numel() for p in predictor.model.parameters())),
-            ("text tower", f"{text.layers} layer{'s' * (text.layers != 1)} of width {text.width}"),
-            ("longest text", f"{predictor.tokenizer.context_length} tokens of a vocabulary of {text.vocab_size:,}"),
-            *((f"head {name}", f"{one.kind} {', '.join(one.labels)}".strip()) for name, one in heads.items()),
-            ("fingerprint", mark),
-        ]
-        kinds = {one.kind for one in heads.values()}
+        mark = predictor.fingerprint
+        kinds = {one.kind for one in predictor.model.head_configs.values()}
         task = "text-classification" if "classification" in kinds else "fill-mask" if "mlm" in kinds else ""
-        readers = ["dualenc", *(["transformers"] if (folder / "config.json").is_file() else [])]
-        return Subject(kind, folder, run, facts, mark, task or "feature-extraction", readers)
-    about = folder / "README.md"
-    if not about.is_file() or not re.search(r"\b[Ww]ritten by dualenc \d", about.read_text("utf-8", "replace")):
+        readers = ["dualenc", *(["transformers"] if found.config else [])]
+        facts = [*facts_of_text(predictor), ("fingerprint", mark)]
+        return Subject(kind, folder, found.run, facts, mark, task or "feature-extraction", readers)
+    return _export(kind, folder, found.config)
+
+
+def _export(kind: str, folder: Path, config: Mapping[str, Any]) -> Subject:
+    """A folder that `dualenc export` wrote."""
+    path = folder / EXPORT
+    about = read_json(path) if path.is_file() else None
+    if not isinstance(about, dict) or about.get("format") != kind or not isinstance(about.get("fingerprint"), str):
         raise ModelError(
-            f"{folder} is no export of dualenc, which its {about.name} would say: push what `dualenc export` or "
+            f"{folder} is no export of dualenc, which its {EXPORT} would say: push what `dualenc export` or "
             "`dualenc import` wrote"
         )
     task = {"sentence-transformers": "sentence-similarity"}.get(kind, "zero-shot-image-classification")
-    if kind == "transformers" and "vision_config" not in read_json(folder / "config.json"):
+    if kind == "transformers" and "vision_config" not in config:
         task = "feature-extraction"
     if kind == "onnx" and not (folder / "image.onnx").is_file():
         task = "feature-extraction"
     pinned = kind != "open_clip" or not _open_clip_config(folder)[1].get("hf_model_name")
-    return Subject(kind, folder, None, _facts_of_export(kind, folder), None, task, [kind], pinned)
-
-
-def _kind(folder: Path) -> str:
-    """The key of `UPLOADED` that a folder is of; nothing, where it is of none."""
-    for name, kind in (
-        ("open_clip_config.json", "open_clip"),
-        ("onnx.json", "onnx"),
-        ("modules.json", "sentence-transformers"),
-        (OWN, "text"),
-    ):
-        if (folder / name).is_file():
-            return kind
-    if not (folder / "config.json").is_file():
-        return ""
-    config = read_json(folder / "config.json")
-    keys = config if isinstance(config, dict) else {}
-    return "dualenc" if "format" in keys else "transformers" if "model_type" in keys else ""
+    mark, notes = about["fingerprint"], [str(note) for note in about.get("notes") or ()]
+    facts = [*_facts_of_export(kind, folder), ("fingerprint", mark)]
+    return Subject(kind, folder, None, facts, mark, task, [kind], pinned, notes)
 
 
 def _facts_of_export(kind: str, folder: Path) -> list[tuple[str, Any]]:
@@ -308,8 +319,8 @@ def _facts_of_export(kind: str, folder: Path) -> list[tuple[str, Any]]:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} cannot be read ({one_line(error)})") from None
     if sizes:
-        facts.append(("parameters", _millions(sizes)))
-    name = {"open_clip": "open_clip_config.json", "onnx": "onnx.json"}.get(kind, "config.json")
+        facts.append(("parameters", f"{sum(sizes) / 1e6:.1f} M"))
+    name = {"open_clip": OPEN_CLIP, "onnx": ONNX}.get(kind, "config.json")
     config = read_json(folder / name) if (folder / name).is_file() else {}
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg", {}), dict):
         raise ModelError(f"{folder / name} must be an object")
@@ -319,15 +330,12 @@ def _facts_of_export(kind: str, folder: Path) -> list[tuple[str, Any]]:
         if isinstance(part, dict):
             told = [f"{key} {part[key]}" for key in TOLD if isinstance(part.get(key), str | int | float)]
             facts += [(words, ", ".join(told))] if told else []
-    card = folder / "README.md"
-    lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else []
-    mark = "Not as it was: "  # what the exporter could not keep
-    return facts + [(mark[:-2].lower(), line.removeprefix(mark)) for line in lines if line.startswith(mark)]
+    return facts
 
 
 def _open_clip_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration of a folder for open_clip, and what in it is of the text tower."""
-    path = folder / "open_clip_config.json"
+    path = folder / OPEN_CLIP
     config = read_json(path)
     model = config.get("model_cfg") if isinstance(config, dict) else None
     text = model.get("text_cfg") if isinstance(model, dict) else None
@@ -336,12 +344,8 @@ def _open_clip_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, text
 
 
-def _millions(sizes: Iterable[int]) -> str:
-    return f"{sum(sizes) / 1e6:.1f} M"
-
-
-def files_of(subject: Subject, repo: str, revision: str | None = None) -> dict[str, Path | bytes]:
-    """What is uploaded, by its name there.
+def stage(subject: Subject, out: Path, repo: str, revision: str | None = None) -> None:
+    """Link what is uploaded into an empty folder.
 
     A folder that open_clip reads may name itself where a tokenizer or a text tower is looked up; there it is `repo`.
 
@@ -349,7 +353,7 @@ def files_of(subject: Subject, repo: str, revision: str | None = None) -> dict[s
         ModelError: there are no weights, or open_clip could not read them on this branch.
     """
     folder = subject.folder
-    found: dict[str, Path | bytes] = {
+    found = {
         path.relative_to(folder).as_posix(): path
         for pattern in UPLOADED[subject.kind]
         for path in sorted(folder.glob(pattern))
@@ -357,6 +361,9 @@ def files_of(subject: Subject, repo: str, revision: str | None = None) -> dict[s
     }
     if not any(name.endswith((".safetensors", ".onnx")) for name in found):
         raise ModelError(f"{folder} has no weights: write it anew")
+    for name, path in found.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).symlink_to(path.resolve())
     if subject.kind == "open_clip":
         config, text = _open_clip_config(folder)
         for key in ("hf_model_name", "hf_tokenizer_name"):
@@ -371,5 +378,5 @@ def files_of(subject: Subject, repo: str, revision: str | None = None) -> dict[s
                 f"--revision {revision}: open_clip reads the configuration of such a text encoder from main: leave it "
                 "out, or name a repository of its own"
             )
-        found["open_clip_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    return found
+        (out / OPEN_CLIP).unlink()
+        write_json(out / OPEN_CLIP, config)

@@ -7,7 +7,6 @@ import json
 import os
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,17 @@ from torch import Tensor
 from dualenc.data.images import Preprocess, open_image
 from dualenc.data.pairs import Pairs
 from dualenc.data.text.tokenizer import Tokenizer
-from dualenc.formats.download import hub_folder
-from dualenc.inference.model_folder import check_tokenizer
+from dualenc.formats.model_folder import OWN_FILES, check_tokenizer, open_folder
 from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, load_open_clip
 from dualenc.metrics import zero_shot_classifier
 from dualenc.models.dual_encoder import DualConfig, DualEncoder
 from dualenc.models.heads import TextModel
 from dualenc.models.image_encoder import ImageEncoder
 from dualenc.models.tower import evaluating
+from dualenc.report.card import Card, program, write_card
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import FORMAT, check_format, from_dict, read_json, replaced_folder, write_json
-
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocess.json")
+from dualenc.utils.text import plural
 
 
 class Embedder:
@@ -135,28 +133,26 @@ class Embedder:
             ModelError: the path is taken by something that is no model directory, or the model is open_clip's.
         """
         model = self.dual_encoder
-        with replaced_folder(path, {*FILES, "README.md"}) as folder:
+        with replaced_folder(path, {*OWN_FILES, "README.md"}) as folder:
             write_json(folder / "config.json", {"format": FORMAT, **dataclasses.asdict(model.config)})
             write_json(folder / "preprocess.json", dataclasses.asdict(self.preprocess))
             typing.cast(Tokenizer, self.tokenizer).save(folder / "tokenizer.json")
             weights = model.state_dict() if weights is None else weights
             state = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
             save_file(state, folder / "model.safetensors")
-            (folder / "README.md").write_text(self._card(), "utf-8")
+            write_card(folder, self._card())
 
-    def _card(self) -> str:
+    def _card(self) -> Card:
         config = self.dual_encoder.config
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        return (
-            "---\nlibrary_name: dualenc\ntags: [image-text, zero-shot-image-classification]\n---\n\n"
-            f"# {self.name}\n\nA dual encoder of images and texts ({millions:.1f} M parameters): {config.image.name} "
-            f"at {config.image.img_size} pixels, a text encoder of {config.text.layers} layers of width "
-            f"{config.text.width}, {config.embed_dim} dimensions in common.\n\n"
-            "```python\nimport dualenc\n\nembedder = dualenc.load(\"path/of/this/folder\")\n"
-            'images = embedder.embed_images(["photo.jpg"])  # (1, E), unit length\n'
-            'texts = embedder.embed_texts(["a dog on a beach"])\nprint(images @ texts.T)\n```\n\n'
-            f"Written by dualenc {version('dualenc')}.\n"
-        )  # fmt: skip
+        return Card(
+            title=self.name,
+            library="dualenc",
+            summary=f"A dual encoder of images and texts with {config.embed_dim} dimensions in common.",
+            facts=facts_of(self),
+            programs=[("dualenc", program("dualenc", images=True))],
+            task="zero-shot-image-classification",
+            images=True,
+        )
 
     def _image_batches(self, images: Iterable[Any], batch_size: int) -> Iterator[Tensor]:
         if isinstance(images, Tensor) and images.dim() == 3:
@@ -191,6 +187,19 @@ class Embedder:
         if isinstance(self.preprocess, Preprocess) and not batch.is_floating_point():
             return self.preprocess.normalize(batch, dtype)
         return batch.to(dtype)
+
+
+def facts_of(embedder: Embedder) -> list[tuple[str, str]]:
+    """Return what a model is, as pairs of a word and its value, for people."""
+    config = embedder.dual_encoder.config
+    text, size = config.text, config.image.img_size
+    return [
+        ("parameters", f"{sum(p.numel() for p in embedder.model.parameters()) / 1e6:.1f} M"),
+        ("image tower", f"{config.image.name} at {size} x {size} pixels"),
+        ("text tower", f"{plural(text.layers, 'layer')} of width {text.width}"),
+        ("longest text", f"{text.context_length} tokens of a vocabulary of {text.vocab_size:,}"),
+        ("embeddings", f"{config.embed_dim} dimensions, unit length"),
+    ]
 
 
 def load(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:
@@ -247,18 +256,12 @@ def model_folder(spec: str | os.PathLike[str]) -> Path:
     Raises:
         ModelError: there is none, or a file of it is missing.
     """
-    spec = os.fspath(spec)
-    path = hub_folder(spec, [*FILES, "README.md"]) if spec.startswith("hf-hub:") else Path(spec)
-    if not path.is_dir():
-        raise ModelError(f"model {spec!r} is no folder, and no hf-hub:owner/name or open_clip:ARCH/PRETRAINED")
-    if not (path / "config.json").exists():
-        inside = [path / name for name in ("best", "last") if (path / name / "config.json").exists()]
-        path = inside[0] if inside else path
-    if missing := [name for name in FILES if not (path / name).is_file()]:
-        foreign = (path / "open_clip_config.json").is_file() or (path / "config.json").is_file()
-        hint = f"; if it is another library's, dualenc import {spec} OUT" * foreign
-        raise ModelError(f"{path} is no whole model directory: {', '.join(missing)} missing{hint}")
-    return path
+    folder = open_folder(spec, [*OWN_FILES, "README.md"])
+    if missing := [name for name in OWN_FILES if not (folder.path / name).is_file()]:
+        foreign = folder.first("open_clip", "transformers", "dual_encoder") is not None
+        hint = f"; if it is another library's, dualenc import {os.fspath(spec)} OUT" * foreign
+        raise ModelError(f"{folder.path} is no whole model directory: {', '.join(missing)} missing{hint}")
+    return folder.path
 
 
 @torch.no_grad()

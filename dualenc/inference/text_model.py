@@ -2,8 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,18 +15,21 @@ from torch import Tensor
 
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats.huggingface.architecture import activation_name, choose_family, family_config, places_of
-from dualenc.formats.huggingface.families import PROBLEMS, Family
-from dualenc.formats.huggingface.text_checkpoint import OWN, open_text, own_names
+from dualenc.formats.huggingface.family import PROBLEMS, Family
+from dualenc.formats.huggingface.text_checkpoint import open_text, own_rules
 from dualenc.formats.huggingface.tokenizers import tokenizer_config
-from dualenc.formats.state_dict import split_state
-from dualenc.inference.model_folder import check_tokenizer
+from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
+from dualenc.formats.state_dict import write_state
+from dualenc.inference.embedder import fingerprint
 from dualenc.models.heads import HeadConfig, TextModel, answers
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
+from dualenc.report.card import Card, program, write_card
 from dualenc.tokens import Tokens
 from dualenc.utils.files import FORMAT, replaced_folder, write_json
+from dualenc.utils.text import plural
 
-FILES = (OWN, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+FILES = (TEXT_MODEL, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 MASK = "[MASK]"  # in a text that is to be filled, whatever the tokenizer calls it
 Texts = Sequence[str] | Sequence[tuple[str, str]]
 
@@ -60,6 +62,11 @@ class TextPredictor:
     def device(self) -> torch.device:
         """Where the model is, and where it computes."""
         return next(self.model.parameters()).device
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that the model computes depends on: architecture, weights to the bit, tokenizer."""
+        return fingerprint(self.model, None, self.tokenizer.fingerprint)
 
     def classify(self, texts: Texts, head: str | None = None, batch_size: int = 64) -> list[dict[str, Any]]:
         """What a classification head says of N texts.
@@ -169,37 +176,24 @@ class TextPredictor:
         text, heads = self.model.config, self.model.head_configs
         state = self.model.state_dict() if weights is None else weights
         family = choose_family(text, heads) if counts_positions(text, self.tokenizer) else None
-        untied = {f"heads.{name}.bias" for name, head in heads.items() if head.kind == "mlm" and not head.tied}
         with replaced_folder(path, FILES) as folder:
             about = {name: dataclasses.asdict(head) for name, head in heads.items()}
-            write_json(folder / OWN, {"format": FORMAT, "text": dataclasses.asdict(text), "heads": about})
-            write_text_model(folder, family, text, heads, self.tokenizer, state, untied)
-            (folder / "README.md").write_text(self._card(family), "utf-8")
+            write_json(folder / TEXT_MODEL, {"format": FORMAT, "text": dataclasses.asdict(text), "heads": about})
+            write_text_model(folder, family, text, heads, self.tokenizer, state)
+            write_card(folder, self._card(family))
 
-    def _card(self, family: Family | None) -> str:
+    def _card(self, family: Family | None) -> Card:
         text, heads = self.model.config, self.model.head_configs
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        library = "dualenc" if family is None else "transformers"
-        lines = [
-            f"---\nlibrary_name: {library}\ntags: [dualenc]\n---\n\n# {self.name}\n",
-            f"A text encoder ({millions:.1f} M parameters): {text.layers} layers of width {text.width}, texts of up to "
-            f"{self.tokenizer.context_length} tokens.\n",
-        ]
-        for name, head in heads.items():
-            labels = f" of {head.problem}: {', '.join(head.labels)}" if head.labels else ""
-            lines.append(f"- head `{name}`: {head.kind}{labels}")
-        lines.append('\n```python\nimport dualenc\n\nmodel = dualenc.load_text("path/of/this/folder")')
-        lines.append('print(model.embed(["a sentence"]))\n```\n')
+        facts = facts_of_text(self)
         if family is None:
-            lines.append("Its architecture is of no family that transformers knows: only dualenc reads this folder.\n")
+            library, summary = "dualenc", "A text encoder of no family that transformers knows: only dualenc reads it."
         else:
+            library = "transformers"
+            summary = f"A text encoder in the format of transformers ({family.name}); `{TEXT_MODEL}` is dualenc's."
             own = [name for name in heads if name not in places_of(family, text, heads)]
-            lines.append(f"The format is that of transformers ({family.name}); `{OWN}` is dualenc's.")
             if own := [name for name in own if heads[name].kind != "embedding"]:
-                lines.append(f"It has no place for the heads {', '.join(own)}: only dualenc reads these.")
-            lines.append("")
-        lines.append(f"Written by dualenc {version('dualenc')}.")
-        return "\n".join(lines) + "\n"
+                facts.append(("heads that only dualenc reads", ", ".join(own)))
+        return Card(self.name, library, summary, facts, [("dualenc", program("text", images=False))])
 
     def _head(self, kind: str, name: str | None) -> str:
         heads = [key for key, head in self.model.head_configs.items() if head.kind == kind]
@@ -254,6 +248,18 @@ class TextPredictor:
         return {"token": token, "probability": probability, "text": before + word + after}
 
 
+def facts_of_text(predictor: TextPredictor) -> list[tuple[str, str]]:
+    """Return what a text model is, as pairs of a word and its value, for people."""
+    text = predictor.model.config
+    heads = predictor.model.head_configs.items()
+    return [
+        ("parameters", f"{sum(p.numel() for p in predictor.model.parameters()) / 1e6:.1f} M"),
+        ("text tower", f"{plural(text.layers, 'layer')} of width {text.width}"),
+        ("longest text", f"{predictor.tokenizer.context_length} tokens of a vocabulary of {text.vocab_size:,}"),
+        *((f"head {name}", f"{one.kind} {', '.join(one.labels)}".strip()) for name, one in heads),
+    ]
+
+
 def counts_positions(text: TextConfig, tokenizer: Tokenizer) -> bool:
     """Whether transformers gives the tokens of a text the positions that we give them.
 
@@ -270,7 +276,6 @@ def write_text_model(
     heads: Mapping[str, HeadConfig],
     tokenizer: Tokenizer,
     state: Mapping[str, Tensor],
-    untied: Collection[str] = (),
 ) -> None:
     """Writes config.json, where there is a family, model.safetensors, and the tokenizer's files.
 
@@ -280,11 +285,10 @@ def write_text_model(
         text, heads: of the model.
         tokenizer: its.
         state: of a `TextModel`.
-        untied: see `split_state`.
     """
     if family is not None:
         write_json(folder / "config.json", hub_config(family, text, heads, tokenizer))
-    tensors = split_state(state, own_names(family, text, heads, state), untied)
+    tensors = write_state(state, own_rules(family, text, heads, state))
     if family is not None and family.name == "siglip_text_model":
         # The format has a map after pooling, which the encoder has not: one that changes nothing.
         head = {"weight": torch.eye(text.width), "bias": torch.zeros(text.width)}

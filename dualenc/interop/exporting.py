@@ -15,22 +15,23 @@ from safetensors.torch import save_file
 
 from dualenc.data.images import Preprocess
 from dualenc.data.text.tokenizer import Tokenizer
-from dualenc.formats.download import hub_folder
 from dualenc.formats.huggingface import dual as hugging_face
 from dualenc.formats.huggingface.architecture import choose_family, family_of, fitted, places_of, with_segment
 from dualenc.formats.huggingface.tokenizers import tokenizer_config
+from dualenc.formats.model_folder import CONFIG, EXPORT, OPEN_CLIP, TEXT_MODEL, detect, open_folder
 from dualenc.formats.open_clip import config as open_clip
 from dualenc.formats.open_clip.tokenizer import open_clip_tokenizer_config
-from dualenc.formats.tensors import write_rules
-from dualenc.inference.embedder import Embedder, load
-from dualenc.inference.text_model import TextPredictor, counts_positions, hub_config, load_text
-from dualenc.interop.onnx import text_outputs, verify_text_onnx, write_onnx, write_text_onnx
-from dualenc.interop.reading import OPEN_CLIP
+from dualenc.formats.state_dict import write_state
+from dualenc.inference.embedder import Embedder, facts_of, load
+from dualenc.inference.text_model import TextPredictor, counts_positions, facts_of_text, hub_config, load_text
+from dualenc.interop.onnx import FILES as ONNX_FILES
+from dualenc.interop.onnx import describe_onnx, text_outputs, verify_text_onnx, write_onnx, write_text_onnx
 from dualenc.interop.references import SHORT
 from dualenc.interop.sentence_transformers import write_sentence_transformer
 from dualenc.interop.verify import TEXTS, Inputs, Verified, make_inputs, outputs_of, random_ids, verify
 from dualenc.models.heads import TextModel
 from dualenc.models.tower import evaluating
+from dualenc.report.card import Card, program, write_card
 from dualenc.tokens import Tokens, padding_index
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json, replaced_folder, write_json
@@ -40,10 +41,9 @@ TOLERANCE = 1e-5
 ONNX_TOLERANCE = 1e-4
 # What a folder that was exported may hold: one with anything else is not replaced.
 FILES = (
-    "README.md", "config.json", "dualenc.json", "image.onnx", "image.onnx.data", "model.safetensors", "modules.json",
-    "onnx.json", OPEN_CLIP, "open_clip_model.safetensors", "preprocess.json", "preprocessor_config.json",
-    "sentence_bert_config.json", "text", "text.onnx", "text.onnx.data", "tokenizer.json", "tokenizer_config.json",
-    "config_sentence_transformers.json", "1_Pooling",
+    "README.md", EXPORT, *ONNX_FILES, "config.json", TEXT_MODEL, "model.safetensors", "modules.json", OPEN_CLIP,
+    "open_clip_model.safetensors", "preprocessor_config.json", "sentence_bert_config.json", "text",
+    "tokenizer_config.json", "config_sentence_transformers.json", "1_Pooling",
     *(f"{i}_{kind}" for i in range(2, 6) for kind in ("Dense", "Normalize")),
 )  # fmt: skip
 
@@ -75,15 +75,9 @@ def open_model(spec: str) -> Embedder | TextPredictor:
     """A dual encoder or a text model of ours, or a text model that `dualenc.load_text` reads."""
     if spec.startswith("open_clip:"):
         raise ModelError(f"{spec} is a model of open_clip: dualenc import {spec} OUT makes it one of ours")
-    folder = hub_folder(spec, ["config.json", "dualenc.json"]) if spec.startswith("hf-hub:") else Path(spec)
-    for inside in (folder, folder / "best", folder / "last"):
-        if (inside / "dualenc.json").is_file():
-            return load_text(spec, "cpu")
-        if (inside / "config.json").is_file():
-            config = read_json(inside / "config.json")
-            ours = isinstance(config, dict) and "format" in config
-            return load(spec, "cpu") if ours else load_text(spec, "cpu")
-    return load(spec, "cpu")
+    found = open_folder(spec, [CONFIG, TEXT_MODEL])
+    kind = found.first("text_model", "dual_encoder", "transformers")
+    return load_text(spec, "cpu") if kind in ("text_model", "transformers") else load(spec, "cpu")
 
 
 def export(
@@ -108,14 +102,35 @@ def export(
             found = _export_text(model, folder, form)
         else:
             found = _export_dual(model, folder, form, Path(out), more)
+        about = {"format": form, "fingerprint": model.fingerprint, "notes": found.notes, "dualenc": version("dualenc")}
+        write_json(folder / EXPORT, about)
+        write_card(folder, _card(model, form, found))
     return dataclasses.replace(found, folder=Path(out))
+
+
+def _card(model: Embedder | TextPredictor, form: Format, found: Exported) -> Card:
+    images = isinstance(model, Embedder) and form != "sentence-transformers"
+    what = "A dual encoder of images and texts" if images else "A text encoder"
+    facts = facts_of(model) if isinstance(model, Embedder) else facts_of_text(model)
+    return Card(
+        title=model.name,
+        library=form,
+        summary=f"{what} in the format of {form}.",
+        facts=facts,
+        programs=[(form, program(form, images))],
+        notes=found.notes,
+        more=describe_onnx(found.folder) if form == "onnx" else "",
+        task="sentence-similarity" if form == "sentence-transformers" else None,
+        images=images,
+    )
 
 
 def _check_place(spec: str, out: Path) -> None:
     """Refuses to write over a model of ours, whose files have the names of some that are exported."""
-    config = read_json(out / "config.json") if (out / "config.json").is_file() else None
-    own = (isinstance(config, dict) and "format" in config) or (out / "dualenc.json").is_file()
-    if own or any(out.resolve() == (Path(spec) / inside).resolve() for inside in ("", "best", "last")):
+    found = detect(out)
+    if (found.ours and found.path == out) or any(
+        out.resolve() == (Path(spec) / inside).resolve() for inside in ("", "best", "last")
+    ):
         raise ModelError(f"{out} is a model of dualenc, and an export would take its place: choose another path")
 
 
@@ -128,7 +143,7 @@ def _export_dual(
     if form == "open_clip":
         write_open_clip(model, folder, str(folder))
         verified = [verify("open_clip", f"local-dir:{folder}", inputs, ours, TOLERANCE, tokenizer=tokenizer)]
-        fields, card = read_json(folder / OPEN_CLIP), (folder / "README.md").read_text("utf-8")
+        fields = read_json(folder / OPEN_CLIP)
         if "hf_tokenizer_name" in fields["model_cfg"]["text_cfg"]:
             notes.append(
                 "open_clip cleans texts (blanks, entities, curly quotes) and takes the name of a special token in a "
@@ -137,7 +152,10 @@ def _export_dual(
         if "hf_model_name" in fields["model_cfg"]["text_cfg"]:  # this folder, which is going to have another name
             fields["model_cfg"]["text_cfg"]["hf_model_name"] = str(out.resolve())
             write_json(folder / OPEN_CLIP, fields)
-            (folder / "README.md").write_text(card.replace(str(folder), str(out.resolve())), "utf-8")
+            notes.append(
+                "open_clip finds the text encoder by the folder or repository that hf_model_name in "
+                f"{OPEN_CLIP} names: change it where the folder is moved"
+            )
     elif form == "transformers":
         notes = write_transformers(model, folder)
         without = {name: x for name, x in ours.items() if name != "bias" or not notes}
@@ -179,7 +197,7 @@ def _export_text(model: TextPredictor, folder: Path, form: Format) -> Exported:
     encoder.load_state_dict({name: x for name, x in model.model.state_dict().items() if name in encoder.state_dict()})
     model, inner = TextPredictor(encoder.eval(), model.tokenizer, model.name), folder / "text"
     model.save(inner)
-    (inner / "dualenc.json").unlink()  # by which a folder is known as one of ours
+    (inner / TEXT_MODEL).unlink()  # by which a folder is known as one of ours
     for path in inner.iterdir():
         path.rename(folder / path.name)
     inner.rmdir()
@@ -256,7 +274,7 @@ def write_open_clip(embedder: Embedder, folder: Path, name: str) -> None:
     state = with_segment(model.state_dict(), config.text)
     if "timm_model_name" not in model_cfg["vision_cfg"]:
         state = open_clip.fold(state)
-    save_file(write_rules(state, *open_clip.rules_of(model_cfg, config)), folder / "open_clip_model.safetensors")
+    save_file(write_state(state, open_clip.rules_of(model_cfg, config)), folder / "open_clip_model.safetensors")
     preprocess_cfg = {
         "size": preprocess.size,
         "mean": list(preprocess.mean),
@@ -267,21 +285,6 @@ def write_open_clip(embedder: Embedder, folder: Path, name: str) -> None:
     write_json(folder / OPEN_CLIP, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.text))
-    lines = [
-        "import open_clip",
-        "",
-        'name = "local-dir:path/of/this/folder"  # on the hub: hf-hub:owner/name',
-        "model, _, preprocess = open_clip.create_model_and_transforms(name)",
-        "model.eval()",
-        "tokenizer = open_clip.get_tokenizer(name)",
-    ]
-    more = ""
-    if found is not None:
-        more = (
-            f"\nopen_clip looks for the text encoder's config.json at {name}: where the folder is moved, change "
-            f"`hf_model_name` in {OPEN_CLIP}.\n"
-        )
-    (folder / "README.md").write_text(card(embedder.name, "open_clip", lines) + more, "utf-8")
 
 
 def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
@@ -305,7 +308,7 @@ def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
         )
     config = dataclasses.replace(model.config, text=form.text)
     state, config = hugging_face.through_pooler(with_segment(model.state_dict(), form.text), form, config)
-    tensors = write_rules(state, *hugging_face.rules_of(form, config))
+    tensors = write_state(state, hugging_face.rules_of(form, config))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     written = hugging_face.write_config(form, config)
     if ids := tokenizer.backend.encode("").ids:
@@ -314,33 +317,13 @@ def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
     write_json(folder / "preprocessor_config.json", hugging_face.write_preprocess(preprocess))
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, form.text))
-    lines = [
-        f"from transformers import AutoImageProcessor, AutoTokenizer, {form.architecture}",
-        "",
-        'folder = "path/of/this/folder"  # or owner/name',
-        f"model = {form.architecture}.from_pretrained(folder)",
-        "tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)",
-    ]
     notes = ["logit_bias: the format has no place for it"] if config.logit_bias and form.kind != "siglip" else []
     if form.passes:
         notes.append(
             "the text's features pass through BERT's pooler nearly unchanged (times 2^-16 before its tanh, times 2^16 "
             "after): in float16 this loses digits, in bfloat16 and float32 it does not"
         )
-    text = "\n".join(f"Not as it was: {note}." for note in notes)
-    (folder / "README.md").write_text(card(embedder.name, "transformers", lines) + text, "utf-8")
     encoder = TextModel(model.config.text)
     encoder.encoder.load_state_dict(model.text.state_dict())
     TextPredictor(encoder.eval(), tokenizer, f"the text tower of {embedder.name}").save(folder / "text")
     return notes
-
-
-def card(name: str, library: str, lines: list[str]) -> str:
-    """A model card that says how to load it."""
-    if "\n" in name:
-        raise ModelError(f"{name!r} is no name")
-    code = "\n".join(lines)
-    return (
-        f"---\nlibrary_name: {library}\ntags: [dualenc, image-text]\n---\n\n# {name}\n\nA dual encoder of images and "
-        f"texts, written by dualenc {version('dualenc')} in the format of {library}.\n\n```python\n{code}\n```\n"
-    )

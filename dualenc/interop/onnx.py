@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.formats.model_folder import ONNX
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor
 from dualenc.interop.verify import TEXTS, Inputs, Verified, random_ids, verify
@@ -27,15 +28,13 @@ from dualenc.models.heads import TextModel
 from dualenc.models.text_encoder import Pool, TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.tokens import Tokens, padding_index
-from dualenc.utils.errors import ModelError, one_line
-from dualenc.utils.files import write_json
+from dualenc.utils.errors import ModelError
+from dualenc.utils.files import read_json, write_json
+from dualenc.utils.text import one_line
 
 OPSET = 20  # the first that has GELU as one operator; onnxruntime reads it since 1.17
 TOLERANCE = 1e-4  # fp32, beside onnxruntime
-FILES = (
-    "image.onnx", "image.onnx.data", "text.onnx", "text.onnx.data", "tokenizer.json", "preprocess.json", "onnx.json",
-    "README.md",
-)  # fmt: skip
+FILES = ("image.onnx", "image.onnx.data", "text.onnx", "text.onnx.data", "tokenizer.json", "preprocess.json", ONNX)
 ONE_FILE = 1_500_000_000  # bytes of weights: more lie in a file beside, since a protobuf ends at 2 GB
 
 Shapes = dict[str, list[int | str]]  # by name; a string names an axis of any length
@@ -147,7 +146,7 @@ def write_onnx(embedder: Embedder, folder: Path) -> None:
         "context_length": config.text.context_length,
         "image_size": size,
     }
-    _describe(folder, embedder.name, files, about, "an image and a text encoder of one space")
+    write_json(folder / ONNX, {"opset": OPSET, "files": files, **about, "dualenc": version("dualenc")})
 
 
 def write_text_onnx(predictor: TextPredictor, folder: Path) -> None:
@@ -177,7 +176,7 @@ def write_text_onnx(predictor: TextPredictor, folder: Path) -> None:
         "context_length": text.context_length,
         "heads": {name: {"labels": heads[name].labels, "problem": heads[name].problem} for name in part.shown},
     }
-    _describe(folder, predictor.name, files, about, "a text encoder")
+    write_json(folder / ONNX, {"opset": OPSET, "files": files, **about, "dualenc": version("dualenc")})
 
 
 def verify_text_onnx(predictor: TextPredictor, folder: Path, seed: int = 0) -> Verified:
@@ -308,27 +307,25 @@ def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     backend.save(str(path))
 
 
-def _describe(folder: Path, name: str, files: Mapping[str, Any], about: Mapping[str, Any], what: str) -> None:
-    """`onnx.json` and the card."""
-    write_json(folder / "onnx.json", {"opset": OPSET, "files": files, **about, "dualenc": version("dualenc")})
+def describe_onnx(folder: Path) -> str:
+    """Return what the card says of the files, in Markdown."""
+    about = read_json(folder / ONNX)
     lines = [
-        f"---\nlibrary_name: onnx\ntags: [dualenc]\n---\n\n# {name}\n\nONNX files (opset {OPSET}, fp32) of {what}. "
-        "Batch and length may be any; texts are padded on the right.\n\n| file | in | out |\n|---|---|---|"
+        f"Graphs of opset {about['opset']} in fp32; batch and length may be any, texts are padded on the right.\n",
+        "| file | in | out |\n|---|---|---|",
     ]
-    for file, sides in files.items():
-        cells = [", ".join(f"`{key}` {tuple(shape)}" for key, shape in sides[side].items()) for side in sides]
-        lines.append(f"| `{file}` | " + " | ".join(cell.replace("'", "") for cell in cells) + " |")
+    for file, sides in about["files"].items():
+        cells = [", ".join(f"`{key}` ({', '.join(map(str, x))})" for key, x in sides[side].items()) for side in sides]
+        lines.append(f"| `{file}` | {' | '.join(cells)} |")
     lines.append(
-        '\n`tokenizers.Tokenizer.from_file("tokenizer.json")` with `encode_batch` makes `ids` and `mask` '
-        "(`attention_mask`): it cuts texts at their longest and fills them up. Set `encode_special_tokens = True` on "
-        'it, which the file cannot say: a special token\'s name in a text, as "[SEP]", is else taken for the token.\n'
+        "\n`encode_batch` of the tokenizer makes `ids` and `mask` (`attention_mask`): it cuts texts at their longest "
+        "and fills them up."
     )
-    if "image.onnx" in files:
+    if "image.onnx" in about["files"]:
         lines.append(
             "`preprocess.json` says how pictures are resized, and the mean and deviation by channel that `pixels` are "
             "normalised with. Both embeddings have unit length; the probabilities of texts for an image are the "
             "softmax of `logit_scale` times the products, or, where there is a `logit_bias`, the sigmoid of that plus "
-            "`logit_bias`; both numbers are in `onnx.json`.\n"
+            "`logit_bias`; both numbers are in `onnx.json`."
         )
-    lines.append(f"Written by dualenc {version('dualenc')}.")
-    (folder / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
+    return "\n".join(lines)

@@ -16,13 +16,13 @@ from dualenc.data.images import Preprocess
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats.download import hub_folder
 from dualenc.formats.huggingface import dual as hugging_face
-from dualenc.formats.huggingface.families import Config
+from dualenc.formats.huggingface.family import Config
 from dualenc.formats.huggingface.text_checkpoint import open_text
 from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, longest, padding_token, read_tokenizer
+from dualenc.formats.model_folder import CONFIG, OPEN_CLIP, detect, open_folder
 from dualenc.formats.open_clip import config as open_clip
 from dualenc.formats.open_clip.tokenizer import open_clip_tokenizer
-from dualenc.formats.state_dict import PICKLED, SAFE, Weights
-from dualenc.formats.tensors import Rule, read_rules
+from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, read_state
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.open_clip import load_open_clip
 from dualenc.models.dual_encoder import DualConfig, DualEncoder
@@ -31,7 +31,6 @@ from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json
 
-OPEN_CLIP = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth", *SAFE, *PICKLED,
@@ -100,22 +99,22 @@ def open_dual(spec: str | os.PathLike[str]) -> DualCheckpoint:
         if not inside.startswith(("hf-hub:", "local-dir:")):
             return _architecture(name, inside)
         name = inside.removeprefix("local-dir:")
-    folder = Path(name)
+    if Path(name).is_file():
+        raise ModelError(f"{name} does not say of what architecture it is: write open_clip:ARCH/{name}")
+    found = open_folder(name, [OPEN_CLIP, CONFIG, *PROCESSORS, *TOKENIZER_FILES])
+    kind = found.first("open_clip", "dual_encoder", "transformers")
     if name.startswith("hf-hub:"):
-        folder = hub_folder(name, [OPEN_CLIP, "config.json", *PROCESSORS, *TOKENIZER_FILES])
-        for files in HUB_WEIGHTS[(folder / OPEN_CLIP).is_file()]:  # one of the copies that there may be
+        for files in HUB_WEIGHTS[kind == "open_clip"]:  # one of the copies that there may be
             folder = hub_folder(name, files)
             if any(next(folder.glob(pattern), None) for pattern in files):
                 break
-    if folder.is_file():
-        raise ModelError(f"{folder} does not say of what architecture it is: write open_clip:ARCH/{folder}")
-    if not folder.is_dir():
-        raise ModelError(f"model {name!r} is no folder, and no hf-hub:owner/name or open_clip:ARCH/WEIGHTS")
-    if (folder / OPEN_CLIP).is_file():
-        return _open_clip_folder(name, folder)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is no model to import: it has neither {OPEN_CLIP} nor config.json")
-    return _hugging_face(name, folder)
+    if kind == "open_clip":
+        return _open_clip_folder(name, found.path)
+    if kind == "dual_encoder":
+        raise ModelError(f"{found.path} is a model of dualenc already: load it as it is")
+    if kind is None:
+        raise ModelError(f"{found.path} is no model to import: it has neither {OPEN_CLIP} nor {CONFIG}")
+    return _hugging_face(name, found.path, found.config)
 
 
 @contextmanager
@@ -183,7 +182,7 @@ def _open_clip(
 
     with sense(where):
         config = open_clip.read_config(model_cfg, where, of_hub)
-        rules, _ = open_clip.rules_of(model_cfg, config)
+        rules = open_clip.rules_of(model_cfg, config)
         read_preprocess = open_clip.read_preprocess(preprocess, config.image.img_size, where)
         config = replace(config, text=_padded(config.text, model_cfg["text_cfg"], folder))
 
@@ -261,14 +260,11 @@ def _read(
     if cut and found and found[0] in weights:
         weights = ChainMap({found[0]: weights[found[0]][: shapes[name][0]]}, weights)  # type: ignore[arg-type]
     wanted = {ours: shapes[ours] for rule in rules for ours in rule.ours}
-    return open_clip.complete(read_rules(weights, rules, wanted, where, OF_ARCHIVES), shapes)
+    return open_clip.complete(read_state(weights, rules, wanted, where, OF_ARCHIVES), shapes)
 
 
-def _hugging_face(spec: str, folder: Path) -> DualCheckpoint:
-    path = folder / "config.json"
-    fields = read_json(path)
-    if isinstance(fields, dict) and "format" in fields:
-        raise ModelError(f"{folder} is a model of dualenc already: load it as it is")
+def _hugging_face(spec: str, folder: Path, fields: Config) -> DualCheckpoint:
+    path = folder / CONFIG
     with sense(str(path)):
         config, form = hugging_face.read_config(fields, str(path), partial(longest, folder))
         text = config.text
@@ -281,7 +277,7 @@ def _hugging_face(spec: str, folder: Path) -> DualCheckpoint:
     def state(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
         weights = Weights(folder)
         try:
-            rules, _ = hugging_face.rules_of(form, config, weights.keys())
+            rules = hugging_face.rules_of(form, config, weights.keys())
             return _read(weights, rules, shapes, str(weights.path), cut=True)
         finally:
             weights.close()
@@ -325,9 +321,8 @@ def join(image: str, text: str, embed_dim: int, seed: int) -> DualCheckpoint:
     if not squash and (share := said.get("crop_pct") or 1.0) != 1:
         notes.append(f"of a resized image all is seen, where timm cuts out {share:.3g} of each side")
     peers = [("timm", f"{name}/{weights}" if weights else name)]
-    path = found.folder / "config.json"
-    theirs = path.is_file() and "format" not in read_json(path)  # but for a text tower of ours, which none but we load
-    peers += [("transformers_text", str(found.folder))] if theirs else []
+    if "transformers" in detect(found.folder).kinds:  # a text tower of ours is loaded by nobody else
+        peers.append(("transformers_text", str(found.folder)))
     return DualCheckpoint(
         f"{image} and {text}", config, preprocess, tuple(peers), tuple(notes), found.tokenizer, lambda shapes: state
     )

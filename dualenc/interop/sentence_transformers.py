@@ -3,7 +3,6 @@
 Names of modules and keys are those that all its versions since 2 read.
 """
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,6 @@ def write_sentence_transformer(model: Embedder | TextPredictor, folder: Path) ->
         folder / "config_sentence_transformers.json",
         {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},
     )
-    size = layers[-1][0].out_features if layers else text.width
-    (folder / "README.md").write_text(_card(model.name, family.name, tokenizer, size), "utf-8")
 
 
 def _parts(model: Embedder | TextPredictor) -> tuple[TextEncoder, Tokenizer, Pool, list[tuple[nn.Linear, nn.Module]]]:
@@ -112,15 +109,3 @@ def _write_dense(folder: Path, linear: nn.Linear, activation: nn.Module) -> None
     state: dict[str, Tensor] = {f"linear.{name}": x for name, x in linear.state_dict().items()}
     state = {name: x.detach().float().cpu().contiguous() for name, x in state.items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-
-
-def _card(name: str, family: str, tokenizer: Tokenizer, size: int) -> str:
-    return (
-        "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
-        f"tags: [sentence-transformers, dualenc]\n---\n\n# {name}\n\n"
-        f"Texts of up to {tokenizer.context_length} tokens to vectors of {size} dimensions and unit length "
-        f"({family}).\n\n"
-        "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
-        'model = SentenceTransformer("path/of/this/folder")\nprint(model.encode(["a sentence"]))\n```\n\n'
-        f"Written by dualenc {version('dualenc')}.\n"
-    )

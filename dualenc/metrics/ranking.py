@@ -44,7 +44,7 @@ def match_ranks(queries: Tensor, candidates: Tensor, positives: Tensor, *, chunk
     if not bool((positives >= 0).any(1).all()) or int(positives.max()) >= len(candidates):
         raise ValueError(f"every query needs a positive between 0 and {len(candidates) - 1}")
     query, place = torch.nonzero(positives >= 0).unbind(1)
-    pairs = Pairs(query, positives[query, place])
+    pairs = QueryPairs(query, positives[query, place])
     side = Side.of(queries, candidates)
     counter = Counter(side, highest(pairs.query, side.exact(*pairs), len(queries)))
     for i, j, block, _ in blocks(side, pairs, chunk):
@@ -77,12 +77,12 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, *, skip: Tensor | None 
         raise ValueError(f"no neighbours among {len(candidates)} candidates: k and what is not skipped must be above 0")
     query = torch.nonzero(skip >= 0)[:, 0]
     first = First(side, k)
-    for i, j, block, _ in blocks(side, Pairs(query, skip[query])):
+    for i, j, block, _ in blocks(side, QueryPairs(query, skip[query])):
         first.take(block, i, j)
     return first.found()
 
 
-class Pairs(NamedTuple):
+class QueryPairs(NamedTuple):
     """Pairs of a query and a candidate, by rising query."""
 
     query: Tensor  # (n,) int64
@@ -149,14 +149,14 @@ class Side(NamedTuple):
             yield row, product.masked_fill_(rough == -torch.inf, -torch.inf)
 
 
-class Block(NamedTuple):
+class ScoreBlock(NamedTuple):
     """Scores of some queries with some candidates; -inf is no candidate."""
 
     scores: Tensor  # (q, c) float32, c a multiple of GROUP; either rows or columns lie contiguous
     scratch: Tensor  # (q, c), laid out alike, for whoever looks at the block
 
 
-def blocks(side: Side, masked: Pairs, chunk: int = 4096) -> Iterator[tuple[int, int, Block, Block]]:
+def blocks(side: Side, masked: QueryPairs, chunk: int = 4096) -> Iterator[tuple[int, int, ScoreBlock, ScoreBlock]]:
     """The product in fp32, block by block.
 
     Args:
@@ -190,7 +190,7 @@ def blocks(side: Side, masked: Pairs, chunk: int = 4096) -> Iterator[tuple[int, 
                 torch.mm(rows, columns.T, out=scores[:r, :c])
             here = (own_columns >= j) & (own_columns < j + c)
             scores[own_rows[here], own_columns[here] - j] = -torch.inf
-            yield i, j, Block(scores[:r], spare[:r]), Block(scores[:, :c].T, spare[:, :c].T)
+            yield i, j, ScoreBlock(scores[:r], spare[:r]), ScoreBlock(scores[:, :c].T, spare[:, :c].T)
 
 
 def _even(total: int, most: int) -> int:
@@ -215,7 +215,7 @@ class Counter:
         self.high = (self.threshold + margin).float()
         self.number = torch.zeros(len(threshold), dtype=torch.int64, device=threshold.device)
 
-    def take(self, block: Block, i: int, j: int) -> None:
+    def take(self, block: ScoreBlock, i: int, j: int) -> None:
         """Counts a block whose first query is i and whose first candidate is j."""
         scores, queries = block.scores, slice(i, i + len(block.scores))
         low, high = self.low[queries, None], self.high[queries, None]
@@ -252,7 +252,7 @@ class First:
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # queries, candidates, fp32 scores
         self.count = 0
 
-    def take(self, block: Block, i: int, j: int) -> None:
+    def take(self, block: ScoreBlock, i: int, j: int) -> None:
         """Searches a block whose first query is i and whose first candidate is j."""
         scores, size = block.scores, GROUP
         while size > 1 and scores.shape[1] < 2 * self.k * size:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dualenc.metrics.bootstrap import Measures, Statistic, mean
-from dualenc.metrics.ranking import TIE, Counter, First, Pairs, Side, blocks, highest
+from dualenc.metrics.ranking import TIE, Counter, First, QueryPairs, Side, blocks, highest
 
 SHOWN = 5  # first candidates kept of each query
 DEPTH = 10  # of nDCG
@@ -166,7 +166,7 @@ def _search(image: Tensor, text: Tensor, owner: Tensor, chunk: int, every: bool)
         raise ValueError(f"image_of_text must name every image from 0 to {images - 1} at least once")
     side = Side.of(text, image)
     owner, own = owner.to(text.device), own.to(text.device)
-    pairs = Pairs(torch.arange(texts, device=text.device), owner)
+    pairs = QueryPairs(torch.arange(texts, device=text.device), owner)
     score = side.exact(*pairs)
     by_text, by_image = Counter(side, score), Counter(side.turned(), highest(owner, score, images))
     text_side: list[Counter | First] = [by_text]
@@ -401,9 +401,9 @@ def _counted(x: Tensor, group: Tensor, query: Tensor) -> tuple[Tensor, Tensor, T
     thresholds = score.new_full((most, len(query)), torch.inf)
     thresholds[at.to(x.device), some.to(x.device)] = score
     counters = [Counter(side, threshold) for threshold in thresholds]
-    itself = Pairs(torch.cat((some, torch.arange(len(query)))), torch.cat((right, query)))
+    itself = QueryPairs(torch.cat((some, torch.arange(len(query)))), torch.cat((right, query)))
     masked = torch.argsort(itself.query, stable=True)
-    for i, j, block, _ in blocks(side, Pairs(itself.query[masked], itself.candidate[masked])):
+    for i, j, block, _ in blocks(side, QueryPairs(itself.query[masked], itself.candidate[masked])):
         for counter in counters:
             counter.take(block, i, j)
     rank = torch.stack([counter.number for counter in counters]).cpu()[at, some] + at

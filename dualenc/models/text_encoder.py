@@ -226,7 +226,7 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
-class Embeddings(nn.Module):
+class TextEmbeddings(nn.Module):
     """Sum of word, position and segment embeddings, normalised where the family does so, and brought to `width`."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -274,7 +274,7 @@ class TextEncoder(Tower):
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
-        self.embeddings = Embeddings(config)
+        self.embeddings = TextEmbeddings(config)
         self.schedule = config.schedule
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(max(self.schedule) + 1))
         self.norm = layer_norm(config) if config.norm == "pre" else nn.Identity()

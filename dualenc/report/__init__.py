@@ -1,10 +1,10 @@
 """Results to a table, to JSON and to a page that stands by itself."""
 
 from dualenc.report.doctor import print_examination, write_examination
-from dualenc.report.html import write_comparison, write_json, write_report
+from dualenc.report.html import write_comparison, write_report
 from dualenc.report.model import (
     Answers,
-    Choices,
+    ChoiceScores,
     Classes,
     Comparison,
     Labels,
@@ -19,7 +19,7 @@ from dualenc.report.terminal import print_comparison, print_table
 
 __all__ = [
     "Answers",
-    "Choices",
+    "ChoiceScores",
     "Classes",
     "Comparison",
     "Labels",
@@ -34,6 +34,5 @@ __all__ = [
     "print_table",
     "write_comparison",
     "write_examination",
-    "write_json",
     "write_report",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 from dualenc.report.formatting import figure, percent
 from dualenc.report.html import write_page
 from dualenc.report.plots import histogram
+from dualenc.utils.text import plural
 
 
 def print_examination(result: Mapping[str, Any]) -> None:
@@ -92,7 +93,7 @@ def write_examination(
 
 def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures in words."""
-    shards = f"{facts['shards']:,} shard{'s' * (facts['shards'] != 1)}"
+    shards = plural(facts["shards"], "shard")
     if facts["shards that can be read"] < facts["shards"]:
         shards += f", {facts['shards that can be read']:,} of which can be read"
     if "samples" not in facts:

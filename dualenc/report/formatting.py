@@ -63,11 +63,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
 
-def plain(name: str) -> str:
-    """A stranger's name for the terminal: as it is, or quoted where it holds what would steer the terminal."""
-    return name if name.isprintable() else repr(name)
-
-
 def breakable(name: str) -> Markup:
     """May go on in a new line after an underscore, as on a phone it must."""
     return escape(name).replace("_", Markup("_<wbr>"))

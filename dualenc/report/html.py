@@ -1,6 +1,5 @@
 """Pages that stand by themselves."""
 
-import json
 import os
 import platform
 import shlex
@@ -15,15 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dualenc.report import formatting as words
 from dualenc.report.comparison import of_comparison
-from dualenc.report.model import Comparison, Result, Section
+from dualenc.report.model import Comparison, Section
 from dualenc.report.plots import curves as plot_curves
 from dualenc.report.sections import headlines, of_section
-
-
-def write_json(folder: str | os.PathLike[str], command: str, results: Sequence[Result] | Mapping[str, Any]) -> None:
-    """Writes `<command>.json` into a folder, made if missing."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{command}.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+from dualenc.utils.files import write_text
 
 
 def write_report(
@@ -103,5 +97,5 @@ def write_page(
     )
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / "report.html"
-    path.write_text(html, "utf-8")
+    write_text(path, html)
     return path

@@ -53,7 +53,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Choices:
+class ChoiceScores:
     """Instances of a few images and captions to be told apart; the page draws some of them.
 
     Attributes:
@@ -95,7 +95,7 @@ class Section:
     """One evaluation set: its figures, and what stands behind them."""
 
     result: Result
-    findings: Classes | Labels | Answers | Choices | None  # none: the page has the figures only
+    findings: Classes | Labels | Answers | ChoiceScores | None  # none: the page has the figures only
     points: Points | None = None
 
 

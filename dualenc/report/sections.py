@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dualenc.report.formatting import is_share, less_is_better, measured
-from dualenc.report.model import Answers, Choices, Classes, Labels, Picture, Result, Section
+from dualenc.report.model import Answers, ChoiceScores, Classes, Labels, Picture, Result, Section
 from dualenc.report.plots import COLOURS, embedding_map, reliability, spread
 
 HEADLINES = (
@@ -61,7 +61,7 @@ def of_section(section: Section) -> dict[str, Any]:
             for name, value, n in zip(found.names, found.precision, found.counts)
         ]
         return page | {"bars": _worst_first(bars), "of": "average precision"}
-    if isinstance(found, Choices):
+    if isinstance(found, ChoiceScores):
         return page | {"choices": _choices(found)}
     if isinstance(found, Answers):
         galleries = [_gallery(found, asked) for asked in ("text", "image")]
@@ -212,7 +212,7 @@ def _gallery(found: Answers, asked: str) -> dict[str, Any]:
     }
 
 
-def _choices(found: Choices) -> list[dict[str, Any]]:
+def _choices(found: ChoiceScores) -> list[dict[str, Any]]:
     """Some instances in which something is wrong, and some in which all is right."""
     verdicts = [_verdict(np.asarray(scores)) for scores in found.scores]
     right = np.array([all(map(all, verdict.values())) for verdict in verdicts], dtype=bool)

@@ -5,9 +5,10 @@ from itertools import zip_longest
 from typing import Any
 
 from dualenc.report.comparison import differences
-from dualenc.report.formatting import change, number, plain
+from dualenc.report.formatting import change, number
 from dualenc.report.model import Result
 from dualenc.report.sections import rows
+from dualenc.utils.text import printable
 
 
 def print_table(results: Sequence[Result]) -> None:
@@ -35,7 +36,7 @@ def print_comparison(results: Sequence[Result]) -> None:
     if results:
         from rich.text import Text
 
-        _console().print(Text(f"A  {plain(results[0]['first'])}\nB  {plain(results[0]['second'])}\n"))
+        _console().print(Text(f"A  {printable(results[0]['first'])}\nB  {printable(results[0]['second'])}\n"))
     lines = [
         [
             (
@@ -61,7 +62,7 @@ def _print_sets(results: Sequence[Result], head: Sequence[str], lines: Sequence[
     for result, metrics in zip(results, lines):
         if table.row_count:
             table.add_row()
-        first = [(Text(plain(result["dataset"]), style="bold"), Text(f"{result['n']:,}"))]
+        first = [(Text(printable(result["dataset"]), style="bold"), Text(f"{result['n']:,}"))]
         if result.get("problems") or not result["complete"]:
             first.append((Text("not complete", style="bold yellow"), Text()))
         for place, cells in zip_longest(first, metrics):
@@ -75,14 +76,14 @@ def _print_sets(results: Sequence[Result], head: Sequence[str], lines: Sequence[
 def _problems(results: Sequence[Result]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for result in results:
         for problem in result.get("problems", ()):
-            yield plain(result["dataset"]), problem
+            yield printable(result["dataset"]), problem
 
 
 def _problem(problem: Mapping[str, Any]) -> str:
     """One line: what, how many, and the first names."""
-    names = [plain(name) for name in problem["names"][:3]]
+    names = [printable(name) for name in problem["names"][:3]]
     more = ", ..." if problem["count"] > len(names) else ""
-    return f"{plain(problem['what'])}: {problem['count']:,}" + (f" ({', '.join(names)}{more})" if names else "")
+    return f"{printable(problem['what'])}: {problem['count']:,}" + (f" ({', '.join(names)}{more})" if names else "")
 
 
 def _interval(bounds: Sequence[float] | None, write: Any) -> str:

@@ -6,20 +6,25 @@ stands before it and of the format: `torch.load` reads it as any other, and a co
 
 import errno
 import hashlib
-import os
+import math
 import re
 import struct
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
 
-from dualenc.data import DataError
+from dualenc.utils.errors import DataError
+from dualenc.utils.files import atomic_write
 
 FORMAT = 1
+NORMS = 100  # gradient norms that are kept
 _COMMENT = "dualenc checkpoint {} blake2b {}\n"
 _WRITTEN = re.compile(_COMMENT.format(r"(\d{1,4})", "([0-9a-f]{32})").encode() + rb"\Z")
 _NAME = "step-{:08d}.ckpt"
@@ -78,27 +83,15 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(".checkpoint.part")  # one process writes; what a killed one left is overwritten
-    try:
-        with open(beside, "wb") as file:
-            hashed = _Hashed(file)
-            try:
-                torch.save(content, hashed)  # type: ignore[arg-type]
-            except RuntimeError as error:  # of an archive that is shorter than it should be
-                raise hashed.error or error from None
-            hashed.digest.update(b"%d" % FORMAT)
-            comment = _COMMENT.format(FORMAT, hashed.digest.hexdigest()).encode()
-            file.write(struct.pack("<H", len(comment)) + comment)  # in place of the length of none
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name, too
-    finally:
-        os.close(folder)
+    with atomic_write(path, beside), open(beside, "wb") as file:
+        hashed = _Hashed(file)
+        try:
+            torch.save(content, hashed)  # type: ignore[arg-type]
+        except RuntimeError as error:  # of an archive that is shorter than it should be
+            raise hashed.error or error from None
+        hashed.digest.update(b"%d" % FORMAT)
+        comment = _COMMENT.format(FORMAT, hashed.digest.hexdigest()).encode()
+        file.write(struct.pack("<H", len(comment)) + comment)  # in place of the length of none
 
 
 class _Hashed:
@@ -193,3 +186,63 @@ class VerifiedIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Removes the file."""
         Path(path).unlink(missing_ok=True)
+
+
+@dataclass
+class RunState:
+    """Everything of a run that a checkpoint holds besides what Lightning keeps (weights, optimizer, schedule, loops).
+
+    Attributes:
+        loss: sum since the last log, on the device; the skipped steps count nothing.
+        steps, skipped, spikes: steps since the last log; of these the skipped ones, and those with a gradient spike.
+        counts: samples, real tokens, tokens if padded and bad samples since the last log, of this rank.
+        seconds: of training since the last log.
+        in_a_row: steps that were skipped one after the other.
+        norms: the last gradient norms.
+        best_value: largest value of the monitored metric.
+        samples: seen since the beginning, of all ranks.
+        metrics: the last value of each metric, for callbacks.
+    """
+
+    loss: Tensor | float = 0.0
+    steps: int = 0
+    skipped: int = 0
+    spikes: int = 0
+    counts: list[int] = field(default_factory=lambda: [0] * 4)
+    seconds: float = 0.0
+    in_a_row: int = 0
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=NORMS))
+    best_value: float = -math.inf
+    samples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def logged(self) -> None:
+        """Begin anew after a log."""
+        self.loss, self.counts = 0.0, [0] * 4
+        self.steps = self.skipped = self.spikes = 0
+
+    def write(self, checkpoint: dict[str, Any], counts: list[int]) -> None:
+        """Put what the task knows into a checkpoint.
+
+        Args:
+            checkpoint: the content.
+            counts: of all ranks together.
+        """
+        checkpoint["running"] = {
+            "loss": float(self.loss),
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "spikes": self.spikes,
+            "in_a_row": self.in_a_row,
+            "norms": list(self.norms),
+            "counts": counts,
+            "seconds": self.seconds,
+        }
+
+    def read(self, checkpoint: dict[str, Any], first: bool) -> None:
+        """Take up what `write` put there; `first` is true on the first rank, which has the counts of all."""
+        running = checkpoint["running"]
+        for name in ("loss", "steps", "skipped", "spikes", "in_a_row", "seconds"):
+            setattr(self, name, running[name])
+        self.norms = deque(running["norms"], maxlen=NORMS)
+        self.counts = list(running["counts"]) if first else [0] * 4

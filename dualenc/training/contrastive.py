@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualenc.data import DataError, Pairs, Preprocess
+from dualenc.data import Pairs, Preprocess
 from dualenc.data.image_features import Features
 from dualenc.data.images import thumbnail
 from dualenc.data.pairs import captions_of, decode_sample
 from dualenc.data.text.masking import Masked
 from dualenc.evaluation import score_retrieval
-from dualenc.formats.huggingface.text_checkpoint import open_text
+from dualenc.formats.huggingface.text_checkpoint import TextCheckpoint, open_text
 from dualenc.inference.embedder import Embedder, difference, fingerprint, load, model_folder, read_config
 from dualenc.losses import Duplicates, clip_loss
 from dualenc.metrics import retrieval_metrics
@@ -43,7 +43,7 @@ from dualenc.training.metrics import PairEmbeddings
 from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.ranks import mean_over_ranks
 from dualenc.training.task import Task, say, tower_in_words
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import DataError, ModelError
 
 
 def adamw(parameters: Iterable[Any]) -> AdamW:
@@ -68,6 +68,60 @@ def _pieces(batch: Pairs | list[Pairs]) -> list[Pairs]:
 def _takes_ids(loss: Callable) -> bool:
     parameters = inspect.signature(loss).parameters.values()
     return any(p.name == "ids" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+class Architecture(NamedTuple):
+    """What a contrastive run trains, and where it begins."""
+
+    config: DualConfig
+    preprocess: Preprocess | None  # of the model that the run begins with, where the architecture is that model's
+    text_checkpoint: TextCheckpoint | None  # where the text tower or the tokenizer is from
+
+
+def resolve_architecture(
+    image: ImageConfig | None,
+    text: TextConfig,
+    embed_dim: int,
+    projection: Literal["linear", "mlp"],
+    logit_bias: bool,
+    pretrained: bool | str,
+    text_from: str | None,
+    resize: Literal["shortest", "squash", "longest"],
+) -> Architecture:
+    """Return what a contrastive run trains: what the settings say, or what a pretrained model is.
+
+    Reads configurations and no weights, and changes nothing.
+
+    Args:
+        image, text, embed_dim, projection, logit_bias, pretrained, text_from, resize: see `ContrastiveTask`.
+
+    Raises:
+        ValueError: the settings contradict each other, or one is missing; names it.
+    """
+    if isinstance(pretrained, str) and pretrained.startswith("open_clip:"):
+        raise ValueError(f"model.pretrained {pretrained}: dualenc import {pretrained} OUT, and name OUT")
+    checkpoint = open_text(text_from) if text_from else None
+    if checkpoint is not None and is_model(pretrained):
+        raise ValueError(f"model.text_from {text_from}: model.pretrained {pretrained} has a text tower already")
+    text = checkpoint.config if checkpoint is not None else text
+    if image is not None:
+        return Architecture(DualConfig(image, text, embed_dim, projection, logit_bias), None, checkpoint)
+    if not isinstance(pretrained, str):
+        raise ValueError("model.image is missing: say an architecture, or name a model in model.pretrained")
+    if not is_model(pretrained):
+        raise ValueError(
+            f"model.pretrained {pretrained} is no folder, and no hf-hub:owner/name: make it by dualenc import SPEC "
+            f"{pretrained}, or say an architecture in model.image"
+        )
+    own = {"text": text, "embed_dim": embed_dim, "projection": projection, "resize": resize}
+    usual = inspect.signature(ContrastiveTask.__init__).parameters
+    if said := [name for name, value in own.items() if value != usual[name].default and not text_from]:
+        raise ValueError(
+            f"model.{said[0]} is that of model.pretrained {pretrained}: leave it away, or say model.image too"
+        )
+    folder, config, preprocess = read_config(pretrained)
+    config = dataclasses.replace(config, logit_bias=logit_bias or config.logit_bias)
+    return Architecture(config, preprocess, open_text(folder))
 
 
 class ContrastiveTask(Task):
@@ -131,31 +185,8 @@ class ContrastiveTask(Task):
         max_skipped: int = 20,
         seed: int = 0,
     ) -> None:
-        if isinstance(pretrained, str) and pretrained.startswith("open_clip:"):
-            raise ValueError(f"model.pretrained {pretrained}: dualenc import {pretrained} OUT, and name OUT")
-        text_checkpoint = open_text(text_from) if text_from else None
-        if text_checkpoint is not None:
-            text = text_checkpoint.config
-            if is_model(pretrained):
-                raise ValueError(f"model.text_from {text_from}: model.pretrained {pretrained} has a text tower already")
-        preprocess, shape = None, DualConfig(image or ImageConfig(), text, embed_dim, projection, logit_bias)
-        if image is None:
-            if not isinstance(pretrained, str):
-                raise ValueError("model.image is missing: say an architecture, or name a model in model.pretrained")
-            if not is_model(pretrained):
-                raise ValueError(
-                    f"model.pretrained {pretrained} is no folder, and no hf-hub:owner/name: make it by dualenc import "
-                    f"SPEC {pretrained}, or say an architecture in model.image"
-                )
-            own = {"text": text, "embed_dim": embed_dim, "projection": projection, "resize": resize}
-            usual = inspect.signature(ContrastiveTask.__init__).parameters
-            if said := [name for name, value in own.items() if value != usual[name].default and not text_from]:
-                raise ValueError(
-                    f"model.{said[0]} is that of model.pretrained {pretrained}: leave it away, or say model.image too"
-                )
-            folder, shape, preprocess = read_config(pretrained)
-            shape = dataclasses.replace(shape, logit_bias=logit_bias or shape.logit_bias)
-            text, text_checkpoint = shape.text, open_text(folder)
+        found = resolve_architecture(image, text, embed_dim, projection, logit_bias, pretrained, text_from, resize)
+        shape, text = found.config, found.config.text
         self._described = image is None
         model = DualEncoder(
             **{field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)},
@@ -164,12 +195,13 @@ class ContrastiveTask(Task):
             patch_dropout=patch_dropout,
         )
         super().__init__(model, optimizer, scheduler, seed, max_skipped)
-        self.text_checkpoint = text_checkpoint
+        self.text_checkpoint = found.text_checkpoint
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.tunings = {"image": image_tuning, "text": text_tuning}
         for name, tuning in self.tunings.items():
             tuning.freeze(getattr(model, name), f"model.{name}_tuning")
-        self.preprocess = preprocess or Preprocess(shape.image.img_size, resize=resize, **self.model.image.data_config)
+        own = Preprocess(shape.image.img_size, resize=resize, **self.model.image.data_config)
+        self.preprocess = found.preprocess or own
         self.text_config = text
         if duplicates != "ignore" and not _takes_ids(loss):
             raise ValueError(f"model.duplicates {duplicates} needs a loss that takes ids: set it to ignore")

@@ -11,8 +11,10 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from dualenc.data.prepare.resumable import write_whole
 from dualenc.training.task import say
+from dualenc.utils.files import append_lines, write_text
+
+HEAD = "step,metric,value"
 
 
 class MetricsFile(Logger):
@@ -24,8 +26,7 @@ class MetricsFile(Logger):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self._unwritten = ""
-        self._size = -1  # bytes that are written for good
+        self._unwritten: list[str] = []
 
     @property
     def name(self) -> str:
@@ -52,20 +53,14 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Writes the numbers of a step."""
         lines = io.StringIO()
-        csv.writer(lines).writerows((step, name, repr(float(x))) for name, x in metrics.items() if name != "epoch")
-        told, self._unwritten = bool(self._unwritten), self._unwritten + lines.getvalue().replace("\r\n", "\n")
+        rows = ((step, name, repr(float(x))) for name, x in metrics.items() if name != "epoch")
+        csv.writer(lines, lineterminator="\n").writerows(rows)
+        told = bool(self._unwritten)
+        self._unwritten += lines.getvalue().splitlines()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                if self._size < 0:
-                    self._size = file.tell()
-                file.truncate(self._size)  # a piece of what could not be written whole
-                head = "" if self._size else "step,metric,value\n"
-                text = f"{head}{self._unwritten}".encode()
-                if file.write(text) != len(text):
-                    raise OSError(0, "no room for all of it")
-                self._size += len(text)
-            self._unwritten = ""
+            begun = self.path.exists() and self.path.stat().st_size
+            append_lines(self.path, [*([] if begun else [HEAD]), *self._unwritten])
+            self._unwritten = []
         except OSError as error:
             if not told:
                 say(f"{self.path} cannot be written, its lines are kept: {error.strerror}")
@@ -85,5 +80,5 @@ def cut_back(path: Path, step: int) -> None:
 
     if path.exists():
         lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-        head = [line for line in lines[:1] if path.suffix == ".csv" and line == "step,metric,value\n"]
-        write_whole(path, "".join([*head, *(line for line in lines if line.endswith("\n") and of(line) <= step)]))
+        head = [line for line in lines[:1] if path.suffix == ".csv" and line == f"{HEAD}\n"]
+        write_text(path, "".join([*head, *(line for line in lines if line.endswith("\n") and of(line) <= step)]))

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualenc.data import DataError
 from dualenc.data.loading.epoch_plan import draw
 from dualenc.data.text.dataset import Texts
 from dualenc.inference.text_model import TextPredictor
@@ -21,6 +20,7 @@ from dualenc.training.contrastive import adamw
 from dualenc.training.optim import WarmupCosine
 from dualenc.training.ranks import mean_over_ranks
 from dualenc.training.text import LanguageTask, Measured
+from dualenc.utils.errors import DataError
 
 HELD_OUT = 7  # keeps the draws of validation apart from those of training
 

@@ -10,13 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from dualenc.data import BenchmarkSet, DataError
+from dualenc.data import BenchmarkSet
 from dualenc.evaluation import SetEmbeddings, embed_set, score
 from dualenc.report import Section
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.ema import averaged
 from dualenc.training.ranks import gathered
 from dualenc.training.task import say
+from dualenc.utils.errors import DataError
 
 
 class Evaluation(Callback):

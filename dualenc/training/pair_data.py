@@ -1,6 +1,5 @@
 """Pairs for a trainer: shards, split, tokenizer and loaders from one set of arguments."""
 
-import os
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
@@ -10,15 +9,17 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from dualenc.data import Augment, Cache, DataError, Loader, PairDataset, Preprocess, Quarantine, ShardIndex, Tokenizer
+from dualenc.data import Augment, Cache, Loader, PairDataset, Preprocess, Quarantine, ShardIndex, Tokenizer
 from dualenc.data.image_features import Features
-from dualenc.data.loading.loader import Batches
+from dualenc.data.loading.loader import BatchDataset
 from dualenc.data.pairs import all_captions, only_pairs
 from dualenc.data.shards.index import distinct
 from dualenc.data.text.masking import Masking
 from dualenc.models import TextConfig
 from dualenc.training.ranks import gathered
 from dualenc.training.task import say
+from dualenc.utils.errors import DataError
+from dualenc.utils.files import atomic_write
 
 
 class Source(TypedDict):
@@ -85,9 +86,8 @@ class TokenData(LightningDataModule):
             raise DataError(f"not one of the {what} can be read: there is nothing to train a tokenizer on")
         tokenizer = Tokenizer.train(chain([one], texts), self.text.vocab_size, self.text.context_length)
         self._own_tokenizer.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._own_tokenizer.with_name(f".tokenizer-{os.getpid()}.json")
-        tokenizer.save(beside)
-        beside.replace(self._own_tokenizer)
+        with atomic_write(self._own_tokenizer) as beside:
+            tokenizer.save(beside)
 
     def _read_tokenizer(self) -> Tokenizer:
         text = self.text
@@ -111,7 +111,7 @@ class TokenData(LightningDataModule):
         if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
             raise DataError(f"rank {different[0]} finds other {what} than rank 0: give all machines the same data")
 
-    def _load(self, dataset: Batches, size: int, train: bool, **options: Any) -> Loader:
+    def _load(self, dataset: BatchDataset, size: int, train: bool, **options: Any) -> Loader:
         """This rank's part of the batches of a data set, as the run has it."""
         made = Loader(
             dataset,

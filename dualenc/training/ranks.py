@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualenc.utils.errors import DataError, one_line
+from dualenc.utils.errors import DataError
+from dualenc.utils.text import one_line
 
 STOPPED = 75  # exit status of a run that a signal stopped: EX_TEMPFAIL, it can go on
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

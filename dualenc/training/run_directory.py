@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,20 +19,32 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-from dualenc.data.prepare.resumable import write_whole
 from dualenc.report import write_report
-from dualenc.training.checkpoint import CheckpointError, VerifiedIO, checkpoints, path_of, step_of, write
+from dualenc.training.checkpoint import CheckpointError, RunState, VerifiedIO, checkpoints, path_of, step_of, write
 from dualenc.training.csv_logger import cut_back
 from dualenc.training.ema import averaged
 from dualenc.training.evaluation_callback import Evaluation
+from dualenc.training.lightning_internals import (
+    ask_no_rank_to_stop,
+    continue_at_next_epoch,
+    dump_checkpoint,
+    epoch_is_done,
+    find_unused_parameters,
+    handle_no_signals,
+    kill_no_rank,
+    loader_state,
+    validates_by_time,
+    validation_follows,
+)
 from dualenc.training.ranks import Agreement, Signals, Stopped, Watch, gathered
 from dualenc.training.task import SICK, RunError, Task, say
-from dualenc.utils.errors import ModelError, one_line
+from dualenc.utils.errors import ModelError
+from dualenc.utils.files import write_json, write_text
+from dualenc.utils.text import one_line, plural, reason
 from dualenc.utils.urls import redact
 
 
@@ -78,13 +89,12 @@ class RunDirectory(Checkpoint):
         self.monitor, self.every_n_steps, self.every_n_minutes = monitor, every_n_steps, every_n_minutes
         self.keep, self.failed_saves, self.stall_seconds = keep, failed_saves, stall_seconds
         self.accept_changes = list(accept_changes)
-        self.best_value = self._tried = -math.inf
+        self._tried = -math.inf
+        self._state = RunState()  # the task's, once there is one
         self.config_yaml: str | None = None
         self.goes_on = False  # whether the folder may hold a run: set where it is meant
         self._continues = False
         self._begins = 0  # step
-        self._samples = 0  # seen
-        self._metrics: dict[str, float] = {}  # of the run that this one continues
         self._began = time.time()
         self._before = 0.0  # seconds of the stopped run, where this one continues it
         self._starts: list[dict[str, Any]] = []
@@ -103,17 +113,17 @@ class RunDirectory(Checkpoint):
         Raises:
             ValueError: validation is to follow the clock, which is another one on each rank and in each run.
         """
-        if stage == "fit" and getattr(trainer, "_val_check_time_interval", None) is not None:
+        if stage == "fit" and validates_by_time(trainer):
             raise ValueError("trainer.val_check_interval must be steps or a share of the epoch, no time")
-        if stage == "fit":  # Lightning's handlers send something to the other ranks wherever they are
-            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        if stage == "fit":
+            handle_no_signals(trainer)
         self.root, self._trainer = Path(trainer.default_root_dir), trainer
+        if isinstance(pl_module, Task):
+            self._state = pl_module.run_state
         trainer.strategy.checkpoint_io = VerifiedIO()
         several = len(getattr(pl_module, "heads", ())) > 1  # a step may be without one of them
         if isinstance(trainer.strategy, DDPStrategy) and (trainer.world_size > 2 or several):
-            # Otherwise gradients are summed up in another order after the first step, and a run that is continued has
-            # another first step.
-            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+            find_unused_parameters(trainer.strategy)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on with other data, or in another order, unless that is said.
@@ -124,27 +134,21 @@ class RunDirectory(Checkpoint):
         if trainer.state.fn != "fit":
             return
         self._begins = checkpoint["global_step"]
-        fit = checkpoint["loops"]["fit_loop"]
-        (then,) = fit["state_dict"]["combined_loader"]
-        now = trainer.datamodule.train_dataloader().state_dict()  # type: ignore[attr-defined]
-        changed = [
-            name for name in {**then, **now} if name not in ("epoch", "batch") and then.get(name) != now.get(name)
-        ]
-        if "features" in changed and now["features"] is not None:
+        then, loader = loader_state(checkpoint), trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        changes = loader.changes(then)
+        if changes.get("features", (None, None))[1] is not None:
             raise CheckpointError(
                 "the checkpoint's run did not have these data.features: give it those that it had, or begin a new run"
             )
-        if refused := [name for name in changed if name not in self.accept_changes]:
-            name = refused[0]
+        if refused := [name for name in changes if name not in self.accept_changes]:
+            before, now = changes[refused[0]]
             raise CheckpointError(
-                f"the checkpoint's run had {name} {then.get(name)}, this one has {now.get(name)}; if that is meant: "
+                f"the checkpoint's run had {refused[0]} {before}, this one has {now}; if that is meant: "
                 f"--run.accept_changes '[{', '.join(refused)}]' goes on from the next epoch"
             )
-        if changed:
-            _at_the_next_epoch(fit)
-            epoch = fit["epoch_progress"]["total"]["completed"]
-            fit["state_dict"]["combined_loader"] = [{**now, "epoch": epoch, "batch": 0}]
-            say(f"other {', '.join(changed)} than before: goes on at the beginning of the next epoch")
+        if changes:
+            continue_at_next_epoch(checkpoint, loader.state_dict())
+            say(f"other {', '.join(changes)} than before: goes on at the beginning of the next epoch")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a folder that holds another run; from here on signals stop the run well.
@@ -181,34 +185,30 @@ class RunDirectory(Checkpoint):
                     path.rename(path.with_suffix(".stale"))
                     say(f"{path} is damaged, or behind step {trainer.global_step}: renamed to .stale, may be deleted")
             if self.config_yaml is not None:
-                write_whole(self.root / "config.yaml", redact(self.config_yaml))
+                write_text(self.root / "config.yaml", redact(self.config_yaml))
             self._take_up_record(trainer)
             self._record(trainer, pl_module)
             if self._continues:
                 say(f"goes on after step {trainer.global_step:,}")
-        # Lightning asks the first rank at each step whether it was told to stop, and waits for the answer.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        _leave_the_ranks_alone(trainer)
+        ask_no_rank_to_stop(trainer)
+        kill_no_rank(trainer)
         self._agreement = Agreement(trainer.world_size)
         if trainer.world_size > 1:
             self._watch = pl_module.watch = Watch(trainer.global_rank, trainer.world_size, self.stall_seconds)
             self._watch.start()
         self._saved_at = time.monotonic()
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._state.metrics.items()})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Writes `best/` if the metric has improved, and a checkpoint if it is time."""
         assert isinstance(pl_module, Task)
-        self._samples += trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        self._state.samples += trainer.datamodule.batch_size  # type: ignore[attr-defined]
         self._save_best(trainer, pl_module)
         self._agree(trainer)
         self._due |= bool(self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
-        loop = trainer.fit_loop.epoch_loop
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if not (loop._should_check_val_fx(fetcher) or loop._is_training_done):
+        if not validation_follows(trainer):
             self._save_if_due(trainer, pl_module)
         if self._watch is not None:
             self._watch.at(trainer.global_step, "loads")
@@ -217,7 +217,7 @@ class RunDirectory(Checkpoint):
         """Writes `best/` if the metric has improved, and a checkpoint if it is time and the epoch goes on."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save_best(trainer, pl_module)
-            if not trainer.fit_loop.epoch_loop._is_training_done:
+            if not epoch_is_done(trainer):
                 self._agree(trainer, wait=True)
                 self._save_if_due(trainer, pl_module)
 
@@ -252,14 +252,14 @@ class RunDirectory(Checkpoint):
             self._watch.close()
         if trainer.is_global_zero:
             self._record(trainer, pl_module)
-            found = self.best_value > -math.inf
+            found = self._state.best_value > -math.inf
             best = (
-                f"best/ has {self.monitor} {self.best_value:.4g}"
+                f"best/ has {self.monitor} {self._state.best_value:.4g}"
                 if found
                 else f"no best/: no {self.monitor} was measured"
             )
             bad = len(trainer.datamodule.quarantine)  # type: ignore[attr-defined]
-            named = f"; {bad:,} bad sample{'s' * (bad != 1)} did not take part, see {self.root / 'quarantine.jsonl'}"
+            named = f"; {plural(bad, 'bad sample')} did not take part, see {self.root / 'quarantine.jsonl'}"
             named *= bad > 0
             say(
                 f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}; {best}; "
@@ -283,13 +283,13 @@ class RunDirectory(Checkpoint):
         """The best value and the samples so far; what callbacks may look at."""
         found = self._trainer.callback_metrics.items()
         metrics = {name: float(value) for name, value in found if name != "train/samples_per_second"}
-        return {"best_value": self.best_value, "samples": self._samples, "metrics": metrics}
+        return {"best_value": self._state.best_value, "samples": self._state.samples, "metrics": metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what the run had that this one continues."""
         self._continues = True
-        self.best_value, self._samples = state_dict["best_value"], state_dict["samples"]
-        self._metrics = state_dict["metrics"]
+        for name in ("best_value", "samples", "metrics"):
+            setattr(self._state, name, state_dict[name])
 
     # Saving
 
@@ -329,11 +329,7 @@ class RunDirectory(Checkpoint):
         """
         assert isinstance(pl_module, Task)
         pl_module.pause_clock("saves")
-        content = trainer._checkpoint_connector.dump_checkpoint()
-        if trainer.fit_loop.done and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            # Lightning counts the epoch in which a run ends by its steps; one that goes on by more of them is in it.
-            for part in content["loops"]["fit_loop"]["epoch_progress"].values():
-                part["processed"] = part["completed"] = part["ready"] - 1
+        content = dump_checkpoint(trainer)
         error = ""
         if trainer.is_global_zero:
             folder = self.root / "checkpoints"
@@ -341,7 +337,7 @@ class RunDirectory(Checkpoint):
                 _check_finite(content["state_dict"])
                 write(path_of(folder, trainer.global_step), content)
             except (OSError, ValueError) as raised:
-                error = getattr(raised, "strerror", None) or str(raised)
+                error = reason(raised)
             else:
                 for path in checkpoints(folder)[self.keep :]:
                     with suppress(OSError):
@@ -363,11 +359,11 @@ class RunDirectory(Checkpoint):
 
     def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor)
-        if value is None or float(value) <= max(self.best_value, self._tried):
+        if value is None or float(value) <= max(self._state.best_value, self._tried):
             return
         self._tried = float(value)  # what cannot be written is not tried at each step
         if self._save_model(trainer, pl_module, "best"):
-            self.best_value = float(value)
+            self._state.best_value = float(value)
 
     def _save_model(self, trainer: Trainer, pl_module: LightningModule, name: str) -> bool:
         """Whether it could be written; the same on all ranks."""
@@ -380,7 +376,7 @@ class RunDirectory(Checkpoint):
                 try:
                     pl_module.save_model(self.root / name, whole)
                 except (OSError, ModelError) as raised:
-                    error = getattr(raised, "strerror", None) or str(raised)
+                    error = reason(raised)
                     say(f"{self.root / name} cannot be written: {error}")
         return not trainer.strategy.broadcast(error)
 
@@ -415,7 +411,7 @@ class RunDirectory(Checkpoint):
             f"held_out_{pl_module.noun}": len(data.val_index) if data.val_index else 0,
             "fingerprint": data.train_index.fingerprint,
             "step": trainer.global_step,
-            "samples_seen": self._samples,
+            "samples_seen": self._state.samples,
             "bad_samples": len(data.quarantine),
             "seconds": round(self._before + time.time() - self._began, 1),
             "restarts": len(self._starts) - 1,
@@ -423,7 +419,7 @@ class RunDirectory(Checkpoint):
             "config": self._config,
         }
         try:
-            write_whole(self.root / "run.json", json.dumps(record, indent=2) + "\n")
+            write_json(self.root / "run.json", record)
         except OSError as error:
             say(f"{self.root / 'run.json'} cannot be written: {error.strerror}")
 
@@ -480,20 +476,3 @@ def _check_finite(weights: Mapping[str, Any]) -> None:
     for name, weight in weights.items():
         if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not bool(weight.isfinite().all()):
             raise ValueError(f"{name} is not finite")
-
-
-def _at_the_next_epoch(fit: dict[str, Any]) -> None:
-    """Changes the state of Lightning's loops to that between the epoch that was begun and the next one."""
-    for part in ("total", "current"):
-        epochs, batches = fit["epoch_progress"][part], fit["epoch_loop.batch_progress"][part]
-        epochs.update(dict.fromkeys(epochs, epochs["ready"]))
-        batches.update(dict.fromkeys(batches, batches["ready"] if part == "total" else 0))
-    fit["epoch_loop.batch_progress"]["is_last_batch"] = False
-
-
-def _leave_the_ranks_alone(trainer: Trainer) -> None:
-    """Lightning's own process kills the run where a rank ends with a status, even one that it should end with."""
-    launched = getattr(trainer.strategy.launcher, "procs", [])
-    for thread in threading.enumerate():
-        if launched and isinstance(thread, subprocess_script._ChildProcessObserver):
-            thread._child_processes = []

@@ -5,7 +5,6 @@ import math
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +17,19 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualenc.data import DataError
 from dualenc.data.loading.epoch_plan import draw
 from dualenc.models import TextConfig
 from dualenc.report import Section
+from dualenc.training.checkpoint import NORMS, RunState
+from dualenc.training.lightning_internals import restore_loader_states
 from dualenc.training.optim import Tuning, parameter_groups
 from dualenc.training.ranks import Watch
+from dualenc.utils.errors import DataError
+from dualenc.utils.files import append_lines
 
 SICK = "sick.jsonl"
 SPIKE = 5.0  # times the median of the last gradient norms
-NORMS = 100  # so many of them
-ENOUGH = 20  # before which there is no telling
+ENOUGH = NORMS // 5  # norms before which a spike cannot be told
 
 
 @rank_zero_only
@@ -88,16 +89,10 @@ class Task(LightningModule):
         self.tunings: dict[str, Tuning] = {}  # of parts of the model, by their names
         self.watch: Watch | None = None  # where there are several ranks
         self.skip: Tensor | None = None  # whether the last step was skipped, on the device
-        # Since the last log: loss on the device; on the host steps, those skipped, spikes, counts of `count`.
-        self._loss: Tensor | float = 0.0
-        self._steps = self._skipped = self._spikes = 0
-        self._counts = [0] * 4
-        self._in_a_row = 0  # skipped
-        self._norms: deque[float] = deque(maxlen=NORMS)
+        self.run_state = RunState()
         self._now: tuple[Tensor, Sequence[int], Sequence[Tensor]] | None = None  # loss, rows, embeddings of this step
         self._pending: list[_Step] = []
         self._grad_norm: Tensor | None = None
-        self._seconds = 0.0  # of training since the last log
         self._started: float | None = None  # when the clock was; None while it stands
 
     def setup(self, stage: str) -> None:
@@ -135,19 +130,14 @@ class Task(LightningModule):
     def pause_clock(self, doing: str = "evaluates") -> None:
         """Until `start_clock`, time does not count."""
         if self._started is not None:
-            self._seconds += time.monotonic() - self._started
+            self.run_state.seconds += time.monotonic() - self._started
             self._started = None
         if self.watch is not None:
             self.watch.at(self.global_step, doing)
 
     def on_train_start(self) -> None:
         """Starts the clock of samples/s."""
-        # Lightning forgets the loader's state where `configure_optimizers` has made the loader before it was read, and
-        # where it is that of an epoch's end.
-        loop = self.trainer.fit_loop
-        if states := loop._combined_loader_states_to_load:
-            loop._combined_loader._load_state_dicts(states)
-            loop._combined_loader_states_to_load = []
+        restore_loader_states(self.trainer)
         self.start_clock()
 
     def on_validation_start(self) -> None:
@@ -179,8 +169,8 @@ class Task(LightningModule):
         """
         self._now = loss.detach(), rows, [part.detach() for part in embedded]
         for i, number in enumerate(counts):
-            self._counts[i] += number
-        self._steps += 1
+            self.run_state.counts[i] += number
+        self.run_state.steps += 1
         finite = loss.detach().isfinite()
         return loss * torch.where(finite, 1.0, torch.nan)  # a gradient may be finite where its loss is not
 
@@ -209,7 +199,7 @@ class Task(LightningModule):
         norm = norm.detach()
         when = ~norm.isfinite()
         self._grad_norm, self.skip = norm, when
-        self._loss = self._loss + torch.where(when, torch.zeros_like(loss), loss)
+        self.run_state.loss = self.run_state.loss + torch.where(when, torch.zeros_like(loss), loss)
         arrived = None
         if scaler is None:  # which otherwise looks itself
             skip(optimizer, when)
@@ -230,21 +220,21 @@ class Task(LightningModule):
                 step.arrived.synchronize()
             norm = step.norm.item()
             if not math.isfinite(norm):
-                self._skipped += 1
-                self._in_a_row += 1
+                self.run_state.skipped += 1
+                self.run_state.in_a_row += 1
                 named = self._write_down(step, "skipped", norm)
-                if self._in_a_row >= self.max_skipped:
+                if self.run_state.in_a_row >= self.max_skipped:
                     raise RunError(
-                        f"loss or gradient were not finite in {self._in_a_row} steps in a row, up to step "
+                        f"loss or gradient were not finite in {self.run_state.in_a_row} steps in a row, up to step "
                         f"{step.number}; its samples are {named}, all are in {self._sick}: lower the learning rate, or "
                         "set trainer.precision to bf16-mixed or 32-true"
                     )
                 continue
-            self._in_a_row = 0
-            if len(self._norms) >= ENOUGH and norm > SPIKE * statistics.median(self._norms):
-                self._spikes += 1
+            self.run_state.in_a_row = 0
+            if len(self.run_state.norms) >= ENOUGH and norm > SPIKE * statistics.median(self.run_state.norms):
+                self.run_state.spikes += 1
                 self._write_down(step, "spike", norm)
-            self._norms.append(norm)
+            self.run_state.norms.append(norm)
 
     @property
     def _sick(self) -> Path:
@@ -269,16 +259,12 @@ class Task(LightningModule):
             "rank": self.global_rank,
             "loss": _for_json(step.loss.item()),
             "grad_norm": _for_json(norm),
-            "median": statistics.median(self._norms) if self._norms else None,
+            "median": statistics.median(self.run_state.norms) if self.run_state.norms else None,
             "not_finite": first,
             "samples": shards,
         }
         try:
-            self._sick.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._sick, "ab", buffering=0) as file:  # one write: ranks do not mix their lines
-                text = json.dumps(line).encode() + b"\n"
-                if file.write(text) != len(text):
-                    raise OSError(0, "no room for all of it")
+            append_lines(self._sick, [json.dumps(line)])
         except OSError as error:
             say(f"{self._sick} cannot be written: {error.strerror}")
         named = first or [f"{shard} {key!r}" for shard, keys in shards.items() for key in keys]
@@ -298,23 +284,22 @@ class Task(LightningModule):
         self._look()
         samples, real, padded, bad = self._all_counts()
         self.pause_clock("trains")
-        seconds, self._seconds = self._seconds, 0.0
+        seconds, self.run_state.seconds = self.run_state.seconds, 0.0
         self.start_clock()
-        good = self._steps - self._skipped
+        good = self.run_state.steps - self.run_state.skipped
         assert self._grad_norm is not None
         metrics = {
-            "train/loss": float(self._loss) / good if good else math.nan,
+            "train/loss": float(self.run_state.loss) / good if good else math.nan,
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],  # of what has factor 1
             **self.more_metrics(),
             "train/grad_norm": self._grad_norm.item(),
-            "train/grad_spikes": self._spikes,
-            "train/skipped_steps": self._skipped,
+            "train/grad_spikes": self.run_state.spikes,
+            "train/skipped_steps": self.run_state.skipped,
             "train/samples_per_second": samples / seconds,
             "train/padding_avoided": 1 - real / padded,
             "train/bad_samples": bad,
         }
-        self._loss, self._counts = 0.0, [0] * 4
-        self._steps = self._skipped = self._spikes = 0
+        self.run_state.logged()
         self.publish(metrics, step, bar=("train/loss", "train/samples_per_second"))
 
     def stepped(self) -> None:
@@ -326,7 +311,7 @@ class Task(LightningModule):
 
     def _all_counts(self) -> list[int]:
         """What has summed up on all ranks together."""
-        counts = torch.tensor(self._counts, device=self.device)
+        counts = torch.tensor(self.run_state.counts, device=self.device)
         return self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
 
     def publish(self, metrics: dict[str, float], step: int | None = None, bar: Iterable[str] = ()) -> None:
@@ -369,24 +354,11 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What has summed up is part of a checkpoint, so that a resumed run logs the same."""
         self._look()
-        checkpoint["running"] = {
-            "loss": float(self._loss),
-            "steps": self._steps,
-            "skipped": self._skipped,
-            "spikes": self._spikes,
-            "in_a_row": self._in_a_row,
-            "norms": list(self._norms),
-            "counts": self._all_counts(),
-            "seconds": self._seconds,
-        }
+        self.run_state.write(checkpoint, self._all_counts())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `on_save_checkpoint`."""
-        running = checkpoint["running"]
-        self._loss, self._steps, self._seconds = running["loss"], running["steps"], running["seconds"]
-        self._skipped, self._spikes, self._in_a_row = running["skipped"], running["spikes"], running["in_a_row"]
-        self._norms = deque(running["norms"], maxlen=NORMS)
-        self._counts = list(running["counts"]) if self.trainer.is_global_zero else [0] * 4
+        self.run_state.read(checkpoint, self.trainer.is_global_zero)
 
 
 def tower_in_words(config: TextConfig) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualenc.data import DataError
 from dualenc.data.loading.bad_samples import causes
 from dualenc.data.loading.epoch_plan import permutation
 from dualenc.data.text.dataset import Part, Texts
@@ -40,6 +39,8 @@ from dualenc.training.contrastive import BASE, PLAIN, adamw
 from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.ranks import gathered, mean_over_ranks
 from dualenc.training.task import Task, say, tower_in_words
+from dualenc.utils.errors import DataError
+from dualenc.utils.files import append_lines
 
 NEGATIVES = 20.0  # scale of the cosines (Reimers and Gurevych 2019, as their library has it)
 PREDICTIONS = "predictions.jsonl"
@@ -421,10 +422,9 @@ class TextTask(LanguageTask):
                 raise DataError(f"data.predict.{name}: a head of kind {head.kind} predicts no label of a text")
             for row, answer in zip(batch.rows[part.texts.cpu()].tolist(), said, strict=True):
                 lines[row] = {"head": name, **answer}
-        with open(Path(self.trainer.default_root_dir) / PREDICTIONS, "a", encoding="utf-8") as file:
-            for row in sorted(lines):
-                about = {"file": index[row].shard, "line": index[row].key}
-                file.write(json.dumps({**about, **lines[row]}, ensure_ascii=False) + "\n")
+        about = {row: {"file": index[row].shard, "line": index[row].key} for row in lines}
+        texts = (json.dumps({**about[row], **lines[row]}, ensure_ascii=False) for row in sorted(lines))
+        append_lines(Path(self.trainer.default_root_dir) / PREDICTIONS, texts)
         self._written += len(lines)
         return len(lines)
 

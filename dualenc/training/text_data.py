@@ -8,7 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from dualenc.data import DataError, Loader, Quarantine
+from dualenc.data import Loader, Quarantine
 from dualenc.data.loading.loader import Mix
 from dualenc.data.text.dataset import TextDataset, Texts, Use, all_labels, all_texts
 from dualenc.data.text.files import TextIndex
@@ -17,6 +17,7 @@ from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig
 from dualenc.training.pair_data import Source, TokenData, stage_name
 from dualenc.training.task import say
+from dualenc.utils.errors import DataError
 
 Split = Literal["train", "val", "test", "predict"]
 

@@ -1,6 +1,4 @@
-"""What can be wrong with data, and how it is said."""
-
-import re
+"""Errors that a user can mend: each is one line that names the file, key or option and the way out."""
 
 
 class DataError(ValueError):
@@ -19,18 +17,6 @@ class BadSample(DataError):
         # From a worker process it comes back as its message alone.
         super().__init__(f"{sample}{f': {cause}' if cause else ''}{f' ({detail})' if detail else ''}")
         self.cause, self.detail = cause, detail
-
-
-def one_line(error: object) -> str:
-    """An error in one line: no traceback of a worker, no order to a terminal, no password of a URL."""
-    from dualenc.utils.urls import redact
-
-    # What fails in a worker process arrives with that process's traceback before it.
-    text = str(error)
-    if "Original Traceback" in text:
-        text = re.split(r"\ndualenc\.\w+(?:\.\w+)*: ", text)[-1]
-    # What strangers wrote gives a terminal no orders; what a user wrote may hold the password of a URL.
-    return redact("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split())))
 
 
 class ModelError(ValueError):

@@ -1,14 +1,16 @@
-"""Folders written whole or not at all, and configs that are what they say."""
+"""Files written whole or not at all, lines appended whole or not at all, and JSON that is what it says."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,95 @@ from typing import Any
 from dualenc.utils.errors import ModelError
 
 FORMAT = 1
+
+# Files
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], beside: Path | None = None) -> Iterator[Path]:
+    """Give a file to write that takes the place of `path` once all of it is on the disk.
+
+    Whatever happens, `path` is the old file or the new one, never a part of it. Where the block fails, the new file is
+    removed.
+
+    Args:
+        path: name in the end.
+        beside: file to write, in the same folder; absent, a new one whose name begins with a dot and ends with
+            ".part". A process that is killed leaves it.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        if beside is None:
+            handle, name = tempfile.mkstemp(".part", f".{path.name}-", path.parent)
+            os.close(handle)
+            beside = Path(name)
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        beside.chmod(0o644)  # mkstemp and safetensors let nobody else read what they write
+        os.replace(beside, path)
+    except OSError as error:
+        if error.filename is not None and Path(str(error.filename)).name.startswith(f".{path.name}-"):
+            error.filename, error.filename2 = str(path), None  # the name that people know
+        raise
+    finally:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system that cannot
+            os.fsync(folder)  # the name, too
+    finally:
+        os.close(folder)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, whole or not at all; see `atomic_write`."""
+    with atomic_write(path) as beside:
+        beside.write_bytes(text.encode())
+
+
+def write_json(path: str | os.PathLike[str], data: Any, indent: int = 2) -> None:
+    """Write JSON for people too, whole or not at all: indented, with a line end."""
+    write_text(path, json.dumps(data, indent=indent) + "\n")
+
+
+def append_lines(path: str | os.PathLike[str], lines: Iterable[str], *, sync: bool = False) -> None:
+    """Append lines to a file, all of them or none.
+
+    Any number of processes may append to one file: their lines do not mix, where the file system has locks. A last line
+    that a killed process left without its end is ended first, so that no other is joined to it.
+
+    Args:
+        path: file, made with its folder if missing.
+        lines: without line ends.
+        sync: return when they are on the disk.
+
+    Raises:
+        OSError: there is no room for all of them, or the file cannot be written; it is then as it was.
+    """
+    data = "".join(f"{line}\n" for line in lines).encode()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            data = b"\n" + data
+        try:
+            if file.write(data) != len(data):  # a full disk takes a part without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+# Folders and configurations
 
 
 def check_place(path: Path, files: Collection[str]) -> None:
@@ -119,11 +210,6 @@ def _is(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind or hint)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON for people too: indented, one line at the end."""
-    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -229,7 +229,9 @@ def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.Capt
     assert "another kind is wanted: classification" in wrong
     assert "dualenc retrieval" in fails(capsys, ["probe", model, pairs])
     (tmp_path / "taken" / "zeroshot.json").mkdir(parents=True)
-    assert "taken cannot be written" in fails(capsys, ["zeroshot", model, data, "--out", str(tmp_path / "taken")], 1)
+    assert "taken/zeroshot.json: Is a directory" in fails(
+        capsys, ["zeroshot", model, data, "--out", str(tmp_path / "taken")], 1
+    )
     assert "two sets are called 'set'" in fails(capsys, ["zeroshot", model, data, data])
     assert "holds no result" in fails(capsys, ["compare", out, str(tmp_path)])
     assert "has no architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])

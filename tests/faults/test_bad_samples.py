@@ -22,8 +22,9 @@ from helpers import Shake, caption, encode, pixels, smooth, tiny_tokenizer, writ
 import dualenc.data.pairs as pairs_module
 import dualenc.data.shards.shard as index_module
 from dualenc.cli import main
-from dualenc.data import DataError, Loader, PairDataset, Preprocess, Quarantine, ShardIndex
+from dualenc.data import Loader, PairDataset, Preprocess, Quarantine, ShardIndex
 from dualenc.data.loading.bad_samples import Bad
+from dualenc.utils.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
 SHORT = ["--data.val", "null", "--trainer.max_steps", "4"]

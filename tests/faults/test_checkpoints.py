@@ -11,6 +11,7 @@ from fits import fails
 from runs import begin, data, end, logged, run, spoil
 
 import dualenc.training.checkpoint as checkpoint_module
+import dualenc.utils.files as files_module
 from dualenc.training.checkpoint import (
     CheckpointError,
     DamagedCheckpoint,
@@ -87,17 +88,19 @@ def test_killed_while_writing(tmp_path, seed, stage):
     write(path, content(seed))
     pid = os.fork()
     if not pid:
-        module, name = stage.split(".")
+        try:
 
-        def die(*args, **options):
-            if stage == "torch.save":
-                args[1].write(b"half of it")
-                args[1].file.flush()
-            os.kill(os.getpid(), 9)
+            def die(*args, **options):
+                if stage == "torch.save":
+                    args[1].write(b"half of it")
+                    args[1].file.flush()
+                os.kill(os.getpid(), 9)
 
-        setattr(getattr(checkpoint_module, module), name, die)
-        write(path, content(seed + 1))
-        os._exit(0)
+            module, name = stage.split(".")
+            setattr({"torch": checkpoint_module.torch, "os": files_module.os}[module], name, die)
+            write(path, content(seed + 1))
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == KILLED
     verify(path)
     assert torch.equal(read(path)["state_dict"]["a"], content(seed)["state_dict"]["a"])

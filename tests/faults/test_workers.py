@@ -14,7 +14,8 @@ import torch
 from helpers import Shake, tiny_tokenizer, write_shards
 
 import dualenc.data.pairs as pairs_module
-from dualenc.data import DataError, Loader, PairDataset, ShardIndex
+from dualenc.data import Loader, PairDataset, ShardIndex
+from dualenc.utils.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
 FORK = multiprocessing.get_context("fork")

@@ -28,9 +28,9 @@ from servers import Hub, Large, Repo, hub_server
 from dualenc import ModelError, load, load_text
 from dualenc.cli import main
 from dualenc.formats.download import hub_folder
-from dualenc.hub.card import TITLES, Measured, Subject, card, check_measured, read_measured
-from dualenc.hub.push import files_of, open_subject, push
-from dualenc.inference.embedder import FILES
+from dualenc.formats.model_folder import OWN_FILES
+from dualenc.hub.card import TITLES, SetResult, Subject, card, check_measured, read_measured
+from dualenc.hub.push import open_subject, push, stage
 from dualenc.inference.text_model import TextPredictor
 from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig, TextModel
@@ -175,7 +175,7 @@ def test_a_part_of_a_snapshot_is_never_taken_for_all(hub: Hub, tmp_path: Path, s
     embedder.save(tmp_path / "model")
     spec = push(tmp_path / "model", REPO).spec
     spec = spec if pinned else f"hf-hub:{REPO}"
-    folder = hub_folder(spec, FILES)
+    folder = hub_folder(spec, OWN_FILES)
     for forgotten in (False, True):  # whether another program fetched them, which keeps no list
         (folder / "model.safetensors").unlink()
         if forgotten:
@@ -294,7 +294,7 @@ def test_of_a_run_the_best_goes_there_and_only_what_it_needs(
     assert same(load(spec, "cpu"), load(folder / "best", "cpu"))
     assert not same(load(spec, "cpu"), load(folder / "last", "cpu"))
     there = hub.repos[REPO].commits[spec.partition("@")[2]]
-    assert set(there) == {*FILES, "README.md", ".gitattributes"}
+    assert set(there) == {*OWN_FILES, "README.md", ".gitattributes"}
     assert isinstance(there["model.safetensors"], Large)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     text = there["README.md"].decode()
@@ -419,8 +419,9 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
         return [child.content for child in inside if re.search("(?i)://|www[.]|@[a-z]", child.content)]
 
     facts = [("head", NASTY), (NASTY, 3)]
-    nasty = Subject("open_clip", tmp_path, None, facts, None, "zero-shot-image-classification", ["open_clip"])
-    plain = Subject("open_clip", tmp_path, None, [("head", "x"), ("y", 3)], *list(vars(nasty).values())[4:])
+    task = "zero-shot-image-classification"
+    nasty = Subject("open_clip", tmp_path, None, facts, "f", task, ["open_clip"], notes=[NASTY])
+    plain = Subject("open_clip", tmp_path, None, [("head", "x"), ("y", 3)], "f", task, ["open_clip"], notes=["z"])
     found = read_measured(tmp_path / "r.json")
     (tmp_path / "r.json").write_text(
         json.dumps(
@@ -441,13 +442,13 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
         "x|https://a.b|`y",
         "@me",
     ):
-        there = card(Subject("onnx", tmp_path, None, [("x", f"a {link} b")], None, "", ["onnx"]), REPO)
+        there = card(Subject("onnx", tmp_path, None, [("x", f"a {link} b")], "f", "", ["onnx"]), REPO)
         assert outline(re.sub(r"(?i)`[^`|\n]*(//|www|me)[^`|\n]*`", "l", there)) == outline(
-            card(Subject("onnx", tmp_path, None, [("x", "y")], None, "", ["onnx"]), REPO)
+            card(Subject("onnx", tmp_path, None, [("x", "y")], "f", "", ["onnx"]), REPO)
         )
         assert links(there) == []
         assert links(there.replace("`", "")) != []  # the control
-    assert "| recall@5 |" in card(Subject("onnx", tmp_path, None, [("x", "recall@5")], None, "", ["onnx"]), REPO)
+    assert "| recall@5 |" in card(Subject("onnx", tmp_path, None, [("x", "recall@5")], "f", "", ["onnx"]), REPO)
     assert ":p@" not in text
     assert "token=t" not in text
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
@@ -458,7 +459,6 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
     assert "license" not in about
     assert "No licence was named." in text
     assert "was not complete" in text
-    assert "was not checked" in text
     # The control: without escapes the outline is another one.
     assert outline(re.sub(r"`\S+//\S+`", "l", text).replace("\\", "")) != outline(calm)
 
@@ -492,7 +492,6 @@ def export(folder: Path, kind: str) -> Path:
             "modules.json": [],
             "config.json": {},
             "1_Pooling/config.json": {},
-            "dualenc.json": {},
         },
         "onnx": {"onnx.json": {"embed_dim": 8, "opset": 20}, "preprocess.json": {}},
     }[kind]
@@ -504,7 +503,9 @@ def export(folder: Path, kind: str) -> Path:
         (folder / "text.onnx").write_bytes(b"a graph")
     else:
         save_file({"x": torch.randn(3, 5)}, folder / name)
-    (folder / "README.md").write_text("the exporter's, written by dualenc 1.0.\nNot as it was: the bias|es.\n")
+    about = {"format": kind, "fingerprint": "f00", "notes": ["the bias|es"], "dualenc": "1.0"}
+    (folder / "export.json").write_text(json.dumps(about))
+    (folder / "README.md").write_text("the exporter's\n")
     (folder / "training_args.bin").write_text("no")
     (folder / ".cache").mkdir()
     return folder
@@ -522,7 +523,8 @@ def test_exports_are_known_by_their_files(hub: Hub, tmp_path: Path, kind: str) -
     text = there["README.md"].decode()
     assert ModelCard(text).data.library_name == kind
     assert REPO in text.partition("## How to load it")[2]
-    assert "| not as it was | the bias\\|es. |" in text
+    assert "Not as it was: the bias\\|es" in text
+    assert "| fingerprint | f00 |" in text
     assert ("image_size 16" in text) == (kind in ("open_clip", "transformers"))
     assert "dualenc export" not in text.partition("## How to load it")[2]
     if kind == "open_clip":
@@ -531,7 +533,8 @@ def test_exports_are_known_by_their_files(hub: Hub, tmp_path: Path, kind: str) -
         assert "| parameters | 0.0 M |" in text
         path = folder / "open_clip_config.json"
         path.write_text(path.read_text().replace(str(folder), "google-bert/bert-base"))
-        told = json.loads(files_of(open_subject(folder), REPO)["open_clip_config.json"])  # type: ignore[arg-type]
+        stage(open_subject(folder), tmp_path / "stage", REPO)
+        told = json.loads((tmp_path / "stage" / "open_clip_config.json").read_text())
         assert told["model_cfg"]["text_cfg"]["hf_model_name"] == "google-bert/bert-base"
     for path in folder.glob("*.safetensors"):
         path.unlink()
@@ -554,7 +557,9 @@ def test_a_name_in_an_open_clip_folder_is_of_that_folder_or_of_the_hub(
     def told(**names: Any) -> tuple[Any, ...]:
         whole["model_cfg"]["text_cfg"] = names
         path.write_text(json.dumps(whole))
-        config = json.loads(files_of(open_subject(folder), REPO)["open_clip_config.json"])  # type: ignore[arg-type]
+        shutil.rmtree(tmp_path / "stage", ignore_errors=True)
+        stage(open_subject(folder), tmp_path / "stage", REPO)
+        config = json.loads((tmp_path / "stage" / "open_clip_config.json").read_text())
         return tuple(config["model_cfg"]["text_cfg"].values())
 
     assert told(hf_model_name="/gone/since", hf_tokenizer_name="tokenizer.json") == (REPO, REPO)
@@ -591,21 +596,22 @@ def test_a_push_leaves_nothing_of_a_model_of_another_kind(hub: Hub, tmp_path: Pa
     commits = len(hub.repos[REPO].commits)
     push(tmp_path / "model", REPO)
     assert len(hub.repos[REPO].commits) == commits + 1
-    assert there() == {*FILES, *kept}
+    assert there() == {*OWN_FILES, *kept}
     assert same(load(f"hf-hub:{REPO}", "cpu"), embedder)
     push(export(tmp_path / "sentences", "sentence-transformers"), REPO)
     push(export(tmp_path / "graphs", "onnx"), REPO)
-    assert there() == {"onnx.json", "text.onnx", "preprocess.json", *kept}
+    assert there() == {"export.json", "onnx.json", "text.onnx", "preprocess.json", *kept}
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "transformers", "sentence-transformers", "onnx"])
 def test_what_others_wrote_is_no_export(tmp_path: Path, kind: str) -> None:
     folder = export(tmp_path / "out", kind)
     open_subject(folder)  # the control
-    (folder / "README.md").write_text("A model that was not written by dualenc's makers.\n")
-    with pytest.raises(ModelError, match="is no export of dualenc"):
-        open_subject(folder)
-    (folder / "README.md").unlink()
+    for wrong in ({"format": "another", "fingerprint": "f00"}, {"format": kind}, [], None):
+        (folder / "export.json").write_text(json.dumps(wrong))
+        with pytest.raises(ModelError, match="is no export of dualenc"):
+            open_subject(folder)
+    (folder / "export.json").unlink()
     with pytest.raises(ModelError, match=r"is no export of dualenc.* `dualenc import` wrote"):
         open_subject(folder)
 
@@ -700,11 +706,11 @@ def test_what_the_card_says_to_paste_knows_all_its_names(tmp_path: Path, seed: i
     assert unknown("x = torch.ones(3)") == {"torch"}  # the control
 
 
-def test_figures_of_an_export_are_of_one_model_and_marked() -> None:
-    subject = Subject("onnx", Path(), None, [], None, "feature-extraction", ["onnx"])
+def test_figures_of_an_export_are_of_the_model_that_was_exported() -> None:
+    subject = Subject("onnx", Path(), None, [], "f", "feature-extraction", ["onnx"])
 
-    def of(mark: str, dataset: str) -> Measured:
-        return Measured(dataset, "retrieval", "runs/x", mark, "", 3, (), {"mrr": 0.5}, {})
+    def of(mark: str, dataset: str) -> SetResult:
+        return SetResult(dataset, "retrieval", "runs/x", mark, "", 3, (), {"mrr": 0.5}, {})
 
     check_measured(subject, [of("f", "a"), of("f", "b")])
     with pytest.raises(ModelError, match="the result for b is of another model"):

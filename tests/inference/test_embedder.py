@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import dualenc
 from dualenc import DataError, ModelError, Preprocess, ShardIndex, TextConfig
 from dualenc.data import ImageError, Loader, PairDataset, decode_image
-from dualenc.inference.embedder import FILES, Embedder, load
+from dualenc.formats.model_folder import OWN_FILES
+from dualenc.inference.embedder import Embedder, load
 
 TEXTS = ["a cat", "", "two hats and boats", "the red dog sits on a blue mat under the green tree", "dog", "a", "a dog"]
 
@@ -46,7 +47,7 @@ def photos(seed, tmp_path):
 def test_save_and_load_gives_equal_bits(seed, tmp_path, photos, options):
     embedder = tiny_embedder(seed, **options)
     embedder.save(tmp_path / "deep" / "model")
-    assert {path.name for path in (tmp_path / "deep" / "model").iterdir()} == {*FILES, "README.md"}
+    assert {path.name for path in (tmp_path / "deep" / "model").iterdir()} == {*OWN_FILES, "README.md"}
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]  # nothing left over
     again = dualenc.load(tmp_path / "deep" / "model", device="cpu")
     assert again.model.config == embedder.model.config
@@ -230,7 +231,7 @@ def test_parts_that_do_not_fit_are_refused(embedder):
 # Model directories that cannot be used
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", OWN_FILES)
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
     with pytest.raises(ModelError, match=rf"no whole model directory: {name} missing"):
@@ -238,7 +239,7 @@ def test_a_missing_file_is_named(saved, name):
 
 
 def test_all_missing_files_are_named(tmp_path):
-    with pytest.raises(ModelError, match=", ".join(FILES) + " missing"):
+    with pytest.raises(ModelError, match=", ".join(OWN_FILES) + " missing"):
         load(tmp_path)
     with pytest.raises(ModelError, match=r"absent' is no folder, and no hf-hub:"):
         load("absent")

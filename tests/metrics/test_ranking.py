@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualenc.metrics.ranking as ranking
-from dualenc.metrics.ranking import TIE, Counter, First, Pairs, Side, blocks, match_ranks, nearest
+from dualenc.metrics.ranking import TIE, Counter, First, QueryPairs, Side, blocks, match_ranks, nearest
 
-NONE = Pairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+NONE = QueryPairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 KINDS = ["random", "twins", "coarse", "zero", "collapsed", "near"]
 
 
@@ -221,7 +221,7 @@ def test_the_transposed_blocks_serve_the_other_direction(kind):
     threshold = exact.masked_fill(exact == -torch.inf, 0)[:, 0]
     for chunk in (5, 32, 50, 4096):
         counter, first = Counter(side.turned(), threshold), First(side.turned(), 6)
-        for i, j, _, turned in blocks(side, Pairs(query, candidate), chunk):
+        for i, j, _, turned in blocks(side, QueryPairs(query, candidate), chunk):
             counter.take(turned, j, i)
             first.take(turned, j, i)
         assert torch.equal(counter.number, (exact >= threshold[:, None] - TIE).sum(1))

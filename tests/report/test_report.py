@@ -22,7 +22,7 @@ from PIL import Image
 from dualenc.data.doctor.checks import examine
 from dualenc.report import (
     Answers,
-    Choices,
+    ChoiceScores,
     Classes,
     Comparison,
     Labels,
@@ -35,10 +35,10 @@ from dualenc.report import (
     print_table,
     write_comparison,
     write_examination,
-    write_json,
     write_report,
 )
 from dualenc.report.plots import embedding_map, reliability
+from dualenc.utils.files import write_json
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>document.title='x'</script><img src=x onerror=alert(1)> & \"quotes\" ' {{ 7 * 7 }}"
@@ -127,7 +127,7 @@ def sections(seed: int, count: int = 12, images: int = 60) -> list[Section]:
     pairs = points(rng, np.arange(2 * images) // images, ["images", "captions"])
     pairs = dataclasses.replace(pairs, pairs=np.arange(2 * images).reshape(2, images).T)
     precision = Labels(found.names, np.arange(count), np.linspace(0, 1, count))
-    choices = Choices(
+    choices = ChoiceScores(
         [captions[i : i + 2] for i in range(0, images, 2)],
         np.arange(images).reshape(-1, 2),
         rng.random((images // 2, 2, 2)) + 0.3 * np.eye(2),
@@ -283,7 +283,7 @@ def test_figures_stand_in_it(tmp_path: Path, curves: Path, seed: int) -> None:
             row += [f"{x:.3f}" for x in [section.result["chance"].get(name)] if x is not None]
             assert re.search(r"\s*".join(row), text), row
     assert "held-out pairs" in text  # a plot's title
-    write_json(tmp_path, "zeroshot", [section.result for section in given])
+    write_json(tmp_path / "zeroshot.json", [section.result for section in given])
     assert json.loads((tmp_path / "zeroshot.json").read_text()) == [section.result for section in given]
 
 
@@ -420,7 +420,7 @@ def test_choices_are_judged(tmp_path: Path, seed: int, pictures: int) -> None:
         right &= (own > scores[:, [1, 0], [0, 1]]).all(1)
     images = np.arange(40 * pictures).reshape(40, pictures)
     captions = [[f"caption {i} {place}" for place in "ab"] for i in range(40)]
-    found = Choices(captions, images, scores, picture_of)
+    found = ChoiceScores(captions, images, scores, picture_of)
     page = write_report(tmp_path, "Orders", [Section(result("orders", {"text_score": 0.5}, 40, "choice"), found)])
     shown = page.read_text("utf-8").split('<span class="verdict')[1:]
     assert len(shown) == min(4, right.sum()) + min(4, (~right).sum())

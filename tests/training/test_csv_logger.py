@@ -3,7 +3,7 @@
 import errno
 import random
 
-import dualenc.training.csv_logger as log_module
+import dualenc.utils.files as files_module
 from dualenc.training.csv_logger import MetricsFile, cut_back
 
 
@@ -35,7 +35,7 @@ def test_what_cannot_be_written_is_written_later(tmp_path, seed, monkeypatch, ca
         value = chance.random()
         broken = chance.random() < 0.5 and step < 39
         monkeypatch.setattr(
-            log_module, "open", (lambda *a, **k: Short(real(*a, **k))) if broken else real, raising=False
+            files_module, "open", (lambda *a, **k: Short(real(*a, **k))) if broken else real, raising=False
         )
         full.log_metrics({"a": value, "epoch": 3.0}, step)
         expected += f"{step},a,{value!r}\n"

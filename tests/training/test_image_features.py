@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from dualenc import ShardIndex, load
 from dualenc.cli import main
-from dualenc.data import DataError, Loader, PairDataset, Quarantine
+from dualenc.data import Loader, PairDataset, Quarantine
 from dualenc.data.image_features import Features
 from dualenc.training.contrastive import ContrastiveTask
+from dualenc.utils.errors import DataError
 
 
 @pytest.fixture

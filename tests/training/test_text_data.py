@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import WORDS, tiny_tokenizer
 
-from dualenc.data import DataError, Tokenizer
+from dualenc.data import Tokenizer
 from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig
 from dualenc.training.text_data import TextData
+from dualenc.utils.errors import DataError
 
 TEXT = TextConfig(60, width=16, layers=1, heads=2, context_length=12)
 HEADS = {

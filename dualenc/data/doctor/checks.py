@@ -19,11 +19,12 @@ from dualenc.data.doctor.scan import Survey, survey
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem
 from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
 from dualenc.data.loading.bad_samples import IN_A_ROW, Quarantine
-from dualenc.data.pairs import captions_of, decode_sample
+from dualenc.data.pairs import captions_of, check_captions, decode_sample
 from dualenc.data.shards.index import Sample, ShardIndex, distinct, expand_shards
 from dualenc.data.shards.shard import content_hash
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.utils.errors import DataError
+from dualenc.utils.text import printable, quoted
 from dualenc.utils.urls import shown
 
 TINY_SIDE = 32  # pixels of the shorter side
@@ -125,8 +126,7 @@ def examine(
     Raises:
         DataError: `captions` is neither "txt" nor "json.FIELD"; none of the shards is there; `against` cannot be read.
     """
-    if captions != "txt" and not captions.startswith("json."):
-        raise DataError(f"captions {captions!r} must be 'txt' or 'json.FIELD'")
+    check_captions(captions)
     sets = [_other(data, captions) for data in against]
     found = Examination(findings=[finding for *_, findings in sets for finding in findings])
     paths = _there([shards] if isinstance(shards, str | os.PathLike) else shards, found)
@@ -239,7 +239,7 @@ def _pairs(index: ShardIndex, captions: str, found: Examination) -> np.ndarray:
     for has, what, wanted in ((image, "image", f".{', .'.join(IMAGE_EXTENSIONS)}"), (text, "caption", f".{member}")):
         if len(lacking := np.flatnonzero(~has)):
             some = [index[int(row)] for row in lacking[:SHOWN]]
-            examples = [f"{_name(one)} has {_quoted(', '.join(sorted(one.members)))}" for one in some]
+            examples = [f"{_name(one)} has {quoted(', '.join(sorted(one.members)))}" for one in some]
             advice = f"left out: wanted is {wanted}"
             if what == "caption":
                 advice += "; --captions says where captions are"
@@ -375,7 +375,7 @@ class _Look:
                 "equal ones in a batch count as wrong answers to each other: keep one, with all captions in its .json",
                 (len(self.decoded), "images"),
             )
-        self.found.galleries["Equal images"] = [[(_quoted(one.key), one) for one in some] for _, some in same[:6]]
+        self.found.galleries["Equal images"] = [[(quoted(one.key), one) for one in some] for _, some in same[:6]]
 
     def captions(self, context_length: int | None) -> None:
         seen = self.seen
@@ -423,7 +423,7 @@ class _Look:
             examples = [f"{_name(mine)} is {_name(its)}" for mine, its in both]
             self.add("warning", f"image that stands in {name} too", len(places), examples, advice)
         self.found.galleries[f"In {name} too"] = [
-            [(f"here: {_quoted(mine.key)}", mine), (f"there: {_quoted(its.key)}", its)] for mine, its in both[:6]
+            [(f"here: {quoted(mine.key)}", mine), (f"there: {quoted(its.key)}", its)] for mine, its in both[:6]
         ]
 
     def _only(self) -> str:
@@ -435,7 +435,7 @@ class _Look:
 
     def _caption(self, wanted: np.uint64, row: np.uint64) -> str:
         texts = (text.strip() for text in captions_of(self.index[int(row)], self.source))
-        return _quoted(next((text for text in texts if content_hash(text.encode()) == wanted), "?"))
+        return quoted(next((text for text in texts if content_hash(text.encode()) == wanted), "?"))
 
     def _most(self, of: np.ndarray) -> list[str]:
         worst = np.argsort(-of, kind="stable")[:SHOWN]
@@ -460,14 +460,5 @@ def estimate(count: int, looked: int, total: int) -> tuple[int, int, int]:
 # How things are shown
 
 
-def printable(text: str) -> str:
-    """The text with all that a terminal could take for an order, or a page could not hold, written out."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def _quoted(text: str) -> str:
-    return repr(text if len(text) <= 100 else f"{text[:99]}\N{HORIZONTAL ELLIPSIS}")
-
-
 def _name(sample: Sample) -> str:
-    return f"{_quoted(sample.key)} in {printable(sample.shard)}"
+    return f"{quoted(sample.key)} in {printable(sample.shard)}"

@@ -1,14 +1,16 @@
-"""Bad samples: written down, counted, and the end of a run where they are too many."""
+"""Bad samples: replaced, written down, counted, and the end of a run where they are too many."""
 
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dualenc.utils.errors import DataError
+from dualenc.data.workers import Progress
+from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.files import append_lines
 
 IN_A_ROW = 100  # bad samples one after the other that end a run whatever the budget: nothing good would come
 AT_LEAST = 10  # that a budget allows
@@ -32,6 +34,55 @@ def causes(bad: Iterable[Bad]) -> str:
         f"{cause} ({count:,}, such as {example[cause].shard} sample {example[cause].key!r})"
         for cause, count in Counter(item.cause for item in bad).most_common(3)
     )
+
+
+class SampleReader:
+    """Reads the samples of an index one by one; in place of a bad one it reads the next good one.
+
+    Args:
+        index: the samples: a length, and items with a `shard` and a `key`.
+        read: gives what a sample holds, from its number and itself; raises BadSample where that is of no use.
+        measured: the samples are measured, so that no other counts in place of a bad one.
+        alike: gives the first of the samples that may stand for a bad one, and the first after them; absent, all may.
+
+    Attributes:
+        progress: the sample that this process is at.
+    """
+
+    def __init__(
+        self,
+        index: Any,
+        read: Callable[[int, Any], Any],
+        *,
+        measured: bool,
+        alike: Callable[[int], tuple[int, int]] | None = None,
+    ) -> None:
+        self.index, self.read, self.measured, self.alike = index, read, measured, alike
+        self.progress = Progress()
+
+    def first_good(self, row: int, bad: list[Bad]) -> tuple[int, Any]:
+        """Return the number of the first sample from `row` on that can be used, and what it holds.
+
+        The number is -1 where another one stands for a sample that is measured. `bad` takes those that were met before.
+
+        Raises:
+            DataError: `IN_A_ROW` samples one after the other are bad.
+        """
+        start, stop = self.alike(row) if self.alike is not None else (0, len(self.index))
+        for step in range(IN_A_ROW):
+            near = start + (row - start + step) % (stop - start)
+            self.progress.begin(near)
+            sample = self.index[near]
+            try:
+                return -1 if step and self.measured else near, self.read(near, sample)
+            except BadSample as error:
+                bad.append(Bad(near, sample.shard, sample.key, error.cause, error.detail))
+        raise DataError(f"{IN_A_ROW} samples in a row are bad: {causes(bad[-IN_A_ROW:])}")
+
+    def where(self, row: int) -> tuple[str, str]:
+        """Return a sample's shard, and its shard and key, for people."""
+        sample = self.index[row]
+        return sample.shard, str(sample)
 
 
 class Quarantine:
@@ -76,9 +127,8 @@ class Quarantine:
                 {"shard": item.shard, "key": item.key, "cause": item.cause, "detail": item.detail}
                 for item in new.values()
             )
-            text = "".join(json.dumps(line) + "\n" for line in lines)
             try:
-                self._append(self.path, text)
+                append_lines(self.path, map(json.dumps, lines))
             except OSError as error:  # they are counted all the same
                 print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr)
         if len(self) > self.most:
@@ -87,17 +137,6 @@ class Quarantine:
                 f"{len(self):,} bad samples, more than the {self.most:,} that data.bad_samples allows: "
                 f"{causes(self._known.values())}{where}"
             )
-
-    @staticmethod
-    def _append(path: Path, text: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b", buffering=0) as file:  # whole lines in one write: ranks do not mix theirs
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-            if size and file.read(1) != b"\n":  # cut by a kill: what follows must not be lost with it
-                text = f"\n{text}"
-            file.write(text.encode())
 
     def _read_on(self) -> None:
         """Takes up what other ranks, or this run before it was stopped, have written."""

@@ -1,82 +1,33 @@
 """Batches in the order of a plan, for one rank, resumable at any of them: of pairs and of texts alike."""
 
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from dualenc.data.loading.bad_samples import IN_A_ROW, Bad, Quarantine, causes
+from dualenc.data.loading.bad_samples import Quarantine
 from dualenc.data.loading.epoch_plan import EpochPlan, InTurn
 from dualenc.data.loading.prefetch import Prefetch
-from dualenc.data.workers import Noting, PatientLoader
-from dualenc.utils.errors import BadSample, DataError
+from dualenc.data.workers import PatientLoader, Watched
+from dualenc.utils.errors import DataError
 
 Request = tuple[int, int, np.ndarray]  # epoch, place in it of the first sample, (B,) sample numbers
 Mix = Literal["together", "in_turn"]
 
 
-class Batches(Noting):
-    """Whole batches by request, in a worker or in the main process.
+class BatchDataset(Watched, Protocol):
+    """What a `Loader` makes batches of."""
 
-    A bad sample is replaced by the next good one in training; otherwise its row is -1, and whoever measures leaves it
-    out.
+    index: Any  # the samples: a length, `counts()`, `parts` and `fingerprint`
 
-    Args:
-        index: of the samples: a length, `counts()`, `parts`, `fingerprint`, and items with a `shard` and a `key`.
-        seed: of what is drawn in training; None where it is measured.
-    """
-
-    def __init__(self, index: Any, seed: int | None) -> None:
-        super().__init__()
-        self.index, self.seed = index, seed
-
-    @abstractmethod
     def __getitem__(self, request: Request) -> Any:
         """The batch of an epoch's samples; it has `bad`, the samples that were met and could not be used."""
+        ...
 
-    @abstractmethod
-    def read(self, row: int, sample: Any) -> Any:
-        """What a sample holds.
-
-        Raises:
-            BadSample: it is of no use.
-        """
-
-    @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Plain values on which the batches depend, beside the plan; a run that goes on must have the same."""
-
-    def where(self, row: int) -> tuple[str, str]:
-        """A sample's shard, and its shard and key, for people."""
-        sample = self.index[row]
-        return sample.shard, str(sample)
-
-    def alike(self, row: int) -> tuple[int, int]:
-        """The first of the samples that may stand for a bad one, and the first after them."""
-        return 0, len(self.index)
-
-    def next_good(self, row: int, bad: list[Bad]) -> tuple[int, Any]:
-        """The first sample from `row` on that can be used: its number, and what it holds. Notes those before it.
-
-        Raises:
-            DataError: `IN_A_ROW` samples one after the other are bad.
-        """
-        start, stop = self.alike(row)
-        for step in range(IN_A_ROW):
-            near = start + (row - start + step) % (stop - start)
-            self.begin(near)
-            sample = self.index[near]
-            try:
-                return near, self.read(near, sample)
-            except BadSample as error:
-                bad.append(Bad(near, sample.shard, sample.key, error.cause, error.detail))
-        raise DataError(f"{IN_A_ROW} samples in a row are bad: {causes(bad[-IN_A_ROW:])}")
-
-    def used(self, row: int, good: int) -> int:
-        """The number of a sample that stands in a batch for `row`; -1 where another is measured in its place."""
-        return good if good == row or self.seed is not None else -1
+        """Plain values on which the batches depend, besides the plan; a run that continues must have the same."""
+        ...
 
 
 class Loader:
@@ -110,7 +61,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Batches,
+        dataset: BatchDataset,
         batch_size: int,
         *,
         micro_batch_size: int | None = None,
@@ -212,17 +163,22 @@ class Loader:
             **self.dataset.facts(),
         }
 
+    def changes(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return in what another loader read other data, or in another order: names with its value and this one's."""
+        mine = self.state_dict()
+        pairs = {
+            name: (state.get(name), mine.get(name)) for name in {**state, **mine} if name not in ("epoch", "batch")
+        }
+        return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where another loader stood.
 
         Raises:
             DataError: that loader read other data, or in another order; names the field.
         """
-        mine = self.state_dict()
-        for name in mine | state:
-            then, now = state.get(name), mine.get(name)
-            if name not in ("epoch", "batch") and then != now:
-                raise DataError(f"the checkpoint's data loader had {name} {then}, this run has {now}")
+        for name, (then, now) in self.changes(state).items():
+            raise DataError(f"the checkpoint's data loader had {name} {then}, this run has {now}")
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 

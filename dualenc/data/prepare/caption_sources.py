@@ -37,7 +37,7 @@ Record = tuple[str, dict[str, Any] | None]  # where in the source, and what is t
 
 
 @dataclass(slots=True)
-class Item:
+class CaptionedImage:
     """An image with its captions and whatever else is known of it."""
 
     image: str  # relative to the image folder, or absolute
@@ -46,11 +46,11 @@ class Item:
 
 
 @dataclass
-class Source:
+class CaptionSource:
     """What a source holds."""
 
     images: str  # folder
-    items: list[Item]
+    items: list[CaptionedImage]
     total: int  # items, and what is lost before any picture is read
     left_out: list[list[str]]  # cause, which
     classnames: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ def read_source(
     image_column: str | None,
     caption_column: str | None,
     templates: Sequence[str] | None,
-) -> Source:
+) -> CaptionSource:
     """Reads a source, whatever it is; the arguments are those of `make_shards`.
 
     Raises:
@@ -124,7 +124,7 @@ def class_name(folder: str) -> str:
     return " ".join(clean(folder).replace("_", " ").replace("-", " ").split())
 
 
-def _class_folders(source: Path, templates: Sequence[str]) -> Source:
+def _class_folders(source: Path, templates: Sequence[str]) -> CaptionSource:
     if without := [template for template in templates if "{c}" not in template or not template.strip()]:
         raise DataError(f"templates: {without[0]!r} has no {{c}}")
     folders = {}
@@ -140,14 +140,14 @@ def _class_folders(source: Path, templates: Sequence[str]) -> Source:
             f"{source} has no folders with images in them, one for each class, and no metadata.csv or the like; name "
             f"a table or a folder of class folders as the source (here are: {', '.join([*tables, *below]) or 'none'})"
         )
-    found = Source(str(source), [], 0, [])
+    found = CaptionSource(str(source), [], 0, [])
     for folder, names in folders.items():
         name = class_name(folder)
         found.classnames += [name] if name not in found.classnames else []
         filled = [template.replace("{c}", name) for template in templates]
         for file in names:
             turn = len(found.items) % len(filled)
-            found.items.append(Item(f"{folder}/{file}", filled[turn:] + filled[:turn], {"class": name}))
+            found.items.append(CaptionedImage(f"{folder}/{file}", filled[turn:] + filled[:turn], {"class": name}))
     found.images, found.total = os.path.abspath(source), len(found.items)
     return found
 
@@ -274,9 +274,9 @@ def _column(table: Path, columns: list[str], given: str | None, usual: Sequence[
     return found[0]
 
 
-def _gather(records: Iterable[Record], image: str, caption: str) -> Source:
+def _gather(records: Iterable[Record], image: str, caption: str) -> CaptionSource:
     """Rows to items: the rows of an image are one, which keeps the further columns that they agree in."""
-    items: dict[str, Item] = {}
+    items: dict[str, CaptionedImage] = {}
     broken, left_out = 0, []
     for place, record in records:
         if record is None:
@@ -293,7 +293,7 @@ def _gather(records: Iterable[Record], image: str, caption: str) -> Source:
             clean(key): clean(value) for key, value in record.items()
             if key not in (image, caption, "") and _is_scalar(value)
         }  # fmt: skip
-        item = items.setdefault(os.path.normpath(name), Item(name, [], fields))
+        item = items.setdefault(os.path.normpath(name), CaptionedImage(name, [], fields))
         item.fields = {key: value for key, value in item.fields.items() if key in fields and fields[key] == value}
         texts = record.get(caption)
         for text in texts if isinstance(texts, list) and texts else [texts]:
@@ -302,7 +302,7 @@ def _gather(records: Iterable[Record], image: str, caption: str) -> Source:
             else:
                 item.captions.append(" ".join(str(text).split()))
     usable = [item for item in items.values() if item.captions]
-    return Source("", usable, len(items) + broken, left_out)
+    return CaptionSource("", usable, len(items) + broken, left_out)
 
 
 def fault(caption: Any) -> str | None:
@@ -322,7 +322,7 @@ def clean(value: Any) -> Any:
     return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if isinstance(value, str) else value
 
 
-def _to_numbers(items: list[Item]) -> None:
+def _to_numbers(items: list[CaptionedImage]) -> None:
     """Columns of a text table that hold nothing but numbers: expressions over the fields compare them."""
     words = {key for item in items for key, value in item.fields.items() if value and not _NUMBER.fullmatch(value)}
     for item in items:
@@ -333,7 +333,7 @@ def _to_numbers(items: list[Item]) -> None:
         }
 
 
-def _find_images(table: Path, items: list[Item]) -> str:
+def _find_images(table: Path, items: list[CaptionedImage]) -> str:
     """The folder beside a table that holds most of a sample of its images."""
     folder = os.path.dirname(os.path.abspath(table))
     split = table.stem.rpartition("_")[2]  # captions_train2017.json belongs to train2017/

@@ -21,10 +21,12 @@ from webdataset.writer import TarWriter
 
 from dualenc.data.images import ImageError, decode_image
 from dualenc.data.loading.epoch_plan import permutation
-from dualenc.data.prepare.caption_sources import TEMPLATES, Item, Source, clean, inside, read_source
-from dualenc.data.prepare.resumable import append, check_same, read_lines, write_whole
+from dualenc.data.prepare.caption_sources import TEMPLATES, CaptionedImage, CaptionSource, clean, inside, read_source
+from dualenc.data.prepare.resumable import JOURNAL, check_same, read_lines
 from dualenc.data.workers import each
 from dualenc.utils.errors import DataError
+from dualenc.utils.files import append_lines, write_json, write_text
+from dualenc.utils.text import plural
 
 FORMAT = 1
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
@@ -51,7 +53,7 @@ class Summary:
         text = [f"{self.out} was finished before; remove it to make it anew"] if self.finished_before else []
         text.append(
             f"{self.samples:,} samples with {self.captions:,} captions of {self.words:.1f} words"
-            f" in {self.shards:,} shard{'s' * (self.shards != 1)}, {self.bytes / 1e6:,.1f} MB"
+            f" in {plural(self.shards, 'shard')}, {self.bytes / 1e6:,.1f} MB"
         )
         if self.held_out:
             text.append(f"{self.held_out:,} samples more are held out for evaluation")
@@ -82,7 +84,7 @@ class _Part:
     held: list[int] = field(default_factory=list)  # places of samples for the evaluation set
     pictures: list[str] = field(default_factory=list)  # a hash of each
 
-    def count(self, item: Item) -> None:
+    def count(self, item: CaptionedImage) -> None:
         self.samples += 1
         self.captions += len(item.captions)
         self.words += sum(len(caption.split()) for caption in item.captions)
@@ -141,19 +143,35 @@ def make_shards(
     }  # fmt: skip
     if finished := _finished(out, plan):
         return finished
-    journal = out / "unfinished.jsonl"
-    parts = _begin(journal, plan)
-    tally = _Tally(source, found, parts)
+    parts = _begin(out, plan)
     order = permutation(len(found.items), seed).tolist()
     start = parts[-1].stop if parts else 0
-    checked = enumerate(track(_pictures(found, order[start:], workers)), start)
-    while start < len(order):
+    pictures = enumerate(track(_pictures(found, order[start:], workers)), start)
+    items = ((place, found.items[order[place]], *picture) for place, picture in pictures)
+    _write_train(out, parts, items, len(order), _Tally(source, found, parts), val, samples)
+    if not any(part.samples for part in parts):
+        raise DataError(f"{source}: val {val} leaves none of {len(order)} samples for training")
+    held = [order[place] for part in parts for place in part.held]
+    if held:
+        _write_val(out / "held_out", zip(held, _pictures(found, held, workers)), found, templates, samples)
+    return _finish(out, found, parts, plan)
+
+
+def _write_train(
+    out: Path,
+    parts: list[_Part],
+    items: Iterator[tuple[int, CaptionedImage, str | None, Any]],
+    total: int,
+    tally: "_Tally",
+    val: float,
+    samples: int,
+) -> None:
+    """Write the rest of the shards, and append each to `parts` and to the journal."""
+    while (start := parts[-1].stop if parts else 0) < total:
         path = _shard(out, len(parts))
-        beside = path.with_suffix(".tar.part")
+        beside, part = path.with_suffix(".tar.part"), _Part(start)
         with _tar(beside) as tar:
-            part = _Part(start)
-            for place, (kind, data) in checked:
-                item = found.items[order[place]]
+            for place, item, kind, data in items:
                 part.stop = place + 1
                 if kind is None:
                     part.left_out.append([data, clean(item.image)])
@@ -168,24 +186,22 @@ def make_shards(
                 part.count(item)
                 if part.samples == samples:
                     break
-        start, part.bytes = part.stop, beside.stat().st_size
+        part.bytes = beside.stat().st_size
         if part.samples:
             beside.replace(path)
-            append(journal, asdict(part))
+            append_lines(out / JOURNAL, [json.dumps(asdict(part))], sync=True)
         else:  # nothing was left but held-out and unusable pictures: no shard, and a stopped run reads them again
             beside.unlink()
         parts.append(part)
-    if not any(part.samples for part in parts):
-        raise DataError(f"{source}: val {val} leaves none of {len(order)} samples for training")
-    held = [order[place] for part in parts for place in part.held]
-    if held:
-        samples_of = zip(held, _pictures(found, held, workers))
-        _write_val(out / "held_out", samples_of, found, templates or TEMPLATES, samples)
+
+
+def _finish(out: Path, found: CaptionSource, parts: list[_Part], plan: dict[str, Any]) -> Summary:
+    """Write OUT/summary.json, which says that the shards are whole, and remove the journal."""
     summary = _summary(out, found, parts)
     about = {**asdict(summary), "sizes": [part.bytes for part in parts if part.samples], "made_with": plan}
     del about["out"], about["finished_before"]
-    write_whole(out / "summary.json", json.dumps(about, indent=1))
-    journal.unlink()
+    write_json(out / "summary.json", about, indent=1)
+    (out / JOURNAL).unlink()
     return summary
 
 
@@ -198,7 +214,7 @@ def _finished(out: Path, plan: dict[str, Any]) -> Summary | None:
         if out.exists() and not out.is_dir():
             raise DataError(f"{out} is no folder")
         others = out.exists() and any(path.suffix != ".part" for path in out.iterdir())
-        if others and not (out / "unfinished.jsonl").exists():
+        if others and not (out / JOURNAL).exists():
             raise DataError(f"{out} holds files that are not of make-shards: name a new folder")
         return None
     try:
@@ -212,13 +228,14 @@ def _finished(out: Path, plan: dict[str, Any]) -> Summary | None:
         path = _shard(out, number)
         if not path.is_file() or path.stat().st_size != size:
             raise DataError(f"{path} is gone or was changed since it was written: remove {out} and make it anew")
-    (out / "unfinished.jsonl").unlink(missing_ok=True)  # where the run was stopped before its last line
+    (out / JOURNAL).unlink(missing_ok=True)  # where the run was stopped before its last line
     return found
 
 
-def _begin(journal: Path, plan: dict[str, Any]) -> list[_Part]:
+def _begin(out: Path, plan: dict[str, Any]) -> list[_Part]:
     """What the journal says of whole shards; after this it holds that and nothing else."""
-    out, whole, parts = journal.parent, read_lines(journal), []
+    journal, parts = out / JOURNAL, []
+    whole = read_lines(journal)
     for line in whole[1:]:
         part, path = _Part(**line), _shard(out, len(parts))
         if not path.is_file() or path.stat().st_size != part.bytes:
@@ -227,9 +244,9 @@ def _begin(journal: Path, plan: dict[str, Any]) -> list[_Part]:
     if parts:  # before the first shard, nothing binds to what was asked for
         _check_same(out, whole[0], plan)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(journal, "".join(json.dumps(line) + "\n" for line in [plan, *whole[1 : len(parts) + 1]]))
+    write_text(journal, "".join(json.dumps(line) + "\n" for line in [plan, *whole[1 : len(parts) + 1]]))
     kept = {_shard(out, number) for number in range(len(parts))}
-    for path in set(out.glob("train-*.tar*")) - kept:
+    for path in {*out.glob("train-*.tar*"), *out.glob(".*.part")} - kept:
         path.unlink()
     return parts
 
@@ -254,7 +271,7 @@ def _tar(path: Path) -> Iterator[TarWriter]:
         os.fsync(file.fileno())
 
 
-def _members(number: int, item: Item, kind: str, data: bytes) -> dict[str, Any]:
+def _members(number: int, item: CaptionedImage, kind: str, data: bytes) -> dict[str, Any]:
     fields = {**item.fields, "captions": item.captions, "file": clean(item.image)}
     about = json.dumps(fields, ensure_ascii=False).encode()
     return {"__key__": f"{number:09d}", kind: data, "txt": item.captions[0].encode(), "json": about}
@@ -263,8 +280,8 @@ def _members(number: int, item: Item, kind: str, data: bytes) -> dict[str, Any]:
 def _write_val(
     folder: Path,
     pictures: Iterable[tuple[int, tuple[str | None, Any]]],
-    found: Source,
-    templates: Sequence[str],
+    found: CaptionSource,
+    templates: Sequence[str] | None,
     samples: int,
 ) -> None:
     """An evaluation set of items by their numbers: zero-shot classification of class folders, else retrieval."""
@@ -289,13 +306,13 @@ def _write_val(
     (beside / "test" / "nshards.txt").write_text(f"{shards}\n")
     if found.classnames:
         (beside / "classnames.txt").write_text("\n".join(found.classnames) + "\n", "utf-8")
-        (beside / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n", "utf-8")
+        (beside / "zeroshot_classification_templates.txt").write_text("\n".join(templates or TEMPLATES) + "\n", "utf-8")
     else:
         (beside / "dataset_type.txt").write_text("retrieval\n")
     beside.replace(folder)
 
 
-def _summary(out: Path, found: Source, parts: list[_Part]) -> Summary:
+def _summary(out: Path, found: CaptionSource, parts: list[_Part]) -> Summary:
     left_out: dict[str, list[str]] = {}
     for cause, name in chain(found.left_out, *(part.left_out for part in parts)):
         left_out.setdefault(cause, []).append(name)
@@ -318,7 +335,7 @@ def _summary(out: Path, found: Source, parts: list[_Part]) -> Summary:
 # Pictures
 
 
-def _pictures(found: Source, order: list[int], workers: int) -> Iterable[tuple[str | None, Any]]:
+def _pictures(found: CaptionSource, order: list[int], workers: int) -> Iterable[tuple[str | None, Any]]:
     """(kind, bytes) of the items' pictures in this order; (None, cause) of one that is unusable."""
     names = [item.image for item in found.items]
     return each(_Pictures(found.images, names), order, workers, prefetch_factor=4 if workers else None)
@@ -354,7 +371,7 @@ class _Pictures(Dataset[tuple[str | None, Any]]):
 class _Tally:
     """Counts what is unusable, and ends the work when that is more than half."""
 
-    def __init__(self, source: Path, found: Source, parts: list[_Part]) -> None:
+    def __init__(self, source: Path, found: CaptionSource, parts: list[_Part]) -> None:
         self.source, self.images, self.total = source, found.images, found.total
         self.bad, self.causes = found.total - len(found.items), Counter(cause for cause, _ in found.left_out)
         if found.left_out:

@@ -1,30 +1,13 @@
-"""How a stopped command goes on: files written whole or not at all, a line for each piece, what it was begun with."""
+"""How a stopped command continues: a journal with a line for each finished part, and what it was begun with."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dualenc.utils.errors import DataError
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a stop leaves the old one or the new one, never a piece."""
-    beside = path.with_name(f"{path.name}.part")
-    with open(beside, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def append(journal: Path, line: dict[str, Any]) -> None:
-    """Adds a line that is on the disk when this returns."""
-    with open(journal, "ab") as file:
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+JOURNAL = "unfinished.jsonl"  # in the folder that is written: a line for each shard that is whole
 
 
 def read_lines(journal: Path) -> list[dict[str, Any]]:

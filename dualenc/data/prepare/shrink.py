@@ -18,14 +18,14 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 
-from dualenc.data.images import ImageError, decode_image
-from dualenc.data.prepare.resumable import append, check_same, other_inputs, read_lines, write_whole
+from dualenc.data.images import ImageError, decode_image, resize
+from dualenc.data.prepare.resumable import JOURNAL, check_same, other_inputs, read_lines
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.workers import each
 from dualenc.utils.errors import DataError
+from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
+from dualenc.utils.text import plural
 
 FORMAT = 1
 
@@ -49,7 +49,7 @@ class Shrunk:
         """For the screen, with what to do next."""
         text = [f"{self.out} was finished before; remove it to make it anew"] if self.finished_before else []
         text.append(
-            f"{self.samples:,} samples in {self.shards:,} shard{'s' * (self.shards != 1)}: {self.shrunk:,} images made "
+            f"{self.samples:,} samples in {plural(self.shards, 'shard')}: {self.shrunk:,} images made "
             f"smaller, {self.kept:,} kept, their shorter side is at most {self.size} pixels"
         )
         text.append(
@@ -88,8 +88,7 @@ def shrink_image(data: bytes, size: int, quality: int) -> bytes:
     side = min(height, width)
     if side <= size:
         return data
-    target = [int(height * size / side), int(width * size / side)]
-    image = TF.resize(image, target, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    image = resize(image, (int(height * size / side), int(width * size / side)))
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (H, W, 3)
     grey = bool((pixels == pixels[..., :1]).all())
     if data.startswith(b"\xff\xd8"):
@@ -152,37 +151,44 @@ def shrink_shards(
     names = _names(index, out)
     inputs = {name: [shard.facts["size"], shard.facts["digest"]] for name, shard in zip(names, index.parts)}
     plan["inputs"] = dict(sorted(inputs.items()))
-    about, journal = out / "shrink.json", out / "unfinished.jsonl"
+    about, journal = out / "shrink.json", out / JOURNAL
     if begun:
         check_same(out, begun, {"inputs": inputs}, {"inputs": other_inputs(begun["inputs"], inputs)})
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(about, json.dumps(plan, indent=1))
+        write_json(about, plan, indent=1)
     lines = [*begun.get("shards", []), *read_lines(journal)]
     parts = {line["shard"]: line for line in lines if _bytes(out / line["shard"]) == line["bytes"]}
     finished_before = len(parts) == len(names) and not journal.exists()
     if not finished_before:
-        write_whole(journal, "".join(json.dumps(line) + "\n" for line in parts.values()))
+        write_text(journal, "".join(json.dumps(line) + "\n" for line in parts.values()))
         for beside in out.glob("*.part"):
             beside.unlink()
-        rest = [number for number, name in enumerate(names) if name not in parts]
-        for part in track(_results(_Shards(index, names, out, size, quality), rest, workers)):
+        for part in track(_results(_Shards(index, names, out, size, quality), list(parts), workers)):
             if isinstance(part, Exception):
                 raise part
-            append(journal, part)
+            append_lines(journal, [json.dumps(part)], sync=True)
             parts[part["shard"]] = part
-        write_whole(about, json.dumps({**plan, "shards": [parts[name] for name in sorted(names)]}, indent=1))
+        write_json(about, {**plan, "shards": [parts[name] for name in sorted(names)]}, indent=1)
         journal.unlink()
+    return _shrunk(out, size, inputs, parts, finished_before)
+
+
+def _shrunk(
+    out: Path, size: int, inputs: dict[str, list[Any]], parts: dict[str, dict[str, Any]], finished_before: bool
+) -> Shrunk:
+    """Sum up the shards' lines of the journal."""
+    count = {name: sum(part[name] for part in parts.values()) for name in ("samples", "shrunk", "kept", "bytes")}
     return Shrunk(
         out=str(out),
         size=size,
-        shards=len(names),
-        samples=sum(part["samples"] for part in parts.values()),
-        shrunk=sum(part["shrunk"] for part in parts.values()),
-        kept=sum(part["kept"] for part in parts.values()),
-        undecodable=[(name, key, cause) for name in names for key, cause in parts[name]["undecodable"]],
+        shards=len(inputs),
+        samples=count["samples"],
+        shrunk=count["shrunk"],
+        kept=count["kept"],
+        undecodable=[(name, key, cause) for name in inputs for key, cause in parts[name]["undecodable"]],
         bytes_before=sum(bytes_before for bytes_before, _ in inputs.values()),
-        bytes_after=sum(part["bytes"] for part in parts.values()),
+        bytes_after=count["bytes"],
         finished_before=finished_before,
     )
 
@@ -222,8 +228,9 @@ def _bytes(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _results(shards: "_Shards", rest: list[int], workers: int) -> Iterable[Any]:
-    """A line for the journal, or an error, from each shard as soon as there is one."""
+def _results(shards: "_Shards", done: list[str], workers: int) -> Iterable[Any]:
+    """A line for the journal, or an error, from each further shard as soon as there is one."""
+    rest = [number for number, name in enumerate(shards.names) if name not in done]
     workers = min(workers, len(rest))
     options = {"worker_init_fn": _know_parent, "prefetch_factor": 1 if workers else None, "in_order": False}
     return each(shards, rest, workers, **options)
@@ -249,22 +256,15 @@ class _Shards(Dataset[Any]):
 
     def _shrink(self, number: int) -> dict[str, Any]:
         name = self.names[number]
-        beside = self.out / f"{name}.{os.getpid()}.part"  # a worker of a killed run may still hold another
         part = {"shard": name, "bytes": 0, "samples": 0, "shrunk": 0, "kept": 0, "undecodable": []}
-        try:
+        with atomic_write(self.out / name) as beside:
             # GNU's headers take any name as it is; PAX spends a kilobyte on each that is not ASCII
-            with open(beside, "xb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
-                    for i in range(self.starts[number], self.starts[number + 1]):
-                        if self.parent and os.getppid() != self.parent:
-                            raise SystemExit  # the command was killed
-                        self._write(tar, self.index[i], part)
-                file.flush()
-                os.fsync(file.fileno())
+            with tarfile.open(beside, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
+                for i in range(self.starts[number], self.starts[number + 1]):
+                    if self.parent and os.getppid() != self.parent:
+                        raise SystemExit  # the command was killed
+                    self._write(tar, self.index[i], part)
             part["bytes"] = beside.stat().st_size
-            beside.replace(self.out / name)
-        finally:
-            beside.unlink(missing_ok=True)
         return part
 
     def _write(self, tar: tarfile.TarFile, sample: Sample, part: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from dualenc.data.shards.select import expression
 from dualenc.data.shards.shard import FILE_NAME, Shard, index_files, name_of, read_index, scan, write_index
 from dualenc.data.workers import each
 from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.files import atomic_write
 from dualenc.utils.urls import PROTOCOLS, folder_of, is_remote, shown
 
 __all__ = ["BadSample", "DataError", "Sample", "ShardIndex", "expand_shards"]
@@ -185,67 +186,10 @@ class ShardIndex:
             DataError: a pattern matches nothing, or a shard is no readable uncompressed tar, is not what it was when it
                 was indexed, or lies elsewhere and has no index.
         """
-        cache = cache or Cache()
-        paths = expand_shards(urls)
-        known: dict[str, dict[str, Shard]] = {}  # folder -> name -> shard
-        for folder in dict.fromkeys(map(folder_of, paths)):
-            known[folder] = _known(folder, cache, anew)
-        ready: dict[str, Shard] = {}
-        missing: list[str] = []
-        touched: set[str] = set()  # folders whose index is no longer what it should be
-        for path in paths:
-            folder, name = folder_of(path), name_of(path)
-            shard = known[folder].get(name)
-            if shard is None and is_remote(path) and not anew:
-                known[folder] |= _published(folder, cache)
-                shard = known[folder].get(name)
-                if shard is None:
-                    without = f"{shown(path)} has no index: `dualenc index` with these shards reads them once"
-                    _refuse(DataError(without), unreadable)
-                    continue
-            if shard is None or anew:
-                missing.append(path)
-                continue
-            shard.url = path  # with its query, if it has one
-            time_then = shard.facts["mtime"]
-            try:
-                if not is_remote(path):
-                    shard.check()
-                if shard.facts["mtime"] != time_then:  # the same headers, but perhaps other content behind them
-                    shard = known[folder][name] = shard.without_hashes()
-                ready[path] = shard
-            except OSError as error:
-                _refuse(DataError(f"shard {shard} cannot be read: {error.strerror}"), unreadable)
-            except DataError as error:
-                _refuse(error, unreadable)
-            if shard.facts["mtime"] != time_then:
-                touched.add(folder)
-        without = [shard for shard in ready.values() if not set(hashes) <= shard.arrays.keys()] if hashes else []
-        scans = _Scan([*missing, *without], tuple(hashes), cache)
-        kept = time.monotonic()
-        try:
-            workers = workers if len(scans) > 3 else 0  # a few are not worth the start of processes
-            for item in track(each(scans, range(len(scans)), workers)):
-                if isinstance(item, DataError):
-                    _refuse(item, unreadable)
-                    continue
-                ready[item.url] = item
-                folder = folder_of(item.url)
-                known[folder][item.facts["name"]] = item
-                touched.add(folder)
-                if time.monotonic() - kept > KEEP_EVERY:  # what was read is not read again, whatever comes
-                    _keep(folder, known[folder], cache, anew)
-                    kept = time.monotonic()
-        finally:
-            for folder in touched:
-                _keep(folder, known[folder], cache, anew)
-        for path, shard in ready.items():
-            # From the file where there is one: what is mapped is shared by all processes, and need not stay in memory.
-            mapped = known[folder_of(path)].get(shard.facts["name"])
-            if mapped is not None and set(hashes) <= mapped.arrays.keys():
-                mapped.url = path
-                ready[path] = mapped
-        return cls([ready[path] for path in paths if path in ready])
+        work = _Build(expand_shards(urls), anew, tuple(hashes), cache or Cache(), unreadable)
+        work.look_up()
+        work.scan(workers, track)
+        return cls(work.shards())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ShardIndex":
@@ -395,10 +339,100 @@ def _fields(sample: Sample) -> Any:
 # Making
 
 
-def _refuse(error: DataError, unreadable: list[DataError] | None) -> None:
-    if unreadable is None:
-        raise error from None
-    unreadable.append(error)
+class _Build:
+    """The work of `ShardIndex.build`; see there.
+
+    Attributes:
+        known: folder -> name -> shard, of the index files.
+        ready: path -> shard, of those that are what their index says.
+        missing: paths to scan.
+        touched: folders whose index is no longer what it should be.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        anew: bool,
+        hashes: tuple[str, ...],
+        cache: Cache,
+        unreadable: list[DataError] | None,
+    ) -> None:
+        self.paths, self.anew, self.hashes, self.cache, self.unreadable = paths, anew, hashes, cache, unreadable
+        self.known = {folder: _known(folder, cache, anew) for folder in dict.fromkeys(map(folder_of, paths))}
+        self.ready: dict[str, Shard] = {}
+        self.missing: list[str] = []
+        self.touched: set[str] = set()
+
+    def look_up(self) -> None:
+        """Finds in index files what they know, and checks that local shards are still so."""
+        for path in self.paths:
+            folder, name = folder_of(path), name_of(path)
+            shard = self.known[folder].get(name)
+            if shard is None and is_remote(path) and not self.anew:
+                self.known[folder] |= _published(folder, self.cache)
+                shard = self.known[folder].get(name)
+                if shard is None:
+                    without = f"{shown(path)} has no index: `dualenc index` with these shards reads them once"
+                    self._refuse(DataError(without))
+                    continue
+            if shard is None or self.anew:
+                self.missing.append(path)
+                continue
+            shard.url = path  # with its query, if it has one
+            self._check(path, folder, shard)
+
+    def _check(self, path: str, folder: str, shard: Shard) -> None:
+        time_then = shard.facts["mtime"]
+        try:
+            if not is_remote(path):
+                shard.check()
+            if shard.facts["mtime"] != time_then:  # the same headers, but perhaps other content behind them
+                shard = self.known[folder][shard.facts["name"]] = shard.without_hashes()
+            self.ready[path] = shard
+        except OSError as error:
+            self._refuse(DataError(f"shard {shard} cannot be read: {error.strerror}"))
+        except DataError as error:
+            self._refuse(error)
+        if shard.facts["mtime"] != time_then:
+            self.touched.add(folder)
+
+    def scan(self, workers: int, track: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
+        """Scans the missing shards, hashes those without the wanted hashes, and writes the index files."""
+        ready = self.ready.values()
+        without = [shard for shard in ready if not set(self.hashes) <= shard.arrays.keys()] if self.hashes else []
+        scans = _Scan([*self.missing, *without], self.hashes, self.cache)
+        kept = time.monotonic()
+        try:
+            workers = workers if len(scans) > 3 else 0  # a few are not worth the start of processes
+            for item in track(each(scans, range(len(scans)), workers)):
+                if isinstance(item, DataError):
+                    self._refuse(item)
+                    continue
+                self.ready[item.url] = item
+                folder = folder_of(item.url)
+                self.known[folder][item.facts["name"]] = item
+                self.touched.add(folder)
+                if time.monotonic() - kept > KEEP_EVERY:  # what was read is not read again, whatever comes
+                    _keep(folder, self.known[folder], self.cache, self.anew)
+                    kept = time.monotonic()
+        finally:
+            for folder in self.touched:
+                _keep(folder, self.known[folder], self.cache, self.anew)
+
+    def shards(self) -> list[Shard]:
+        """The shards that can be read, in the order of the paths."""
+        for path, shard in self.ready.items():
+            # From the file where there is one: what is mapped is shared by all processes, and need not stay in memory.
+            mapped = self.known[folder_of(path)].get(shard.facts["name"])
+            if mapped is not None and set(self.hashes) <= mapped.arrays.keys():
+                mapped.url = path
+                self.ready[path] = mapped
+        return [self.ready[path] for path in self.paths if path in self.ready]
+
+    def _refuse(self, error: DataError) -> None:
+        if self.unreadable is None:
+            raise error from None
+        self.unreadable.append(error)
 
 
 def _known(folder: str, cache: Cache, anew: bool = False) -> dict[str, Shard]:
@@ -426,9 +460,8 @@ def _published(folder: str, cache: Cache) -> dict[str, Shard]:
     path = index_files(folder)[0].with_suffix(".published")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_bytes(data)
-        beside.replace(path)
+        with atomic_write(path) as beside:
+            beside.write_bytes(data)
     except OSError as error:
         raise DataError(f"{path.parent} cannot be written: {error.strerror}; DUALENC_CACHE names another") from None
     try:

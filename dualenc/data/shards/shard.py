@@ -14,12 +14,10 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,9 @@ import numpy as np
 
 from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.shards.remote import Cache, Place
-from dualenc.data.shards.tar import TarError, members
+from dualenc.data.shards.tar import Member, TarError, members
 from dualenc.utils.errors import DataError
+from dualenc.utils.files import atomic_write
 from dualenc.utils.urls import cache_folder, is_remote, shown
 
 MAGIC = b"dualenc index 1\n"
@@ -245,62 +244,84 @@ def scan(url: str, cache: Cache, path: str | None = None) -> Shard:
     Raises:
         DataError: it is no whole uncompressed tar, or a key has two members of one extension.
     """
-    number: dict[bytes, int] = {}  # sample of each key
-    extensions: dict[bytes, int] = {}
-    owner: list[int] = []
-    found: list[tuple[int, int, int]] = []
-    pairs: set[tuple[int, int]] = set()
-    digest = hashlib.blake2b(digest_size=16)
-    current, sample = None, -1
+    found = _Headers(url)
     try:
         with open(path or url, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
-            for name, offset, size, header in members(file):
-                digest.update(header)
-                folder, slash, base = name.rpartition(b"/")
-                stem, dot, extension = base.partition(b".")
-                if not stem or not dot or (name[:2] == b"__" and name.partition(b"/")[0][-2:] == b"__"):
-                    continue
-                key = folder + slash + stem
-                if key != current:
-                    current, sample = key, number.setdefault(key, len(number))
-                kind = extensions.setdefault(extension.lower(), len(extensions))
-                if (sample, kind) in pairs:
-                    text = key.decode("utf-8", "surrogateescape")
-                    raise DataError(
-                        f"{shown(url)} sample {text!r}: two members .{extension.decode('utf-8', 'replace')}, the "
-                        f"second at byte {offset:,}; keys must differ within a shard"
-                    )
-                pairs.add((sample, kind))
-                owner.append(sample)
-                found.append((kind, offset, size))
+            for member in members(file):
+                found.add(member)
     except TarError as error:
         raise DataError(f"shard {shown(url)} cannot be read: {error}") from None
     except OSError as error:
         raise DataError(f"shard {shown(url)} cannot be read: {error.strerror}") from None
-    if len(extensions) > 1 << 16 or len(found) >= 1 << 32:
-        raise DataError(f"shard {shown(url)} has {len(extensions):,} kinds of members: it is no set of samples")
-    order = np.argsort(np.array(owner, dtype=np.int64), kind="stable")  # members that stand apart come together
-    table = np.array(found, dtype=np.int64).reshape(-1, 3)[order]
-    arrays = {
-        "first": np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(number)) if owner else [])]),
-        "extension": table[:, 0],
-        "offset": table[:, 1],
-        "size": table[:, 2],
-        "key_end": np.cumsum([len(key) for key in number], dtype=np.int64),
-        "keys": np.frombuffer(b"".join(number), dtype=np.uint8),
-    }
     facts = {
         "name": name_of(url),
         "size": status.st_size,
         "mtime": 0 if is_remote(url) else status.st_mtime_ns,
-        "digest": digest.hexdigest(),
+        "digest": found.digest.hexdigest(),
         "etag": "",
         "content": "",
-        "samples": len(number),
-        "extensions": [extension.decode("utf-8", "surrogateescape") for extension in extensions],
+        "samples": len(found.number),
+        "extensions": [extension.decode("utf-8", "surrogateescape") for extension in found.extensions],
     }
-    return Shard(url, facts, {name: array.astype(DTYPES[name]) for name, array in arrays.items()}, cache)
+    return Shard(url, facts, found.arrays(), cache)
+
+
+class _Headers:
+    """The members of a shard, gathered to samples."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.number: dict[bytes, int] = {}  # sample of each key
+        self.extensions: dict[bytes, int] = {}
+        self.digest = hashlib.blake2b(digest_size=16)
+        self._owner: list[int] = []
+        self._found: list[tuple[int, int, int]] = []
+        self._pairs: set[tuple[int, int]] = set()
+        self._current, self._sample = b"", -1
+
+    def add(self, member: Member) -> None:
+        """Takes the next member; those that webdataset passes over belong to no sample."""
+        name, offset, size, header = member
+        self.digest.update(header)
+        folder, slash, base = name.rpartition(b"/")
+        stem, dot, extension = base.partition(b".")
+        if not stem or not dot or (name[:2] == b"__" and name.partition(b"/")[0][-2:] == b"__"):
+            return
+        key = folder + slash + stem
+        if key != self._current:
+            self._current, self._sample = key, self.number.setdefault(key, len(self.number))
+        kind = self.extensions.setdefault(extension.lower(), len(self.extensions))
+        if (self._sample, kind) in self._pairs:
+            text = key.decode("utf-8", "surrogateescape")
+            raise DataError(
+                f"{shown(self.url)} sample {text!r}: two members .{extension.decode('utf-8', 'replace')}, the second "
+                f"at byte {offset:,}; keys must differ within a shard"
+            )
+        self._pairs.add((self._sample, kind))
+        self._owner.append(self._sample)
+        self._found.append((kind, offset, size))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of them by the names of `DTYPES`."""
+        if len(self.extensions) > 1 << 16 or len(self._found) >= 1 << 32:
+            raise DataError(
+                f"shard {shown(self.url)} has {len(self.extensions):,} kinds of members: it is no set of samples"
+            )
+        order = np.argsort(
+            np.array(self._owner, dtype=np.int64), kind="stable"
+        )  # members that stand apart come together
+        table = np.array(self._found, dtype=np.int64).reshape(-1, 3)[order]
+        counts = np.bincount(self._owner, minlength=len(self.number)) if self._owner else []
+        arrays = {
+            "first": np.concatenate([[0], np.cumsum(counts)]),
+            "extension": table[:, 0],
+            "offset": table[:, 1],
+            "size": table[:, 2],
+            "key_end": np.cumsum([len(key) for key in self.number], dtype=np.int64),
+            "keys": np.frombuffer(b"".join(self.number), dtype=np.uint8),
+        }
+        return {name: array.astype(DTYPES[name]) for name, array in arrays.items()}
 
 
 def name_of(url: str) -> str:
@@ -408,7 +429,7 @@ def read_index(path: str | os.PathLike[str], folder: str, cache: Cache) -> dict[
 
 
 def write_index(path: str | os.PathLike[str], shards: Iterable[Shard]) -> None:
-    """Writes an index file beside its place, and renames it.
+    """Writes an index file, whole or not at all.
 
     Raises:
         OSError: the folder cannot be written.
@@ -417,27 +438,18 @@ def write_index(path: str | os.PathLike[str], shards: Iterable[Shard]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.parent.stat().st_mode & 0o222:  # which root could write all the same
         raise PermissionError(errno.EACCES, "the folder is read-only", str(path.parent))
-    handle, beside = tempfile.mkstemp(".part", f".{path.name}-", path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(MAGIC)
-            head = []
-            for shard in shards:
-                places = {}
-                for name, array in shard.arrays.items():
-                    file.write(bytes(-file.tell() % 8))
-                    places[name] = [file.tell(), len(array)]
-                    file.write(np.ascontiguousarray(array).data)
-                head.append({**shard.facts, "check": _digest(shard.arrays), "arrays": places})
-            text = json.dumps({"shards": head}).encode()
-            file.write(text + len(text).to_bytes(8, "little") + hashlib.blake2b(text, digest_size=16).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(beside)
+    with atomic_write(path) as beside, open(beside, "wb") as file:
+        file.write(MAGIC)
+        head = []
+        for shard in shards:
+            places = {}
+            for name, array in shard.arrays.items():
+                file.write(bytes(-file.tell() % 8))
+                places[name] = [file.tell(), len(array)]
+                file.write(np.ascontiguousarray(array).data)
+            head.append({**shard.facts, "check": _digest(shard.arrays), "arrays": places})
+        text = json.dumps({"shards": head}).encode()
+        file.write(text + len(text).to_bytes(8, "little") + hashlib.blake2b(text, digest_size=16).digest())
 
 
 # Open files

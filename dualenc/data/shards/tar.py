@@ -36,62 +36,32 @@ def members(file: BinaryIO) -> Iterator[Member]:
     Raises:
         TarError: compressed, cut off, broken, sparse, or more than one tar in the file.
     """
-    descriptor = file.fileno()
-    size = os.fstat(descriptor).st_size
-    held, held_at = b"", 0
-
-    def read(offset: int, count: int) -> bytes:
-        """Bytes from a place, fewer at the end."""
-        nonlocal held, held_at
-        start = offset - held_at
-        if start >= 0 and start + count <= len(held):
-            return held[start : start + count]
-        held, held_at = os.pread(descriptor, max(count, _READ), offset), offset
-        return held[:count]
-
+    window = _Window(file.fileno())
+    read, size = window.read, os.fstat(file.fileno()).st_size
     if kind := next((kind for magic, kind in _COMPRESSED.items() if read(0, 8).startswith(magic)), None):
         raise TarError(f"it is compressed ({kind}): unpack it to a plain .tar, whose samples can be read by position")
-    at, name, true_size = 0, None, None  # what a GNU or PAX header says of the member after it
+    at = 0
+    name: bytes | None = None  # what a GNU or PAX header says of the member after it
+    true_size: int | None = None
     while True:
         block = read(at, BLOCK)
         if not block.rstrip(b"\0"):
             if len(block) < BLOCK:
                 raise TarError(f"it is cut off at byte {at + len(block):,}: no end mark" if size else "it is empty")
-            _check_end(descriptor, at, size)
+            _check_end(file.fileno(), at, size)
             return
         if len(block) < BLOCK:
             raise TarError(f"it is cut off inside the header at byte {at:,}" if at else "it is no tar")
         _check_sum(block, at)
         kind, length, data = block[156:157], _number(block[124:136], at), at + BLOCK
         if kind in b"LKxgX":
-            if length > MAX_EXTENDED:
-                raise TarError(f"the header at byte {at:,} claims {length:,} bytes of names")
-            more = read(data, length)
-            if len(more) < length:
-                raise TarError(f"it is cut off inside the header at byte {at:,}")
-            if kind == b"L":
-                name, end, _ = more.partition(b"\0")
-                if not end and read(data, _padded(length))[length:].strip(b"\0"):  # what pads it goes on as the name
-                    raise TarError(f"the header at byte {at:,} is broken")
-            elif kind != b"K":
-                fields = _pax(more, at)
-                if any(key.startswith(b"GNU.sparse") for key in fields):
-                    raise TarError(f"the member at byte {at:,} is stored sparse: pack it without --sparse")
-                if kind == b"g" and fields.keys() & {b"path", b"size"}:
-                    raise TarError(f"the header at byte {at:,} names all members alike")
-                if kind != b"g":
-                    name = fields.get(b"path", name)
-                    true_size = _decimal(fields[b"size"], at) if b"size" in fields else true_size
+            name, true_size = _extended(window, kind, length, at, name, true_size)
             at = data + _padded(length)
             continue
         if kind == b"S":
             raise TarError(f"the member at byte {at:,} is stored sparse: pack it without --sparse")
-        if name is None:
-            name = block[:100].partition(b"\0")[0]
-            if block[257:263] == b"ustar\0" and block[345]:
-                name = block[345:500].partition(b"\0")[0] + b"/" + name
-        if true_size is not None:
-            length = true_size
+        name = _short_name(block) if name is None else name
+        length = length if true_size is None else true_size
         length = 0 if kind in _NO_DATA else length
         if data + length > size:
             raise TarError(f"it is cut off inside {name.decode('utf-8', 'replace')!r}")
@@ -99,6 +69,57 @@ def members(file: BinaryIO) -> Iterator[Member]:
             yield Member(name, data, length, block)
         at = data + _padded(length)
         name, true_size = None, None
+
+
+class _Window:
+    """Reads a file by position, some more at once than it is asked for."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.held, self.held_at = b"", 0
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Bytes from a place, fewer at the end."""
+        start = offset - self.held_at
+        if start >= 0 and start + count <= len(self.held):
+            return self.held[start : start + count]
+        self.held, self.held_at = os.pread(self.descriptor, max(count, _READ), offset), offset
+        return self.held[:count]
+
+
+def _extended(
+    window: _Window, kind: bytes, length: int, at: int, name: bytes | None, true_size: int | None
+) -> tuple[bytes | None, int | None]:
+    """Name and size of the member after a GNU or PAX header, as far as it says them."""
+    if length > MAX_EXTENDED:
+        raise TarError(f"the header at byte {at:,} claims {length:,} bytes of names")
+    data = at + BLOCK
+    more = window.read(data, length)
+    if len(more) < length:
+        raise TarError(f"it is cut off inside the header at byte {at:,}")
+    if kind == b"L":
+        name, end, _ = more.partition(b"\0")
+        # What pads it goes on as the name.
+        if not end and window.read(data, _padded(length))[length:].strip(b"\0"):
+            raise TarError(f"the header at byte {at:,} is broken")
+    elif kind != b"K":
+        fields = _pax(more, at)
+        if any(key.startswith(b"GNU.sparse") for key in fields):
+            raise TarError(f"the member at byte {at:,} is stored sparse: pack it without --sparse")
+        if kind == b"g" and fields.keys() & {b"path", b"size"}:
+            raise TarError(f"the header at byte {at:,} names all members alike")
+        if kind != b"g":
+            name = fields.get(b"path", name)
+            true_size = _decimal(fields[b"size"], at) if b"size" in fields else true_size
+    return name, true_size
+
+
+def _short_name(block: bytes) -> bytes:
+    """The name in a header itself."""
+    name = block[:100].partition(b"\0")[0]
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].partition(b"\0")[0] + b"/" + name
+    return name
 
 
 def _padded(length: int) -> int:

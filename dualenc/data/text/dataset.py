@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from dualenc.data.loading.bad_samples import Bad
-from dualenc.data.loading.loader import Batches, Request
+from dualenc.data.loading.bad_samples import Bad, SampleReader
+from dualenc.data.loading.loader import Request
 from dualenc.data.text.files import Line, TextIndex
 from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ class Use(NamedTuple):
         return self.kind in ("mlm", "rtd")
 
 
-class Item(NamedTuple):
+class LabeledText(NamedTuple):
     """What a line holds for a head."""
 
     text: str
@@ -205,8 +206,8 @@ def all_texts(index: TextIndex, use: Use) -> Iterator[str]:
             continue
 
 
-class TextDataset(Batches):
-    """Batches of texts; see `Batches`.
+class TextDataset(Dataset[Texts]):
+    """Batches of texts, by request; see `dualenc.data.loading.loader.BatchDataset`.
 
     Args:
         index: the lines.
@@ -226,7 +227,9 @@ class TextDataset(Batches):
         masking: Masking | None = None,
         whole_words: bool = False,
     ) -> None:
-        super().__init__(index, seed)
+        self.index, self.seed = index, seed
+        self.samples = SampleReader(index, self._read, measured=seed is None, alike=self._alike)
+        self.progress, self.where = self.samples.progress, self.samples.where
         self.uses, self.tokenizer, self.masking, self.whole_words = list(uses), tokenizer, masking, whole_words
         lines = np.cumsum([0, *index.counts()])
         files = np.cumsum([0, *(number for number, _ in uses)])
@@ -236,17 +239,16 @@ class TextDataset(Batches):
     def _source(self, row: int) -> int:
         return int(np.searchsorted(self._bounds, row, side="right")) - 1
 
-    def alike(self, row: int) -> tuple[int, int]:
-        """The lines of the same source; see `Batches.alike`."""
+    def _alike(self, row: int) -> tuple[int, int]:
+        """The lines of the same source: the first, and the first after them."""
         source = self._source(row)
         return int(self._bounds[source]), int(self._bounds[source + 1])
 
-    def read(self, row: int, sample: Line) -> Item:
-        """See `Batches.read`."""
+    def _read(self, row: int, sample: Line) -> LabeledText:
         use = self.uses[self._source(row)][1]
         fields = sample.read()
         text, *other = texts_of(sample, use, fields)
-        return Item(text, other[0] if other else None, label_of(sample, use, fields))
+        return LabeledText(text, other[0] if other else None, label_of(sample, use, fields))
 
     def __getitem__(self, request: Request) -> Texts:
         """The batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch.
@@ -255,13 +257,13 @@ class TextDataset(Batches):
             DataError: too many samples one after the other are bad.
         """
         epoch, position, rows = request
-        items: list[Item] = []
+        items: list[LabeledText] = []
         used: list[int] = []
         bad: list[Bad] = []
         for row in rows.tolist():
-            good, item = self.next_good(row, bad)
+            number, item = self.samples.first_good(row, bad)
             items.append(item)
-            used.append(self.used(row, good))
+            used.append(number)
         uses = [self.uses[self._source(row)][1] for row in rows.tolist()]
         joined = [i for i, use in enumerate(uses) if use.kind == "classification" and items[i].other is not None]
         apart = [i for i, use in enumerate(uses) if use.kind == "embedding" and items[i].other is not None]
@@ -280,11 +282,11 @@ class TextDataset(Batches):
             own = [i for i, one in enumerate(uses) if one.head == head and used[i] >= 0]
             if own:
                 parts[head] = _part(own, second, [items[i].label for i in own], use)
-        self.done()
+        self.progress.done()
         return Texts(tokens, torch.tensor(used), parts, masked, bad)
 
     def _tokens(
-        self, items: list[Item], joined: list[int], apart: list[int], whole: list[int]
+        self, items: list[LabeledText], joined: list[int], apart: list[int], whole: list[int]
     ) -> tuple[Tokens, dict[int, list[int]]]:
         """The texts of a batch, and of those in `whole` the word of each token."""
         texts: list[list[int]] = [[]] * (len(items) + len(apart))
@@ -306,7 +308,7 @@ class TextDataset(Batches):
         return Tokens.pack(texts, segments), words
 
     def facts(self) -> dict[str, Any]:
-        """See `Batches.facts`."""
+        """See `BatchDataset.facts`."""
         return {
             "columns": [[use.head, use.text, use.pair, use.label] for _, use in self.uses],
             "labels": [[use.kind, use.problem, list(use.labels)] for _, use in self.uses],

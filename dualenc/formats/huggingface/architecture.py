@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualenc.formats.huggingface.families import ACTIVATION_NAMES, FAMILIES, Config, Family, Slot
+from dualenc.formats.huggingface.families import FAMILIES
+from dualenc.formats.huggingface.family import ACTIVATION_NAMES, Config, Family, Slot
 from dualenc.models.heads import HeadConfig
 from dualenc.models.text_encoder import Activation, TextConfig
 from dualenc.utils.errors import ModelError

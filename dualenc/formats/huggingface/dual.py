@@ -23,9 +23,10 @@ from dualenc.formats.huggingface.architecture import (
     fitted,
     text_config,
 )
-from dualenc.formats.huggingface.families import ACTIVATION_NAMES, FAMILIES, Config, Family
+from dualenc.formats.huggingface.families import FAMILIES
+from dualenc.formats.huggingface.family import ACTIVATION_NAMES, Config, Family
 from dualenc.formats.open_clip.config import in_words, moments, projection_rules, text_rules
-from dualenc.formats.tensors import Rule
+from dualenc.formats.state_dict import Rule
 from dualenc.formats.timm import Shape, check_timm, fits, image_config, shape_of, vision_rules
 from dualenc.models.dual_encoder import DualConfig, Projection
 from dualenc.models.image_encoder import ImageConfig, ImageEncoder
@@ -167,28 +168,27 @@ def _read_vision(kind: str, config: Config, where: str) -> ImageConfig:
         raise ModelError(f"{where}: {error}") from None
 
 
-def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = None) -> tuple[list[Rule], list[str]]:
+def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = None) -> list[Rule]:
     """Names of the tensors of a model.
 
     Args:
         form: how it is written.
         config: the architecture.
         names: of a checkpoint's tensors, whose prefixes are looked for; absent, as they are written.
-
-    Returns:
-        The rules, and those of theirs that lack our dimensions of length 1.
     """
     with torch.device("meta"):
         tower = ImageEncoder(config.image)
     vision = _prefix("vision_model.", VISION_MARK[form.vision], names)
-    rules = [Rule(("logits.logit_scale",), ("logit_scale",))]
+    rules = [Rule(("logits.logit_scale",), ("logit_scale",), flat=form.kind != "siglip")]
     rules += [Rule(("logits.logit_bias",), ("logit_bias",))] if form.kind == "siglip" else []
     if form.vision == WRAPPED:
         rules += [Rule((f"image.vit.{name}",), (f"{vision}timm_model.{name}",)) for name in tower.vit.state_dict()]
     else:
         shape = shape_of(tower.vit)
         assert shape is not None
-        rules += vision_rules(VISION[form.vision], shape, vision)
+        flat = (f"{vision}embeddings.class_embedding", f"{vision}embeddings.position_embedding.weight")
+        found = vision_rules(VISION[form.vision], shape, vision)
+        rules += [rule._replace(flat=rule.theirs[0] in flat) for rule in found]
     own = config.projection_of(config.image_projection, tower.width)
     other = config.projection_of(config.text_projection, config.text.width)
     rules += projection_rules("image_projection", own, (f"{vision}pooler.dense", "visual_projection")[not own.hidden :])
@@ -199,9 +199,7 @@ def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = N
     if other.hidden:
         slot = next(slot for slot in form.family.slots if slot.kind == "pooler")
         head = (text + slot.modules["dense"][1:], *head)
-    flat = ["logit_scale"] if form.kind != "siglip" else []
-    flat += [f"{vision}embeddings.class_embedding", f"{vision}embeddings.position_embedding.weight"]
-    return rules + projection_rules("text_projection", other, head), flat
+    return rules + projection_rules("text_projection", other, head)
 
 
 VISION_MARK = {

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ from torch import Tensor
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats.download import hub_folder
 from dualenc.formats.huggingface.architecture import family_of, places_of, text_config
-from dualenc.formats.huggingface.families import ACTIVATION_NAMES, PROBLEMS, Family, Slot
+from dualenc.formats.huggingface.family import ACTIVATION_NAMES, PROBLEMS, Family, Slot
 from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, longest, padding_token, read_tokenizer
-from dualenc.formats.state_dict import PICKLED, SAFE, Weights, family_names, prefixes, read_state
+from dualenc.formats.model_folder import CONFIG, MODULES, TEXT_MODEL, check_tokenizer, open_folder
+from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, family_rules, prefixes, read_state
 from dualenc.models.dual_encoder import DualConfig
 from dualenc.models.heads import HeadConfig, TextModel
 from dualenc.models.text_encoder import Pool, TextConfig
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import check_format, from_dict, read_json
 
-OWN = "dualenc.json"
-CONFIGS = (OWN, "config.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "preprocess.json")
+CONFIGS = (TEXT_MODEL, CONFIG, MODULES, "1_Pooling/config.json", "sentence_bert_config.json", "preprocess.json")
 # Heads of Hugging Face's that a TextModel has not; by its tensors one could be taken for another.
 UNKNOWN_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForCausalLM", "LMHeadModel")
 # Of sentence-transformers' config of pooling, as it was and as it is.
@@ -64,11 +64,7 @@ class TextCheckpoint:
             ModelError: there is none that can be read, or it has more entries than the encoder.
         """
         tokenizer = read_tokenizer(self.folder, self.config, self.max_length, self._lowercase)
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise ModelError(
-                f"{self.folder}: the tokenizer has {tokenizer.vocab_size} entries, the model's vocab_size "
-                f"{self.config.vocab_size}"
-            )
+        check_tokenizer(tokenizer, self.config, str(self.folder))
         return tokenizer
 
     def model(self) -> TextModel:
@@ -96,38 +92,25 @@ def open_text(spec: str | os.PathLike[str]) -> TextCheckpoint:
         ModelError: it is none of these, or says what dualenc cannot compute; names the file and the key.
     """
     name = os.fspath(spec)
-    folder = _fetched(name) if name.startswith("hf-hub:") else Path(name)
-    if not folder.is_dir():
-        raise ModelError(f"text checkpoint {name!r} is no folder, and no hf-hub:owner/name")
-    known = (OWN, "config.json", "modules.json")
-    for inside in (folder, folder / "best", folder / "last"):
-        if any((inside / file).is_file() for file in known):
-            folder = inside
-            break
-    else:
-        raise ModelError(f"{folder} is no text checkpoint: it has neither config.json nor {OWN}")
-    if (folder / OWN).is_file():
-        return _own(name, folder)
-    if (folder / "modules.json").is_file():
-        return _sentence_transformer(name, folder)
-    config = read_json(folder / "config.json")
-    if isinstance(config, dict) and "format" in config:
-        return _tower(name, folder, config)
-    return _foreign(name, folder, config)
-
-
-def _fetched(spec: str) -> Path:
-    """Fetches a checkpoint's files; pickled weights only where there are no others."""
-    folder = hub_folder(spec, [*CONFIGS, *TOKENIZER_FILES, "model*.safetensors", SAFE[1]])
-    if not any((folder / name).is_file() for name in SAFE):
-        pinned = f"{spec.partition('@')[0]}@{folder.name}"  # the commit that the others are of
-        folder = hub_folder(pinned, ["pytorch_model*.bin", PICKLED[1]])
-    return folder
+    found = open_folder(name, [*CONFIGS, *TOKENIZER_FILES, "model*.safetensors", SAFE[1]], "text checkpoint")
+    if name.startswith("hf-hub:") and not any((found.path / file).is_file() for file in SAFE):
+        # Pickled weights only where there are no others; of the commit that the other files are of.
+        hub_folder(f"{name.partition('@')[0]}@{found.path.name}", ["pytorch_model*.bin", PICKLED[1]])
+    match found.first("text_model", "sentence_transformers", "dual_encoder", "transformers"):
+        case "text_model":
+            return _own(name, found.path)
+        case "sentence_transformers":
+            return _sentence_transformer(name, found.path)
+        case "dual_encoder":
+            return _tower(name, found.path, found.config)
+        case "transformers":
+            return _foreign(name, found.path, found.config)
+    raise ModelError(f"{found.path} is no text checkpoint: it has neither {CONFIG} nor {TEXT_MODEL}")
 
 
 def _own(spec: str, folder: Path) -> TextCheckpoint:
     """What `TextPredictor.save` wrote."""
-    path = folder / OWN
+    path = folder / TEXT_MODEL
     fields = read_json(path)
     check_format(fields, path)
     if set(fields) != {"text", "heads"} or not isinstance(fields["heads"], dict):
@@ -138,15 +121,15 @@ def _own(spec: str, folder: Path) -> TextCheckpoint:
     def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         config = folder / "config.json"  # only where a family's names were taken
         family = family_of(read_json(config), str(config))[0] if config.is_file() else None
-        names = own_names(family, text, heads, shapes)
-        return _read(folder, names, shapes, () if family is None else family.ignored)
+        rules = own_rules(family, text, heads, shapes)
+        return _read(folder, rules, shapes, () if family is None else family.ignored)
 
     return TextCheckpoint(spec, folder, text, heads, longest(folder, text.context_length), state)
 
 
-def own_names(
+def own_rules(
     family: Family | None, text: TextConfig, heads: Mapping[str, HeadConfig], ours: Mapping[str, Any]
-) -> dict[str, list[tuple[str, ...]]]:
+) -> list[Rule]:
     """The names under which `TextPredictor.save` writes the tensors of a model.
 
     Args:
@@ -155,23 +138,26 @@ def own_names(
         ours: its tensors by name.
     """
     if family is None:
-        return {name: [(name,)] for name in ours}
+        return [Rule((name,), (name,)) for name in ours]
     places = places_of(family, text, heads)
     # As Hugging Face does: the encoder's own prefix where there is a head beside it. Those of CLIP and SigLIP had it
     # always before transformers 5, which reads both.
     beside = any(slot.architecture for slot in places.values()) or family.nested is not None
-    return family_names(family, text, places, ours, family.prefix if beside else "")
+    rules = family_rules(family, text, places, ours, family.prefix if beside else "")
+    # A decoder of its own has a bias of its own, which Hugging Face writes twice.
+    untied = {f"heads.{name}.bias" for name, head in heads.items() if head.kind == "mlm" and not head.tied}
+    return [rule._replace(copied=name in untied) for name, rule in rules.items()]
 
 
 def _read(
     folder: Path,
-    names: dict[str, list[tuple[str, ...]]],
+    rules: Iterable[Rule],
     shapes: Mapping[str, tuple[int, ...]],
     ignored: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     weights = Weights(folder)
     try:
-        return read_state(weights, names, shapes, ignored)
+        return read_state(weights, rules, shapes, str(weights.path), ignored)
     finally:
         weights.close()
 
@@ -183,8 +169,8 @@ def _tower(spec: str, folder: Path, config: Any) -> TextCheckpoint:
     text = from_dict(DualConfig, config, str(path)).text
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        names = {name: [(f"text.{name.removeprefix('encoder.')}",)] for name in shapes}
-        return _read(folder, names, shapes, (r"(?!text\.).*",))
+        rules = [Rule((name,), (f"text.{name.removeprefix('encoder.')}",)) for name in shapes]
+        return _read(folder, rules, shapes, (r"(?!text\.).*",))
 
     return TextCheckpoint(spec, folder, text, {}, longest(folder, text.context_length), state)
 
@@ -256,7 +242,7 @@ def _foreign(spec: str, folder: Path, config: Any) -> TextCheckpoint:
         weights.close()
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        names = family_names(family, text, places, shapes, prefix, outer)
+        rules = family_rules(family, text, places, shapes, prefix, outer)
         spare = []  # written, and of no use
         for name, slot in places.items():
             if slot.kind != "mlm":
@@ -265,9 +251,10 @@ def _foreign(spec: str, folder: Path, config: Any) -> TextCheckpoint:
             if heads[name].tied:
                 spare.append(outer + words[0])  # the word embedding once more
             elif outer + bias[-1] in held:  # what is not tied has its own bias too
-                names[f"heads.{name}.bias"] = [(outer + bias[-1],)]
+                own = f"heads.{name}.bias"
+                rules[own] = Rule((own,), (outer + bias[-1],))
                 spare += [outer + one for one in bias[:-1]]
-        return _read(folder, names, shapes, (*family.ignored, *map(re.escape, spare)))
+        return _read(folder, rules.values(), shapes, (*family.ignored, *map(re.escape, spare)))
 
     return TextCheckpoint(spec, folder, text, heads, longest(folder, text.context_length), state)
 

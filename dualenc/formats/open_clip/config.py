@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dualenc.data.images import Preprocess
 from dualenc.formats.huggingface.architecture import family_of, fitted, text_config
-from dualenc.formats.huggingface.families import FAMILIES, Config, Family
-from dualenc.formats.state_dict import family_names
-from dualenc.formats.tensors import Rule, of_names
+from dualenc.formats.huggingface.families import FAMILIES
+from dualenc.formats.huggingface.family import Config, Family
+from dualenc.formats.state_dict import Rule, family_rules, of_tower
 from dualenc.formats.timm import Shape, check_numbers, check_timm, fits, image_config, shape_of, vision_rules
 from dualenc.models.dual_encoder import DualConfig, Projection
 from dualenc.models.image_encoder import ImageConfig, ImageEncoder
@@ -257,22 +257,19 @@ def moments(mean: Any, std: Any, where: str) -> tuple[tuple[float, ...], tuple[f
 MOMENTS = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
 
 
-def rules_of(model_cfg: Config, config: DualConfig) -> tuple[list[Rule], list[str]]:
+def rules_of(model_cfg: Config, config: DualConfig) -> list[Rule]:
     """Names of the tensors of a model of open_clip.
 
     Args:
         model_cfg: open_clip's config.
         config: what it says, by `read_config`.
-
-    Returns:
-        The rules, and those of open_clip's tensors that lack our dimensions of length 1.
     """
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     with torch.device("meta"):
         tower = ImageEncoder(config.image)
-    flat = [] if model_cfg.get("nonscalar_logit_scale") else ["logit_scale", "logit_bias"]
-    rules = [Rule(("logits.logit_scale",), ("logit_scale",))]
-    rules += [Rule(("logits.logit_bias",), ("logit_bias",))] if config.logit_bias else []
+    scalar = not model_cfg.get("nonscalar_logit_scale")
+    rules = [Rule(("logits.logit_scale",), ("logit_scale",), flat=scalar)]
+    rules += [Rule(("logits.logit_bias",), ("logit_bias",), flat=scalar)] if config.logit_bias else []
     if vision.get("timm_model_name"):
         rules += [Rule((f"image.vit.{name}",), (f"visual.trunk.{name}",)) for name in tower.vit.state_dict()]
         projection = config.projection_of(config.image_projection, tower.width)
@@ -283,19 +280,18 @@ def rules_of(model_cfg: Config, config: DualConfig) -> tuple[list[Rule], list[st
         shape = shape_of(tower.vit)
         assert shape is not None
         rules += [
-            rule
+            rule._replace(flat=rule.theirs[0] in ("visual.class_embedding", "visual.positional_embedding"))
             for rule in vision_rules("open_clip", shape, "visual.")
             if rule.ours != ("image.vit.patch_embed.proj.bias",)
         ]
         rules.append(Rule(("image_projection.weight",), ("visual.proj",), transposed=True))
-        flat += ["visual.class_embedding", "visual.positional_embedding"]
     custom = bool(model_cfg.get("custom_text") or text.get("hf_model_name"))
     projection = config.projection_of(config.text_projection, config.text.width)
     if text.get("hf_model_name"):
         rules += text_rules(FAMILIES[str(config.text.family)], config.text, "text.transformer.")
         there = ("text.proj.0", "text.proj.2") if projection.hidden else ("text.proj",)
         there = ("text.transformer.pooler.dense", "text.proj") if projection.activation == "tanh" else there
-        return rules + projection_rules("text_projection", projection, there), flat
+        return rules + projection_rules("text_projection", projection, there)
     prefix = "text." if custom else ""
     rules += [
         Rule((f"text.{ours}",), (f"{prefix}{theirs}",)) for ours, theirs in NATIVE_TEXT.items() if "{i}" not in ours
@@ -310,7 +306,7 @@ def rules_of(model_cfg: Config, config: DualConfig) -> tuple[list[Rule], list[st
         rules.append(Rule(("text_projection.weight",), (f"{prefix}text_projection",), transposed=True))
     else:
         rules += projection_rules("text_projection", projection, (f"{prefix}text_projection",))
-    return rules, flat
+    return rules
 
 
 NATIVE_TEXT = {
@@ -349,7 +345,7 @@ def text_rules(family: Family, text: TextConfig, prefix: str) -> list[Rule]:
 
     with torch.device("meta"):
         names = [f"encoder.{name}" for name in TextEncoder(text).state_dict()]
-    return of_names(family_names(family, text, {}, names, prefix), "text.")
+    return of_tower(family_rules(family, text, {}, names, prefix))
 
 
 def complete(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

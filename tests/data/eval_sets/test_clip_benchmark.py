@@ -5,8 +5,9 @@ import pytest
 import torch
 from helpers import SIZE, caption, encode, pixels, smooth, write_benchmark, write_tar
 
-from dualenc.data import BenchmarkSet, DataError, Preprocess, decode_image
+from dualenc.data import BenchmarkSet, Preprocess, decode_image
 from dualenc.data.shards.shard import Shard, content_hash
+from dualenc.utils.errors import DataError
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers import SIZE, WORDS, caption, encode, pixels, smooth, write_tar
 
-from dualenc.data import BenchmarkSet, DataError, Preprocess, decode_image
+from dualenc.data import BenchmarkSet, Preprocess, decode_image
 from dualenc.data.shards.shard import content_hash
+from dualenc.utils.errors import DataError
 
 
 def write_picture(path, rng, kind="png"):

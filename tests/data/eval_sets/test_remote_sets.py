@@ -8,8 +8,10 @@ import pytest
 from helpers import SIZE, forget_copies, write_benchmark
 
 import dualenc.data.shards.remote as storage
-from dualenc.data import BenchmarkSet, DataError, Preprocess, ShardIndex
+from dualenc.data import BenchmarkSet, Preprocess, ShardIndex
 from dualenc.data.shards.remote import StorageError
+from dualenc.utils.errors import DataError
+from dualenc.utils.urls import join
 
 pytestmark = [
     pytest.mark.usefixtures("here"),
@@ -158,7 +160,7 @@ def test_promises_elsewhere(web, seed):
     ],
 )
 def test_a_file_in_a_folder_elsewhere(folder, expected):
-    assert storage.join(folder, "test/0.tar") == expected
+    assert join(folder, "test/0.tar") == expected
 
 
 def secret():

@@ -10,9 +10,10 @@ from helpers import Shake, encode, pixels, tiny_tokenizer, write_shards, write_t
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dualenc.data import DataError, EpochPlan, Loader, PairDataset, Preprocess, ShardIndex
+from dualenc.data import EpochPlan, Loader, PairDataset, Preprocess, ShardIndex
 from dualenc.data.pairs import captions_of, only_pairs
 from dualenc.data.shards.index import Sample
+from dualenc.utils.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
 pytestmark = [

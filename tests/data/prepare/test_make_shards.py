@@ -21,9 +21,10 @@ from PIL import Image
 
 import dualenc
 import dualenc.data.prepare.make_shards as convert_module
-from dualenc.data import BenchmarkSet, DataError, ShardIndex, decode_image
+from dualenc.data import BenchmarkSet, ShardIndex, decode_image
 from dualenc.data.pairs import captions_of
 from dualenc.data.prepare.make_shards import make_shards
+from dualenc.utils.errors import DataError
 
 KINDS = ("jpeg", "png", "webp")
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
@@ -517,7 +518,7 @@ def test_whatever_a_stop_leaves(tmp_path, seed, harm):
         journal.unlink()
         for shard in out.glob("*.tar"):
             shard.unlink()
-        (out / "unfinished.jsonl.part").write_bytes(b"{")
+        (out / ".unfinished.jsonl-x.part").write_bytes(b"{")
     make_shards(tmp_path / "set", out, samples=4, val=0.2, workers=0)
     assert content(out) == content(tmp_path / "whole")
 

@@ -25,11 +25,12 @@ from helpers import Shake, forget_copies, tiny_tokenizer, write_shards
 import dualenc.data.shards.remote as storage
 import dualenc.data.shards.shard as index_module
 from dualenc.cli import main
-from dualenc.data import Cache, DataError, Loader, PairDataset, ShardIndex
+from dualenc.data import Cache, Loader, PairDataset, ShardIndex
 from dualenc.data.loading.epoch_plan import EpochPlan
 from dualenc.data.loading.prefetch import Prefetch
 from dualenc.data.shards.index import expand_shards
 from dualenc.data.shards.remote import Place, StorageError
+from dualenc.utils.errors import DataError
 from dualenc.utils.urls import folder_of, redact, shown
 
 TOKENIZER = tiny_tokenizer()

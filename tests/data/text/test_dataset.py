@@ -15,12 +15,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizerFast, RobertaTokenizerFast
 
-from dualenc.data import BadSample, DataError, Loader, Quarantine, Tokenizer
+from dualenc.data import Loader, Quarantine, Tokenizer
 from dualenc.data.loading.epoch_plan import InTurn
 from dualenc.data.text.dataset import TextDataset, Use, all_labels, all_texts, label_of, texts_of
 from dualenc.data.text.files import TextIndex
 from dualenc.data.text.masking import Masking
 from dualenc.tokens import Tokens
+from dualenc.utils.errors import BadSample, DataError
 
 WORDS = ["playing", "outside", "a", "dog", "unbelievable", "cats", "re", "running", "!", "ok"]
 PIECES = [

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors, trainers
 
 import dualenc.data.text.files as lines_module
-from dualenc.data import BadSample, DataError, Tokenizer
+from dualenc.data import Tokenizer
 from dualenc.data.text.files import TextIndex, expand_files
+from dualenc.utils.errors import BadSample, DataError
 
 LETTERS = "abcdefgé猫😀ß"
 

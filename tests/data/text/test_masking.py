@@ -7,8 +7,9 @@ from helpers import WORDS, tiny_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from dualenc.data import DataError, Tokenizer
+from dualenc.data import Tokenizer
 from dualenc.data.text.masking import Masking
+from dualenc.utils.errors import DataError
 
 
 def texts_of(rng, count):

@@ -18,9 +18,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from transformers import BertTokenizerFast
 
-from dualenc.data import DataError, Tokenizer
+from dualenc.data import Tokenizer
 from dualenc.data.text.tokenizer import _Lattice
 from dualenc.tokens import Tokens, padding_index
+from dualenc.utils.errors import DataError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 WHOLE = ["the", "cat", "dog", "##ing", "sit", "sep", "cls", "mask", "un", "猫", "犬", "é", "straße"]

@@ -1,0 +1,248 @@
+"""What we rely on in Lightning, each as a run meets it: these fail when Lightning changes it."""
+
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from torch.utils.data import DataLoader
+
+import dualenc.training.lightning_internals as internals
+
+BATCHES = 4
+
+
+class Loader:
+    """Four batches of numbers; knows where it stands."""
+
+    def __init__(self) -> None:
+        self.batch, self.epoch = 0, 0
+        self.seen: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Any:
+        for number in range(self.batch, BATCHES):
+            self.seen.append((self.epoch, number))
+            self.batch = number + 1
+            if self.batch == BATCHES:
+                self.epoch, self.batch = self.epoch + 1, 0
+            yield torch.tensor([[float(number)]])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+class Line(LightningModule):
+    """A line, trained on numbers."""
+
+    def __init__(self, restore: bool = False) -> None:
+        super().__init__()
+        self.layer, self.loader, self.restore = torch.nn.Linear(1, 1), Loader(), restore
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        int(self.trainer.estimated_stepping_batches)  # makes the loader before a checkpoint is read, as schedules do
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def on_train_start(self) -> None:
+        if self.restore:
+            internals.restore_loader_states(self.trainer)
+
+    def train_dataloader(self) -> Any:
+        return self.loader
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(torch.zeros(1, 1))  # type: ignore[arg-type]
+
+
+class Look(Callback):
+    """Writes down what is said after each batch, and dumps a checkpoint after one of them."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.follows: list[bool] = []
+        self.done: list[bool] = []
+        self.at, self.content = at, {}
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.follows.append(internals.validation_follows(trainer))
+        self.done.append(internals.epoch_is_done(trainer))
+        if trainer.global_step == self.at:
+            self.content = internals.dump_checkpoint(trainer)
+
+
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    return Trainer(
+        default_root_dir=folder, accelerator="cpu", logger=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_the_state_of_the_loader_comes_back(tmp_path: Path, at: int) -> None:
+    """In the middle and at the end of an epoch; without our help Lightning forgets it."""
+    seen = {}
+    look = Look(at)
+    trainer(tmp_path, look, max_epochs=2).fit(Line())
+    assert internals.loader_state(look.content) == {"epoch": at // BATCHES, "batch": at % BATCHES}
+    torch.save(look.content, tmp_path / "at.ckpt")
+    for restore in (True, False):
+        line = Line(restore)
+        trainer(tmp_path, max_epochs=2).fit(line, ckpt_path=tmp_path / "at.ckpt", weights_only=True)
+        seen[restore] = line.loader.seen
+    rest = [(epoch, batch) for epoch in range(2) for batch in range(BATCHES)][at:]
+    assert seen[True] == rest
+    assert seen[False] != rest  # the day that it is, `restore_loader_states` can go
+
+
+def test_what_follows_a_batch(tmp_path: Path) -> None:
+    look = Look()
+    trainer(tmp_path, look, max_epochs=1, val_check_interval=2).fit(Line())
+    assert look.follows == [False, True, False, True]
+    assert look.done == [False, False, False, True]
+    look = Look()
+    trainer(tmp_path, look, max_epochs=2, check_val_every_n_epoch=2).fit(Line())
+    assert look.follows == [False, False, False, True] * 2  # at the end of an epoch, too
+
+
+def test_a_run_that_ends_by_steps_ends_inside_its_epoch(tmp_path: Path) -> None:
+    class End(Callback):
+        content: dict[str, Any]
+
+        def on_train_end(self, trainer: Trainer, *args: Any) -> None:
+            self.content = internals.dump_checkpoint(trainer)
+
+    end = End()
+    trainer(tmp_path, end, max_steps=2, max_epochs=-1).fit(Line())
+    epochs = end.content["loops"]["fit_loop"]["epoch_progress"]["total"]
+    assert (epochs["ready"], epochs["completed"], epochs["processed"]) == (1, 0, 0)
+    torch.save(end.content, tmp_path / "end.ckpt")
+    line = Line(restore=True)
+    trainer(tmp_path, max_epochs=1).fit(line, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert line.loader.seen == [(0, 2), (0, 3)]
+    trainer(tmp_path, end, max_epochs=1).fit(Line())
+    assert end.content["loops"]["fit_loop"]["epoch_progress"]["total"]["completed"] == 1
+
+
+def test_a_checkpoint_may_continue_at_the_next_epoch(tmp_path: Path) -> None:
+    look = Look(2)
+    trainer(tmp_path, look, max_epochs=1).fit(Line())
+    internals.continue_at_next_epoch(look.content, {"epoch": 7, "batch": 7})
+    torch.save(look.content, tmp_path / "at.ckpt")
+    line = Line(restore=True)
+    made = trainer(tmp_path, max_epochs=3)
+    made.fit(line, ckpt_path=tmp_path / "at.ckpt", weights_only=True)
+    assert line.loader.seen == [(epoch, batch) for epoch in (1, 2) for batch in range(BATCHES)]
+    assert made.global_step == 2 + 2 * BATCHES
+
+
+def test_validation_by_time_is_known(tmp_path: Path) -> None:
+    assert internals.validates_by_time(
+        trainer(tmp_path, val_check_interval="00:00:10:00", check_val_every_n_epoch=None)
+    )
+    assert not internals.validates_by_time(trainer(tmp_path, val_check_interval=2))
+
+
+def test_no_signal_is_handled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning calls what is replaced, and would have set handlers."""
+    called: list[str] = []
+    monkeypatch.setattr(_SignalConnector, "register_signal_handlers", lambda self: called.append("theirs"))
+    made = trainer(tmp_path, max_steps=1)
+    internals.handle_no_signals(made)
+    made.fit(Line())
+    assert called == []
+    trainer(tmp_path, max_steps=1).fit(Line())
+    assert called == ["theirs"]
+
+
+def test_no_rank_is_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", lambda self: called.append("theirs"))
+    monkeypatch.setattr(DDPStrategy, "world_size", 2, raising=False)
+
+    class Ask(Callback):
+        def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+            internals.ask_no_rank_to_stop(trainer)
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()  # as it does with several ranks
+
+    trainer(tmp_path, Ask(), max_steps=1).fit(Line())
+    assert called == []
+
+
+def test_no_rank_is_killed(tmp_path: Path) -> None:
+    """The observer of the ranks that the first one has started finds none any more."""
+
+    class Child:
+        def poll(self) -> None:
+            return None
+
+    ended = threading.Event()
+    observer = _ChildProcessObserver(main_pid=1, child_processes=[Child()], sleep_period=1)  # type: ignore[list-item]
+    observer.run = ended.wait  # type: ignore[method-assign]
+    observer.start()
+    try:
+        made = trainer(tmp_path)
+        made.strategy._launcher = type("Launcher", (), {"procs": [1]})()
+        internals.kill_no_rank(made)
+        assert observer._child_processes == []
+    finally:
+        ended.set()
+        observer.join()
+
+
+def test_ddp_is_told_to_look_for_unused_parameters() -> None:
+    strategy = DDPStrategy()
+    internals.find_unused_parameters(strategy)
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
+    strategy = DDPStrategy(find_unused_parameters=False)
+    internals.find_unused_parameters(strategy)
+    assert strategy._ddp_kwargs == {"find_unused_parameters": False}
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is looked for by us, before anything is made; settings and objects are found by name."""
+    steps: list[str] = []
+
+    class CLI(internals.OpenCLI):
+        def find_checkpoint(self) -> None:
+            steps.append("find")
+            self.config["fit"]["ckpt_path"] = "found"
+
+        def instantiate_classes(self) -> None:
+            steps.append("made")
+            super().instantiate_classes()
+
+        def before_fit(self) -> None:
+            assert self.given("ckpt_path") == "found"
+            assert self.made("model").layer is not None
+            assert "max_steps: 3" in self.dump(self.config["fit"])
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            self.before_fit()
+            settings = self._prepare_subcommand_kwargs(subcommand)
+            assert (settings["ckpt_path"], settings["weights_only"]) == ("found", True)
+            steps.append("run")
+
+    arguments = ["fit", "--trainer.max_steps", "3", "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["dualenc"])
+    arguments += ["--trainer.default_root_dir", str(tmp_path)]
+    CLI(Line, args=arguments, save_config_callback=None, seed_everything_default=0)
+    assert steps == ["find", "made", "run"]
+    assert callable(LightningCLI._parse_ckpt_path)
