@@ -1,7 +1,10 @@
 """Every test draws fresh random inputs; a failing one shows its seed, DUALENC_TEST_SEED=... draws them again."""
 
-import logging
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start too; the tests run side by side
+
+import logging
 import random
 import tempfile
 
@@ -12,7 +15,7 @@ from servers import Bucket, s3_server, web_server
 
 import dualenc.data.shards.remote as storage
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 # Indexes of read-only folders go here, not to the user's own.
 _CACHE = tempfile.TemporaryDirectory(prefix="dualenc-tests-")
 os.environ["DUALENC_CACHE"] = _CACHE.name

@@ -5,7 +5,9 @@
 import html
 import json
 import random
+import re
 import unicodedata
+from html.entities import html5
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +73,15 @@ def texts_of(seed: int, count: int, keep: Any = lambda text: True) -> list[str]:
     return kept
 
 
+UNFINISHED = re.compile(
+    r"&(?:amp;)*(?:(?:#\d+|#[xX][0-9a-fA-F]+)(?![0-9a-fA-F;])"
+    rf"|(?:{'|'.join(name for name in html5 if name[-1] != ';')})(?!;))"
+)
+
+
 def no_markup(text: str) -> bool:
-    """Whether ftfy and html.unescape see the entities that there are alike."""
-    return "<" not in text or "&" not in text
+    """Whether ftfy and html.unescape see the entities that there are alike, and each has its ";"."""
+    return ("<" not in text or "&" not in text) and not UNFINISHED.search(text)
 
 
 def rows(tokenizer: Tokenizer, texts: list[str], length: int, pad_id: int) -> list[list[int]]:
