@@ -6,6 +6,7 @@ Whatever users wrote stands in it as text, never as markup or a link, and withou
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def program(library: str, images: bool, folder: str = LOCAL, repo: str = "", rev
     )
 
 
+@cache
 def _templates() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,30 @@ def write_page(
     template: str, folder: str | os.PathLike[str], title: str, about: Mapping[str, Any], **values: Any
 ) -> Path:
     """Fills a template of this folder and writes `report.html`."""
+    html = (
+        _templates()
+        .get_template(template)
+        .render(
+            title=title,
+            about={
+                "command": shlex.join(["dualenc", *sys.argv[1:]]),
+                "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+                **about,
+                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+                "versions": ", ".join(f"{name} {version(name)}" for name in ("dualenc", "torch", "timm"))
+                + f", Python {platform.python_version()}",
+            },
+            **values,
+        )
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / "report.html"
+    write_text(path, html)
+    return path
+
+
+@cache
+def _templates() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -83,19 +108,4 @@ def write_page(
     environment.filters |= {
         name: getattr(words, name) for name in ("number", "change", "uri", "breakable", "figure", "percent")
     }
-    html = environment.get_template(template).render(
-        title=title,
-        about={
-            "command": shlex.join(["dualenc", *sys.argv[1:]]),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            **about,
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
-            "versions": ", ".join(f"{name} {version(name)}" for name in ("dualenc", "torch", "timm"))
-            + f", Python {platform.python_version()}",
-        },
-        **values,
-    )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / "report.html"
-    write_text(path, html)
-    return path
+    return environment
