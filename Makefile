@@ -2,17 +2,23 @@
 PYTHON ?= python3
 READY := .venv/ready
 
-.PHONY: demo test slow lint format clean
+SIDE_BY_SIDE := -n $(shell nproc 2>/dev/null || echo 2) --dist worksteal
+
+.PHONY: demo quick test slow lint format clean
 
 demo: $(READY)  ## draw scenes, train on them, measure
 	rm -rf demo
 	.venv/bin/dualenc demo demo
 
-test: $(READY)  ## the tests, in under 10 minutes on two cores
-	.venv/bin/python -m pytest -m "not slow"
+quick: $(READY)  ## what tells soonest that something broke: no training, in under 90 seconds on two cores
+	.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not long" $(addprefix tests/,test_house.py test_losses.py \
+		data evaluation formats goldens inference metrics models utils)
+
+test: $(READY)  ## the tests, in under 7 minutes on two cores
+	.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 slow: $(READY)  ## the tests that need longer
-	.venv/bin/python -m pytest -m slow
+	.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m slow
 
 lint: $(READY)  ## style, types, import contracts
 	.venv/bin/ruff check .

@@ -115,6 +115,7 @@ def test_no_file_is_over_550_lines_and_no_function_over_65() -> None:
     assert {name: lines for name, lines in functions.items() if lines > 65} == {}
 
 
+@pytest.mark.long
 def test_the_rest_needs_no_trainer() -> None:
     """Everything but training and cli imports without lightning, transformers and what would import them."""
     modules = [name for name in MODULES if not name.startswith(("dualenc.training", "dualenc.cli", "dualenc.__main__"))]
@@ -140,6 +141,7 @@ def test_lazy_names_are_those_that_a_type_checker_sees(package: str) -> None:
     assert set(seen) <= set(dir(module))
 
 
+@pytest.mark.long
 def test_the_package_loads_nothing_until_it_is_used() -> None:
     assert loaded("import dualenc", "torch", "numpy") == []
     assert loaded("import dualenc; dualenc.DataError", "torch", "numpy") == []
@@ -152,6 +154,7 @@ def test_what_needs_no_torch_loads_none(arguments: list[str]) -> None:
     assert loaded(f"from dualenc.cli import main; main({arguments!r})", *heavy) == []
 
 
+@pytest.mark.long
 def test_data_commands_load_no_torchvision(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "cat.png").write_bytes(encode(rng.integers(0, 255, (300, 300, 3), np.uint8)))

@@ -151,6 +151,7 @@ def test_all_pairs_the_same(name):
         assert clip_loss(*arguments, ids=ids, duplicates="mask") == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.usefixtures("small_blocks")
@@ -171,6 +172,7 @@ def test_wrong_use_of_duplicates():
         siglip_loss(*arguments, duplicates="mask")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_at_the_largest_scale(name, kind):
@@ -197,6 +199,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
 @pytest.mark.parametrize("name", LOSSES)
@@ -307,7 +310,8 @@ def losses_of_ranks(folder, rank, world):
     return {"largest": largest, **results}
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.long
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_split_batch_equals_whole_batch(world, tmp_path):
     count = 96  # 48 or 24 a rank: the last of a rank's blocks is smaller
     x, y = torch.randn(2, count, FEATURES, dtype=torch.float64)

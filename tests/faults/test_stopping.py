@@ -68,7 +68,8 @@ def test_signals_during_the_save(unbroken, tmp_path):
     assert end(tmp_path) == end(unbroken[0])
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_of_two_alone(unbroken, tmp_path, rank):
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert run(unbroken[1], whole, 2) == [0, 0]

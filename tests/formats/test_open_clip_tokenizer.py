@@ -135,6 +135,7 @@ def test_cleaning_is_that_of_open_clip(clean: Any, seed: int) -> None:
         assert step.normalize_str(text) == get_clean_fn(clean)(text), text
 
 
+@pytest.mark.long
 def test_every_character_alone() -> None:
     """All of Unicode that both know: as ftfy makes it, in one pass."""
     step = normalizers.Sequence(cleaning("whitespace"))
@@ -169,6 +170,7 @@ def test_a_map_of_random_characters(seed: int) -> None:
     assert step.normalize_str("") == ""
 
 
+@pytest.mark.long
 def test_it_is_saved_and_travels(tmp_path: Path, seed: int) -> None:
     import pickle
 
@@ -189,6 +191,7 @@ def write_clip(folder: Path, **config: Any) -> None:
     write_json(folder / "tokenizer_config.json", {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **config})
 
 
+@pytest.mark.long
 def test_clip_of_vocab_and_merges_is_that_of_transformers(tmp_path: Path, seed: int) -> None:
     write_clip(tmp_path)
     peer = CLIPTokenizer.from_pretrained(tmp_path)
@@ -237,6 +240,7 @@ def unigram(folder: Path, **config: Any) -> int:
     return len(pieces) + 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("clean", [None, *CLEANS])
 def test_a_named_tokenizer_is_that_of_open_clip(clean: Any, tmp_path: Path, seed: int) -> None:
     """SigLIP's kind, that fills texts: ids and padding, long texts and all."""

@@ -92,6 +92,7 @@ def test_augmentation() -> None:
         assert abs(one - other).max() <= 2, name  # rounding of another processor
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", list(NUMBERS["runs"]))
 def test_twenty_steps(kind: str, files: Path) -> None:
     """The samples of each step, and all that a run logs."""
@@ -101,6 +102,7 @@ def test_twenty_steps(kind: str, files: Path) -> None:
     same(now["metrics"], then["metrics"], 2e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["clip", "text", "electra"])
 def test_a_killed_run_continues(kind: str, files: Path) -> None:
     """From the checkpoint that an earlier version wrote, to the end of the run that nobody stopped."""

@@ -111,6 +111,7 @@ def test_the_transform_is_its_settings(folder):
     assert torch.equal(again(image), embedder.preprocess(image))
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_its_trainer(folder, tmp_path, seed):
     """By name of architecture and path of a file, as the trainer writes it."""
     path, model = folder

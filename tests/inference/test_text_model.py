@@ -203,6 +203,7 @@ def test_real_sentences(minilm: Path) -> None:
     assert (found @ found.T)[0, 1] > (found @ found.T)[0, 2]  # music and music
 
 
+@pytest.mark.slow
 def test_real_sentences_without_transformers(minilm: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None; sys.modules['lightning'] = None\n"

@@ -97,6 +97,7 @@ def test_every_family(family: str, tmp_path: Path, seed: int) -> None:
     torch.testing.assert_close(again.embed(inputs.texts), it.embed(inputs.texts))
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process(tmp_path: Path, seed: int) -> None:
     it = text_model(tiny_tokenizer(), **FAMILIES["bert"])
     write_sentence_transformer(it, tmp_path)

@@ -72,6 +72,7 @@ def test_an_accuracy_within_classes(name):
     assert name != "acc1" or np.mean(widths) > 1.3
 
 
+@pytest.mark.long
 def test_differences_of_models_that_fail_on_the_same():
     target, hard = torch.arange(4).repeat_interleave(75), 0.3
     widths = []
@@ -117,6 +118,7 @@ def test_replicates_of_rare_classes_lie_around_the_metric():
     assert abs(np.mean(shifts)) < 0.35
 
 
+@pytest.mark.long
 def test_the_calibration_error_of_a_model_that_is_far_off():
     """Confidences between 1/2 and 1 that should be 0.2 lower."""
 

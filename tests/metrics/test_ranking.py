@@ -41,6 +41,7 @@ def several(queries, candidates, most=4):
     return positives
 
 
+@pytest.mark.long
 @settings(max_examples=80, deadline=None)
 @given(
     st.integers(0, 2**31),

@@ -81,6 +81,7 @@ def test_the_losses_are_those_of_the_paper():
     torch.testing.assert_close(want, judged.double(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.long
 def test_what_is_drawn_follows_the_generators_softmax():
     model = build()
     tokens, ids, places = draw()

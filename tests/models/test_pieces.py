@@ -81,6 +81,7 @@ def test_equal_to_the_whole_batch(name, size):
     close(gradients(model, embed_pieces(model, cut(images, texts, size)), LOSSES[name]), whole)
 
 
+@pytest.mark.long
 def test_nothing_is_added_up_in_half_precision():
     """Beside gradient caching by hand (Gao et al. 2021), which runs backward piece by piece."""
     model, pieces = model_of(0.0, torch.float32), cut(*pairs(192, torch.float32), 2)
@@ -115,7 +116,7 @@ def test_nothing_is_added_up_in_half_precision():
         assert error(cached, name) > 1e-3  # control
 
 
-@pytest.mark.parametrize("count", [96, 384])
+@pytest.mark.parametrize("count", [96, pytest.param(384, marks=pytest.mark.slow)])
 def test_memory_of_one_piece(count, monkeypatch):
     """At most 1.2 times what one piece takes, embeddings, and the gradients that are summed up, whatever the batch."""
     monkeypatch.setattr(losses, "CPU_SCORES", 200)  # or a small batch has all of its scores at once
@@ -191,6 +192,7 @@ def test_over_ranks(tmp_path):
             close(result[f"{name} 0.0 embed_pieces"], want)
 
 
+@pytest.mark.long
 def test_one_graph():
     """torch.compile sees pieces and loss as one graph without a break."""
     model, pieces = model_of(0.0, torch.float32), cut(*pairs(6, torch.float32), 3)

@@ -290,6 +290,7 @@ def test_gradcheck(seen):
     assert torch.autograd.gradcheck(lambda *qkv: grouped_attention(*qkv, offsets, *seen), heads(lengths, width=2))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_opcheck(contiguous):
@@ -349,8 +350,14 @@ def test_encoder_on_cuda(pool):
 # The encoder under torch's transformations.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "changes", [{"pool": "cls", "layers": 1}, {"pool": "mean", "layers": 1}, {**FAMILIES["modern"], "layers": 2}]
+    "changes",
+    [
+        {"pool": "cls", "layers": 1},
+        {"pool": "mean", "layers": 1},
+        pytest.param({**FAMILIES["modern"], "layers": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_to_one_graph(changes):
     torch._dynamo.reset()

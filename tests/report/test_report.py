@@ -531,7 +531,6 @@ def test_in_a_browser(tmp_path: Path, curves: Path, seed: int, kind: str) -> Non
             assert page.evaluate(COVERED) == []
             red, green, blue = map(int, re.findall(r"\d+", page.evaluate(GROUND))[:3])
             assert (red + green + blue > 600) == (scheme == "light")
-            page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
         assert not problems
         page.emulate_media(media="print")
         assert page.evaluate(GROUND) == "rgb(255, 255, 255)"

@@ -290,6 +290,7 @@ def test_estimate_is_wilsons(count: int, looked: int, total: int) -> None:
     assert estimate(count, looked, looked) == (count, count, count)  # nothing is left to be unsure of
 
 
+@pytest.mark.long
 def test_a_sample_tells_of_all(tmp_path: Path, seed: int) -> None:
     """Of many draws nearly all intervals hold the truth; a draw is over all shards and repeats with its seed."""
     rng = np.random.default_rng(seed)
@@ -454,6 +455,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) ->
     return out, err
 
 
+@pytest.mark.long
 def test_table_json_and_page_agree(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     shards, truth, _ = faulty(tmp_path / "shards", seed)
     over = sum(len(truth[fault]) for fault in truth if fault.startswith((".", "txt"))) > 10
@@ -537,6 +539,7 @@ def test_evil_names_are_harmless(tmp_path: Path, seed: int, capsys: pytest.Captu
     assert page.count("<img") > 4
 
 
+@pytest.mark.long
 @needs_data
 def test_real_data(capsys: pytest.CaptureFixture[str]) -> None:
     """Two pictures of Flickr8k are the same file; none of its validation pictures is among them."""

@@ -71,6 +71,7 @@ def test_shards_that_are_known_are_not_scanned_again(web, seed, here, monkeypatc
     assert scans == []
 
 
+@pytest.mark.long
 def test_splits_elsewhere(web, seed):
     folder = write_benchmark(web.folder / "set", seed, split="train", counts=(2,))
     url = f"{web.url}/set"
@@ -227,6 +228,7 @@ def test_pages_of_the_hub(web, seed, monkeypatch, url, path):
     the_same(found, local)
 
 
+@pytest.mark.long
 def test_s3(s3, web, seed, here):
     folder = write_benchmark(web.folder / "set", seed)
     local = BenchmarkSet.open(folder)

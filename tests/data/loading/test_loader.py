@@ -81,6 +81,7 @@ def length(layout, sources):
     return round(one * sum(layout[:cut])) + round(two * sum(layout[cut:]))
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None)
 @given(several(), seeds, st.integers(2, 8), st.integers(1, 4), st.integers(1, 4))
 def test_global_batches_do_not_depend_on_ranks(folders, several, seed, world, each, window):
@@ -95,6 +96,7 @@ def test_global_batches_do_not_depend_on_ranks(folders, several, seed, world, ea
         assert len(rows) == len(set(rows))
 
 
+@pytest.mark.long
 @settings(max_examples=4, deadline=None)
 @given(several(), seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 def test_global_batches_do_not_depend_on_workers(folders, several, seed, world, each, workers):
@@ -105,6 +107,7 @@ def test_global_batches_do_not_depend_on_workers(folders, several, seed, world, 
     assert global_batches(index, batch, world, seed=seed, sources=sources, workers=workers) == alone
 
 
+@pytest.mark.long
 @settings(max_examples=15, deadline=None)
 @given(several(), seeds, st.integers(1, 6), st.data())
 def test_resume_gives_what_was_left(folders, several, seed, batch, data):

@@ -131,6 +131,7 @@ def test_lists_of_captions(tmp_path, seed, suffix):
 captions_of_any_kind = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip)
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(st.lists(captions_of_any_kind, min_size=1, max_size=5), st.sampled_from(",;"))
 def test_quoted_captions(tmp_path_factory, captions, delimiter):

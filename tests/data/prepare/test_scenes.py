@@ -75,6 +75,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Scene]:
     return made
 
 
+@pytest.mark.long
 def test_a_data_set(tmp_path: Path, seed: int, drawn: list[Scene]) -> None:
     """Read by webdataset itself; its parts hold the names that they should, in pictures, captions and labels."""
     write_scenes(tmp_path, train=120, held_out=60, shard=50, seed=seed)
@@ -141,10 +142,11 @@ def test_what_is_drawn_is_what_is_named(seed: int) -> None:
             assert looks_like(draw_scene(rng, [name], things=1).image) == name
 
 
+@pytest.mark.long
 def test_things_lie_inside_the_picture_and_apart(seed: int) -> None:
     """By their paint: nothing at the canvas' edge is cut off, no pixel belongs to two."""
     rng, side = np.random.default_rng(seed), 400
-    for _ in range(250):
+    for _ in range(80):
         things = draw_scene(rng, pixels=8).things
         masks = []
         for thing in things:

@@ -326,6 +326,7 @@ def test_killed(tmp_path, seed, workers):
     assert content(out) == content(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_workers_end_with_a_killed_command(tmp_path, seed):
     """Long before the end of their shard: on a disk that is wanted for something else."""
     random_shards(tmp_path / "in", np.random.default_rng(seed), (200, 200), ("jpeg",))

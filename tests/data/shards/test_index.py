@@ -180,6 +180,7 @@ def test_no_sample_outside_the_index(tmp_path, seed):
             index[i]
 
 
+@pytest.mark.long
 def test_many_extensions(tmp_path, monkeypatch):
     """Names such as img.001.jpg make every member's extension another one, up to what 16 bits count."""
     monkeypatch.setattr(
@@ -591,6 +592,7 @@ def test_an_index_is_made_once_and_kept(tmp_path, seed, monkeypatch):
     assert contents(pickle.loads(pickle.dumps(ShardIndex.build(paths)))) == contents(index)
 
 
+@pytest.mark.long
 def test_another_process_finds_its_shards_in_an_index_that_was_written_anew(tmp_path, seed):
     """What a worker that is started, not forked, is given, while another run adds shards."""
     paths = write_shards(tmp_path, [3, 2, 4], seed)

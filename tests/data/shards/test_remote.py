@@ -95,6 +95,7 @@ def remote(web, layout, seed, cache=None, **options):
 # The same batches
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("store", ["http", "s3"])
 def test_the_batches_of_local_shards(tmp_path, web, s3, seed, here, capsys, store):
     names = [Path(path).name for path in write_shards(web.folder, [9, 7, 8, 6], seed)]
@@ -406,6 +407,7 @@ def test_names_in_the_cache_tell_nothing_and_do_not_change_with_signatures(web, 
     assert web.gets("part-000.tar") == 1
 
 
+@pytest.mark.long
 def test_the_cache_keeps_its_bound_and_forgets_what_was_used_longest_ago(web, seed, here):
     found, paths = remote(web, [3] * 6, seed)
     forget_copies(here)
@@ -456,6 +458,7 @@ def test_windows_that_are_kept_are_not_forgotten(web, seed, here):
     assert copies(here) == {places[0].name, places[2].name, places[3].name}
 
 
+@pytest.mark.long
 def test_transfers_at_the_same_time_share_the_bound(web, seed, here):
     """Each makes room for itself beside what the others are still writing."""
     found, paths = remote(web, [3] * 8, seed)
@@ -678,6 +681,7 @@ def test_fetching_ahead_stops_with_its_context(web, seed, here, monkeypatch):
     assert sum(web.gets().values()) <= 2  # what was on its way, no more
 
 
+@pytest.mark.long
 def test_what_the_plan_has_passed_makes_room(web, seed, here):
     """A cache of little more than two windows is enough for an epoch, fetched once by whoever keeps pace with it."""
     found, paths = remote(web, [4] * 10, seed)
@@ -818,6 +822,7 @@ def children():
     return found
 
 
+@pytest.mark.long
 def test_secrets_stay_out_of_all_that_is_kept_shown_or_said(web, seed, here, tmp_path, caplog, capfd):
     """Of a run by configuration, and of every error."""
     password, signature = secret(), secret()

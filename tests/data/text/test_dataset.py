@@ -335,6 +335,7 @@ def test_every_line_once_an_epoch(data, tokenizer, seed, mix):
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mix", ["together", "in_turn"])
 def test_resume_is_the_same_to_the_bit(data, tokenizer, seed, mix, workers):
