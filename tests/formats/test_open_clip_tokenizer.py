@@ -161,7 +161,8 @@ def test_every_entity_of_the_list_in_every_way(seed: int) -> None:
 def test_a_map_of_random_characters(seed: int) -> None:
     rng = random.Random(seed)
     letters = [chr(code) for code in rng.sample(range(0x80, 0xD800), 300)] + list("aZ~") + ["👍", "𐐀"]
-    letters = [x for x in letters if unicodedata.category(x) not in ("Mn", "Mc", "Me", "Cn", "Lo")]
+    # a format character joins its neighbor into one grapheme, which is looked up as a whole
+    letters = [x for x in letters if unicodedata.category(x) not in ("Mn", "Mc", "Me", "Cn", "Lo", "Cf")]
     table = {x: "".join(rng.choice(letters) for _ in range(rng.randrange(1, 4))) for x in letters[::2]}
     step = normalizers.Precompiled(charsmap(table))
     for _ in range(200):
