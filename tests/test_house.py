@@ -105,12 +105,12 @@ def test_no_public_class_has_its_name_twice() -> None:
 def test_no_file_is_over_550_lines_and_no_function_over_65() -> None:
     files = {name: len(path.read_text("utf-8").splitlines()) for name, path in MODULES.items()}
     functions = {
-        f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        f"{name}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
         for name, tree in TREES.items()
         for node in ast.walk(tree)
         if isinstance(node, FUNCTION)
     }
-    assert functions["dualenc.training.contrastive.training_step"] > 1
+    assert any(name.endswith(" training_step") for name in functions)
     assert {name: lines for name, lines in files.items() if lines > 550} == {}
     assert {name: lines for name, lines in functions.items() if lines > 65} == {}
 

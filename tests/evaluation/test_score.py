@@ -318,7 +318,7 @@ def test_choices_without_one_whole_instance(embedder, tmp_path, seed):
     write_choices(tmp_path / "w", seed, 3)
     for i in range(3):
         (tmp_path / "w" / "images" / f"ex_{i}_img_1.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="w: no instance has all of its pictures, such as"):
+    with pytest.raises(ValueError, match=r"w: no instance .* such as"):
         evaluate(embedder, tmp_path / "w")
 
 

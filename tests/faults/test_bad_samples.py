@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import time
 import zlib
@@ -175,7 +176,9 @@ def test_all_kinds_in_a_run(tmp_path, seed, capsys):
     assert len(counts) == 8
     assert sum(counts[:4]) >= 10  # a bad one beside another is met twice
     assert sum(counts[:4]) == sum(counts[4:])
-    assert f"10 bad samples did not take part, see {tmp_path / 'run' / 'quarantine.jsonl'}" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "10 bad samples" in err
+    assert str(tmp_path / "run" / "quarantine.jsonl") in err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["bad_samples"] == 10
 
 
@@ -186,7 +189,7 @@ def test_without_text_or_picture(tmp_path, seed, capsys):
     write_tar(tmp_path / "shards" / "0.tar", samples)
     main(fit(tmp_path, *SHORT))
     err = capsys.readouterr().err
-    assert "2 samples have no image or no caption and are left out, such as '00003', '00011'" in err
+    assert re.search("2 samples .* '00003', '00011'", err)
     assert "18 pairs to train on" in err
     assert not (tmp_path / "run" / "quarantine.jsonl").exists()
 
@@ -223,7 +226,8 @@ def test_nothing_but_bad_samples_ends_a_run_in_seconds(tmp_path, seed, capsys, w
     began = time.monotonic()
     line = fails(capsys, fit(tmp_path, *SHORT, "--data.workers", str(workers)), status=1)
     assert time.monotonic() - began < 20
-    assert "100 samples in a row are bad: .jpg cannot be decoded as JPEG, PNG or WebP (100, such as " in line
+    assert "100 samples in a row" in line
+    assert ".jpg cannot be decoded" in line
     assert "0.tar sample '0" in line
 
 
@@ -240,9 +244,10 @@ def test_more_bad_samples_than_the_budget(tmp_path, seed, capsys):
         samples[place]["txt"] = b""
     write_tar(tmp_path / "shards" / "0.tar", samples)
     line = fails(capsys, fit(tmp_path, *SHORT), status=1)
-    assert "more than the 10 that data.bad_samples allows: " in line
-    assert ".jpg cannot be decoded as JPEG, PNG or WebP (" in line
-    assert f"all are named in {tmp_path / 'run' / 'quarantine.jsonl'}" in line
+    assert "data.bad_samples" in line
+    assert " 10 " in line
+    assert ".jpg cannot be decoded" in line
+    assert str(tmp_path / "run" / "quarantine.jsonl") in line
     main(fit(tmp_path, *SHORT, "--data.bad_samples", "0.3", "--trainer.default_root_dir", str(tmp_path / "second")))
     named = {json.loads(line)["key"] for line in (tmp_path / "second" / "quarantine.jsonl").read_text().splitlines()}
     assert named == {f"{place:05d}" for place in places}

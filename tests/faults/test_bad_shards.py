@@ -55,7 +55,8 @@ def test_two_samples_of_one_key(tmp_path, seed, capsys):
     samples[9]["__key__"] = samples[4]["__key__"]
     write_tar(tmp_path / "shards" / "0.tar", samples)
     line = fails(capsys, fit(tmp_path, *SHORT))
-    assert f"0.tar sample '{samples[4]['__key__']}': two members .jpg" in line
+    assert f"0.tar sample '{samples[4]['__key__']}'" in line
+    assert "two members .jpg" in line
     assert no_run(tmp_path)
 
 
@@ -87,14 +88,17 @@ def test_a_truncated_shard(tmp_path, seed, capsys, share):
     length = -(-len(Path(paths[1]).read_bytes().rstrip(b"\0")) // 512) * 512  # without its end mark
     os.truncate(paths[1], int(length * share))
     line = fails(capsys, fit(tmp_path, *SHORT))
-    assert f"shard {paths[1]} cannot be read: it is cut off" in line
+    assert paths[1] in line
+    assert "cut off" in line
     assert no_run(tmp_path)
 
 
 def test_an_empty_shard(tmp_path, seed, capsys):
     paths = write_shards(tmp_path / "shards", [12, 12], seed)
     Path(paths[0]).write_bytes(b"")
-    assert f"shard {paths[0]} cannot be read: it is empty" in fails(capsys, fit(tmp_path, *SHORT))
+    line = fails(capsys, fit(tmp_path, *SHORT))
+    assert paths[0] in line
+    assert "empty" in line
     assert no_run(tmp_path)
 
 
@@ -134,7 +138,8 @@ def test_a_shard_that_changed_after_indexing(tmp_path, seed, capsys, monkeypatch
     else:
         monkeypatch.setattr(Loader, "__iter__", change)
     line = fails(capsys, fit(tmp_path, *SHORT), status=2 if when == "before" else 1)
-    assert "changed since it was indexed; if that is meant: dualenc index " in line
+    assert "changed" in line
+    assert "dualenc index " in line
     assert any(path in line for path in paths)
     assert not (tmp_path / "run" / "quarantine.jsonl").exists()
 
@@ -142,7 +147,8 @@ def test_a_shard_that_changed_after_indexing(tmp_path, seed, capsys, monkeypatch
 def test_a_batch_larger_than_the_data(tmp_path, seed, capsys):
     write_shards(tmp_path / "shards", [12, 12], seed)
     line = fails(capsys, fit(tmp_path, *SHORT, "--data.batch_size", "25"))
-    assert "batch size 25 is larger than the data, which has 24 samples" in line
+    assert "batch size 25" in line
+    assert "24 samples" in line
 
 
 @pytest.mark.parametrize("layout", [[24], [1, 99]])
@@ -198,14 +204,16 @@ def test_a_shard_elsewhere_that_was_replaced(web, tmp_path, seed, here, capsys):
 def test_shards_elsewhere_without_an_index(web, tmp_path, seed, capsys):
     write_shards(web.folder, [24], seed)
     line = fails(capsys, fit(tmp_path, *SHORT, "--data.train", f"{web.url}/part-000.tar"))
-    assert f"{web.url}/part-000.tar has no index: `dualenc index`" in line
+    assert f"{web.url}/part-000.tar" in line
+    assert "`dualenc index`" in line
     assert no_run(tmp_path)
 
 
 def test_a_window_larger_than_the_cache(web, tmp_path, seed, capsys):
     url = indexed(web, [12, 12], seed)
     line = fails(capsys, elsewhere(tmp_path, url, "--data.cache_gb", "0.00001"), status=1)
-    assert "data.cache_gb 1e-05: the 2 shards of one window take" in line
+    assert "data.cache_gb 1e-05" in line
+    assert "2 shards" in line
     assert "lower data.window" in line
 
 
@@ -222,7 +230,9 @@ def test_a_full_disk(web, tmp_path, seed, here, capsys, monkeypatch):
     for workers in ("0", "1"):
         arguments = elsewhere(tmp_path, url, "--data.workers", workers)
         line = fails(capsys, [*arguments, "--trainer.default_root_dir", str(tmp_path / workers)], status=1)
-        assert f"{web.url}/part-000.tar cannot be kept in {here / 'shards'}: its disk is full" in line
+        assert f"{web.url}/part-000.tar" in line
+        assert str(here / "shards") in line
+        assert "disk is full" in line
         assert "data.cache_gb" in line
     assert {path.suffix for path in (here / "shards").iterdir()} <= {".lock"}
 
@@ -278,6 +288,8 @@ def test_a_gzip_bomb_as_a_shard(tmp_path, capsys, web):
     peak()
     before = peak()
     for arguments in (fit(tmp_path, *SHORT), ["index", f"{web.url}/bomb.tar", "--workers", "0"]):
-        assert "bomb.tar cannot be read: it is compressed (gzip)" in fails(capsys, arguments)
+        line = fails(capsys, arguments)
+        assert "bomb.tar" in line
+        assert "gzip" in line
     assert peak() - before < 1 << 28
     assert no_run(tmp_path)

@@ -87,7 +87,8 @@ def test_too_many_in_a_row(fit, tmp_path, world):
     options = [*broken(fit, step=5, last=99, how="nan"), "--model.max_skipped", "4"]
     assert run(options, tmp_path, world) == [1] * world
     text = (tmp_path / "log-0").read_text()
-    assert "loss or gradient were not finite in 4 steps in a row, up to step 9" in text
+    assert "not finite in 4 steps" in text
+    assert "step 9" in text
     assert "part-00" in text
     assert "sick.jsonl" in text
     assert "Traceback" not in text

@@ -142,7 +142,7 @@ def tiny_code():
 
 
 def test_what_open_clip_has_not(tmp_path):
-    with pytest.raises(ModelError, match="open_clip has no architecture 'ViT-B-23'; it has ViT-B-32"):
+    with pytest.raises(ModelError, match=r"'ViT-B-23'.* ViT-B-32"):
         load("open_clip:ViT-B-23")
     with pytest.raises(
         ModelError, match=r"'laion' is no file, and no weights that open_clip has for ViT-B-32: openai, "

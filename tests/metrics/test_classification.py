@@ -233,7 +233,7 @@ def test_per_class():
 def test_not_finite_embeddings_are_refused():
     images = unit(5, 4)
     images[2, 1] = float("nan")
-    with pytest.raises(ValueError, match="the images hold embeddings that are not finite"):
+    with pytest.raises(ValueError, match=r"images .* not finite"):
         classification_metrics(images, unit(3, 4), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ValueError, match="the classifier hold"):
         classification_metrics(unit(3, 4), images, torch.zeros(3, dtype=torch.int64))

@@ -518,7 +518,7 @@ def test_intervals_of_groups_draw_units():
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="no group has two items"):
         group_metrics(unit(4, 3), torch.arange(4))
-    with pytest.raises(ValueError, match="4 embeddings need 4 numbers of groups and units"):
+    with pytest.raises(ValueError, match=r"4 .* groups and units"):
         group_metrics(unit(4, 3), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ValueError, match="not finite"):
         group_metrics(torch.full((4, 3), torch.nan), torch.zeros(4, dtype=torch.int64))

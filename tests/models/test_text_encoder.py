@@ -581,7 +581,7 @@ def test_a_text_that_is_too_long():
     tokens = Tokens.pack([text])
     model = build()
     for run in (lambda: model(tokens), lambda: model.forward_padded(*tokens.padded())):
-        with pytest.raises(ValueError, match="a text of 17 tokens: the encoder has 16 positions"):
+        with pytest.raises(ValueError, match=r"17 tokens.* 16 positions"):
             run()
     assert build(positions="rotary")(tokens).isfinite().all()  # which end nowhere
 

@@ -189,10 +189,10 @@ def test_bad_pictures_on_two_ranks(shards: Path, seed: int, bad: list[int]) -> N
     if len(bad) < 5:
         assert done.returncode == 0, done.stderr
         assert len(said) == 1, done.stderr
-        assert "image that cannot be decoded: 1, such as " in said[0]
+        assert "cannot be decoded: 1" in said[0]
         assert f"s{bad[0]}" in said[0]
         assert rows(shards / "run")
     else:
         assert done.returncode == 1, done.stderr
         assert len(errors) == 1, done.stderr
-        assert "photos: no picture can be decoded, such as " in errors[0]
+        assert "photos: no picture" in errors[0]

@@ -138,7 +138,7 @@ def test_refusals(config: Path, tmp_path: Path, seed: int, capsys: pytest.Captur
         ["--model.image.overrides.num_heads", "4"],
     ):
         error = fails(capsys, [*begin, *other])
-        assert f"{features} are of another image tower or preprocessing" in error
+        assert str(features) in error
         assert str(config) in error
     text = config.read_text()
     for old, new, message in (

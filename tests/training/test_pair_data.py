@@ -51,7 +51,7 @@ def test_a_run_sees_its_sources_by_their_weights(two: Path, seed: int, monkeypat
 
 
 def test_what_is_wrong_with_sources_is_named(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "weight -1.0 of a source must be positive" in fails(capsys, [*fit(two), "--data.train", sources(two, 1, -1)])
+    assert "weight -1.0" in fails(capsys, [*fit(two), "--data.train", sources(two, 1, -1)])
     twice = json.dumps([{"shards": str(two / "more")}, {"shards": str(two / "more")}])
     line = fails(capsys, [*fit(two), "--data.train", twice])
     assert "part-000.tar stands in two sources" in line

@@ -487,7 +487,7 @@ def test_status(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "bad.tar").write_bytes(Path(good).read_bytes()[:1000])
     printed, errors = run(capsys, str(tmp_path), status=1)
     assert "bad.tar" in printed
-    assert "2 shards, 1 of which can be read, 5 samples" in printed
+    assert re.search("2 shards, 1 .* 5 samples", printed)
     assert len(errors.strip().splitlines()) == 1
 
 
@@ -512,7 +512,7 @@ def test_wrong_use(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
         assert what in errors, errors
         assert out == ""
     printed = run(capsys, shard, "--captions", "json.nothing")[0]
-    assert "its .json has no field 'nothing': 3 of 3 pairs" in printed
+    assert "'nothing': 3 of 3" in printed
 
 
 def test_evil_names_are_harmless(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ def test_splits(tmp_path, seed):
     assert BenchmarkSet.splits(folder) == ["train"]
     assert BenchmarkSet.open(folder).split == "train"
     write_benchmark(folder, seed, split="val", counts=(3,))
-    with pytest.raises(DataError, match="has the splits train, val and no test: name one"):
+    with pytest.raises(DataError, match=r"train, val .* test"):
         BenchmarkSet.open(folder)
     assert len(BenchmarkSet.open(folder, "val")) == 3
     with pytest.raises(DataError, match="no split 'test', only train, val"):

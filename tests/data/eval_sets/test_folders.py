@@ -121,7 +121,7 @@ def test_class_folders_by_split(tmp_path, seed):
             write_picture(tmp_path / "set" / split / name / "1.png", rng)
     root = tmp_path / "set"
     assert BenchmarkSet.splits(root) == ["train", "val"]
-    with pytest.raises(DataError, match="has the splits train, val and no test: name one"):
+    with pytest.raises(DataError, match=r"train, val .* test"):
         BenchmarkSet.open(root)
     (root / "classnames.txt").write_text("ape\nbee\ncow\ndog\n")
     for split, targets, absent in (("train", [1, 2, 3], "a"), ("val", [0, 1, 3], "c")):

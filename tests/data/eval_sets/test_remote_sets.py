@@ -79,7 +79,7 @@ def test_splits_elsewhere(web, seed):
     write_benchmark(folder, seed, split="val", counts=(3,))
     write_benchmark(folder, seed, split="own one", counts=(1,))
     assert BenchmarkSet.splits(url) == ["train", "val"]
-    with pytest.raises(DataError, match="has the splits train, val and no test: name one"):
+    with pytest.raises(DataError, match=r"train, val .* test"):
         BenchmarkSet.open(url)
     with pytest.raises(DataError, match="no split 'test', only train, val"):
         BenchmarkSet.open(url, "test")

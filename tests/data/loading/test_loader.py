@@ -362,7 +362,7 @@ def test_samples_without_image_or_caption_are_named(tmp_path, seed):
 
 def test_sizes_that_do_not_fit_are_refused(folders):
     index = folders([3, 2])
-    with pytest.raises(DataError, match="batch size 6 is larger than the data, which has 5 samples"):
+    with pytest.raises(DataError, match=r"batch size 6 .* 5 samples"):
         make(index, 6)
     with pytest.raises(DataError, match=r"batch_size 5 .* no multiple of the 2 ranks"):
         make(index, 5, world=2)

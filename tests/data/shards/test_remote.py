@@ -848,7 +848,9 @@ def test_secrets_stay_out_of_all_that_is_kept_shown_or_said(web, seed, here, tmp
     start += ["--trainer.default_root_dir", str(run)]
     with pytest.raises(SystemExit):
         main(start)
-    assert "part-000.tar has no index: `dualenc index`" in clean(capfd.readouterr().err)
+    line = clean(capfd.readouterr().err)
+    assert "part-000.tar" in line
+    assert "`dualenc index`" in line
     main(["index", spec, "--workers", "0"])
     main(start)
     assert (run / "report.html").is_file()

@@ -311,7 +311,7 @@ def test_bad_lines_are_replaced_by_others_of_their_source(tmp_path, tokenizer, s
     assert batch.parts["topic"].labels.tolist() == [0, 1]
     assert len(quarantine) == 2
     (tmp_path / "c.tsv").write_text("one\ty\n" + "broken\n" * 3)
-    with pytest.raises(DataError, match="samples in a row are bad: its number of columns is not that of the header"):
+    with pytest.raises(DataError, match=r"samples in a row .* columns .* header"):
         TextDataset(TextIndex.build(str(tmp_path / "c.tsv")), [(1, CLASS)], tokenizer)[0, 0, np.arange(1)]
 
 

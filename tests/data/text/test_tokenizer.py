@@ -112,7 +112,7 @@ def test_trained_vocabulary(seed, kind):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(DataError, match="'sentencepiece' is none of wordpiece, bpe, unigram"):
+    with pytest.raises(DataError, match=r"'sentencepiece' .* wordpiece, bpe, unigram"):
         Tokenizer.train(["a"], 100, 16, "sentencepiece")
 
 
