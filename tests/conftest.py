@@ -16,6 +16,9 @@ from servers import Bucket, s3_server, web_server
 import dualenc.data.shards.remote as storage
 
 torch.set_num_threads(1)
+# The first backward pass of a process starts autograd's threads for the devices known then. torch.compile makes another
+# device known, and a process with such threads can no longer fork, as `runs.Process` does. So the first one is here.
+torch.ones(1, requires_grad=True).sum().backward()
 # Indexes of read-only folders go here, not to the user's own.
 _CACHE = tempfile.TemporaryDirectory(prefix="dualenc-tests-")
 os.environ["DUALENC_CACHE"] = _CACHE.name
