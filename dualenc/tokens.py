@@ -15,7 +15,7 @@ from torch import Tensor
 class Tokens(NamedTuple):
     """A packed batch of B texts with N real tokens in all.
 
-    The texts stand in an order that suits attention (by length, so that equal lengths are neighbours);
+    The texts stand in an order that suits attention (by length, so that equal lengths are neighbors);
     `rows` leads back to the order in which the caller gave them.
     """
 

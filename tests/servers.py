@@ -216,7 +216,7 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
     allow_reuse_address = True
-    LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "other")
+    LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "other")
     LARGE = (".safetensors", ".onnx", ".bin")  # stored apart from git, by their SHA-256
 
     def __init__(self) -> None:
@@ -350,7 +350,7 @@ class _HubHandler(BaseHTTPRequestHandler):
         content = json.loads(body)["content"]
         about = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)[1])  # type: ignore[index]
         errors = []
-        if about.get("license") not in (None, *self.server.LICENCES):
+        if about.get("license") not in (None, *self.server.LICENSES):
             errors.append({"message": '"license" must be one of a list'})
         for model in about.get("model-index", []):
             for result in model["results"]:

@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 from dualenc.data.text.files import TextIndex
-from dualenc.metrics import label_measures, majority_baseline
+from dualenc.metrics import label_bootstrap, majority_baseline
 from dualenc.report import Points, Section, print_table, write_report
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import write_json
@@ -49,7 +49,7 @@ def sentences(
     targets, asked = (np.array([names.index(label) for label in labels]) for _, labels in (train, dev))
     x, y = (embed(texts).double().cpu().numpy() for texts, _ in (train, dev))
     logits = torch.from_numpy(regression(x, targets).predict_log_proba(y))
-    measures = label_measures(logits, torch.from_numpy(asked), names)
+    measures = label_bootstrap(logits, torch.from_numpy(asked), names)
     clusters = KMeans(len(names), n_init=10, random_state=0).fit_predict(y)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     plane = PCA(2, random_state=0)

@@ -24,7 +24,7 @@ def demo(out: Path = Path("demo")) -> None:
     if out.exists():
         raise UsageError(f"{out} exists already: name another folder, or remove it")
     scenes, root = out / "scenes", out / "run"
-    print(f"Drawing {TRAIN:,} scenes into {scenes}, without {len(UNSEEN)} of {len(NAMES)} pairs of colour and shape.")
+    print(f"Drawing {TRAIN:,} scenes into {scenes}, without {len(UNSEEN)} of {len(NAMES)} pairs of color and shape.")
     write_scenes(scenes, train=TRAIN)
     sets = [str(scenes / name) for name in ("zeroshot_seen", "zeroshot_unseen", "retrieval")]
     evaluation = {"class_path": "dualenc.training.Evaluation", "init_args": {"data": sets, "every_n_epochs": 2}}
@@ -39,7 +39,7 @@ def demo(out: Path = Path("demo")) -> None:
     ])  # fmt: skip
     report, pictures = _measure(out, root, sets, f"{TRAIN:,} drawn to train on; never among them: {', '.join(UNSEEN)}")
     print(
-        f"\nEach picture of the first two sets shows one of {len(NAMES)} pairs of colour and shape: pairs that "
+        f"\nEach picture of the first two sets shows one of {len(NAMES)} pairs of color and shape: pairs that "
         f"training had,\nand pairs that it never had. In the third, {pictures} new scenes are told apart.\n\n"
         f"The report is {report}, the model {root / 'best'}. Try next:\n\n"
         f"  dualenc zeroshot {shlex.quote(str(root))} {shlex.quote(str(scenes / 'zeroshot_unseen'))}\n"
@@ -62,7 +62,7 @@ def _measure(out: Path, root: Path, sets: list[str], note: str) -> tuple[Path, i
     write_json(out / "zeroshot.json", results[:2])
     write_json(out / "retrieval.json", results[2:])
     about = {"data": out / "scenes", "scenes": note}
-    title = "The demo: scenes of coloured shapes"
+    title = "The demo: scenes of colored shapes"
     return write_report(out, title, sections, about, root / "metrics.csv"), results[2]["n"]
 
 

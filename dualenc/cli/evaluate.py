@@ -97,7 +97,7 @@ def probe(
     workers: int = 2,
     allow_partial: bool = False,
 ) -> None:
-    """Linear and nearest-neighbour classification on frozen image embeddings.
+    """Linear and nearest-neighbor classification on frozen image embeddings.
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.

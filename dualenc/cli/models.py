@@ -96,7 +96,7 @@ def push(
     revision: str | None = None,
     private: bool = False,
     results: tuple[Path, ...] = (),
-    licence: str | None = None,
+    license: str | None = None,
     message: str | None = None,
 ) -> None:
     """Uploads a model to the hub, with a card that says what it is, how good, and how to load it.
@@ -108,13 +108,13 @@ def push(
         revision: a branch, made where there is none; absent, main.
         private: make the repository a private one; refused where it is there and public.
         results: .json files that `--out` of evaluations of this model wrote, for the card.
-        licence: the hub's name of it, such as apache-2.0; absent, the card says that none was named.
+        license: the hub's name of it, such as apache-2.0; absent, the card says that none was named.
         message: of the commit.
     """
     from dualenc.hub.push import HubError, push
 
     try:
-        pushed = push(model, repo, revision, private, results, licence, message)
+        pushed = push(model, repo, revision, private, results, license, message)
     except HubError as error:
         raise WorkError(error) from error
     print(f"{pushed.url}\n{pushed.spec}")

@@ -7,7 +7,7 @@ from dualenc.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
     from dualenc.data.images import Augment, ImageError, Preprocess, decode_image
-    from dualenc.data.loading.bad_samples import Quarantine
+    from dualenc.data.loading.bad_samples import BadSampleLog
     from dualenc.data.loading.epoch_plan import EpochPlan
     from dualenc.data.loading.loader import Loader
     from dualenc.data.pairs import PairDataset, Pairs
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Augment",
+    "BadSampleLog",
     "BenchmarkSet",
     "Cache",
     "EpochPlan",
@@ -25,7 +26,6 @@ __all__ = [
     "PairDataset",
     "Pairs",
     "Preprocess",
-    "Quarantine",
     "ShardIndex",
     "Tokenizer",
     "decode_image",
@@ -43,7 +43,7 @@ __getattr__, __dir__ = lazy_names(
         "PairDataset": "pairs",
         "Pairs": "pairs",
         "Preprocess": "images",
-        "Quarantine": "loading.bad_samples",
+        "BadSampleLog": "loading.bad_samples",
         "ShardIndex": "shards.index",
         "Tokenizer": "text.tokenizer",
         "decode_image": "images",

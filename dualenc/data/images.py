@@ -1,7 +1,7 @@
 """Pictures: bytes from strangers to uint8 tensors, and the transform that evaluation uses.
 
 Everything up to the device is uint8: a quarter of the bytes of float32 between processes, and torch's antialiased
-resize on uint8 in channels-last layout is the fastest there is on a CPU. Normalisation happens on the device.
+resize on uint8 in channels-last layout is the fastest there is on a CPU. Normalization happens on the device.
 """
 
 import io
@@ -50,8 +50,8 @@ def decode_image(data: bytes) -> Tensor:
     """
     if data[:3] == b"\xff\xd8\xff" and _upright(data):
         try:
-            height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-            if int(height) * int(width) <= MAX_PIXELS and colour in ("YCbCr", "Gray", "RGB"):
+            height, width, color, _ = simplejpeg.decode_jpeg_header(data)
+            if int(height) * int(width) <= MAX_PIXELS and color in ("YCbCr", "Gray", "RGB"):
                 return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
         except ValueError:  # rare but valid JPEGs, and broken ones: Pillow decides which
             pass
@@ -133,7 +133,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The evaluation transform and the normalisation: what `preprocess.json` of a model directory holds.
+    """The evaluation transform and the normalization: what `preprocess.json` of a model directory holds.
 
     Attributes:
         size: output height and width in pixels.
@@ -231,19 +231,19 @@ class Augment(torch.nn.Module):
     """The training transform: uint8 (3, H, W) to uint8 (3, size, size).
 
     By default what open_clip trains with, a crop resized by antialiased bicubic interpolation and nothing else: no
-    flip, since captions say "left of", and no colours, since they say "red".
+    flip, since captions say "left of", and no colors, since they say "red".
 
     Args:
         size: output height and width in pixels.
         scale: least and largest area of the crop as shares of the picture's. Above 1, the picture is first set on a
-            ground of the colour of its corners, and so shown smaller.
+            ground of the color of its corners, and so shown smaller.
         flip: share of the pictures that are mirrored.
-        rotate: largest angle in degrees, either way; what comes in from outside has the colour of the corners.
-        colour: brightness, contrast and saturation are multiplied by up to 1 + colour, and down to 1 - colour.
-        hue: largest turn of all colours about the grey axis, either way; 0.5 is half a turn.
-        grey: share of the pictures that lose their colour.
+        rotate: largest angle in degrees, either way; what comes in from outside has the color of the corners.
+        color: brightness, contrast and saturation are multiplied by up to 1 + color, and down to 1 - color.
+        hue: largest turn of all colors about the gray axis, either way; 0.5 is half a turn.
+        gray: share of the pictures that lose their color.
 
-    All changes of colour are one 3 x 3 matrix (Haeberli 1993, Matrix Operations for Image Processing): faster than one
+    All changes of color are one 3 x 3 matrix (Haeberli 1993, Matrix Operations for Image Processing): faster than one
     after the other, above all than a conversion to HSV and back.
     """
 
@@ -253,15 +253,15 @@ class Augment(torch.nn.Module):
         scale: tuple[float, float] = (0.9, 1.0),
         flip: float = 0.0,
         rotate: float = 0.0,
-        colour: float = 0.0,
+        color: float = 0.0,
         hue: float = 0.0,
-        grey: float = 0.0,
+        gray: float = 0.0,
     ) -> None:
         super().__init__()
         self.margin = (max(1.0, scale[1]) ** 0.5 - 1) / 2  # on each side, so that the whole has the largest area
         whole = (1 + 2 * self.margin) ** 2
         self.size, self.scale = size, (scale[0] / whole, scale[1] / whole)
-        self.flip, self.rotate, self.colour, self.hue, self.grey = flip, rotate, colour, hue, grey
+        self.flip, self.rotate, self.color, self.hue, self.gray = flip, rotate, color, hue, gray
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 (3, H, W) of any size to uint8 (3, size, size)."""
@@ -271,7 +271,7 @@ class Augment(torch.nn.Module):
         image = resized_crop(image, _crop_box(height, width, self.scale), self.size)
         if self.flip and float(torch.rand(())) < self.flip:
             image = image.flip(-1)
-        return self._recoloured(image) if self.colour or self.hue or self.grey else image
+        return self._recolored(image) if self.color or self.hue or self.gray else image
 
     def _on_ground(self, image: Tensor) -> Tensor:
         # Here, since most training and all commands on data do without it, and it takes seconds to import.
@@ -290,13 +290,13 @@ class Augment(torch.nn.Module):
             image = turned.round().clamp(0, 255).to(torch.uint8)
         return image
 
-    def _recoloured(self, image: Tensor) -> Tensor:
+    def _recolored(self, image: Tensor) -> Tensor:
         *factors, turn, lose = torch.rand(5).tolist()
-        brightness, contrast, saturation = (1 + self.colour * (2 * draw - 1) for draw in factors)
-        saturation = 0.0 if lose < self.grey else saturation
+        brightness, contrast, saturation = (1 + self.color * (2 * draw - 1) for draw in factors)
+        saturation = 0.0 if lose < self.gray else saturation
         angle = 2 * math.pi * self.hue * (2 * turn - 1)
-        about_grey = math.cos(angle) * torch.eye(3) + math.sin(angle) * _CROSS + (1 - math.cos(angle)) * _MEAN
-        matrix = brightness * (saturation * torch.eye(3) + (1 - saturation) * _LUMA) @ about_grey
+        about_gray = math.cos(angle) * torch.eye(3) + math.sin(angle) * _CROSS + (1 - math.cos(angle)) * _MEAN
+        matrix = brightness * (saturation * torch.eye(3) + (1 - saturation) * _LUMA) @ about_gray
         pixels = image.flatten(1).float()  # (3, H * W)
         mean = float(_LUMA[0] @ matrix @ pixels.mean(1))
         pixels = (contrast * matrix @ pixels).add_((1 - contrast) * mean).round_().clamp_(0, 255)
@@ -323,7 +323,7 @@ def _crop_box(height: int, width: int, scale: tuple[float, float]) -> tuple[int,
 
 
 _LUMA = torch.tensor([[0.299, 0.587, 0.114]]).repeat(3, 1)  # ITU-R BT.601
-# Rodrigues' rotation about the axis of greys: its cross-product matrix, and the projection onto it.
+# Rodrigues' rotation about the axis of grays: its cross-product matrix, and the projection onto it.
 _CROSS = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / 3**0.5
 _MEAN = torch.full((3, 3), 1 / 3)
 

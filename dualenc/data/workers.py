@@ -90,7 +90,7 @@ class Watched(Protocol):
         ...
 
 
-class PatientLoader(DataLoader[Any]):
+class TimeoutDataLoader(DataLoader[Any]):
     """A loader of which the next batch may take `timeout` seconds, and whose error then names the sample.
 
     Its workers stay from epoch to epoch, do not hear the signals that are for the trainer, and must be ended by
@@ -170,7 +170,7 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
 class _Iterator(_MultiProcessingDataLoaderIter):
     """Torch's, but for what happens when no batch comes."""
 
-    def __init__(self, loader: PatientLoader) -> None:
+    def __init__(self, loader: TimeoutDataLoader) -> None:
         self._where, self._notes = loader.where, loader.notes.numpy()
         super().__init__(loader)
         # With these torch raises in the handler of SIGCHLD.

@@ -13,23 +13,23 @@ from dualenc.data.shards.shard import content_hash
 from dualenc.evaluation.embed import EmbeddingCache, SetEmbeddings, Track, embed_pictures, embed_set
 from dualenc.inference.embedder import Embedder
 from dualenc.metrics import (
-    Measures,
+    BootstrapMetrics,
     Scores,
     average_precision,
     calibration,
-    choice_measures,
+    choice_bootstrap,
     choice_metrics,
-    classification_measures,
+    classification_bootstrap,
     classification_metrics,
-    group_measures,
+    group_bootstrap,
     group_metrics,
     knn_probe,
     linear_probe,
-    multilabel_measures,
+    multilabel_bootstrap,
     multilabel_metrics,
     per_class,
     retrieval_answers,
-    retrieval_measures,
+    retrieval_bootstrap,
     retrieval_metrics,
 )
 from dualenc.report import Answers, ChoiceScores, Classes, Labels, Points, Section
@@ -189,13 +189,13 @@ def probe(
     track: Track = iter,
     cache: EmbeddingCache | None = None,
 ) -> Evaluated:
-    """A linear classifier and neighbours' votes on frozen image embeddings.
+    """A linear classifier and neighbors' votes on frozen image embeddings.
 
     Args:
         embedder: the model.
         data: to measure on.
         train: to learn from.
-        held: to choose the regularisation and the number of neighbours by; absent, a fifth of what is learned from.
+        held: to choose the regularization and the number of neighbors by; absent, a fifth of what is learned from.
         workers, track, cache: see `embed_set`.
     """
     embedded = {}
@@ -229,7 +229,7 @@ def probe(
     return Evaluated(section, {"ids": ids, **both.items})
 
 
-def measures(kind: str, items: Mapping[str, Tensor]) -> Measures:
+def measures(kind: str, items: Mapping[str, Tensor]) -> BootstrapMetrics:
     """The figures of a result as functions of its items, from the items.
 
     Args:
@@ -238,7 +238,7 @@ def measures(kind: str, items: Mapping[str, Tensor]) -> Measures:
     """
     if kind == "probe":
         parts = {
-            name: classification_measures(
+            name: classification_bootstrap(
                 {key.removeprefix(name): x for key, x in items.items() if key.startswith(name)}
             )
             for name in ("linear_", "knn_")
@@ -247,13 +247,13 @@ def measures(kind: str, items: Mapping[str, Tensor]) -> Measures:
         return parts["linear_"]._replace(statistics=both)
     if kind in ("text-text", "image-image"):
         prefix = kind.replace("-", "_") + "_retrieval_"
-        part = group_measures({key.removeprefix(prefix): x for key, x in items.items()})
+        part = group_bootstrap({key.removeprefix(prefix): x for key, x in items.items()})
         return part._replace(statistics={f"{prefix}{name}": f for name, f in part.statistics.items()})
     of = {
-        "classification": classification_measures,
-        "multilabel": multilabel_measures,
-        "retrieval": retrieval_measures,
-        "choice": choice_measures,
+        "classification": classification_bootstrap,
+        "multilabel": multilabel_bootstrap,
+        "retrieval": retrieval_bootstrap,
+        "choice": choice_bootstrap,
     }
     return of[kind](dict(items))
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dualenc.formats.format_1 import name_in_format_1
 from dualenc.formats.huggingface.family import Family, Slot
 from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError
@@ -117,7 +118,7 @@ def prefixes(family: Family, names: Collection[str], path: Path) -> tuple[str, s
     Raises:
         ModelError: there is no word embedding, or more than one.
     """
-    words = f"{family.words}.weight"
+    words = f"{family.token_embeddings}.weight"
     found = [name.removesuffix(words) for name in names if name == words or name.endswith(f".{words}")]
     if len(found) != 1:
         raise ModelError(f"{path} has {len(found) or 'no'} tensors {words}: it is no checkpoint of {family.name}")
@@ -147,15 +148,21 @@ class Rule(NamedTuple):
     copied: bool = False
 
 
+def own_rule(ours: str, theirs: str) -> Rule:
+    """Return the rule of a tensor in a file of our own, which may be of format 1."""
+    old = name_in_format_1(theirs)
+    return Rule((ours,), (theirs,), aliases=((old,),) if old != theirs else ())
+
+
 def family_rules(
-    family: Family, text: TextConfig, places: Mapping[str, Slot], ours: Collection[str], prefix: str, outer: str = ""
+    family: Family, text: TextConfig, slots: Mapping[str, Slot], ours: Collection[str], prefix: str, outer: str = ""
 ) -> dict[str, Rule]:
     """Return what each tensor of a `TextModel` is called by a family.
 
     Args:
         family: the family.
         text: the architecture.
-        places: the heads that have a slot of the family's; the tensors of others keep their own names.
+        slots: the heads that have a slot of the family's; the tensors of others keep their own names.
         ours: names in the model's state.
         prefix: of the encoder's tensors.
         outer: of the heads' tensors.
@@ -173,10 +180,10 @@ def family_rules(
         module, _, parameter = rest.rpartition(".")
         if part == "heads":
             head, _, inside = rest.partition(".")
-            slot = places.get(head)
+            slot = slots.get(head)
             module, _, parameter = inside.rpartition(".")
             if slot is None:
-                rules[name] = Rule((name,), (name,))
+                rules[name] = own_rule(name, name)
             elif inside in slot.parameters:
                 first, *others = map(theirs, slot.parameters[inside])
                 rules[name] = Rule((name,), (first,), aliases=(tuple(others),))

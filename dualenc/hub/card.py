@@ -180,7 +180,7 @@ def card(
     subject: Subject,
     repo: str,
     measured: Sequence[SetResult] = (),
-    licence: str | None = None,
+    license: str | None = None,
     revision: str | None = None,
 ) -> str:
     """Return the model card, `README.md`; see `dualenc.report.card`.
@@ -189,7 +189,7 @@ def card(
         subject: what it is about.
         repo: where it will be.
         measured: figures of the model.
-        licence: the hub's name of it.
+        license: the hub's name of it.
         revision: the branch; absent, main.
 
     Raises:
@@ -214,7 +214,7 @@ def card(
         data=data,
         sources=_yaml(_sources(config)),
         config=_yaml(config),
-        license=licence,
+        license=license,
         branch=branch,
         pin=pin if subject.pinned else "",
         others=[(f"dualenc export {spec} OUT --format {name}", program(name, images, "OUT")) for name in formats],

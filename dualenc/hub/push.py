@@ -97,7 +97,7 @@ def push(
     revision: str | None = None,
     private: bool = False,
     results: Iterable[str | os.PathLike[str]] = (),
-    licence: str | None = None,
+    license: str | None = None,
     message: str | None = None,
 ) -> Pushed:
     """Uploads a model to the hub in one commit, and compares what the hub then lists with what was sent.
@@ -112,7 +112,7 @@ def push(
         revision: a branch, made from main where there is none; absent, main.
         private: whether the repository is to be private.
         results: files that an evaluation of this model wrote, for the card.
-        licence: the hub's name of a licence.
+        license: the hub's name of a license.
         message: of the commit.
 
     Raises:
@@ -122,11 +122,11 @@ def push(
     """
     from huggingface_hub import get_token
 
-    _check_names(repo, revision, licence)
+    _check_names(repo, revision, license)
     subject = open_subject(model)
     measured = [one for path in results for one in read_measured(path)]
     check_measured(subject, measured)
-    text = card(subject, repo, measured, licence, revision)
+    text = card(subject, repo, measured, license, revision)
     if get_token() is None:
         raise ModelError(f"nobody is logged in who could write to {repo}: `hf auth login`, or set HF_TOKEN")
     with TemporaryDirectory(prefix="dualenc-push-") as name:
@@ -137,11 +137,11 @@ def push(
             return _upload(folder, repo, revision, private, message or f"{TITLES[subject.kind]} {version('dualenc')}")
 
 
-def _check_names(repo: str, revision: str | None, licence: str | None) -> None:
+def _check_names(repo: str, revision: str | None, license: str | None) -> None:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII) or re.search(r"--|\.\.|\.git$|[.-]$|[.-]/", repo):
         raise ModelError(f"repository {repo!r} must be owner/name, of letters, digits, -, _ and .")
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise ModelError(f"licence {licence!r} must be a name that the hub has for one, such as apache-2.0, or other")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ModelError(f"license {license!r} must be a name that the hub has for one, such as apache-2.0, or other")
     if revision is not None and not re.fullmatch(r"(?![0-9a-f]{40}$)[\w][\w./-]*", revision, re.ASCII):
         raise ModelError(f"revision {revision!r} must be the name of a branch, of letters, digits, -, _, . and /")
 

@@ -37,7 +37,7 @@ from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.shard import Shard
 from dualenc.data.text.dataset import Use, texts_of
 from dualenc.data.text.files import TextFile, TextIndex
-from dualenc.data.workers import PatientLoader, Progress
+from dualenc.data.workers import Progress, TimeoutDataLoader
 from dualenc.inference.text_model import TextPredictor
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, write_json, write_text
@@ -275,7 +275,7 @@ class _Reader(Dataset["_Read"]):
         requests = [request for number in numbers for request in self.requests(number)]
         workers = workers if requests else 0
         options = {"prefetch_factor": 4} if workers else {}
-        loader = PatientLoader(self, workers=workers, timeout=TIMEOUT, sampler=requests, **options)
+        loader = TimeoutDataLoader(self, workers=workers, timeout=TIMEOUT, sampler=requests, **options)
         try:
             batches = iter(track(loader, total=len(requests)))
             yield batches

@@ -19,6 +19,7 @@ from torch import Tensor
 from dualenc.data.images import Preprocess, open_image
 from dualenc.data.pairs import Pairs
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.formats import format_1
 from dualenc.formats.model_folder import OWN_FILES, check_tokenizer, open_folder
 from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, load_open_clip
 from dualenc.metrics import zero_shot_classifier
@@ -28,7 +29,7 @@ from dualenc.models.image_encoder import ImageEncoder
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, program, write_card
 from dualenc.utils.errors import ModelError
-from dualenc.utils.files import FORMAT, check_format, from_dict, read_json, replaced_folder, write_json
+from dualenc.utils.files import FORMAT, from_dict, read_json, replaced_folder, take_format, write_json
 from dualenc.utils.text import plural
 
 
@@ -83,13 +84,13 @@ class Embedder:
 
         Args:
             images: one or an iterable of paths, Pillow images, uint8 tensors (3, H, W) of any size; or of batches
-                (B, 3, S, S) uint8 as loaders give them. Float tensors are taken as already normalised.
+                (B, 3, S, S) uint8 as loaders give them. Float tensors are taken as already normalized.
             batch_size: images a forward pass, where they come one by one.
         """
         images = [images] if isinstance(images, str | os.PathLike | Image.Image) else images
         with evaluating(self.model):
             parts = [
-                self.model.encode_image(self._normalised(batch)).float().cpu()
+                self.model.encode_image(self._normalized(batch)).float().cpu()
                 for batch in self._image_batches(images, batch_size)
             ]
         if not parts:
@@ -168,7 +169,7 @@ class Embedder:
                 continue
             image = item if isinstance(item, Tensor) else open_image(item)
             image = image if image.is_floating_point() else self.preprocess(image)
-            if waiting and waiting[0].dtype != image.dtype:  # stack would turn pixels into normalised values
+            if waiting and waiting[0].dtype != image.dtype:  # stack would turn pixels into normalized values
                 yield torch.stack(waiting)
                 waiting = []
             waiting.append(image)
@@ -178,7 +179,7 @@ class Embedder:
         if waiting:
             yield torch.stack(waiting)
 
-    def _normalised(self, batch: Tensor) -> Tensor:
+    def _normalized(self, batch: Tensor) -> Tensor:
         done = isinstance(self.preprocess, Preprocess) and batch.shape[-2:] == (self.preprocess.size,) * 2
         if not batch.is_floating_point() and not done:
             batch = torch.stack([self.preprocess(image) for image in batch])
@@ -225,7 +226,7 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
     text = config.text
     tokenizer = Tokenizer.from_file(path / "tokenizer.json", text.context_length, text.pad_to, text.pad_id)
     try:
-        state = load_file(path / "model.safetensors")
+        state = {format_1.tensor_name(name): x for name, x in load_file(path / "model.safetensors").items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path / 'model.safetensors'} cannot be read ({error})") from None
     try:
@@ -244,7 +245,7 @@ def read_config(spec: str | os.PathLike[str]) -> tuple[Path, DualConfig, Preproc
     """
     path = model_folder(spec)
     fields = read_json(path / "config.json")
-    check_format(fields, path / "config.json")
+    take_format(fields, path / "config.json")
     config: DualConfig = from_dict(DualConfig, fields, str(path / "config.json"))
     where = path / "preprocess.json"
     return path, config, from_dict(Preprocess, read_json(where), str(where))
@@ -286,7 +287,8 @@ def fingerprint(
     digest = hashlib.blake2b(digest_size=16)
     about = [dataclasses.asdict(model.config), preprocess and dataclasses.asdict(preprocess), more]
     digest.update(json.dumps(about, sort_keys=True).encode())
-    for name, x in sorted(model.state_dict().items()):
+    state = {format_1.name_in_format_1(name): x for name, x in model.state_dict().items()}
+    for name, x in sorted(state.items()):
         digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

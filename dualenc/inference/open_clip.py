@@ -22,7 +22,7 @@ SCHEMES = ("hf-hub:", "local-dir:")  # of names that open_clip resolves by itsel
 
 @dataclass(frozen=True)
 class OpenClipTransform:
-    """The evaluation transform that open_clip makes for a model: resized, cropped, normalised."""
+    """The evaluation transform that open_clip makes for a model: resized, cropped, normalized."""
 
     size: int | tuple[int, int]
     mean: tuple[float, ...]
@@ -39,7 +39,7 @@ class OpenClipTransform:
         return image_transform_v2(PreprocessCfg(**asdict(self)), False)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(3, H, W) uint8 -> (3, S, S) float32, normalised."""
+        """(3, H, W) uint8 -> (3, S, S) float32, normalized."""
         return self._transform(to_pil_image(image))
 
 
@@ -118,7 +118,7 @@ class OpenClip(nn.Module):
         return getattr(self.model, "text", self.model)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised -> (B, E) of unit length."""
+        """(B, 3, S, S) normalized -> (B, E) of unit length."""
         return unit(self.model.encode_image(images))
 
     def encode_text(self, tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from dualenc.data.text.tokenizer import Tokenizer
-from dualenc.formats.huggingface.architecture import activation_name, choose_family, family_config, places_of
+from dualenc.formats.huggingface.architecture import activation_name, choose_family, family_config, slots_of
 from dualenc.formats.huggingface.family import PROBLEMS, Family
 from dualenc.formats.huggingface.text_checkpoint import open_text, own_rules
 from dualenc.formats.huggingface.tokenizers import tokenizer_config
@@ -190,7 +190,7 @@ class TextPredictor:
         else:
             library = "transformers"
             summary = f"A text encoder in the format of transformers ({family.name}); `{TEXT_MODEL}` is dualenc's."
-            own = [name for name in heads if name not in places_of(family, text, heads)]
+            own = [name for name in heads if name not in slots_of(family, text, heads)]
             if own := [name for name in own if heads[name].kind != "embedding"]:
                 facts.append(("heads that only dualenc reads", ", ".join(own)))
         return Card(self.name, library, summary, facts, [("dualenc", program("text", images=False))])
@@ -308,17 +308,17 @@ def hub_config(
         text, heads: of the model.
         tokenizer: whose opening and closing tokens are named.
     """
-    places = places_of(family, text, heads)
-    named = {slot.name: slot.architecture for slot in places.values()}
+    slots = slots_of(family, text, heads)
+    named = {slot.name: slot.architecture for slot in slots.values()}
     first = next((architecture for architecture in named.values() if architecture), "Model")
     config = family_config(family, text)
     config |= {"architectures": [family.stem + ("ForPreTraining" if {"mlm", "nsp"} <= named.keys() else first)]}
     ids = tokenizer.backend.encode("").ids
     if len(ids) > 1:
         config |= {"bos_token_id": ids[0], "eos_token_id": ids[-1]}
-    mlm = [heads[name] for name, slot in places.items() if slot.kind == "mlm"]
+    mlm = [heads[name] for name, slot in slots.items() if slot.kind == "mlm"]
     config["tie_word_embeddings"] = all(head.tied for head in mlm)
-    shown = [heads[name] for name, slot in places.items() if slot.name == "classification"]
+    shown = [heads[name] for name, slot in slots.items() if slot.name == "classification"]
     for head in shown:
         config["id2label"] = {str(i): label for i, label in enumerate(head.labels)}
         config["label2id"] = {label: i for i, label in enumerate(head.labels)}

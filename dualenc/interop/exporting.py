@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from dualenc.data.images import Preprocess
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats.huggingface import dual as hugging_face
-from dualenc.formats.huggingface.architecture import choose_family, family_of, fitted, places_of, with_segment
+from dualenc.formats.huggingface.architecture import choose_family, family_of, fitted, slots_of, with_segment
 from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import CONFIG, EXPORT, OPEN_CLIP, TEXT_MODEL, detect, open_folder
 from dualenc.formats.open_clip import config as open_clip
@@ -191,7 +191,7 @@ def _export_text(model: TextPredictor, folder: Path, form: Format) -> Exported:
             f"transformers has no text encoder like this one ({open_clip.in_words(model.model.config)}): export to onnx"
         )
     family = choose_family(model.model.config, model.model.head_configs)
-    kept = places_of(family, model.model.config, model.model.head_configs) if family is not None else {}
+    kept = slots_of(family, model.model.config, model.model.head_configs) if family is not None else {}
     notes = [f"head {name}: the format has no place for it" for name in model.model.head_configs if name not in kept]
     encoder = TextModel(model.model.config, {name: model.model.head_configs[name] for name in kept})
     encoder.load_state_dict({name: x for name, x in model.model.state_dict().items() if name in encoder.state_dict()})
@@ -222,7 +222,7 @@ def verify_text(model: TextPredictor, folder: Path) -> Verified:
     ours = {"hidden": text_outputs(model, inputs)["hidden"]}
     config = read_json(folder / "config.json")
     family, _ = family_of(config, str(folder / "config.json"))
-    for name, slot in places_of(family, text, heads).items():
+    for name, slot in slots_of(family, text, heads).items():
         if slot.architecture in ("ForMaskedLM", "ForSequenceClassification") and any(
             architecture.endswith(slot.architecture) for architecture in config["architectures"]
         ):

@@ -48,7 +48,7 @@ class ImagePart(nn.Module):
         self.tower, self.projection = model.image, model.image_projection
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S) to embeddings (B, E) of unit length."""
+        """Normalized images (B, 3, S, S) to embeddings (B, E) of unit length."""
         return unit(self.projection(self.tower(pixels)))
 
 
@@ -107,7 +107,7 @@ def filled(
 def write_onnx(embedder: Embedder, folder: Path) -> None:
     """Writes both towers, each with its projection, as they are in eval mode in fp32.
 
-    `image.onnx` takes `pixels` (batch, 3, S, S) float32, normalised; `text.onnx` takes `ids` and `mask` (batch, length)
+    `image.onnx` takes `pixels` (batch, 3, S, S) float32, normalized; `text.onnx` takes `ids` and `mask` (batch, length)
     int64, padded on the right. Both give `embeddings` (batch, E) float32 of unit length. Batch and length may be any,
     up to the encoder's positions. Weights of more than 1.5 GB lie beside, in `image.onnx.data`.
 
@@ -324,7 +324,7 @@ def describe_onnx(folder: Path) -> str:
     if "image.onnx" in about["files"]:
         lines.append(
             "`preprocess.json` says how pictures are resized, and the mean and deviation by channel that `pixels` are "
-            "normalised with. Both embeddings have unit length; the probabilities of texts for an image are the "
+            "normalized with. Both embeddings have unit length; the probabilities of texts for an image are the "
             "softmax of `logit_scale` times the products, or, where there is a `logit_bias`, the sigmoid of that plus "
             "`logit_bias`; both numbers are in `onnx.json`."
         )

@@ -255,7 +255,7 @@ def _read(
     cut: bool,
 ) -> Mapping[str, Tensor]:
     """The state; `cut` where texts are shorter than the tower has positions, of which the rest are left."""
-    name = "text.embeddings.places.weight"
+    name = "text.embeddings.position_embeddings.weight"
     found = [rule.theirs[0] for rule in rules if rule.ours == (name,)]
     if cut and found and found[0] in weights:
         weights = ChainMap({found[0]: weights[found[0]][: shapes[name][0]]}, weights)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@
 
 `verify.run` starts it in a fresh process. MODEL is what the library loads, INPUTS and OUTPUTS are folders:
 
-- `INPUTS/inputs.npz`: `pixels` (N, 3, S, S) float32, normalised; `ids` and `mask` (M, L) int64, padded on the right;
+- `INPUTS/inputs.npz`: `pixels` (N, 3, S, S) float32, normalized; `ids` and `mask` (M, L) int64, padded on the right;
 - `INPUTS/inputs.json`: `pictures`, names of files of S x S pixels beside it, `photos`, of other sizes, and `texts`;
 - `OUTPUTS/outputs.npz`: for each of these that the library has a tower for, the embeddings (., E) under its name;
   `pictures_pixels` and `photos_pixels` (., 3, S, S), what goes into the image tower; `scale` and `bias`; and

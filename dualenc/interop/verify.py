@@ -38,7 +38,7 @@ TEXTS = (
 # Curly quotes, entities and ligatures, of which some libraries make others before they look at a text.
 UNCLEAN = ("the dog\u2019s \u201cbed\u201d", "cats &amp; dogs", "a \ufb01ne \uff34\uff36")
 NOT_COUNTED = ("photos",)  # their own resizing, of other arithmetic than ours; their pixels are
-PIXELS = 0.1  # mean difference of normalised pixels: above it, an image is resized or cut in another way
+PIXELS = 0.1  # mean difference of normalized pixels: above it, an image is resized or cut in another way
 LONG = 1024  # tokens of a random text, of an encoder that takes more
 
 
@@ -47,7 +47,7 @@ class Inputs:
     """What both sides are given; see `dualenc.interop.references`.
 
     Attributes:
-        pixels: (N, 3, S, S) float32, normalised noise.
+        pixels: (N, 3, S, S) float32, normalized noise.
         ids: of random tokens between those that open and close a text.
         pictures: of S x S pixels: no side has to resize them.
         photos: of other sizes.
@@ -231,7 +231,7 @@ def verify(
             apart = float(np.abs(ours[name] - theirs[name]).mean())
             if not apart <= PIXELS:
                 raise ModelError(
-                    f"{library} resizes or cuts the images of {model} in another way: normalised pixels differ by "
+                    f"{library} resizes or cuts the images of {model} in another way: normalized pixels differ by "
                     f"{apart:.2f} in the mean"
                 )
             continue

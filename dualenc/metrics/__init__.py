@@ -1,13 +1,13 @@
 """Arrays in, numbers out."""
 
-from dualenc.metrics.bootstrap import Measures
-from dualenc.metrics.choice import choice_measures, choice_metrics
+from dualenc.metrics.bootstrap import BootstrapMetrics
+from dualenc.metrics.choice import choice_bootstrap, choice_metrics
 from dualenc.metrics.classification import (
     average_precision,
     calibration,
-    classification_measures,
+    classification_bootstrap,
     classification_metrics,
-    multilabel_measures,
+    multilabel_bootstrap,
     multilabel_metrics,
     per_class,
     zero_shot_classifier,
@@ -17,18 +17,18 @@ from dualenc.metrics.ranking import match_ranks, nearest
 from dualenc.metrics.retrieval import (
     Answer,
     Scores,
-    group_measures,
+    group_bootstrap,
     group_metrics,
     recall_at,
     retrieval_answers,
-    retrieval_measures,
+    retrieval_bootstrap,
     retrieval_metrics,
     retrieval_ranks,
 )
 from dualenc.metrics.text import (
     bigram_both_sides,
     bigram_perplexity,
-    label_measures,
+    label_bootstrap,
     label_metrics,
     majority_baseline,
     mean_baseline,
@@ -40,27 +40,27 @@ from dualenc.metrics.text import (
 
 __all__ = [
     "Answer",
-    "Measures",
+    "BootstrapMetrics",
     "Probe",
     "Scores",
     "average_precision",
     "bigram_both_sides",
     "bigram_perplexity",
     "calibration",
-    "choice_measures",
+    "choice_bootstrap",
     "choice_metrics",
-    "classification_measures",
+    "classification_bootstrap",
     "classification_metrics",
-    "group_measures",
+    "group_bootstrap",
     "group_metrics",
     "knn_probe",
-    "label_measures",
+    "label_bootstrap",
     "label_metrics",
     "linear_probe",
     "majority_baseline",
     "match_ranks",
     "mean_baseline",
-    "multilabel_measures",
+    "multilabel_bootstrap",
     "multilabel_metrics",
     "nearest",
     "per_class",
@@ -69,7 +69,7 @@ __all__ = [
     "recall_at",
     "replaced_metrics",
     "retrieval_answers",
-    "retrieval_measures",
+    "retrieval_bootstrap",
     "retrieval_metrics",
     "retrieval_ranks",
     "unigram_perplexity",

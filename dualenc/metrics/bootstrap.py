@@ -15,7 +15,7 @@ Statistic = Callable[[Tensor], Tensor]  # weights (R, N) float64 of N units -> (
 _CELLS = 1 << 19  # weights at a time
 
 
-class Measures(NamedTuple):
+class BootstrapMetrics(NamedTuple):
     """The metrics of an evaluation, each a function of its units' weights."""
 
     statistics: Mapping[str, Statistic]
@@ -46,7 +46,7 @@ class Measures(NamedTuple):
         return {name: _bounds(torch.cat(parts), level) for name, parts in found.items()}
 
     def differences(
-        self, other: "Measures", *, level: float = 0.95, replicates: int = 1000, seed: int = 0
+        self, other: "BootstrapMetrics", *, level: float = 0.95, replicates: int = 1000, seed: int = 0
     ) -> dict[str, tuple[float, float, float]]:
         """Of the metrics that both have: the other's less this one's, with its paired interval.
 

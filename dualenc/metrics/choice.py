@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dualenc.metrics.bootstrap import Measures, mean
+from dualenc.metrics.bootstrap import BootstrapMetrics, mean
 from dualenc.metrics.ranking import TIE
 from dualenc.metrics.retrieval import Scores
 
@@ -25,7 +25,7 @@ def choice_metrics(
         replicates: bootstrap samples; 0 for no intervals.
 
     Returns:
-        The metrics of `choice_measures`, by chance those of an order of an instance's scores drawn at random. The item
+        The metrics of `choice_bootstrap`, by chance those of an order of an instance's scores drawn at random. The item
         is `scores` (n, 1 or 2 images, 2 texts) float64.
 
     Raises:
@@ -43,12 +43,12 @@ def choice_metrics(
             raise ValueError(f"{name} must be numbers between 0 and {number - 1}")
     own, theirs = image[images_of.to(image.device)].double(), text[texts_of.to(text.device)].double()
     items = {"scores": (own[:, :, None] * theirs[:, None]).sum(-1).cpu()}  # (n, images, texts)
-    measures = choice_measures(items)
+    bootstrap = choice_bootstrap(items)
     chance = dict(CHANCE[images_of.shape[1]])
-    return Scores(measures.values(), measures.intervals(replicates=replicates), chance, items)
+    return Scores(bootstrap.values(), bootstrap.intervals(replicates=replicates), chance, items)
 
 
-def choice_measures(items: Mapping[str, Tensor]) -> Measures:
+def choice_bootstrap(items: Mapping[str, Tensor]) -> BootstrapMetrics:
     """Metrics of choices as functions of the instances' weights (Winoground, Thrush et al. 2022, section 4).
 
     Args:
@@ -64,7 +64,7 @@ def choice_measures(items: Mapping[str, Tensor]) -> Measures:
     images = scores.shape[1]
     texts = (right > scores.flip(2).diagonal(dim1=1, dim2=2) + TIE).all(1)
     if images == 1:
-        return Measures({"text_score": mean(texts)}, len(scores))
+        return BootstrapMetrics({"text_score": mean(texts)}, len(scores))
     pictures = (right > scores.flip(1).diagonal(dim1=1, dim2=2) + TIE).all(1)
     statistics = {"text_score": mean(texts), "image_score": mean(pictures), "group_score": mean(texts & pictures)}
-    return Measures(statistics, len(scores))
+    return BootstrapMetrics(statistics, len(scores))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualenc.metrics.bootstrap import Measures, mean
+from dualenc.metrics.bootstrap import BootstrapMetrics, mean
 from dualenc.metrics.ranking import TIE
 from dualenc.metrics.retrieval import Scores
 
@@ -26,7 +26,7 @@ class TextEmbedder(Protocol):
 
 
 def zero_shot_classifier(embedder: TextEmbedder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """One unit vector a class, (C, E): the renormalised mean over the templates of the prompts' embeddings.
+    """One unit vector a class, (C, E): the renormalized mean over the templates of the prompts' embeddings.
 
     Args:
         embedder: embeds all C x T prompts in one call, so that it can put equal lengths together.
@@ -51,7 +51,7 @@ def classification_metrics(
         replicates: bootstrap samples; 0 for no intervals.
 
     Returns:
-        The metrics of `classification_measures`; all but `ece` have an interval and a value by chance. The items are
+        The metrics of `classification_bootstrap`; all but `ece` have an interval and a value by chance. The items are
         `target` (N,), `rank` (N,) of the right class (0-based; another class with the same score stands before it),
         `answer` (N,) the class that the image was taken for (in a tie with the right class, another one), `confidence`
         (N,) float64 the answer's softmax of scale * cosine, and `classes` (0-d), their number.
@@ -116,15 +116,15 @@ def classification_items(
 
 def classification_scores(items: Mapping[str, Tensor], *, replicates: int = 1000) -> Scores:
     """The metrics of a classification from its items."""
-    measures, classes = classification_measures(items), int(items["classes"])
-    chance = {name: int(name[3:]) / classes for name in measures.statistics if name.startswith("acc")}
+    bootstrap, classes = classification_bootstrap(items), int(items["classes"])
+    chance = {name: int(name[3:]) / classes for name in bootstrap.statistics if name.startswith("acc")}
     chance["mean_per_class_recall"] = 1 / classes
-    intervals = measures.intervals(replicates=replicates)
-    intervals.pop("ece", None)  # see `classification_measures`
-    return Scores(measures.values(), intervals, chance, dict(items))
+    intervals = bootstrap.intervals(replicates=replicates)
+    intervals.pop("ece", None)  # see `classification_bootstrap`
+    return Scores(bootstrap.values(), intervals, chance, dict(items))
 
 
-def classification_measures(items: Mapping[str, Tensor]) -> Measures:
+def classification_bootstrap(items: Mapping[str, Tensor]) -> BootstrapMetrics:
     """Metrics of a classification as functions of the images' weights; draws stay within the classes.
 
     Args:
@@ -154,7 +154,7 @@ def classification_measures(items: Mapping[str, Tensor]) -> Measures:
     statistics = {f"acc{k}": mean(rank < k) for k in (1, 5) if k <= max(classes, 1)}
     statistics["mean_per_class_recall"] = recall
     statistics["ece"] = lambda weights: (weights @ gaps).abs().sum(1) / weights.sum(1)
-    return Measures(statistics, len(target), target)
+    return BootstrapMetrics(statistics, len(target), target)
 
 
 def calibration(items: Mapping[str, Tensor], bins: int = BINS) -> list[tuple[float, float, int]]:
@@ -190,22 +190,22 @@ def multilabel_metrics(scores: Tensor, targets: Tensor, *, replicates: int = 100
         replicates: bootstrap samples; 0 for no interval.
 
     Returns:
-        The metric of `multilabel_measures`. By chance it is the mean over orders (Bestgen 2015, The Prague Bulletin of
+        The metric of `multilabel_bootstrap`. By chance it is the mean over orders (Bestgen 2015, The Prague Bulletin of
         Mathematical Linguistics 103). The items are `scores` as given and `targets` (N, C) bool.
 
     Raises:
         ValueError: scores are not finite, or the shapes differ.
     """
     items = {"scores": scores.cpu(), "targets": targets.cpu().bool()}
-    measures = multilabel_measures(items)
+    bootstrap = multilabel_bootstrap(items)
     images, relevant = len(targets), items["targets"].sum(0).double()
     harmonic = sum(1 / rank for rank in range(1, images + 1))
     by_chance = (harmonic + (relevant - 1) / max(1, images - 1) * (images - harmonic)) / images
     chance = {"mean_average_precision": (by_chance * (relevant > 0)).mean().item()}
-    return Scores(measures.values(), measures.intervals(replicates=replicates), chance, items)
+    return Scores(bootstrap.values(), bootstrap.intervals(replicates=replicates), chance, items)
 
 
-def multilabel_measures(items: Mapping[str, Tensor]) -> Measures:
+def multilabel_bootstrap(items: Mapping[str, Tensor]) -> BootstrapMetrics:
     """`mean_average_precision` as a function of the images' weights: the mean over classes of the average precision.
 
     The precision at a right image is (1 + the weight of the right ones above it) / (1 + the weight of all above it): a
@@ -224,11 +224,11 @@ def multilabel_measures(items: Mapping[str, Tensor]) -> Measures:
     def statistic(weights: Tensor) -> Tensor:
         return precision(weights).nanmean(1).nan_to_num() * share
 
-    return Measures({"mean_average_precision": statistic}, len(targets))
+    return BootstrapMetrics({"mean_average_precision": statistic}, len(targets))
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """Average precision over images of each class (C,), float64; see `multilabel_measures`."""
+    """Average precision over images of each class (C,), float64; see `multilabel_bootstrap`."""
     return _precision(scores, targets)(torch.ones(1, len(targets), dtype=torch.float64))[0].nan_to_num()
 
 

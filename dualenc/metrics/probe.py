@@ -96,7 +96,7 @@ def logistic_regression(x: Tensor, targets: Tensor, c: float) -> Logistic:
     Args:
         x: (N, E).
         targets: (N,) classes, any numbers.
-        c: inverse strength of the regularisation.
+        c: inverse strength of the regularization.
     """
     classes, labels = targets.unique(return_inverse=True)
     # The same problem in other coordinates, in which its curvature at zero is the same all around: L-BFGS then takes a
@@ -149,7 +149,7 @@ def knn_probe(
     seed: int = 0,
     replicates: int = 1000,
 ) -> Probe:
-    """Vote of the k nearest neighbours, each with weight exp(similarity / 0.07) (Wu et al. 2018, section 3.4).
+    """Vote of the k nearest neighbors, each with weight exp(similarity / 0.07) (Wu et al. 2018, section 3.4).
 
     The similarity is the product of two embeddings, the cosine where they have unit length. k is chosen from 1, 5, 10,
     20, 50, 100 and 200 as far as there are images; of equally good ones the largest is taken.
@@ -238,7 +238,7 @@ def _logits(fit: Logistic, x: Tensor, classes: int) -> Iterator[Tensor]:
 
 
 def _votes(indices: Tensor, similarity: Tensor, targets: Tensor, k: int, classes: int) -> Iterator[Tensor]:
-    """Logarithms of the votes for each class (n, C), from the neighbours (Q, k or more), the nearest first."""
+    """Logarithms of the votes for each class (n, C), from the neighbors (Q, k or more), the nearest first."""
     rows = block_rows(classes)
     for index, near in zip(indices[:, :k].split(rows), similarity[:, :k].split(rows)):
         weights = ((near - near[:, :1]) / TEMPERATURE).exp()  # over the nearest one's

@@ -74,7 +74,7 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, *, skip: Tensor | None 
         raise ValueError(f"skip needs {len(queries)} indices below {len(candidates)}")
     k = min(k, len(candidates) - int(bool((skip >= 0).any())))
     if k < 1:
-        raise ValueError(f"no neighbours among {len(candidates)} candidates: k and what is not skipped must be above 0")
+        raise ValueError(f"no neighbors among {len(candidates)} candidates: k and what is not skipped must be above 0")
     query = torch.nonzero(skip >= 0)[:, 0]
     first = First(side, k)
     for i, j, block, _ in blocks(side, QueryPairs(query, skip[query])):
@@ -107,7 +107,7 @@ class Side(NamedTuple):
                 raise ValueError(f"the {name} hold embeddings that are not finite: they cannot be ranked")
             lengths.append(length.double().clamp(min=1e-15))  # squares of less may have underflowed
         if len(queries) and len(candidates) and float(lengths[0].max() * lengths[1].max()) > 1e30:
-            raise ValueError("the embeddings are too long for products in single precision: normalise them")
+            raise ValueError("the embeddings are too long for products in single precision: normalize them")
         return cls(queries.detach(), candidates.detach(), *lengths)
 
     def turned(self) -> "Side":

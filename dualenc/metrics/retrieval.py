@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualenc.metrics.bootstrap import Measures, Statistic, mean
+from dualenc.metrics.bootstrap import BootstrapMetrics, Statistic, mean
 from dualenc.metrics.ranking import TIE, Counter, First, QueryPairs, Side, blocks, highest
 
 SHOWN = 5  # first candidates kept of each query
@@ -61,7 +61,7 @@ def retrieval_metrics(
         replicates: bootstrap samples; 0 for no intervals.
 
     Returns:
-        The metrics of `retrieval_measures`; and as items, with a rank that is 0-based and counts those that tie:
+        The metrics of `retrieval_bootstrap`; and as items, with a rank that is 0-based and counts those that tie:
         `owner` (T,) is `image_of_text`; `score_of_pair` (T,) of each text with its image;
         `rank_by_text` (T,) of its image, `rank_by_image` (I,) of its best text;
         `last_by_image` (I,) of its worst text where that is below 10, and else any number from 10 on;
@@ -71,13 +71,13 @@ def retrieval_metrics(
         Scores are float32, nDCG is float64, the rest int64; all on the CPU.
     """
     items = _search(image, text, image_of_text, 4096, every=True)
-    measures = retrieval_measures(items, ks)
+    bootstrap = retrieval_bootstrap(items, ks)
     own = Tally(torch.bincount(items["owner"]).tolist())
-    chance = _chance(measures.statistics, own, len(items["owner"]))
-    return Scores(measures.values(), measures.intervals(replicates=replicates), chance, items)
+    chance = _chance(bootstrap.statistics, own, len(items["owner"]))
+    return Scores(bootstrap.values(), bootstrap.intervals(replicates=replicates), chance, items)
 
 
-def retrieval_measures(items: dict[str, Tensor], ks: Sequence[int] = (1, 5, 10)) -> Measures:
+def retrieval_bootstrap(items: dict[str, Tensor], ks: Sequence[int] = (1, 5, 10)) -> BootstrapMetrics:
     """Metrics of a retrieval set as functions of its images' weights.
 
     Args:
@@ -107,7 +107,7 @@ def retrieval_measures(items: dict[str, Tensor], ks: Sequence[int] = (1, 5, 10))
     found["mean_recall@1"] = lambda weights: (one(weights) + other(weights)) / 2
     found["median_rank"] = _median(by_text + 1, owner)
     found["mrr"] = mean(1 / (by_text.double() + 1), owner)
-    return Measures(found, images)
+    return BootstrapMetrics(found, images)
 
 
 def retrieval_ranks(image: Tensor, text: Tensor, image_of_text: Tensor, *, chunk: int = 4096) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ def _merged(asker: Tensor, right: Tensor, score: Tensor, place: Tensor, first: F
 
 
 def _gain(rank: Tensor) -> Tensor:
-    """What a right candidate adds to nDCG@10 before it is normalised."""
+    """What a right candidate adds to nDCG@10 before it is normalized."""
     return (rank < DEPTH) / torch.log2(rank.double() + 2)
 
 
@@ -339,7 +339,7 @@ def group_metrics(
         replicates: bootstrap samples; 0 for no intervals.
 
     Returns:
-        The metrics of `group_measures`; and as items: `group` (N,); and of each item that asks, in order: `query` (M,)
+        The metrics of `group_bootstrap`; and as items: `group` (N,); and of each item that asks, in order: `query` (M,)
         its number, `unit` (M,) its unit, numbered anew, `rank` (M,) of the best of its group (0-based, with those that
         tie), `ndcg` (M,) at 10 and `precision` (M,), its average precision; float64 both.
 
@@ -356,15 +356,15 @@ def group_metrics(
     rank, ndcg, precision = (_sorted if int(sizes.max()) > SEVERAL + 1 else _counted)(x, group_of, query)
     units = torch.unique((torch.arange(len(x)) if unit is None else unit.cpu())[query], return_inverse=True)[1]
     items = {"group": group, "query": query, "unit": units, "rank": rank, "ndcg": ndcg, "precision": precision}
-    measures = group_measures(items, ks)
+    bootstrap = group_bootstrap(items, ks)
     right, others = Tally((sizes[group_of][query] - 1).tolist()), len(x) - 1
     chance = {f"recall@{k}": _expected(right, _any_by_chance, others, k) for k in ks if k <= others}
     chance["ndcg@10"] = _expected(right, _ndcg_by_chance, others)
     chance["mean_average_precision"] = _expected(right, _precision_by_chance, others)
-    return Scores(measures.values(), measures.intervals(replicates=replicates), chance, items)
+    return Scores(bootstrap.values(), bootstrap.intervals(replicates=replicates), chance, items)
 
 
-def group_measures(items: dict[str, Tensor], ks: Sequence[int] = (1, 5, 10)) -> Measures:
+def group_bootstrap(items: dict[str, Tensor], ks: Sequence[int] = (1, 5, 10)) -> BootstrapMetrics:
     """Metrics of a search within one kind as functions of the weights of its units.
 
     Args:
@@ -372,7 +372,7 @@ def group_measures(items: dict[str, Tensor], ks: Sequence[int] = (1, 5, 10)) -> 
         ks: K of the recalls; those above the number of candidates are left out.
 
     Returns:
-        `recall@K`: share of queries with any of their group among the first K. `ndcg@10`: see `retrieval_measures`.
+        `recall@K`: share of queries with any of their group among the first K. `ndcg@10`: see `retrieval_bootstrap`.
         `mean_average_precision`: mean over the queries of the mean, over the others of the group, of the share of their
         group among the candidates down to each.
     """
@@ -380,7 +380,7 @@ def group_measures(items: dict[str, Tensor], ks: Sequence[int] = (1, 5, 10)) -> 
     found = {f"recall@{k}": mean(rank < k, unit) for k in ks if k < len(items["group"])}
     found["ndcg@10"] = mean(items["ndcg"], unit)
     found["mean_average_precision"] = mean(items["precision"], unit)
-    return Measures(found, int(unit.max()) + 1)
+    return BootstrapMetrics(found, int(unit.max()) + 1)
 
 
 def _counted(x: Tensor, group: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:

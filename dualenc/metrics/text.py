@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualenc.metrics.bootstrap import Measures, mean
+from dualenc.metrics.bootstrap import BootstrapMetrics, mean
 from dualenc.tokens import Tokens
 
-Problem = Literal["single", "several", "regression"]
+Problem = Literal["single_label", "multi_label", "regression"]
 Texts = Sequence[Sequence[int] | np.ndarray]  # token ids of each text, special ones included
 
 SMOOTHING = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # tried for the unigrams
@@ -23,21 +23,22 @@ HELD = 10  # every so many-th training text is left out to choose by
 
 
 def label_metrics(
-    logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single"
+    logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single_label"
 ) -> dict[str, float]:
     """The metrics of a classification of texts, or of numbers given to them.
 
     Args:
         logits: (N, C); of a regression (N,) or (N, 1), the numbers themselves.
-        labels: (N,) class of each text ("single"), (N, C) of truths ("several"), or (N,) numbers ("regression").
+        labels: (N,) the class of each text ("single_label"), (N, C) booleans ("multi_label"), or (N,) numbers
+            ("regression").
         names: of the C classes.
         problem: as a classification head has it.
 
     Returns:
-        "single": `accuracy`; `f1` of the class named last where there are two, else the mean over the classes that
-        texts have or are taken for; `matthews` (Gorodkin 2004), 0 where all texts have one class or are
-        taken for one.
-        "several": a label is given where its logit is positive. `accuracy`, of texts with exactly their labels;
+        "single_label": `accuracy`; `f1` of the last class where there are two, else the mean over the classes that
+        occur among labels or predictions; `matthews` (Gorodkin 2004), 0 where all labels or all predictions are of one
+        class.
+        "multi_label": a label is given where its logit is positive. `accuracy`, of texts with exactly their labels;
         `f1_micro` over all decisions; `f1_macro`, the mean over the labels, where one that no text has and none is
         given counts as 0.
         "regression": `pearson` and `spearman`, nan where all numbers, or all predictions, are the same; `mse`.
@@ -55,7 +56,7 @@ def label_metrics(
             "spearman": math.nan if constant else float(spearman_corrcoef(logits, labels)),
             "mse": float(mean_squared_error(logits, labels)),
         }
-    if problem == "several":
+    if problem == "multi_label":
         from torchmetrics.functional.classification import multilabel_f1_score
 
         given, count = (logits > 0).long(), len(names)
@@ -80,7 +81,9 @@ def label_metrics(
     }
 
 
-def label_measures(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single") -> Measures:
+def label_bootstrap(
+    logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single_label"
+) -> BootstrapMetrics:
     """`accuracy`, or `mse`, of `label_metrics` as a function of the texts' weights, for intervals and differences.
 
     Args:
@@ -91,8 +94,8 @@ def label_measures(logits: Tensor, labels: Tensor, names: Sequence[str], problem
     """
     logits, labels = _checked(logits, labels, names, problem)
     if problem == "regression":
-        return Measures({"mse": mean((logits - labels) ** 2)}, len(labels))
-    return Measures({"accuracy": mean(_right(logits, labels, problem))}, len(labels))
+        return BootstrapMetrics({"mse": mean((logits - labels) ** 2)}, len(labels))
+    return BootstrapMetrics({"accuracy": mean(_right(logits, labels, problem))}, len(labels))
 
 
 def majority_baseline(train_labels: Tensor, labels: Tensor) -> float:
@@ -122,7 +125,7 @@ def _checked(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Prob
     else:
         labels = labels.long()
         wanted = (len(labels), len(names))
-    shape = wanted if problem == "several" else (len(labels),)
+    shape = wanted if problem == "multi_label" else (len(labels),)
     if not len(labels) or tuple(logits.shape) != wanted or tuple(labels.shape) != shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} are not of a problem of kind {problem} "
@@ -130,7 +133,7 @@ def _checked(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Prob
         )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("the logits are not finite: they cannot be measured")
-    classes = 2 if problem == "several" else len(names)
+    classes = 2 if problem == "multi_label" else len(names)
     if problem != "regression" and not bool(((labels >= 0) & (labels < classes)).all()):
         raise ValueError(f"every label must lie between 0 and {classes - 1}")
     return logits, labels
@@ -138,7 +141,7 @@ def _checked(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Prob
 
 def _right(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
     """(N,) float64, one where a text has been given exactly what it has."""
-    right = ((logits > 0) == labels.bool()).all(1) if problem == "several" else logits.argmax(1) == labels
+    right = ((logits > 0) == labels.bool()).all(1) if problem == "multi_label" else logits.argmax(1) == labels
     return right.double()
 
 
@@ -173,8 +176,8 @@ def pseudo_perplexity(
     the perplexity of a model that sees the left side only; `bigram_both_sides` sees both.
 
     Args:
-        guess: from a packed batch of copies and the places (M,) in `Tokens.ids` of what is hidden, to logits (M, V);
-            such as `lambda tokens, places: model(tokens, "mlm", places)`, of a model in evaluation mode.
+        guess: from a packed batch of copies and the positions (M,) in `Tokens.ids` of what is hidden, to logits (M, V);
+            such as `lambda tokens, positions: model(tokens, "mlm", positions)`, of a model in evaluation mode.
         texts: token ids, special ones included.
         mask_id: of the mask token.
         special_ids: of the tokens that are seen and not scored.
@@ -281,7 +284,7 @@ def bigram_both_sides(train: Texts, held_out: Texts, vocab_size: int, special_id
     second = _Bigrams(left, right, np.ones(vocab_size + 2, dtype=bool))
     joint = first.probability(before, asked) * second.probability(asked, after)
     # The sum over w of (s1(before, w) + l1(before) c1(w)) (s2(w, after) + l2(w) c2(after)), multiplied out: only the
-    # product of the two sparse parts is of both neighbours.
+    # product of the two sparse parts is of both neighbors.
     rest1, c1, rest2, c2 = first.rest, first.lower, second.rest, second.lower
     by_before = first.summed_over_next(rest2)  # sum over w of s1(before, w) l2(w)
     by_after = second.summed_over_previous(c1)  # sum over w of c1(w) s2(w, after)

@@ -2,7 +2,7 @@
 
 Three ways, chosen by where the tensors are:
 
-- CPU: texts of equal length (neighbours, since `Tokens` sorts them) go through one SDPA call together. It is a
+- CPU: texts of equal length (neighbors, since `Tokens` sorts them) go through one SDPA call together. It is a
   custom op, because the loop over groups depends on the data: torch.compile sees one node and never a graph break.
 - CUDA, fp16 or bf16: torch's varlen attention, which has its own backward and its own meta kernel.
 - elsewhere (CUDA fp32, older GPUs, odd head sizes): padded inside the attention only, to the longest text of the batch.
@@ -88,7 +88,7 @@ def repadded_attention(
 
 
 def _groups(offsets: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Runs of neighbouring rows of one length, as (slice of tokens, rows, length)."""
+    """Runs of neighboring rows of one length, as (slice of tokens, rows, length)."""
     bounds = offsets.tolist()
     start, rows = bounds[0], 0
     for left, right, after in zip(bounds, bounds[1:], [*bounds[2:], None], strict=False):

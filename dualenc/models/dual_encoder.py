@@ -184,7 +184,7 @@ class DualEncoder(nn.Module):
         return self.config.embed_dim
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embeddings (B, E) of unit length of normalised images (B, 3, S, S), or of their features (B, D).
+        """Embeddings (B, E) of unit length of normalized images (B, 3, S, S), or of their features (B, D).
 
         These are what `image` gives, computed before.
         """

@@ -11,7 +11,12 @@ from dualenc.models.heads import HeadConfig, TextModel
 from dualenc.models.text_encoder import TextConfig
 from dualenc.tokens import Tokens
 
-SHARED = ("words", "places", "segments", "norm")  # of the embeddings; the way to the encoder's width is its own
+SHARED = (
+    "token_embeddings",
+    "position_embeddings",
+    "segment_embeddings",
+    "norm",
+)  # of the embeddings; the way to the encoder's width is its own
 
 
 class Replaced(NamedTuple):
@@ -57,7 +62,7 @@ class ReplacedTokenModel(nn.Module):
 
     def __init__(self, text: TextConfig, generator: TextConfig) -> None:
         super().__init__()
-        for name in ("vocab_size", "context_length", "types", "positions", "position_offset", "normalises_embeddings"):
+        for name in ("vocab_size", "context_length", "types", "positions", "position_offset", "normalizes_embeddings"):
             if getattr(text, name) != getattr(generator, name):
                 raise ValueError(
                     f"generator and discriminator share embeddings: {name} {getattr(generator, name)} is not "
@@ -88,7 +93,7 @@ class ReplacedTokenModel(nn.Module):
                 raise ValueError(f"one of generator and discriminator has no head of kind {head}")
         return model
 
-    def forward(self, tokens: Tokens, ids: Tensor, places: Tensor) -> Replaced:
+    def forward(self, tokens: Tokens, ids: Tensor, masked_positions: Tensor) -> Replaced:
         """Guesses, draws from the guesses, and judges.
 
         What stands at a hidden place is drawn from the generator's softmax, by the largest of its logits plus Gumbel
@@ -96,26 +101,26 @@ class ReplacedTokenModel(nn.Module):
 
         Args:
             tokens: B texts of N tokens.
-            ids: (N,), with tokens hidden at `places`.
-            places: (M,).
+            ids: (N,), with tokens hidden at `masked_positions`.
+            masked_positions: (M,).
         """
         generator = self.generator
-        guesses = generator.head("mlm", generator.encoder(tokens._replace(ids=ids))[places], tokens)
+        guesses = generator.head("mlm", generator.encoder(tokens._replace(ids=ids))[masked_positions], tokens)
         with torch.no_grad():
             noise = -torch.empty_like(guesses, dtype=torch.float32).exponential_().log()
             drawn = (guesses.float() + noise).argmax(-1)
             read = tokens.ids.clone()
-            read[places] = drawn
+            read[masked_positions] = drawn
         logits = self.discriminator(tokens._replace(ids=read), "rtd")
         return Replaced(guesses, read, read != tokens.ids, logits)
 
 
 def replaced_token_losses(out: Replaced, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of the generator's cross entropy over M places and of the discriminator's over all N tokens.
+    """The sums of the generator's cross entropy over M masked positions and of the discriminator's over all N tokens.
 
     Args:
         out: of the model.
-        labels: (M,), what stood at the hidden places.
+        labels: (M,), what stood at the masked positions.
     """
     guessed = F.cross_entropy(out.guesses.float(), labels, reduction="sum")
     return guessed, F.binary_cross_entropy_with_logits(out.logits.float(), out.replaced.float(), reduction="sum")

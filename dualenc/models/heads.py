@@ -21,8 +21,9 @@ class HeadConfig:
             text, or a pair of them, its labels or a number; "embedding" compares the vectors of texts, and has no
             weights; "pooler" is what a pretrained classification head leaves when its labels are taken away.
         labels: of a classification, in the order of its logits; one, for its name, where the problem is a regression.
-        problem: one label a text ("single"), any number of labels ("several"), or a number ("regression"). Of an
-            embedding: the other texts of the batch are wrong ("negatives"), or the cosine is given ("cosine").
+        problem: one label a text ("single_label"), any number of labels ("multi_label"), or a number ("regression").
+            For "embedding": the other texts of the batch are negatives ("negatives"), or the label is the cosine
+            ("cosine").
         pool: which vector of a text is taken; absent, that of the encoder's `pool`.
         activation: between the two layers of a classification head; null for a head of one layer. "mlm" and "rtd" have
             the encoder's.
@@ -35,7 +36,7 @@ class HeadConfig:
 
     kind: Literal["mlm", "rtd", "classification", "embedding", "pooler"]
     labels: tuple[str, ...] = ()
-    problem: Literal["single", "several", "regression", "negatives", "cosine"] = "single"
+    problem: Literal["single_label", "multi_label", "regression", "negatives", "cosine"] = "single_label"
     pool: Pool | None = None
     activation: Activation | None = "tanh"
     norm: bool = False
@@ -44,7 +45,7 @@ class HeadConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        kinds = {"classification": ("single", "several", "regression"), "embedding": ("negatives", "cosine")}
+        kinds = {"classification": ("single_label", "multi_label", "regression"), "embedding": ("negatives", "cosine")}
         if self.kind in kinds and self.problem not in kinds[self.kind]:
             raise ValueError(f"a head for {self.kind}: set its problem to {' or '.join(kinds[self.kind])}")
         if self.kind == "classification":
@@ -81,13 +82,13 @@ class MaskedLanguageHead(nn.Module):
         self.dense = _linear(config.width, width, config.bias)
         self.activation = ACTIVATIONS[config.activation]()
         self.norm = layer_norm(config, width)
-        self.words = None if tied else nn.Parameter(torch.randn(config.vocab_size, width) * 0.02)
+        self.output_embeddings = None if tied else nn.Parameter(torch.randn(config.vocab_size, width) * 0.02)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
-        """Logits (M, V) of hidden states (M, D), by the weight (V, width) of the word embedding."""
-        words = words if self.words is None else self.words
-        return F.linear(self.norm(self.activation(self.dense(hidden))), words, self.bias)
+    def forward(self, hidden: Tensor, token_embeddings: Tensor) -> Tensor:
+        """Logits (M, V) of hidden states (M, D), by the weight (V, width) of the token embeddings."""
+        weight = token_embeddings if self.output_embeddings is None else self.output_embeddings
+        return F.linear(self.norm(self.activation(self.dense(hidden))), weight, self.bias)
 
 
 class ReplacedTokenHead(nn.Module):
@@ -162,7 +163,7 @@ def answers(head: HeadConfig, logits: Tensor) -> list[dict[str, Any]]:
     logits = logits.detach().float().cpu()
     if head.problem == "regression":
         return [{"value": value} for value in logits[:, 0].tolist()]
-    several = head.problem == "several"
+    several = head.problem == "multi_label"
     out: list[dict[str, Any]] = []
     for row in (logits.sigmoid() if several else logits.softmax(-1)).tolist():
         scores = dict(zip(head.labels, row, strict=True))
@@ -191,9 +192,9 @@ class TextModel(nn.Module):
         self.encoder = TextEncoder(config)
         self.heads = nn.ModuleDict({name: make_head(config, head) for name, head in self.head_configs.items()})
 
-    def forward(self, tokens: Tokens, head: str, places: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tokens, head: str, masked_positions: Tensor | None = None) -> Tensor:
         """What one head says of texts; see `head`."""
-        return self.head(head, self.encoder(tokens), tokens, places)
+        return self.head(head, self.encoder(tokens), tokens, masked_positions)
 
     @torch.no_grad()
     def load_pretrained(self, other: "TextModel") -> list[str]:
@@ -217,9 +218,9 @@ class TextModel(nn.Module):
                 if words or (same and key == name):
                     given = other.heads[key].state_dict()
                     if mine.tied:  # what was untied is from here on the word embedding
-                        given.pop("words", None)
-                    elif "words" in self.heads[name].state_dict():
-                        given.setdefault("words", other.encoder.embeddings.words.weight)
+                        given.pop("output_embeddings", None)
+                    elif "output_embeddings" in self.heads[name].state_dict():
+                        given.setdefault("output_embeddings", other.encoder.embeddings.token_embeddings.weight)
                     self.heads[name].load_state_dict(given)
                     taken.append(f"head {name}")
                     break
@@ -236,14 +237,14 @@ class TextModel(nn.Module):
                     taken.append(f"the first layer of head {name}")
         return taken
 
-    def head(self, name: str, hidden: Tensor, tokens: Tokens, places: Tensor | None = None) -> Tensor:
+    def head(self, name: str, hidden: Tensor, tokens: Tokens, masked_positions: Tensor | None = None) -> Tensor:
         """What a head says of hidden states.
 
         Args:
             name: of the head.
             hidden: (N, D), of the encoder.
             tokens: B texts.
-            places: (M,) of the tokens that "mlm" guesses and "rtd" judges; absent, all N.
+            masked_positions: (M,) of the tokens that "mlm" guesses and "rtd" judges; absent, all N.
 
         Returns:
             "mlm": logits (M, V); "rtd": logits (M,); "classification": logits (B, C) in the caller's order;
@@ -251,8 +252,12 @@ class TextModel(nn.Module):
         """
         config, module = self.head_configs[name], self.heads[name]
         if config.kind in ("mlm", "rtd"):
-            hidden = hidden if places is None else hidden[places]
-            return module(hidden, self.encoder.embeddings.words.weight) if config.kind == "mlm" else module(hidden)
+            hidden = hidden if masked_positions is None else hidden[masked_positions]
+            return (
+                module(hidden, self.encoder.embeddings.token_embeddings.weight)
+                if config.kind == "mlm"
+                else module(hidden)
+            )
         pooled = self.encoder.pool(hidden, tokens, config.pool)
         if config.kind == "embedding":
             return F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)

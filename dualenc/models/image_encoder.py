@@ -62,7 +62,7 @@ class ImageEncoder(Tower):
         self.width: int = self.vit.num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features (B, D) of normalised images (B, 3, S, S)."""
+        """Pooled features (B, D) of normalized images (B, 3, S, S)."""
         return self.vit(images)
 
     @property

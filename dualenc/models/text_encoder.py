@@ -78,7 +78,7 @@ class TextConfig:
         global_every: of the layers every so many-th, from the first on, sees the whole text in spite of `window`.
         gated: the feed-forward part is a gated linear unit (GEGLU, Shazeer 2020).
         bias: whether linear layers and LayerNorms have a bias.
-        embed_norm: whether the embeddings are normalised; absent, as `norm` is "post". Where a pre-norm encoder does
+        embed_norm: whether the embeddings are normalized; absent, as `norm` is "post". Where a pre-norm encoder does
             so, its first attention has no LayerNorm of its own (ModernBERT).
         causal: a token sees those before it and itself (CLIP).
         pad_to: the tokenizer fills shorter texts up to this length, with tokens that are seen like others (SigLIP).
@@ -141,7 +141,7 @@ class TextConfig:
             raise ValueError(f"text.pad_to {self.pad_to} must lie between 1 and context_length {self.context_length}")
 
     @property
-    def normalises_embeddings(self) -> bool:
+    def normalizes_embeddings(self) -> bool:
         """`embed_norm`, or what stands for it."""
         return self.norm == "post" if self.embed_norm is None else self.embed_norm
 
@@ -211,7 +211,7 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.attention = Attention(config)
-        done = first and self.pre_norm and config.normalises_embeddings
+        done = first and self.pre_norm and config.normalizes_embeddings
         self.attention_norm = nn.Identity() if done else layer_norm(config)
         self.mlp = MLP(config)
         self.mlp_norm = layer_norm(config)
@@ -227,27 +227,29 @@ class Block(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """Sum of word, position and segment embeddings, normalised where the family does so, and brought to `width`."""
+    """Sum of word, position and segment embeddings, normalized where the family does so, and brought to `width`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         width, self.offset = config.embed_width or config.width, config.position_offset
-        self.words = nn.Embedding(config.vocab_size, width)
+        self.token_embeddings = nn.Embedding(config.vocab_size, width)
         learned = config.positions == "learned"
-        self.places = nn.Embedding(config.context_length + self.offset, width) if learned else None
-        self.segments = nn.Embedding(config.types, width) if config.types else None
-        self.norm = layer_norm(config, width) if config.normalises_embeddings else nn.Identity()
+        self.position_embeddings = nn.Embedding(config.context_length + self.offset, width) if learned else None
+        self.segment_embeddings = nn.Embedding(config.types, width) if config.types else None
+        self.norm = layer_norm(config, width) if config.normalizes_embeddings else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.projection = nn.Linear(width, config.width) if config.embed_width else nn.Identity()
 
     def forward(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Ids (...) to vectors (..., D)."""
-        x = self.words(ids)
-        if self.places is not None:
-            x = x + self.places(positions + self.offset)
-        if self.segments is not None:
-            alone = types is None or self.segments.num_embeddings == 1  # as RoBERTa, whatever a tokenizer says
-            x = x + self.segments(torch.zeros_like(ids) if alone else types)
+        x = self.token_embeddings(ids)
+        if self.position_embeddings is not None:
+            x = x + self.position_embeddings(positions + self.offset)
+        if self.segment_embeddings is not None:
+            alone = (
+                types is None or self.segment_embeddings.num_embeddings == 1
+            )  # as RoBERTa, whatever a tokenizer says
+            x = x + self.segment_embeddings(torch.zeros_like(ids) if alone else types)
         return self.projection(self.dropout(self.norm(x)))
 
 

@@ -10,7 +10,7 @@ KINDS = {  # what n counts, and what is measured
     "multilabel": ("images", "zero-shot classification, several labels an image"),
     "retrieval": ("images", "images found by captions and captions by images"),
     "choice": ("instances", "images and captions to be told apart"),
-    "probe": ("images", "a linear classifier and votes of neighbours on frozen embeddings"),
+    "probe": ("images", "a linear classifier and votes of neighbors on frozen embeddings"),
     "labels": ("texts", "labels of texts, or numbers"),
     "mlm": ("tokens", "hidden words that are guessed"),
     "rtd": ("tokens", "words that were replaced, and others, told apart"),

@@ -20,9 +20,9 @@ CURVES = (
     "baseline_accuracy", "spearman", "auroc", "first_recall@1",
 )  # fmt: skip
 LINES = ("#4a90d9", "#e08a3c", "#3fa66b", "#b867c6", "#d05a5a", "#8a8f98")  # seen on white and on black
-INK = "#010203"  # becomes the colour of the text around a plot, whatever the page's is
-COLOURS = 10  # classes with a colour of their own on a map; style.css has as many
-PAIRS = 200  # lines of a map; more are a grey smear
+INK = "#010203"  # becomes the color of the text around a plot, whatever the page's is
+COLORS = 10  # classes with a color of their own on a map; style.css has as many
+PAIRS = 200  # lines of a map; more are a gray smear
 ROUNDS = 8  # in which the points of a map are drawn, so that no class covers the others
 
 
@@ -53,9 +53,9 @@ def curves(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(lines: Mapping[str, list[tuple[int, float]]], axes: Any) -> None:
-    for (name, points), colour in zip(lines.items(), LINES):
+    for (name, points), color in zip(lines.items(), LINES):
         x, y = zip(*points)
-        axes.plot(x, y, color=colour, label=name, linewidth=1.6, marker="o" if len(x) < 25 else None, markersize=3)
+        axes.plot(x, y, color=color, label=name, linewidth=1.6, marker="o" if len(x) < 25 else None, markersize=3)
     axes.set_xlabel("step")
     if min(value for points in lines.values() for _, value in points) >= 0:
         axes.set_ylim(bottom=0)
@@ -120,15 +120,15 @@ def reliability(bins: Sequence[Sequence[float]]) -> Markup:
 
 
 def embedding_map(points: Points) -> Markup:
-    """Points in the colours of their classes, with the names of the classes in the midst of their points.
+    """Points in the colors of their classes, with the names of the classes in the midst of their points.
 
-    Written by hand: a point takes 11 bytes and its colour from the page; a plotting library's takes 150, in one colour
+    Written by hand: a point takes 11 bytes and its color from the page; a plotting library's takes 150, in one color
     for light and dark.
     """
     label, xy = np.asarray(points.label), np.asarray(points.xy, dtype=float)
     count = np.bincount(label, minlength=len(points.names))
-    coloured = np.argsort(-count, kind="stable")[:COLOURS]
-    coloured = np.sort(coloured[count[coloured] > 0])
+    colored = np.argsort(-count, kind="stable")[:COLORS]
+    colored = np.sort(colored[count[colored] > 0])
     low, size = xy.min(0), np.maximum(np.ptp(xy, axis=0), 1e-12)
     # One unit for both axes, as far as the plot does not become a strip.
     height = int(np.clip(940 * size[1] / size[0], 440, 740)) + 60
@@ -142,20 +142,20 @@ def embedding_map(points: Points) -> Markup:
         few = np.asarray(points.pairs)[:: math.ceil(len(points.pairs) / PAIRS)].tolist()
         ends = "".join("M{} {}L{} {}".format(*places[i], *places[j]) for i, j in few)
         svg.append(Markup('<path class="pair" d="{}"/>').format(ends))
-    kinds = [(kind, np.flatnonzero(label == c)) for kind, c in enumerate(coloured)]
-    rest = np.flatnonzero(~np.isin(label, coloured))
+    kinds = [(kind, np.flatnonzero(label == c)) for kind, c in enumerate(colored)]
+    rest = np.flatnonzero(~np.isin(label, colored))
     if len(rest):
         svg.append(Markup('<path class="rest" d="{}"/>').format(_dots(places, rest)))
     for part in range(ROUNDS):
         for kind, rows in kinds:
             if len(some := rows[part::ROUNDS]):
                 svg.append(Markup('<path class="c{}" d="{}"/>').format(kind, _dots(places, some)))
-    names = [points.names[int(c)] for c in coloured]
-    centres = [tuple(at[rows].mean(0).tolist()) for _, rows in kinds]
-    stand = _apart(names, centres, height)
-    for kind, (centre, (x, y)) in enumerate(zip(centres, stand)):
-        if math.dist(centre, (x, y)) > 30:  # elsewhere than its points
-            line = "M{:.0f} {:.0f}L{:.0f} {:.0f}".format(*centre, x, y)
+    names = [points.names[int(c)] for c in colored]
+    centers = [tuple(at[rows].mean(0).tolist()) for _, rows in kinds]
+    stand = _apart(names, centers, height)
+    for kind, (center, (x, y)) in enumerate(zip(centers, stand)):
+        if math.dist(center, (x, y)) > 30:  # elsewhere than its points
+            line = "M{:.0f} {:.0f}L{:.0f} {:.0f}".format(*center, x, y)
             svg.append(Markup('<path class="c{} leader" d="{}"/>').format(kind, line))
     svg.append(Markup("</svg>"))
     for kind, (name, (x, y)) in enumerate(zip(names, stand)):
@@ -171,14 +171,14 @@ def _dots(places: list[list[int]], rows: np.ndarray) -> str:
     return "".join("M{} {}h0".format(*places[i]) for i in rows.tolist())
 
 
-def _apart(names: Sequence[str], centres: Sequence[tuple[float, float]], height: int) -> list[tuple[float, float]]:
-    """Where names can stand that none covers another, near their centres, on a map as narrow as a phone's."""
+def _apart(names: Sequence[str], centers: Sequence[tuple[float, float]], height: int) -> list[tuple[float, float]]:
+    """Where names can stand that none covers another, near their centers, on a map as narrow as a phone's."""
     pixel = 1000 / 340  # units of the map
     line = 16 * pixel
     moves = [(across * 2 * line, down * line / 2) for across in range(-4, 5) for down in range(-12, 13)]
     moves.sort(key=lambda move: math.hypot(*move))
     placed: list[tuple[float, float, float]] = []  # x, y, half a width
-    for name, (x, y) in zip(names, centres):
+    for name, (x, y) in zip(names, centers):
         half = min(len(name) * 7 + 6, 120) / 2 * pixel  # style.css has the same limit
         for across, down in moves:
             at = min(max(x + across, half), 1000 - half), min(max(y + down, line / 2), height - line / 2)
@@ -191,7 +191,7 @@ def _apart(names: Sequence[str], centres: Sequence[tuple[float, float]], height:
 
 
 def _svg(draw: Callable[[Any], None], width: float, height: float) -> Markup:
-    """A plot to stand in the page, its text and axes in the colour of the page's text."""
+    """A plot to stand in the page, its text and axes in the color of the page's text."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dualenc.report.formatting import is_share, less_is_better, measured
 from dualenc.report.model import Answers, ChoiceScores, Classes, Labels, Picture, Result, Section
-from dualenc.report.plots import COLOURS, embedding_map, reliability, spread
+from dualenc.report.plots import COLORS, embedding_map, reliability, spread
 
 HEADLINES = (
     "acc1", "linear_acc1", "knn_acc1", "mean_average_precision", "image_retrieval_recall@1",
@@ -80,12 +80,12 @@ def _map(section: Section) -> dict[str, Any] | None:
     if points is None or len(points.xy) < 2:
         return None
     classes = len(np.unique(points.label))
-    grey = 0 if classes <= COLOURS else classes - COLOURS
+    gray = 0 if classes <= COLORS else classes - COLORS
     return {
         "plot": embedding_map(points),
         "note": points.note,
         "explained": points.explained,
-        "grey": grey,
+        "gray": gray,
         "count": len(points.xy),
         "pairs": points.pairs is not None and len(points.pairs) > 0,
     }

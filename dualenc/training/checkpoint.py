@@ -20,10 +20,11 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
+from dualenc.formats import format_1
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 NORMS = 100  # gradient norms that are kept
 _COMMENT = "dualenc checkpoint {} blake2b {}\n"
 _WRITTEN = re.compile(_COMMENT.format(r"(\d{1,4})", "([0-9a-f]{32})").encode() + rb"\Z")
@@ -119,8 +120,8 @@ class _Hashed:
         """Nothing is held back but what is not written."""
 
 
-def verify(path: Path) -> None:
-    """Compares a checkpoint with its checksum; one that has been compared and has not changed is not read again.
+def verify(path: Path) -> int:
+    """Compare a checkpoint with its checksum, and return its format; an unchanged file is not read twice.
 
     Raises:
         DamagedCheckpoint: it is cut short, changed, or no checkpoint of this package.
@@ -128,14 +129,14 @@ def verify(path: Path) -> None:
     """
     try:
         status = path.stat()
-        _verify(path, status.st_ino, status.st_mtime_ns, status.st_size)
+        return _verify(path, status.st_ino, status.st_mtime_ns, status.st_size)
     except OSError as error:
         kind = DamagedCheckpoint if error.errno == errno.EIO else CheckpointError  # a bad sector
         raise kind(f"{path} cannot be read: {error.strerror}") from None
 
 
 @lru_cache(maxsize=16)
-def _verify(path: Path, inode: int, time: int, size: int) -> None:
+def _verify(path: Path, inode: int, time: int, size: int) -> int:
     with open(path, "rb") as file:
         file.seek(max(0, size - 200))
         found = _WRITTEN.search(file.read())
@@ -150,10 +151,10 @@ def _verify(path: Path, inode: int, time: int, size: int) -> None:
     digest.update(found[1])
     if left or length != struct.pack("<H", len(found[0])) or digest.hexdigest().encode() != found[2]:
         raise DamagedCheckpoint(f"{path} is damaged: its content does not match its checksum")
-    if int(found[1]) > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {int(found[1])}, newer than {FORMAT}, which this dualenc knows: upgrade it"
-        )
+    written = int(found[1])
+    if written > FORMAT:
+        raise CheckpointError(f"{path} has format {written}, newer than {FORMAT}, which this dualenc knows: upgrade it")
+    return written
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -162,14 +163,14 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: see `verify`; or it holds more than data.
     """
-    verify(path)
+    written = verify(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler stumbles over
         raise CheckpointError(f"{path} holds what is no data, and is not read: {type(error).__name__}") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path} is no checkpoint of a run")
-    return content
+    return format_1.checkpoint(content) if written == 1 else content
 
 
 class VerifiedIO(CheckpointIO):

@@ -372,7 +372,7 @@ class ContrastiveTask(Task):
         images = [piece.images for piece in pieces]
         if self.tunings["image"].locked:  # nothing of it is computed again for a gradient
             with torch.no_grad():
-                images = [self.model.image(self._normalised(x)) if x.dim() == 4 else x for x in images]
+                images = [self.model.image(self._normalized(x)) if x.dim() == 4 else x for x in images]
         out = embed_pieces(self._embed, [(x, piece.tokens) for x, piece in zip(images, pieces)])
         loss = self._compare(out, torch.cat([piece.ids for piece in pieces]), self.trainer.world_size > 1)
         if self.mlm is not None:
@@ -382,9 +382,9 @@ class ContrastiveTask(Task):
         return self.count(loss, self._rows, (size, real, padded, bad), (out.image, out.text))
 
     def _embed(self, images: Tensor, tokens: Tokens) -> Embeddings:
-        return self.model(self._normalised(images), tokens)
+        return self.model(self._normalized(images), tokens)
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor) -> Tensor:
         dtype = next(self.model.parameters()).dtype
         return images.to(dtype) if images.dim() == 2 else self.preprocess.normalize(images, dtype)  # 2: features
 
@@ -392,13 +392,13 @@ class ContrastiveTask(Task):
         """Cross entropy of the hidden tokens, the mean over those of all ranks."""
         some = [(piece.tokens, piece.masked) for piece in pieces if piece.masked is not None]
         total = torch.stack(in_pieces(self._guess_piece, some)).sum()
-        mean = mean_over_ranks(total, sum(len(masked.places) for _, masked in some), self.trainer.world_size)
+        mean = mean_over_ranks(total, sum(len(masked.masked_positions) for _, masked in some), self.trainer.world_size)
         self._mlm_loss = mean.detach()
         return mean
 
     def _guess_piece(self, tokens: Tokens, masked: Masked) -> Tensor:
-        hidden = self.model.text(tokens._replace(ids=masked.ids))[masked.places]
-        logits = self.mlm(hidden, self.model.text.embeddings.words.weight)  # type: ignore[misc]
+        hidden = self.model.text(tokens._replace(ids=masked.ids))[masked.masked_positions]
+        logits = self.mlm(hidden, self.model.text.embeddings.token_embeddings.weight)  # type: ignore[misc]
         return F.cross_entropy(logits.float(), masked.labels, reduction="sum")
 
     def _compare(self, out: Embeddings, ids: Tensor, spread: bool) -> Tensor:

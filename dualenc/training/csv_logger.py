@@ -70,7 +70,7 @@ class MetricsFile(Logger):
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Takes out of `metrics.csv` or `sick.jsonl` what was written after a step, and a line that a kill cut off."""
+    """Remove the lines of `metrics.csv` or `skipped_steps.jsonl` after a step, and a line that a kill cut off."""
 
     def of(line: str) -> int:
         try:

@@ -59,7 +59,7 @@ class ReplacedTokenTask(LanguageTask):
     def step(self, batch: Texts) -> tuple[dict[str, Tensor], dict[str, float], int]:
         """See `LanguageTask.step`."""
         assert batch.masked is not None
-        out = self.model(batch.tokens, batch.masked.ids, batch.masked.places)
+        out = self.model(batch.tokens, batch.masked.ids, batch.masked.masked_positions)
         sums = torch.stack(replaced_token_losses(out, batch.masked.labels))
         numbers = torch.tensor([float(len(out.guesses)), float(len(out.logits))], device=sums.device)
         guessed, judged = mean_over_ranks(sums, numbers, self.trainer.world_size)
@@ -78,7 +78,7 @@ class ReplacedTokenTask(LanguageTask):
         """See `LanguageTask.look`."""
         if batch.masked is None:  # all of its lines are bad
             return {}
-        out = self.model(batch.tokens, batch.masked.ids, batch.masked.places)
+        out = self.model(batch.tokens, batch.masked.ids, batch.masked.masked_positions)
         guessed, judged = replaced_token_losses(out, batch.masked.labels)
         right = (out.guesses.argmax(-1) == batch.masked.labels).sum()
         kept = (out.logits.float(), out.replaced, out.ids, guessed, judged, right, len(out.guesses))

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from dualenc.data import Augment, Cache, Loader, PairDataset, Preprocess, Quarantine, ShardIndex, Tokenizer
+from dualenc.data import Augment, BadSampleLog, Cache, Loader, PairDataset, Preprocess, ShardIndex, Tokenizer
 from dualenc.data.image_features import Features
 from dualenc.data.loading.loader import BatchDataset
 from dualenc.data.pairs import all_captions, only_pairs
@@ -54,7 +54,7 @@ class TokenData(LightningDataModule):
     seed: int
     workers: int
     timeout: float
-    quarantine: Quarantine
+    bad_sample_log: BadSampleLog
 
     def __init__(self, text: TextConfig, tokenizer: str | None) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class TokenData(LightningDataModule):
             workers=self.workers,
             timeout=self.timeout,
             pin_memory=torch.cuda.is_available(),
-            quarantine=self.quarantine,
+            bad_sample_log=self.bad_sample_log,
             **options,
         )
         self._loaders.append(made)
@@ -162,7 +162,7 @@ class PairData(TokenData):
         workers: processes a rank that decode.
         timeout: seconds that the next batch may take with workers; then the run ends and names what they are at.
         bad_samples: share of the samples that may be bad, 10 at least; they are replaced and named in
-            `quarantine.jsonl`. More end the run.
+            `bad_samples.jsonl`. More end the run.
         cache_gb: room on the local disk for shards that lie elsewhere.
         seed: of order, augmentation and choice of captions; the command line gives it `seed_everything`.
     """
@@ -259,8 +259,8 @@ class PairData(TokenData):
         self.train_index = train
         total = len(train) + (len(self.val_index) if self.val_index else 0)
         root = Path(self.trainer.default_root_dir)
-        path = root / "quarantine.jsonl" if self.trainer.state.fn == "fit" else None
-        self.quarantine = Quarantine(total, path, self.bad_samples)
+        path = root / "bad_samples.jsonl" if self.trainer.state.fn == "fit" else None
+        self.bad_sample_log = BadSampleLog(total, path, self.bad_samples)
 
     def _index(self, shards: list[Any], hashes: tuple[str, ...] = ()) -> tuple[ShardIndex, list[int]]:
         """One index of the pairs in several lists of shards, and the number of shards in each."""

@@ -56,7 +56,7 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
-class Agreement:
+class StopConsensus:
     """What any rank asks for, all ranks hear of after the same step, and none waits for the others at it.
 
     The answer to what is asked after one step is there after the next one: in between, it crosses the network beside
@@ -138,7 +138,7 @@ def mean_over_ranks(total: Tensor, number: float | Tensor, world: int) -> Tensor
     return both[0] / number + (total - total.detach()) * world / number
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """Ends this process where another rank is dead or none goes on, and says which one and where.
 
     Each rank tells a store in memory, which torch keeps with the first rank or with torchrun, that it lives and how far

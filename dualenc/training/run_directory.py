@@ -40,8 +40,8 @@ from dualenc.training.lightning_internals import (
     validates_by_time,
     validation_follows,
 )
-from dualenc.training.ranks import Agreement, Signals, Stopped, Watch, gathered
-from dualenc.training.task import SICK, RunError, Task, say
+from dualenc.training.ranks import Signals, StopConsensus, Stopped, Watchdog, gathered
+from dualenc.training.task import SKIPPED_STEPS, RunError, Task, say
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import write_json, write_text
 from dualenc.utils.text import one_line, plural, reason
@@ -104,8 +104,8 @@ class RunDirectory(Checkpoint):
         self._saved_at = time.monotonic()
         self._failures = 0
         self._signals = Signals()
-        self._agreement: Agreement | None = None
-        self._watch: Watch | None = None
+        self._stop_consensus: StopConsensus | None = None
+        self._watchdog: Watchdog | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the folder; takes care that checkpoints are read and written as ours, and signals are.
@@ -178,7 +178,7 @@ class RunDirectory(Checkpoint):
         assert isinstance(pl_module, Task)
         if trainer.is_global_zero:
             self.root.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.csv", SICK):
+            for name in ("metrics.csv", SKIPPED_STEPS):
                 cut_back(self.root / name, trainer.global_step)
             for path in checkpoints(self.root / "checkpoints"):
                 if step_of(path) > trainer.global_step:  # damaged, or this run begins before it
@@ -192,10 +192,10 @@ class RunDirectory(Checkpoint):
                 say(f"goes on after step {trainer.global_step:,}")
         ask_no_rank_to_stop(trainer)
         kill_no_rank(trainer)
-        self._agreement = Agreement(trainer.world_size)
+        self._stop_consensus = StopConsensus(trainer.world_size)
         if trainer.world_size > 1:
-            self._watch = pl_module.watch = Watch(trainer.global_rank, trainer.world_size, self.stall_seconds)
-            self._watch.start()
+            self._watchdog = pl_module.watchdog = Watchdog(trainer.global_rank, trainer.world_size, self.stall_seconds)
+            self._watchdog.start()
         self._saved_at = time.monotonic()
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._state.metrics.items()})
 
@@ -210,8 +210,8 @@ class RunDirectory(Checkpoint):
         self._due |= bool(self.every_n_steps and trainer.global_step % self.every_n_steps == 0)
         if not validation_follows(trainer):
             self._save_if_due(trainer, pl_module)
-        if self._watch is not None:
-            self._watch.at(trainer.global_step, "loads")
+        if self._watchdog is not None:
+            self._watchdog.at(trainer.global_step, "loads")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes `best/` if the metric has improved, and a checkpoint if it is time and the epoch goes on."""
@@ -248,8 +248,8 @@ class RunDirectory(Checkpoint):
                 say(f"no report: {one_line(error)}")
         self._save(trainer, pl_module)
         self._signals.restore()
-        if self._watch is not None:
-            self._watch.close()
+        if self._watchdog is not None:
+            self._watchdog.close()
         if trainer.is_global_zero:
             self._record(trainer, pl_module)
             found = self._state.best_value > -math.inf
@@ -258,8 +258,8 @@ class RunDirectory(Checkpoint):
                 if found
                 else f"no best/: no {self.monitor} was measured"
             )
-            bad = len(trainer.datamodule.quarantine)  # type: ignore[attr-defined]
-            named = f"; {plural(bad, 'bad sample')} did not take part, see {self.root / 'quarantine.jsonl'}"
+            bad = len(trainer.datamodule.bad_sample_log)  # type: ignore[attr-defined]
+            named = f"; {plural(bad, 'bad sample')} did not take part, see {self.root / 'bad_samples.jsonl'}"
             named *= bad > 0
             say(
                 f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}; {best}; "
@@ -268,15 +268,17 @@ class RunDirectory(Checkpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where there was nothing to do."""
-        if self._agreement is None:
+        if self._stop_consensus is None:
             say(f"{self.root} is done, after {trainer.global_step:,} steps: more by trainer.max_epochs or max_steps")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """With several ranks: shows the error of the one that failed first, and ends the others without their own."""
         if isinstance(exception, Stopped):
             return
-        if self._watch is not None:
-            self._watch.failed(exception)  # before signals mean anything else: whoever started the ranks may send some
+        if self._watchdog is not None:
+            self._watchdog.failed(
+                exception
+            )  # before signals mean anything else: whoever started the ranks may send some
         self._signals.restore()
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,14 +297,14 @@ class RunDirectory(Checkpoint):
 
     def _agree(self, trainer: Trainer, wait: bool = False) -> None:
         """Whether any rank was told to stop, and whether it is time to save by the clock of the first."""
-        assert self._agreement is not None
+        assert self._stop_consensus is not None
         late = self.every_n_minutes and time.monotonic() - self._saved_at > 60 * self.every_n_minutes
         asked = bool(self._signals.seen), bool(late and trainer.is_global_zero)
         if wait or trainer.world_size == 1:
-            stop, save = self._agreement.now(*asked)
+            stop, save = self._stop_consensus.now(*asked)
         else:
-            stop, save = self._agreement.hear() or (False, False)
-            self._agreement.ask(asked[0], asked[1] and not save)
+            stop, save = self._stop_consensus.hear() or (False, False)
+            self._stop_consensus.ask(asked[0], asked[1] and not save)
         self._stops |= stop
         self._due |= stop or save
 
@@ -311,8 +313,8 @@ class RunDirectory(Checkpoint):
             self._save(trainer, pl_module)
         if self._stops:
             self._signals.block()
-            if self._watch is not None:
-                self._watch.close()
+            if self._watchdog is not None:
+                self._watchdog.close()
             kept = checkpoints(self.root / "checkpoints")
             failed = "" if trainer.global_step == self._saved else " (saving this step failed)"
             last = f"{kept[0] if kept else 'no checkpoint'}{failed}"
@@ -412,7 +414,7 @@ class RunDirectory(Checkpoint):
             "fingerprint": data.train_index.fingerprint,
             "step": trainer.global_step,
             "samples_seen": self._state.samples,
-            "bad_samples": len(data.quarantine),
+            "bad_samples": len(data.bad_sample_log),
             "seconds": round(self._before + time.time() - self._began, 1),
             "restarts": len(self._starts) - 1,
             "starts": self._starts,

@@ -1,4 +1,4 @@
-"""What the tasks share: optimizer and schedule, dropout that needs no saving, sick steps, the log."""
+"""What the tasks share: optimizer and schedule, dropout that needs no saving, non-finite steps, the log."""
 
 import json
 import math
@@ -23,11 +23,11 @@ from dualenc.report import Section
 from dualenc.training.checkpoint import NORMS, RunState
 from dualenc.training.lightning_internals import restore_loader_states
 from dualenc.training.optim import Tuning, parameter_groups
-from dualenc.training.ranks import Watch
+from dualenc.training.ranks import Watchdog
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines
 
-SICK = "sick.jsonl"
+SKIPPED_STEPS = "skipped_steps.jsonl"
 SPIKE = 5.0  # times the median of the last gradient norms
 ENOUGH = NORMS // 5  # norms before which a spike cannot be told
 
@@ -58,7 +58,8 @@ class Task(LightningModule):
 
     A step whose loss or gradient is not finite on any rank changes nothing on any: the gradient of such a loss is made
     not finite, and the sum over the ranks carries that to all. The step counts, the schedule goes on; the samples are
-    written to `sick.jsonl`, as are those of a gradient norm more than `SPIKE` times the median of the last `NORMS`.
+    written to `skipped_steps.jsonl`, as are those of a gradient norm above `SPIKE` times the median of the last
+    `NORMS`.
 
     Args:
         model: what is trained.
@@ -87,7 +88,7 @@ class Task(LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.seed, self.max_skipped = seed, max_skipped
         self.tunings: dict[str, Tuning] = {}  # of parts of the model, by their names
-        self.watch: Watch | None = None  # where there are several ranks
+        self.watchdog: Watchdog | None = None  # where there are several ranks
         self.skip: Tensor | None = None  # whether the last step was skipped, on the device
         self.run_state = RunState()
         self._now: tuple[Tensor, Sequence[int], Sequence[Tensor]] | None = None  # loss, rows, embeddings of this step
@@ -124,16 +125,16 @@ class Task(LightningModule):
     def start_clock(self) -> None:
         """From here on, time counts for samples/s."""
         self._started = time.monotonic()
-        if self.watch is not None:
-            self.watch.at(self.global_step, "loads")
+        if self.watchdog is not None:
+            self.watchdog.at(self.global_step, "loads")
 
     def pause_clock(self, doing: str = "evaluates") -> None:
         """Until `start_clock`, time does not count."""
         if self._started is not None:
             self.run_state.seconds += time.monotonic() - self._started
             self._started = None
-        if self.watch is not None:
-            self.watch.at(self.global_step, doing)
+        if self.watchdog is not None:
+            self.watchdog.at(self.global_step, doing)
 
     def on_train_start(self) -> None:
         """Starts the clock of samples/s."""
@@ -152,8 +153,8 @@ class Task(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout depends on (seed, step, rank) alone, so that nothing of a generator needs saving."""
-        if self.watch is not None:
-            self.watch.at(self.global_step, "trains")
+        if self.watchdog is not None:
+            self.watchdog.at(self.global_step, "trains")
         torch.manual_seed(draw(self.seed, self.global_step, self.global_rank))
 
     def count(
@@ -226,8 +227,8 @@ class Task(LightningModule):
                 if self.run_state.in_a_row >= self.max_skipped:
                     raise RunError(
                         f"loss or gradient were not finite in {self.run_state.in_a_row} steps in a row, up to step "
-                        f"{step.number}; its samples are {named}, all are in {self._sick}: lower the learning rate, or "
-                        "set trainer.precision to bf16-mixed or 32-true"
+                        f"{step.number}; its samples are {named}, all are in {self._skipped_path}: lower the learning "
+                        "rate, or set trainer.precision to bf16-mixed or 32-true"
                     )
                 continue
             self.run_state.in_a_row = 0
@@ -237,8 +238,8 @@ class Task(LightningModule):
             self.run_state.norms.append(norm)
 
     @property
-    def _sick(self) -> Path:
-        return Path(self.trainer.default_root_dir) / SICK
+    def _skipped_path(self) -> Path:
+        return Path(self.trainer.default_root_dir) / SKIPPED_STEPS
 
     def _write_down(self, step: _Step, what: str, norm: float) -> str:
         """A line for this rank's samples of a step; some of them in words."""
@@ -264,9 +265,9 @@ class Task(LightningModule):
             "samples": shards,
         }
         try:
-            append_lines(self._sick, [json.dumps(line)])
+            append_lines(self._skipped_path, [json.dumps(line)])
         except OSError as error:
-            say(f"{self._sick} cannot be written: {error.strerror}")
+            say(f"{self._skipped_path} cannot be written: {error.strerror}")
         named = first or [f"{shard} {key!r}" for shard, keys in shards.items() for key in keys]
         return f"{', '.join(named[:5])}{f' and {len(named) - 5} more' if len(named) > 5 else ''}"
 

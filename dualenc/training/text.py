@@ -24,7 +24,7 @@ from dualenc.metrics import retrieval_metrics
 from dualenc.metrics.text import (
     bigram_both_sides,
     bigram_perplexity,
-    label_measures,
+    label_bootstrap,
     label_metrics,
     majority_baseline,
     mean_baseline,
@@ -273,7 +273,7 @@ class TextTask(LanguageTask):
         if stage == "fit" and mixed and negatives and self.trainer.world_size > 1:
             raise ValueError(
                 f"model.heads.{negatives[0]} compares the texts of all ranks, which must have as many each: set "
-                "data.mix to in_turn"
+                "data.mix to round_robin"
             )
         if stage == "fit" and self.text_checkpoint is not None and not self.trainer.ckpt_path:
             taken = self.model.load_pretrained(self.text_checkpoint.model())
@@ -303,8 +303,10 @@ class TextTask(LanguageTask):
         head, part = self.heads[name], batch.parts[name]
         if head.kind == "mlm":
             assert batch.masked is not None
-            logits = self.model.head(name, hidden, batch.tokens, batch.masked.places)
-            return F.cross_entropy(logits.float(), batch.masked.labels, reduction="sum"), len(batch.masked.places)
+            logits = self.model.head(name, hidden, batch.tokens, batch.masked.masked_positions)
+            return F.cross_entropy(logits.float(), batch.masked.labels, reduction="sum"), len(
+                batch.masked.masked_positions
+            )
         assert part.labels is not None or head.problem == "negatives"
         if head.kind == "classification":
             logits = self.model.head(name, hidden, batch.tokens)[part.texts].float()
@@ -331,10 +333,10 @@ class TextTask(LanguageTask):
             head, labels = self.heads[name], None if part.labels is None else part.labels.cpu()
             if head.kind == "mlm":
                 assert batch.masked is not None
-                logits = self.model.head(name, hidden, batch.tokens, batch.masked.places).float()
+                logits = self.model.head(name, hidden, batch.tokens, batch.masked.masked_positions).float()
                 loss = F.cross_entropy(logits, batch.masked.labels, reduction="sum").item()
                 right = (logits.argmax(-1) == batch.masked.labels).sum().item()
-                kept[name] = loss, right, len(batch.masked.places)
+                kept[name] = loss, right, len(batch.masked.masked_positions)
             elif head.kind == "classification":
                 logits = self.model.head(name, hidden, batch.tokens)[part.texts]
                 kept[name] = logits.float().cpu(), labels
@@ -379,8 +381,8 @@ class TextTask(LanguageTask):
             if sum(map(len, some)) < self.scored_tokens:
                 some.append(held_out[place])
 
-        def guess(tokens: Tokens, places: Tensor) -> Tensor:
-            return self.model(tokens.to(self.device), name, places.to(self.device))
+        def guess(tokens: Tokens, masked_positions: Tensor) -> Tensor:
+            return self.model(tokens.to(self.device), name, masked_positions.to(self.device))
 
         found = {"pseudo_perplexity": pseudo_perplexity(guess, some, tokenizer.mask_id, special)}
         for baseline in (unigram_perplexity, bigram_perplexity, bigram_both_sides):
@@ -430,7 +432,7 @@ class TextTask(LanguageTask):
 
     def on_predict_end(self) -> None:
         """Says where they are."""
-        bad = self.trainer.datamodule.quarantine
+        bad = self.trainer.datamodule.bad_sample_log
         named = f"; {len(bad):,} lines could not be read: {causes(bad.known)}" if len(bad) else ""
         say(f"{self._written:,} predictions are in {Path(self.trainer.default_root_dir) / PREDICTIONS}{named}")
 
@@ -443,9 +445,9 @@ class TextTask(LanguageTask):
 def _label_loss(head: HeadConfig, logits: Tensor, labels: Tensor | None) -> Tensor:
     """The sum over texts (b,) of a classification's loss."""
     assert labels is not None
-    if head.problem == "single":
+    if head.problem == "single_label":
         return F.cross_entropy(logits, labels, reduction="sum")
-    if head.problem == "several":
+    if head.problem == "multi_label":
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1).sum()
     return (logits[:, 0] - labels).square().sum()
 
@@ -454,7 +456,7 @@ def _of_labels(head: HeadConfig, logits: Tensor, labels: Tensor, train: Tensor) 
     """Metrics of a classification, beside those of always giving the most frequent answer, or the mean."""
     problem: Any = head.problem
     own = label_metrics(logits, labels, head.labels, problem)
-    intervals = label_measures(logits, labels, head.labels, problem).intervals()
+    intervals = label_bootstrap(logits, labels, head.labels, problem).intervals()
     if problem == "regression":
         chance = {"mse": mean_baseline(train, labels)}
     else:
@@ -477,4 +479,4 @@ def _of_pairs(head: HeadConfig, kept: list[Any]) -> Measured:
         return Measured(own, {}, {}, len(first))
     cosines, labels = (first * second).sum(-1), torch.cat([labels for _, labels in kept]) / (head.scale or 1.0)
     own = label_metrics(cosines, labels, ["cosine"], "regression")
-    return Measured(own, label_measures(cosines, labels, ["cosine"], "regression").intervals(), {}, len(labels))
+    return Measured(own, label_bootstrap(cosines, labels, ["cosine"], "regression").intervals(), {}, len(labels))

@@ -8,7 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from dualenc.data import Loader, Quarantine
+from dualenc.data import BadSampleLog, Loader
 from dualenc.data.loading.loader import Mix
 from dualenc.data.text.dataset import TextDataset, Texts, Use, all_labels, all_texts
 from dualenc.data.text.files import TextIndex
@@ -29,8 +29,8 @@ class TextSource(TypedDict):
         files: a path, glob, brace pattern, or a list of these: `.txt`, `.tsv`, `.csv`, `.jsonl`.
         text: column of the text, "text" where it is absent; that of plain text is called so.
         pair: column of the second text of a pair.
-        label: column of the label, "label" where it is absent and the head needs one. Of "several" labels a list in a
-            `.jsonl`, or joined by `|`.
+        label: column of the label, "label" where it is absent and the head needs one. For "multi_label" a list in
+            a `.jsonl`, or labels joined by `|`.
         weight: how often an epoch goes through the files, 1 where it is absent.
     """
 
@@ -57,13 +57,13 @@ class TextData(TokenData):
             directory.
         batch_size: samples, over all ranks together.
         mix: of several heads, "together" for batches with lines of all of them, in proportion to their weights, or
-            "in_turn" for batches of one head each.
+            "round_robin" for batches of one head each.
         mask: share of the tokens to hide for a head that guesses them.
         whole_words: hides all tokens of a word, or none.
         workers: processes a rank that read and tokenise.
         timeout: seconds that the next batch may take with workers; then the run ends and names what they are at.
         bad_samples: share of the lines that may be bad, 10 at least; they are replaced and named in
-            `quarantine.jsonl`. More end the run.
+            `bad_samples.jsonl`. More end the run.
         seed: of order and hidden words; the command line gives it `seed_everything`.
     """
 
@@ -90,8 +90,8 @@ class TextData(TokenData):
             raise DataError(f"data.bad_samples {bad_samples} must lie between 0 and 1")
         if isinstance(val, float | int) and not 0 < val < 1:
             raise DataError(f"data.val {val} must lie between 0 and 1, or be files, or null")
-        if mix not in ("together", "in_turn"):
-            raise DataError(f"data.mix {mix!r} is neither together nor in_turn")
+        if mix not in ("together", "round_robin"):
+            raise DataError(f"data.mix {mix!r} is neither together nor round_robin")
         if not train:
             raise DataError("data.train is empty: name files for a head")
         if len(hiding := [name for name, head in heads.items() if head.kind in ("mlm", "rtd")]) > 1:
@@ -171,7 +171,7 @@ class TextData(TokenData):
         if head not in self._labels:
             self._read("train")
             self._labels[head] = all_labels(self._raw["train"][head], self.uses["train"][head])
-        kind = torch.int64 if self.heads[head].problem == "single" else torch.float32
+        kind = torch.int64 if self.heads[head].problem == "single_label" else torch.float32
         return torch.tensor(self._labels[head], dtype=kind)
 
     def all_texts(self) -> Iterable[str]:
@@ -205,8 +205,8 @@ class TextData(TokenData):
         if stage == "fit" and "val" not in indexes:
             self.trainer.limit_val_batches = 0  # no validation at all, rather than one without data
         root = Path(self.trainer.default_root_dir)
-        path = root / "quarantine.jsonl" if stage == "fit" else None
-        self.quarantine = Quarantine(sum(map(len, indexes.values())), path, self.bad_samples)
+        path = root / "bad_samples.jsonl" if stage == "fit" else None
+        self.bad_sample_log = BadSampleLog(sum(map(len, indexes.values())), path, self.bad_samples)
         said: dict[Split, str] = {
             "train": "to train on",
             "val": "held out",
@@ -291,7 +291,7 @@ class TextData(TokenData):
         own = self._cut[part]
         uses = [(len(found.parts), self.uses[part][name]) for name, found in own.items()]
         weights = [(len(found.parts), self.given[part][name].get("weight", 1.0)) for name, found in own.items()]
-        for (number, weight), head in zip(weights, own) if train and self.mix == "in_turn" else ():
+        for (number, weight), head in zip(weights, own) if train and self.mix == "round_robin" else ():
             lines = round(weight * sum(own[head].counts()))
             if number and lines < self.batch_size:
                 raise DataError(f"data.train.{head} gives {lines:,} lines an epoch, data.batch_size {self.batch_size}")

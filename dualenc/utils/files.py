@@ -17,7 +17,7 @@ from typing import Any
 
 from dualenc.utils.errors import ModelError
 
-FORMAT = 1
+FORMAT = 2
 
 # Files
 
@@ -148,8 +148,8 @@ def replaced_folder(path: str | os.PathLike[str], files: Collection[str]) -> Ite
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def check_format(fields: Any, path: Path) -> None:
-    """Takes the key `format` out of a config.
+def take_format(fields: Any, path: Path) -> int:
+    """Take the key `format` out of a config, and return it.
 
     Raises:
         ModelError: there is none, or it is newer than this version of dualenc.
@@ -161,6 +161,7 @@ def check_format(fields: Any, path: Path) -> None:
         raise ModelError(
             f"{path} has format {found}, dualenc {version('dualenc')} reads up to {FORMAT}: upgrade dualenc"
         )
+    return found
 
 
 def from_dict(cls: type[Any], fields: Any, where: str) -> Any:

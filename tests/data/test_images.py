@@ -32,8 +32,8 @@ def by_pillow(data):
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
-        colour, alpha = np.asarray(image)[..., :3] / 255, np.asarray(image)[..., 3:] / 255
-        return np.round((colour * alpha + 1 - alpha) * 255).astype(int)
+        color, alpha = np.asarray(image)[..., :3] / 255, np.asarray(image)[..., 3:] / 255
+        return np.round((color * alpha + 1 - alpha) * 255).astype(int)
     return np.asarray(image.convert("RGB")).astype(int)
 
 
@@ -57,7 +57,7 @@ def test_jpeg(picture, options):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "1"])
-def test_jpeg_of_other_colours(picture, mode):
+def test_jpeg_of_other_colors(picture, mode):
     data = encode(Image.fromarray(picture).convert(mode), "jpeg")
     close(decode_image(data), data)
 
@@ -130,7 +130,7 @@ def test_transparent_is_on_white(seed, kind):
     assert image[:, 1, 1].tolist() == rgba[1, 1, :3].tolist()
 
 
-def test_grey_with_alpha_palette_and_one_bit(seed):
+def test_gray_with_alpha_palette_and_one_bit(seed):
     rng = np.random.default_rng(seed)
     close(decode_image(data := encode(Image.fromarray(pixels(rng, 9, 7, 2), "LA"))), data)
     close(decode_image(data := encode(Image.fromarray(pixels(rng, 9, 7)[..., 0]))), data)
@@ -149,11 +149,11 @@ def test_grey_with_alpha_palette_and_one_bit(seed):
     assert (decode_image(data) == 255).all()
 
 
-def test_sixteen_bits_of_grey(seed):
+def test_sixteen_bits_of_gray(seed):
     """A viewer scales them down; Pillow's own conversion clips all above 255 to white."""
-    grey = np.random.default_rng(seed).integers(0, 1 << 16, (9, 7)).astype(np.uint16)
-    image = array(decode_image(encode(Image.fromarray(grey))))
-    assert np.abs(image - (grey / 257)[..., None]).max() <= 1
+    gray = np.random.default_rng(seed).integers(0, 1 << 16, (9, 7)).astype(np.uint16)
+    image = array(decode_image(encode(Image.fromarray(gray))))
+    assert np.abs(image - (gray / 257)[..., None]).max() <= 1
 
 
 def test_layout_is_channels_last(picture):
@@ -329,7 +329,7 @@ def test_normalize_does_not_depend_on_the_layout():
 
 # Augment
 
-EVERYTHING = {"scale": (0.5, 1.3), "flip": 0.5, "rotate": 20, "colour": 0.3, "hue": 0.2, "grey": 0.3}
+EVERYTHING = {"scale": (0.5, 1.3), "flip": 0.5, "rotate": 20, "color": 0.3, "hue": 0.2, "gray": 0.3}
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def test_augment_depends_on_torchs_generator_alone(seed, photo, options):
 
 
 def test_augment_crops_and_does_nothing_else(seed, photo):
-    """What open_clip trains with; no mirror, no colours."""
+    """What open_clip trains with; no mirror, no colors."""
     for i in range(10):
         torch.manual_seed(seed + i)
         found = Augment(16)(photo)
@@ -420,12 +420,12 @@ def test_of_an_animation_the_first_picture_is_shown(seed, kind):
     assert np.array_equal(decode_image(data).permute(1, 2, 0).numpy(), np.asarray(frames[0]))
 
 
-def grey_of(image):
+def gray_of(image):
     return image.float().mul(torch.tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0)
 
 
-def test_augment_changes_colours_and_nothing_else(seed):
-    """On a grey picture a shift of the hue does nothing; on a coloured square on grey it changes the square alone."""
+def test_augment_changes_colors_and_nothing_else(seed):
+    """On a gray picture a shift of the hue does nothing; on a colored square on gray it changes the square alone."""
     picture = torch.full((3, 30, 30), 128, dtype=torch.uint8)
     picture[:, 8:22, 8:22] = torch.tensor([200, 60, 40], dtype=torch.uint8)[:, None, None]
     hue = Augment(16, scale=(1.0, 1.0), hue=0.5)
@@ -433,46 +433,46 @@ def test_augment_changes_colours_and_nothing_else(seed):
     outs = [hue(picture) for _ in range(20)]
     assert all((out[:, 0].int() - 128).abs().max() <= 1 for out in outs)
     middles = torch.stack([out[:, 8, 8] for out in outs]).float()
-    assert (middles.sum(1) - 300).abs().max() < 6  # turned about the axis of greys, anywhere
+    assert (middles.sum(1) - 300).abs().max() < 6  # turned about the axis of grays, anywhere
     assert (middles.argmax(1) != 0).any()
     assert any((out.float() - plain.float()).abs().max() > 20 for out in outs)
 
-    colour = Augment(16, scale=(1.0, 1.0), colour=0.4)
-    outs = [colour(picture) for _ in range(20)]
+    color = Augment(16, scale=(1.0, 1.0), color=0.4)
+    outs = [color(picture) for _ in range(20)]
     assert len({tuple(out[:, 8, 8].tolist()) for out in outs}) > 10
     assert all(bool((out[0, 8, 8] >= out[1, 8, 8]) & (out[1, 8, 8] >= out[2, 8, 8])) for out in outs)  # a red stays red
     levels = torch.stack([out[:, 0, 0] for out in outs]).float()
-    assert (levels.max(1).values - levels.min(1).values).max() <= 2  # and grey grey
+    assert (levels.max(1).values - levels.min(1).values).max() <= 2  # and gray gray
     assert levels.std() > 3
 
 
-def test_augment_takes_the_colour_away(seed, photo):
-    grey = Augment(16, grey=1.0)
+def test_augment_takes_the_color_away(seed, photo):
+    gray = Augment(16, gray=1.0)
     for i in range(5):
         torch.manual_seed(seed + i)
-        out = grey(photo)
+        out = gray(photo)
         assert torch.equal(out[0], out[1])
         assert torch.equal(out[0], out[2])
         torch.manual_seed(seed + i)
-        assert (out[0].float() - grey_of(Augment(16)(photo))).abs().max() <= 1.5
-    outs = [Augment(16, grey=0.5)(photo) for _ in range(200)]
+        assert (out[0].float() - gray_of(Augment(16)(photo))).abs().max() <= 1.5
+    outs = [Augment(16, gray=0.5)(photo) for _ in range(200)]
     share = np.mean([torch.equal(out[0], out[1]) for out in outs])
     assert 0.3 < share < 0.7
 
 
-def emoji(ground, colour, height=44, width=44):
+def emoji(ground, color, height=44, width=44):
     picture = torch.tensor(ground, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
-    picture[:, height // 4 : -(height // 4), width // 4 : -(width // 4)] = torch.tensor(colour)[:, None, None]
+    picture[:, height // 4 : -(height // 4), width // 4 : -(width // 4)] = torch.tensor(color)[:, None, None]
     return picture
 
 
 @pytest.mark.parametrize("ground", [(255, 255, 255), (230, 240, 210)])
 @pytest.mark.parametrize("shape", [(44, 44), (30, 60), (61, 33)])
-def test_augment_sets_small_pictures_on_the_colour_of_their_corners(ground, shape):
+def test_augment_sets_small_pictures_on_the_color_of_their_corners(ground, shape):
     """No black border comes in, neither around nor by turning; the picture takes the share of the area asked for."""
-    colour = (200, 140, 150)  # every channel between the ground's and black
-    picture = emoji(ground, colour, *shape)
-    low, high = torch.tensor(colour) - 22, torch.tensor(ground) + 22  # bicubic interpolation overshoots
+    color = (200, 140, 150)  # every channel between the ground's and black
+    picture = emoji(ground, color, *shape)
+    low, high = torch.tensor(color) - 22, torch.tensor(ground) + 22  # bicubic interpolation overshoots
     for options in ({"scale": (2.0, 2.0)}, {"scale": (1.0, 1.0), "rotate": 45}, {"scale": (0.6, 2.0), "rotate": 30}):
         augment = Augment(32, **options)
         for _ in range(6):
@@ -482,18 +482,18 @@ def test_augment_sets_small_pictures_on_the_colour_of_their_corners(ground, shap
             if options["scale"] == (2.0, 2.0):  # the square has a quarter of the picture, an eighth of the whole
                 edge = torch.cat([out[:, 0], out[:, -1], out[:, :, 0], out[:, :, -1]], 1)
                 assert (edge - torch.tensor(ground)[:, None]).abs().max() <= 1
-                square = ((out - torch.tensor(colour)[:, None, None]).abs().sum(0) < 60).float().mean()
+                square = ((out - torch.tensor(color)[:, None, None]).abs().sum(0) < 60).float().mean()
                 cropped = max(shape) / min(shape) * 3 / 4 if max(shape) / min(shape) > 4 / 3 else 1.0
                 assert square == pytest.approx(cropped / 8, rel=0.3)
 
 
 @pytest.mark.parametrize("options", [{"scale": (0.8, 1.7)}, {"rotate": 45}, {"scale": (1.5, 1.5), "rotate": 45}])
 def test_augment_leaves_no_seam(options):
-    """A picture of one colour stays one, where the ground around begins too."""
-    colour = torch.randint(100, 256, (3, 1, 1), dtype=torch.uint8)
+    """A picture of one color stays one, where the ground around begins too."""
+    color = torch.randint(100, 256, (3, 1, 1), dtype=torch.uint8)
     for _ in range(10):
-        out = Augment(32, **options)(colour.expand(3, 40, 50).contiguous())
-        assert (out.int() - colour.int()).abs().max() <= 1
+        out = Augment(32, **options)(color.expand(3, 40, 50).contiguous())
+        assert (out.int() - color.int()).abs().max() <= 1
 
 
 def test_augment_turns(seed):

@@ -23,7 +23,7 @@ from helpers import Shake, caption, encode, pixels, smooth, tiny_tokenizer, writ
 import dualenc.data.pairs as pairs_module
 import dualenc.data.shards.shard as index_module
 from dualenc.cli import main
-from dualenc.data import Loader, PairDataset, Preprocess, Quarantine, ShardIndex
+from dualenc.data import BadSampleLog, Loader, PairDataset, Preprocess, ShardIndex
 from dualenc.data.loading.bad_samples import Bad
 from dualenc.utils.errors import DataError
 
@@ -128,16 +128,16 @@ def test_is_replaced_and_the_others_come(tmp_path, seed, kind):
     cause = spoil(samples[place], kind, rng)
     path = write_tar(tmp_path / "a.tar", samples)
     index = ShardIndex.build(path)
-    quarantine = Quarantine(12, tmp_path / "quarantine.jsonl")
+    bad_sample_log = BadSampleLog(12, tmp_path / "bad_samples.jsonl")
     peak()
     before, began = peak(), time.monotonic()
-    batches = [prints(batch) for batch in loader(index, seed=seed, quarantine=quarantine)]
+    batches = [prints(batch) for batch in loader(index, seed=seed, bad_sample_log=bad_sample_log)]
     assert time.monotonic() - began < 5
     assert peak() - before < 1 << 29
     rows = Counter(row for batch in batches for *_, row in batch)
-    neighbour = (place + 1) % 12
-    assert rows == Counter({row: 1 + (row == neighbour) for row in range(12) if row != place})
-    (line,) = (json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines())
+    neighbor = (place + 1) % 12
+    assert rows == Counter({row: 1 + (row == neighbor) for row in range(12) if row != place})
+    (line,) = (json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines())
     assert (line["shard"], line["key"]) == (path, samples[place]["__key__"])
     assert fnmatchcase(line["cause"], cause)
     assert set(line) == {"shard", "key", "cause", "detail"}
@@ -167,7 +167,7 @@ def test_all_kinds_in_a_run(tmp_path, seed, capsys):
     for i in range(2):
         write_tar(tmp_path / "shards" / f"{i}.tar", samples[32 * i : 32 * i + 32])
     main(fit(tmp_path, "--data.val", "null", "--trainer.max_steps", "8", "--data.workers", "2"))  # two epochs
-    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert {line["key"] for line in lines} == set(causes)
     assert all(fnmatchcase(line["cause"], causes[line["key"]]) for line in lines)
     assert len(lines) == len(kinds) == 10  # as many as any budget allows
@@ -178,7 +178,7 @@ def test_all_kinds_in_a_run(tmp_path, seed, capsys):
     assert sum(counts[:4]) == sum(counts[4:])
     err = capsys.readouterr().err
     assert "10 bad samples" in err
-    assert str(tmp_path / "run" / "quarantine.jsonl") in err
+    assert str(tmp_path / "run" / "bad_samples.jsonl") in err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["bad_samples"] == 10
 
 
@@ -191,7 +191,7 @@ def test_without_text_or_picture(tmp_path, seed, capsys):
     err = capsys.readouterr().err
     assert re.search("2 samples .* '00003', '00011'", err)
     assert "18 pairs to train on" in err
-    assert not (tmp_path / "run" / "quarantine.jsonl").exists()
+    assert not (tmp_path / "run" / "bad_samples.jsonl").exists()
 
 
 def test_captions_in_json_that_are_no_text(tmp_path, seed):
@@ -213,7 +213,7 @@ def test_captions_in_json_that_are_no_text(tmp_path, seed):
     taken = loader(index, 8, seed=seed, captions="json.caption")
     rows = {row for batch in taken for *_, row in prints(batch)}
     assert {0, 1} <= rows <= {0, 1, 6}
-    assert {item.key for item in taken.quarantine._known.values()} >= {f"{i:05d}" for i in (2, 3, 4, 5, 7)}
+    assert {item.key for item in taken.bad_sample_log._known.values()} >= {f"{i:05d}" for i in (2, 3, 4, 5, 7)}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -247,19 +247,19 @@ def test_more_bad_samples_than_the_budget(tmp_path, seed, capsys):
     assert "data.bad_samples" in line
     assert " 10 " in line
     assert ".jpg cannot be decoded" in line
-    assert str(tmp_path / "run" / "quarantine.jsonl") in line
+    assert str(tmp_path / "run" / "bad_samples.jsonl") in line
     main(fit(tmp_path, *SHORT, "--data.bad_samples", "0.3", "--trainer.default_root_dir", str(tmp_path / "second")))
-    named = {json.loads(line)["key"] for line in (tmp_path / "second" / "quarantine.jsonl").read_text().splitlines()}
+    named = {json.loads(line)["key"] for line in (tmp_path / "second" / "bad_samples.jsonl").read_text().splitlines()}
     assert named == {f"{place:05d}" for place in places}
 
 
 def test_causes_are_named_by_how_often_they_are_met(tmp_path):
-    quarantine = Quarantine(20_000, tmp_path / "q.jsonl")  # 20 of them
+    bad_sample_log = BadSampleLog(20_000, tmp_path / "q.jsonl")  # 20 of them
     rows = [("c", 1), ("b", 7), ("a", 9), ("d", 4)]
     bad = [Bad(0, f"{cause}.tar", f"{cause}{i}", f"cause {cause}", "") for cause, count in rows for i in range(count)]
-    quarantine.add(bad[:20])
+    bad_sample_log.add(bad[:20])
     with pytest.raises(DataError) as error:
-        quarantine.add(bad[20:])
+        bad_sample_log.add(bad[20:])
     assert str(error.value) == (
         "21 bad samples, more than the 20 that data.bad_samples allows: cause a (9, such as a.tar sample 'a0'); "
         f"cause b (7, such as b.tar sample 'b0'); cause d (4, such as d.tar sample 'd0'); all are named in "
@@ -268,15 +268,15 @@ def test_causes_are_named_by_how_often_they_are_met(tmp_path):
 
 
 def test_a_sample_counts_once_however_often_it_is_met(tmp_path):
-    quarantine = Quarantine(100, tmp_path / "q.jsonl")
+    bad_sample_log = BadSampleLog(100, tmp_path / "q.jsonl")
     for _ in range(50):
-        quarantine.add([Bad(1, "a.tar", "k", "cause", "detail"), Bad(1, "a.tar", "k", "cause", "detail")])
-    assert len(quarantine) == 1
+        bad_sample_log.add([Bad(1, "a.tar", "k", "cause", "detail"), Bad(1, "a.tar", "k", "cause", "detail")])
+    assert len(bad_sample_log) == 1
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 1
 
 
 def test_ranks_share_one_file_and_one_budget(tmp_path):
-    ranks = [Quarantine(100, tmp_path / "q.jsonl") for _ in range(2)]
+    ranks = [BadSampleLog(100, tmp_path / "q.jsonl") for _ in range(2)]
     for i in range(5):
         for rank in ranks:
             rank.add([Bad(i, "a.tar", f"both{i}", "cause", "")])
@@ -290,20 +290,20 @@ def test_ranks_share_one_file_and_one_budget(tmp_path):
 
 
 def test_a_continued_run_counts_on(tmp_path):
-    Quarantine(100, tmp_path / "q.jsonl").add([Bad(i, "a.tar", f"{i}", "cause", "") for i in range(10)])
+    BadSampleLog(100, tmp_path / "q.jsonl").add([Bad(i, "a.tar", f"{i}", "cause", "") for i in range(10)])
     with pytest.raises(DataError, match=r"^11 bad samples"):
-        Quarantine(100, tmp_path / "q.jsonl").add([Bad(0, "a.tar", "another", "cause", "")])
+        BadSampleLog(100, tmp_path / "q.jsonl").add([Bad(0, "a.tar", "another", "cause", "")])
 
 
 @pytest.mark.parametrize("cut", [b'{"shard": "a.tar", "ke', b'{"shard": "a.tar", "key": "k", "cause": "c", "detail": ""}', b"\xff", b"7"])  # fmt: skip  # noqa: E501
 def test_half_a_line_that_a_kill_left_does_no_harm(tmp_path, cut):
     path = tmp_path / "q.jsonl"
-    Quarantine(100, path).add([Bad(0, "a.tar", "first", "cause", "")])
+    BadSampleLog(100, path).add([Bad(0, "a.tar", "first", "cause", "")])
     with open(path, "ab") as file:
         file.write(cut)
-    second = Quarantine(100, path)
+    second = BadSampleLog(100, path)
     second.add([Bad(0, "a.tar", "second", "cause", "")])
-    third = Quarantine(100, path)
+    third = BadSampleLog(100, path)
     third.add([Bad(0, "a.tar", "third", "cause", "")])
     second.add([Bad(0, "a.tar", "second", "cause", ""), Bad(0, "a.tar", "third", "cause", "")])
     whole = int(cut.endswith(b"}"))
@@ -376,7 +376,7 @@ def test_what_a_run_measures_leaves_bad_samples_out(tmp_path, seed):
             measured.append({r["metric"]: float(r["value"]) for r in csv.DictReader(file) if "val/" in r["metric"]})
     assert measured[0].keys() >= {"val/loss", "val/mrr", "val/median_rank"}
     assert measured[0] == pytest.approx(measured[1], rel=1e-9)
-    lines = (tmp_path / "run-with" / "quarantine.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run-with" / "bad_samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == [sample["__key__"] for sample in bad]
 
 
@@ -423,7 +423,7 @@ def test_names_that_climb_or_give_a_terminal_orders(tmp_path, seed, capfd, monke
     main(fit(tmp_path, *SHORT, "--data.workers", str(workers)))
     new = {path for path in set(tmp_path.parent.rglob("*")) - before if tmp_path / "run" not in path.parents}
     assert {path.name for path in new} <= {"run", "dualenc.index"}
-    text = (tmp_path / "run" / "quarantine.jsonl").read_bytes()
+    text = (tmp_path / "run" / "bad_samples.jsonl").read_bytes()
     assert b"\x1b" not in text
     assert {json.loads(line)["key"] for line in text.splitlines()} >= set(keys[:2])
     for sample in samples[:12]:
@@ -453,14 +453,14 @@ def test_an_error_of_the_disk_is_no_bad_sample(tmp_path, seed, monkeypatch):
 
     monkeypatch.setattr(index_module.time, "sleep", waits.append)
     monkeypatch.setattr(os, "pread", pread)
-    quarantine = Quarantine(8, tmp_path / "q.jsonl")
-    assert [prints(batch) for batch in loader(index, seed=seed, quarantine=quarantine)] == expected
+    bad_sample_log = BadSampleLog(8, tmp_path / "q.jsonl")
+    assert [prints(batch) for batch in loader(index, seed=seed, bad_sample_log=bad_sample_log)] == expected
     assert len(waits) == 1
     left[0] = 1 << 30
     with pytest.raises(DataError, match=rf"^shard {tmp_path}/a\.tar cannot be read: Input/output error; 3 tries"):
-        list(loader(index, seed=seed, quarantine=quarantine))
+        list(loader(index, seed=seed, bad_sample_log=bad_sample_log))
     assert len(waits) == 3
-    assert len(quarantine) == 0
+    assert len(bad_sample_log) == 0
     assert not (tmp_path / "q.jsonl").exists()
 
 
@@ -483,4 +483,4 @@ def test_an_error_of_the_disk_ends_a_run(tmp_path, seed, capsys, monkeypatch):
         line = fails(capsys, fit(tmp_path, *SHORT, "--data.workers", workers,
                                  "--trainer.default_root_dir", str(tmp_path / workers)), status=1)  # fmt: skip
         assert line.startswith(f"dualenc: error: shard {tmp_path}/shards/0.tar cannot be read: Input/output error")
-        assert not (tmp_path / workers / "quarantine.jsonl").exists()
+        assert not (tmp_path / workers / "bad_samples.jsonl").exists()

@@ -141,7 +141,7 @@ def test_a_shard_that_changed_after_indexing(tmp_path, seed, capsys, monkeypatch
     assert "changed" in line
     assert "dualenc index " in line
     assert any(path in line for path in paths)
-    assert not (tmp_path / "run" / "quarantine.jsonl").exists()
+    assert not (tmp_path / "run" / "bad_samples.jsonl").exists()
 
 
 def test_a_batch_larger_than_the_data(tmp_path, seed, capsys):
@@ -189,7 +189,7 @@ def test_a_run_ends_after_a_fault_that_stays(web, tmp_path, seed, here, capsys, 
         line = fails(capsys, [*arguments, "--trainer.default_root_dir", run], status=1)
         assert line.startswith(f"dualenc: error: {web.url}/part-001.tar: ")
         assert why in line
-        assert not Path(run, "quarantine.jsonl").exists()
+        assert not Path(run, "bad_samples.jsonl").exists()
 
 
 def test_a_shard_elsewhere_that_was_replaced(web, tmp_path, seed, here, capsys):

@@ -69,7 +69,7 @@ MASKED = [name for name, (kind, config) in FAMILIES.items() if kind[:4] not in (
 
 
 def build(kind: str, config: dict[str, Any], auto: Any = AutoModel, **more: Any) -> Any:
-    """A model of transformers with every tensor perturbed; none is as it was initialised."""
+    """A model of transformers with every tensor perturbed; none is as it was initialized."""
     loaded = transformers.CONFIG_MAPPING[kind](**config, **more)
     if kind == "siglip_text_model":
         model = transformers.SiglipTextModel(loaded)
@@ -213,15 +213,19 @@ def test_masked_language_heads(name: str, tied: bool, tmp_path: Path, seed: int)
 
 
 PROBLEMS = {
-    "single": ("single_label_classification", ["bad", "so so", "good"]),
-    "several": ("multi_label_classification", ["a", "b"]),
+    "single_label": ("single_label_classification", ["bad", "so so", "good"]),
+    "multi_label": ("multi_label_classification", ["a", "b"]),
     "regression": ("regression", ["stars"]),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [*((name, "single") for name in [*MASKED, "modernbert, mean"]), ("bert", "several"), ("bert", "regression")],
+    [
+        *((name, "single_label") for name in [*MASKED, "modernbert, mean"]),
+        ("bert", "multi_label"),
+        ("bert", "regression"),
+    ],
 )
 def test_classification_heads(name: str, problem: str, tmp_path: Path, seed: int) -> None:
     kind, config = FAMILIES[name.removesuffix(", mean")]

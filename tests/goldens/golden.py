@@ -178,7 +178,7 @@ def settings(kind: str) -> dict[str, Any]:
     heads = {
         "words": {"kind": "mlm", "weight": 0.5},
         "mood": {"kind": "classification", "labels": ["good", "bad"]},
-        "tags": {"kind": "classification", "labels": ["x", "y"], "problem": "several", "activation": None},
+        "tags": {"kind": "classification", "labels": ["x", "y"], "problem": "multi_label", "activation": None},
         "stars": {"kind": "classification", "labels": ["stars"], "problem": "regression", "pool": "mean"},
         "near": {"kind": "embedding", "problem": "negatives", "pool": "mean"},
     }
@@ -198,7 +198,7 @@ def settings(kind: str) -> dict[str, Any]:
         ),
         "text": (
             ("TextTask", {"heads": heads, "text": text, **common}),
-            ("TextData", {"train": files, "mix": "in_turn", **texts}),
+            ("TextData", {"train": files, "mix": "round_robin", **texts}),
         ),
         "electra": (
             ("ReplacedTokenTask", {"text": {**text, "types": 2, "family": "electra"}, "generator_size": 0.5, **common}),

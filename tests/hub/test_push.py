@@ -266,7 +266,13 @@ def run_directory(folder: Path, seed: int) -> Path:
     for name in ("best", "last"):
         tiny_embedder(seed).save(folder / name)
     (folder / "checkpoints").mkdir()
-    for name in ("checkpoints/step-4.ckpt", "best/optimizer.pt", "best/.secret", "best/notes.txt", "sick.jsonl"):
+    for name in (
+        "checkpoints/step-4.ckpt",
+        "best/optimizer.pt",
+        "best/.secret",
+        "best/notes.txt",
+        "skipped_steps.jsonl",
+    ):
         (folder / name).write_text("not for others")
     config = {
         "data": {
@@ -326,7 +332,7 @@ def test_figures_stand_on_the_card_with_their_intervals(hub: Hub, tmp_path: Path
     for command, where in (("zeroshot", data), ("retrieval", pairs)):
         main([command, str(tmp_path / "model"), str(where), "--out", str(tmp_path / "out"), "--workers", "0"])
     results = [tmp_path / "out" / "zeroshot.json", tmp_path / "out" / "retrieval.json"]
-    push(tmp_path / "model", REPO, results=results, licence="apache-2.0")
+    push(tmp_path / "model", REPO, results=results, license="apache-2.0")
     text = hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]["README.md"].decode()
     found = ModelCard(text).data
     assert (found.license, found.library_name, found.pipeline_tag) == (
@@ -457,7 +463,7 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
     assert about["model-index"][0]["results"][0]["dataset"]["name"].startswith("a|b `c` **d** <script>")
     assert len(about["model-index"][0]["results"][0]["metrics"]) == 1  # what is not finite has no place there
     assert "license" not in about
-    assert "No licence was named." in text
+    assert "No license was named." in text
     assert "was not complete" in text
     # The control: without escapes the outline is another one.
     assert outline(re.sub(r"`\S+//\S+`", "l", text).replace("\\", "")) != outline(calm)
@@ -735,7 +741,7 @@ def test_a_push_that_fails_says_why_in_one_line(
 
     for name in ("model", "owner/", "/model", "owner/a b", "owner/a/b", "https://x/y", "owner/a--b", "owner/.a"):
         refused([*command, name], 2, "must be owner/name")
-    refused([*command, REPO, "--licence", "my own!"], 2, "licence 'my own!'")
+    refused([*command, REPO, "--license", "my own!"], 2, "license 'my own!'")
     refused([*command, REPO, "--revision", "0" * 40], 2, "must be the name of a branch")
     refused(["push", str(tmp_path), REPO], 2, "is no model: name a model directory")
     refused(["push", str(tmp_path / "gone"), REPO], 2, "is no model")
@@ -747,11 +753,11 @@ def test_a_push_that_fails_says_why_in_one_line(
     monkeypatch.setenv("HF_TOKEN", "token-of-other")
     refused([*command, REPO], 1, "may not write to owner/model: `hf auth login`")
     monkeypatch.setenv("HF_TOKEN", "token-of-owner")
-    refused([*command, REPO, "--licence", "unheard-of"], 1, 'does not take the card .*"license" must be one of a list')
+    refused([*command, REPO, "--license", "unheard-of"], 1, 'does not take the card .*"license" must be one of a list')
     assert not hub.repos  # nothing is made for a card that is not taken
     main([*command, REPO])
     capsys.readouterr()
-    refused([*command, REPO, "--revision", "try", "--licence", "unheard-of"], 1, "must be one of a list")
+    refused([*command, REPO, "--revision", "try", "--license", "unheard-of"], 1, "must be one of a list")
     assert list(hub.repos.pop(REPO).branches) == ["main"]
     hub.objects.clear()
     hub.spoil = "loud"

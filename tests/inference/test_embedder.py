@@ -129,7 +129,7 @@ def test_images_in_every_form(embedder, photos):
         "tensors": tensors,
         "sized": list(sized),
         "one tensor": sized,
-        "normalised": embedder.preprocess.normalize(sized),
+        "normalized": embedder.preprocess.normalize(sized),
         "generator": (path for path in photos),
         "mixed": [photos[0], pictures[1], tensors[2], sized[3], str(photos[4])],
         "batches": [sized[:2], sized[2:]],
@@ -167,8 +167,8 @@ def test_a_batch_of_another_height_is_resized(embedder, seed):
     assert embedder.embed_images(batch.transpose(2, 3)).shape == (1, 8)
 
 
-def test_normalised_and_plain_images_together(embedder, photos):
-    """A float tensor beside a path: the path's pixels must still be normalised."""
+def test_normalized_and_plain_images_together(embedder, photos):
+    """A float tensor beside a path: the path's pixels must still be normalized."""
     whole = embedder.embed_images(photos[:3])
     floats = embedder.preprocess.normalize(embedder.preprocess(decode_image(photos[1].read_bytes())))
     assert (embedder.embed_images([photos[0], floats, photos[2]]) - whole).abs().max() < 1e-6
@@ -264,7 +264,7 @@ CONFIGS = {
     "newer": ({"format": 2}, r"config\.json has format 2, dualenc .* reads up to 1: upgrade"),
     "no format": ({"format": ...}, r"config\.json says no 'format'"),
     "format word": ({"format": "1"}, r"config\.json says no 'format'"),
-    "unknown": ({"colour": 1}, r"config\.json has the unknown key 'colour'"),
+    "unknown": ({"color": 1}, r"config\.json has the unknown key 'color'"),
     "unknown inside": ({"text__rope": True}, r"config\.json: text has the unknown key 'rope'"),
     "missing": ({"embed_dim": ...}, r"config\.json has no key 'embed_dim'"),
     "missing inside": ({"text__width": ...}, r"config\.json: text has no key 'width'"),

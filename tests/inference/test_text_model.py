@@ -19,7 +19,7 @@ from dualenc.utils.errors import ModelError
 HEADS = {
     "mlm": HeadConfig("mlm"),
     "mood": HeadConfig("classification", ("bad", "good", "so so")),
-    "tags": HeadConfig("classification", ("x", "y"), "several", pool="mean"),
+    "tags": HeadConfig("classification", ("x", "y"), "multi_label", pool="mean"),
     "stars": HeadConfig("classification", ("stars",), "regression", activation=None),
 }
 TEXTS = ["a cat sits on the mat", "two dogs", "a", "the red boats and the blue hats", "a tree with two hats"]
@@ -63,7 +63,7 @@ def test_the_second_text_of_a_pair_is_seen_as_such(seed: int) -> None:
     it = predictor(HEADS)
     (one,) = it.classify([("a cat", "two dogs")], "stars")
     with torch.no_grad():
-        it.model.encoder.embeddings.segments.weight[1] += torch.randn(16)
+        it.model.encoder.embeddings.segment_embeddings.weight[1] += torch.randn(16)
     assert it.classify([("a cat", "two dogs")], "stars") != [one]
 
 

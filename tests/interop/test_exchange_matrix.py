@@ -185,7 +185,7 @@ def test_text_models_with_heads(kind: Literal["mlm", "classification"], family: 
     activation: Any = {"distilbert": "relu", "electra": "gelu", "modernbert": "gelu"}.get(family, "tanh")
     head = HeadConfig("mlm")
     if kind == "classification":
-        head = HeadConfig(kind, ("a", "b", "c"), "single", "cls", activation, family == "modernbert")
+        head = HeadConfig(kind, ("a", "b", "c"), "single_label", "cls", activation, family == "modernbert")
     model = TextPredictor(perturb(TextModel(text, {kind: head}), 0.2), tiny_tokenizer(), "it")
     model.save(tmp_path / "ours")
     made = export(str(tmp_path / "ours"), tmp_path / "out", "transformers")

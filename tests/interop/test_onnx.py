@@ -31,7 +31,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 HEADS = {
     "mlm": HeadConfig("mlm"),
     "mood": HeadConfig("classification", ("bad", "good", "so so")),
-    "tags": HeadConfig("classification", ("x", "y"), "several", pool="mean", activation="gelu", norm=True),
+    "tags": HeadConfig("classification", ("x", "y"), "multi_label", pool="mean", activation="gelu", norm=True),
     "stars": HeadConfig("classification", ("stars",), "regression", pool="last", activation=None),
 }
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -125,7 +125,7 @@ def test_a_text_model_of_every_family(family: str, tmp_path: Path, seed: int) ->
     library.checker.check_model(file, full_check=True)
     assert about["opset"] == 20
     assert [(one.domain, one.version) for one in file.opset_import] == [("", 20)]
-    assert about["heads"]["tags"] == {"labels": ["x", "y"], "problem": "several"}
+    assert about["heads"]["tags"] == {"labels": ["x", "y"], "problem": "multi_label"}
 
     def packed(lengths: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
         ids, types = draw(lengths, config)
@@ -239,7 +239,7 @@ def test_a_text_model_beside_onnxruntime(family: str, tmp_path: Path, seed: int)
     if family == "electra":
         with torch.no_grad():
             it.model.heads["stars"].out.bias.sub_(0.01)  # type: ignore[union-attr,operator]
-            it.model.encoder.embeddings.segments.weight[1].add_(torch.randn(10))  # type: ignore[union-attr]
+            it.model.encoder.embeddings.segment_embeddings.weight[1].add_(torch.randn(10))  # type: ignore[union-attr]
         with pytest.raises(ModelError, match=r"differ by .* on"):
             onnx.verify_text_onnx(it, tmp_path, seed)
 

@@ -4,8 +4,8 @@ import torch
 from scipy.stats import binom
 
 import dualenc.metrics.bootstrap as bootstrap
-from dualenc.metrics.bootstrap import Measures, mean
-from dualenc.metrics.classification import classification_measures, multilabel_measures
+from dualenc.metrics.bootstrap import BootstrapMetrics, mean
+from dualenc.metrics.classification import classification_bootstrap, multilabel_bootstrap
 
 EXPERIMENTS = 400
 
@@ -38,8 +38,8 @@ def test_a_mean_over_clusters():
     def experiment(i):
         unit = torch.arange(150).repeat_interleave(torch.randint(1, 6, (150,)))
         values = 0.3 + torch.randn(150)[unit] + 0.5 * torch.randn(len(unit))
-        alone.append(Measures({"m": mean(values)}, len(unit)).intervals(replicates=200, seed=i)["m"])
-        return Measures({"m": mean(values, unit)}, 150).intervals(replicates=200, seed=i)["m"]
+        alone.append(BootstrapMetrics({"m": mean(values)}, len(unit)).intervals(replicates=200, seed=i)["m"])
+        return BootstrapMetrics({"m": mean(values, unit)}, 150).intervals(replicates=200, seed=i)["m"]
 
     assert kept_its_promise(covered(0.3, experiment))
     assert sum(low <= 0.3 <= high for low, high in alone) < 0.85 * EXPERIMENTS  # the control
@@ -61,7 +61,7 @@ def test_an_accuracy_within_classes(name):
     widths = []
 
     def experiment(i):
-        measures = only(classification_measures(outcome(target, easy[target])), name)
+        measures = only(classification_bootstrap(outcome(target, easy[target])), name)
         low, high = measures.intervals(replicates=200, seed=i)[name]
         if i < 20:
             across = measures._replace(strata=None).intervals(replicates=200, seed=i)[name]
@@ -81,7 +81,7 @@ def test_differences_of_models_that_fail_on_the_same():
         failed = torch.rand(300) < hard  # both
         here = outcome(target, torch.full((300,), 0.95).masked_fill(failed, 0.05))
         there = outcome(target, torch.full((300,), 0.98).masked_fill(failed, 0.08))
-        here, there = (only(classification_measures(items), "acc1") for items in (here, there))
+        here, there = (only(classification_bootstrap(items), "acc1") for items in (here, there))
         difference, low, high = here.differences(there, replicates=200, seed=i)["acc1"]
         assert difference == pytest.approx(there.values()["acc1"] - here.values()["acc1"], abs=1e-12)
         if i < 20:
@@ -95,7 +95,7 @@ def test_differences_of_models_that_fail_on_the_same():
 
 def labelled(images, classes, share):
     targets = torch.rand(images, classes) < share
-    return multilabel_measures({"scores": torch.randn(images, classes) + 1.2 * targets, "targets": targets})
+    return multilabel_bootstrap({"scores": torch.randn(images, classes) + 1.2 * targets, "targets": targets})
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_the_calibration_error_of_a_model_that_is_far_off():
         rank = (torch.rand(images) >= confidence - 0.2).long()
         target = torch.zeros(images, dtype=torch.int64)
         items = {"target": target, "rank": rank, "confidence": confidence, "classes": torch.tensor(4)}
-        return only(classification_measures(items), "ece")
+        return only(classification_bootstrap(items), "ece")
 
     assert kept_its_promise(covered(0.2, lambda i: drawn(600).intervals(replicates=200, seed=i)["ece"]))
 
@@ -148,7 +148,7 @@ def test_equals_the_definition_with_numpy():
     expected = np.quantile(means, [0.05, 0.95])
     values, unit = torch.tensor(np.concatenate(groups)), torch.arange(60).repeat_interleave(torch.tensor(sizes))
     shuffle = torch.randperm(len(unit))
-    measures = Measures({"m": mean(values[shuffle], unit[shuffle])}, 60, torch.tensor(kind))
+    measures = BootstrapMetrics({"m": mean(values[shuffle], unit[shuffle])}, 60, torch.tensor(kind))
     assert measures.values()["m"] == pytest.approx(values.mean().item(), abs=1e-12)
     found = measures.intervals(level=0.9, replicates=4000)["m"]
     assert found == pytest.approx(expected.tolist(), abs=0.15 * (expected[1] - expected[0]))
@@ -164,7 +164,7 @@ def test_every_draw_has_as_many_units_of_each_stratum_as_there_are(monkeypatch, 
         seen.append(weights)
         return weights[:, 0]
 
-    Measures({"w": watch}, 90, strata).intervals(replicates=50)
+    BootstrapMetrics({"w": watch}, 90, strata).intervals(replicates=50)
     weights = torch.cat(seen)
     assert weights.shape == (50, 90)
     assert torch.equal(weights, weights.round())
@@ -184,7 +184,7 @@ def test_an_even_draw():
         seen.append(weights)
         return weights[:, 0]
 
-    Measures({"w": watch}, 40).intervals(replicates=2000)
+    BootstrapMetrics({"w": watch}, 40).intervals(replicates=2000)
     weights = torch.cat(seen)
     assert bool(((weights.mean(0) - 1).abs() < 6 / 2000**0.5).all())
     assert weights.var(0).mean().item() == pytest.approx(1 - 1 / 40, rel=0.1)
@@ -192,22 +192,22 @@ def test_an_even_draw():
 
 def test_levels_nest_and_narrow_with_more_data():
     values = torch.randn(400)
-    measures = Measures({"m": mean(values)}, 400)
+    measures = BootstrapMetrics({"m": mean(values)}, 400)
     wide, narrow = (measures.intervals(level=level)["m"] for level in (0.99, 0.5))
     assert wide[0] < narrow[0] < values.mean() < narrow[1] < wide[1]
-    few, many = Measures({"m": mean(values[:40])}, 40).intervals()["m"], measures.intervals()["m"]
+    few, many = BootstrapMetrics({"m": mean(values[:40])}, 40).intervals()["m"], measures.intervals()["m"]
     assert few[1] - few[0] > 1.8 * (many[1] - many[0])
-    shifted = Measures({"m": mean(values + 1)}, 400)
+    shifted = BootstrapMetrics({"m": mean(values + 1)}, 400)
     wide, narrow = (measures.differences(shifted, level=level)["m"] for level in (0.99, 0.5))
     assert wide == pytest.approx((1, 1, 1), abs=1e-6)
     assert narrow == pytest.approx((1, 1, 1), abs=1e-6)
-    other = Measures({"m": mean(values + torch.randn(400))}, 400)
+    other = BootstrapMetrics({"m": mean(values + torch.randn(400))}, 400)
     wide, narrow = (measures.differences(other, level=level)["m"] for level in (0.99, 0.5))
     assert wide[1] < narrow[1] < wide[0] == narrow[0] < narrow[2] < wide[2]
 
 
 def test_is_deterministic_and_leaves_the_global_generator_alone():
-    measures = Measures({"m": mean(torch.rand(50))}, 50, torch.randint(3, (50,)))
+    measures = BootstrapMetrics({"m": mean(torch.rand(50))}, 50, torch.randint(3, (50,)))
     state = torch.get_rng_state()
     first = measures.intervals()
     assert measures.differences(measures) == {"m": (0, 0, 0)}
@@ -218,17 +218,17 @@ def test_is_deterministic_and_leaves_the_global_generator_alone():
 
 
 def test_values_without_spread():
-    assert Measures({"m": mean(torch.ones(9))}, 9).intervals() == {"m": (1.0, 1.0)}
-    assert Measures({"m": mean(torch.tensor([0.25]))}, 1).intervals() == {"m": (0.25, 0.25)}
+    assert BootstrapMetrics({"m": mean(torch.ones(9))}, 9).intervals() == {"m": (1.0, 1.0)}
+    assert BootstrapMetrics({"m": mean(torch.tensor([0.25]))}, 1).intervals() == {"m": (0.25, 0.25)}
 
 
 def test_no_replicates_no_intervals():
-    assert Measures({"m": mean(torch.rand(9))}, 9).intervals(replicates=0) == {}
+    assert BootstrapMetrics({"m": mean(torch.rand(9))}, 9).intervals(replicates=0) == {}
 
 
 def test_differences_are_of_the_metrics_that_both_have():
-    here = Measures({"a": mean(torch.zeros(8)), "b": mean(torch.ones(8))}, 8)
-    there = Measures({"b": mean(torch.full((8,), 3)), "c": mean(torch.ones(8))}, 8)
+    here = BootstrapMetrics({"a": mean(torch.zeros(8)), "b": mean(torch.ones(8))}, 8)
+    there = BootstrapMetrics({"b": mean(torch.full((8,), 3)), "c": mean(torch.ones(8))}, 8)
     assert here.differences(there) == {"b": (2, 2, 2)}
 
 
@@ -236,8 +236,8 @@ def test_differences_are_of_the_metrics_that_both_have():
     ("units", "strata"), [(7, [0] * 7), (6, None), (6, [0, 0, 0, 1, 1, 0]), (6, [1, 1, 1, 2, 2, 2])]
 )
 def test_differences_of_other_units_are_refused(units, strata):
-    here = Measures({"m": mean(torch.rand(6))}, 6, torch.tensor([0, 0, 0, 1, 1, 1]))
-    there = Measures({"m": mean(torch.rand(units))}, units, None if strata is None else torch.tensor(strata))
+    here = BootstrapMetrics({"m": mean(torch.rand(6))}, 6, torch.tensor([0, 0, 0, 1, 1, 1]))
+    there = BootstrapMetrics({"m": mean(torch.rand(units))}, units, None if strata is None else torch.tensor(strata))
     for one, other in ((here, there), (there, here)):
         with pytest.raises(ValueError, match="the same units"):
             one.differences(other)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dualenc.metrics.choice import choice_measures, choice_metrics
+from dualenc.metrics.choice import choice_bootstrap, choice_metrics
 
 
 def unit(*shape):
@@ -55,7 +55,7 @@ def test_equals_the_definition(images, kind, dtype):
     assert set(intervals) == set(chance) == set(names)
     assert all(low <= metrics[name] <= high for name, (low, high) in intervals.items())
     assert (items["scores"].dtype, items["scores"].shape) == (torch.float64, (60, images, 2))
-    measures = choice_measures(items)
+    measures = choice_bootstrap(items)
     assert measures.values() == metrics
     assert measures.intervals() == intervals
     weights = torch.randint(4, (3, 60)).double()

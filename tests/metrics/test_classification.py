@@ -10,9 +10,9 @@ from sklearn.metrics import accuracy_score, average_precision_score, balanced_ac
 import dualenc.metrics.classification as zeroshot
 from dualenc.metrics.classification import (
     calibration,
-    classification_measures,
+    classification_bootstrap,
     classification_metrics,
-    multilabel_measures,
+    multilabel_bootstrap,
     multilabel_metrics,
     per_class,
     zero_shot_classifier,
@@ -101,8 +101,8 @@ def test_classification_equals_scikit_learn(classes, missing):
     assert (items["confidence"] - confidence).abs().max() < 1e-12
     assert items["confidence"].dtype == torch.float64
     assert (items["classes"].item(), items["classes"].shape) == (classes, ())
-    assert classification_measures(items).values() == metrics
-    assert {k: v for k, v in classification_measures(items).intervals().items() if k != "ece"} == intervals
+    assert classification_bootstrap(items).values() == metrics
+    assert {k: v for k, v in classification_bootstrap(items).intervals().items() if k != "ece"} == intervals
     without = classification_metrics(images, classifier, targets, torch.tensor([7.0]), replicates=0)
     assert (without.metrics, without.intervals) == (metrics, {})
 
@@ -112,13 +112,13 @@ def test_weights_are_as_good_as_copies():
     *_, items = classification_metrics(*drawn(6, 60, noise=1.0), 4.0, replicates=0)
     weights = torch.randint(4, (5, 60))
     weights[0, items["target"] == 2] = 0
-    measures = classification_measures(items)
+    measures = classification_bootstrap(items)
     for name, statistic in measures.statistics.items():
         found = statistic(weights.double())
         assert found.shape == (5,)
         for value, row in zip(found.tolist(), weights, strict=True):
             copies = {key: x.repeat_interleave(row) if x.dim() else x for key, x in items.items()}
-            assert value == pytest.approx(classification_measures(copies).values()[name], abs=1e-12), name
+            assert value == pytest.approx(classification_bootstrap(copies).values()[name], abs=1e-12), name
     right, weight = (items["rank"] < 1).tolist(), weights[1].tolist()
     expected = error_by_definition(right, items["confidence"].tolist(), weight)
     assert measures.statistics["ece"](weights[1:2].double()).item() == pytest.approx(expected, abs=1e-12)
@@ -211,7 +211,7 @@ def test_calibration_shows_what_the_error_averages(bins):
     assert error == pytest.approx(error_by_definition(right, confidence, [1] * 300, bins), abs=1e-12)
     if bins == 15:
         assert calibration(items) == found
-        assert classification_measures(items).values()["ece"] == pytest.approx(error, abs=1e-12)
+        assert classification_bootstrap(items).values()["ece"] == pytest.approx(error, abs=1e-12)
 
 
 def test_calibration_at_the_bounds_of_the_bins():
@@ -283,7 +283,7 @@ def test_multilabel_equals_the_definition(ties, empty):
     assert found == pytest.approx(sum(each) / 7, abs=1e-12)
     again = multilabel_metrics(scores, targets.long())
     assert (again.metrics, again.intervals) == (result.metrics, result.intervals)
-    assert multilabel_measures(result.items).values() == result.metrics
+    assert multilabel_bootstrap(result.items).values() == result.metrics
     assert (result.items["scores"].dtype, result.items["targets"].dtype) == (scores.dtype, torch.bool)
     low, high = result.intervals["mean_average_precision"]
     assert low < found < high
@@ -304,7 +304,7 @@ def test_multilabel_with_weights_equals_the_definition():
     weights = torch.randint(3, (4, 40))
     weights[1, targets[:, 4]] = 0
     weights[2] = 0
-    found = multilabel_measures({"scores": scores, "targets": targets}).statistics["mean_average_precision"]
+    found = multilabel_bootstrap({"scores": scores, "targets": targets}).statistics["mean_average_precision"]
     found = found(weights.double()).tolist()
     for value, row in zip(found, weights, strict=True):
         each = [

@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 from sklearn.neighbors import KNeighborsClassifier
 
 import dualenc.metrics.classification as zeroshot
-from dualenc.metrics.classification import classification_measures
+from dualenc.metrics.classification import classification_bootstrap
 from dualenc.metrics.probe import NEIGHBOURS, _every_fifth, knn_probe, linear_probe, logistic_regression
 
 PROBES = [linear_probe, knn_probe]
@@ -108,14 +108,14 @@ def test_the_linear_probe_end_to_end():
     assert probe.missing == []
 
 
-# Neighbours
+# Neighbors
 
 
 def vote(distance):
     return np.exp((1 - distance) / 0.07)
 
 
-def test_the_neighbours_probe_is_scikit_learns():
+def test_the_neighbors_probe_is_scikit_learns():
     x, y, u, v, test, targets = clouds(6, [300, 80, 150], noise=0.7)
     x, u, test = (F.normalize(part.double(), dim=1) for part in (x, u, test))  # scikit-learn does it in any case
     probe = knn_probe(x, y, test, targets, held=(u, v))
@@ -138,8 +138,8 @@ def test_the_neighbours_probe_is_scikit_learns():
     assert probe.scores.metrics["acc1"] == pytest.approx(accuracy_score(targets, shares.argmax(1)), abs=1e-12)
 
 
-def test_neighbours_that_tie_are_wrong_and_votes_are_weighed():
-    """Two neighbours of one class at 0.9, one of another at 1: 2 exp(0.9 / 0.07) is less than exp(1 / 0.07)."""
+def test_neighbors_that_tie_are_wrong_and_votes_are_weighed():
+    """Two neighbors of one class at 0.9, one of another at 1: 2 exp(0.9 / 0.07) is less than exp(1 / 0.07)."""
     test = torch.tensor([[1.0, 0.0]])
     near, far = [1.0, 0.0], [0.9, 0.19**0.5]
     held = (torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
@@ -169,7 +169,7 @@ def test_the_result_is_of_its_items_and_repeats(probe):
     metrics, intervals, chance, items = found.scores
     assert set(metrics) == set(intervals) | {"ece"} == {"acc1", "acc5", "mean_per_class_recall", "ece"}
     assert chance == pytest.approx({"acc1": 0.2, "acc5": 1.0, "mean_per_class_recall": 0.2})
-    assert classification_measures(items).values() == metrics
+    assert classification_bootstrap(items).values() == metrics
     assert torch.equal(items["target"], targets)
     assert metrics["acc1"] > 0.3
     assert probe(x, y, test, targets, seed=3, replicates=0).scores.intervals == {}

@@ -136,7 +136,7 @@ def test_what_is_not_finite_is_refused(value, side):
 
 
 def test_products_that_overflow_are_refused():
-    with pytest.raises(ValueError, match="normalise them"):
+    with pytest.raises(ValueError, match="normalize them"):
         nearest(1e20 * unit(3, 4), 1e20 * unit(3, 4), 1)
 
 
@@ -236,9 +236,9 @@ def test_nearest_with_few_candidates():
     queries, candidates = unit(3, 4), unit(5, 4)
     assert nearest(queries, candidates, 9)[0].shape == (3, 5)
     assert nearest(queries, candidates, 9, skip=torch.tensor([-1, 2, -1]))[0].shape == (3, 4)
-    with pytest.raises(ValueError, match="no neighbours among 1 candidates"):
+    with pytest.raises(ValueError, match="no neighbors among 1 candidates"):
         nearest(queries, candidates[:1], 2, skip=torch.tensor([0, -1, -1]))
-    with pytest.raises(ValueError, match="no neighbours among 5 candidates"):
+    with pytest.raises(ValueError, match="no neighbors among 5 candidates"):
         nearest(queries, candidates, 0)
     with pytest.raises(ValueError, match="skip needs 3 indices below 5"):
         nearest(queries, candidates, 2, skip=torch.tensor([5, -1, -1]))

@@ -16,11 +16,11 @@ import dualenc.metrics.ranking as ranking
 import dualenc.metrics.retrieval as retrieval
 from dualenc.metrics.ranking import match_ranks
 from dualenc.metrics.retrieval import (
-    group_measures,
+    group_bootstrap,
     group_metrics,
     recall_at,
     retrieval_answers,
-    retrieval_measures,
+    retrieval_bootstrap,
     retrieval_metrics,
     retrieval_ranks,
 )
@@ -340,7 +340,7 @@ def test_measures_with_weights_are_metrics_of_repeated_images():
         "median_rank": statistics.median((by_text + 1).tolist()),
         "mrr": statistics.mean((1 / (by_text.double() + 1)).tolist()),
     }
-    measures = retrieval_measures(items)
+    measures = retrieval_bootstrap(items)
     found = {name: f(weights[None].double()).item() for name, f in measures.statistics.items()}
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
 
@@ -506,7 +506,7 @@ def test_intervals_of_groups_draw_units():
     group = torch.arange(60).repeat_interleave(2)
     found = group_metrics(x, group, unit=group + 7, replicates=200)
     assert found.items["unit"].tolist() == group.tolist()
-    measures = group_measures(found.items)
+    measures = group_bootstrap(found.items)
     assert measures.units == 60
     assert found.intervals == measures.intervals(replicates=200)
     weights = torch.randint(0, 3, (1, 60)).index_fill_(1, torch.tensor([3]), 1).double()

@@ -22,7 +22,7 @@ import dualenc.metrics.text as text_module
 from dualenc.metrics.text import (
     bigram_both_sides,
     bigram_perplexity,
-    label_measures,
+    label_bootstrap,
     label_metrics,
     majority_baseline,
     mean_baseline,
@@ -61,7 +61,7 @@ def test_several_labels_are_those_of_scikit_learn():
     logits = torch.randn(60, 5) + labels
     logits[:, 4] = -1  # nor is given it
     given = (logits > 0).numpy()
-    found = label_metrics(logits, labels, list("abcde"), "several")
+    found = label_metrics(logits, labels, list("abcde"), "multi_label")
     assert found == pytest.approx(
         {
             "accuracy": accuracy_score(labels, given),
@@ -102,34 +102,40 @@ def test_where_nothing_can_be_said():
         assert math.isnan(found["pearson"])
         assert math.isnan(found["spearman"])
         assert found["mse"] > 0
-    nothing = label_metrics(-torch.ones(4, 3), torch.zeros(4, 3), list("abc"), "several")
+    nothing = label_metrics(-torch.ones(4, 3), torch.zeros(4, 3), list("abc"), "multi_label")
     assert nothing == {"accuracy": 1, "f1_micro": 0, "f1_macro": 0}
 
 
 @pytest.mark.parametrize(
     ("logits", "labels", "problem", "says"),
     [
-        (torch.zeros(3, 2), torch.tensor([0, 1, 2]), "single", "between 0 and 1"),
-        (torch.zeros(3, 2), torch.tensor([0, -1, 1]), "single", "between 0 and 1"),
-        (torch.zeros(3, 2), torch.zeros(4), "single", "are not of a problem of kind single"),
-        (torch.zeros(3, 3), torch.zeros(3), "single", "with 2 names"),
-        (torch.zeros(0, 2), torch.zeros(0), "single", "there is no text"),
-        (torch.zeros(3, 2), torch.zeros(3), "several", "kind several"),
+        (torch.zeros(3, 2), torch.tensor([0, 1, 2]), "single_label", "between 0 and 1"),
+        (torch.zeros(3, 2), torch.tensor([0, -1, 1]), "single_label", "between 0 and 1"),
+        (torch.zeros(3, 2), torch.zeros(4), "single_label", "are not of a problem of kind single"),
+        (torch.zeros(3, 3), torch.zeros(3), "single_label", "with 2 names"),
+        (torch.zeros(0, 2), torch.zeros(0), "single_label", "there is no text"),
+        (torch.zeros(3, 2), torch.zeros(3), "multi_label", "kind multi_label"),
         (torch.zeros(3, 2), torch.zeros(3), "regression", "kind regression"),
-        (torch.full((3, 2), torch.nan), torch.zeros(3), "single", "not finite"),
+        (torch.full((3, 2), torch.nan), torch.zeros(3), "single_label", "not finite"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(logits, labels, problem, says):
-    for function in (label_metrics, label_measures):
+    for function in (label_metrics, label_bootstrap):
         with pytest.raises(ValueError, match=says):
             function(logits, labels, ["a", "b"], problem)
 
 
-@pytest.mark.parametrize(("problem", "name"), [("single", "accuracy"), ("several", "accuracy"), ("regression", "mse")])
+@pytest.mark.parametrize(
+    ("problem", "name"), [("single_label", "accuracy"), ("multi_label", "accuracy"), ("regression", "mse")]
+)
 def test_measures_are_the_metrics_and_draw_texts(problem, name):
-    labels = {"single": torch.randint(3, (40,)), "several": torch.randint(2, (40, 3)), "regression": torch.randn(40)}
+    labels = {
+        "single_label": torch.randint(3, (40,)),
+        "multi_label": torch.randint(2, (40, 3)),
+        "regression": torch.randn(40),
+    }
     logits, names = torch.randn(40, 1 if problem == "regression" else 3), ["a", "b", "c"]
-    measures = label_measures(logits, labels[problem], names, problem)
+    measures = label_bootstrap(logits, labels[problem], names, problem)
     assert measures.values() == pytest.approx({name: label_metrics(logits, labels[problem], names, problem)[name]})
     weights = torch.randint(0, 3, (40,)).index_fill_(0, torch.tensor([2]), 1)
     again = [x.repeat_interleave(weights, 0) for x in (logits, labels[problem])]
@@ -170,7 +176,7 @@ SPECIAL = (CLS, SEP, MASK)
 
 
 def drawn_texts(rng, count, most=7):
-    """Texts from a chain, so that neighbours tell something; one is empty but for its special tokens."""
+    """Texts from a chain, so that neighbors tell something; one is empty but for its special tokens."""
     chain = np.random.default_rng(0).dirichlet(np.full(V - 3, 0.3), V - 3)
     texts = [[CLS, SEP]]
     for _ in range(count):
@@ -197,7 +203,7 @@ def test_pseudo_perplexity_is_that_of_one_token_at_a_time(seed, batch_tokens):
                 ids[0, place] = MASK
                 with torch.no_grad():
                     hidden = model.encoder.forward_padded(ids, torch.ones_like(ids))[0, place]
-                    logits = model.heads["mlm"](hidden[None], model.encoder.embeddings.words.weight)[0]
+                    logits = model.heads["mlm"](hidden[None], model.encoder.embeddings.token_embeddings.weight)[0]
                 logs.append(logits.log_softmax(0)[target].item())
     most = []
 

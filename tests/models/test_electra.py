@@ -60,7 +60,7 @@ def test_the_losses_are_those_of_the_paper():
     hidden = torch.empty(len(tokens.ids), model.generator.config.width, dtype=torch.float64)
     hidden[back] = padded(model.generator.encoder, ids)[mask]
     head = model.generator.heads["mlm"]
-    words = model.discriminator.encoder.embeddings.words.weight
+    words = model.discriminator.encoder.embeddings.token_embeddings.weight
     logits = F.linear(head.norm(F.gelu(head.dense(hidden[places]))), words, head.bias)
     torch.testing.assert_close(logits, out.guesses, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
@@ -115,12 +115,15 @@ def test_a_draw_of_the_original_counts_as_original():
 def test_the_embeddings_are_one():
     model = build()
     own, other = model.generator.encoder.embeddings, model.discriminator.encoder.embeddings
-    for name in ("words", "places", "segments", "norm"):
+    for name in ("token_embeddings", "position_embeddings", "segment_embeddings", "norm"):
         assert getattr(own, name) is getattr(other, name)
     assert own.projection is not other.projection
     copy = build()
     copy.load_state_dict(model.state_dict())
-    assert copy.generator.encoder.embeddings.words.weight is copy.discriminator.encoder.embeddings.words.weight
+    assert (
+        copy.generator.encoder.embeddings.token_embeddings.weight
+        is copy.discriminator.encoder.embeddings.token_embeddings.weight
+    )
     # Both losses train them; no gradient of the discriminator's passes the draw.
     tokens, ids, places = draw()
     guessed, judged = replaced_token_losses(model(tokens, ids, places), tokens.ids[places])
@@ -129,7 +132,7 @@ def test_the_embeddings_are_one():
     )
     assert grad is None
     for loss in (guessed, judged):
-        assert torch.autograd.grad(loss, own.words.weight, retain_graph=True)[0].any()
+        assert torch.autograd.grad(loss, own.token_embeddings.weight, retain_graph=True)[0].any()
 
 
 def test_joined_again_from_two():
@@ -141,8 +144,8 @@ def test_joined_again_from_two():
     for name, x in model.state_dict().items():
         assert torch.equal(joined.state_dict()[name], x.float()), name
     with torch.no_grad():
-        parts[1].encoder.embeddings.words.weight[3] += 1
-    with pytest.raises(ValueError, match=r"not trained together: embeddings\.words\.weight"):
+        parts[1].encoder.embeddings.token_embeddings.weight[3] += 1
+    with pytest.raises(ValueError, match=r"not trained together: embeddings\.token_embeddings\.weight"):
         ReplacedTokenModel.join(*parts)
     with pytest.raises(ValueError, match="vocab_size 31 is not 30"):
         ReplacedTokenModel(TEXT, TextConfig(31, width=16, layers=2, heads=4, context_length=12, types=2))

@@ -183,12 +183,12 @@ def test_nan_in_the_padding_embedding_changes_nothing():
     packed, padded = model(tokens), model.forward_padded(ids, mask)
     pooled = model.pool_padded(padded, mask)
     with torch.no_grad():
-        model.embeddings.words.weight[0] = torch.nan
+        model.embeddings.token_embeddings.weight[0] = torch.nan
     torch.testing.assert_close(model(tokens), packed, rtol=0, atol=0)
     torch.testing.assert_close(model.forward_padded(ids, mask)[mask], padded[mask], rtol=0, atol=0)
     torch.testing.assert_close(model.pool_padded(model.forward_padded(ids, mask), mask), pooled, rtol=0, atol=0)
     with torch.no_grad():  # control: the same in a row that is used
-        model.embeddings.words.weight[tokens.ids[0]] = torch.nan
+        model.embeddings.token_embeddings.weight[tokens.ids[0]] = torch.nan
     assert model(tokens).isnan().any()
 
 
@@ -412,7 +412,11 @@ def test_gradient_checkpointing_is_bit_equal(norm, seed):
 def from_bert(bert):
     """Tensors by BERT's names (parameters, or their gradients) as ours."""
     ours = {f"embeddings.norm.{k}": bert[f"embeddings.LayerNorm.{k}"] for k in ("weight", "bias")}
-    for name, theirs in {"words": "word", "places": "position", "segments": "token_type"}.items():
+    for name, theirs in {
+        "token_embeddings": "word",
+        "position_embeddings": "position",
+        "segment_embeddings": "token_type",
+    }.items():
         ours[f"embeddings.{name}.weight"] = bert[f"embeddings.{theirs}_embeddings.weight"]
     renames = {
         "attention.out": "attention.output.dense",
@@ -496,7 +500,7 @@ def test_equals_transformer_encoder_of_torch(norm):
 
     tokens = Tokens.pack(draw(ragged())[0])
     ids, mask, _ = tokens.padded()
-    x = model.embeddings.words.weight[ids] + model.embeddings.places.weight[: ids.shape[1]]
+    x = model.embeddings.token_embeddings.weight[ids] + model.embeddings.position_embeddings.weight[: ids.shape[1]]
     if norm == "post":
         x = F.layer_norm(x, (WIDTH,), model.embeddings.norm.weight, model.embeddings.norm.bias, 1e-5)
     want = peer(x, src_key_padding_mask=~mask)[mask]

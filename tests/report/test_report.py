@@ -101,9 +101,9 @@ def answers(found: Ranked, captions: list[str], picture: Callable[[int], bytes])
 
 
 def points(rng: np.random.Generator, label: np.ndarray, names: list[str]) -> Points:
-    centres = 2 * rng.standard_normal((len(names), 2))
+    centers = 2 * rng.standard_normal((len(names), 2))
     return Points(
-        centres[label] + rng.standard_normal((len(label), 2)), label, names, (0.21, 0.083), note="All of them."
+        centers[label] + rng.standard_normal((len(label), 2)), label, names, (0.21, 0.083), note="All of them."
     )
 
 
@@ -379,7 +379,7 @@ def test_calibration_is_drawn_to_scale(seed: int) -> None:
 
 
 def test_a_map_is_the_plane(seed: int) -> None:
-    """Points in the colours of their classes, where they are but for one shift and one scale for both axes."""
+    """Points in the colors of their classes, where they are but for one shift and one scale for both axes."""
     rng = np.random.default_rng(seed)
     label = np.repeat(np.arange(14), rng.permutation(np.arange(5, 19)))
     given = points(rng, label, [f"{EVIL} {i}" for i in range(14)])

@@ -48,7 +48,7 @@ def test_going_back(tmp_path):
     path.write_bytes(b"step,metric,value\n1,a,0.5\n2,a,0.25\n3,a,1.0\n\xff\xfe\n2,b,")
     cut_back(path, 2)
     assert path.read_text() == "step,metric,value\n1,a,0.5\n2,a,0.25\n"
-    path = tmp_path / "sick.jsonl"
+    path = tmp_path / "skipped_steps.jsonl"
     path.write_text('{"step": 1}\n{"step": 5}\nno json\n{"step": 2}\n{"st')
     cut_back(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -47,8 +47,8 @@ def test_a_run(tmp_path, seed):
     # What is written joins to what was trained: the tie lives on.
     encoder, generator = (dualenc.load_text(whole / name, "cpu") for name in ("last", "last-generator"))
     model = ReplacedTokenModel.join(encoder.model, generator.model)
-    words = model.generator.encoder.embeddings.words.weight
-    assert words is model.discriminator.encoder.embeddings.words.weight
+    words = model.generator.encoder.embeddings.token_embeddings.weight
+    assert words is model.discriminator.encoder.embeddings.token_embeddings.weight
     (checkpoint,) = sorted((whole / "checkpoints").iterdir())[-1:]
     kept = torch.load(checkpoint, weights_only=True)["state_dict"]
     for name, x in model.state_dict().items():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dualenc import ShardIndex, load
 from dualenc.cli import main
-from dualenc.data import Loader, PairDataset, Quarantine
+from dualenc.data import BadSampleLog, Loader, PairDataset
 from dualenc.data.image_features import Features
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.utils.errors import DataError
@@ -218,17 +218,24 @@ def test_batches(tmp_path: Path, seed: int, workers: int) -> None:
     features = Features(out)
     features.check(index.parts)
 
-    def batches(features: Features | None, train: bool, quarantine: Quarantine) -> list[Any]:
+    def batches(features: Features | None, train: bool, bad_sample_log: BadSampleLog) -> list[Any]:
         data = PairDataset(index, "txt", tiny_tokenizer(), embedder.preprocess, seed if train else None, features)
         loader = Loader(
-            data, 8, micro_batch_size=3, seed=seed, window=2, shuffle=train, workers=workers, quarantine=quarantine
+            data,
+            8,
+            micro_batch_size=3,
+            seed=seed,
+            window=2,
+            shuffle=train,
+            workers=workers,
+            bad_sample_log=bad_sample_log,
         )
         found = [piece for batch in loader for piece in batch]
         loader.close()
         return found
 
     for train in (True, False):
-        whole = [Quarantine(len(index), tmp_path / f"{train}{i}.jsonl") for i in range(2)]
+        whole = [BadSampleLog(len(index), tmp_path / f"{train}{i}.jsonl") for i in range(2)]
         pictures, rows = batches(None, train, whole[0]), batches(features, train, whole[1])
         assert len(pictures) == len(rows)
         assert any(piece.bad for piece in rows)

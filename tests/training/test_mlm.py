@@ -56,9 +56,9 @@ def by_hand(task, piece):
     ids, mask, _ = piece.tokens._replace(ids=piece.masked.ids).padded()
     labels, _, _ = piece.tokens.padded()
     where = torch.zeros(len(piece.tokens.ids), dtype=torch.int64)
-    where[piece.masked.places] = 1
+    where[piece.masked.masked_positions] = 1
     chosen, _, _ = piece.tokens._replace(ids=where).padded()
-    logits = task.mlm(task.model.text.forward_padded(ids, mask), task.model.text.embeddings.words.weight)
+    logits = task.mlm(task.model.text.forward_padded(ids, mask), task.model.text.embeddings.token_embeddings.weight)
     return contrastive + WEIGHT * F.cross_entropy(logits[chosen.bool()].float(), labels[chosen.bool()])
 
 
@@ -90,7 +90,7 @@ def test_nothing_is_hidden(seed):
     torch.manual_seed(seed)
     task, piece = task_of(), piece_of(0, 6)
     none = torch.zeros(0, dtype=torch.int64)
-    piece = piece._replace(masked=piece.masked._replace(places=none, labels=none, ids=piece.tokens.ids))
+    piece = piece._replace(masked=piece.masked._replace(masked_positions=none, labels=none, ids=piece.tokens.ids))
     got = task.training_step(piece, 0)
     torch.testing.assert_close(got, clip_loss(*task.model(*images_and_tokens(task, 0, 6))))
     assert all(grad.isfinite().all() for grad in gradients(task, got).values())

@@ -36,7 +36,11 @@ def test_parameter_groups_spare_vectors_and_embeddings() -> None:
     assert "weight_decay" not in decay
     assert plain["weight_decay"] == 0.0
     assert all(name.endswith("weight") and dict(model.named_parameters())[name].ndim >= 2 for name in with_decay)
-    assert {"text.embeddings.words.weight", "text.embeddings.places.weight", "image.vit.pos_embed"} <= without
+    assert {
+        "text.embeddings.token_embeddings.weight",
+        "text.embeddings.position_embeddings.weight",
+        "image.vit.pos_embed",
+    } <= without
     assert {"logits.logit_scale", "logits.logit_bias", "image.vit.cls_token"} <= without
     assert {"text.blocks.0.attention.qkv.weight", "image_projection.weight"} <= with_decay
 

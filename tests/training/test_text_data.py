@@ -138,7 +138,7 @@ def test_a_share_is_held_out_by_content(files: Path) -> None:
 
 
 def test_the_loader_goes_on_where_it_stood(files: Path, seed: int) -> None:
-    for mix in ("together", "in_turn"):
+    for mix in ("together", "round_robin"):
         whole = [batch.tokens.ids.tolist() for batch in made(files, mix=mix, seed=seed).train_dataloader()]
         first = made(files, mix=mix, seed=seed).train_dataloader()
         passing = iter(first)
@@ -209,8 +209,8 @@ def test_bad_lines_are_counted(files: Path) -> None:
         file.write("\nbroken")
     data = made(files, train={"topic": of(files, "train")["topic"]}, batch_size=41)
     (batch,) = data.train_dataloader()
-    assert len(data.quarantine) == 1
-    assert json.loads((files / "run" / "quarantine.jsonl").read_text())["key"] == "line 42"
+    assert len(data.bad_sample_log) == 1
+    assert json.loads((files / "run" / "bad_samples.jsonl").read_text())["key"] == "line 42"
     assert (batch.rows >= 0).all()
 
 
@@ -229,7 +229,7 @@ def test_bad_lines_are_counted(files: Path) -> None:
         ({"mix": "mixed"}, "data.mix 'mixed'"),
         ({"bad_samples": 2.0}, "data.bad_samples 2.0"),
         ({"batch_size": 4000}, "batch size 4000 is larger than the data"),
-        ({"batch_size": 45, "mix": "in_turn"}, "data.train.topic gives 40 lines an epoch, data.batch_size 45"),
+        ({"batch_size": 45, "mix": "round_robin"}, "data.train.topic gives 40 lines an epoch, data.batch_size 45"),
         ({"mask": 1.0}, "data.mask 1.0: the share"),
         ({"stage": "test"}, "data.val is null: there is nothing to test"),
         ({"stage": "predict"}, "data.predict is null: there is nothing to predict"),

@@ -26,7 +26,7 @@ from dualenc.training.text import NEGATIVES
 HEADS = {
     "words": HeadConfig("mlm", weight=0.5),
     "one": HeadConfig("classification", labels=("a", "b", "c")),
-    "several": HeadConfig("classification", labels=("x", "y"), problem="several", activation=None, weight=2.0),
+    "multi_label": HeadConfig("classification", labels=("x", "y"), problem="multi_label", activation=None, weight=2.0),
     "number": HeadConfig("classification", labels=("n",), problem="regression", pool="mean"),
     "near": HeadConfig("embedding", problem="cosine", scale=5.0, pool="mean"),
 }
@@ -64,8 +64,8 @@ def piece_of(start, stop, heads=HEADS):
             continue
         others = torch.tensor([len(own) + apart.index(i) for i in mine]) if head.kind == "embedding" else None
         labels = {
-            "single": torch.tensor([i % 3 for i in mine]),
-            "several": torch.tensor([[i % 2, (i // 2) % 2] for i in mine]).double(),
+            "single_label": torch.tensor([i % 3 for i in mine]),
+            "multi_label": torch.tensor([[i % 2, (i // 2) % 2] for i in mine]).double(),
             "regression": torch.tensor([i / 7 for i in mine], dtype=torch.float64),
             "cosine": torch.tensor([i % 6 for i in mine], dtype=torch.float64),
             "negatives": None,
@@ -91,16 +91,16 @@ def by_hand(task, batch):
     ids, mask, _ = tokens._replace(ids=masked.ids).padded()
     hidden = model.encoder.forward_padded(ids, mask)
     where = torch.zeros(len(tokens.ids), dtype=torch.int64)
-    where[masked.places] = 1
+    where[masked.masked_positions] = 1
     chosen = tokens._replace(ids=where).padded()[0].bool()
-    words = model.encoder.embeddings.words.weight
+    words = model.encoder.embeddings.token_embeddings.weight
     logits = model.heads["words"](hidden[chosen], words)
     total = 0.5 * F.cross_entropy(logits.float(), tokens.padded()[0][chosen])
     first, mean = hidden[:, 0], (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     part = batch.parts["one"]
     total = total + F.cross_entropy(model.heads["one"](first[part.texts]).float(), part.labels)
-    part = batch.parts["several"]
-    chance = model.heads["several"](first[part.texts]).sigmoid()
+    part = batch.parts["multi_label"]
+    chance = model.heads["multi_label"](first[part.texts]).sigmoid()
     total = total - 2 * torch.where(part.labels.bool(), chance, 1 - chance).log().mean()
     part = batch.parts["number"]
     total = total + (model.heads["number"](mean[part.texts])[:, 0] - part.labels).square().mean()
@@ -200,7 +200,7 @@ def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, 
     return folder
 
 
-@pytest.mark.parametrize("mix", ["together", pytest.param("in_turn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mix", ["together", pytest.param("round_robin", marks=pytest.mark.slow)])
 def test_continued_to_the_bit(tmp_path, seed, mix):
     write_texts(tmp_path, seed)
     dropout = {**TINY_TEXT, "dropout": 0.1}
@@ -221,7 +221,7 @@ def test_continued_to_the_bit(tmp_path, seed, mix):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mix", ["together", "in_turn"])
+@pytest.mark.parametrize("mix", ["together", "round_robin"])
 def test_two_ranks_are_one(tmp_path, seed, mix):
     """In the log, and after one of them was killed to the bit."""
     write_texts(tmp_path, seed)
@@ -300,7 +300,7 @@ def test_nothing_is_hidden_and_nothing_is_good(seed):
     heads = {"words": HEADS["words"]}
     task, batch = task_of(heads), piece_of(0, 4, heads)
     none = torch.zeros(0, dtype=torch.int64)
-    batch = batch._replace(masked=batch.masked._replace(ids=batch.tokens.ids, places=none, labels=none))
+    batch = batch._replace(masked=batch.masked._replace(ids=batch.tokens.ids, masked_positions=none, labels=none))
     for empty in (batch, batch._replace(parts={}, masked=None)):
         loss = task.training_step(empty, 0)
         assert loss == 0
@@ -392,7 +392,7 @@ def test_what_is_taken_of_another_model(seed):
             parameter.add_(torch.randn_like(parameter))
     apart = TextModel(config(), {"guess": HeadConfig("mlm", tied=False)})
     assert apart.load_pretrained(given) == ["head guess"]
-    assert torch.equal(apart.heads["guess"].words, given.encoder.embeddings.words.weight)
+    assert torch.equal(apart.heads["guess"].output_embeddings, given.encoder.embeddings.token_embeddings.weight)
     joined = TextModel(config(), {"words": HeadConfig("mlm")})
     assert joined.load_pretrained(apart) == ["head words"]
     assert torch.equal(joined.heads["words"].dense.weight, given.heads["words"].dense.weight)

@@ -70,8 +70,8 @@ def loader(
     result.settings = {"size": size, "batch": batch, "workers": workers, "context_length": CONTEXT}
     result.notes = [
         f"{size} x {size} pixels, batches of {batch}, {workers} workers; captions tokenized on both sides.",
-        "open_clip and dualenc, float32: normalised float32 batches. dualenc, uint8: as its trainer takes them, to "
-        "be normalised on the device.",
+        "open_clip and dualenc, float32: normalized float32 batches. dualenc, uint8: as its trainer takes them, to "
+        "be normalized on the device.",
         f"dualenc read {_described(index)}; open_clip read {_described(peer_index)}.",
     ]
     pixels = result.facts["pixels"] = _pixel_difference(index, size)

@@ -196,9 +196,9 @@ def _peer(encoder: TextEncoder, side: str, texts: list[list[list[int]]]) -> tupl
 def _bert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under the names of transformers' BertModel."""
     names = {
-        "embeddings.words": "embeddings.word_embeddings",
-        "embeddings.places": "embeddings.position_embeddings",
-        "embeddings.segments": "embeddings.token_type_embeddings",
+        "embeddings.token_embeddings": "embeddings.word_embeddings",
+        "embeddings.position_embeddings": "embeddings.position_embeddings",
+        "embeddings.segment_embeddings": "embeddings.token_type_embeddings",
         "embeddings.norm": "embeddings.LayerNorm",
         "attention.out": "attention.output.dense",
         "attention_norm": "attention.output.LayerNorm",

@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 from dualenc.data.doctor.scan import Survey, survey
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem
 from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
-from dualenc.data.loading.bad_samples import IN_A_ROW, Quarantine
+from dualenc.data.loading.bad_samples import IN_A_ROW, BadSampleLog
 from dualenc.data.pairs import captions_of, check_captions, decode_sample
 from dualenc.data.shards.index import Sample, ShardIndex, distinct, expand_shards
 from dualenc.data.shards.shard import content_hash
@@ -118,7 +118,7 @@ def examine(
             images must not be in these. All of theirs are read.
         tokenizer: measures the captions in tokens, cut at no length; absent, in words.
         context_length: captions of more tokens are counted as cut.
-        bad_samples: share of the pairs that the run lets be bad; see `dualenc.data.loading.bad_samples.Quarantine`.
+        bad_samples: share of the pairs that the run lets be bad; see `dualenc.data.loading.bad_samples.BadSampleLog`.
         workers: processes that read and decode; 0 for none.
         seed: of the draw.
         track: wraps the loop over chunks of samples, for a progress bar.
@@ -322,7 +322,7 @@ class _Look:
             examples = [_name(self.index[row]) + (f": {printable(detail)}" if detail else "") for row, detail in some]
             self.add("warning", printable(cause), count, examples, advice)
         rows = sorted({row for row, _, _ in problems})
-        bad, most = len(rows), Quarantine(self.total, budget=budget).most
+        bad, most = len(rows), BadSampleLog(self.total, budget=budget).most
         about, _, high = estimate(bad, len(self.rows), self.total) if self.some else (bad, bad, bad)
         advice = f"a run stops at more than {most:,} of all {self.total:,} pairs: data.bad_samples"
         if about > most:
@@ -346,7 +346,7 @@ class _Look:
             (f"side below {TINY_SIDE} pixels", short < TINY_SIDE, "most of what is seen is made up by the resize"),
             (f"longer than {LONG} times its width or height", ratio > LONG, "the square that is cut out shows little"),
             (f"more than {MANY_PIXELS:,} pixels", width * height > MANY_PIXELS, "slow to decode: `dualenc shrink`"),
-            ("of one colour", self.seen.plain, "as sites give for a picture that is gone: leave them out"),
+            ("of one color", self.seen.plain, "as sites give for a picture that is gone: leave them out"),
         ]
         for what, which, advice in checks:
             if len(places := self.decoded[which[self.decoded]]):

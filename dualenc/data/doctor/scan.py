@@ -29,7 +29,7 @@ class Survey(NamedTuple):
     image: np.ndarray  # (n,) uint64 hash of the bytes
     size: np.ndarray  # (n,) int64 bytes; 0 where they cannot be read
     shape: np.ndarray  # (n, 2) int64 width and height; 0 where it was not decoded
-    plain: np.ndarray  # (n,) bool, whether it has one colour
+    plain: np.ndarray  # (n,) bool, whether it has one color
     caption: np.ndarray  # (m,) uint64 hash
     owner: np.ndarray  # (m,) int64 row of its sample
     length: np.ndarray  # (m,) int64 tokens, or words
@@ -115,7 +115,7 @@ class _Reader(Dataset[Survey]):
         )
 
     def _image(self, sample: Sample) -> tuple[int, int, int, int, bool]:
-        """Hash, bytes, width, height, and whether it has one colour."""
+        """Hash, bytes, width, height, and whether it has one color."""
         if sample.image is None:
             return 0, 0, 0, 0, False
         data = sample.read(sample.image)

@@ -85,7 +85,7 @@ class SampleReader:
         return sample.shard, str(sample)
 
 
-class Quarantine:
+class BadSampleLog:
     """The bad samples of a run, each once.
 
     Args:

@@ -6,14 +6,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from dualenc.data.loading.bad_samples import Quarantine
+from dualenc.data.loading.bad_samples import BadSampleLog
 from dualenc.data.loading.epoch_plan import EpochPlan, InTurn
 from dualenc.data.loading.prefetch import Prefetch
-from dualenc.data.workers import PatientLoader, Watched
+from dualenc.data.workers import TimeoutDataLoader, Watched
 from dualenc.utils.errors import DataError
 
 Request = tuple[int, int, np.ndarray]  # epoch, place in it of the first sample, (B,) sample numbers
-Mix = Literal["together", "in_turn"]
+Mix = Literal["together", "round_robin"]
 
 
 class BatchDataset(Watched, Protocol):
@@ -44,15 +44,15 @@ class Loader:
         seed: of the order.
         window: shards shuffled together; see `EpochPlan`.
         sources: (number of shards, weight) of each source; see `EpochPlan`.
-        mix: "together" for batches of all sources, in proportion to their weights; "in_turn" for batches of one source
-            each, in an even order.
+        mix: "together" for batches of all sources, in proportion to their weights; "round_robin" for batches of one
+            source each, in an even order.
         shuffle: false for the order of the shards in batches of nearly `batch_size`, nothing left out (validation);
             no rank goes without a part of any batch, since the others would wait for it.
         rank, world: this process and how many there are.
         workers: processes that decode; 0 for none.
         timeout: seconds that the next batch may take, with workers.
         pin_memory: for a fast copy to a GPU.
-        quarantine: where bad samples are written down and counted; absent, nowhere but in memory.
+        bad_sample_log: where bad samples are written down and counted; absent, nowhere but in memory.
 
     Raises:
         DataError: the batch is larger than the data, or no multiple of `world`; fewer unshuffled samples than ranks; no
@@ -75,11 +75,13 @@ class Loader:
         workers: int = 0,
         timeout: float = 300.0,
         pin_memory: bool = False,
-        quarantine: Quarantine | None = None,
+        bad_sample_log: BadSampleLog | None = None,
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.window = dataset, batch_size, seed, window
         self.sources = [(len(dataset.index.parts), 1.0)] if sources is None else list(sources)
-        self.quarantine = Quarantine(len(dataset.index)) if quarantine is None else quarantine  # an empty one is false
+        self.bad_sample_log = (
+            BadSampleLog(len(dataset.index)) if bad_sample_log is None else bad_sample_log
+        )  # an empty one is false
         self.mix, self.shuffle, self.rank, self.world = mix, shuffle, rank, world
         self.workers, self.timeout, self.pin_memory = workers, timeout, pin_memory
         self.epoch, self.batch = 0, 0
@@ -92,7 +94,7 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self._length = len(self._plan(0))
         self._requests = _Requests(rank, world, batch_size, micro_batch_size)
-        self._loader: PatientLoader | None = None  # kept from epoch to epoch with its workers
+        self._loader: TimeoutDataLoader | None = None  # kept from epoch to epoch with its workers
 
     def _plan(self, epoch: int) -> Sequence[np.ndarray]:
         if not self.shuffle:
@@ -118,7 +120,7 @@ class Loader:
             self.batch = 0  # a trainer's sanity check or limit may have left the last pass early
         plan = self._plan(self.epoch)
         if self._loader is None:
-            self._loader = PatientLoader(
+            self._loader = TimeoutDataLoader(
                 self.dataset,
                 workers=self.workers,
                 timeout=self.timeout,
@@ -133,7 +135,7 @@ class Loader:
                 for count in self._requests.pieces():
                     batch = list(islice(pieces, count))
                     for piece in batch:
-                        self.quarantine.add(piece.bad)
+                        self.bad_sample_log.add(piece.bad)
                     prefetch.reached(self.batch)
                     self.batch += 1  # counted when handed over, not when a worker reads ahead
                     if self.batch == self._length:

@@ -1,7 +1,7 @@
-"""Synthetic scenes: coloured shapes of a size at places, and sentences that say what is there.
+"""Synthetic scenes: colored shapes of a size at places, and sentences that say what is there.
 
 A data set that can be made anywhere in seconds, easy enough to learn on two CPU cores, and hard enough to tell
-something: a model has to bind colours to shapes and understand where things are, and it is asked for pairs of colour
+something: a model has to bind colors to shapes and understand where things are, and it is asked for pairs of color
 and shape that never stand in the training data. A caption leaves out what its writer did not think of, as people's do.
 """
 
@@ -18,14 +18,14 @@ from webdataset.writer import TarWriter
 
 from dualenc.data.loading.epoch_plan import stream
 
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40), "brown": (140, 85, 45), "yellow": (250, 210, 30), "green": (40, 150, 70),
     "blue": (40, 90, 200), "purple": (130, 60, 170), "pink": (250, 140, 190), "black": (20, 20, 20),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-# Never in a training scene: one of each colour's five, and no shape misses more than two of its eight.
-UNSEEN = tuple(f"{colour} {SHAPES[i % 5]}" for i, colour in enumerate(COLOURS))
+NAMES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
+# Never in a training scene: one of each color's five, and no shape misses more than two of its eight.
+UNSEEN = tuple(f"{color} {SHAPES[i % 5]}" for i, color in enumerate(COLORS))
 SEEN = tuple(name for name in NAMES if name not in UNSEEN)
 SIZES = {"small": (0.15, 0.19), "big": (0.25, 0.33)}  # radius as a share of the picture's side
 TEMPLATES = ("a {c}", "a picture of a {c}", "there is a {c}", "only a {c}")
@@ -34,7 +34,7 @@ TEMPLATES = ("a {c}", "a picture of a {c}", "there is a {c}", "only a {c}")
 class Thing(NamedTuple):
     """One shape of a scene; lengths as shares of the picture's side."""
 
-    colour: str
+    color: str
     shape: str
     size: str
     x: float
@@ -44,7 +44,7 @@ class Thing(NamedTuple):
     @property
     def name(self) -> str:
         """Such as "red circle"."""
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
 
 class Scene(NamedTuple):
@@ -72,16 +72,16 @@ def draw_scene(rng: np.random.Generator, names: Sequence[str] = NAMES, things: i
 
 
 def _thing(rng: np.random.Generator, names: Sequence[str]) -> Thing:
-    colour, shape = names[int(rng.integers(len(names)))].split()
+    color, shape = names[int(rng.integers(len(names)))].split()
     size = tuple(SIZES)[int(rng.integers(2))]
     radius = rng.uniform(*SIZES[size])
     x, y = rng.uniform(radius, 1 - radius, 2)
-    return Thing(colour, shape, size, x, y, radius)
+    return Thing(color, shape, size, x, y, radius)
 
 
 def _draw(canvas: ImageDraw.ImageDraw, thing: Thing, side: int, ground: tuple[int, ...]) -> None:
     x, y, r = thing.x * side, thing.y * side, thing.radius * side
-    fill = COLOURS[thing.colour]
+    fill = COLORS[thing.color]
     box = (x - r, y - r, x + r, y + r)
     match thing.shape:
         case "circle":
@@ -138,7 +138,7 @@ def write_scenes(
 
     Args:
         folder: gets `train-000000.tar` ..., and in the layout of CLIP_benchmark `retrieval/` (held-out scenes) and
-            `zeroshot_seen/` and `zeroshot_unseen/`: one thing each, of a pair of colour and shape that the training
+            `zeroshot_seen/` and `zeroshot_unseen/`: one thing each, of a pair of color and shape that the training
             scenes have or have not, to be found among all 40 pairs.
         train: number of training pairs.
         held_out: number of scenes in each evaluation set.

@@ -72,8 +72,8 @@ def shrink_image(data: bytes, size: int, quality: int) -> bytes:
     The picture is what `decode_image` makes of the data, and is resized as `Preprocess` does: at its size and without
     loss in the format, training sees the same pixels as from the original. What is no pixel is left behind.
 
-    JPEGs get their colour at full resolution (4:4:4): for the same bytes that is closer to the picture than 4:2:0 at a
-    higher quality, above all where colours meet.
+    JPEGs get their color at full resolution (4:4:4): for the same bytes that is closer to the picture than 4:2:0 at a
+    higher quality, above all where colors meet.
 
     Args:
         data: the file; returned as it is when it is small enough.
@@ -90,12 +90,12 @@ def shrink_image(data: bytes, size: int, quality: int) -> bytes:
         return data
     image = resize(image, (int(height * size / side), int(width * size / side)))
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (H, W, 3)
-    grey = bool((pixels == pixels[..., :1]).all())
+    gray = bool((pixels == pixels[..., :1]).all())
     if data.startswith(b"\xff\xd8"):
-        if grey:
+        if gray:
             return simplejpeg.encode_jpeg(pixels[..., :1].copy(), quality, "Gray", "Gray")
         return simplejpeg.encode_jpeg(pixels, quality, "RGB", "444")
-    file, small = io.BytesIO(), Image.fromarray(pixels[..., 0] if grey else pixels)
+    file, small = io.BytesIO(), Image.fromarray(pixels[..., 0] if gray else pixels)
     if data.startswith(b"RIFF"):
         how = {"lossless": True} if _lossless(data) else {"quality": quality}
         small.save(file, "WEBP", **how)

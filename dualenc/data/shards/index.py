@@ -288,7 +288,7 @@ class ShardIndex:
 
         Args:
             choice: a list of keys; the path of a text file with one key a line; or an expression such as
-                `width >= 200 and licence in ["cc0", "cc-by"]` with names for fields, literals, comparisons, `and`,
+                `width >= 200 and license in ["cc0", "cc-by"]` with names for fields, literals, comparisons, `and`,
                 `or`, `not`, `in`. A sample without a field that the expression asks for, or whose `.json` cannot be
                 read, is not selected.
 

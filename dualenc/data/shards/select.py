@@ -1,4 +1,4 @@
-"""Expressions over the fields of a sample, such as `width >= 200 and licence in ["cc0", "cc-by"]`."""
+"""Expressions over the fields of a sample, such as `width >= 200 and license in ["cc0", "cc-by"]`."""
 
 import ast
 import operator

@@ -76,7 +76,7 @@ class Use(NamedTuple):
     pair: str | None = None
     label: str | None = None
     labels: tuple[str, ...] = ()
-    problem: str = "single"
+    problem: str = "single_label"
 
     @property
     def columns(self) -> list[str]:
@@ -155,16 +155,16 @@ def label_of(sample: Line, use: Use, fields: Mapping[str, Any]) -> int | list[fl
     names = _names(value, use.problem)
     if unknown := [name for name in names if name not in use.labels]:
         raise BadSample(sample, f"its column {use.label!r} is no label of head {use.head!r}", repr(unknown[0])[:80])
-    if use.problem == "single":
+    if use.problem == "single_label":
         return use.labels.index(names[0])
     return [float(label in names) for label in use.labels]
 
 
 def _names(value: Any, problem: str) -> list[str]:
     """The labels that a field names."""
-    if problem == "several" and isinstance(value, str):
+    if problem == "multi_label" and isinstance(value, str):
         items = [name for name in value.split(SEPARATOR) if name.strip()]
-    elif problem == "several" and isinstance(value, list):
+    elif problem == "multi_label" and isinstance(value, list):
         items = value
     else:
         items = [value]
@@ -181,7 +181,7 @@ def all_labels(index: TextIndex, use: Use) -> list[int | list[float] | float]:
     for sample in index:
         try:
             fields = sample.read()
-            if use.label is not None and use.problem in ("single", "several") and use.label in fields:
+            if use.label is not None and use.problem in ("single_label", "multi_label") and use.label in fields:
                 for name in _names(fields[use.label], use.problem):
                     if name not in use.labels:
                         known = ", ".join(use.labels[:20]) + (", ..." if len(use.labels) > 20 else "")
@@ -323,5 +323,5 @@ def _part(own: list[int], second: dict[int, int], labels: list[Any], use: Use) -
     others = torch.tensor([second[i] for i in own]) if own[0] in second else None
     found = None
     if use.label is not None:
-        found = torch.tensor(labels, dtype=torch.int64 if use.problem == "single" else torch.float32)
+        found = torch.tensor(labels, dtype=torch.int64 if use.problem == "single_label" else torch.float32)
     return Part(torch.tensor(own), others, found)

@@ -19,7 +19,7 @@ class Masked(NamedTuple):
     """A packed batch of texts some of whose tokens are hidden."""
 
     ids: Tensor  # (N,) int64, as `Tokens.ids`, with other tokens where some are hidden
-    places: Tensor  # (M,) int64, of the tokens to guess among the N
+    masked_positions: Tensor  # (M,) int64, of the tokens to guess among the N
     labels: Tensor  # (M,) int64, what stood there
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Masked":
@@ -89,5 +89,7 @@ class Masking:
             swaps = draws[1] < self.hidden + self.swapped
             new = np.where(draws[1] < self.hidden, self.mask, np.where(swaps, other, ids[text]))
             ids[text] = np.where(here, new, ids[text])
-        places = np.flatnonzero(chosen)
-        return Masked(torch.from_numpy(ids), torch.from_numpy(places), torch.from_numpy(labels[places]))
+        masked_positions = np.flatnonzero(chosen)
+        return Masked(
+            torch.from_numpy(ids), torch.from_numpy(masked_positions), torch.from_numpy(labels[masked_positions])
+        )

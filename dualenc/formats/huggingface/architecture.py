@@ -111,7 +111,7 @@ def fitted(text: TextConfig, names: Sequence[str]) -> tuple[Family, TextConfig] 
 
 def with_segment(state: Mapping[str, Tensor], text: TextConfig) -> dict[str, Tensor]:
     """The state of a dual encoder whose text tower is to be as `fitted` says."""
-    name = "text.embeddings.segments.weight"
+    name = "text.embeddings.segment_embeddings.weight"
     missing = text.types and name not in state
     width = text.embed_width or text.width
     return {**state, **({name: torch.zeros(text.types, width)} if missing else {})}
@@ -131,7 +131,7 @@ def _plain(text: TextConfig) -> TextConfig:
     plain = dataclasses.replace(
         text,
         mlp_width=text.mlp_width or 4 * text.width,
-        embed_norm=text.normalises_embeddings,
+        embed_norm=text.normalizes_embeddings,
         global_every=min(text.global_every, text.layers),
         groups=None if text.groups == text.layers and text.group_size == 1 else text.groups,
         dropout=0.0,
@@ -147,7 +147,7 @@ def _plain(text: TextConfig) -> TextConfig:
     return plain if plain.positions == "rotary" else dataclasses.replace(plain, theta=10000.0, local_theta=None)
 
 
-def places_of(family: Family, text: TextConfig, heads: Mapping[str, HeadConfig]) -> dict[str, Slot]:
+def slots_of(family: Family, text: TextConfig, heads: Mapping[str, HeadConfig]) -> dict[str, Slot]:
     """Which heads stand under the family's own names, and in which slot.
 
     Of two that would have the same names the first has them; one that is called as a pretraining head comes after the
@@ -157,16 +157,16 @@ def places_of(family: Family, text: TextConfig, heads: Mapping[str, HeadConfig])
     def order(name: str) -> int:
         return 2 if heads[name].kind == "pooler" else name == "nsp"
 
-    places: dict[str, Slot] = {}
+    slots: dict[str, Slot] = {}
     taken: set[str] = set()
     for name in sorted(heads, key=order):
         for slot in family.slots:
             modules = {*slot.modules.values(), *(names[0] for names in slot.parameters.values())}
             if not modules & taken and _fits(slot, name, text, heads[name]):
-                places[name] = slot
+                slots[name] = slot
                 taken |= modules
                 break
-    return places
+    return slots
 
 
 def _fits(slot: Slot, name: str, text: TextConfig, head: HeadConfig) -> bool:
@@ -191,4 +191,4 @@ def choose_family(text: TextConfig, heads: Mapping[str, HeadConfig]) -> Family |
     if own is not None and expresses(own, text):
         return own
     able = [family for family in FAMILIES.values() if expresses(family, text)]
-    return max(able, key=lambda family: len(places_of(family, text, heads)), default=None)
+    return max(able, key=lambda family: len(slots_of(family, text, heads)), default=None)

@@ -192,7 +192,7 @@ def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = N
     own = config.projection_of(config.image_projection, tower.width)
     other = config.projection_of(config.text_projection, config.text.width)
     rules += projection_rules("image_projection", own, (f"{vision}pooler.dense", "visual_projection")[not own.hidden :])
-    words = f"{form.family.words}.weight"
+    words = f"{form.family.token_embeddings}.weight"
     text = _prefix("text_model.", words, names)
     rules += text_rules(form.family, form.text, text)
     head = (f"{text}head",) if form.kind == "siglip" else ("text_projection",)

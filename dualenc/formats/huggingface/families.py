@@ -30,9 +30,9 @@ WIDTHS = {
 }
 POST_NORM = {"norm": "post", "positions": "learned"}
 BERT_OUTSIDE = {
-    "embeddings.words": "embeddings.word_embeddings",
-    "embeddings.places": "embeddings.position_embeddings",
-    "embeddings.segments": "embeddings.token_type_embeddings",
+    "embeddings.token_embeddings": "embeddings.word_embeddings",
+    "embeddings.position_embeddings": "embeddings.position_embeddings",
+    "embeddings.segment_embeddings": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
 }
 BERT_INSIDE = {
@@ -72,7 +72,7 @@ BERT = Family(
             "cls.predictions.transform.dense.weight",
             {"dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm"},
             {
-                "words": ("cls.predictions.decoder.weight",),
+                "output_embeddings": ("cls.predictions.decoder.weight",),
                 "bias": ("cls.predictions.bias", "cls.predictions.decoder.bias"),
             },
             architecture="ForMaskedLM",
@@ -124,7 +124,7 @@ ROBERTA = dataclasses.replace(
             "mlm",
             "lm_head.dense.weight",
             {"dense": "lm_head.dense", "norm": "lm_head.layer_norm"},
-            {"words": ("lm_head.decoder.weight",), "bias": ("lm_head.bias", "lm_head.decoder.bias")},
+            {"output_embeddings": ("lm_head.decoder.weight",), "bias": ("lm_head.bias", "lm_head.decoder.bias")},
             activation="gelu",
             architecture="ForMaskedLM",
         ),
@@ -175,7 +175,10 @@ ALBERT = dataclasses.replace(
             "mlm",
             "predictions.dense.weight",
             {"dense": "predictions.dense", "norm": "predictions.LayerNorm"},
-            {"words": ("predictions.decoder.weight",), "bias": ("predictions.bias", "predictions.decoder.bias")},
+            {
+                "output_embeddings": ("predictions.decoder.weight",),
+                "bias": ("predictions.bias", "predictions.decoder.bias"),
+            },
             architecture="ForMaskedLM",
         ),
         Slot(
@@ -215,7 +218,7 @@ DISTILBERT = Family(
     },
     always={**POST_NORM, "types": 0, "norm_eps": 1e-12},
     refused={},
-    outside={key: name for key, name in BERT_OUTSIDE.items() if key != "embeddings.segments"},
+    outside={key: name for key, name in BERT_OUTSIDE.items() if key != "embeddings.segment_embeddings"},
     block="transformer.layer.{i}",
     inside={
         "attention.qkv": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
@@ -232,7 +235,7 @@ DISTILBERT = Family(
             "mlm",
             "vocab_transform.weight",
             {"dense": "vocab_transform", "norm": "vocab_layer_norm"},
-            {"words": ("vocab_projector.weight",), "bias": ("vocab_projector.bias",)},
+            {"output_embeddings": ("vocab_projector.weight",), "bias": ("vocab_projector.bias",)},
             architecture="ForMaskedLM",
         ),
         Slot(
@@ -283,7 +286,7 @@ ELECTRA = dataclasses.replace(
             "mlm",
             "generator_predictions.dense.weight",
             {"dense": "generator_predictions.dense", "norm": "generator_predictions.LayerNorm"},
-            {"words": ("generator_lm_head.weight",), "bias": ("generator_lm_head.bias",)},
+            {"output_embeddings": ("generator_lm_head.weight",), "bias": ("generator_lm_head.bias",)},
             activation="gelu",
             architecture="ForMaskedLM",
         ),
@@ -360,11 +363,11 @@ MODERNBERT = Family(
     always={"norm": "pre", "positions": "rotary", "types": 0, "gated": True, "embed_norm": True},
     refused={"decoder_bias": (True,)},
     outside={
-        "embeddings.words": "embeddings.tok_embeddings",
+        "embeddings.token_embeddings": "embeddings.tok_embeddings",
         "embeddings.norm": "embeddings.norm",
         "norm": "final_norm",
     },
-    words="embeddings.tok_embeddings",
+    token_embeddings="embeddings.tok_embeddings",
     block="layers.{i}",
     inside={
         "attention.qkv": "attn.Wqkv",
@@ -381,7 +384,7 @@ MODERNBERT = Family(
             "mlm",
             "decoder.bias",
             {"dense": "head.dense", "norm": "head.norm"},
-            {"words": ("decoder.weight",), "bias": ("decoder.bias",)},
+            {"output_embeddings": ("decoder.weight",), "bias": ("decoder.bias",)},
             architecture="ForMaskedLM",
         ),
         Slot(
@@ -424,11 +427,11 @@ CLIP = Family(
     always={"norm": "pre", "positions": "learned", "types": 0, "causal": True},
     refused={},
     outside={
-        "embeddings.words": "embeddings.token_embedding",
-        "embeddings.places": "embeddings.position_embedding",
+        "embeddings.token_embeddings": "embeddings.token_embedding",
+        "embeddings.position_embeddings": "embeddings.position_embedding",
         "norm": "final_layer_norm",
     },
-    words="embeddings.token_embedding",
+    token_embeddings="embeddings.token_embedding",
     block="encoder.layers.{i}",
     inside=CLIP_INSIDE,
     ignored=BESIDE_TEXT,

@@ -21,8 +21,8 @@ ACTIVATION_NAMES: dict[str, Activation] = {
     "tanh": "tanh",
 }
 PROBLEMS = {
-    "single": "single_label_classification",
-    "several": "multi_label_classification",
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
     "regression": "regression",
 }
 Config = dict[str, Any]
@@ -71,7 +71,7 @@ class Family:
         inside: module of a block -> module of the checkpoint, or the three that are joined to one.
         slots: for heads.
         dropouts: keys that the dropout is written to; it is read from the first.
-        words: module of the word embedding in the checkpoint.
+        token_embeddings: module of the token embeddings in the checkpoint.
         ignored: patterns of tensors, besides those that every family may have, that stand for no part of the encoder.
         nested: key of the config, and `model_type`, in which the family stands inside a bigger model.
         pool: of a text's vector, where the checkpoint does not say.
@@ -89,7 +89,7 @@ class Family:
     inside: Mapping[str, str | tuple[str, str, str]]
     slots: tuple[Slot, ...] = ()
     dropouts: tuple[str, ...] = ()
-    words: str = "embeddings.word_embeddings"
+    token_embeddings: str = "embeddings.word_embeddings"
     ignored: tuple[str, ...] = ()
     nested: str | None = None
     pool: Pool = "cls"

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.formats import format_1
 from dualenc.formats.download import hub_folder
-from dualenc.formats.huggingface.architecture import family_of, places_of, text_config
+from dualenc.formats.huggingface.architecture import family_of, slots_of, text_config
 from dualenc.formats.huggingface.family import ACTIVATION_NAMES, PROBLEMS, Family, Slot
 from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, longest, padding_token, read_tokenizer
 from dualenc.formats.model_folder import CONFIG, MODULES, TEXT_MODEL, check_tokenizer, open_folder
-from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, family_rules, prefixes, read_state
+from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, family_rules, own_rule, prefixes, read_state
 from dualenc.models.dual_encoder import DualConfig
 from dualenc.models.heads import HeadConfig, TextModel
 from dualenc.models.text_encoder import Pool, TextConfig
 from dualenc.utils.errors import ModelError
-from dualenc.utils.files import check_format, from_dict, read_json
+from dualenc.utils.files import from_dict, read_json, take_format
 
 CONFIGS = (TEXT_MODEL, CONFIG, MODULES, "1_Pooling/config.json", "sentence_bert_config.json", "preprocess.json")
 # Heads of Hugging Face's that a TextModel has not; by its tensors one could be taken for another.
@@ -112,11 +113,14 @@ def _own(spec: str, folder: Path) -> TextCheckpoint:
     """What `TextPredictor.save` wrote."""
     path = folder / TEXT_MODEL
     fields = read_json(path)
-    check_format(fields, path)
+    written = take_format(fields, path)
     if set(fields) != {"text", "heads"} or not isinstance(fields["heads"], dict):
         raise ModelError(f"{path} must have the keys format, text and heads, not {', '.join(fields)}")
     text: TextConfig = from_dict(TextConfig, fields["text"], f"{path}: text")
-    heads = {name: from_dict(HeadConfig, head, f"{path}: heads.{name}") for name, head in fields["heads"].items()}
+    about = fields["heads"]
+    if written == 1:
+        about = {name: format_1.head_fields(head) for name, head in about.items()}
+    heads = {name: from_dict(HeadConfig, head, f"{path}: heads.{name}") for name, head in about.items()}
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         config = folder / "config.json"  # only where a family's names were taken
@@ -138,12 +142,12 @@ def own_rules(
         ours: its tensors by name.
     """
     if family is None:
-        return [Rule((name,), (name,)) for name in ours]
-    places = places_of(family, text, heads)
+        return [own_rule(name, name) for name in ours]
+    slots = slots_of(family, text, heads)
     # As Hugging Face does: the encoder's own prefix where there is a head beside it. Those of CLIP and SigLIP had it
     # always before transformers 5, which reads both.
-    beside = any(slot.architecture for slot in places.values()) or family.nested is not None
-    rules = family_rules(family, text, places, ours, family.prefix if beside else "")
+    beside = any(slot.architecture for slot in slots.values()) or family.nested is not None
+    rules = family_rules(family, text, slots, ours, family.prefix if beside else "")
     # A decoder of its own has a bias of its own, which Hugging Face writes twice.
     untied = {f"heads.{name}.bias" for name, head in heads.items() if head.kind == "mlm" and not head.tied}
     return [rule._replace(copied=name in untied) for name, rule in rules.items()]
@@ -165,11 +169,11 @@ def _read(
 def _tower(spec: str, folder: Path, config: Any) -> TextCheckpoint:
     """The text tower of a model directory."""
     path = folder / "config.json"
-    check_format(config, path)
+    take_format(config, path)
     text = from_dict(DualConfig, config, str(path)).text
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        rules = [Rule((name,), (f"text.{name.removeprefix('encoder.')}",)) for name in shapes]
+        rules = [own_rule(name, f"text.{name.removeprefix('encoder.')}") for name in shapes]
         return _read(folder, rules, shapes, (r"(?!text\.).*",))
 
     return TextCheckpoint(spec, folder, text, {}, longest(folder, text.context_length), state)
@@ -230,24 +234,24 @@ def _foreign(spec: str, folder: Path, config: Any) -> TextCheckpoint:
     weights = Weights(folder)
     try:
         prefix, outer = prefixes(family, weights.keys(), weights.path)
-        places: dict[str, Slot] = {}
+        slots: dict[str, Slot] = {}
         for slot in family.slots:
             marker = prefix + slot.marker[1:] if slot.marker.startswith(".") else outer + slot.marker
-            pooled = any(set(slot.modules.values()) & set(other.modules.values()) for other in places.values())
+            pooled = any(set(slot.modules.values()) & set(other.modules.values()) for other in slots.values())
             if marker in weights and not (slot.kind == "pooler" and pooled):
-                places[slot.name] = slot
-        heads = {name: _head(slot, family, text, inside, weights, prefix, outer, path) for name, slot in places.items()}
+                slots[slot.name] = slot
+        heads = {name: _head(slot, family, text, inside, weights, prefix, outer, path) for name, slot in slots.items()}
         held = set(weights)
     finally:
         weights.close()
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        rules = family_rules(family, text, places, shapes, prefix, outer)
+        rules = family_rules(family, text, slots, shapes, prefix, outer)
         spare = []  # written, and of no use
-        for name, slot in places.items():
+        for name, slot in slots.items():
             if slot.kind != "mlm":
                 continue
-            words, bias = slot.parameters["words"], slot.parameters["bias"]
+            words, bias = slot.parameters["output_embeddings"], slot.parameters["bias"]
             if heads[name].tied:
                 spare.append(outer + words[0])  # the word embedding once more
             elif outer + bias[-1] in held:  # what is not tied has its own bias too
@@ -271,7 +275,7 @@ def _head(
                 f"{path}: the encoder's activation is {text.activation}, that of its masked-language-model head "
                 f"{activation}: dualenc has one for both"
             )
-        decoder, words = outer + slot.parameters["words"][0], f"{prefix}{family.words}.weight"
+        decoder, words = outer + slot.parameters["output_embeddings"][0], f"{prefix}{family.token_embeddings}.weight"
         tied = decoder not in weights or torch.equal(weights[decoder], weights[words])
         return HeadConfig("mlm", tied=tied)
     if slot.kind == "rtd":
@@ -279,7 +283,7 @@ def _head(
     if slot.kind == "pooler":
         return HeadConfig("pooler", pool="cls", activation=activation)
     pool = config.get("classifier_pooling", "cls") if family.name == "modernbert" else "cls"
-    labels, problem = slot.labels, "single"
+    labels, problem = slot.labels, "single_label"
     if not labels:
         outputs = weights.rows(f"{outer}{slot.modules['out']}.weight")
         labels, problem = _labels(config, outputs, path)
@@ -299,7 +303,7 @@ def _labels(config: Any, outputs: int, path: Path) -> tuple[tuple[str, ...], str
     if len(labels) != outputs:
         raise ModelError(f"{path}: id2label has {len(labels)} labels, the head {outputs}")
     named = {theirs: ours for ours, theirs in PROBLEMS.items()}
-    kind = config.get("problem_type") or PROBLEMS["regression" if outputs == 1 else "single"]
+    kind = config.get("problem_type") or PROBLEMS["regression" if outputs == 1 else "single_label"]
     if kind not in named:
         raise ModelError(f"{path}: problem_type {kind!r} is none of {', '.join(named)}")
     return labels, named[kind]

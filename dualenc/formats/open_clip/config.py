@@ -239,7 +239,7 @@ def read_preprocess(fields: Config, size: int, where: str) -> Preprocess:
 
 
 def moments(mean: Any, std: Any, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """By which pixels are normalised, three numbers each.
+    """By which pixels are normalized, three numbers each.
 
     Raises:
         ModelError: they are not.
@@ -310,8 +310,8 @@ def rules_of(model_cfg: Config, config: DualConfig) -> list[Rule]:
 
 
 NATIVE_TEXT = {
-    "embeddings.words.weight": "token_embedding.weight",
-    "embeddings.places.weight": "positional_embedding",
+    "embeddings.token_embeddings.weight": "token_embedding.weight",
+    "embeddings.position_embeddings.weight": "positional_embedding",
     "blocks.{i}.attention.qkv.weight": "transformer.resblocks.{i}.attn.in_proj_weight",
     "blocks.{i}.attention.qkv.bias": "transformer.resblocks.{i}.attn.in_proj_bias",
     **{
@@ -498,7 +498,7 @@ def same(first: TextConfig, second: TextConfig) -> bool:
     def plain(text: TextConfig) -> TextConfig:
         hidden = text.mlp_width or 4 * text.width
         return dataclasses.replace(
-            text, mlp_width=hidden, dropout=0.0, family=None, embed_norm=text.normalises_embeddings
+            text, mlp_width=hidden, dropout=0.0, family=None, embed_norm=text.normalizes_embeddings
         )
 
     return plain(first) == plain(second)

@@ -102,7 +102,7 @@ def faulty(folder: Path, seed: int) -> tuple[list[str], dict[str, set[str]], int
     for _ in some():
         add("image longer than 5 times", picture(rng, 40, int(rng.integers(201, 400))))
     for _ in some():
-        add("image of one colour", encode(Image.new("RGB", (50, 40 + len(samples)), tuple(rng.bytes(3)))))
+        add("image of one color", encode(Image.new("RGB", (50, 40 + len(samples)), tuple(rng.bytes(3)))))
     same = [picture(rng) for _ in some()]
     for image in same:
         add(None, image)

@@ -324,7 +324,7 @@ def test_a_bad_sample_is_replaced_by_the_next_one_and_named(tmp_path, seed, work
     assert "truncated" in bad["k2"].detail
     assert bad["k5"].cause == "txt holds no caption, or an empty one"
     assert bad["k2"].shard == index.shards[0]
-    assert len(loader.quarantine) == 2
+    assert len(loader.bad_sample_log) == 2
 
 
 def test_where_is_measured_a_bad_sample_is_marked(tmp_path, seed):

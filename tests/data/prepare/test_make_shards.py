@@ -96,7 +96,7 @@ def test_tables(tmp_path, seed, suffix):
     for i, name in enumerate(made):
         own = texts(rng, 1 + int(rng.integers(3)))
         captions[name] = own
-        about = {"width": int(rng.integers(1, 999)), "score": i + 0.5, "licence": f"cc-{i % 3}", "id": f"{i:05d}"}
+        about = {"width": int(rng.integers(1, 999)), "score": i + 0.5, "license": f"cc-{i % 3}", "id": f"{i:05d}"}
         fields[name] = about
         rows += [{"no": len(rows) + n, "File_Name": name, **about, "Caption": text} for n, text in enumerate(own)]
     several = {name for name, own in captions.items() if len(own) > 1}
@@ -276,7 +276,7 @@ def test_class_folders(tmp_path, seed):
     assert max(turns.values()) - min(turns.values()) <= 1
     shards = [{s.read_json()["class"] for s in ShardIndex.build(p)} for p in sorted((tmp_path / "out").glob("*.tar"))]
     assert len(shards) == 4
-    assert all(len(classes) > 1 for classes in shards)  # neighbours of a folder are in several shards
+    assert all(len(classes) > 1 for classes in shards)  # neighbors of a folder are in several shards
 
 
 def test_one_template_and_classes_of_one_name(tmp_path, seed):

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from dualenc.data import BenchmarkSet, Preprocess
 from dualenc.data.prepare import scenes
 from dualenc.data.prepare.scenes import (
-    COLOURS,
+    COLORS,
     NAMES,
     SEEN,
     SHAPES,
@@ -29,11 +29,11 @@ from dualenc.data.prepare.scenes import (
 
 
 def looks_like(image: Image.Image) -> str:
-    """Colour and shape of the one thing of a scene, from its pixels alone."""
+    """Color and shape of the one thing of a scene, from its pixels alone."""
     pixels = np.asarray(image).astype(int)
     ground = np.array(Counter(map(tuple, pixels.reshape(-1, 3).tolist())).most_common(1)[0][0])
-    colour = max(COLOURS, key=lambda name: (np.abs(pixels - COLOURS[name]).max(-1) <= 3).sum())
-    paint = np.array(COLOURS[colour])
+    color = max(COLORS, key=lambda name: (np.abs(pixels - COLORS[name]).max(-1) <= 3).sum())
+    paint = np.array(COLORS[color])
     mask = np.abs(pixels - paint).sum(-1) < np.abs(pixels - ground).sum(-1)
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -49,16 +49,16 @@ def looks_like(image: Image.Image) -> str:
         shape = "triangle"
     else:
         shape = "cross"
-    return f"{colour} {shape}"
+    return f"{color} {shape}"
 
 
 def test_the_unseen_names() -> None:
-    assert len(NAMES) == len(set(NAMES)) == len(COLOURS) * len(SHAPES)
+    assert len(NAMES) == len(set(NAMES)) == len(COLORS) * len(SHAPES)
     assert set(SEEN) | set(UNSEEN) == set(NAMES)
     assert not set(SEEN) & set(UNSEEN)
     for names in (SEEN, UNSEEN):
-        assert {name.split()[0] for name in names} == set(COLOURS)
-    assert all(Counter(name.split()[1] for name in SEEN)[shape] >= len(COLOURS) - 2 for shape in SHAPES)
+        assert {name.split()[0] for name in names} == set(COLORS)
+    assert all(Counter(name.split()[1] for name in SEEN)[shape] >= len(COLORS) - 2 for shape in SHAPES)
     assert set(Counter(name.split()[0] for name in UNSEEN).values()) == {1}
 
 
@@ -168,8 +168,8 @@ def test_things_lie_inside_the_picture_and_apart(seed: int) -> None:
 
 # Captions
 
-SAID = rf"(?:a (?P<size>small |big )?(?P<colour>{'|'.join(COLOURS)})? ?(?P<shape>{'|'.join(SHAPES)})" + (
-    rf"|something (?P<size_>small |big )?(?P<colour_>{'|'.join(COLOURS)}))"
+SAID = rf"(?:a (?P<size>small |big )?(?P<color>{'|'.join(COLORS)})? ?(?P<shape>{'|'.join(SHAPES)})" + (
+    rf"|something (?P<size_>small |big )?(?P<color_>{'|'.join(COLORS)}))"
 )
 PLACE = r"(?:top|bottom)(?: left| right)?|left|right|middle"
 ONE = re.compile(
@@ -184,9 +184,9 @@ def is_said_of(words: str, thing: scenes.Thing) -> bool:
     """Whether a phrase is true of a thing, and says enough to mean it."""
     found = re.fullmatch(SAID, words)
     assert found, words
-    size, colour, shape = found["size"] or found["size_"], found["colour"] or found["colour_"], found["shape"]
-    assert colour or shape
-    pairs = ((size and size.strip(), thing.size), (colour, thing.colour), (shape, thing.shape))
+    size, color, shape = found["size"] or found["size_"], found["color"] or found["color_"], found["shape"]
+    assert color or shape
+    pairs = ((size and size.strip(), thing.size), (color, thing.color), (shape, thing.shape))
     return all(not said or said == true for said, true in pairs)
 
 
@@ -236,7 +236,7 @@ def test_captions_vary_and_their_words_are_few(seed: int) -> None:
     captions = [draw_scene(rng, things=1 + i % 2, pixels=4).caption for i in range(2000)]
     assert len(set(captions)) > 1000
     words = {word.strip(",") for caption in captions for word in caption.split()}
-    assert {*COLOURS, *SHAPES, *SIZES, "left", "right", "above", "below", "middle"} <= words
+    assert {*COLORS, *SHAPES, *SIZES, "left", "right", "above", "below", "middle"} <= words
     assert len(words) < 50
     for some in (SIZES, ("left", "right", "top", "bottom", "middle", "above", "over", "below", "under")):
         said = [any(word in caption for word in some) for caption in captions]

@@ -27,7 +27,7 @@ TURNED = {
     6: lambda x: np.rot90(x, 1), 8: lambda x: np.rot90(x, -1),
 }  # fmt: skip
 KINDS = (
-    "jpeg", "turned jpeg", "grey jpeg", "cmyk jpeg", "png", "grey png", "16-bit png", "palette png",
+    "jpeg", "turned jpeg", "gray jpeg", "cmyk jpeg", "png", "gray png", "16-bit png", "palette png",
     "clear palette png", "alpha png", "webp", "lossless webp", "alpha webp",
 )  # fmt: skip
 FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -36,7 +36,7 @@ FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 def picture(rng, kind, height, width):
     """A file, and the RGB pixels (H, W, 3) that a viewer shows of it, up to the loss of its format."""
     seen = smooth(rng, height, width)
-    if "grey" in kind or "16-bit" in kind:
+    if "gray" in kind or "16-bit" in kind:
         seen = np.repeat(seen[..., :1], 3, 2)
     *how, form = kind.split()
     options = {"quality": 98} if form != "png" else {}
@@ -46,7 +46,7 @@ def picture(rng, kind, height, width):
             tag = int(rng.choice(list(TURNED)))
             stored, options["exif"] = Image.fromarray(np.ascontiguousarray(TURNED[tag](seen))), Image.Exif()
             options["exif"][0x0112] = tag
-        case "grey":
+        case "gray":
             stored = Image.fromarray(seen[..., 0])
         case "cmyk":
             ink = np.concatenate([255 - seen, np.zeros_like(seen[..., :1])], 2)
@@ -140,7 +140,7 @@ def test_what_a_viewer_sees_only_smaller(seed, kind):
         assert error.mean() < (0.4 if exact else 13 if kind.endswith("webp") else 6)
         assert np.abs(found[::-1] - wanted).mean() > 20  # the control: upside down
         assert Image.open(io.BytesIO(small)).format == FORMATS[kind.split()[-1]]
-        if "grey" in kind:
+        if "gray" in kind:
             assert Image.open(io.BytesIO(small)).mode == "L"
         size = int(min(seen.shape[:2]))
         assert shrink_image(data, size, 90) is data
@@ -155,10 +155,10 @@ def test_at_the_training_size_the_pixels_are_the_same(seed, kind):
         assert torch.equal(Preprocess(SIZE)(decode_image(small)), Preprocess(SIZE)(decode_image(data)))
 
 
-def test_quality_and_colour(seed):
+def test_quality_and_color(seed):
     rng = np.random.default_rng(seed)
     red = np.zeros((96, 96, 3), np.uint8)
-    red[:, ::2, 0] = 255  # nothing to lose in the resize, all in colour at half resolution
+    red[:, ::2, 0] = 255  # nothing to lose in the resize, all in color at half resolution
     red = red.repeat(2, 0).repeat(2, 1)
     found = pixels_of(shrink_image(encode(red), 96, 90)).astype(float)
     as_jpeg = pixels_of(shrink_image(encode(red, "jpeg", quality=100, subsampling=0), 96, 95)).astype(float)

@@ -219,12 +219,12 @@ def test_fingerprint_changes_with_anything_that_moves(tmp_path, seed):
 @pytest.fixture
 def table(tmp_path):
     rows = [
-        {"width": 100, "licence": "cc0", "tags": ["cat", "dog"], "ok": True},
-        {"width": 200, "licence": "cc-by", "tags": []},
-        {"width": 300, "licence": "none", "tags": ["cat"], "ok": False, "height": -5},
-        {"licence": "cc0", "height": 1.5},
+        {"width": 100, "license": "cc0", "tags": ["cat", "dog"], "ok": True},
+        {"width": 200, "license": "cc-by", "tags": []},
+        {"width": 300, "license": "none", "tags": ["cat"], "ok": False, "height": -5},
+        {"license": "cc0", "height": 1.5},
         {"width": "wide"},
-        {"width": None, "licence": 7},
+        {"width": None, "license": 7},
         ["no", "object"],
     ]
     samples = [{"__key__": f"k{i}", "json": json.dumps(row).encode(), "txt": b"x"} for i, row in enumerate(rows)]
@@ -241,9 +241,9 @@ def table(tmp_path):
         ("width <= 200", [0, 1]),
         ("width > 100", [1, 2]),
         ("100 < width < 300", [1]),
-        ("width >= 200 and licence in ['cc0', 'cc-by']", [1]),
-        ("licence in ('cc0', 'none')", [0, 2, 3]),
-        ("licence not in ['cc0']", [1, 2, 5]),
+        ("width >= 200 and license in ['cc0', 'cc-by']", [1]),
+        ("license in ('cc0', 'none')", [0, 2, 3]),
+        ("license not in ['cc0']", [1, 2, 5]),
         ("'cat' in tags", [0, 2]),
         ("not ok", [2]),
         ("ok", [0]),
@@ -284,7 +284,7 @@ def test_a_sample_without_a_field_is_not_selected_whatever_the_order(table):
         "width is None",
         "{'a': 1}",
         "*width",
-        "width; licence",
+        "width; license",
         "width ==",
         "",
     ],

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizerFast, RobertaTokenizerFast
 
-from dualenc.data import Loader, Quarantine, Tokenizer
+from dualenc.data import BadSampleLog, Loader, Tokenizer
 from dualenc.data.loading.epoch_plan import InTurn
 from dualenc.data.text.dataset import TextDataset, Use, all_labels, all_texts, label_of, texts_of
 from dualenc.data.text.files import TextIndex
@@ -181,11 +181,11 @@ def test_only_the_texts_of_the_guessing_head_are_hidden(data, tokenizer, seed):
         text[batch.tokens.rows] = torch.arange(len(text))
         own = set(batch.parts["guess"].texts.tolist())
         assert all((batch.rows[i] >= first) == (i in own) for i in range(50))
-        assert set(text[where[batch.masked.places]].tolist()) <= own
+        assert set(text[where[batch.masked.masked_positions]].tolist()) <= own
         changed = batch.masked.ids != batch.tokens.ids
-        assert set(torch.nonzero(changed)[:, 0].tolist()) <= set(batch.masked.places.tolist())
-        assert torch.equal(batch.masked.labels, batch.tokens.ids[batch.masked.places])
-        number += len(batch.masked.places)
+        assert set(torch.nonzero(changed)[:, 0].tolist()) <= set(batch.masked.masked_positions.tolist())
+        assert torch.equal(batch.masked.labels, batch.tokens.ids[batch.masked.masked_positions])
+        number += len(batch.masked.masked_positions)
     assert number > 100
     last = np.arange(first, len(index))
     hidden = [dataset[epoch, place, last].masked.ids.tolist() for epoch, place in ((0, 0), (0, 0), (1, 0), (0, 9))]
@@ -203,7 +203,7 @@ def test_whole_words_in_batches(data, tokenizer, seed):
     for epoch in range(20):
         batch = dataset[epoch, 0, np.arange(len(index) - 40, len(index))]
         chosen = torch.zeros(len(batch.tokens.ids), dtype=torch.bool)
-        chosen[batch.masked.places] = True
+        chosen[batch.masked.masked_positions] = True
         for i in batch.parts["guess"].texts.tolist():
             row = int(batch.tokens.rows[i])
             here = chosen[batch.tokens.offsets[row] : batch.tokens.offsets[row + 1]].tolist()
@@ -238,13 +238,13 @@ def test_measured_words_are_hidden_alike_each_time(data, tokenizer):
 
 
 def test_labels_of_several_kinds(tmp_path):
-    several = Use("tags", "classification", "t", None, "y", ("a", "b b", "c"), "several")
+    several = Use("tags", "classification", "t", None, "y", ("a", "b b", "c"), "multi_label")
     rows = [["a", "c"], "b b|a", "", [], "c", 'a| "b'][:5]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"t": "x", "y": y}) + "\n" for y in rows))
     index = TextIndex.build(str(tmp_path / "a.jsonl"))
     want = [[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0] * 3, [0.0] * 3, [0.0, 0.0, 1.0]]
     assert [label_of(sample, several, sample.read()) for sample in index] == want == all_labels(index, several)
-    single = several._replace(problem="single", labels=("1", "true", "x"))
+    single = several._replace(problem="single_label", labels=("1", "true", "x"))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"t": "x", "y": y}) + "\n" for y in (1, True, " x ", "1")))
     assert all_labels(TextIndex.build(str(tmp_path / "b.jsonl")), single) == [0, 1, 2, 0]
     number = several._replace(problem="regression", labels=("n",))
@@ -304,12 +304,12 @@ def test_bad_lines_are_replaced_by_others_of_their_source(tmp_path, tokenizer, s
     assert batch.rows.tolist() == [0, 2, 2, 0, 4]
     assert batch.parts["topic"].labels.tolist() == [0, 1, 1, 0]
     assert [bad.key for bad in batch.bad] == ["line 3", "line 5"]
-    quarantine = Quarantine(5, tmp_path / "quarantine.jsonl")
-    (batch,) = Loader(TextDataset(index, uses, tokenizer), 5, shuffle=False, quarantine=quarantine)
+    bad_sample_log = BadSampleLog(5, tmp_path / "bad_samples.jsonl")
+    (batch,) = Loader(TextDataset(index, uses, tokenizer), 5, shuffle=False, bad_sample_log=bad_sample_log)
     assert batch.rows.tolist() == [0, -1, 2, -1, 4]
     assert batch.parts["topic"].texts.tolist() == [0, 2]
     assert batch.parts["topic"].labels.tolist() == [0, 1]
-    assert len(quarantine) == 2
+    assert len(bad_sample_log) == 2
     (tmp_path / "c.tsv").write_text("one\ty\n" + "broken\n" * 3)
     with pytest.raises(DataError, match=r"samples in a row .* columns .* header"):
         TextDataset(TextIndex.build(str(tmp_path / "c.tsv")), [(1, CLASS)], tokenizer)[0, 0, np.arange(1)]
@@ -326,7 +326,7 @@ def test_to_another_device(data, tokenizer):
 # The order
 
 
-@pytest.mark.parametrize("mix", ["together", "in_turn"])
+@pytest.mark.parametrize("mix", ["together", "round_robin"])
 def test_every_line_once_an_epoch(data, tokenizer, seed, mix):
     index, _ = data
     loader = make(data, tokenizer, 1, seed=seed, mix=mix)
@@ -337,7 +337,7 @@ def test_every_line_once_an_epoch(data, tokenizer, seed, mix):
 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("mix", ["together", "in_turn"])
+@pytest.mark.parametrize("mix", ["together", "round_robin"])
 def test_resume_is_the_same_to_the_bit(data, tokenizer, seed, mix, workers):
     rng = random.Random(seed)
     whole = make(data, tokenizer, seed=seed, mix=mix)
@@ -360,7 +360,7 @@ def test_resume_is_the_same_to_the_bit(data, tokenizer, seed, mix, workers):
         second.close()
 
 
-@pytest.mark.parametrize("mix", ["together", "in_turn"])
+@pytest.mark.parametrize("mix", ["together", "round_robin"])
 def test_global_batches_do_not_depend_on_ranks(data, tokenizer, seed, mix):
     alone = [b.rows.tolist() for b in make(data, tokenizer, 6, seed=seed, mix=mix)]
     ranks = [[b.rows.tolist() for b in make(data, tokenizer, 6, seed=seed, mix=mix, world=3, rank=r)] for r in range(3)]
@@ -370,7 +370,7 @@ def test_global_batches_do_not_depend_on_ranks(data, tokenizer, seed, mix):
 @pytest.mark.parametrize(
     ("what", "change"),
     [
-        ("mix", {"mix": "in_turn"}),
+        ("mix", {"mix": "round_robin"}),
         ("whole_words", {"whole_words": True}),
         (
             "columns",
@@ -406,7 +406,7 @@ layouts = st.lists(sources, min_size=1, max_size=4)
 
 @settings(max_examples=60, deadline=None)
 @given(layouts, st.integers(0, 2**40), st.integers(1, 8))
-def test_in_turn(layout, seed, batch):
+def test_round_robin(layout, seed, batch):
     """Each batch is of one source; over many epochs each line comes as often as its weight says, evenly in between."""
     counts = [n for files, _ in layout for n in files]
     sources = [(len(files), weight) for files, weight in layout]
@@ -443,7 +443,7 @@ def test_in_turn(layout, seed, batch):
         plan[len(plan)]
 
 
-def test_in_turn_is_seeded(seed):
+def test_round_robin_is_seeded(seed):
     def rows(seed, epoch):
         plan = InTurn([40, 30], seed, epoch, 5, 64, [(1, 1.0), (1, 1.0)])
         return [plan[k].tolist() for k in range(len(plan))]

@@ -270,7 +270,7 @@ def test_pieces_hold_every_token_once(tmp_path, seed, kind):
     for number, text in enumerate(texts, 1):
         want = whole.encode([text])[0]
         assert [want[0], *(i for ids in found[number] for i in ids[1:-1]), want[-1]] == want
-        # Greedy: no two neighbours would fit together.
+        # Greedy: no two neighbors would fit together.
         assert all(len(a) + len(b) - 2 > length - 18 for a, b in pairwise(found[number]))
     assert [s.key for s in index.cut(tokenizer)] == keys
     assert cut.fingerprint == index.cut(tokenizer).fingerprint != index.fingerprint

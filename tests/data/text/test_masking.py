@@ -25,15 +25,15 @@ def test_shares(seed, share):
     special = set(tokenizer.special.values())
     ordinary = torch.tensor([i not in special for i in tokens.ids.tolist()])
     chosen = torch.zeros(len(tokens.ids), dtype=torch.bool)
-    chosen[masked.places] = True
+    chosen[masked.masked_positions] = True
     assert not (chosen & ~ordinary).any()
     assert torch.equal(masked.ids[~chosen], tokens.ids[~chosen])
-    assert torch.equal(masked.labels, tokens.ids[masked.places])
+    assert torch.equal(masked.labels, tokens.ids[masked.masked_positions])
 
     def near(found, expected, number):
         assert abs(found - expected) < 5 * (expected * (1 - expected) / number) ** 0.5
 
-    now, number = masked.ids[masked.places], len(masked.places)
+    now, number = masked.ids[masked.masked_positions], len(masked.masked_positions)
     near(number / int(ordinary.sum()), share, int(ordinary.sum()))
     near(float((now == tokenizer.special["[MASK]"]).double().mean()), 0.8, number)
     # A token drawn at random is in one case of all words the one that was there.
@@ -81,7 +81,7 @@ def test_whole_words(seed, share):
     order = dict(enumerate(range(len(texts))))
     masked = Masking(tokenizer, share)(tokens, (seed, 0), 0, order, dict(enumerate(words)))
     chosen = torch.zeros(len(tokens.ids), dtype=torch.bool)
-    chosen[masked.places] = True
+    chosen[masked.masked_positions] = True
     sizes, found = [], []
     for i, text in enumerate(words):
         row = int(tokens.rows[i])
@@ -97,11 +97,11 @@ def test_whole_words(seed, share):
     assert abs(found.mean() - share) < 5 * (share * (1 - share) / len(found)) ** 0.5
     spread = 5 * (share * (1 - share) * (sizes**2).sum()) ** 0.5
     assert abs(sizes[found].sum() - share * sizes.sum()) < spread
-    now = masked.ids[masked.places]
+    now = masked.ids[masked.masked_positions]
     part = float((now == tokenizer.mask_id).double().mean())
     assert abs(part - 0.8) < 5 * (0.16 / len(now)) ** 0.5  # token by token
     single = Masking(tokenizer, share)(tokens, (seed, 0), 0)
-    assert not torch.equal(single.places, masked.places)
+    assert not torch.equal(single.masked_positions, masked.masked_positions)
 
 
 def test_some_texts_of_a_batch(seed):
@@ -113,4 +113,4 @@ def test_some_texts_of_a_batch(seed):
     for i in range(30):
         text = slice(*tokens.offsets[tokens.rows[i] : tokens.rows[i] + 2].tolist())
         assert torch.equal(some.ids[text], (tokens if i % 3 else whole).ids[text])
-    assert 0 < len(some.places) < len(whole.places)
+    assert 0 < len(some.masked_positions) < len(whole.masked_positions)

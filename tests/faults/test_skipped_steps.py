@@ -22,8 +22,8 @@ def fit(tmp_path_factory):
     return [*data(folder, 13), "--trainer.val_check_interval", "1.0"], folder
 
 
-def sick(folder):
-    path = folder / "run" / "sick.jsonl"
+def skipped(folder):
+    path = folder / "run" / "skipped_steps.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -59,7 +59,7 @@ def test_not_a_number_on_one_rank_of_two(fit, tmp_path):
     losses = values(tmp_path, "train/loss")
     assert math.isnan(losses[5])
     assert all(map(math.isfinite, losses[:5] + losses[6:]))
-    lines = sick(tmp_path)
+    lines = skipped(tmp_path)
     assert sorted((line["step"], line["rank"]) for line in lines) == [(6, 0), (6, 1)]
     assert {line["what"] for line in lines} == {"skipped"}
     named = [key for line in lines for keys in line["samples"].values() for key in keys]
@@ -68,7 +68,7 @@ def test_not_a_number_on_one_rank_of_two(fit, tmp_path):
     assert {int(key) for key in named} == {row for step, batch in seen if step == 6 for row in batch}
 
 
-def test_a_run_with_sick_steps_is_resumed_exactly(fit, tmp_path):
+def test_a_run_with_skipped_steps_is_resumed_exactly(fit, tmp_path):
     """The one that was killed after them has the same counts, norms and names as the one that was not."""
     options = {"step": 4, "last": 6, "how": "nan"}
     assert run(broken(fit, **options), tmp_path / "whole") == [0]
@@ -76,9 +76,9 @@ def test_a_run_with_sick_steps_is_resumed_exactly(fit, tmp_path):
     assert run([*broken(fit, **options), "--ckpt_path", "auto"], tmp_path / "part") == [0]
     assert logged(tmp_path / "part") == logged(tmp_path / "whole")
     assert end(tmp_path / "part") == end(tmp_path / "whole")
-    assert [line["step"] for line in sick(tmp_path / "part")] == [5, 6, 7]
-    assert [line["samples"] for line in sick(tmp_path / "part")] == [
-        line["samples"] for line in sick(tmp_path / "whole")
+    assert [line["step"] for line in skipped(tmp_path / "part")] == [5, 6, 7]
+    assert [line["samples"] for line in skipped(tmp_path / "part")] == [
+        line["samples"] for line in skipped(tmp_path / "whole")
     ]
 
 
@@ -90,9 +90,9 @@ def test_too_many_in_a_row(fit, tmp_path, world):
     assert "not finite in 4 steps" in text
     assert "step 9" in text
     assert "part-00" in text
-    assert "sick.jsonl" in text
+    assert "skipped_steps.jsonl" in text
     assert "Traceback" not in text
-    assert [line["step"] for line in sick(tmp_path) if line["rank"] == 0] == [6, 7, 8, 9]
+    assert [line["step"] for line in skipped(tmp_path) if line["rank"] == 0] == [6, 7, 8, 9]
     weights = read(newest(tmp_path / "run" / "checkpoints", pytest.fail))["state_dict"]
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
 
@@ -111,7 +111,7 @@ def test_weights_that_are_lost_are_not_saved(fit, tmp_path):
 def test_an_infinite_loss_with_a_finite_gradient(fit, tmp_path):
     assert run([*broken(fit, step=5, how="infinite loss"), "--trainer.max_steps", "7"], tmp_path) == [0]
     assert values(tmp_path, "train/skipped_steps") == [0, 0, 0, 0, 0, 1, 0]
-    assert [line["loss"] for line in sick(tmp_path)] == ["inf"]
+    assert [line["loss"] for line in skipped(tmp_path)] == ["inf"]
 
 
 def test_spikes_are_named(fit, tmp_path):
@@ -120,7 +120,7 @@ def test_spikes_are_named(fit, tmp_path):
     assert run(broken(fit, ("Kill", {"step": 21}), **spike), tmp_path) == [-9]
     assert run([*broken(fit, **spike), "--ckpt_path", "last"], tmp_path) == [0]
     assert values(tmp_path, "train/grad_spikes") == [0] * 24 + [1, 0, 0]
-    (line,) = sick(tmp_path)
+    (line,) = skipped(tmp_path)
     assert (line["step"], line["what"]) == (25, "spike")
     assert line["grad_norm"] > 5 * line["median"]
     assert sum(map(len, line["samples"].values())) == 4
@@ -131,17 +131,17 @@ def test_spikes_are_named(fit, tmp_path):
 def test_a_skipped_step_changes_nothing(seed, kind, fused):
     """And the ones after it are those of an optimizer that never had it."""
     ends = []
-    for sick_step in (None, 2):
+    for bad_step in (None, 2):
         torch.manual_seed(seed)
         weight = torch.nn.Parameter(torch.randn(7))
         optimizer = kind(
             [weight], lr=0.1, weight_decay=0.1, fused=fused, **({"momentum": 0.9} if kind is torch.optim.SGD else {})
         )
         for step in range(5):
-            if step == 2 and sick_step is None:
+            if step == 2 and bad_step is None:
                 continue
-            weight.grad = torch.full((7,), torch.nan) if step == sick_step else torch.ones(7) * (step + 1)
-            skip(optimizer, torch.tensor(step == sick_step))
+            weight.grad = torch.full((7,), torch.nan) if step == bad_step else torch.ones(7) * (step + 1)
+            skip(optimizer, torch.tensor(step == bad_step))
             optimizer.step()
         ends.append(weight.detach().clone())
     assert torch.equal(*ends)
