@@ -145,6 +145,7 @@ def test_lazy_names_are_those_that_a_type_checker_sees(package: str) -> None:
 def test_the_package_loads_nothing_until_it_is_used() -> None:
     assert loaded("import dualenc", "torch", "numpy") == []
     assert loaded("import dualenc; dualenc.DataError", "torch", "numpy") == []
+    assert loaded("import dualenc; dualenc.losses.clip_loss, dualenc.data.Augment", "torch", "lightning") == ["torch"]
     assert loaded("import dualenc; dualenc.Tokens", "torch", "torchvision", "lightning") == ["torch"]
 
 

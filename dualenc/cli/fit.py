@@ -216,7 +216,7 @@ def image_tower(config: str | os.PathLike[str]) -> tuple[ImageEncoder, Preproces
         if isinstance(seed, int) and not isinstance(seed, bool):
             seed_everything(seed, workers=True, verbose=False)
         task = parser.instantiate_classes(section)["model"]
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
         raise DataError(f"{config}: {error}") from None
     if not isinstance(task, ContrastiveTask):
         raise DataError(f"{config}: model is a {type(task).__name__}, which has no image tower")

@@ -1,5 +1,6 @@
 """The commands that use, change and exchange models: plain functions, parsed by `dualenc.cli.parser`."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -114,7 +115,8 @@ def push(
     from dualenc.hub.push import HubError, push
 
     try:
-        pushed = push(model, repo, revision, private, results, license, message)
+        with writing(Path(tempfile.gettempdir())):
+            pushed = push(model, repo, revision, private, results, license, message)
     except HubError as error:
         raise WorkError(error) from error
     print(f"{pushed.url}\n{pushed.spec}")

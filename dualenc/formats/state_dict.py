@@ -223,8 +223,8 @@ def read_state(
         ignored: patterns of theirs that stand for nothing.
 
     Raises:
-        ModelError: a tensor is missing, unknown, or of another shape; or there are two of one, and they differ. Names
-            the first ten.
+        ModelError: a tensor is missing, unknown, or of another shape, dimensions of length 1 at the front aside; or
+            there are two of one, and they differ. Names the first ten.
     """
     state: dict[str, Tensor] = {}
     wrong: list[str] = []
@@ -241,7 +241,8 @@ def read_state(
             found, fit = tuple(weights[names[bad[0]]].shape), share[::-1] if rule.transposed else share
             wrong.append(f"{names[bad[0]]} has shape {found} and not {fit}")
             continue
-        whole = torch.cat([piece.reshape(share) for piece in pieces])
+        shaped = [piece.reshape(share) for piece in pieces]
+        whole = torch.cat(shaped) if len(shaped) > 1 else shaped[0]
         for name, part in zip(rule.ours, whole.split(rows) if len(rule.ours) > 1 else [whole], strict=True):
             state[name] = part.reshape(tuple(shapes[name])).to(torch.float32, copy=True).contiguous()
     _account(weights, used, wrong, where, ignored)

@@ -295,7 +295,7 @@ def _export(kind: str, folder: Path, config: Mapping[str, Any]) -> Subject:
     if not isinstance(about, dict) or about.get("format") != kind or not isinstance(about.get("fingerprint"), str):
         raise ModelError(
             f"{folder} is no export of dualenc, which its {EXPORT} would say: push what `dualenc export` or "
-            "`dualenc import` wrote"
+            "`dualenc import` wrote, and export again what an earlier dualenc exported"
         )
     task = {"sentence-transformers": "sentence-similarity"}.get(kind, "zero-shot-image-classification")
     if kind == "transformers" and "vision_config" not in config:

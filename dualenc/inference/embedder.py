@@ -30,7 +30,7 @@ from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, program, write_card
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import FORMAT, from_dict, read_json, replaced_folder, take_format, write_json
-from dualenc.utils.text import plural
+from dualenc.utils.text import millions, plural
 
 
 class Embedder:
@@ -195,7 +195,7 @@ def facts_of(embedder: Embedder) -> list[tuple[str, str]]:
     config = embedder.dual_encoder.config
     text, size = config.text, config.image.img_size
     return [
-        ("parameters", f"{sum(p.numel() for p in embedder.model.parameters()) / 1e6:.1f} M"),
+        ("parameters", millions(sum(p.numel() for p in embedder.model.parameters()))),
         ("image tower", f"{config.image.name} at {size} x {size} pixels"),
         ("text tower", f"{plural(text.layers, 'layer')} of width {text.width}"),
         ("longest text", f"{text.context_length} tokens of a vocabulary of {text.vocab_size:,}"),

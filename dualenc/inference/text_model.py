@@ -27,7 +27,7 @@ from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, program, write_card
 from dualenc.tokens import Tokens
 from dualenc.utils.files import FORMAT, replaced_folder, write_json
-from dualenc.utils.text import plural
+from dualenc.utils.text import millions, plural
 
 FILES = (TEXT_MODEL, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 MASK = "[MASK]"  # in a text that is to be filled, whatever the tokenizer calls it
@@ -253,7 +253,7 @@ def facts_of_text(predictor: TextPredictor) -> list[tuple[str, str]]:
     text = predictor.model.config
     heads = predictor.model.head_configs.items()
     return [
-        ("parameters", f"{sum(p.numel() for p in predictor.model.parameters()) / 1e6:.1f} M"),
+        ("parameters", millions(sum(p.numel() for p in predictor.model.parameters()))),
         ("text tower", f"{plural(text.layers, 'layer')} of width {text.width}"),
         ("longest text", f"{predictor.tokenizer.context_length} tokens of a vocabulary of {text.vocab_size:,}"),
         *((f"head {name}", f"{one.kind} {', '.join(one.labels)}".strip()) for name, one in heads),

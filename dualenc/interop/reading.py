@@ -21,7 +21,7 @@ from dualenc.formats.huggingface.text_checkpoint import open_text
 from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, longest, padding_token, read_tokenizer
 from dualenc.formats.model_folder import CONFIG, OPEN_CLIP, detect, open_folder
 from dualenc.formats.open_clip import config as open_clip
-from dualenc.formats.open_clip.tokenizer import open_clip_tokenizer
+from dualenc.formats.open_clip.tokenizer import open_clip_tokenizer, tokenizer_folder
 from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, read_state
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.open_clip import load_open_clip
@@ -214,9 +214,7 @@ def _padded(text: TextConfig, text_cfg: Config, folder: Path | None) -> TextConf
     name = text_cfg.get("hf_tokenizer_name")
     if text.pad_to is None or not name:
         return text
-    if folder is None or not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
-        folder = hub_folder(f"hf-hub:{name}", TOKENIZER_FILES)
-    found = padding_token(folder)
+    found = padding_token(tokenizer_folder(folder, name))
     return text if found is None else replace(text, pad_id=found)
 
 

@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 
+from dualenc.report.templates import templates
 from dualenc.utils.files import write_text
 from dualenc.utils.text import one_line
 
@@ -141,13 +142,7 @@ def program(library: str, images: bool, folder: str = LOCAL, repo: str = "", rev
 
 @cache
 def _templates() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=False,  # it is Markdown and Python: `text` escapes
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    environment = templates(autoescape=False)  # it is Markdown and Python: `text` escapes
     environment.filters |= {"text": _text, "fenced": _fenced}
     return environment
 

@@ -11,13 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 
 from dualenc.report import formatting as words
 from dualenc.report.comparison import of_comparison
 from dualenc.report.model import Comparison, Section
 from dualenc.report.plots import curves as plot_curves
 from dualenc.report.sections import headlines, of_section
+from dualenc.report.templates import templates
 from dualenc.utils.files import write_text
 
 
@@ -98,13 +99,7 @@ def write_page(
 
 @cache
 def _templates() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    environment = templates(autoescape=True)
     environment.filters |= {
         name: getattr(words, name) for name in ("number", "change", "uri", "breakable", "figure", "percent")
     }

@@ -44,6 +44,7 @@ from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.ranks import mean_over_ranks
 from dualenc.training.task import Task, say, tower_in_words
 from dualenc.utils.errors import DataError, ModelError
+from dualenc.utils.text import millions
 
 
 def adamw(parameters: Iterable[Any]) -> AdamW:
@@ -355,9 +356,9 @@ class ContrastiveTask(Task):
         sizes = []
         for name in ("image", "text"):
             own = list(getattr(self.model, name).parameters())
-            trained = f" ({sum(p.numel() for p in own if p.requires_grad) / 1e6:.1f} M trained)"
+            trained = f" ({millions(sum(p.numel() for p in own if p.requires_grad))} trained)"
             frozen = not all(p.requires_grad for p in own)
-            sizes.append(f"{sum(p.numel() for p in own) / 1e6:.1f} M parameters in the {name} tower{trained * frozen}")
+            sizes.append(f"{millions(sum(p.numel() for p in own))} parameters in the {name} tower{trained * frozen}")
         say(", ".join(sizes))
         super().on_train_start()
 

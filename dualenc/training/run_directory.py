@@ -44,7 +44,7 @@ from dualenc.training.ranks import Signals, StopConsensus, Stopped, Watchdog, ga
 from dualenc.training.task import SKIPPED_STEPS, RunError, Task, say
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import write_json, write_text
-from dualenc.utils.text import one_line, plural, reason
+from dualenc.utils.text import millions, one_line, plural, reason
 from dualenc.utils.urls import redact
 
 
@@ -440,7 +440,7 @@ class RunDirectory(Checkpoint):
             "command": redact(shlex.join(["dualenc", *sys.argv[1:]])),
             "model": self.root,
             **pl_module.about(),
-            "parameters": f"{sum(p.numel() for p in pl_module.model.parameters()) / 1e6:.1f} M",
+            "parameters": millions(sum(p.numel() for p in pl_module.model.parameters())),
             "data": "; ".join(map(_words, trainer.datamodule.sources)),  # type: ignore[attr-defined]
             noun: f"{record[f'train_{noun}']:,} to train on, {record[f'held_out_{noun}']:,} held out; "
             f"fingerprint {record['fingerprint']}",

@@ -41,6 +41,7 @@ from dualenc.training.ranks import gathered, mean_over_ranks
 from dualenc.training.task import Task, say, tower_in_words
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines
+from dualenc.utils.text import millions
 
 NEGATIVES = 20.0  # scale of the cosines (Reimers and Gurevych 2019, as their library has it)
 PREDICTIONS = "predictions.jsonl"
@@ -100,9 +101,9 @@ class LanguageTask(Task):
     def on_train_start(self) -> None:
         """Says how large the model is."""
         own = list(self.model.parameters())
-        trained = sum(p.numel() for p in own if p.requires_grad) / 1e6
-        part = "" if all(p.requires_grad for p in own) else f" ({trained:.1f} M trained)"
-        say(f"{sum(p.numel() for p in own) / 1e6:.1f} M parameters{part}: {tower_in_words(self.text_config)}")
+        trained = millions(sum(p.numel() for p in own if p.requires_grad))
+        part = "" if all(p.requires_grad for p in own) else f" ({trained} trained)"
+        say(f"{millions(sum(p.numel() for p in own))} parameters{part}: {tower_in_words(self.text_config)}")
         super().on_train_start()
 
     def on_train_batch_start(self, batch: Texts, batch_idx: int) -> None:

@@ -21,6 +21,9 @@ FORMAT = 2
 
 # Files
 
+_UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(_UMASK)
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], beside: Path | None = None) -> Iterator[Path]:
@@ -46,7 +49,8 @@ def atomic_write(path: str | os.PathLike[str], beside: Path | None = None) -> It
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        beside.chmod(0o644)  # mkstemp and safetensors let nobody else read what they write
+        with suppress(OSError):  # a file system that cannot
+            beside.chmod(_mode(path))  # mkstemp and safetensors let nobody else read what they write
         os.replace(beside, path)
     except OSError as error:
         if error.filename is not None and Path(str(error.filename)).name.startswith(f".{path.name}-"):
@@ -57,10 +61,20 @@ def atomic_write(path: str | os.PathLike[str], beside: Path | None = None) -> It
             beside.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system that cannot
-            os.fsync(folder)  # the name, too
+        os.fsync(folder)  # the name, too
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise
     finally:
         os.close(folder)
+
+
+def _mode(path: Path) -> int:
+    """Return the permissions of the file that is there, or those that a new one gets from `open`."""
+    try:
+        return path.stat().st_mode & 0o777
+    except FileNotFoundError:
+        return 0o666 & ~_UMASK
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
 def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return the `__getattr__` and the `__dir__` of a package.
+    """Return the `__getattr__` and the `__dir__` of a package; its modules are found without an import of theirs, too.
 
     Args:
         package: its `__name__`.
@@ -15,9 +16,12 @@ def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], 
     """
 
     def getattr_(name: str) -> Any:
-        if name not in names:
+        if name in names:
+            value = getattr(import_module(f"{package}.{names[name]}"), name)
+        elif not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
+            return import_module(f"{package}.{name}")
+        else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{package}.{names[name]}"), name)
         setattr(sys.modules[package], name, value)  # found at once from now on
         return value
 

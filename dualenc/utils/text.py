@@ -29,6 +29,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def millions(count: int) -> str:
+    """Return a count in millions, such as "1.2 M"."""
+    return f"{count / 1e6:.1f} M"
+
+
 def quoted(text: str, longest: int = 100) -> str:
     """Return a text in quotes, cut after `longest` letters, with everything unprintable written out."""
     return repr(text if len(text) <= longest else f"{text[: longest - 1]}\N{HORIZONTAL ELLIPSIS}")

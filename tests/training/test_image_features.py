@@ -144,6 +144,11 @@ def test_refusals(config: Path, tmp_path: Path, seed: int, capsys: pytest.Captur
     for old, new, message in (
         ("seed_everything: \\d+", "seed_everything: true", "set it to a number"),
         ("embed_dim: 32", "embed_dims: 32", "embed_dims"),
+        (
+            "class_path: dualenc.training.ContrastiveTask",
+            "class_path: dualenc.training.Nothing",
+            "dualenc.training.Nothing",
+        ),
         ("(?s)model:.*", "", "no section model"),
         ("(?s).*", "[", "cannot be read as YAML"),
     ):

@@ -1,11 +1,14 @@
 """Files written whole or not at all, lines appended whole or not at all, and texts for people."""
 
+import errno
 import json
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +51,45 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.json"]
     write_text(path, "new")
     assert path.read_text() == "new"
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_that_open_gives(tmp_path: Path, mask: int) -> None:
+    code = """
+import os, sys, dualenc.utils.files as files
+with open("plain", "w"):
+    pass
+files.write_text("new", "x")
+os.chmod("new", 0o640)
+files.write_text("new", "y")
+files.write_text("newer", "x")
+"""
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        umask=mask,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"plain": 0o666 & ~mask, "new": 0o640, "newer": 0o666 & ~mask}
+
+
+def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system cannot, that is passed over; a failing disk is an error."""
+    whole = os.fsync
+
+    def fsync(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(error, os.strerror(error))
+        whole(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    error = errno.EINVAL
+    write_text(tmp_path / "a", "x")
+    error = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        write_text(tmp_path / "a", "y")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from dualenc.data.prepare.caption_sources import TEMPLATES, CaptionedImage, Capt
 from dualenc.data.prepare.resumable import JOURNAL, check_same, read_lines
 from dualenc.data.workers import each
 from dualenc.utils.errors import DataError
-from dualenc.utils.files import append_lines, write_json, write_text
+from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
 from dualenc.utils.text import plural
 
 FORMAT = 1
@@ -169,8 +169,8 @@ def _write_train(
     """Write the rest of the shards, and append each to `parts` and to the journal."""
     while (start := parts[-1].stop if parts else 0) < total:
         path = _shard(out, len(parts))
-        beside, part = path.with_suffix(".tar.part"), _Part(start)
-        with _tar(beside) as tar:
+        part = _Part(start)
+        with _tar(path) as tar:
             for place, item, kind, data in items:
                 part.stop = place + 1
                 if kind is None:
@@ -186,12 +186,11 @@ def _write_train(
                 part.count(item)
                 if part.samples == samples:
                     break
-        part.bytes = beside.stat().st_size
         if part.samples:
-            beside.replace(path)
+            part.bytes = path.stat().st_size
             append_lines(out / JOURNAL, [json.dumps(asdict(part))], sync=True)
         else:  # nothing was left but held-out and unusable pictures: no shard, and a stopped run reads them again
-            beside.unlink()
+            path.unlink()
         parts.append(part)
 
 
@@ -264,11 +263,9 @@ def _shard(out: Path, number: int) -> Path:
 
 @contextmanager
 def _tar(path: Path) -> Iterator[TarWriter]:
-    with open(path, "wb") as file:
+    with atomic_write(path) as beside, open(beside, "wb") as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:  # pyright: ignore[reportArgumentType]
             yield tar
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _members(number: int, item: CaptionedImage, kind: str, data: bytes) -> dict[str, Any]:

@@ -173,6 +173,13 @@ def charsmap(table: Mapping[str, str]) -> bytes:
     return struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + texts
 
 
+def tokenizer_folder(folder: Path | None, name: str) -> Path:
+    """Return the folder that holds a tokenizer: the model's own, or else that of the repository `name` of the hub."""
+    if folder is None or not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        return hub_folder(f"hf-hub:{name}", TOKENIZER_FILES)
+    return folder
+
+
 def open_clip_tokenizer(text_cfg: Mapping[str, Any], folder: Path | None, text: TextConfig) -> Tokenizer:
     """The tokenizer of a model of open_clip, that cleans texts as open_clip does as far as `clip_tokens` can.
 
@@ -201,8 +208,7 @@ def open_clip_tokenizer(text_cfg: Mapping[str, Any], folder: Path | None, text: 
     if not name:
         _fills_with(0, text, "open_clip's SimpleTokenizer")
         return tokenizer_of(clip_backend(clean), text, text.context_length)
-    if folder is None or not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
-        folder = hub_folder(f"hf-hub:{name}", TOKENIZER_FILES)
+    folder = tokenizer_folder(folder, name)
     for side in ("padding_side", "truncation_side"):
         if (value := about_tokenizer(folder).get(side, "right")) != "right":
             raise ModelError(f"{folder / 'tokenizer_config.json'}: {side} {value!r} is none that dualenc computes")
