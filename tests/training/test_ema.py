@@ -9,7 +9,7 @@ from fits import SMOKE, small_fit
 from safetensors.torch import load_file
 
 from dualenc.training import EMA
-from dualenc.training.checkpoint import checkpoints, read
+from dualenc.training.checkpoint import list_checkpoints, read_checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -47,7 +47,7 @@ def test_the_formula(seed, dtype, decay):
 def test_what_takes_it(tmp_path, seed, evaluate):
     callback = [{"class_path": "dualenc.training.EMA", "init_args": {"decay": 0.9, "evaluate": evaluate}}]
     run = small_fit(SMOKE, tmp_path, seed, "--trainer.callbacks", json.dumps(callback))
-    content = read(checkpoints(run / "checkpoints")[0])
+    content = read_checkpoint(list_checkpoints(run / "checkpoints")[0])
     weights = {name.removeprefix("model."): x for name, x in content["state_dict"].items()}
     average = {name.removeprefix("model."): x for name, x in content["callbacks"]["EMA"]["average"].items()}
     saved = load_file(run / "last" / "model.safetensors")
