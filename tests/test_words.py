@@ -94,14 +94,10 @@ def faults(path: Path) -> list[str]:
         for node, text in docstrings(ast.parse(path.read_text("utf-8"))):
             first = re.split(r"[^\w-]", text.strip("`"), maxsplit=1)[0]
             where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
-            is_property = isinstance(node, ast.FunctionDef) and any(
-                "property" in ast.unparse(d) for d in node.decorator_list
-            )
+            is_property = isinstance(node, ast.FunctionDef) and any("property" in ast.unparse(d) for d in node.decorator_list)
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_property:
                 if first not in VERBS and not text.startswith("See `"):
-                    found.append(
-                        f"{where}: the docstring of {node.name} begins with {first!r}, which is not a known verb"
-                    )
+                    found.append(f"{where}: the docstring of {node.name} begins with {first!r}, which is not a known verb")
             elif first in NOT_NOUNS or (isinstance(node, ast.ClassDef) and first.endswith("s") and first[:-1] in VERBS):
                 found.append(f"{where}: a docstring begins with {first!r}")
     return found

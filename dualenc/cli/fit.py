@@ -74,7 +74,7 @@ class CLI(BaseCLI):
             # As dicts, from which jsonargparse makes the dataclasses itself.
             parser.link_arguments(f"model.{source}", f"data.init_args.{target}", asdict, apply_on="instantiate")
         parser.link_arguments("model.masked", "data.init_args.mask", apply_on="instantiate")
-        parser.link_arguments("model.heads", "data.init_args.heads", _as_dicts, apply_on="instantiate")
+        parser.link_arguments("model.heads", "data.init_args.heads", heads_as_dicts, apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Instantiate the trainer, pass the configuration to the run directory, and log to `metrics.csv`."""
@@ -147,7 +147,7 @@ class CLI(BaseCLI):
             raise UsageError(f"--ckpt_path {given} does not exist: it must be a local file or folder, auto, or last")
 
 
-def _as_dicts(configs: dict[str, Any]) -> dict[str, Any]:
+def heads_as_dicts(configs: dict[str, Any]) -> dict[str, Any]:
     """Return the configurations of heads as dicts, from which jsonargparse makes the dataclasses itself."""
     return {name: asdict(config) for name, config in configs.items()}
 
