@@ -24,7 +24,7 @@ from dualenc.data import Augment, Preprocess, Tokenizer
 from dualenc.inference.embedder import Embedder
 from dualenc.losses import clip_loss
 from dualenc.models import DualEncoder, ImageConfig, TextConfig
-from dualenc.training.checkpoint import path_of
+from dualenc.training.checkpoint import checkpoint_path
 
 WORDS = [
     "a",
@@ -234,7 +234,7 @@ class StopAt(Callback):
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         if trainer.global_step == self.step:
-            trainer.save_checkpoint(path_of(Path(trainer.default_root_dir) / "checkpoints", self.step))
+            trainer.save_checkpoint(checkpoint_path(Path(trainer.default_root_dir) / "checkpoints", self.step))
             raise KeyboardInterrupt
 
 

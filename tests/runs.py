@@ -276,5 +276,5 @@ def spoil(path: Path, how: str) -> None:
     else:  # of a newer format: with the right checksum for it
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint_module, "FORMAT", checkpoint_module.FORMAT + 1)
-            checkpoint_module.write(path, torch.load(path, weights_only=True))
+            checkpoint_module.write_checkpoint(path, torch.load(path, weights_only=True))
     assert path.read_bytes() != content

@@ -26,7 +26,7 @@ import torch
 
 from dualenc.cli import main
 from dualenc.data.prepare.scenes import write_scenes
-from dualenc.training.checkpoint import checkpoints, read
+from dualenc.training.checkpoint import list_checkpoints, read_checkpoint
 from dualenc.training.ranks import STOPPED
 
 SCENES = 2_000
@@ -56,7 +56,7 @@ def log_of(run: Path) -> list[str]:
 
 def end_of(run: Path) -> dict[str, Any]:
     """The newest checkpoint: weights, optimizer, average, schedule, progress, what has summed up."""
-    content = read(checkpoints(run / "checkpoints")[0])
+    content = read_checkpoint(list_checkpoints(run / "checkpoints")[0])
     loops = content.pop("loops")["fit_loop"]
     progress = loops["epoch_loop.automatic_optimization.optim_progress"]
     return exact({**content, "progress": progress, "loader": loops["state_dict"]["combined_loader"]})

@@ -1,4 +1,4 @@
-"""The command line: `main` runs a command, `parser.py` lists them."""
+"""The command line: `main` runs a command, `parser.py` lists the commands."""
 
 from dualenc.cli.parser import main
 

@@ -1,4 +1,4 @@
-"""What the commands share: errors, folders that they write, progress bars, the command line as text."""
+"""Helpers of the commands: errors, output folders, progress bars, and the command line as text."""
 
 import shlex
 import sys
@@ -13,39 +13,43 @@ from dualenc.utils.urls import redact
 
 
 class UsageError(Exception):
-    """The command line, the configuration or what they name is wrong: exit status 2."""
+    """Wrong use: of the command line, of the configuration, or of a file that they name. Exit status 2."""
 
 
 class WorkError(Exception):
-    """Work that had begun failed: exit status 1."""
+    """Failure of work that had begun. Exit status 1."""
 
 
 def command_line() -> str:
-    """Return the command line of this program for a page, without the secrets of URLs."""
+    """Return the command line of this program as text, without the secrets of URLs."""
     return redact(shlex.join(["dualenc", *sys.argv[1:]]))
 
 
 def make_folder(path: Path, name: str) -> None:
-    """Make a folder that a command will write into: before its work, not after it.
+    """Create the folder that a command will write into, before its work begins.
+
+    Args:
+        path: path of the folder.
+        name: option that names the folder, for the message of the error.
 
     Raises:
-        UsageError: it cannot be made; begins with the name.
+        UsageError: If the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{name} {path} cannot be made: {reason(error)}") from error
+        raise UsageError(f"{name} {path} cannot be created: {reason(error)}") from error
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turn a failure to read or write a file into one line that names it.
+    """Turn a failure to read or write a file into an error of one line that names the file.
 
     Args:
-        out: what is written, for failures that name no file.
+        out: output path, named where the failure does not name a file.
 
     Raises:
-        WorkError: the block raised an OSError, or the safetensors library could not write.
+        WorkError: If the block raises an OSError, or the safetensors library cannot write.
     """
     from safetensors import SafetensorError
 
@@ -56,11 +60,11 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def progress(description: str, stderr: bool = False) -> Callable[..., Iterable[Any]]:
-    """Return what wraps an iterable in a progress bar, which is shown where standard error is a terminal.
+    """Return a function that wraps an iterable in a progress bar, which is shown if standard error is a terminal.
 
     Args:
-        description: of what is counted.
-        stderr: draws it on standard error, for commands whose standard output is read by programs.
+        description: noun for the items that are counted.
+        stderr: draw the bar on standard error, for commands whose standard output is read by programs.
     """
     from rich.console import Console
     from rich.progress import track
@@ -70,6 +74,6 @@ def progress(description: str, stderr: bool = False) -> Callable[..., Iterable[A
 
 
 def config_folder() -> Path:
-    """Return where the configurations of the package lie: in it, or beside it in a checkout."""
+    """Return the folder of the package's configurations: inside the package, or next to it in a checkout."""
     package = Path(__file__).parents[1]
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"

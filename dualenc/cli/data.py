@@ -1,4 +1,4 @@
-"""The commands on shards and captions: plain functions, which `dualenc.cli.parser` parses from their signatures."""
+"""The commands on shards and captions: plain functions, whose signatures `dualenc.cli.parser` turns into options."""
 
 import sys
 from pathlib import Path
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
 
 def configs(name: str | None = None) -> None:
-    """Lists the configurations that come with the package, or prints one.
+    """List the configurations that come with the package, or print one.
 
     Args:
-        name: which to print, with or without `.yaml`.
+        name: configuration to print, with or without `.yaml`; absent, list all.
     """
     found = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
     if name is None:
         for stem, path in found.items():
             first = path.read_text("utf-8").splitlines()[0].removeprefix("# ")
             print(f"{stem:20} {first}")
-        print("\nTake one by `dualenc configs NAME > run.yaml`, change it, run it by `dualenc fit --config run.yaml`.")
+        print("\nCopy one with `dualenc configs NAME > run.yaml`, edit it, and run `dualenc fit --config run.yaml`.")
     elif name.removesuffix(".yaml") in found:
         print(found[name.removesuffix(".yaml")].read_text("utf-8"), end="")
     else:
-        raise UsageError(f"there is no configuration {name!r}, only {', '.join(found)}")
+        raise UsageError(f"unknown configuration {name!r}: choose one of {', '.join(found)}")
 
 
 def make_shards(
@@ -40,19 +40,19 @@ def make_shards(
     seed: int = 0,
     workers: int = 2,
 ) -> None:
-    """Writes shards from a caption table, COCO captions, Flickr token files or class folders.
+    """Write shards from a caption table, COCO captions, Flickr token files or class folders.
 
     Args:
         source: table (.csv, .tsv, .jsonl, .parquet), COCO's captions .json, token file of Flickr8k or Flickr30k, a
             folder with one of these, or a folder with a folder of images for each class.
-        out: new folder for train-000000.tar ... and summary.json; the same command again continues a stopped one.
-        images: folder that the image names start from; absent, looked for beside the table.
-        image_column: of a table; absent, guessed.
-        caption_column: of a table; absent, guessed.
-        templates: captions of class folders, with {c} for the name, as a list '["a photo of a {c}.", ...]'.
+        out: new folder for train-000000.tar ... and summary.json; repeat the command to continue an interrupted one.
+        images: folder that the image paths are relative to; absent, found next to the table.
+        image_column: name of the column of image paths; absent, guessed.
+        caption_column: name of the column of captions; absent, guessed.
+        templates: captions of class folders, with {c} for the class name, as a list '["a photo of a {c}.", ...]'.
         val: share of the samples to hold out, by image content, as an evaluation set in OUT/held_out.
-        samples: in a shard.
-        seed: of the order.
+        samples: samples per shard.
+        seed: seed of the order of the samples.
         workers: processes that read and decode.
     """
     from dualenc.data.prepare.make_shards import make_shards
@@ -69,20 +69,20 @@ def make_shards(
             samples=samples,
             seed=seed,
             workers=workers,
-            track=progress("pictures"),
+            track=progress("images"),
         )
     print("\n".join(summary.lines()))
 
 
 def shrink(shards: list[str], out: Path, size: int = 256, quality: int = 90, workers: int = 2) -> None:
-    """Rewrites shards with smaller images; everything else in them stays as it is.
+    """Rewrite shards with smaller images, and all other members unchanged.
 
     Args:
         shards: paths, globs, brace patterns or folders.
-        out: folder for shards of the same names and shrink.json; the same command again continues a stopped one.
-        size: the most pixels of an image's shorter side.
-        quality: of JPEG and of lossy WebP, 1 to 100.
-        workers: processes, each with a shard of its own.
+        out: folder for shards of the same names and shrink.json; repeat the command to continue an interrupted one.
+        size: maximum length of an image's shorter side in pixels.
+        quality: quality of JPEG and lossy WebP, 1 to 100.
+        workers: processes that rewrite a shard each.
     """
     from dualenc.data.prepare.shrink import shrink_shards
 
@@ -105,21 +105,21 @@ def doctor(
     workers: int = 2,
     seed: int = 0,
 ) -> None:
-    """Looks for what would hurt a run on shards, before it; exit status 1 if one would not start or would stop.
+    """Check shards before a run; exit status 1 if a run on them would fail.
 
     Args:
         shards: paths, globs, brace patterns or folders.
-        captions: "txt", or "json.FIELD" for a field of the .json that may list several.
-        sample: how many pairs to read and decode, drawn over all shards.
-        all: look at all pairs, not only at some.
-        against: evaluation sets, or shards, whose images must not be in these.
-        tokenizer: tokenizer.json or vocab.txt to measure captions with; absent, they are measured in words.
-        context_length: in tokens, for the captions that it would cut.
-        bad_samples: share of the pairs that the run lets be bad, 10 at least.
-        json: print JSON and no table.
+        captions: "txt", or "json.FIELD" for a field of the .json, which may be a list of captions.
+        sample: number of pairs to read and decode, drawn from all shards.
+        all: check all pairs instead of a sample.
+        against: evaluation sets or shards whose images must not be in these shards.
+        tokenizer: tokenizer.json or vocab.txt to measure captions in tokens; absent, words are counted.
+        context_length: context length in tokens, to count the captions that it would truncate.
+        bad_samples: share of the pairs that may be bad in the run, at least 10 pairs.
+        json: print JSON instead of a table.
         out: folder for doctor.json and report.html.
         workers: processes that read and decode.
-        seed: of the draw.
+        seed: seed of the sample.
     """
     from dualenc import Tokenizer
     from dualenc.data.doctor.checks import examine
@@ -154,7 +154,7 @@ def doctor(
 
 
 def _show(found: "Examination", shards: list[str], context_length: int | None, as_json: bool, out: Path | None) -> None:
-    """Print what the doctor found, and write it to a folder."""
+    """Print the findings of `doctor`, and write them to a folder."""
     from json import dumps
 
     from dualenc.report import print_examination, write_examination
@@ -181,11 +181,11 @@ def _show(found: "Examination", shards: list[str], context_length: int | None, a
 
 
 def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
-    """Scans shards once, and keeps what lies where beside them; shards elsewhere are read whole.
+    """Scan shards and write an index next to them; remote shards are read whole.
 
     Args:
         shards: paths, URLs, globs, brace patterns or folders.
-        hash: keep hashes of each image and caption too, for which all of them are read.
+        hash: also store hashes of each image and caption, which takes reading all of them.
         workers: processes that scan.
     """
     import time
@@ -214,10 +214,10 @@ def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
     if hash:
         for name in ("image", "text"):
             hashes = found.hashes(name)
-            hashes = hashes[hashes != 0]  # of samples that have one
+            hashes = hashes[hashes != 0]  # 0 stands for samples without an image or caption
             print(f"{len(hashes) - len(np.unique(hashes)):,} samples have the same {name} as an earlier one")
     for path in found.files():
-        print(f"kept in {path}")
+        print(f"index file: {path}")
 
 
 def tokenizer(
@@ -227,14 +227,14 @@ def tokenizer(
     kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece",
     vocab_size: int = 30_000,
 ) -> None:
-    """Trains a vocabulary on the captions of shards, and says how long they are in its tokens.
+    """Train a tokenizer on the captions of shards, and print the lengths of the captions in tokens.
 
     Args:
         shards: paths, globs, brace patterns or folders.
-        out: file to write, a .json.
-        captions: "txt", or "json.FIELD" for a field of the .json that may list several.
-        kind: "wordpiece" as BERT has it, "bpe" on bytes as GPT-2 has it, or "unigram" as SentencePiece has it.
-        vocab_size: the most entries.
+        out: .json file to write.
+        captions: "txt", or "json.FIELD" for a field of the .json, which may be a list of captions.
+        kind: "wordpiece" as in BERT, "bpe" on bytes as in GPT-2, or "unigram" as in SentencePiece.
+        vocab_size: maximum number of entries.
     """
     import numpy as np
 
@@ -248,21 +248,21 @@ def tokenizer(
     unreadable: list[str] = []
     texts = list(all_captions(index, captions, unreadable))
     if not texts:
-        raise DataError(f"no sample has a caption that can be read, such as {unreadable[0]}")
-    made = Tokenizer.train(texts, vocab_size, sys.maxsize, kind)
+        raise DataError(f"no caption can be read; the first one that fails: {unreadable[0]}")
+    trained = Tokenizer.train(texts, vocab_size, sys.maxsize, kind)
     try:
-        made.save(out)
+        trained.save(out)
     except Exception as error:  # the library raises plain Exception
         raise WorkError(f"{out} cannot be written ({error})") from error
-    lengths = np.diff(made(texts).offsets.numpy())
-    most, nearly, mean = lengths.max(), int(np.quantile(lengths, 0.99, method="higher")), lengths.mean()
+    lengths = np.diff(trained(texts).offsets.numpy())
+    longest, percentile, mean = lengths.max(), int(np.quantile(lengths, 0.99, method="higher")), lengths.mean()
     if left_out:
         print(f"{len(left_out):,} samples have no image or no caption and were left out")
     if unreadable:
-        print(f"{len(unreadable):,} samples have no caption that can be read and were left out: {unreadable[0]}")
+        print(f"{len(unreadable):,} samples have no readable caption and were left out, such as {unreadable[0]}")
     print(
-        f"{out}: {made.vocab_size:,} entries from {len(texts):,} captions, which take {mean:.1f} tokens in the mean, "
-        f"99% of them at most {nearly}, the longest {most}\n"
+        f"{out}: {trained.vocab_size:,} entries from {len(texts):,} captions, with {mean:.1f} tokens on average, "
+        f"at most {percentile} in 99% of them, and {longest} in the longest\n"
         f"next: dualenc fit --config run.yaml --data.captions {captions} --data.tokenizer {out} "
-        f"--model.text.vocab_size {made.vocab_size} --model.text.context_length {min(most, 512)}"
+        f"--model.text.vocab_size {trained.vocab_size} --model.text.context_length {min(longest, 512)}"
     )

@@ -1,4 +1,4 @@
-"""The demo: scenes to shards to a trained dual encoder, measured, with a page to read."""
+"""The command `demo`: draw scenes, train a dual encoder on them, evaluate it, and write a report."""
 
 import json
 import shlex
@@ -7,11 +7,11 @@ from typing import Any
 
 from dualenc.cli.common import UsageError, config_folder
 
-TRAIN = 12_000  # scenes; drawing them takes seconds, and more of them are not seen in minutes
+TRAIN = 12_000  # scenes; drawn in seconds, and as many as a run of minutes can see
 
 
 def demo(out: Path = Path("demo")) -> None:
-    """Draws scenes, trains on them, measures: minutes on two CPU cores.
+    """Draw scenes, train on them and evaluate the model, in minutes on two CPU cores.
 
     Args:
         out: folder for shards, run and results; must not exist yet.
@@ -22,7 +22,7 @@ def demo(out: Path = Path("demo")) -> None:
     from dualenc.data.prepare.scenes import NAMES, UNSEEN, write_scenes
 
     if out.exists():
-        raise UsageError(f"{out} exists already: name another folder, or remove it")
+        raise UsageError(f"{out} exists already: choose another folder, or remove it")
     scenes, root = out / "scenes", out / "run"
     print(f"Drawing {TRAIN:,} scenes into {scenes}, without {len(UNSEEN)} of {len(NAMES)} pairs of color and shape.")
     write_scenes(scenes, train=TRAIN)
@@ -37,19 +37,20 @@ def demo(out: Path = Path("demo")) -> None:
         "--trainer.devices", "1", "--trainer.accelerator", device,
         "--trainer.precision", "bf16-mixed" if device == "gpu" or _fast_bf16() else "32-true",
     ])  # fmt: skip
-    report, pictures = _measure(out, root, sets, f"{TRAIN:,} drawn to train on; never among them: {', '.join(UNSEEN)}")
+    note = f"{TRAIN:,} drawn for training; left out of them: {', '.join(UNSEEN)}"
+    report, images = _evaluate(out, root, sets, note)
     print(
-        f"\nEach picture of the first two sets shows one of {len(NAMES)} pairs of color and shape: pairs that "
-        f"training had,\nand pairs that it never had. In the third, {pictures} new scenes are told apart.\n\n"
-        f"The report is {report}, the model {root / 'best'}. Try next:\n\n"
+        f"\nEach image of the first two sets shows one of {len(NAMES)} pairs of color and shape: pairs of the "
+        f"training data,\nand pairs that it does not have. The third set matches {images} new scenes with captions.\n\n"
+        f"The report is {report}, the model {root / 'best'}. Next steps:\n\n"
         f"  dualenc zeroshot {shlex.quote(str(root))} {shlex.quote(str(scenes / 'zeroshot_unseen'))}\n"
         f"  dualenc make-shards your_captions.csv shards\n"
         f"  dualenc configs vit_b32_bert_base > run.yaml\n"
     )
 
 
-def _measure(out: Path, root: Path, sets: list[str], note: str) -> tuple[Path, int]:
-    """Measure the model on all sets; return the report and the number of pictures in the last one."""
+def _evaluate(out: Path, root: Path, sets: list[str], note: str) -> tuple[Path, int]:
+    """Evaluate the model on all sets; return the path of the report and the number of images in the last set."""
     from dualenc import BenchmarkSet, load
     from dualenc.evaluation import embed_set, score
     from dualenc.report import print_table, write_report
@@ -67,7 +68,7 @@ def _measure(out: Path, root: Path, sets: list[str], note: str) -> tuple[Path, i
 
 
 def _fast_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16 itself; torch 2.11 does not tell."""
+    """Return whether this CPU has instructions for bfloat16; false with torch 2.11, which does not say."""
     import torch
 
     known = getattr(torch.cpu, "get_capabilities", dict)()

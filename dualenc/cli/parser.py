@@ -1,8 +1,8 @@
 """The command line, and the only parser.
 
-`fit`, `validate`, `test` and `predict` are LightningCLI's; every other command is a plain function of a module beside
-this one, parsed by jsonargparse from its signature. A user's mistake is one line on standard error, never a traceback:
-exit status 2 for wrong use, 1 for work that failed, 75 for a run that a signal stopped and that can go on.
+LightningCLI parses `fit`, `validate`, `test` and `predict`. Every other command is a plain function in a module of this
+package, and jsonargparse parses its signature. A user's mistake is one line on standard error, never a traceback. The
+exit status is 2 for wrong use, 1 for failed work, and 75 for a run that a signal stopped and that can be resumed.
 """
 
 import inspect
@@ -44,7 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; exit with its status where it fails."""
+    """Run a command; if it fails, exit with its status."""
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except (UsageError, DataError, ModelError) as error:
@@ -63,7 +63,7 @@ def _run(arguments: list[str]) -> None:
         trainer_command(arguments)
     elif command in COMMANDS:
         function = COMMANDS[command]
-        # Options may be spelled with dashes, as most programs have them.
+        # Options may be spelled with dashes, as in most programs.
         rest = [re.sub(r"^--[a-z][a-z-]*", lambda name: f"--{name[0][2:].replace('-', '_')}", word) for word in rest]
         function(**vars(_function_parser(function).parse_args(rest)))
     elif command == "--version":
@@ -71,24 +71,25 @@ def _run(arguments: list[str]) -> None:
 
         print(f"dualenc {version('dualenc')}")
     elif command in ("--help", "-h"):
-        print("usage: dualenc COMMAND ...\n\nWhat it can do; `dualenc COMMAND --help` says how:\n")
-        print("  fit, validate, test, predict   train and measure by a configuration: --config FILE [--key value]")
+        print("usage: dualenc COMMAND ...\n\nCommands (`dualenc COMMAND --help` prints the options of one):\n")
+        print("  fit, validate, test, predict   Train or evaluate a model: --config FILE [--key value]")
         for name, function in COMMANDS.items():
             print(f"  {name:30} {(function.__doc__ or '').splitlines()[0]}")
     else:
-        raise UsageError(f"there is no command {command!r}, only {', '.join((*TRAINER_COMMANDS, *COMMANDS))}")
+        raise UsageError(f"unknown command {command!r}: choose one of {', '.join((*TRAINER_COMMANDS, *COMMANDS))}")
 
 
 def _function_parser(function: Callable[..., None]) -> Any:
-    """Return a parser in which required parameters and the first one are positional, and a list takes one or more.
+    """Return a parser for the parameters of a function.
 
-    The others are options; of these, a tuple takes one or more too, and what is false by default is a switch.
+    Required parameters and the first one are positional; one of type list takes one or more values. The others are
+    options; one of type tuple takes one or more values, and one that is False by default is a flag.
     """
     import docstring_parser
     from jsonargparse import ArgumentParser
 
     class _Parser(ArgumentParser):
-        """Leaves errors to `main`, which prints them."""
+        """Parser that raises its errors, so that `main` prints them."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
             raise UsageError(message)
@@ -97,31 +98,31 @@ def _function_parser(function: Callable[..., None]) -> Any:
     name = function.__name__.strip("_").replace("_", "-")
     parser = _Parser(prog=f"dualenc {name}", description=text.short_description)
     help_of = {item.arg_name: item.description for item in text.params}
-    mine = set()
+    added = set()
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         required = parameter.default is inspect.Parameter.empty
         if required or i == 0:
-            mine.add(name)
-            many = typing.get_origin(parameter.annotation) is list
-            kind = typing.get_args(parameter.annotation)[0] if many else parameter.annotation
-            how: dict[str, Any] = {"nargs": "+"} if many else {} if required else {"nargs": "?"}
-            how |= {} if required else {"default": parameter.default}
-            parser.add_argument(name, type=kind, help=help_of[name], **how)
+            added.add(name)
+            is_list = typing.get_origin(parameter.annotation) is list
+            kind = typing.get_args(parameter.annotation)[0] if is_list else parameter.annotation
+            options: dict[str, Any] = {"nargs": "+"} if is_list else {} if required else {"nargs": "?"}
+            options |= {} if required else {"default": parameter.default}
+            parser.add_argument(name, type=kind, help=help_of[name], **options)
         elif parameter.default is False:
-            mine.add(name)
+            added.add(name)
             parser.add_argument(f"--{name}", action="store_true", help=help_of[name])
         elif typing.get_origin(parameter.annotation) is tuple:
-            mine.add(name)
+            added.add(name)
             kind = typing.get_args(parameter.annotation)[0]
             parser.add_argument(f"--{name}", type=kind, nargs="+", default=[], help=help_of[name])
-    parser.add_function_arguments(function, skip=mine)
+    parser.add_function_arguments(function, skip=added)
     return parser
 
 
 def _fail(error: object, status: int) -> NoReturn:
     """Print one line on standard error, and exit."""
     text = one_line(error)
-    # jsonargparse tells of each type that a value might have had, and repeats the value; what went wrong is the first.
+    # jsonargparse lists an error for each type that a value may have, and repeats the value: keep the first error only.
     text = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: - ", "", text)
     text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*", "", text)
     print(f"dualenc: error: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Lightning: tasks, data modules, optimization, and what a run writes."""
+"""Training with Lightning: tasks, data modules, optimization, and the files of a run."""
 
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.electra import ReplacedTokenTask

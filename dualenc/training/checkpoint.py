@@ -1,7 +1,8 @@
-"""Checkpoints that can be trusted: whole or not there, with a checksum in the file, read as data and never as code.
+"""Checkpoints of a run: written whole or not at all, verified by a checksum, and read as data, never as code.
 
-A checkpoint is a file of `torch.save`, a ZIP archive, whose comment says the format and the BLAKE2b-128 of all that
-stands before it and of the format: `torch.load` reads it as any other, and a copy takes its checksum along.
+A checkpoint is a file of `torch.save`, a ZIP archive. The archive's comment holds the format and a BLAKE2b-128 checksum
+of all bytes before the comment and of the format: `torch.load` reads the file like any other, and a copy keeps its
+checksum.
 """
 
 import errno
@@ -32,177 +33,180 @@ _NAME = "step-{:08d}.ckpt"
 
 
 class CheckpointError(DataError):
-    """A checkpoint that cannot be had, or must not be."""
+    """A checkpoint that cannot be read or must not be used."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose content is not what was written."""
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """The checkpoint of a step."""
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step."""
     return folder / _NAME.format(step)
 
 
-def step_of(path: Path) -> int:
-    """The step of a checkpoint, by its name."""
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint from its file name."""
     return int(path.stem.removeprefix("step-"))
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, whole or not, by step, newest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, damaged ones included, newest step first."""
     found = [path for path in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d+", path.stem)]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(found, key=checkpoint_step, reverse=True)
 
 
-def newest(folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a folder that is what was written; None where there is none.
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest undamaged checkpoint of a folder, or None if there is none.
 
     Args:
-        folder: where they are.
-        tell: hears of those that are passed over.
+        folder: folder of the checkpoints.
+        warn: function that takes a message about each damaged checkpoint that is skipped.
 
     Raises:
-        CheckpointError: a newer version of this package wrote one, or one cannot be read: going on from an older one
-            would be a mistake.
+        CheckpointError: If a newer version of this package wrote a checkpoint, or one cannot be read. Resuming from an
+            older one would lose work.
     """
-    for path in checkpoints(folder):
+    for path in list_checkpoints(folder):
         try:
-            verify(path)
+            verify_checkpoint(path)
         except DamagedCheckpoint as error:
-            tell(f"{error}; passed over")
+            warn(f"{error}; skipped")
             continue
         return path
     return None
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint: there is the old file of this name, or none, until the new one is whole and on the disk.
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint. An older file of this name stays until the new one is whole and on the disk.
 
     Raises:
-        OSError: the disk is full, or cannot be written.
+        OSError: If the disk is full or cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(".checkpoint.part")  # one process writes; what a killed one left is overwritten
-    with atomic_write(path, beside), open(beside, "wb") as file:
-        hashed = _Hashed(file)
+    # Only one process writes here, so a file that a killed process left is simply overwritten.
+    temporary = path.with_name(".checkpoint.part")
+    with atomic_write(path, temporary), open(temporary, "wb") as file:
+        hashed = _HashingWriter(file)
         try:
             torch.save(content, hashed)  # type: ignore[arg-type]
-        except RuntimeError as error:  # of an archive that is shorter than it should be
+        except RuntimeError as error:  # torch's own, about an archive that is shorter than it should be
             raise hashed.error or error from None
         hashed.digest.update(b"%d" % FORMAT)
         comment = _COMMENT.format(FORMAT, hashed.digest.hexdigest()).encode()
-        file.write(struct.pack("<H", len(comment)) + comment)  # in place of the length of none
+        file.write(struct.pack("<H", len(comment)) + comment)  # replaces the two bytes that say "no comment"
 
 
-class _Hashed:
-    """Writes on, and hashes, all but the last two bytes: an archive ends with the length of its comment."""
+class _HashingWriter:
+    """Writer that hashes what it writes, and holds back the last two bytes: a ZIP archive's length of its comment."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.held = file, hashlib.blake2b(digest_size=16), b""
+        self.file, self.digest, self.held_back = file, hashlib.blake2b(digest_size=16), b""
         self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
         if len(view) < 2:
-            self.held, view = b"", memoryview(self.held + bytes(view))
-        for piece in (self.held, view[:-2]):
+            self.held_back, view = b"", memoryview(self.held_back + bytes(view))
+        for part in (self.held_back, view[:-2]):
             try:
-                self.file.write(piece)
+                self.file.write(part)
             except OSError as error:
                 self.error = error
                 raise
-            self.digest.update(piece)
-        self.held = bytes(view[-2:])
+            self.digest.update(part)
+        self.held_back = bytes(view[-2:])
         return memoryview(data).nbytes
 
     def flush(self) -> None:
-        """Nothing is held back but what is not written."""
+        """Ignore the call: the only bytes held back must not be written."""
 
 
-def verify(path: Path) -> int:
-    """Compare a checkpoint with its checksum, and return its format; an unchanged file is not read twice.
+def verify_checkpoint(path: Path) -> int:
+    """Compare a checkpoint with its checksum, and return its format. An unchanged file is not read twice.
 
     Raises:
-        DamagedCheckpoint: it is cut short, changed, or no checkpoint of this package.
-        CheckpointError: there is none, it cannot be read, or a newer version of this package wrote it.
+        DamagedCheckpoint: If the file is truncated, changed, or not a checkpoint of this package.
+        CheckpointError: If the file is missing, cannot be read, or was written by a newer version of this package.
     """
     try:
         status = path.stat()
         return _verify(path, status.st_ino, status.st_mtime_ns, status.st_size)
     except OSError as error:
-        kind = DamagedCheckpoint if error.errno == errno.EIO else CheckpointError  # a bad sector
+        kind = DamagedCheckpoint if error.errno == errno.EIO else CheckpointError  # EIO: a bad sector
         raise kind(f"{path} cannot be read: {error.strerror}") from None
 
 
 @lru_cache(maxsize=16)
-def _verify(path: Path, inode: int, time: int, size: int) -> int:
+def _verify(path: Path, inode: int, mtime: int, size: int) -> int:
     with open(path, "rb") as file:
         file.seek(max(0, size - 200))
         found = _WRITTEN.search(file.read())
         if not found:
-            raise DamagedCheckpoint(f"{path} is cut short, or no checkpoint of dualenc")
+            raise DamagedCheckpoint(f"{path} is truncated, or is not a checkpoint of dualenc")
         file.seek(0)
         digest, left = hashlib.blake2b(digest_size=16), size - len(found[0]) - 2
-        while left > 0 and (piece := file.read(min(left, 1 << 22))):
-            digest.update(piece)
-            left -= len(piece)
+        while left > 0 and (chunk := file.read(min(left, 1 << 22))):
+            digest.update(chunk)
+            left -= len(chunk)
         length = file.read(2)
     digest.update(found[1])
     if left or length != struct.pack("<H", len(found[0])) or digest.hexdigest().encode() != found[2]:
         raise DamagedCheckpoint(f"{path} is damaged: its content does not match its checksum")
     written = int(found[1])
     if written > FORMAT:
-        raise CheckpointError(f"{path} has format {written}, newer than {FORMAT}, which this dualenc knows: upgrade it")
+        raise CheckpointError(f"{path} has format {written}, this dualenc reads up to format {FORMAT}: upgrade dualenc")
     return written
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint.
 
     Raises:
-        CheckpointError: see `verify`; or it holds more than data.
+        CheckpointError: If `verify_checkpoint` refuses the file, or the file holds objects other than data.
     """
-    written = verify(path)
+    written = verify_checkpoint(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler stumbles over
-        raise CheckpointError(f"{path} holds what is no data, and is not read: {type(error).__name__}") from error
+    except Exception as error:  # the unpickler raises many kinds
+        raise CheckpointError(f"{path} holds more than data and is not loaded: {type(error).__name__}") from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path} is no checkpoint of a run")
+        raise CheckpointError(f"{path} is not the checkpoint of a run")
     return format_1.checkpoint(content) if written == 1 else content
 
 
 class VerifiedIO(CheckpointIO):
-    """Lightning's way to `write` and `read`."""
+    """Lightning plugin that reads and writes checkpoints with the functions of this module."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """See `write`."""
-        write(Path(path), checkpoint)
+        """See `write_checkpoint`."""
+        write_checkpoint(Path(path), checkpoint)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """See `read`; it is data whatever is asked."""
-        return read(Path(path))
+        """See `read_checkpoint`. Objects other than data are refused whatever `weights_only` says."""
+        return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes the file."""
+        """Remove the file."""
         Path(path).unlink(missing_ok=True)
 
 
 @dataclass
 class RunState:
-    """Everything of a run that a checkpoint holds besides what Lightning keeps (weights, optimizer, schedule, loops).
+    """State of a run that checkpoints hold in addition to Lightning's (weights, optimizer, schedule, loops).
 
     Attributes:
-        loss: sum since the last log, on the device; the skipped steps count nothing.
-        steps, skipped, spikes: steps since the last log; of these the skipped ones, and those with a gradient spike.
-        counts: samples, real tokens, tokens if padded and bad samples since the last log, of this rank.
-        seconds: of training since the last log.
-        in_a_row: steps that were skipped one after the other.
+        loss: sum of the losses since the last log, on the device; skipped steps do not count.
+        steps: steps since the last log.
+        skipped: skipped steps since the last log.
+        spikes: steps with a gradient norm spike since the last log.
+        counts: samples, real tokens, tokens if padded and bad samples of this rank since the last log.
+        seconds: training time since the last log.
+        in_a_row: number of consecutive skipped steps up to now.
         norms: the last gradient norms.
         best_value: largest value of the monitored metric.
-        samples: seen since the beginning, of all ranks.
-        metrics: the last value of each metric, for callbacks.
+        samples: samples of all ranks since the start of the run.
+        metrics: last value of each metric, for callbacks.
     """
 
     loss: Tensor | float = 0.0
@@ -217,17 +221,17 @@ class RunState:
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def logged(self) -> None:
-        """Begin anew after a log."""
+    def reset_sums(self) -> None:
+        """Reset what is summed between two logs."""
         self.loss, self.counts = 0.0, [0] * 4
         self.steps = self.skipped = self.spikes = 0
 
-    def write(self, checkpoint: dict[str, Any], counts: list[int]) -> None:
-        """Put what the task knows into a checkpoint.
+    def save_to(self, checkpoint: dict[str, Any], counts: list[int]) -> None:
+        """Add the state that the task owns to a checkpoint.
 
         Args:
-            checkpoint: the content.
-            counts: of all ranks together.
+            checkpoint: content of the checkpoint, changed in place.
+            counts: counts summed over all ranks.
         """
         checkpoint["running"] = {
             "loss": float(self.loss),
@@ -240,10 +244,10 @@ class RunState:
             "seconds": self.seconds,
         }
 
-    def read(self, checkpoint: dict[str, Any], first: bool) -> None:
-        """Take up what `write` put there; `first` is true on the first rank, which has the counts of all."""
+    def load_from(self, checkpoint: dict[str, Any], is_rank_zero: bool) -> None:
+        """Restore what `save_to` has added. Rank 0 takes the counts of all ranks, the others start from zero."""
         running = checkpoint["running"]
         for name in ("loss", "steps", "skipped", "spikes", "in_a_row", "seconds"):
             setattr(self, name, running[name])
         self.norms = deque(running["norms"], maxlen=NORMS)
-        self.counts = list(running["counts"]) if first else [0] * 4
+        self.counts = list(running["counts"]) if is_rank_zero else [0] * 4

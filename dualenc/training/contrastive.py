@@ -42,7 +42,7 @@ from dualenc.tokens import Tokens
 from dualenc.training.metrics import PairEmbeddings
 from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.ranks import mean_over_ranks
-from dualenc.training.task import Task, say, tower_in_words
+from dualenc.training.task import Task, describe_text_encoder, rank_zero_print
 from dualenc.utils.errors import DataError, ModelError
 from dualenc.utils.text import millions
 
@@ -312,7 +312,7 @@ class ContrastiveTask(Task):
         image = self.model.config.image
         return {
             "image tower": f"{image.name} {image.overrides or ''} at {image.img_size} pixels",
-            "text tower": tower_in_words(self.text_config),
+            "text tower": describe_text_encoder(self.text_config),
         }
 
     def sections(self) -> list[Section]:
@@ -359,7 +359,7 @@ class ContrastiveTask(Task):
             trained = f" ({millions(sum(p.numel() for p in own if p.requires_grad))} trained)"
             frozen = not all(p.requires_grad for p in own)
             sizes.append(f"{millions(sum(p.numel() for p in own))} parameters in the {name} tower{trained * frozen}")
-        say(", ".join(sizes))
+        rank_zero_print(", ".join(sizes))
         super().on_train_start()
 
     def on_train_batch_start(self, batch: Pairs | list[Pairs], batch_idx: int) -> None:
@@ -380,7 +380,7 @@ class ContrastiveTask(Task):
             loss = loss + self.mlm_weight * self._guess(pieces)
         size, real = len(out.image), sum(len(piece.tokens.ids) for piece in pieces)
         padded, bad = size * self.text_config.context_length, sum(len(piece.bad) for piece in pieces)
-        return self.count(loss, self._rows, (size, real, padded, bad), (out.image, out.text))
+        return self.record_batch(loss, self._rows, (size, real, padded, bad), (out.image, out.text))
 
     def _embed(self, images: Tensor, tokens: Tokens) -> Embeddings:
         return self.model(self._normalized(images), tokens)
@@ -406,11 +406,11 @@ class ContrastiveTask(Task):
         more = {} if self.duplicates == "ignore" else {"ids": ids, "duplicates": self.duplicates}
         return self.loss(*out, group=dist.group.WORLD if spread else None, **more)
 
-    def stepped(self) -> None:
+    def after_optimizer_step(self) -> None:
         """The temperature back in bounds."""
         self.model.logits.project()
 
-    def more_metrics(self) -> dict[str, float]:
+    def extra_metrics(self) -> dict[str, float]:
         """Temperature and bias; the masked-language-model loss of the last step."""
         scale, bias = self.model.logits()
         metrics = {"train/logit_scale": scale.item()}

@@ -1,4 +1,4 @@
-"""What a run writes line by line."""
+"""The log of a run in CSV: written line by line, and cut back when a run resumes."""
 
 import csv
 import io
@@ -11,16 +11,17 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from dualenc.training.task import say
+from dualenc.training.task import rank_zero_print
 from dualenc.utils.files import append_lines, write_text
 
-HEAD = "step,metric,value"
+HEADER = "step,metric,value"
 
 
 class MetricsFile(Logger):
-    """Appends `step,metric,value` lines to `metrics.csv`: one number a line, so that new metrics need no new header.
+    """Logger that appends `step,metric,value` lines to `metrics.csv`.
 
-    What cannot be written (a full disk) is kept, and written with what comes next.
+    With one number a line, new metrics need no new header. Lines that cannot be written (full disk) are kept in memory
+    and written with the next ones.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -30,12 +31,12 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """No folder of its own: the run directory is the logger's."""
+        """The empty string: the file lies in the run directory itself, not in a folder of the logger."""
         return ""
 
     @property
     def version(self) -> str:
-        """See `name`."""
+        """The empty string, see `name`."""
         return ""
 
     @property
@@ -46,33 +47,38 @@ class MetricsFile(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return self.path
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Writes the numbers of a step."""
+        """Write the metrics of a step."""
         lines = io.StringIO()
         rows = ((step, name, repr(float(x))) for name, x in metrics.items() if name != "epoch")
         csv.writer(lines, lineterminator="\n").writerows(rows)
-        told = bool(self._unwritten)
+        already_warned = bool(self._unwritten)
         self._unwritten += lines.getvalue().splitlines()
         try:
-            begun = self.path.exists() and self.path.stat().st_size
-            append_lines(self.path, [*([] if begun else [HEAD]), *self._unwritten])
+            has_header = self.path.exists() and self.path.stat().st_size
+            append_lines(self.path, [*([] if has_header else [HEADER]), *self._unwritten])
             self._unwritten = []
         except OSError as error:
-            if not told:
-                say(f"{self.path} cannot be written, its lines are kept: {error.strerror}")
+            if not already_warned:
+                rank_zero_print(f"{self.path} cannot be written, its lines are kept in memory: {error.strerror}")
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration is in `config.yaml`."""
+        """Ignore the hyperparameters: the configuration is in `config.yaml`."""
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Remove the lines of `metrics.csv` or `skipped_steps.jsonl` after a step, and a line that a kill cut off."""
+def truncate_log(path: Path, step: int) -> None:
+    """Remove lines of `metrics.csv` or `skipped_steps.jsonl` that are of later steps, unreadable or incomplete.
 
-    def of(line: str) -> int:
+    Args:
+        path: log file; a missing one is left alone.
+        step: last step whose lines stay.
+    """
+
+    def step_of(line: str) -> int:
         try:
             return json.loads(line)["step"] if path.suffix == ".jsonl" else int(line.split(",")[0])
         except (ValueError, KeyError, TypeError):
@@ -80,5 +86,5 @@ def cut_back(path: Path, step: int) -> None:
 
     if path.exists():
         lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-        head = [line for line in lines[:1] if path.suffix == ".csv" and line == f"{HEAD}\n"]
-        write_text(path, "".join([*head, *(line for line in lines if line.endswith("\n") and of(line) <= step)]))
+        header = [line for line in lines[:1] if path.suffix == ".csv" and line == f"{HEADER}\n"]
+        write_text(path, "".join([*header, *(x for x in lines if x.endswith("\n") and step_of(x) <= step)]))

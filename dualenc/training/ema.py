@@ -11,16 +11,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA(Callback):
-    """Averages the weights over the steps: average = d * average + (1 - d) * weights, after each step.
+    """Exponential moving average of the weights: average = d * average + (1 - d) * weights, after each step.
 
-    At step t, d is min(decay, (1 + t) / (10 + t)), so that the random first weights are soon forgotten (as in
-    TensorFlow's ExponentialMovingAverage with `num_updates`). Steps that are skipped leave the average alone. It is
-    part of the checkpoints.
+    At step t, d is min(decay, (1 + t) / (10 + t)), so that the random initial weights are soon forgotten (as in
+    TensorFlow's ExponentialMovingAverage with `num_updates`). Skipped steps do not change the average. Checkpoints
+    contain it.
 
     Args:
-        decay: of long runs; the average goes back over some 1 / (1 - decay) steps.
-        evaluate: validation, prediction, evaluation sets, `best/` and `last/` take the average; otherwise the weights
-            as trained.
+        decay: decay late in a run; the average covers about the last 1 / (1 - decay) steps.
+        evaluate: use the average in validation, prediction, evaluation sets, `best/` and `last/`; otherwise they use
+            the trained weights.
     """
 
     def __init__(self, decay: float = 0.9999, evaluate: bool = True) -> None:
@@ -28,45 +28,45 @@ class EMA(Callback):
             raise ValueError(f"decay {decay} of EMA must lie in [0, 1)")
         self.decay, self.evaluate = decay, evaluate
         self.average: dict[str, Tensor] = {}
-        self._loaded: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}  # while the average stands in their place
+        self._loaded: dict[str, Tensor] = {}  # from a checkpoint, until the model is on its device
+        self._weights: dict[str, Tensor] = {}  # copy of the trained weights while the average is in the model
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins with the weights as they are, or with the average of a checkpoint."""
-        self._begin(pl_module)
+        """Start the average from the current weights, or from a checkpoint's average."""
+        self._initialize(pl_module)
 
     @torch.no_grad()
-    def _begin(self, module: LightningModule) -> None:
+    def _initialize(self, module: LightningModule) -> None:
         for name, weight in module.named_parameters():
             if name not in self.average:
-                # In half precision a small change would be none.
+                # In half precision small changes would be rounded away.
                 self.average[name] = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for name, whole in self._loaded.items():
-            mine = self.average[name]
-            whole = whole.to(mine.device)
-            if isinstance(mine, DTensor):
-                whole = distribute_tensor(whole, mine.device_mesh, mine.placements)
-            mine.copy_(whole)
+            average = self.average[name]
+            whole = whole.to(average.device)
+            if isinstance(average, DTensor):
+                whole = distribute_tensor(whole, average.device_mesh, average.placements)
+            average.copy_(whole)
         self._loaded = {}
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes in the weights after a step."""
+        """Update the average with the weights after a step."""
         step = trainer.global_step
         new = 1 - min(self.decay, (1 + step) / (10 + step))
         skipped = getattr(pl_module, "skip", None)
         pairs = [(_local(self.average[name]), _local(weight)) for name, weight in pl_module.named_parameters()]
-        average = [pair[0] for pair in pairs]
-        weights = [weight.to(old.dtype) for old, weight in pairs]
-        # Zero for a skipped step, which the host need not know of.
-        share = torch.tensor(new, dtype=torch.float64) if skipped is None else (~skipped).double() * new
-        torch._foreach_lerp_(average, weights, [share.to(old.dtype) for old in average])
+        averages = [pair[0] for pair in pairs]
+        weights = [weight.to(average.dtype) for average, weight in pairs]
+        # A skipped step has the factor 0, computed on the device: the host need not wait to know whether it was.
+        factor = torch.tensor(new, dtype=torch.float64) if skipped is None else (~skipped).double() * new
+        torch._foreach_lerp_(averages, weights, [factor.to(average.dtype) for average in averages])
 
     @contextmanager
     def applied(self, module: LightningModule) -> Iterator[None]:
-        """The average in place of the weights."""
+        """Use the average in place of the trained weights inside the block."""
         self._apply(module)
         try:
             yield
@@ -74,13 +74,13 @@ class EMA(Callback):
             self._restore(module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See `evaluate`."""
+        """Put the average into the model if `evaluate` says so."""
         if self.evaluate:
-            self._begin(pl_module)
+            self._initialize(pl_module)
             self._apply(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See `evaluate`."""
+        """Restore the trained weights."""
         self._restore(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
@@ -100,23 +100,23 @@ class EMA(Callback):
         self._weights = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, whole on every rank."""
+        """Return the average, unsharded on every rank."""
         whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in self.average.items()}
         return {"average": whole or self._loaded}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The average is taken up when the model is where it computes."""
+        """Keep the average of a checkpoint until training starts, when the model is on its device."""
         self._loaded = state_dict["average"]
 
 
 def _local(x: Tensor) -> Tensor:
-    """This rank's part."""
+    """Return this rank's part of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x.detach()
 
 
 @contextmanager
 def averaged(trainer: Trainer) -> Iterator[None]:
-    """The weights that a run shows to others: the average, where there is one for that."""
+    """Use the averaged weights inside the block if the run has an `EMA` with `evaluate`; else the trained weights."""
     own = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
     if own and own[0].evaluate and own[0].average and not own[0]._weights:
         with own[0].applied(trainer.lightning_module):

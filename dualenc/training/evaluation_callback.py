@@ -15,8 +15,8 @@ from dualenc.evaluation import SetEmbeddings, embed_set, score
 from dualenc.report import Section
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.ema import averaged
-from dualenc.training.ranks import gathered
-from dualenc.training.task import say
+from dualenc.training.ranks import all_gather_object
+from dualenc.training.task import rank_zero_print
 from dualenc.utils.errors import DataError
 
 
@@ -117,8 +117,10 @@ class Evaluation(Callback):
             _raise_together(error, world)  # or the others would wait for this one's embeddings
             assert embedded is not None
             # Each rank has its part of the rows, in order.
-            image, text, rows = (torch.cat(gathered(part, world)) for part in embedded[:3])
-            whole = SetEmbeddings(image, text, rows, [one for part in gathered(embedded.bad, world) for one in part])
+            image, text, rows = (torch.cat(all_gather_object(part, world)) for part in embedded[:3])
+            whole = SetEmbeddings(
+                image, text, rows, [one for part in all_gather_object(embedded.bad, world) for one in part]
+            )
             if trainer.is_global_zero:
                 try:
                     sections.append(score(data, whole, embedder).section)
@@ -131,7 +133,7 @@ class Evaluation(Callback):
                 line = f"{result['dataset']} is not complete: {problem['what']}: {problem['count']}, such as "
                 if line not in self._said:  # once a run, not at each measurement
                     self._said.add(line)
-                    say(line + problem["names"][0])
+                    rank_zero_print(line + problem["names"][0])
         return {
             f"{section.result['dataset']}/{name}": value
             for section in sections
@@ -156,7 +158,7 @@ def _in_one_piece(module: nn.Module) -> Iterator[None]:
 
 def _raise_together(error: str, world: int) -> None:
     """Stops all ranks where one has failed."""
-    if found := next(filter(None, gathered(error, world)), None):
+    if found := next(filter(None, all_gather_object(error, world)), None):
         if world > 1 and dist.get_rank():
             raise SystemExit(1)  # the first rank says it
         raise DataError(found)

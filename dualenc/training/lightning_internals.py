@@ -1,7 +1,7 @@
-"""Everything of Lightning that is private and that a run needs nevertheless: nowhere else is it touched.
+"""The private parts of Lightning that a run needs. No other file touches them.
 
-Each function says why. `tests/training/test_lightning_internals.py` has a test of each, which fails when Lightning
-changes what it relies on.
+Each function says why it is needed. `tests/training/test_lightning_internals.py` has a test for each that fails when
+Lightning changes what the function relies on.
 """
 
 import threading
@@ -16,10 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy
 
 
 def restore_loader_states(trainer: Trainer) -> None:
-    """Give the data loaders the state that a checkpoint has of them, at the start of training.
+    """Restore the state of the data loaders from the checkpoint, at the start of training.
 
-    Lightning forgets it where `configure_optimizers` has made the loader before the checkpoint was read, and where it
-    is the state of an epoch's end.
+    Lightning loses it if `configure_optimizers` has created the loader before the checkpoint was read, and if the state
+    is that of an epoch's end.
     """
     loop = trainer.fit_loop
     if states := loop._combined_loader_states_to_load:
@@ -34,7 +34,7 @@ def validates_by_time(trainer: Trainer) -> bool:
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Return whether a validation or the end of the epoch comes after the batch that has just ended."""
+    """Return whether validation or the end of the epoch comes after the batch that has just ended."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     assert fetcher is not None
     return loop._should_check_val_fx(fetcher) or loop._is_training_done
@@ -49,10 +49,10 @@ def epoch_is_done(trainer: Trainer) -> bool:
 
 
 def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
-    """Return the content of a checkpoint without writing it; on all ranks together.
+    """Return the content of a checkpoint without writing it. All ranks must call it.
 
-    Where a run ends by its steps inside an epoch, Lightning counts that epoch as done; here it is not, so that a run
-    which continues for more steps continues inside of it.
+    When `max_steps` ends a run inside an epoch, Lightning counts that epoch as completed. Here it is not, so that a run
+    that resumes with more steps resumes inside the epoch.
     """
     content = trainer._checkpoint_connector.dump_checkpoint()
     if trainer.fit_loop.done and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
@@ -68,11 +68,11 @@ def loader_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def continue_at_next_epoch(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
-    """Change a checkpoint to that between the epoch that was begun and the next one.
+    """Adjust a checkpoint so that training resumes at the beginning of the next epoch.
 
     Args:
-        checkpoint: the content.
-        state: of the loader; its epoch and batch are set.
+        checkpoint: content of the checkpoint, changed in place.
+        state: state of the training loader; its epoch and batch are replaced.
     """
     fit = checkpoint["loops"]["fit_loop"]
     for part in ("total", "current"):
@@ -87,18 +87,18 @@ def continue_at_next_epoch(checkpoint: dict[str, Any], state: dict[str, Any]) ->
 # Ranks and signals
 
 
-def handle_no_signals(trainer: Trainer) -> None:
-    """Keep Lightning from handling signals: its handlers send something to the other ranks wherever these are."""
+def disable_signal_handlers(trainer: Trainer) -> None:
+    """Keep Lightning from handling signals: its handlers call collectives at whatever point the other ranks are."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
-def ask_no_rank_to_stop(trainer: Trainer) -> None:
-    """Keep Lightning from asking the first rank at each step whether to stop, and from waiting for the answer."""
+def disable_sigterm_broadcast(trainer: Trainer) -> None:
+    """Keep Lightning from broadcasting at each step whether rank 0 has received SIGTERM, for which all ranks wait."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
-def kill_no_rank(trainer: Trainer) -> None:
-    """Keep Lightning from killing the run where a rank ends with a status, even one that it should end with."""
+def disable_child_observer(trainer: Trainer) -> None:
+    """Keep Lightning from killing all ranks when one exits with a non-zero status: a stopped run has such a status."""
     launched = getattr(trainer.strategy.launcher, "procs", [])
     for thread in threading.enumerate():
         if launched and isinstance(thread, subprocess_script._ChildProcessObserver):
@@ -106,10 +106,10 @@ def kill_no_rank(trainer: Trainer) -> None:
 
 
 def find_unused_parameters(strategy: DDPStrategy) -> None:
-    """Let DDP look for parameters without a gradient, unless the configuration says otherwise.
+    """Let DDP find parameters without a gradient, unless the configuration says otherwise.
 
-    Without it gradients are summed up in another order after the first step, and a run that is continued has another
-    first step.
+    Without it DDP sums gradients in another order from its second step on, and the first step of a resumed run is
+    another step than in an uninterrupted run.
     """
     strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
@@ -117,18 +117,18 @@ def find_unused_parameters(strategy: DDPStrategy) -> None:
 # Command line
 
 
-class OpenCLI(LightningCLI):
-    """LightningCLI with public names for what we need of it, and checkpoints that are data and never pickled code."""
+class BaseCLI(LightningCLI):
+    """LightningCLI with public names for the private methods that a command line needs, and with `weights_only`."""
 
-    def find_checkpoint(self) -> None:
-        """Replace `ckpt_path` in the configuration by the file that is meant; for those who derive from this."""
+    def resolve_checkpoint(self) -> None:
+        """Replace `ckpt_path` in the configuration by the path of a checkpoint file; subclasses override this."""
 
-    def given(self, name: str) -> Any:
+    def setting(self, name: str) -> Any:
         """Return a setting of the subcommand."""
         return self._get(self.config, name)
 
-    def made(self, name: str) -> Any:
-        """Return an object that was made from the settings of the subcommand."""
+    def instance(self, name: str) -> Any:
+        """Return the object that was instantiated from a setting of the subcommand."""
         return self._get(self.config_init, name)
 
     def dump(self, config: Any) -> str:
@@ -136,8 +136,8 @@ class OpenCLI(LightningCLI):
         return self._parser(self.subcommand).dump(config, skip_none=False)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning takes hyperparameters out of the checkpoint here, which would override the command line."""
-        self.find_checkpoint()
+        """Call `resolve_checkpoint`. Lightning reads hyperparameters here, which would override the command line."""
+        self.resolve_checkpoint()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}

@@ -1,4 +1,4 @@
-"""How much of a tower is trained, parameter groups, the learning-rate schedule."""
+"""Frozen layers and learning rates of a tower, parameter groups for the optimizer, and the learning-rate schedule."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,18 +14,18 @@ from dualenc.models.tower import Tower
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a tower is trained; its projection is no part of it.
+    """Frozen layers and learning rates of a tower. The projection after the tower is not part of the tower.
 
-    A layer's learning rate is that of the optimizer times lr_factor * layer_decay ** (layers + 1 - depth), where the
-    depth is 0 for stem and embeddings, i for block i of `layers`, `layers` + 1 above them (ELECTRA, Clark et al. 2020;
-    BEiT, Bao et al. 2022). Of a vision transformer timm counts the last norm to the last block.
+    A layer's learning rate is the optimizer's times lr_factor * layer_decay ** (layers + 1 - depth). The depth is 0 for
+    stem and embeddings, i for block i of `layers`, and `layers` + 1 for what follows the blocks (ELECTRA, Clark et al.
+    2020; BEiT, Bao et al. 2022). As in timm, the last norm of a vision transformer belongs to its last block.
 
     Attributes:
-        locked: the whole tower is frozen (LiT, Zhai et al. 2022).
-        frozen_layers: stem or embeddings and the first so many blocks are frozen; 0 for nothing. Frozen parts have no
-            dropout; patch dropout stays, unless the tower is locked.
-        lr_factor: of the tower.
-        layer_decay: learning rate of a layer over that of the next one above.
+        locked: freeze the whole tower (LiT, Zhai et al. 2022).
+        frozen_layers: number of frozen blocks, counted from the first, in addition to the stem or embeddings; 0 freezes
+            nothing. Frozen parts have no dropout. Patch dropout stays, unless the tower is locked.
+        lr_factor: factor of the tower's learning rate.
+        layer_decay: learning rate of a layer divided by that of the layer above.
     """
 
     locked: bool = False
@@ -37,17 +37,21 @@ class Tuning:
         if self.frozen_layers < 0:
             raise ValueError(f"frozen_layers {self.frozen_layers} of a tuning must be 0 or more")
         if not 0 < self.lr_factor < math.inf:
-            raise ValueError(f"lr_factor {self.lr_factor} of a tuning must be positive; locked: true trains nothing")
+            raise ValueError(f"lr_factor {self.lr_factor} of a tuning must be positive; locked: true freezes the tower")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay {self.layer_decay} of a tuning must lie in (0, 1]; 1 is none")
+            raise ValueError(f"layer_decay {self.layer_decay} of a tuning must lie in (0, 1]; 1 for no decay")
         if self.locked and (self.frozen_layers, self.lr_factor, self.layer_decay) != (0, 1.0, 1.0):
-            raise ValueError("a tuning that is locked trains nothing of the tower: leave its other settings away")
+            raise ValueError("a tuning with locked: true trains nothing of the tower: remove its other settings")
 
     def freeze(self, tower: Tower, name: str) -> None:
-        """Freezes what this says of a tower.
+        """Freeze the layers of a tower that `locked` and `frozen_layers` name.
+
+        Args:
+            tower: tower to freeze, changed in place.
+            name: key of these settings, for the message of the error.
 
         Raises:
-            ValueError: it has fewer blocks; called by the name.
+            ValueError: If the tower has fewer blocks than `frozen_layers`.
         """
         if self.frozen_layers > tower.layers:
             raise ValueError(
@@ -59,23 +63,27 @@ class Tuning:
 
 
 def parameter_groups(model: nn.Module, tunings: Mapping[str, Tuning] | None = None) -> list[dict[str, Any]]:
-    """Groups for an optimizer: by weight decay, its own or none, and by `factor`, what its learning rate is times.
+    """Return parameter groups for an optimizer: one for each learning-rate factor, with and without weight decay.
 
-    Without decay are vectors and scalars (biases, norms, temperature), embeddings of words and positions, and what a
-    submodule names in `no_weight_decay()`, as timm's models do. Frozen parameters are in no group. Factor 1 comes
-    first, then the larger ones; of each, the group with decay.
+    Vectors and scalars (biases, norms, temperature), token and position embeddings, and parameters that a submodule
+    names in `no_weight_decay()`, as timm's models do, have no weight decay. Frozen parameters are in no group. The
+    groups of factor 1 come first, then those of the other factors, largest first; of one factor, the group with decay
+    comes first.
 
     Args:
-        model: whose parameters.
-        tunings: of its towers, by their names in it.
+        model: module whose parameters are grouped.
+        tunings: settings of the towers, by their names in the model.
+
+    Returns:
+        Groups with the keys "params" and "factor"; those without decay set "weight_decay" to 0.
     """
-    spared = set()
+    without_decay = set()
     for prefix, module in model.named_modules():
         start = f"{prefix}." if prefix else ""
         if isinstance(module, nn.Embedding):
-            spared.add(f"{start}weight")
+            without_decay.add(f"{start}weight")
         if callable(named := getattr(module, "no_weight_decay", None)):
-            spared.update(f"{start}{name}" for name in cast(Iterable[str], named()))
+            without_decay.update(f"{start}{name}" for name in cast(Iterable[str], named()))
     factors: dict[str, float] = {}
     for prefix, tuning in (tunings or {}).items():
         tower = cast(Tower, model.get_submodule(prefix))
@@ -85,12 +93,12 @@ def parameter_groups(model: nn.Module, tunings: Mapping[str, Tuning] | None = No
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name in spared
-            groups.setdefault((factors.get(name, 1.0), plain), []).append(parameter)
+            no_decay = parameter.ndim < 2 or name in without_decay
+            groups.setdefault((factors.get(name, 1.0), no_decay), []).append(parameter)
     return [
-        {"params": groups[factor, plain], "factor": factor, **({"weight_decay": 0.0} if plain else {})}
-        # Always the same order: checkpoints hold the optimizer's state by position.
-        for factor, plain in sorted(groups, key=lambda key: (key[0] != 1, -key[0], key[1]))
+        {"params": groups[factor, no_decay], "factor": factor, **({"weight_decay": 0.0} if no_decay else {})}
+        # The order must not change: checkpoints hold the optimizer's state by position.
+        for factor, no_decay in sorted(groups, key=lambda key: (key[0] != 1, -key[0], key[1]))
     ]
 
 
@@ -98,10 +106,11 @@ class WarmupCosine(LambdaLR):
     """Linear warm-up, then half a cosine (Loshchilov and Hutter 2017) down to `final` times the learning rate.
 
     Args:
-        optimizer: whose learning rates are the peaks.
-        total_steps: of the whole run.
-        warmup: share of the steps, if below 1; else their number.
-        final: factor at the last step.
+        optimizer: optimizer whose learning rates are the peaks.
+        total_steps: number of steps of the whole run.
+        warmup: number of warm-up steps, or their share of all steps if below 1.
+        final: factor of the learning rate at the last step.
+        last_epoch: see `torch.optim.lr_scheduler.LRScheduler`.
     """
 
     def __init__(
@@ -109,12 +118,12 @@ class WarmupCosine(LambdaLR):
     ) -> None:
         if warmup < 0 or total_steps < 1:
             raise ValueError(f"warmup {warmup} must not be negative, total_steps {total_steps} must be at least 1")
-        rising = max(1, round(warmup * total_steps if warmup < 1 else warmup))
+        warmup_steps = max(1, round(warmup * total_steps if warmup < 1 else warmup))
 
         def factor(step: int) -> float:
-            if step < rising:
-                return (step + 1) / rising
-            done = min(1.0, (step - rising) / max(1, total_steps - rising))
-            return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+            return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
         super().__init__(optimizer, factor, last_epoch)

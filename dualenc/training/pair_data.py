@@ -1,4 +1,4 @@
-"""Pairs for a trainer: shards, split, tokenizer and loaders from one set of arguments."""
+"""The data module of image-text pairs: shards, split, tokenizer and loaders."""
 
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -16,8 +16,8 @@ from dualenc.data.pairs import all_captions, only_pairs
 from dualenc.data.shards.index import distinct
 from dualenc.data.text.masking import Masking
 from dualenc.models import TextConfig
-from dualenc.training.ranks import gathered
-from dualenc.training.task import say
+from dualenc.training.ranks import all_gather_object
+from dualenc.training.task import rank_zero_print
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import atomic_write
 
@@ -25,12 +25,12 @@ from dualenc.utils.files import atomic_write
 class Source(TypedDict):
     """Shards with a weight.
 
-    A dict and no dataclass: for a dataclass the command line would read a shard's file as a configuration.
+    This is a dict and not a dataclass, for which jsonargparse would read the path of a shard as a configuration file.
 
     Attributes:
-        shards: a path, URL, glob, brace pattern, folder, or a list of these.
-        weight: how often an epoch goes through them, 1 where it is absent; of 0.5 an epoch takes half of the samples,
-            the next one the other half.
+        shards: path, URL, glob, brace pattern, folder, or a list of these.
+        weight: number of passes over the samples in an epoch, 1 if absent; with 0.5, an epoch has half of the samples
+            and the next epoch the other half.
     """
 
     shards: str | list[str]
@@ -38,19 +38,19 @@ class Source(TypedDict):
 
 
 def stage_name(stage: str) -> str:
-    """The words "fit", "validate", "test" or "predict", which Lightning has as members of an enumeration."""
+    """Return "fit", "validate", "test" or "predict"; Lightning passes some of them as members of an enumeration."""
     return str(getattr(stage, "value", stage))
 
 
 class TokenData(LightningDataModule):
-    """What all data have in common: texts, the tokenizer of a run, and loaders whose workers must be ended.
+    """Base class of the data modules: the tokenizer of a run, and loaders whose workers are ended after it.
 
     Args:
-        text: architecture that the tokens are for.
-        tokenizer: path of one; absent, that of the task's text checkpoint, and where it has none, one is trained.
+        text: architecture of the text encoder.
+        tokenizer: path of a tokenizer; absent, that of the task's text checkpoint is used, or one is trained.
     """
 
-    trainer: Any  # Lightning declares less than its Trainer has
+    trainer: Any  # Lightning declares fewer attributes than its Trainer has
     seed: int
     workers: int
     timeout: float
@@ -63,57 +63,73 @@ class TokenData(LightningDataModule):
         self._loaders: list[Loader] = []
 
     def all_texts(self) -> Iterable[str]:
-        """Those that a tokenizer is trained on."""
+        """Return the texts to train a tokenizer on."""
         raise NotImplementedError
 
     @property
-    def _own_tokenizer(self) -> Path:
+    def _trained_tokenizer_path(self) -> Path:
         return Path(self.trainer.default_root_dir) / "tokenizer.json"
 
     @property
-    def _checkpoint(self) -> Any:
+    def _text_checkpoint(self) -> Any:
         return getattr(self.trainer.lightning_module, "text_checkpoint", None)
 
     def _train_tokenizer(self, what: str) -> None:
-        """Of `what` it is trained on, for people. None is, where the folder holds a run that has one."""
-        taken = self._own_tokenizer.with_name("run.json").exists()
-        given = self.tokenizer_path is not None or self._checkpoint is not None
-        if given or taken or self.trainer.state.fn != "fit":
+        """Train a tokenizer, unless one is given or the folder holds a run, which has one.
+
+        Args:
+            what: noun for the texts, for messages.
+        """
+        run_exists = self._trained_tokenizer_path.with_name("run.json").exists()
+        given = self.tokenizer_path is not None or self._text_checkpoint is not None
+        if given or run_exists or self.trainer.state.fn != "fit":
             return
-        say(f"training a tokenizer of {self.text.vocab_size:,} entries on the {what}")
+        rank_zero_print(f"training a tokenizer of {self.text.vocab_size:,} entries on the {what}")
         texts = iter(self.all_texts())
-        if (one := next(texts, None)) is None:
-            raise DataError(f"not one of the {what} can be read: there is nothing to train a tokenizer on")
-        tokenizer = Tokenizer.train(chain([one], texts), self.text.vocab_size, self.text.context_length)
-        self._own_tokenizer.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self._own_tokenizer) as beside:
-            tokenizer.save(beside)
+        if (first := next(texts, None)) is None:
+            raise DataError(f"none of the {what} can be read: there is nothing to train a tokenizer on")
+        tokenizer = Tokenizer.train(chain([first], texts), self.text.vocab_size, self.text.context_length)
+        self._trained_tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self._trained_tokenizer_path) as temporary:
+            tokenizer.save(temporary)
 
     def _read_tokenizer(self) -> Tokenizer:
         text = self.text
-        if self.tokenizer_path is None and self._checkpoint is not None:
-            found = self._checkpoint.tokenizer()
+        if self.tokenizer_path is None and self._text_checkpoint is not None:
+            found = self._text_checkpoint.tokenizer()
             length = min(found.context_length, text.context_length)
-            tokenizer, path = Tokenizer(found.backend, length, text.pad_to, text.pad_id), self._checkpoint.spec
+            tokenizer, path = Tokenizer(found.backend, length, text.pad_to, text.pad_id), self._text_checkpoint.spec
         else:
-            path = self.tokenizer_path or self._own_tokenizer
+            path = self.tokenizer_path or self._trained_tokenizer_path
             tokenizer = Tokenizer.from_file(path, text.context_length, text.pad_to, text.pad_id)
         if tokenizer.vocab_size > text.vocab_size:
             raise DataError(
-                f"tokenizer {path} has {tokenizer.vocab_size} entries: set model.text.vocab_size to at least "
-                f"that, not {text.vocab_size}"
+                f"tokenizer {path} has {tokenizer.vocab_size} entries: set model.text.vocab_size to at least that, "
+                f"it is {text.vocab_size}"
             )
         return tokenizer
 
-    def _check_ranks(self, prints: list[str], what: str) -> None:
-        """Refuses to begin where another rank has found other data."""
-        everywhere = gathered(prints, self.trainer.world_size)
+    def _check_ranks(self, fingerprints: list[str], what: str) -> None:
+        """Refuse to start if another rank has found other data.
+
+        Args:
+            fingerprints: fingerprints of the data that this rank has found.
+            what: noun for the data, for the message.
+        """
+        everywhere = all_gather_object(fingerprints, self.trainer.world_size)
         if different := [rank for rank, other in enumerate(everywhere) if other != everywhere[0]]:
             raise DataError(f"rank {different[0]} finds other {what} than rank 0: give all machines the same data")
 
-    def _load(self, dataset: BatchDataset, size: int, train: bool, **options: Any) -> Loader:
-        """This rank's part of the batches of a data set, as the run has it."""
-        made = Loader(
+    def _make_loader(self, dataset: BatchDataset, size: int, train: bool, **options: Any) -> Loader:
+        """Return a loader of this rank's part of the batches of a data set.
+
+        Args:
+            dataset: data set that makes the batches.
+            size: batch size, over all ranks.
+            train: whether to shuffle.
+            **options: more arguments of `Loader`.
+        """
+        loader = Loader(
             dataset,
             size,
             seed=self.seed,
@@ -126,45 +142,46 @@ class TokenData(LightningDataModule):
             bad_sample_log=self.bad_sample_log,
             **options,
         )
-        self._loaders.append(made)
-        return made
+        self._loaders.append(loader)
+        return loader
 
     def teardown(self, stage: str) -> None:
-        """Ends the workers."""
+        """End the workers of the loaders."""
         for loader in self._loaders:
             loader.close()
 
 
 class PairData(TokenData):
-    """Image-text pairs from webdataset shards.
+    """Data module of image-text pairs in webdataset shards.
 
     Args:
-        train: shards: a path, URL, glob, brace pattern, folder, or a list of these; or a list of sources, each with
+        train: shards as a path, URL, glob, brace pattern, folder, or a list of these; or a list of sources, each with
             `shards` and `weight`.
         preprocess: evaluation transform; the command line takes it from the task.
-        text: architecture that the tokens are for; the command line takes it from the task.
-        val: share of the pairs held out, by image content; or shards of their own; or null for none.
-        captions: "txt" for the `.txt` member, or "json.FIELD" for a string or list of strings in the `.json`; of
-            several captions one is drawn at each step.
+        text: architecture of the text encoder; the command line takes it from the task.
+        val: share of the pairs to hold out, by image content; or shards of held-out pairs; or null for none.
+        captions: "txt" for the `.txt` member, or "json.FIELD" for a string or list of strings in the `.json`; one of
+            several captions is drawn at each step.
         select: keys or an expression over `.json` fields; see `ShardIndex.select`.
-        tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; absent, that of the checkpoint which the task
-            takes its text tower from, or else one of `text.vocab_size` entries is trained on the training captions and
-            kept in the run directory.
-        batch_size: over all ranks together.
-        micro_batch_size: the most pairs that a rank embeds at a time; a batch of more is computed in pieces, of which
-            only the embeddings are kept, and each piece is embedded once more for the gradient.
-        window: shards shuffled together.
+        tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one of them; absent, that of the checkpoint from which
+            the task takes its text tower; without one, a tokenizer of `text.vocab_size` entries is trained on the
+            training captions and written to the run directory.
+        batch_size: pairs in a batch, over all ranks.
+        micro_batch_size: maximum number of pairs that a rank embeds at a time; a larger batch is split into
+            micro-batches, whose embeddings alone are kept and which are embedded again for the gradient.
+        window: number of shards that are shuffled together.
         augment: class of a transform of uint8 (3, H, W) tensors whose first argument is the output size; null for the
             evaluation transform.
-        features: folder of `dualenc embed --features`, whose rows `fit` takes in place of images, for a locked image
-            tower; absent, images are decoded.
-        mask: share of the tokens to hide in training, for `model.mlm_weight`; the command line takes it from the task.
-        workers: processes a rank that decode.
-        timeout: seconds that the next batch may take with workers; then the run ends and names what they are at.
-        bad_samples: share of the samples that may be bad, 10 at least; they are replaced and named in
-            `bad_samples.jsonl`. More end the run.
-        cache_gb: room on the local disk for shards that lie elsewhere.
-        seed: of order, augmentation and choice of captions; the command line gives it `seed_everything`.
+        features: folder of `dualenc embed --features`, whose rows replace images in `fit`, for a locked image tower;
+            absent, images are decoded.
+        mask: share of the tokens to mask in training, for `model.mlm_weight`; the command line takes it from the task.
+        workers: number of worker processes of each rank.
+        timeout: seconds to wait for the next batch of the workers; after that the run ends and names the samples that
+            the workers are processing.
+        bad_samples: share of the samples that may be bad, at least 10 samples; they are replaced and listed in
+            `bad_samples.jsonl`. More bad samples end the run.
+        cache_gb: gigabytes of local disk for shards from remote storage.
+        seed: seed of order, augmentation and choice of captions; the command line sets it to `seed_everything`.
     """
 
     def __init__(
@@ -209,35 +226,38 @@ class PairData(TokenData):
         self.val_index: ShardIndex | None = None
 
     def prepare_data(self) -> None:
-        """Indexes the shards and trains the tokenizer, on one process of each machine.
+        """Index the shards and train the tokenizer, in one process of each machine.
 
-        No tokenizer is trained where the folder holds a run that has one.
+        No tokenizer is trained if the folder holds a run, which has one.
         """
         self._build_indexes()
         self._train_tokenizer("captions")
 
     def all_texts(self) -> Iterable[str]:
-        """The captions of the training pairs."""
+        """Return the captions of the training pairs."""
         assert self.train_index is not None
         return all_captions(self.train_index, self.captions)
 
     def setup(self, stage: str) -> None:
-        """Finds the shards, splits them, reads the tokenizer.
+        """Index the shards, split off the held-out pairs, and read the tokenizer.
 
         Raises:
-            DataError: shards, captions or tokenizer are missing or do not fit.
+            DataError: If shards, captions or tokenizer are missing or do not fit.
         """
         self._build_indexes()
         assert self.train_index is not None
-        prints = [self.train_index.fingerprint, self.val_index.fingerprint if self.val_index else ""]
-        self._check_ranks(prints, "shards")
+        fingerprints = [self.train_index.fingerprint, self.val_index.fingerprint if self.val_index else ""]
+        self._check_ranks(fingerprints, "shards")
         self.tokenizer = self._read_tokenizer()
-        held = len(self.val_index) if self.val_index else 0
-        if not held and stage == "fit":
-            self.trainer.limit_val_batches = 0  # no validation at all, rather than one without data
-        elif not held:
+        held_out = len(self.val_index) if self.val_index else 0
+        if not held_out and stage == "fit":
+            self.trainer.limit_val_batches = 0  # skips validation, which would have no data
+        elif not held_out:
             raise DataError(f"data.val is null: there is nothing to {stage_name(stage)}")
-        say(f"{len(self.train_index):,} pairs to train on, {held:,} held out; shards: {len(self.train_index.shards):,}")
+        rank_zero_print(
+            f"{len(self.train_index):,} pairs to train on, {held_out:,} held out; "
+            f"shards: {len(self.train_index.shards):,}"
+        )
 
     def _build_indexes(self) -> None:
         if self.train_index is not None:
@@ -252,7 +272,7 @@ class PairData(TokenData):
             train, self.val_index = train.split(self.val_shards)
         elif self.val_shards is not None:
             self.val_index, _ = self._index([self.val_shards])
-        # Measured is the model itself, which may be of another checkpoint than the features are for.
+        # Validation outside of `fit` decodes images: its checkpoint may have another image tower than the features.
         if self.features_path is not None and self.trainer.state.fn == "fit":
             self.features = Features(self.features_path)
             self.features.check([*train.parts, *(self.val_index.parts if self.val_index else [])])
@@ -263,16 +283,16 @@ class PairData(TokenData):
         self.bad_sample_log = BadSampleLog(total, path, self.bad_samples)
 
     def _index(self, shards: list[Any], hashes: tuple[str, ...] = ()) -> tuple[ShardIndex, list[int]]:
-        """One index of the pairs in several lists of shards, and the number of shards in each."""
-        parts = [ShardIndex.build(some, hashes=hashes, workers=self.workers, cache=self.cache) for some in shards]
+        """Return one index of the pairs in several lists of shards, and the number of shards in each list."""
+        parts = [ShardIndex.build(urls, hashes=hashes, workers=self.workers, cache=self.cache) for urls in shards]
         index = ShardIndex.join(parts)
-        if twice := distinct([part.url for part in index.parts])[1]:
-            raise DataError(f"{twice[0]} stands in two sources: add their weights instead")
+        if repeated := distinct([part.url for part in index.parts])[1]:
+            raise DataError(f"{repeated[0]} is in two sources: name it in one, with the sum of their weights")
         if not len(index):
             raise DataError(f"{index.shards[0]}: no samples in {len(index.shards)} shards")
         index, left_out = only_pairs(index, self.captions)
         if left_out:
-            say(
+            rank_zero_print(
                 f"{len(left_out):,} samples have no image or no caption and are left out, such as "
                 f"{', '.join(map(repr, left_out[:3]))}"
             )
@@ -280,21 +300,21 @@ class PairData(TokenData):
         return index, [len(part.parts) for part in parts]
 
     def train_dataloader(self) -> Loader:
-        """This rank's part of each training batch."""
+        """Return the loader of this rank's part of the training batches."""
         return self._loader(self.train_index, train=True)
 
     def val_dataloader(self) -> Loader:
-        """This rank's part of the held-out pairs."""
+        """Return the loader of this rank's part of the held-out pairs."""
         return self._loader(self.val_index, train=False)
 
     def test_dataloader(self) -> Loader:
-        """The held-out pairs."""
+        """Return the loader of the held-out pairs."""
         return self.val_dataloader()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Without waiting for the copies; what only names the samples stays on the host."""
+        """Copy a batch to the device without waiting for the copies. The names of the samples stay on the host."""
         if isinstance(batch, list):
-            return [self.transfer_batch_to_device(piece, device, dataloader_idx) for piece in batch]
+            return [self.transfer_batch_to_device(micro_batch, device, dataloader_idx) for micro_batch in batch]
         images, tokens, ids = (x.to(device, non_blocking=True) for x in (batch.images, batch.tokens, batch.ids))
         masked = batch.masked and batch.masked.to(device, non_blocking=True)
         return batch._replace(images=images, tokens=tokens, ids=ids, masked=masked)
@@ -303,10 +323,10 @@ class PairData(TokenData):
         assert index is not None
         assert self.tokenizer is not None
         micro, size, world = self.micro_batch_size, self.batch_size, self.trainer.world_size
-        if not train and micro:  # nothing there depends on the batch
+        if not train and micro:  # embeddings of held-out pairs do not depend on the batch
             micro, size = None, min(size, micro * world)
         transform = self.augment if train else self.preprocess
-        return self._load(
+        return self._make_loader(
             PairDataset(
                 index,
                 self.captions,

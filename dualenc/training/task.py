@@ -1,4 +1,4 @@
-"""What the tasks share: optimizer and schedule, dropout that needs no saving, non-finite steps, the log."""
+"""The base class of the tasks: optimizer and schedule, reproducible dropout, skipped steps, and the log."""
 
 import json
 import math
@@ -28,50 +28,51 @@ from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines
 
 SKIPPED_STEPS = "skipped_steps.jsonl"
-SPIKE = 5.0  # times the median of the last gradient norms
-ENOUGH = NORMS // 5  # norms before which a spike cannot be told
+SPIKE = 5.0  # ratio of a gradient norm to the median of the last ones from which it is a spike
+MIN_NORMS = NORMS // 5  # norms needed before a spike can be detected
 
 
 @rank_zero_only
-def say(line: str) -> None:
-    """Tells the user, once for all ranks."""
+def rank_zero_print(line: str) -> None:
+    """Print a line on standard error, on rank 0 only."""
     print(line, file=sys.stderr, flush=True)
 
 
 class RunError(DataError):
-    """A run that cannot go on."""
+    """Error that ends a run, such as too many skipped steps."""
 
 
 class _Step(NamedTuple):
-    """A step whose gradient norm the host has not looked at."""
+    """A step whose gradient norm the host has yet to check."""
 
     number: int
-    norm: Tensor  # on the host, once the device has come that far
-    arrived: Any
+    norm: Tensor  # on the host; valid once `copied` has been reached
+    copied: Any  # CUDA event after the copy of the norm; None on a CPU
     loss: Tensor
     rows: Sequence[int]
     embedded: Sequence[Tensor]
 
 
 class Task(LightningModule):
-    """Trains `model` with any optimizer and schedule; knows how to go on exactly where it was stopped.
+    """Base class of the tasks: trains `model` with any optimizer and schedule, and resumes exactly.
 
-    A step whose loss or gradient is not finite on any rank changes nothing on any: the gradient of such a loss is made
-    not finite, and the sum over the ranks carries that to all. The step counts, the schedule goes on; the samples are
-    written to `skipped_steps.jsonl`, as are those of a gradient norm above `SPIKE` times the median of the last
-    `NORMS`.
+    A step whose loss or gradient is non-finite on any rank is skipped on all ranks: a non-finite loss makes its
+    gradient non-finite, and the sum over the ranks carries that to all of them. A skipped step counts as a step, and
+    the schedule advances. The samples of skipped steps are written to `skipped_steps.jsonl`, and so are those of
+    spikes: steps whose gradient norm exceeds `SPIKE` times the median of the last `NORMS`.
 
     Args:
-        model: what is trained.
-        optimizer: from parameter groups, see `parameter_groups`; its learning rate is times their factors.
-        scheduler: from the optimizer and the number of steps; a class.
-        seed: of dropout.
-        max_skipped: steps in a row that are not finite and end the run.
+        model: model to train.
+        optimizer: function from parameter groups to an optimizer, see `parameter_groups`; each group's learning rate
+            is multiplied by its factor.
+        scheduler: function from the optimizer and the number of steps to a schedule.
+        seed: seed of dropout.
+        max_skipped: number of consecutive skipped steps that ends the run.
     """
 
-    trainer: Any  # Lightning declares less than its Trainer has
-    noun = "samples"  # what the data consist of
-    pretrained: Any = False  # where a new run has weights from
+    trainer: Any  # Lightning declares fewer attributes than its Trainer has
+    noun = "samples"  # name of the samples in reports, such as "pairs"
+    pretrained: Any = False  # source of the weights of a new run
 
     def __init__(
         self,
@@ -83,21 +84,21 @@ class Task(LightningModule):
     ) -> None:
         super().__init__()
         if max_skipped < 1:
-            raise ValueError(f"model.max_skipped {max_skipped} must be 1 at least")
+            raise ValueError(f"model.max_skipped {max_skipped} must be at least 1")
         self.model: Any = model
         self.optimizer, self.scheduler = optimizer, scheduler
         self.seed, self.max_skipped = seed, max_skipped
-        self.tunings: dict[str, Tuning] = {}  # of parts of the model, by their names
-        self.watchdog: Watchdog | None = None  # where there are several ranks
-        self.skip: Tensor | None = None  # whether the last step was skipped, on the device
+        self.tunings: dict[str, Tuning] = {}  # settings of parts of the model, by their names
+        self.watchdog: Watchdog | None = None  # set if there are several ranks
+        self.skip: Tensor | None = None  # (), bool, on the device: whether the last step was skipped
         self.run_state = RunState()
-        self._now: tuple[Tensor, Sequence[int], Sequence[Tensor]] | None = None  # loss, rows, embeddings of this step
+        self._batch: tuple[Tensor, Sequence[int], Sequence[Tensor]] | None = None  # loss, rows, embeddings of this step
         self._pending: list[_Step] = []
         self._grad_norm: Tensor | None = None
-        self._started: float | None = None  # when the clock was; None while it stands
+        self._clock_start: float | None = None  # None while the clock is paused
 
     def setup(self, stage: str) -> None:
-        """Refuses what would be another computation than it seems."""
+        """Refuse gradient accumulation, which would compute another loss than its name says."""
         if stage == "fit" and self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 "trainer.accumulate_grad_batches must be 1: the loss compares the pairs of one batch, so summing "
@@ -106,10 +107,10 @@ class Task(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over `parameter_groups`, its schedule stepped every batch.
+        """Return the optimizer over `parameter_groups`, and its schedule, which advances every step.
 
         Raises:
-            ValueError: the run has no end that a schedule could aim at.
+            ValueError: If the run has no end, from which the schedule takes its number of steps.
         """
         optimizer = self.optimizer(parameter_groups(self, {f"model.{name}": x for name, x in self.tunings.items()}))
         for group in optimizer.param_groups:
@@ -120,60 +121,67 @@ class Task(LightningModule):
         scheduler = self.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # The clock of samples/s: validation is no training.
+    # The clock of samples/s, which counts training time only.
 
     def start_clock(self) -> None:
-        """From here on, time counts for samples/s."""
-        self._started = time.monotonic()
+        """Start to count time for samples/s."""
+        self._clock_start = time.monotonic()
         if self.watchdog is not None:
-            self.watchdog.at(self.global_step, "loads")
+            self.watchdog.report(self.global_step, "loading")
 
-    def pause_clock(self, doing: str = "evaluates") -> None:
-        """Until `start_clock`, time does not count."""
-        if self._started is not None:
-            self.run_state.seconds += time.monotonic() - self._started
-            self._started = None
+    def pause_clock(self, phase: str = "evaluating") -> None:
+        """Stop to count time until `start_clock`.
+
+        Args:
+            phase: what the rank does in the meantime, for the watchdog.
+        """
+        if self._clock_start is not None:
+            self.run_state.seconds += time.monotonic() - self._clock_start
+            self._clock_start = None
         if self.watchdog is not None:
-            self.watchdog.at(self.global_step, doing)
+            self.watchdog.report(self.global_step, phase)
 
     def on_train_start(self) -> None:
-        """Starts the clock of samples/s."""
+        """Restore the state of the data loaders, and start the clock of samples/s."""
         restore_loader_states(self.trainer)
         self.start_clock()
 
     def on_validation_start(self) -> None:
-        """See `pause_clock`."""
+        """Pause the clock of samples/s."""
         self.pause_clock()
 
     def on_validation_end(self) -> None:
-        """See `start_clock`."""
+        """Start the clock of samples/s again."""
         self.start_clock()
 
     # A step
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout depends on (seed, step, rank) alone, so that nothing of a generator needs saving."""
+        """Set the seed of dropout from (seed, step, rank), so that checkpoints need no generator state."""
         if self.watchdog is not None:
-            self.watchdog.at(self.global_step, "trains")
+            self.watchdog.report(self.global_step, "training")
         torch.manual_seed(draw(self.seed, self.global_step, self.global_rank))
 
-    def count(
+    def record_batch(
         self, loss: Tensor, rows: Sequence[int], counts: Sequence[int], embedded: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Takes note of a step; returns the loss to go backward from.
+        """Record a batch for the log and for the check of its step, and return the loss to backpropagate.
 
         Args:
-            loss: 0-d.
-            rows: B numbers of the samples in the index.
-            counts: samples, real tokens, tokens if padded, bad samples: summed up for the log.
-            embedded: (B, E) each; samples whose embeddings are not finite are named first.
+            loss: (), loss of the batch.
+            rows: B rows of the samples in the index.
+            counts: numbers of samples, real tokens, tokens if padded, and bad samples, which are summed for the log.
+            embedded: embeddings, (B, E) each; if the step is skipped, samples with non-finite ones are named first.
+
+        Returns:
+            The loss, (); a non-finite loss is replaced by one whose gradient is non-finite too.
         """
-        self._now = loss.detach(), rows, [part.detach() for part in embedded]
+        self._batch = loss.detach(), rows, [part.detach() for part in embedded]
         for i, number in enumerate(counts):
             self.run_state.counts[i] += number
         self.run_state.steps += 1
         finite = loss.detach().isfinite()
-        return loss * torch.where(finite, 1.0, torch.nan)  # a gradient may be finite where its loss is not
+        return loss * torch.where(finite, 1.0, torch.nan)  # a non-finite loss may have a finite gradient
 
     def configure_gradient_clipping(
         self,
@@ -181,7 +189,7 @@ class Task(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measures the gradient norm, clips by `trainer.gradient_clip_val`, skips what is not finite."""
+        """Compute the gradient norm, clip by `trainer.gradient_clip_val`, and skip a non-finite step."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         clips = bool(gradient_clip_val) and gradient_clip_algorithm in (None, "norm") and scaler is None
@@ -194,66 +202,71 @@ class Task(LightningModule):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            norm = norm / scaler._scale  # a fused optimizer undoes it itself
-        assert self._now is not None
-        loss, rows, embedded = self._now
+            norm = norm / scaler._scale  # a fused optimizer unscales the gradients itself, in its step
+        assert self._batch is not None
+        loss, rows, embedded = self._batch
         norm = norm.detach()
-        when = ~norm.isfinite()
-        self._grad_norm, self.skip = norm, when
-        self.run_state.loss = self.run_state.loss + torch.where(when, torch.zeros_like(loss), loss)
-        arrived = None
-        if scaler is None:  # which otherwise looks itself
-            skip(optimizer, when)
+        self._grad_norm, self.skip = norm, ~norm.isfinite()
+        self.run_state.loss = self.run_state.loss + torch.where(self.skip, torch.zeros_like(loss), loss)
+        copied = None
+        if scaler is None:  # a gradient scaler skips non-finite steps itself
+            skip_step(optimizer, self.skip)
         on_host = norm.to("cpu", non_blocking=True)
         if norm.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._look()  # at the step before, while the device is at this one
-        self._pending.append(_Step(self.global_step + 1, on_host, arrived, loss, rows, embedded))
-        if arrived is None:
-            self._look()
+            copied = torch.cuda.Event()
+            copied.record()
+        self._check_pending_steps()  # of the step before, while the device computes this one
+        self._pending.append(_Step(self.global_step + 1, on_host, copied, loss, rows, embedded))
+        if copied is None:
+            self._check_pending_steps()
 
-    def _look(self) -> None:
-        """What the gradient norms that have arrived say; equal on all ranks."""
+    def _check_pending_steps(self) -> None:
+        """Check the gradient norms of steps that are pending, and log non-finite ones and spikes.
+
+        The norms are equal on all ranks, so all ranks come to the same result.
+
+        Raises:
+            RunError: If too many consecutive steps are non-finite.
+        """
         pending, self._pending = self._pending, []
         for step in pending:
-            if step.arrived is not None:
-                step.arrived.synchronize()
+            if step.copied is not None:
+                step.copied.synchronize()
             norm = step.norm.item()
             if not math.isfinite(norm):
                 self.run_state.skipped += 1
                 self.run_state.in_a_row += 1
-                named = self._write_down(step, "skipped", norm)
+                samples = self._log_samples(step, "skipped", norm)
                 if self.run_state.in_a_row >= self.max_skipped:
                     raise RunError(
-                        f"loss or gradient were not finite in {self.run_state.in_a_row} steps in a row, up to step "
-                        f"{step.number}; its samples are {named}, all are in {self._skipped_path}: lower the learning "
-                        "rate, or set trainer.precision to bf16-mixed or 32-true"
+                        f"loss or gradient was not finite in {self.run_state.in_a_row} consecutive steps, up to step "
+                        f"{step.number} with the samples {samples}; {self._skipped_path} lists all samples: lower the "
+                        "learning rate, or set trainer.precision to bf16-mixed or 32-true"
                     )
                 continue
             self.run_state.in_a_row = 0
-            if len(self.run_state.norms) >= ENOUGH and norm > SPIKE * statistics.median(self.run_state.norms):
+            if len(self.run_state.norms) >= MIN_NORMS and norm > SPIKE * statistics.median(self.run_state.norms):
                 self.run_state.spikes += 1
-                self._write_down(step, "spike", norm)
+                self._log_samples(step, "spike", norm)
             self.run_state.norms.append(norm)
 
     @property
     def _skipped_path(self) -> Path:
         return Path(self.trainer.default_root_dir) / SKIPPED_STEPS
 
-    def _write_down(self, step: _Step, what: str, norm: float) -> str:
-        """A line for this rank's samples of a step; some of them in words."""
+    def _log_samples(self, step: _Step, what: str, norm: float) -> str:
+        """Append this rank's samples of a step to `skipped_steps.jsonl`, and return the names of up to five samples."""
         index = self.trainer.datamodule.train_index
         broken = torch.zeros(len(step.rows), dtype=torch.bool)
         for part in step.embedded:
             broken |= ~part.float().isfinite().all(-1).cpu()
         shards: dict[str, list[str]] = {}
-        first: list[str] = []
-        for row, alone in zip(step.rows, broken.tolist(), strict=True):
+        non_finite: list[str] = []
+        for row, is_broken in zip(step.rows, broken.tolist(), strict=True):
             sample = index[row]
             shards.setdefault(sample.shard, []).append(sample.key)
-            if alone:
-                first.append(f"{sample.shard} {sample.key!r}")
+            if is_broken:
+                non_finite.append(f"{sample.shard} {sample.key!r}")
         line = {
             "step": step.number,
             "what": what,
@@ -261,38 +274,39 @@ class Task(LightningModule):
             "loss": _for_json(step.loss.item()),
             "grad_norm": _for_json(norm),
             "median": statistics.median(self.run_state.norms) if self.run_state.norms else None,
-            "not_finite": first,
+            "not_finite": non_finite,
             "samples": shards,
         }
         try:
             append_lines(self._skipped_path, [json.dumps(line)])
         except OSError as error:
-            say(f"{self._skipped_path} cannot be written: {error.strerror}")
-        named = first or [f"{shard} {key!r}" for shard, keys in shards.items() for key in keys]
-        return f"{', '.join(named[:5])}{f' and {len(named) - 5} more' if len(named) > 5 else ''}"
+            rank_zero_print(f"{self._skipped_path} cannot be written: {error.strerror}")
+        names = non_finite or [f"{shard} {key!r}" for shard, keys in shards.items() for key in keys]
+        return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """A step; then, every `trainer.log_every_n_steps`, what has summed up.
+        """Take a step, and log every `trainer.log_every_n_steps` steps.
 
-        Here and not at the batch's end, so that a checkpoint of any callback holds the state after both.
+        The log is written here and not at the end of the batch, so that a checkpoint which any callback saves there
+        holds the state after the log.
         """
         super().optimizer_step(*args, **kwargs)
-        self.stepped()
-        step = self.global_step + 1  # the trainer counts it when this returns
+        self.after_optimizer_step()
+        step = self.global_step + 1  # the trainer counts the step when this method returns
         every = self.trainer.log_every_n_steps  # 0 for never
         if not every or step % every:
             return
-        self._look()
-        samples, real, padded, bad = self._all_counts()
-        self.pause_clock("trains")
+        self._check_pending_steps()
+        samples, real, padded, bad = self._counts_of_all_ranks()
+        self.pause_clock("training")
         seconds, self.run_state.seconds = self.run_state.seconds, 0.0
         self.start_clock()
-        good = self.run_state.steps - self.run_state.skipped
+        taken = self.run_state.steps - self.run_state.skipped
         assert self._grad_norm is not None
         metrics = {
-            "train/loss": float(self.run_state.loss) / good if good else math.nan,
-            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],  # of what has factor 1
-            **self.more_metrics(),
+            "train/loss": float(self.run_state.loss) / taken if taken else math.nan,
+            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],  # of the group with factor 1
+            **self.extra_metrics(),
             "train/grad_norm": self._grad_norm.item(),
             "train/grad_spikes": self.run_state.spikes,
             "train/skipped_steps": self.run_state.skipped,
@@ -300,25 +314,30 @@ class Task(LightningModule):
             "train/padding_avoided": 1 - real / padded,
             "train/bad_samples": bad,
         }
-        self.run_state.logged()
+        self.run_state.reset_sums()
         self.publish(metrics, step, bar=("train/loss", "train/samples_per_second"))
 
-    def stepped(self) -> None:
-        """After the optimizer's step; for those who derive from this."""
+    def after_optimizer_step(self) -> None:
+        """Run after each step of the optimizer; subclasses override this."""
 
-    def more_metrics(self) -> dict[str, float]:
-        """For the log; for those who derive from this."""
+    def extra_metrics(self) -> dict[str, float]:
+        """Return more metrics for the log of a step; subclasses override this."""
         return {}
 
-    def _all_counts(self) -> list[int]:
-        """What has summed up on all ranks together."""
+    def _counts_of_all_ranks(self) -> list[int]:
+        """Return the counts since the last log, summed over the ranks."""
         counts = torch.tensor(self.run_state.counts, device=self.device)
         return self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
 
     def publish(self, metrics: dict[str, float], step: int | None = None, bar: Iterable[str] = ()) -> None:
-        """Gives numbers to the loggers (at the current step, or the one named), to callbacks, and some to the bar.
+        """Send metrics to the loggers, the callbacks and the progress bar.
 
-        Not through the trainer's own logging, which takes up to a millisecond a step whether it writes or not.
+        This does not use the trainer's own logging, which takes up to a millisecond a step whether it writes or not.
+
+        Args:
+            metrics: values by name.
+            step: step of the values; absent, the current one.
+            bar: names of the metrics that the progress bar shows.
         """
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.global_step if step is None else step)
@@ -328,42 +347,42 @@ class Task(LightningModule):
                 short = name.removeprefix("train/").replace("samples_per_second", "samples/s")
                 self.trainer.progress_bar_metrics[short] = value
 
-    # What a run directory asks for
+    # Hooks of `RunDirectory`
 
     def save_model(self, path: Path, weights: Mapping[str, Tensor]) -> None:
-        """Writes a model directory.
+        """Write a model directory.
 
         Args:
-            path: its name.
-            weights: of `model`, whole.
+            path: path of the directory.
+            weights: unsharded weights of `model`.
 
         Raises:
-            ModelError: it cannot be written.
+            ModelError: If the directory cannot be written.
         """
         raise NotImplementedError
 
     def about(self) -> dict[str, str]:
-        """The model in words, for the report."""
+        """Return facts about the model for the report, by title."""
         return {}
 
     def sections(self) -> list[Section]:
-        """What the last validation found, for the report."""
+        """Return the results of the last validation for the report."""
         return []
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What has summed up is part of a checkpoint, so that a resumed run logs the same."""
-        self._look()
-        self.run_state.write(checkpoint, self._all_counts())
+        """Add the sums since the last log to a checkpoint, so that a resumed run logs the same values."""
+        self._check_pending_steps()
+        self.run_state.save_to(checkpoint, self._counts_of_all_ranks())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `on_save_checkpoint`."""
-        self.run_state.read(checkpoint, self.trainer.is_global_zero)
+        """Restore what `on_save_checkpoint` has added."""
+        self.run_state.load_from(checkpoint, self.trainer.is_global_zero)
 
 
-def tower_in_words(config: TextConfig) -> str:
-    """A text encoder's size."""
+def describe_text_encoder(config: TextConfig) -> str:
+    """Describe the size of a text encoder, for logs and reports."""
     family = f"{config.family}, " if config.family else ""
     return (
         f"{family}{config.layers} layers of width {config.width}, {config.vocab_size:,} entries, up to "
@@ -375,14 +394,16 @@ def _for_json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def skip(optimizer: Optimizer, when: Tensor) -> None:
-    """Lets the next step of an optimizer change nothing, neither parameters nor state, where `when` (0-d) is true.
+def skip_step(optimizer: Optimizer, when: Tensor) -> None:
+    """Let the next step of an optimizer change neither parameters nor state if `when` is true.
 
-    On a GPU fused optimizers look themselves; for others the host has to wait for the answer.
+    Args:
+        optimizer: optimizer; a fused one on a GPU reads `when` on the device, for others the host waits for it.
+        when: (), bool.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False) and when.is_cuda:
         optimizer.grad_scale, optimizer.found_inf = None, when.float()  # type: ignore[attr-defined]
     elif when:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.grad = None  # it takes those without a gradient for not there
+                parameter.grad = None  # optimizers ignore parameters without a gradient

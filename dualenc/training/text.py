@@ -37,8 +37,8 @@ from dualenc.report import Section
 from dualenc.tokens import Tokens
 from dualenc.training.contrastive import BASE, PLAIN, adamw
 from dualenc.training.optim import Tuning, WarmupCosine
-from dualenc.training.ranks import gathered, mean_over_ranks
-from dualenc.training.task import Task, say, tower_in_words
+from dualenc.training.ranks import all_gather_object, mean_over_ranks
+from dualenc.training.task import Task, describe_text_encoder, rank_zero_print
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines
 from dualenc.utils.text import millions
@@ -103,7 +103,9 @@ class LanguageTask(Task):
         own = list(self.model.parameters())
         trained = millions(sum(p.numel() for p in own if p.requires_grad))
         part = "" if all(p.requires_grad for p in own) else f" ({trained} trained)"
-        say(f"{millions(sum(p.numel() for p in own))} parameters{part}: {tower_in_words(self.text_config)}")
+        rank_zero_print(
+            f"{millions(sum(p.numel() for p in own))} parameters{part}: {describe_text_encoder(self.text_config)}"
+        )
         super().on_train_start()
 
     def on_train_batch_start(self, batch: Texts, batch_idx: int) -> None:
@@ -117,9 +119,9 @@ class LanguageTask(Task):
         self._losses = {name: loss.detach() for name, loss in losses.items()}
         loss = torch.stack([weights[name] * part for name, part in losses.items()]).sum()
         counts = len(batch.rows), len(batch.tokens.ids), texts * self.text_config.context_length, len(batch.bad)
-        return self.count(loss, self._rows, counts)
+        return self.record_batch(loss, self._rows, counts)
 
-    def more_metrics(self) -> dict[str, float]:
+    def extra_metrics(self) -> dict[str, float]:
         """The losses of the last step, where there are several."""
         several = self._losses if len(self._losses) > 1 else {}
         return {f"train/{name}/loss": float(loss) for name, loss in several.items()}
@@ -164,7 +166,7 @@ class LanguageTask(Task):
 
     def on_validation_epoch_end(self) -> None:
         """Metrics of all held-out texts of all ranks, `STAGE/HEAD/METRIC`."""
-        everywhere = gathered(self._found, self.trainer.world_size)
+        everywhere = all_gather_object(self._found, self.trainer.world_size)
         stage = "test" if self.trainer.testing else "val"
         metrics: dict[str, float] | str = {}
         if self.trainer.is_global_zero:
@@ -201,7 +203,7 @@ class LanguageTask(Task):
 
     def about(self) -> dict[str, str]:
         """See `Task.about`."""
-        return {"text tower": tower_in_words(self.text_config)}
+        return {"text tower": describe_text_encoder(self.text_config)}
 
     def sections(self) -> list[Section]:
         """See `Task.sections`."""
@@ -281,7 +283,7 @@ class TextTask(LanguageTask):
             random = [name for name in self.heads if not any(name == one.split()[-1] for one in taken)]
             random = [name for name in random if self.heads[name].kind != "embedding"]
             new = f"; random at first: head {', '.join(random)}" if random else ""
-            say(f"weights of {self.text_checkpoint.spec}: {', '.join(['the encoder', *taken])}{new}")
+            rank_zero_print(f"weights of {self.text_checkpoint.spec}: {', '.join(['the encoder', *taken])}{new}")
 
     def step(self, batch: Texts) -> tuple[dict[str, Tensor], dict[str, float], int]:
         """See `LanguageTask.step`."""
@@ -435,7 +437,9 @@ class TextTask(LanguageTask):
         """Says where they are."""
         bad = self.trainer.datamodule.bad_sample_log
         named = f"; {len(bad):,} lines could not be read: {causes(bad.known)}" if len(bad) else ""
-        say(f"{self._written:,} predictions are in {Path(self.trainer.default_root_dir) / PREDICTIONS}{named}")
+        rank_zero_print(
+            f"{self._written:,} predictions are in {Path(self.trainer.default_root_dir) / PREDICTIONS}{named}"
+        )
 
     def save_model(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         """See `Task.save_model`."""

@@ -16,7 +16,7 @@ from dualenc.data.text.masking import Masking
 from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig
 from dualenc.training.pair_data import Source, TokenData, stage_name
-from dualenc.training.task import say
+from dualenc.training.task import rank_zero_print
 from dualenc.utils.errors import DataError
 
 Split = Literal["train", "val", "test", "predict"]
@@ -217,7 +217,7 @@ class TextData(TokenData):
         for one, index in indexes.items():
             heads = ", ".join(f"{len(own):,} for {head}" for head, own in self._cut[one].items())
             counts.append(f"{len(index):,} {said[one]} ({heads})")
-        say(f"samples: {'; '.join(counts)}")
+        rank_zero_print(f"samples: {'; '.join(counts)}")
 
     def _read(self, part: Split) -> None:
         """Finds the lines of a part, once."""
@@ -299,7 +299,7 @@ class TextData(TokenData):
         # A generator's guesses stand in all of the places: ELECTRA has 85% hidden from it, and no other words.
         shares = (0.85, 0.0) if any(use.kind == "rtd" for _, use in uses) else (0.8, 0.1)
         masking = Masking(self.tokenizer, self.mask, *shares) if hides else None
-        return self._load(
+        return self._make_loader(
             TextDataset(index, uses, self.tokenizer, self.seed if train else None, masking, self.whole_words),
             self.batch_size,
             train,

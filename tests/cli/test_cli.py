@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it writes, and one line for each mistake."""
+"""The command line as users see it: the files it writes, and one line for each mistake."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def shards(tmp_path: Path, seed: int) -> Path:
     return tmp_path
 
 
-def test_evaluation_writes_results(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluating_commands_write_results(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_embedder(seed).save(tmp_path / "model")
     kinds = {"zeroshot": "classification", "retrieval": "retrieval"}
     for command, kind in kinds.items():
@@ -50,7 +50,7 @@ def test_secrets_stay_out_of_the_report(
         assert b"SECRET" not in path.read_bytes(), path
 
 
-def test_report_escapes(tmp_path: Path, seed: int) -> None:
+def test_report_escapes_html(tmp_path: Path, seed: int) -> None:
     tiny_embedder(seed).save(tmp_path / "model")
     data = write_benchmark(tmp_path / "<script>alert(1)<", seed)
     main(["zeroshot", str(tmp_path / "model"), str(data), "--out", str(tmp_path / "out"), "--workers", "0"])
@@ -72,14 +72,14 @@ def test_help_and_version() -> None:
         assert "dualenc" in done.stdout
 
 
-def test_unknown_command_and_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_commands_and_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'train'" in fails(capsys, ["train"])
     assert "--nope" in fails(capsys, ["zeroshot", "model", "data", "--nope", "1"])
     assert "'nope'" in fails(capsys, ["configs", "nope"])
     assert "exists already" in fails(capsys, ["demo", str(tmp_path)])
 
 
-def test_wrong_yaml_key(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_keys_are_named(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = shards / "wrong.yaml"
     wrong.write_text(SMOKE.read_text().replace("context_length", "context_lenght"))
     arguments = fit(shards)
@@ -89,18 +89,20 @@ def test_wrong_yaml_key(shards: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "batchsize" in fails(capsys, fit(shards, "--data.batchsize", "3"))
 
 
-def test_unknown_timm_model(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_timm_models_are_named(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "vit_huge_patch99" in fails(capsys, fit(shards, "--model.image.name", "vit_huge_patch99"))
     assert "resnet18" in fails(capsys, fit(shards, "--model.image.name", "resnet18"))
 
 
-def test_shards_that_are_not_there(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_shards_and_pipes_are_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pattern = str(shards / "none-{00..03}.tar")
     assert "none-00.tar" in fails(capsys, fit(shards, "--data.train", pattern))
     assert "pipe:" in fails(capsys, fit(shards, "--data.train", "pipe:cat x.tar"))
 
 
-def test_shards_without_images_or_captions(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_without_images_or_captions_are_refused(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     import numpy as np
 
     picture = encode(pixels(np.random.default_rng(seed)))
@@ -112,17 +114,19 @@ def test_shards_without_images_or_captions(tmp_path: Path, seed: int, capsys: py
         assert f"{name}.tar" in line
 
 
-def test_batch_larger_than_the_data(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batch_larger_than_the_data_is_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, fit(shards, "--data.batch_size", "1000"))
     assert "1000" in line
     assert "larger than the data" in line
 
 
-def test_accumulation_is_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gradient_accumulation_is_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "accumulate_grad_batches" in fails(capsys, fit(shards, "--trainer.accumulate_grad_batches", "2"))
 
 
-def test_folder_not_in_the_layout(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_sets_of_another_layout_are_refused(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny_embedder(seed).save(tmp_path / "model")
     (tmp_path / "empty").mkdir()
     line = fails(capsys, ["zeroshot", str(tmp_path / "model"), str(tmp_path / "empty")])
@@ -131,20 +135,22 @@ def test_folder_not_in_the_layout(tmp_path: Path, seed: int, capsys: pytest.Capt
     assert "dualenc retrieval" in fails(capsys, ["zeroshot", str(tmp_path / "model"), str(data)])
 
 
-def test_model_directory_that_is_not_whole(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_model_directories_are_refused(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_benchmark(tmp_path / "set", seed)
     model = tmp_path / "model"
     tiny_embedder(seed).save(model)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "format": 2}))
-    assert "format 2" in fails(capsys, ["zeroshot", str(model), str(data)])
+    (model / "config.json").write_text(json.dumps({**config, "format": 99}))
+    assert "format 99" in fails(capsys, ["zeroshot", str(model), str(data)])
     (model / "model.safetensors").unlink()
     assert "model.safetensors" in fails(capsys, ["zeroshot", str(model), str(data)])
     assert "nowhere" in fails(capsys, ["zeroshot", "nowhere", str(data)])
 
 
-def test_broken_picture_is_failed_work(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Found while at work: status 1, with shard and key, from a worker process too."""
+def test_undecodable_image_is_failed_work(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The status is 1 and the message names shard and key, also from a worker process."""
     tiny_embedder(seed).save(tmp_path / "model")
     data = write_benchmark(tmp_path / "set", seed, counts=(3,))
     write_tar(data / "test" / "0.tar", [{"__key__": "bad", "jpg": b"no jpeg", "cls": b"0"}])
@@ -161,12 +167,12 @@ def test_broken_picture_is_failed_work(tmp_path: Path, seed: int, capsys: pytest
             path.rmdir() if path.is_dir() else path.unlink()
 
 
-def test_missing_checkpoint(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_checkpoints_are_named(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "https://example.org/x.ckpt" in fails(capsys, fit(shards, "--ckpt_path", "https://example.org/x.ckpt"))
     assert "gone.ckpt" in fails(capsys, fit(shards, "--ckpt_path", "gone.ckpt"))
 
 
-def test_wrong_use_of_options(shards: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_named(shards: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_embedder(seed).save(shards / "model")
     data = str(write_benchmark(shards / "set", seed))
     zeroshot = ["zeroshot", str(shards / "model"), data]
@@ -181,19 +187,19 @@ def test_wrong_use_of_options(shards: Path, seed: int, capsys: pytest.CaptureFix
     assert "wrong.ckpt" in fails(capsys, fit(shards, "--ckpt_path", str(shards / "wrong.ckpt")))
 
 
-def test_what_is_not_complete_is_failed_work_unless_allowed(
+def test_incomplete_results_are_failed_work_unless_allowed(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_embedder(seed).save(tmp_path / "model")
     data = write_benchmark(tmp_path / "set", seed, counts=(9, 4))
     zeroshot = ["zeroshot", str(tmp_path / "model"), str(data), "--workers", "0", "--out", str(tmp_path / "out")]
-    main(zeroshot)  # the control
+    main(zeroshot)  # control
     (data / "test" / "1.tar").unlink()
     line = fails(capsys, zeroshot, status=1)
     assert "set is not complete" in line
     assert "1.tar" in line
     assert "--allow-partial" in line
-    (result,) = json.loads((tmp_path / "out" / "zeroshot.json").read_text())  # the figures are there all the same
+    (result,) = json.loads((tmp_path / "out" / "zeroshot.json").read_text())  # the metrics are written nevertheless
     assert (result["n"], result["complete"], result["problems"][0]["count"]) == (9, False, 1)
     for option in ("--allow-partial", "--allow_partial"):
         main([*zeroshot, option])
@@ -237,8 +243,8 @@ def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.Capt
     assert "has no architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])
 
 
-def test_failed_work_ends_the_program_too(tmp_path: Path, seed: int) -> None:
-    """Whose workers still live then: Python waits for them."""
+def test_program_ends_after_failed_work(tmp_path: Path, seed: int) -> None:
+    """Workers that still run must not keep Python from exiting."""
     tiny_embedder(seed).save(tmp_path / "model")
     data = write_benchmark(tmp_path / "set", seed, counts=(3,))
     write_tar(data / "test" / "0.tar", [{"__key__": "bad", "jpg": b"no jpeg", "cls": b"0"}])

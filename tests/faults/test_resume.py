@@ -1,4 +1,4 @@
-"""Runs that are killed for real go on as if nothing had happened: every number equal to the bit."""
+"""Runs that are killed by a signal resume bit-equal to an uninterrupted run."""
 
 import json
 import os
@@ -18,42 +18,42 @@ from dualenc import load
 KILLED = -9
 
 
-class Unbroken(NamedTuple):
+class Uninterrupted(NamedTuple):
     folder: Path
-    fit: list[str]  # the options of all runs
+    fit: list[str]  # command-line options of all runs
     seed: int
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """A run of 27 steps that nothing happens to."""
+def uninterrupted(tmp_path_factory):
+    """Run 27 steps without an interruption."""
     seed = int(os.environ.get("DUALENC_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
     print(f"DUALENC_TEST_SEED={seed}")
-    folder = tmp_path_factory.mktemp("unbroken")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     fit = [*data(folder, seed), *everything(folder)]
     assert run(fit, folder) == [0], (folder / "log-0").read_text()
-    return Unbroken(folder, fit, seed)
+    return Uninterrupted(folder, fit, seed)
 
 
-def with_(unbroken, *more):
-    """The options, with more callbacks."""
-    return [*unbroken.fit, *everything(unbroken.folder, *more)]
+def with_callbacks(uninterrupted, *more):
+    """Return the options of the run with more callbacks."""
+    return [*uninterrupted.fit, *everything(uninterrupted.folder, *more)]
 
 
-def same(one, other):
-    """Log, weights, optimizer, average, schedule, progress."""
+def assert_same(one, other):
+    """Compare log, weights, optimizer, average, schedule and progress of two runs."""
     assert logged(one) == logged(other)
     assert end(one) == end(other)
 
 
-# Validation follows steps 4, 8, 13, 17, 22 and 26, the evaluation set 5, 10, ... and the epochs' ends 9, 18 and 27;
-# checkpoints are of the even steps and the epochs' ends.
+# Validation comes after the steps 4, 8, 13, 17, 22 and 26. The evaluation set comes after 5, 10, ... and the ends of
+# epochs, 9, 18 and 27. Checkpoints are saved at even steps and the ends of epochs.
 @pytest.mark.parametrize(
     ("step", "where"),
     [
-        (1, "step"),  # before there is a checkpoint
-        (5, "step"),  # after one that followed validation
-        (9, "batch"),  # after one at an epoch's end
+        (1, "step"),  # before the first checkpoint
+        (5, "step"),  # after a checkpoint that followed validation
+        (9, "batch"),  # after the checkpoint of an epoch's end
         (13, "validation"),
         (27, "step"),
         *(
@@ -62,10 +62,10 @@ def same(one, other):
         ),
     ],
 )
-def test_killed_and_continued(unbroken, tmp_path, step, where):
-    assert run(with_(unbroken, ("Kill", {"step": step, "where": where})), tmp_path) == [KILLED]
-    assert run([*unbroken.fit, "--ckpt_path", "auto"], tmp_path) == [0], (tmp_path / "log-0").read_text()
-    same(tmp_path, unbroken.folder)
+def test_killed_run_resumes_bit_equal(uninterrupted, tmp_path, step, where):
+    assert run(with_callbacks(uninterrupted, ("Kill", {"step": step, "where": where})), tmp_path) == [KILLED]
+    assert run([*uninterrupted.fit, "--ckpt_path", "auto"], tmp_path) == [0], (tmp_path / "log-0").read_text()
+    assert_same(tmp_path, uninterrupted.folder)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["restarts"] == 1
     assert record["samples_seen"] == 27 * 4
@@ -73,84 +73,84 @@ def test_killed_and_continued(unbroken, tmp_path, step, where):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_with_other_workers(unbroken, tmp_path):
-    """Also where a run is killed at the first step after it was continued."""
+def test_run_killed_several_times_with_other_workers(uninterrupted, tmp_path):
+    """The kills include one at the first step after a resume."""
     for step, workers in ((7, "2"), (9, "0"), (10, "1"), (16, "2"), (16, "0"), (20, "2")):
         again = ["--ckpt_path", "auto", "--data.workers", workers]
-        assert run([*with_(unbroken, ("Kill", {"step": step})), *again], tmp_path) == [KILLED]
-    assert run([*unbroken.fit, "--ckpt_path", "last", "--data.workers", "2"], tmp_path) == [0]
-    same(tmp_path, unbroken.folder)
+        assert run([*with_callbacks(uninterrupted, ("Kill", {"step": step})), *again], tmp_path) == [KILLED]
+    assert run([*uninterrupted.fit, "--ckpt_path", "last", "--data.workers", "2"], tmp_path) == [0]
+    assert_same(tmp_path, uninterrupted.folder)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [start["step"] for start in record["starts"]] == [0, 6, 8, 9, 14, 14, 18]
 
 
 @pytest.mark.slow
-def test_a_batch_in_pieces_killed_and_continued(unbroken, tmp_path):
-    """With dropout in each piece, hidden words, pairs that share a caption; other pieces are another run."""
+def test_killed_run_with_micro_batches(uninterrupted, tmp_path):
+    """Use dropout, masked tokens and duplicates; control: another micro-batch size is another run."""
     more = ["--data.batch_size", "8", "--data.micro_batch_size", "3", "--model.duplicates", "positive"]
     more += ["--model.mlm_weight", "0.3", "--trainer.max_epochs", "4", "--model.image_tuning.layer_decay", "0.7"]
-    fit = [*unbroken.fit, *more]
+    fit = [*uninterrupted.fit, *more]
     assert run(fit, tmp_path / "whole") == [0], (tmp_path / "whole" / "log-0").read_text()
     part = tmp_path / "part"
-    assert run([*with_(unbroken, ("Kill", {"step": 7})), *more], part) == [KILLED]
+    assert run([*with_callbacks(uninterrupted, ("Kill", {"step": 7})), *more], part) == [KILLED]
     assert run([*fit, "--ckpt_path", "auto", "--data.workers", "2"], part) == [0]
-    same(part, tmp_path / "whole")
+    assert_same(part, tmp_path / "whole")
     assert run([*fit, "--data.micro_batch_size", "4"], tmp_path / "other") == [0]
     assert logged(tmp_path / "other") != logged(part)
 
 
-def test_what_has_summed_up_for_the_log_goes_on(unbroken, tmp_path):
-    """A line for five steps, two of which were before the kill; a callback looks at figures measured before it."""
+def test_sums_between_two_logs_are_resumed(uninterrupted, tmp_path):
+    """Log every five steps, two of which are before the kill; a callback uses metrics from before the kill."""
     stop = {"monitor": "set/mrr", "patience": 9, "mode": "max", "check_on_train_epoch_end": True}
     sets = {
-        "data": [str(unbroken.folder / "set")],
+        "data": [str(uninterrupted.folder / "set")],
         "every_n_epochs": 0,
         "every_n_steps": 8,
-    }  # 8, 16, 24: none between 16 and the epoch's end at 18
+    }  # steps 8, 16 and 24: none between 16 and the end of the epoch at 18
     begin = [("dualenc.training.Evaluation", sets), ("lightning.pytorch.callbacks.EarlyStopping", stop)]
     options = ["--trainer.log_every_n_steps", "5"]
-    assert run([*unbroken.fit, *callbacks(*begin), *options], tmp_path / "whole") == [0]
+    assert run([*uninterrupted.fit, *callbacks(*begin), *options], tmp_path / "whole") == [0]
     part = tmp_path / "part"
-    assert run([*unbroken.fit, *callbacks(*begin, ("Kill", {"step": 17})), *options], part) == [KILLED]
-    assert run([*unbroken.fit, *callbacks(*begin), *options, "--ckpt_path", "auto"], part) == [0]
-    same(part, tmp_path / "whole")
+    assert run([*uninterrupted.fit, *callbacks(*begin, ("Kill", {"step": 17})), *options], part) == [KILLED]
+    assert run([*uninterrupted.fit, *callbacks(*begin), *options, "--ckpt_path", "auto"], part) == [0]
+    assert_same(part, tmp_path / "whole")
 
 
-def test_the_controls(unbroken, tmp_path):
-    """Another seed, or a step more, is another end: the comparison sees it."""
+def test_other_seed_and_fewer_steps_differ(uninterrupted, tmp_path):
+    """Control: the comparison finds another seed, and one step less."""
     seed = ["--seed_everything", "12345"]
-    assert run([*unbroken.fit, *seed], tmp_path / "seed") == [0]
-    assert run([*unbroken.fit, "--trainer.max_steps", "26"], tmp_path / "step") == [0]
+    assert run([*uninterrupted.fit, *seed], tmp_path / "seed") == [0]
+    assert run([*uninterrupted.fit, "--trainer.max_steps", "26"], tmp_path / "step") == [0]
     for folder in ("seed", "step"):
-        assert logged(tmp_path / folder) != logged(unbroken.folder)
-        ended, other = end(tmp_path / folder), end(unbroken.folder)
+        assert logged(tmp_path / folder) != logged(uninterrupted.folder)
+        ended, other = end(tmp_path / folder), end(uninterrupted.folder)
         for name in ("state_dict", "optimizer_states", "callbacks"):
             assert ended[name] != other[name]
 
 
-def test_a_continued_run_that_is_done_stays_as_it_is(unbroken, tmp_path):
-    shutil.copytree(unbroken.folder / "run", tmp_path / "run")
-    assert run([*unbroken.fit, "--ckpt_path", "auto"], tmp_path) == [0]
-    same(tmp_path, unbroken.folder)
+def test_resume_of_a_finished_run_changes_nothing(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted.folder / "run", tmp_path / "run")
+    assert run([*uninterrupted.fit, "--ckpt_path", "auto"], tmp_path) == [0]
+    assert_same(tmp_path, uninterrupted.folder)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.slow
-def test_ranks_killed_and_continued(unbroken, tmp_path, world):
-    """The first rank or the last one is killed; the others end by themselves."""
+def test_run_with_a_killed_rank_resumes_bit_equal(uninterrupted, tmp_path, world):
+    """Kill the last rank, then rank 0; the other ranks end by themselves."""
     part, options = tmp_path / "part", ["--data.batch_size", "8", "--trainer.max_epochs", "5"]  # 20 steps
-    fit = [*unbroken.fit, *options]
+    fit = [*uninterrupted.fit, *options]
     assert run(fit, tmp_path / "whole", world) == [0] * world
     short = [*options, "--run.stall_seconds", "20"]
     for step, rank in ((7, world - 1), (18, 0)):
-        kill = with_(unbroken, ("Kill", {"step": step, "rank": rank}))
+        kill = with_callbacks(uninterrupted, ("Kill", {"step": step, "rank": rank}))
         statuses = run([*kill, *short, "--ckpt_path", "auto"], part, world)
         assert statuses[rank] == KILLED
         assert all(status == 1 for other, status in enumerate(statuses) if other != rank), statuses
         other = (part / f"log-{(rank + 1) % world}").read_text()
         assert f"rank {rank}" in other
     assert run([*fit, "--ckpt_path", "auto"], part, world) == [0] * world
-    same(part, tmp_path / "whole")
+    assert_same(part, tmp_path / "whole")
 
 
 FSDP = json.dumps({
@@ -160,15 +160,17 @@ FSDP = json.dumps({
 
 
 @pytest.mark.slow
-def test_sharded_weights_killed_and_continued(unbroken, tmp_path):
-    """FSDP2, with an average of the weights, in pieces, with blocks computed again: the numbers of DDP and the weights,
-    but for rounding; after a kill the same to the bit."""
+def test_killed_run_with_sharded_weights(uninterrupted, tmp_path):
+    """FSDP2 equals DDP up to rounding, and a killed run resumes bit-equal.
+
+    The run has an average of the weights, micro-batches and gradient checkpointing.
+    """
     more = ["--trainer.gradient_clip_val", "1.0", "--run.stall_seconds", "20", "--data.batch_size", "8"]
     more += ["--data.micro_batch_size", "3", "--model.grad_checkpointing", "true", "--trainer.max_epochs", "5"]
-    # One rank embeds it in two batches, the other one in one.
-    many = write_benchmark(tmp_path / "many", unbroken.seed, "retrieval", counts=(129,))
+    # One rank embeds this set in two batches, the other rank in one.
+    many = write_benchmark(tmp_path / "many", uninterrupted.seed, "retrieval", counts=(129,))
     sets = ("dualenc.training.Evaluation", {"data": [str(many)], "every_n_epochs": 1})
-    fit = [*with_(unbroken, sets), *more]
+    fit = [*with_callbacks(uninterrupted, sets), *more]
     assert run(fit, tmp_path / "ddp", 2) == [0, 0]
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert run(fit, whole, 2, FSDP) == [0, 0], (whole / "log-0").read_text()
@@ -181,21 +183,21 @@ def test_sharded_weights_killed_and_continued(unbroken, tmp_path):
     weights = [load_file(folder / "run" / "last" / "model.safetensors") for folder in (tmp_path / "ddp", whole)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
-    kill = [*with_(unbroken, sets, ("Kill", {"step": 7, "rank": 1})), *more]
+    kill = [*with_callbacks(uninterrupted, sets, ("Kill", {"step": 7, "rank": 1})), *more]
     assert run(kill, part, 2, FSDP) == [1, KILLED]
     assert run([*fit, "--ckpt_path", "auto"], part, 2, FSDP) == [0, 0], (part / "log-0").read_text()
-    same(part, whole)
+    assert_same(part, whole)
     weights = [load_file(folder / "run" / "last" / "model.safetensors") for folder in (whole, part)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.slow
-def test_from_two_ranks_to_one(unbroken, tmp_path):
-    """The same global batches, and the same losses but for dropout and rounding."""
+def test_resume_on_one_rank_instead_of_two(uninterrupted, tmp_path):
+    """The global batches stay the same."""
     rows = [("Rows", {"folder": str(tmp_path / name)}) for name in ("whole", "part")]
-    assert run(with_(unbroken, rows[0]), tmp_path / "a") == [0]
-    assert run([*with_(unbroken, rows[1]), "--trainer.max_steps", "14"], tmp_path / "b", 2) == [0, 0]
-    assert run([*with_(unbroken, rows[1]), "--ckpt_path", "last"], tmp_path / "b") == [0]
+    assert run(with_callbacks(uninterrupted, rows[0]), tmp_path / "a") == [0]
+    assert run([*with_callbacks(uninterrupted, rows[1]), "--trainer.max_steps", "14"], tmp_path / "b", 2) == [0, 0]
+    assert run([*with_callbacks(uninterrupted, rows[1]), "--ckpt_path", "last"], tmp_path / "b") == [0]
 
     def batches(folder):
         found = {}
@@ -211,8 +213,8 @@ def test_from_two_ranks_to_one(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_configuration_for_many_nodes(tmp_path):
-    """As it is shipped, but small and on two ranks of one machine; its model directory is a whole one."""
+def test_configuration_of_many_nodes(tmp_path):
+    """Run the shipped configuration with a small model on two ranks; its model directory is unsharded."""
     seed = int.from_bytes(os.urandom(3), "little")
     print(f"DUALENC_TEST_SEED={seed}")
     fit = data(tmp_path, seed)
@@ -232,7 +234,7 @@ def test_the_configuration_for_many_nodes(tmp_path):
 
     assert len(losses(tmp_path)) == 12
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "ddp"), rel=1e-2)  # in bfloat16
-    # Lightning's own defaults would let each rank of a machine train by itself.
+    # With Lightning's defaults each rank of a machine would train by itself, which is refused.
     bare = json.dumps(small)
     assert set(run(fit, tmp_path / "bare", 2, bare)) <= {1, 2}
     assert "data_parallel_size" in (tmp_path / "bare" / "log-0").read_text()

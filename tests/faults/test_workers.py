@@ -1,4 +1,4 @@
-"""Workers that hang, die or are signalled: one line that names where, and nothing stays behind."""
+"""Workers that hang, die or get signals: one line names the sample, and no process is left behind."""
 
 import gc
 import multiprocessing
@@ -20,7 +20,7 @@ from dualenc.utils.errors import DataError
 TOKENIZER = tiny_tokenizer()
 FORK = multiprocessing.get_context("fork")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-SOON = 60  # seconds in which anything ends on a busy machine; what hangs, hangs for ever
+TIMEOUT = 60  # seconds in which anything ends on a busy machine, unless it hangs
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than this machine has cores
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python >= 3.12
@@ -34,7 +34,7 @@ def index(tmp_path, seed):
 
 @pytest.fixture
 def hang(monkeypatch):
-    """Makes decoding hang at a sample, in all workers started later."""
+    """Return a function that makes decoding hang at a sample, in all workers that start later."""
     real = pairs_module.decode_image
 
     def at(sample):
@@ -54,8 +54,8 @@ def loader(index, seed=0, batch=4, transform=None, **options):
     return Loader(dataset, batch, seed=seed, window=2, **options)
 
 
-def prints(batch):
-    """What each pair of a batch holds."""
+def pairs_of(batch):
+    """Return the content of each pair of a batch: image bytes, token ids, row."""
     ids = batch.tokens.padded()[0]
     return [
         (image.numpy().tobytes(), text.tolist(), int(row))
@@ -63,56 +63,57 @@ def prints(batch):
     ]
 
 
-def workers():
+def worker_pids():
     return [process.pid for process in multiprocessing.active_children()]
 
 
-def gone(pid):
-    """No such process, or one that has ended and of which nobody takes note."""
+def has_ended(pid):
+    """Return whether a process does not exist or is a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
-def all_gone(pids, seconds):
+def all_end(pids, seconds):
+    """Wait up to `seconds` for processes to end; return whether they have."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not all(map(gone, pids)):
+    while time.monotonic() < until and not all(map(has_ended, pids)):
         time.sleep(0.05)
-    return all(map(gone, pids))
+    return all(map(has_ended, pids))
 
 
 def order(index, seed):
-    """The rows of an epoch, as they are read."""
+    """Return the rows of an epoch in the order of the plan."""
     return [row for batch in loader(index, seed) for row in batch.rows.tolist()]
 
 
-def test_a_sample_that_hangs_is_named(index, seed, hang):
-    each = loader(index, seed, workers=2, timeout=2.0)
-    expected = [prints(batch) for batch in loader(index, seed)]
-    place = seed % len(index)
-    sample = index[order(index, seed)[place]]
+def test_hanging_sample_is_named(index, seed, hang):
+    data_loader = loader(index, seed, workers=2, timeout=2.0)
+    expected = [pairs_of(batch) for batch in loader(index, seed)]
+    position = seed % len(index)
+    sample = index[order(index, seed)[position]]
     hang(sample)
     started = time.monotonic()
     found = []
-    said = rf"^no batch for 2 s: worker [01] has been at {sample} for [1-9]\d* s; raise data\.timeout if"
-    with pytest.raises(DataError, match=said):
-        found.extend(prints(batch) for batch in each)
-    assert time.monotonic() - started < SOON
-    assert not workers()
-    assert found == expected[: place // 4]
+    message = rf"^no batch for 2 s: worker [01] has been at {sample} for [1-9]\d* s; raise data\.timeout if"
+    with pytest.raises(DataError, match=message):
+        found.extend(pairs_of(batch) for batch in data_loader)
+    assert time.monotonic() - started < TIMEOUT
+    assert not worker_pids()
+    assert found == expected[: position // 4]
 
 
-def test_all_that_hang_are_named(index, seed, monkeypatch):
+def test_all_hanging_samples_are_named(index, seed, monkeypatch):
     monkeypatch.setattr(pairs_module, "decode_image", lambda image: stop())
     with pytest.raises(DataError, match="5 s: worker") as error:
         list(loader(index, seed, workers=4, timeout=1.5))
     assert str(error.value).count(" has been at ") == 3
     assert " and 1 more workers at others; " in str(error.value)
-    assert not workers()
+    assert not worker_pids()
 
 
-def test_slow_storage_is_no_hanging_sample(index, seed, monkeypatch):
+def test_slow_storage_is_told_from_a_hanging_sample(index, seed, monkeypatch):
     real = pairs_module.decode_image
 
     def slow(data):
@@ -124,59 +125,59 @@ def test_slow_storage_is_no_hanging_sample(index, seed, monkeypatch):
         list(loader(index, seed, 24, workers=1, timeout=2))
     assert any(shard in str(error.value) for shard in index.shards)
     assert "data.timeout" in str(error.value)
-    assert not workers()
+    assert not worker_pids()
 
 
 @pytest.mark.parametrize(
-    ("number", "says"),
+    ("number", "advice"),
     [
         (signal.SIGKILL, "out-of-memory killer is likely; lower data.workers or data.batch_size"),
         (signal.SIGBUS, "/dev/shm is likely full; lower data.workers or data.batch_size, or give"),
-        (signal.SIGSEGV, ": "),  # with a sample, or between two
+        (signal.SIGSEGV, ": "),  # the message may name a sample
     ],
 )
-def test_a_worker_killed_is_reported_where_a_batch_is_waited_for(index, seed, number, says):
-    each = loader(index, seed, 2, workers=2)
-    batches = iter(each)
-    found = [prints(next(batches))]
-    victim = workers()[seed % 2]
+def test_killed_worker_is_named_when_its_batch_is_awaited(index, seed, number, advice):
+    data_loader = loader(index, seed, 2, workers=2)
+    batches = iter(data_loader)
+    found = [pairs_of(next(batches))]
+    victim = worker_pids()[seed % 2]
     os.kill(victim, number)
-    assert all_gone([victim], SOON)
-    time.sleep(0.1)  # a step of training: torch's own error would come here
+    assert all_end([victim], TIMEOUT)
+    time.sleep(0.1)  # a training step, in which torch's own error would be raised
     with pytest.raises(DataError, match=rf"^data worker [01] \(pid {victim}\) was killed by {number.name}") as error:
-        found.extend(map(prints, batches))
-    assert says in str(error.value)
+        found.extend(map(pairs_of, batches))
+    assert advice in str(error.value)
     assert "\n" not in str(error.value)
-    assert found == [prints(batch) for batch in loader(index, seed, 2)][: len(found)]
-    assert not workers()
+    assert found == [pairs_of(batch) for batch in loader(index, seed, 2)][: len(found)]
+    assert not worker_pids()
 
 
-def test_a_worker_killed_at_a_sample_names_it(index, seed, monkeypatch):
+def test_sample_of_a_killed_worker_is_named(index, seed, monkeypatch):
     sample = index[seed % len(index)]
     data, real = sample.read("png"), pairs_module.decode_image
 
-    def fatal(image):  # as a picture that takes all memory
+    def fatal(image):  # simulates an image that exhausts the memory
         return os.kill(os.getpid(), signal.SIGKILL) if image == data else real(image)
 
     monkeypatch.setattr(pairs_module, "decode_image", fatal)
     with pytest.raises(DataError, match=f"was killed by SIGKILL at {sample}: the kernel's out-of-memory killer"):
         list(loader(index, seed, workers=2))
-    assert not workers()
+    assert not worker_pids()
 
 
-def test_errors_in_workers_pass_as_they_are(index, seed):
-    with pytest.raises(RuntimeError, match=r"(?s)in DataLoader worker process [01].*RuntimeError: of the transform"):
+def test_other_errors_in_workers_are_raised_unchanged(index, seed):
+    with pytest.raises(RuntimeError, match=r"(?s)in DataLoader worker process [01].*RuntimeError: from the transform"):
         list(loader(index, seed, workers=2, transform=failing))
-    assert not workers()
+    assert not worker_pids()
 
 
 def failing(image):
-    raise RuntimeError("of the transform")
+    raise RuntimeError("from the transform")
 
 
 @pytest.mark.parametrize("starting", [False, True])
-def test_signals_for_the_trainer_do_not_reach_workers(index, seed, monkeypatch, starting):
-    expected = [prints(batch) for each in [loader(index, seed)] for _ in range(2) for batch in each]
+def test_workers_ignore_signals_for_the_trainer(index, seed, monkeypatch, starting):
+    expected = [pairs_of(batch) for data in [loader(index, seed)] for _ in range(2) for batch in data]
     real = torch.utils.data._utils.worker._worker_loop
 
     def signalled(*arguments):
@@ -186,32 +187,32 @@ def test_signals_for_the_trainer_do_not_reach_workers(index, seed, monkeypatch, 
 
     if starting:
         monkeypatch.setattr(torch.utils.data._utils.worker, "_worker_loop", signalled)
-    each = loader(index, seed, workers=2)
+    data_loader = loader(index, seed, workers=2)
     found, first = [], []
     for _ in range(2):
-        for batch in each:
-            found.append(prints(batch))
-            first = first or workers()
+        for batch in data_loader:
+            found.append(pairs_of(batch))
+            first = first or worker_pids()
             for pid in first if not starting else []:
                 for number in SIGNALS:
                     os.kill(pid, number)
     assert found == expected
-    assert sorted(workers()) == sorted(first)
+    assert sorted(worker_pids()) == sorted(first)
     before = time.monotonic()
-    each.close()
-    assert not workers()
+    data_loader.close()
+    assert not worker_pids()
     assert time.monotonic() - before < 3
     received = []
     previous = signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
-    os.kill(os.getpid(), signal.SIGUSR1)  # the trainer hears them
+    os.kill(os.getpid(), signal.SIGUSR1)  # control: the trainer's process gets them
     signal.signal(signal.SIGUSR1, previous)
     assert received
 
 
-@pytest.mark.parametrize("way", ["closed", "left", "collected"])
-def test_nothing_waits_for_workers_that_hang(index, seed, monkeypatch, way):
-    each = loader(index, seed, workers=4)
-    batches = iter(each)
+@pytest.mark.parametrize("how", ["closed", "loop left", "collected"])
+def test_hanging_workers_are_killed_without_waiting(index, seed, monkeypatch, how):
+    data_loader = loader(index, seed, workers=4)
+    batches = iter(data_loader)
     hanging, seen, real = multiprocessing.Value("i"), [], pairs_module.decode_image
 
     def decode(image):
@@ -224,93 +225,93 @@ def test_nothing_waits_for_workers_that_hang(index, seed, monkeypatch, way):
 
     monkeypatch.setattr(pairs_module, "decode_image", decode)
     next(batches)
-    pids = workers()
+    pids = worker_pids()
     assert len(pids) == 4
-    until = time.monotonic() + SOON
+    until = time.monotonic() + TIMEOUT
     while hanging.value < 4 and time.monotonic() < until:
         time.sleep(0.05)
     assert hanging.value == 4
     started = time.monotonic()
-    if way == "closed":
-        each.close()
-    elif way == "left":
+    if how == "closed":
+        data_loader.close()
+    elif how == "loop left":
         batches.close()
     else:
-        del each, batches
+        del data_loader, batches
         gc.collect()
     assert time.monotonic() - started < 15
-    assert all(map(gone, pids))
-    assert not workers()
+    assert all(map(has_ended, pids))
+    assert not worker_pids()
 
 
-@pytest.mark.parametrize("ring", [False, True])
-def test_a_loader_that_nobody_closes_ends_its_workers(index, seed, ring):
-    each = loader(index, seed, workers=4)
-    list(each)
-    pids = workers()
+@pytest.mark.parametrize("cycle", [False, True])
+def test_unclosed_loader_ends_its_workers(index, seed, cycle):
+    data_loader = loader(index, seed, workers=4)
+    list(data_loader)
+    pids = worker_pids()
     assert len(pids) == 4
-    if ring:  # left to the garbage collector, which ends their queues before them
-        each.ring = each
+    if cycle:  # left to the garbage collector, which ends the queues before the workers
+        data_loader.cycle = data_loader
     started = time.monotonic()
-    del each
+    del data_loader
     gc.collect()
     assert time.monotonic() - started < 15
-    assert all(map(gone, pids))
-    assert not workers()
+    assert all(map(has_ended, pids))
+    assert not worker_pids()
 
 
-def epochs(index, connection):
-    """A run that somebody kills."""
+def hang_in_an_epoch(index, connection):
+    """Start a loader, send the ids of its workers, and wait to be killed."""
     batches = iter(loader(index, workers=2))
     next(batches)
-    connection.send(workers())
+    connection.send(worker_pids())
     stop()
 
 
 def test_workers_end_when_the_main_process_is_killed(index):
     mine, other = FORK.Pipe()
-    run = FORK.Process(target=epochs, args=(index, other))
+    run = FORK.Process(target=hang_in_an_epoch, args=(index, other))
     run.start()
     pids = mine.recv()
     assert len(pids) == 2
-    assert not any(map(gone, pids))
+    assert not any(map(has_ended, pids))
     run.kill()
-    assert all_gone([run.pid], SOON)  # to join it is to wait for its workers, which have its sentinel
-    assert all_gone(pids, 15)
+    assert all_end([run.pid], TIMEOUT)  # `join` would wait for the workers too, which have inherited its sentinel
+    assert all_end(pids, 15)
     run.join()
     assert run.exitcode == -signal.SIGKILL
 
 
 PROGRAM = """
 import multiprocessing, sys, tempfile, time
-folder = tempfile.TemporaryDirectory()  # with it weakref's own end comes after that of multiprocessing
+folder = tempfile.TemporaryDirectory()  # has a finalizer, so weakref's exit handler runs after multiprocessing's
 from test_workers import ShardIndex, loader, pairs_module, stop
-hangs, left = sys.argv[2:]
+hangs, ending = sys.argv[2:]
 real, seen = pairs_module.decode_image, []
 def decode(image):
     seen.append(1)
     return stop() if hangs == "hangs" and len(seen) > 8 else real(image)
 pairs_module.decode_image = decode
-each = loader(ShardIndex.build(sys.argv[1]), workers=2)
-batches = iter(each)
+data_loader = loader(ShardIndex.build(sys.argv[1]), workers=2)
+batches = iter(data_loader)
 next(batches)
 print(*[process.pid for process in multiprocessing.active_children()], flush=True)
-if left == "raises":
+if ending == "raises":
     raise SystemExit(3)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left", ["ends", "raises"])
+@pytest.mark.parametrize("ending", ["returns", "raises"])
 @pytest.mark.parametrize("hangs", ["hangs", "healthy"])
-def test_python_ends_whatever_its_workers_do(tmp_path, index, hangs, left):
+def test_python_exits_whatever_its_workers_do(tmp_path, index, hangs, ending):
     paths = os.pathsep.join(path for path in sys.path if path)
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), hangs, left],
-        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=SOON,
+        [sys.executable, "-c", PROGRAM, str(tmp_path), hangs, ending],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=TIMEOUT,
     )  # fmt: skip
-    assert run.returncode == (3 if left == "raises" else 0), run.stderr
+    assert run.returncode == (3 if ending == "raises" else 0), run.stderr
     assert "Error" not in run.stderr
     pids = list(map(int, run.stdout.split()))
     assert len(pids) == 2
-    assert all_gone(pids, 5)
+    assert all_end(pids, 5)

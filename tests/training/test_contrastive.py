@@ -1,4 +1,4 @@
-"""The task in a trainer: resume, ranks, what is logged and written."""
+"""The contrastive task in a trainer: resume, ranks, the log and the files of a run."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ import dualenc
 from dualenc.cli import main
 
 
-def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_a_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     run = small_fit(SMOKE, tmp_path, seed)
     names = {"loss", "lr", "logit_scale", "grad_norm", "grad_spikes", "skipped_steps", "samples_per_second"}
     names |= {"padding_avoided", "bad_samples"}
@@ -27,17 +27,17 @@ def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixt
     rates = metrics(run, "train/lr")
     assert rates[:3] == pytest.approx([0.0015, 0.003, 0.003])
     assert 0 < metrics(run, "train/padding_avoided")[0] < 1
-    measured_too = {"val/loss", "val/image_retrieval_recall@1", "val/mean_recall@1", "val/median_rank"}
-    assert measured_too <= {row["metric"] for row in rows}
+    validated = {"val/loss", "val/image_retrieval_recall@1", "val/mean_recall@1", "val/median_rank"}
+    assert validated <= {row["metric"] for row in rows}
     assert (run / "report.html").is_file()
     record = json.loads((run / "run.json").read_text())
     assert record["step"] == 24
     assert record["train_pairs"] + record["held_out_pairs"] == 48
-    # The model directories give what the run measured, by the very same code.
+    # The model directories reproduce the metrics of the run, computed by the same code.
     measured = metrics(run, "set/mrr")[-1]
     loaded = dualenc.evaluate(dualenc.load(run / "last", "cpu"), tmp_path / "set")
     assert loaded["metrics"]["mrr"] == pytest.approx(measured, 1e-6)
-    # The same folder again is refused, its own configuration runs again elsewhere and gives the same numbers.
+    # A second run in the folder is refused. Its configuration gives the same numbers in another folder.
     again = ["fit", "--config", str(run / "config.yaml")]
     with pytest.raises(SystemExit):
         main(again)
@@ -48,7 +48,7 @@ def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, seed: int) -> None:
-    """Stopped at step 5 of 24, inside an epoch, and continued: losses and weights of the unbroken run, to the bit."""
+    """Stop at step 5 of 24 and resume: losses and weights are bit-equal to those of an uninterrupted run."""
     dropout = ["--model.text.dropout", "0.2", "--model.patch_dropout", "0.5"]
     whole = small_fit(SMOKE, tmp_path / "whole", seed, *dropout)
 
@@ -65,8 +65,8 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_follow_one(tmp_path: Path, seed: int) -> None:
-    """The same batches, the same losses: two processes with half of each batch, and one with the whole."""
+def test_two_ranks_equal_one(tmp_path: Path, seed: int) -> None:
+    """Compare two processes, with half of each batch, with one process: the losses are the same."""
     write_shards(tmp_path / "shards", [20, 15, 13], seed)
     sets = write_benchmark(tmp_path / "set", seed, "retrieval")
     evaluation = f'[{{"class_path": "dualenc.training.Evaluation", "init_args": {{"data": ["{sets}"]}}}}]'
@@ -92,8 +92,8 @@ def test_two_ranks_follow_one(tmp_path: Path, seed: int) -> None:
         assert one == pytest.approx(two, rel=1e-6), name
 
 
-def test_without_held_out_pairs(tmp_path: Path, seed: int) -> None:
-    """Evaluation sets are measured all the same; a logger named in YAML writes beside metrics.csv."""
+def test_run_without_held_out_pairs_and_with_another_logger(tmp_path: Path, seed: int) -> None:
+    """Evaluation sets are measured without held-out pairs, and a logger from YAML writes in addition to metrics.csv."""
     logger = f'{{"class_path": "TensorBoardLogger", "init_args": {{"save_dir": "{tmp_path / "board"}"}}}}'
     run = small_fit(SMOKE, tmp_path, seed, "--data.val", "null", "--run.monitor", "set/mrr", "--trainer.logger", logger)
     assert len(metrics(run, "set/mrr")) == 8
@@ -101,8 +101,8 @@ def test_without_held_out_pairs(tmp_path: Path, seed: int) -> None:
     assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
 
 
-def test_selected_and_augmented_from_yaml(tmp_path: Path, seed: int) -> None:
-    """Loss, optimizer, schedule and augmentation by import path; a selection by the fields of .json."""
+def test_parts_from_import_paths_and_a_selection(tmp_path: Path, seed: int) -> None:
+    """Take loss, optimizer and augmentation from import paths, and select samples by a field of their .json."""
     config = tmp_path / "run.yaml"
     text = SMOKE.read_text()
     text = text.replace("class_path: torch.optim.AdamW", "class_path: torch.optim.SGD").replace(

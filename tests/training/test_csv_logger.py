@@ -1,19 +1,19 @@
-"""The log of a run where it cannot be written, and where it has to go back."""
+"""The log of a run on a full disk, and after a resume from an earlier step."""
 
 import errno
 import random
 
 import dualenc.utils.files as files_module
-from dualenc.training.csv_logger import MetricsFile, cut_back
+from dualenc.training.csv_logger import MetricsFile, truncate_log
 
 
-def test_what_cannot_be_written_is_written_later(tmp_path, seed, monkeypatch, capsys):
-    """As on a disk that is full for a while, after a piece of a line: nothing is lost, nothing stands there twice."""
-    chance = random.Random(seed)
-    full = MetricsFile(tmp_path / "full")
+def test_lines_that_cannot_be_written_are_written_later(tmp_path, seed, monkeypatch, capsys):
+    """Simulate a disk that is full at times, after half a line: no line is lost or written twice."""
+    rng = random.Random(seed)
+    log = MetricsFile(tmp_path / "full")
     real = open
 
-    class Short:
+    class HalfWritten:
         def __init__(self, file):
             self.file = file
 
@@ -32,24 +32,24 @@ def test_what_cannot_be_written_is_written_later(tmp_path, seed, monkeypatch, ca
 
     expected = "step,metric,value\n"
     for step in range(1, 40):
-        value = chance.random()
-        broken = chance.random() < 0.5 and step < 39
+        value = rng.random()
+        is_full = rng.random() < 0.5 and step < 39
         monkeypatch.setattr(
-            files_module, "open", (lambda *a, **k: Short(real(*a, **k))) if broken else real, raising=False
+            files_module, "open", (lambda *a, **k: HalfWritten(real(*a, **k))) if is_full else real, raising=False
         )
-        full.log_metrics({"a": value, "epoch": 3.0}, step)
+        log.log_metrics({"a": value, "epoch": 3.0}, step)
         expected += f"{step},a,{value!r}\n"
-    assert full.path.read_text() == expected
+    assert log.path.read_text() == expected
     assert "No space left on device" in capsys.readouterr().err
 
 
-def test_going_back(tmp_path):
+def test_truncated_log_ends_at_the_step(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_bytes(b"step,metric,value\n1,a,0.5\n2,a,0.25\n3,a,1.0\n\xff\xfe\n2,b,")
-    cut_back(path, 2)
+    truncate_log(path, 2)
     assert path.read_text() == "step,metric,value\n1,a,0.5\n2,a,0.25\n"
     path = tmp_path / "skipped_steps.jsonl"
     path.write_text('{"step": 1}\n{"step": 5}\nno json\n{"step": 2}\n{"st')
-    cut_back(path, 2)
+    truncate_log(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    cut_back(tmp_path / "none.csv", 2)
+    truncate_log(tmp_path / "none.csv", 2)

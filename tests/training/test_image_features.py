@@ -1,4 +1,4 @@
-"""Training from image features equals training that computes them each time, under a locked tower."""
+"""Training from stored image features equals training from images, under a locked tower."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from dualenc.utils.errors import DataError
 
 @pytest.fixture
 def config(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A run with a locked tower on three shards, that sees the pictures as evaluation does."""
+    """Write the configuration of a run with a locked tower and without augmentation, on three shards."""
     write_shards(tmp_path / "shards", [20, 15, 13], seed, captions=3)
     sets = {"data": [str(write_benchmark(tmp_path / "set", seed, "retrieval"))]}
     evaluation = [{"class_path": "dualenc.training.Evaluation", "init_args": sets}]
@@ -55,8 +55,8 @@ def stop_at(step: int) -> list[str]:
     return ["--trainer.callbacks", json.dumps([{"class_path": "helpers.StopAt", "init_args": {"step": step}}])]
 
 
-def alike(first: Path, second: Path) -> float:
-    """The largest relative difference between the losses of two runs."""
+def largest_difference(first: Path, second: Path) -> float:
+    """Return the largest relative difference between the losses of two runs."""
     x, y = (np.array(metrics(run, "train/loss")) for run in (first, second))
     assert len(x) == len(y) == 10
     return float((abs(x - y) / abs(x)).max())
@@ -64,11 +64,9 @@ def alike(first: Path, second: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro", ["null", "5"])
-def test_a_run_from_features_is_the_run_from_pictures(
-    config: Path, micro: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pieces = ["--data.micro_batch_size", micro]
-    pictures = fit(config, "pictures", *pieces)
+def test_run_from_features_equals_run_from_images(config: Path, micro: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--data.micro_batch_size", micro]
+    from_images = fit(config, "from_images", *options)
     features = embed(config)
     embedded: list[int] = []
     real = ContrastiveTask._embed
@@ -78,56 +76,58 @@ def test_a_run_from_features_is_the_run_from_pictures(
         return real(self, images, tokens)
 
     monkeypatch.setattr(ContrastiveTask, "_embed", spy)
-    # With augmentation, which there is nothing for.
-    from_features = fit(config, "from_features", *pieces, "--data.features", features, "--data.augment", "Augment")
+    # Augmentation has no effect on features.
+    from_features = fit(config, "from_features", *options, "--data.features", features, "--data.augment", "Augment")
     assert set(embedded) == {2}
-    assert alike(pictures, from_features) < 1e-6
+    assert largest_difference(from_images, from_features) < 1e-6
     for name in ("val/loss", "val/mrr", "set/mrr"):
-        assert metrics(from_features, name) == pytest.approx(metrics(pictures, name), rel=1e-5)
-        assert metrics(pictures, name)
-    first, second = (load_file(run / "last" / "model.safetensors") for run in (pictures, from_features))
+        assert metrics(from_features, name) == pytest.approx(metrics(from_images, name), rel=1e-5)
+        assert metrics(from_images, name)
+    first, second = (load_file(run / "last" / "model.safetensors") for run in (from_images, from_features))
     for name, x in first.items():
         torch.testing.assert_close(second[name], x, atol=1e-5, rtol=1e-4)
         assert torch.equal(second[name], x) or not name.startswith("image.")
-    model = load(from_features)  # whole: it takes pictures
+    model = load(from_features)  # has the image tower, so it embeds images
     assert model.embed_images([torch.zeros(3, 40, 40, dtype=torch.uint8)]).shape == (1, 32)
     if micro != "null":
         return
     embedded.clear()
     root = ["--trainer.default_root_dir", str(from_features), "--ckpt_path", "last"]
     main(["validate", "--config", str(config), "--data.features", features, *root])
-    assert set(embedded) == {4}  # of a checkpoint that may be any
-    # Control: other augmentation is another run.
-    assert alike(pictures, fit(config, "augmented", *pieces, "--data.augment", "Augment")) > 1e-3
+    assert set(embedded) == {4}  # images, since the checkpoint may have any image tower
+    # Control: with augmentation the run differs.
+    assert largest_difference(from_images, fit(config, "augmented", *options, "--data.augment", "Augment")) > 1e-3
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_bit(config: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_run_resumes_bit_equal(config: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     features = embed(config)
-    from_them = ["--data.features", features, "--data.batch_size", "8"]
-    unbroken = fit(config, "unbroken", *from_them)
-    steps = json.loads((unbroken / "run.json").read_text())["train_pairs"] // 8  # an epoch, some four
-    stop = 1 + seed % 2 * steps  # not the last one, which validation follows: a real save comes after it
+    from_features = ["--data.features", features, "--data.batch_size", "8"]
+    uninterrupted = fit(config, "uninterrupted", *from_features)
+    steps = json.loads((uninterrupted / "run.json").read_text())["train_pairs"] // 8  # an epoch has about four
+    stop = 1 + seed % 2 * steps  # never the last step of an epoch, after which the run itself saves
     with pytest.raises(SystemExit):
-        fit(config, "killed", *from_them, *stop_at(stop))
-    begun = ["fit", "--config", str(config), "--trainer.default_root_dir", str(config.parent / "killed")]
+        fit(config, "stopped", *from_features, *stop_at(stop))
+    begun = ["fit", "--config", str(config), "--trainer.default_root_dir", str(config.parent / "stopped")]
     begun += ["--data.batch_size", "8"]
     assert "had features" in fails(capsys, [*begun, "--ckpt_path", "last"])
-    killed = fit(config, "killed", *from_them, "--ckpt_path", "last")
+    resumed = fit(config, "stopped", *from_features, "--ckpt_path", "last")
     names = ["train/loss", "val/loss", "val/mrr"]
-    assert [metrics(killed, name) for name in names] == [metrics(unbroken, name) for name in names]
-    first, second = (load_file(run / "last" / "model.safetensors") for run in (unbroken, killed))
+    assert [metrics(resumed, name) for name in names] == [metrics(uninterrupted, name) for name in names]
+    first, second = (load_file(run / "last" / "model.safetensors") for run in (uninterrupted, resumed))
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
-    # A run from pictures does not take up features: nothing says that they are of its tower.
+    # A run from images cannot resume with features: they may be of another tower.
     with pytest.raises(SystemExit):
-        fit(config, "pictures", "--data.batch_size", "8", *stop_at(2))
-    begun = ["fit", "--config", str(config), "--trainer.default_root_dir", str(config.parent / "pictures")]
-    begun += [*from_them, "--ckpt_path", "last", "--run.accept_changes", "[features]"]
+        fit(config, "from_images", "--data.batch_size", "8", *stop_at(2))
+    begun = ["fit", "--config", str(config), "--trainer.default_root_dir", str(config.parent / "from_images")]
+    begun += [*from_features, "--ckpt_path", "last", "--run.accept_changes", "[features]"]
     assert "did not have these data.features" in fails(capsys, begun)
 
 
-def test_refusals(config: Path, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_features_that_do_not_fit_are_refused(
+    config: Path, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     features = embed(config)
     begin = ["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]
     begin += ["--data.features", features]
@@ -171,8 +171,8 @@ def test_refusals(config: Path, tmp_path: Path, seed: int, capsys: pytest.Captur
     assert not (tmp_path / "run" / "last").exists()
 
 
-def test_a_model_directory_and_the_run_from_it(config: Path, tmp_path: Path) -> None:
-    """A new text tower over the image tower of an earlier run; measured from pictures."""
+def test_features_of_a_model_directory(config: Path, tmp_path: Path) -> None:
+    """Train a new text tower with the image tower of an earlier run; evaluation decodes images."""
     earlier = fit(config, "earlier", "--model.image_tuning.locked", "false", "--trainer.max_steps", "2")
     spec = str(earlier / "last")
     features = embed(config, spec)
@@ -181,14 +181,14 @@ def test_a_model_directory_and_the_run_from_it(config: Path, tmp_path: Path) -> 
     before, after = (load_file(folder / "last" / "model.safetensors") for folder in (earlier, run))
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("image."))
     assert not torch.equal(before["image_projection.weight"], after["image_projection.weight"])
-    # The configuration of this run begins with the same tower.
+    # The configuration of this run starts with the same tower, so its features may be added to the folder.
     text = re.sub(r"pretrained: .*", f"pretrained: {spec}", config.read_text())
     (tmp_path / "run.yaml").write_text(text)
     main(["embed", str(tmp_path / "run.yaml"), str(tmp_path / "shards"), features, "--features"])
 
 
-def test_nothing_of_training_is_in_the_features(config: Path, tmp_path: Path) -> None:
-    """Of a configuration whose tower would have dropout, if it were trained."""
+def test_features_do_not_depend_on_training_settings(config: Path, tmp_path: Path) -> None:
+    """Embed with a configuration whose tower has patch dropout in training."""
     features = embed(config)
     text = config.read_text().replace("locked: true", "locked: false")
     (tmp_path / "other.yaml").write_text(text.replace("patch_dropout: 0.0", "patch_dropout: 0.5"))
@@ -199,8 +199,8 @@ def test_nothing_of_training_is_in_the_features(config: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches(tmp_path: Path, seed: int, workers: int) -> None:
-    """Rows are found wherever the shards lie now, whichever samples are taken; bad ones are replaced as ever."""
+def test_batches_from_features(tmp_path: Path, seed: int, workers: int) -> None:
+    """Features are found for moved shards and any selection of samples, and bad samples are replaced as with images."""
     rng = np.random.default_rng(seed)
     broken = set(rng.choice(40, 6, replace=False).tolist())
     samples = [
@@ -235,31 +235,31 @@ def test_batches(tmp_path: Path, seed: int, workers: int) -> None:
             workers=workers,
             bad_sample_log=bad_sample_log,
         )
-        found = [piece for batch in loader for piece in batch]
+        found = [micro_batch for batch in loader for micro_batch in batch]
         loader.close()
         return found
 
     for train in (True, False):
-        whole = [BadSampleLog(len(index), tmp_path / f"{train}{i}.jsonl") for i in range(2)]
-        pictures, rows = batches(None, train, whole[0]), batches(features, train, whole[1])
-        assert len(pictures) == len(rows)
-        assert any(piece.bad for piece in rows)
-        for x, y in zip(pictures, rows):
+        logs = [BadSampleLog(len(index), tmp_path / f"{train}{i}.jsonl") for i in range(2)]
+        images, rows = batches(None, train, logs[0]), batches(features, train, logs[1])
+        assert len(images) == len(rows)
+        assert any(micro_batch.bad for micro_batch in rows)
+        for x, y in zip(images, rows):
             assert torch.equal(x.rows, y.rows)
             assert torch.equal(x.ids, y.ids)
             assert torch.equal(x.tokens.ids, y.tokens.ids)
             assert [tuple(bad) for bad in x.bad] == [tuple(bad) for bad in y.bad]
             with torch.no_grad():
-                own = embedder.model.image(embedder.preprocess.normalize(x.images))
-            torch.testing.assert_close(y.images, own, atol=1e-5, rtol=1e-5)
+                expected = embedder.model.image(embedder.preprocess.normalize(x.images))
+            torch.testing.assert_close(y.images, expected, atol=1e-5, rtol=1e-5)
             assert y.images.dtype == torch.float32
-        assert whole[0].path is not None
-        assert whole[1].path is not None
-        assert whole[0].path.read_text() == whole[1].path.read_text()
+        assert logs[0].path is not None
+        assert logs[1].path is not None
+        assert logs[0].path.read_text() == logs[1].path.read_text()
 
 
-def test_features_of_other_pictures_are_refused(tmp_path: Path, seed: int) -> None:
-    """Headers alike, as of raw pictures of one size, under keys that begin at 0 in each shard."""
+def test_features_of_other_images_are_refused(tmp_path: Path, seed: int) -> None:
+    """Two shards with equal keys and tar headers, since their images have the same size, are told apart."""
     rng = np.random.default_rng(seed)
     for name in ("a", "b"):
         samples = [{"__key__": "0", "png": encode(pixels(rng), "png", compress_level=0), "txt": b"cat"}]

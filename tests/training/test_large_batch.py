@@ -1,4 +1,4 @@
-"""A batch in pieces follows the run that has room for it."""
+"""Training in micro-batches equals training with the whole batch."""
 
 from pathlib import Path
 
@@ -17,34 +17,34 @@ def fit(folder: Path, *more: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["clip_loss", "siglip_loss"])
-def test_pieces_follow_the_whole_batch(tmp_path: Path, seed: int, loss: str) -> None:
-    """24 steps, the last piece smaller; dropout would be drawn otherwise."""
+def test_micro_batches_equal_the_whole_batch(tmp_path: Path, seed: int, loss: str) -> None:
+    """Compare 24 steps, with a smaller last micro-batch and without dropout, which micro-batches draw otherwise."""
     write_shards(tmp_path / "shards", [40, 30, 27], seed)
     options = ["--data.train", str(tmp_path / "shards"), "--seed_everything", str(seed), "--data.batch_size", "32"]
     options += ["--model.loss", f"dualenc.losses.{loss}", "--model.logit_bias", str(loss == "siglip_loss").lower()]
     whole = fit(tmp_path / "whole", *options)
-    pieces = fit(tmp_path / "pieces", *options, "--data.micro_batch_size", "7")
+    micro_batched = fit(tmp_path / "micro_batched", *options, "--data.micro_batch_size", "7")
     assert len(whole) == 24
-    assert pieces == pytest.approx(whole, abs=1e-4)
+    assert micro_batched == pytest.approx(whole, abs=1e-4)
     other = fit(tmp_path / "other", *options, "--data.batch_size", "16")
-    assert other != pytest.approx(whole, abs=1e-2)  # control: another batch is another loss
+    assert other != pytest.approx(whole, abs=1e-2)  # control: another batch size has another loss
 
 
 @pytest.mark.slow
 @needs_data
-def test_flickr8k(tmp_path: Path, seed: int) -> None:
-    """1,024 photos and captions a batch through pieces of 64."""
+def test_micro_batches_equal_the_whole_batch_on_flickr8k(tmp_path: Path, seed: int) -> None:
+    """Train on batches of 1,024 photos and captions in micro-batches of 64."""
     options = ["--data.train", str(DATA / "flickr8k"), "--data.captions", "json.captions", "--data.batch_size", "1024"]
     options += ["--trainer.max_steps", "20", "--seed_everything", str(seed)]
     whole = fit(tmp_path / "whole", *options)
-    pieces = fit(tmp_path / "pieces", *options, "--data.micro_batch_size", "64")
+    micro_batched = fit(tmp_path / "micro_batched", *options, "--data.micro_batch_size", "64")
     assert len(whole) == 20
-    print(f"largest difference {max(abs(a - b) for a, b in zip(whole, pieces)):.2g}")
-    assert pieces == pytest.approx(whole, abs=1e-4)
+    print(f"largest difference {max(abs(a - b) for a, b in zip(whole, micro_batched)):.2g}")
+    assert micro_batched == pytest.approx(whole, abs=1e-4)
 
 
-def test_another_loss_with_duplicates(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """A loss of one's own need not know of them; if they matter it must."""
+def test_duplicates_need_a_loss_that_takes_ids(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A custom loss need not take ids, unless `duplicates` asks for them."""
     mine = ["--model.loss", "helpers.upside_down_loss"]
     small_fit(SMOKE, tmp_path / "ignored", seed, *mine)
     with pytest.raises(SystemExit) as stop:
@@ -54,7 +54,9 @@ def test_another_loss_with_duplicates(tmp_path: Path, seed: int, capsys: pytest.
 
 
 @pytest.mark.parametrize("size", ["0", "-1"])
-def test_wrong_size(tmp_path: Path, seed: int, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_micro_batch_size_below_1_is_refused(
+    tmp_path: Path, seed: int, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         small_fit(SMOKE, tmp_path, seed, "--data.micro_batch_size", size)
     assert stop.value.code == 2

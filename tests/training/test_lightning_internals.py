@@ -1,4 +1,4 @@
-"""What we rely on in Lightning, each as a run meets it: these fail when Lightning changes it."""
+"""The private parts of Lightning that a run needs: these tests fail when Lightning changes them."""
 
 import sys
 import threading
@@ -21,7 +21,7 @@ BATCHES = 4
 
 
 class Loader:
-    """Four batches of numbers; knows where it stands."""
+    """Loader of four batches with a number each, which keeps its position and can restore it."""
 
     def __init__(self) -> None:
         self.batch, self.epoch = 0, 0
@@ -45,8 +45,8 @@ class Loader:
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 
-class Line(LightningModule):
-    """A line, trained on numbers."""
+class Model(LightningModule):
+    """Linear layer, trained on numbers."""
 
     def __init__(self, restore: bool = False) -> None:
         super().__init__()
@@ -59,7 +59,9 @@ class Line(LightningModule):
         pass
 
     def configure_optimizers(self) -> Any:
-        int(self.trainer.estimated_stepping_batches)  # makes the loader before a checkpoint is read, as schedules do
+        int(
+            self.trainer.estimated_stepping_batches
+        )  # creates the loader before the checkpoint is read, as schedules do
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
     def on_train_start(self) -> None:
@@ -73,8 +75,8 @@ class Line(LightningModule):
         return DataLoader(torch.zeros(1, 1))  # type: ignore[arg-type]
 
 
-class Look(Callback):
-    """Writes down what is said after each batch, and dumps a checkpoint after one of them."""
+class Recorder(Callback):
+    """Callback that records the state of the loops after each batch, and dumps a checkpoint after one of them."""
 
     def __init__(self, at: int = 0) -> None:
         self.follows: list[bool] = []
@@ -96,33 +98,37 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
 
 
 @pytest.mark.parametrize("at", [2, 4])
-def test_the_state_of_the_loader_comes_back(tmp_path: Path, at: int) -> None:
-    """In the middle and at the end of an epoch; without our help Lightning forgets it."""
+def test_state_of_the_loader_is_restored(tmp_path: Path, at: int) -> None:
+    """Resume inside an epoch and at its end; without `restore_loader_states` Lightning loses the state."""
     seen = {}
-    look = Look(at)
-    trainer(tmp_path, look, max_epochs=2).fit(Line())
-    assert internals.loader_state(look.content) == {"epoch": at // BATCHES, "batch": at % BATCHES}
-    torch.save(look.content, tmp_path / "at.ckpt")
+    recorder = Recorder(at)
+    trainer(tmp_path, recorder, max_epochs=2).fit(Model())
+    assert internals.loader_state(recorder.content) == {"epoch": at // BATCHES, "batch": at % BATCHES}
+    torch.save(recorder.content, tmp_path / "at.ckpt")
     for restore in (True, False):
-        line = Line(restore)
-        trainer(tmp_path, max_epochs=2).fit(line, ckpt_path=tmp_path / "at.ckpt", weights_only=True)
-        seen[restore] = line.loader.seen
+        model = Model(restore)
+        trainer(tmp_path, max_epochs=2).fit(model, ckpt_path=tmp_path / "at.ckpt", weights_only=True)
+        seen[restore] = model.loader.seen
     rest = [(epoch, batch) for epoch in range(2) for batch in range(BATCHES)][at:]
     assert seen[True] == rest
-    assert seen[False] != rest  # the day that it is, `restore_loader_states` can go
+    assert (
+        seen[False] != rest
+    )  # if this fails, Lightning restores the state, and `restore_loader_states` can be removed
 
 
-def test_what_follows_a_batch(tmp_path: Path) -> None:
-    look = Look()
-    trainer(tmp_path, look, max_epochs=1, val_check_interval=2).fit(Line())
-    assert look.follows == [False, True, False, True]
-    assert look.done == [False, False, False, True]
-    look = Look()
-    trainer(tmp_path, look, max_epochs=2, check_val_every_n_epoch=2).fit(Line())
-    assert look.follows == [False, False, False, True] * 2  # at the end of an epoch, too
+def test_validation_follows_and_epoch_is_done(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer(tmp_path, recorder, max_epochs=1, val_check_interval=2).fit(Model())
+    assert recorder.follows == [False, True, False, True]
+    assert recorder.done == [False, False, False, True]
+    recorder = Recorder()
+    trainer(tmp_path, recorder, max_epochs=2, check_val_every_n_epoch=2).fit(Model())
+    assert (
+        recorder.follows == [False, False, False, True] * 2
+    )  # true at the end of each epoch, with or without validation
 
 
-def test_a_run_that_ends_by_steps_ends_inside_its_epoch(tmp_path: Path) -> None:
+def test_max_steps_ends_a_run_inside_its_epoch(tmp_path: Path) -> None:
     class End(Callback):
         content: dict[str, Any]
 
@@ -130,64 +136,64 @@ def test_a_run_that_ends_by_steps_ends_inside_its_epoch(tmp_path: Path) -> None:
             self.content = internals.dump_checkpoint(trainer)
 
     end = End()
-    trainer(tmp_path, end, max_steps=2, max_epochs=-1).fit(Line())
+    trainer(tmp_path, end, max_steps=2, max_epochs=-1).fit(Model())
     epochs = end.content["loops"]["fit_loop"]["epoch_progress"]["total"]
     assert (epochs["ready"], epochs["completed"], epochs["processed"]) == (1, 0, 0)
     torch.save(end.content, tmp_path / "end.ckpt")
-    line = Line(restore=True)
-    trainer(tmp_path, max_epochs=1).fit(line, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
-    assert line.loader.seen == [(0, 2), (0, 3)]
-    trainer(tmp_path, end, max_epochs=1).fit(Line())
+    model = Model(restore=True)
+    trainer(tmp_path, max_epochs=1).fit(model, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert model.loader.seen == [(0, 2), (0, 3)]
+    trainer(tmp_path, end, max_epochs=1).fit(Model())
     assert end.content["loops"]["fit_loop"]["epoch_progress"]["total"]["completed"] == 1
 
 
-def test_a_checkpoint_may_continue_at_the_next_epoch(tmp_path: Path) -> None:
-    look = Look(2)
-    trainer(tmp_path, look, max_epochs=1).fit(Line())
-    internals.continue_at_next_epoch(look.content, {"epoch": 7, "batch": 7})
-    torch.save(look.content, tmp_path / "at.ckpt")
-    line = Line(restore=True)
+def test_checkpoint_continues_at_the_next_epoch(tmp_path: Path) -> None:
+    recorder = Recorder(2)
+    trainer(tmp_path, recorder, max_epochs=1).fit(Model())
+    internals.continue_at_next_epoch(recorder.content, {"epoch": 7, "batch": 7})
+    torch.save(recorder.content, tmp_path / "at.ckpt")
+    model = Model(restore=True)
     made = trainer(tmp_path, max_epochs=3)
-    made.fit(line, ckpt_path=tmp_path / "at.ckpt", weights_only=True)
-    assert line.loader.seen == [(epoch, batch) for epoch in (1, 2) for batch in range(BATCHES)]
+    made.fit(model, ckpt_path=tmp_path / "at.ckpt", weights_only=True)
+    assert model.loader.seen == [(epoch, batch) for epoch in (1, 2) for batch in range(BATCHES)]
     assert made.global_step == 2 + 2 * BATCHES
 
 
-def test_validation_by_time_is_known(tmp_path: Path) -> None:
+def test_validates_by_time(tmp_path: Path) -> None:
     assert internals.validates_by_time(
         trainer(tmp_path, val_check_interval="00:00:10:00", check_val_every_n_epoch=None)
     )
     assert not internals.validates_by_time(trainer(tmp_path, val_check_interval=2))
 
 
-def test_no_signal_is_handled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning calls what is replaced, and would have set handlers."""
+def test_disable_signal_handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning calls the method that is replaced; the control would have installed handlers."""
     called: list[str] = []
-    monkeypatch.setattr(_SignalConnector, "register_signal_handlers", lambda self: called.append("theirs"))
+    monkeypatch.setattr(_SignalConnector, "register_signal_handlers", lambda self: called.append("Lightning"))
     made = trainer(tmp_path, max_steps=1)
-    internals.handle_no_signals(made)
-    made.fit(Line())
+    internals.disable_signal_handlers(made)
+    made.fit(Model())
     assert called == []
-    trainer(tmp_path, max_steps=1).fit(Line())
-    assert called == ["theirs"]
+    trainer(tmp_path, max_steps=1).fit(Model())
+    assert called == ["Lightning"]
 
 
-def test_no_rank_is_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disable_sigterm_broadcast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    monkeypatch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", lambda self: called.append("theirs"))
+    monkeypatch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", lambda self: called.append("Lightning"))
     monkeypatch.setattr(DDPStrategy, "world_size", 2, raising=False)
 
-    class Ask(Callback):
+    class Disable(Callback):
         def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-            internals.ask_no_rank_to_stop(trainer)
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()  # as it does with several ranks
+            internals.disable_sigterm_broadcast(trainer)
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()  # as Lightning does with several ranks
 
-    trainer(tmp_path, Ask(), max_steps=1).fit(Line())
+    trainer(tmp_path, Disable(), max_steps=1).fit(Model())
     assert called == []
 
 
-def test_no_rank_is_killed(tmp_path: Path) -> None:
-    """The observer of the ranks that the first one has started finds none any more."""
+def test_disable_child_observer(tmp_path: Path) -> None:
+    """The observer of the ranks that rank 0 has launched has no processes left to kill."""
 
     class Child:
         def poll(self) -> None:
@@ -200,14 +206,14 @@ def test_no_rank_is_killed(tmp_path: Path) -> None:
     try:
         made = trainer(tmp_path)
         made.strategy._launcher = type("Launcher", (), {"procs": [1]})()
-        internals.kill_no_rank(made)
+        internals.disable_child_observer(made)
         assert observer._child_processes == []
     finally:
         ended.set()
         observer.join()
 
 
-def test_ddp_is_told_to_look_for_unused_parameters() -> None:
+def test_find_unused_parameters() -> None:
     strategy = DDPStrategy()
     internals.find_unused_parameters(strategy)
     assert strategy._ddp_kwargs == {"find_unused_parameters": True}
@@ -216,33 +222,33 @@ def test_ddp_is_told_to_look_for_unused_parameters() -> None:
     assert strategy._ddp_kwargs == {"find_unused_parameters": False}
 
 
-def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint is looked for by us, before anything is made; settings and objects are found by name."""
+def test_base_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is resolved before objects are instantiated; settings and objects are found by name."""
     steps: list[str] = []
 
-    class CLI(internals.OpenCLI):
-        def find_checkpoint(self) -> None:
-            steps.append("find")
-            self.config["fit"]["ckpt_path"] = "found"
+    class CLI(internals.BaseCLI):
+        def resolve_checkpoint(self) -> None:
+            steps.append("resolve")
+            self.config["fit"]["ckpt_path"] = "resolved"
 
         def instantiate_classes(self) -> None:
-            steps.append("made")
+            steps.append("instantiate")
             super().instantiate_classes()
 
         def before_fit(self) -> None:
-            assert self.given("ckpt_path") == "found"
-            assert self.made("model").layer is not None
+            assert self.setting("ckpt_path") == "resolved"
+            assert self.instance("model").layer is not None
             assert "max_steps: 3" in self.dump(self.config["fit"])
 
         def _run_subcommand(self, subcommand: str) -> None:
             self.before_fit()
             settings = self._prepare_subcommand_kwargs(subcommand)
-            assert (settings["ckpt_path"], settings["weights_only"]) == ("found", True)
+            assert (settings["ckpt_path"], settings["weights_only"]) == ("resolved", True)
             steps.append("run")
 
     arguments = ["fit", "--trainer.max_steps", "3", "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
     monkeypatch.setattr(sys, "argv", ["dualenc"])
     arguments += ["--trainer.default_root_dir", str(tmp_path)]
-    CLI(Line, args=arguments, save_config_callback=None, seed_everything_default=0)
-    assert steps == ["find", "made", "run"]
+    CLI(Model, args=arguments, save_config_callback=None, seed_everything_default=0)
+    assert steps == ["resolve", "instantiate", "run"]
     assert callable(LightningCLI._parse_ckpt_path)

@@ -1,4 +1,4 @@
-"""Parameter groups, towers that are frozen or learn more slowly, the schedule."""
+"""Parameter groups, frozen towers, layer decay, and the learning-rate schedule."""
 
 import json
 import math
@@ -25,16 +25,16 @@ TEXT = TextConfig(50, 16, 2, 2, types=2, norm="pre")
 EMA = '[{"class_path": "dualenc.training.EMA", "init_args": {"decay": 0.9}}]'
 
 
-def test_parameter_groups_spare_vectors_and_embeddings() -> None:
+def test_vectors_and_embeddings_have_no_weight_decay() -> None:
     model = DualEncoder(IMAGE, TEXT, 8, logit_bias=True)
-    decay, plain = parameter_groups(model)
+    decay, no_decay = parameter_groups(model)
     names = {id(p): name for name, p in model.named_parameters()}
     with_decay = {names[id(p)] for p in decay["params"]}
-    without = {names[id(p)] for p in plain["params"]}
+    without = {names[id(p)] for p in no_decay["params"]}
     assert with_decay | without == set(names.values())
     assert not with_decay & without
     assert "weight_decay" not in decay
-    assert plain["weight_decay"] == 0.0
+    assert no_decay["weight_decay"] == 0.0
     assert all(name.endswith("weight") and dict(model.named_parameters())[name].ndim >= 2 for name in with_decay)
     assert {
         "text.embeddings.token_embeddings.weight",
@@ -46,7 +46,7 @@ def test_parameter_groups_spare_vectors_and_embeddings() -> None:
 
 
 def factor_of(name: str, image: Tuning, text: Tuning) -> float:
-    """The rule by hand, for `IMAGE` and `TEXT`."""
+    """Return the learning-rate factor of a parameter of `IMAGE` or `TEXT`, computed independently."""
     tuning, layers, rest = {
         "image": (image, 3, name.removeprefix("image.vit.")),
         "text": (text, 2, name.removeprefix("text.")),
@@ -60,25 +60,25 @@ def factor_of(name: str, image: Tuning, text: Tuning) -> float:
     return tuning.lr_factor * tuning.layer_decay ** (layers + 1 - depth)
 
 
-def drawn() -> tuple[Tuning, Tuning]:
-    """Different on both sides; of one tower the rates are above the optimizer's."""
+def random_tunings() -> tuple[Tuning, Tuning]:
+    """Draw different settings for both towers; the factors of the text tower are above 1."""
     first, second, decay, other = (0.5 + torch.rand(4) / 3).tolist()
     return Tuning(lr_factor=first / 5, layer_decay=decay), Tuning(lr_factor=3 * second, layer_decay=other)
 
 
-def test_layer_decay_is_the_formula() -> None:
-    image, text = drawn()
+def test_factors_equal_the_formula() -> None:
+    image, text = random_tunings()
     model = DualEncoder(IMAGE, TEXT, 8)
     groups = parameter_groups(model, {"image": image, "text": text})
     of = {id(p): group for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(of) == len(list(model.parameters()))
-    usual = {id(p) for p in parameter_groups(model)[0]["params"]}
+    decayed = {id(p) for p in parameter_groups(model)[0]["params"]}
     for name, parameter in model.named_parameters():
         group = of[id(parameter)]
         assert group["factor"] == pytest.approx(factor_of(name, image, text), rel=1e-12), name
-        assert ("weight_decay" not in group) == (id(parameter) in usual), name
-    # Two for 1, the projections' and the temperature's; of image depths 0 to 3, text depths 0 to 2 two each but for
-    # the words, all without decay; and the last norm of the text.
+        assert ("weight_decay" not in group) == (id(parameter) in decayed), name
+    # Factor 1: projections with decay, temperature without. Image depths 0 to 3: two each. Text: the embeddings, all
+    # without decay; depths 1 and 2, two each; and the last norm.
     assert len(groups) == 2 + 2 * 4 + 1 + 2 * 2 + 1
     assert all(group["params"] for group in groups)
     first = {name for name, p in model.named_parameters() if of[id(p)] is groups[0]}
@@ -88,8 +88,8 @@ def test_layer_decay_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_layer_decay_equals_timms(pool: str) -> None:
-    """Of a model with a classifier, where the dual encoder has the projection."""
+def test_layer_decay_equals_that_of_timm(pool: str) -> None:
+    """Compare with timm on a model that has a classifier where the dual encoder has its projection."""
     decay = 0.5 + torch.rand(()).item() / 3
     config = ImageConfig(IMAGE.name, 32, {**VIT, "global_pool": pool})
     peer = timm.create_model(config.name, img_size=32, num_classes=5, **config.overrides)
@@ -110,12 +110,12 @@ def test_layer_decay_equals_timms(pool: str) -> None:
     assert set(mine) == {name for name in expected if not name.startswith("head.")}
     for name, parameter in mine.items():
         assert found[id(parameter)] == pytest.approx(expected[name], rel=1e-12), name
-    assert len({factor for factor, _ in found.values()}) >= 4  # the control: rates do differ
+    assert len({factor for factor, _ in found.values()}) >= 4  # control: the factors differ
 
 
-def test_a_step_is_as_long_as_the_factor_says() -> None:
-    """By the task's own optimizer and schedule, in float64: the change of each parameter over its gradient."""
-    image, text = drawn()
+def test_updates_are_scaled_by_the_factors() -> None:
+    """Each update is learning rate times factor times gradient, with the task's optimizer and schedule, in float64."""
+    image, text = random_tunings()
     lr = 0.1 + torch.rand(()).item()
     task = ContrastiveTask(
         IMAGE,
@@ -130,8 +130,8 @@ def test_a_step_is_as_long_as_the_factor_says() -> None:
     made = task.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     for step in range(3):
-        rate = lr * (step + 1) / 4  # of the warm-up
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-12)  # what train/lr says
+        rate = lr * (step + 1) / 4  # during warm-up
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-12)  # the value of train/lr
         before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
         for parameter in task.model.parameters():
             parameter.grad = torch.randn_like(parameter)
@@ -151,22 +151,24 @@ def test_a_step_is_as_long_as_the_factor_says() -> None:
         ({"lr_factor": math.inf}, "lr_factor inf"),
         ({"layer_decay": 0.0}, "layer_decay 0.0"),
         ({"layer_decay": 1.5}, "layer_decay 1.5"),
-        ({"locked": True, "lr_factor": 0.1}, "locked trains nothing"),
-        ({"locked": True, "frozen_layers": 1}, "locked trains nothing"),
+        ({"locked": True, "lr_factor": 0.1}, "locked: true trains nothing"),
+        ({"locked": True, "frozen_layers": 1}, "locked: true trains nothing"),
     ],
 )
-def test_wrong_tunings(values: dict, message: str) -> None:
+def test_invalid_tunings_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Tuning(**values)
 
 
-def test_more_frozen_layers_than_blocks(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_frozen_layers_than_blocks_are_refused(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_shards(tmp_path / "shards", [12, 12], seed)
     line = fails(capsys, fit(tmp_path, "--model.image_tuning.frozen_layers", "3"))
     assert "model.image_tuning.frozen_layers 3" in line
     assert "2 blocks" in line
     assert "layer_decay 2" in fails(capsys, fit(tmp_path, "--model.text_tuning.layer_decay", "2"))
-    ContrastiveTask(IMAGE, TEXT, 8, image_tuning=Tuning(frozen_layers=3))  # the control: as many as there are
+    ContrastiveTask(IMAGE, TEXT, 8, image_tuning=Tuning(frozen_layers=3))  # control: as many as there are blocks
 
 
 CASES = {
@@ -181,10 +183,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_frozen_stays_and_all_else_moves(
+def test_frozen_parts_stay_and_all_other_parts_change(
     case: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a run with dropout, gradient checkpointing and an average of the weights, which `last/` shows."""
+    """Train with dropout, gradient checkpointing and EMA, whose average is in `last/`."""
     chosen, frozen = CASES[case]
     options = [part for side, words in chosen.items() for part in f"--model.{side}_tuning.{words}".split()]
     before: dict[str, torch.Tensor] = {}
@@ -212,8 +214,8 @@ def test_what_is_frozen_stays_and_all_else_moves(
 
 
 @pytest.mark.slow
-def test_frozen_towers_over_ranks(tmp_path: Path, seed: int) -> None:
-    """DDP and FSDP2 on two ranks come to what one process does, and what is frozen there is so here."""
+def test_frozen_towers_on_several_ranks(tmp_path: Path, seed: int) -> None:
+    """DDP and FSDP2 on two ranks equal one process, and the same parts stay frozen."""
     more = [
         "--model.image_tuning.locked", "true", "--model.text.layers", "2", "--model.text_tuning.frozen_layers", "1",
         "--model.text_tuning.layer_decay", "0.5", "--model.text.dropout", "0", "--trainer.max_steps", "6",
@@ -238,8 +240,8 @@ def test_frozen_towers_over_ranks(tmp_path: Path, seed: int) -> None:
             assert all((x - other[name]).abs().max() < 1e-3 for other in ended), name
 
 
-@pytest.mark.parametrize(("warmup", "rising"), [(0.25, 10), (4, 4), (0, 1)])
-def test_warmup_cosine(warmup: float, rising: int) -> None:
+@pytest.mark.parametrize(("warmup", "warmup_steps"), [(0.25, 10), (4, 4), (0, 1)])
+def test_warmup_cosine(warmup: float, warmup_steps: int) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = WarmupCosine(optimizer, 40, warmup=warmup, final=0.1)
     rates = []
@@ -248,9 +250,9 @@ def test_warmup_cosine(warmup: float, rising: int) -> None:
         optimizer.step()
         schedule.step()
     expected = [
-        2 * (k + 1) / rising
-        if k < rising
-        else 2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (k - rising) / (40 - rising))))
+        2 * (k + 1) / warmup_steps
+        if k < warmup_steps
+        else 2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (k - warmup_steps) / (40 - warmup_steps))))
         for k in range(41)
     ]
     assert rates == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Sources with weights, from the command line to the batches."""
+"""Weighted sources, from the command line to the batches."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,12 @@ def sources(folder: Path, *weights: float) -> str:
     return json.dumps([{"shards": name, "weight": weight} for name, weight in zip(names, weights)])
 
 
-def test_a_run_sees_its_sources_by_their_weights(two: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_follow_the_weights_of_the_sources(two: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    handed_out = Loader.__iter__
+    iterate = Loader.__iter__
 
     def watch(self: Loader):
-        for batch in handed_out(self):
+        for batch in iterate(self):
             assert isinstance(batch, Pairs)
             seen.append(batch.rows.tolist())
             yield batch
@@ -44,17 +44,17 @@ def test_a_run_sees_its_sources_by_their_weights(two: Path, seed: int, monkeypat
         expected += [plan[k].tolist() for k in range(len(plan))]
     assert seen == expected
     rows = np.concatenate(seen)
-    assert (rows < 20).sum() <= 20  # twice a half
+    assert (rows < 20).sum() <= 20  # half of them in each of two epochs
     assert (rows >= 20).sum() >= 4 * 9 - 2 * 4
     record = json.loads((two / "run" / "run.json").read_text())
     assert (record["train_pairs"], record["bad_samples"]) == (29, 0)
 
 
-def test_what_is_wrong_with_sources_is_named(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_in_sources_are_named(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "weight -1.0" in fails(capsys, [*fit(two), "--data.train", sources(two, 1, -1)])
     twice = json.dumps([{"shards": str(two / "more")}, {"shards": str(two / "more")}])
     line = fails(capsys, [*fit(two), "--data.train", twice])
-    assert "part-000.tar stands in two sources" in line
+    assert "part-000.tar is in two sources" in line
     line = fails(capsys, [*fit(two), "--data.train", json.dumps([{"shard": str(two / "more")}])])
     assert "shard" in line
     for option, value in (("bad_samples", "2"), ("cache_gb", "0")):

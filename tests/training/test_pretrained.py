@@ -1,4 +1,4 @@
-"""Fine-tuning from models of this package: what is loaded, resampled and refused."""
+"""Fine-tuning from models of this package: loading, resampling of positions, and refusals."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 def dual(size: int, name: str, **changes: Any) -> DualEncoder:
-    """Every parameter random."""
+    """Return a small dual encoder with all parameters random."""
     model = DualEncoder(ImageConfig(name, size, {**VIT, **changes}), TextConfig(50, 16, 1, 2), 8)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,26 +41,28 @@ TOWERS = {
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_at_the_same_size_the_outputs_are_equal(kind: str) -> None:
+def test_outputs_are_equal_at_the_same_size(kind: str) -> None:
     name, changes = TOWERS[kind]
     source, model = dual(32, name, **changes), dual(32, name, **changes)
     images, tokens = torch.randn(3, 3, 32, 32), dualenc.Tokens.pack([[1, 2, 3], [4]])
-    assert not torch.equal(model(images, tokens).image, source(images, tokens).image)  # the control
+    assert not torch.equal(model(images, tokens).image, source(images, tokens).image)  # control
     model.load_pretrained(source)
-    found, wanted = model(images, tokens), source(images, tokens)
-    assert all(torch.equal(x, y) for x, y in zip(found[:3], wanted[:3]))
+    found, expected = model(images, tokens), source(images, tokens)
+    assert all(torch.equal(x, y) for x, y in zip(found[:3], expected[:3]))
 
 
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:torch.searchsorted")  # timm's, of tables
+@pytest.mark.filterwarnings(
+    "ignore:Using a non-tuple sequence", "ignore:torch.searchsorted"
+)  # from timm, which resamples tables
 @pytest.mark.parametrize("size", [16, 48])
 @pytest.mark.parametrize("kind", TOWERS)
-def test_at_another_size_positions_are_resampled_and_nothing_else(kind: str, size: int) -> None:
+def test_only_positions_are_resampled_at_another_size(kind: str, size: int) -> None:
     name, changes = TOWERS[kind]
     source, model = dual(32, name, **changes), dual(size, name, **changes)
     model.load_pretrained(source)
     state, before = model.state_dict(), source.state_dict()
     positions = {x for x in state if x.endswith(("pos_embed", "relative_position_bias_table"))}
-    assert bool(positions) == (kind != "relative")  # which has a network of the distances
+    assert bool(positions) == (kind != "relative")  # "relative" has a network of the distances instead
     for key in state.keys() - positions:
         assert torch.equal(state[key], before[key]), key
     if "image.vit.pos_embed" in positions:
@@ -68,9 +70,9 @@ def test_at_another_size_positions_are_resampled_and_nothing_else(kind: str, siz
         old = before["image.vit.pos_embed"]
         grid = old[:, extra:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, (size // 8, size // 8), mode="bicubic", antialias=True, align_corners=False)
-        wanted = torch.cat([old[:, :extra], grid.flatten(2).mT], 1)
-        torch.testing.assert_close(state["image.vit.pos_embed"], wanted, rtol=1e-5, atol=1e-6)
-    for key in positions - {"image.vit.pos_embed"}:  # at a distance of nothing it is as it was
+        expected = torch.cat([old[:, :extra], grid.flatten(2).mT], 1)
+        torch.testing.assert_close(state["image.vit.pos_embed"], expected, rtol=1e-5, atol=1e-6)
+    for key in positions - {"image.vit.pos_embed"}:  # the entry of distance 0 does not change
         old, new = before[key], state[key]
         torch.testing.assert_close(new[len(new) // 2], old[len(old) // 2])
         assert len(new) == (2 * size // 8 - 1) ** 2
@@ -78,14 +80,14 @@ def test_at_another_size_positions_are_resampled_and_nothing_else(kind: str, siz
 
 
 def task(source: Path, given: dualenc.Embedder, **changes: Any) -> ContrastiveTask:
-    """A task like a model, in a trainer that has its tokenizer."""
+    """Return a task with the architecture of a model, in a trainer with the tokenizer of that model."""
     config = given.model.config
-    wanted = {
+    settings = {
         "image": config.image, "text": config.text, "embed_dim": config.embed_dim, "projection": config.projection,
         "logit_bias": config.logit_bias, "pretrained": str(source), **changes,
     }  # fmt: skip
-    tokenizer = wanted.pop("tokenizer", given.tokenizer)
-    made = ContrastiveTask(**wanted)
+    tokenizer = settings.pop("tokenizer", given.tokenizer)
+    made = ContrastiveTask(**settings)
     trainer = SimpleNamespace(accumulate_grad_batches=1, datamodule=SimpleNamespace(tokenizer=tokenizer))
     made._trainer = trainer  # type: ignore[assignment]
     return made
@@ -93,7 +95,7 @@ def task(source: Path, given: dualenc.Embedder, **changes: Any) -> ContrastiveTa
 
 @pytest.fixture
 def given(seed: int, tmp_path: Path) -> dualenc.Embedder:
-    """A model whose preprocessing is that of a run, in `model/`, and one with a bias in `biased/`."""
+    """Save a model with the preprocessing of a run in `model/`, one with a bias in `biased/`; return the first."""
     for name, bias in (("model", False), ("biased", True)):
         made = tiny_embedder(seed, logit_bias=bias)
         mean, std = (made.model.image.data_config[key] for key in ("mean", "std"))
@@ -102,7 +104,7 @@ def given(seed: int, tmp_path: Path) -> dualenc.Embedder:
     return dualenc.load(tmp_path / "model", "cpu")
 
 
-def test_what_does_not_fit_is_refused(given: dualenc.Embedder, tmp_path: Path) -> None:
+def test_models_that_differ_are_refused(given: dualenc.Embedder, tmp_path: Path) -> None:
     image, text = given.model.config.image, given.model.config.text
     deeper = {**image.overrides, "depth": 2}
     cases = {
@@ -130,9 +132,9 @@ def test_what_does_not_fit_is_refused(given: dualenc.Embedder, tmp_path: Path) -
         task(tmp_path / "empty", given).setup("fit")
 
 
-def test_what_may_differ(given: dualenc.Embedder, tmp_path: Path) -> None:
+def test_size_dropout_and_bias_may_differ(given: dualenc.Embedder, tmp_path: Path) -> None:
     image, text = given.model.config.image, given.model.config.text
-    may = task(
+    other = task(
         tmp_path / "model",
         given,
         image=dataclasses.replace(image, img_size=2 * SIZE),
@@ -141,10 +143,12 @@ def test_what_may_differ(given: dualenc.Embedder, tmp_path: Path) -> None:
         init_bias=-7.0,
         init_scale=3.0,
     )
-    may.setup("validate")
-    assert not torch.equal(may.model.image_projection.weight, given.model.image_projection.weight)  # only to train
-    may.setup("fit")
-    state, source = may.model.state_dict(), given.model.state_dict()
+    other.setup("validate")
+    assert not torch.equal(
+        other.model.image_projection.weight, given.model.image_projection.weight
+    )  # loaded by fit only
+    other.setup("fit")
+    state, source = other.model.state_dict(), given.model.state_dict()
     assert state.pop("logits.logit_bias").item() == -7.0
     assert state.keys() == source.keys()
     for name, x in state.items():
@@ -158,8 +162,8 @@ def test_what_may_differ(given: dualenc.Embedder, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_from_a_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """At learning rate 0 it ends with the weights it began with; stopped, it goes on when they are gone."""
+def test_run_from_an_earlier_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """At learning rate 0 the weights stay, and a stopped run resumes without the files of the earlier run."""
     base = small_fit(SMOKE, tmp_path / "base", seed, "--trainer.max_steps", "3", "--data.val", "null")
     write_shards(tmp_path / "other", [24, 24], seed + 1, captions=3)
     common = ["fit", "--config", str(SMOKE), *SMALL, "--data.train", str(tmp_path / "other"), "--data.val", "null"]
@@ -184,12 +188,12 @@ def test_a_run_from_a_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixtu
     assert metrics(run, "train/loss") == metrics(tmp_path / "whole", "train/loss")
     ended, whole = (load_file(folder / "last" / "model.safetensors") for folder in (run, tmp_path / "whole"))
     assert all(torch.equal(x, whole[name]) for name, x in ended.items())
-    assert not torch.equal(began["image_projection.weight"], ended["image_projection.weight"])  # the control
+    assert not torch.equal(began["image_projection.weight"], ended["image_projection.weight"])  # control
     assert torch.equal(began["text.blocks.0.mlp.0.weight"], ended["text.blocks.0.mlp.0.weight"])
 
 
-def test_a_run_without_an_architecture_has_that_of_its_model(tmp_path: Path, seed: int) -> None:
-    """With its preprocessing and tokenizer, of which an own one would be others."""
+def test_run_without_an_architecture_takes_that_of_its_model(tmp_path: Path, seed: int) -> None:
+    """Preprocessing and tokenizer are those of the model too, and differ from the defaults."""
     given = tiny_embedder(seed, image_projection=Projection((12,), (True, False), "tanh"))
     given.save(tmp_path / "model")
     made = ContrastiveTask(pretrained=str(tmp_path / "model"), logit_bias=True)
@@ -217,8 +221,10 @@ def test_a_run_without_an_architecture_has_that_of_its_model(tmp_path: Path, see
 
 
 @pytest.mark.slow
-def test_a_run_of_a_models_architecture_goes_on_with_that_model_alone(tmp_path: Path, seed: int, capsys: Any) -> None:
-    """And its `best/` is the model as it began, where nothing was better than before the first step."""
+def test_run_with_the_architecture_of_a_model_resumes_with_that_model_only(
+    tmp_path: Path, seed: int, capsys: Any
+) -> None:
+    """Its `best/` has the initial weights, since no evaluation was better than the one before the first step."""
     tiny_embedder(seed).save(tmp_path / "model")
     write_shards(tmp_path / "shards", [20, 15], seed)
     sets = write_benchmark(tmp_path / "set", seed, "retrieval")
@@ -232,9 +238,9 @@ def test_a_run_of_a_models_architecture_goes_on_with_that_model_alone(tmp_path: 
         "--trainer.callbacks", json.dumps([evaluation]), "--run.monitor", "set/median_rank",
     ]  # fmt: skip
     with pytest.raises(SystemExit):
-        main(arguments)  # the monitor must grow with what is better
+        main(arguments)  # the monitor must be a metric that is best when largest
     arguments[-1] = "set/mrr"
-    arguments += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e-6"]  # no rank changes
+    arguments += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e-6"]  # too small to change a rank
     main(arguments)
     best, last, began = (load_file(tmp_path / one / "model.safetensors") for one in ("run/best", "run/last", "model"))
     assert len(set(metrics(run, "set/mrr"))) == 1

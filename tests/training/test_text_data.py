@@ -199,7 +199,7 @@ def test_which_tokenizer(files: Path) -> None:
 
 
 def test_other_files_on_another_rank(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualenc.training.pair_data.gathered", lambda value, world: [value, ["other"]])
+    monkeypatch.setattr("dualenc.training.pair_data.all_gather_object", lambda value, world: [value, ["other"]])
     with pytest.raises(DataError, match="rank 1 finds other files than rank 0"):
         made(files)
 

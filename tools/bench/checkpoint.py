@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from dualenc.training.checkpoint import write
+from dualenc.training.checkpoint import write_checkpoint
 from tools.bench.runner import Side, compare
 
 MOST_SHARE = 0.05  # of the time between two saves at the default interval
@@ -66,4 +66,4 @@ def _lightning(path: Path, content: dict[str, Any]) -> None:
 
 
 def _ours(path: Path, content: dict[str, Any]) -> None:
-    write(path, content)
+    write_checkpoint(path, content)
