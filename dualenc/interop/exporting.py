@@ -307,7 +307,7 @@ def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
             f"transformers counts positions by another padding token than {embedder.name}: export to open_clip or onnx"
         )
     config = dataclasses.replace(model.config, text=form.text)
-    state, config = hugging_face.through_pooler(with_segment(model.state_dict(), form.text), form, config)
+    state, config = hugging_face.add_identity_pooler(with_segment(model.state_dict(), form.text), form, config)
     tensors = write_state(state, hugging_face.rules_of(form, config))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     written = hugging_face.write_config(form, config)

@@ -123,7 +123,7 @@ def test_shards(peer: BertForMaskedLM, tmp_path: Path) -> None:
         open_text(tmp_path / "peer")
     fields["weight_map"] = dict.fromkeys(fields["weight_map"], "gone.safetensors")
     index.write_text(json.dumps(fields))
-    with pytest.raises(ModelError, match=r"gone\.safetensors, which is not there"):
+    with pytest.raises(ModelError, match=r"gone\.safetensors, which is missing"):
         open_text(tmp_path / "peer")
 
 
@@ -191,7 +191,7 @@ def test_folders_that_are_no_checkpoint(peer: BertForMaskedLM, tmp_path: Path) -
     (tmp_path / "peer" / "tokenizer.json").unlink()
     open_text(tmp_path / "peer").model()
     (tmp_path / "peer" / "spiece.model").touch()
-    with pytest.raises(ModelError, match=r"holds no tokenizer\.json: save one there with transformers"):
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json: save one there with transformers"):
         load_text(tmp_path / "peer")
     (tmp_path / "peer" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
