@@ -318,7 +318,7 @@ def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, form.text))
     notes = ["logit_bias: the format has no place for it"] if config.logit_bias and form.kind != "siglip" else []
-    if form.passes:
+    if form.identity_pooler:
         notes.append(
             "the text's features pass through BERT's pooler nearly unchanged (times 2^-16 before its tanh, times 2^16 "
             "after): in float16 this loses digits, in bfloat16 and float32 it does not"
