@@ -1,4 +1,4 @@
-"""Runs of `dualenc` in this process: the configurations of the package made small, and commands that must fail."""
+"""Helpers that run `dualenc` in this process: configurations of the package made small, and commands that must fail."""
 
 import csv
 from pathlib import Path
@@ -32,7 +32,7 @@ TINY_TEXT = {"vocab_size": 120, "width": 32, "layers": 2, "heads": 2, "context_l
 
 
 def small_fit(config: Path, folder: Path, seed: int, *more: str) -> Path:
-    """Runs `dualenc fit` on a configuration made small; the run directory."""
+    """Run `dualenc fit` on a configuration made small and return the run directory."""
     captions = 3 if "json." in config.read_text() else 1
     write_shards(folder / "shards", [20, 15, 13], seed, captions=captions)
     sets = write_benchmark(folder / "set", seed, "retrieval")
@@ -49,7 +49,7 @@ def small_fit(config: Path, folder: Path, seed: int, *more: str) -> Path:
 
 
 def small_tuning(config: Path, folder: Path, seed: int, sets: str) -> Path:
-    """Fine-tunes a small model, by whose architecture the run is, with the configuration's own callbacks."""
+    """Fine-tune a small model, which defines the architecture, with the configuration's own callbacks."""
     tiny_embedder(seed).save(folder / "model")
     settings = yaml.safe_load(config.read_text())
     for callback in settings["trainer"]["callbacks"]:
@@ -57,20 +57,20 @@ def small_tuning(config: Path, folder: Path, seed: int, sets: str) -> Path:
             callback["init_args"]["data"] = [str(sets)]
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(settings))
-    theirs = ("--model.image", "--model.text", "--model.embed_dim")  # the architecture, which is the model's
+    architecture = ("--model.image", "--model.text", "--model.embed_dim")
     pairs = zip(SMALL[::2], SMALL[1::2])
-    small = [part for pair in pairs if not pair[0].startswith(theirs) for part in pair]
+    small = [part for pair in pairs if not pair[0].startswith(architecture) for part in pair]
     main([
         "fit", "--config", str(path), *small, "--data.train", str(folder / "shards"), "--seed_everything", str(seed),
         "--model.pretrained", str(folder / "model"), "--trainer.default_root_dir", str(folder / "run"),
     ])  # fmt: skip
-    with open(folder / "run" / "metrics.csv") as file:
-        assert "0" in {row["step"] for row in csv.DictReader(file) if row["metric"].startswith("set/")}  # before it all
+    with open(folder / "run" / "metrics.csv") as file:  # The model is evaluated before the first step too.
+        assert "0" in {row["step"] for row in csv.DictReader(file) if row["metric"].startswith("set/")}
     return folder / "run"
 
 
 def small_texts(config: Path, folder: Path, seed: int) -> Path:
-    """Runs a configuration of texts made small; the run directory."""
+    """Run `dualenc fit` on a text configuration made small and return the run directory."""
     settings = yaml.safe_load(config.read_text())
     model, data = settings["model"]["init_args"], settings["data"]["init_args"]
     size = {"vocab_size": 200, "width": 32, "layers": 2, "heads": 2, "mlp_width": 48}
@@ -89,7 +89,7 @@ def small_texts(config: Path, folder: Path, seed: int) -> Path:
         for number in range(64):
             label = head.get("labels", [""])[number % len(head.get("labels", [""]))]
             label = str(number % 5) if head.get("problem") == "regression" else label
-            text = f"{caption(rng)} {caption(rng)} {label}"  # it can be learnt
+            text = f"{caption(rng)} {caption(rng)} {label}"  # The text contains the label, so it can be learned.
             fields = {source.get("text", "text"): text, source.get("label", "label"): label}
             lines.append(fields | ({source["pair"]: caption(rng)} if "pair" in source else {}))
         path = folder / f"{name}.tsv"
@@ -112,12 +112,13 @@ def small_texts(config: Path, folder: Path, seed: int) -> Path:
 
 
 def metrics(run: Path, name: str) -> list[float]:
+    """Return the logged values of a metric in the order of the steps."""
     with open(run / "metrics.csv") as file:
         return [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == name]
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 2) -> str:
-    """Runs a command that must fail; its one line."""
+    """Run a command that must fail with a single line of error, and return that line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -132,5 +133,6 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int 
 
 
 def fit(folder: Path, *more: str) -> list[str]:
+    """Return the arguments of a small `dualenc fit` on the shards of a folder."""
     run = ["--trainer.default_root_dir", str(folder / "run"), "--data.train", str(folder / "shards")]
     return ["fit", "--config", str(SMOKE), *SMALL, *run, *more]

@@ -1,4 +1,4 @@
-"""Functions that several gloo ranks run, each in a process of its own, forked from one that has imported everything."""
+"""Runs of a function on several gloo ranks, which are processes forked from one that has imported everything."""
 
 import importlib
 import multiprocessing
@@ -12,7 +12,13 @@ from typing import Any
 
 
 def in_ranks(function: Callable[[Path, int, int], Any], folder: Path, world: int) -> list[Any]:
-    """What function(folder, rank, world) returns on each rank; it must be a module's, and the value data for torch."""
+    """Run `function(folder, rank, world)` on each rank and return the values by rank.
+
+    Args:
+        function: Function at the top level of a module; its value must be loadable by `torch.load(weights_only=True)`.
+        folder: Folder for the values.
+        world: Number of ranks.
+    """
     import torch
 
     command = [sys.executable, __file__, function.__module__, function.__name__, str(folder), str(world)]

@@ -1,4 +1,4 @@
-"""Every configuration of the package runs at toy size: the loss falls, every parameter gets a gradient."""
+"""Every configuration of the package, run at toy size: the loss falls and every parameter gets a gradient."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,55 +14,61 @@ from dualenc.training.task import Task
 LONG = ("many_nodes", "large_batch", "vit_b16_bert_base", "replaced_tokens")
 
 
-def in_time(configs: list[Path]) -> list[Any]:
-    """Parameters of a test, of which those that take long run with the slow ones."""
+def with_marks(configs: list[Path]) -> list[Any]:
+    """Return the configurations as parameters of a test; those that take long are marked as slow."""
     marks = {True: pytest.mark.slow, False: ()}
     return [pytest.param(path, id=path.stem, marks=marks[path.stem in LONG]) for path in configs]
 
 
 @pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """Parameters without a gradient in some step (of heads in turn: in all), or in no group of the optimizer."""
+def untrained(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Yield the names of parameters without a gradient, or in no group of the optimizer, filled in during training.
+
+    A contrastive task must give every parameter a gradient in each step. Other tasks train one head per step, so their
+    parameters need one in any step.
+    """
     found: set[str] = set()
-    had: set[str] = set()
+    ever: set[str] = set()
 
     def check(self: Task, optimizer: torch.optim.Optimizer) -> None:
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        here = {name for name, p in self.named_parameters() if p.grad is not None and p.grad.any() and id(p) in known}
-        had.update(here)
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = {
+            name for name, p in self.named_parameters() if p.grad is not None and p.grad.any() and id(p) in optimized
+        }
+        ever.update(trained)
         names = {name for name, _ in self.named_parameters()}
-        found.update(names - here if isinstance(self, ContrastiveTask) else ())
+        found.update(names - trained if isinstance(self, ContrastiveTask) else ())
         if not isinstance(self, ContrastiveTask):
             found.clear()
-            found.update(names - had)
+            found.update(names - ever)
 
     monkeypatch.setattr(Task, "on_before_optimizer_step", check, raising=False)
     yield found
-    assert had
+    assert ever
 
 
-@pytest.mark.parametrize("config", in_time(CONFIGS))
-def test_runs_small(config: Path, tmp_path: Path, seed: int, without: set[str]) -> None:
+@pytest.mark.parametrize("config", with_marks(CONFIGS))
+def test_contrastive_configs_train(config: Path, tmp_path: Path, seed: int, untrained: set[str]) -> None:
     run = small_fit(config, tmp_path, seed)
     losses = metrics(run, "train/loss")
     assert len(losses) == 24
     assert sum(losses[-3:]) < sum(losses[:3])
-    assert not without
+    assert not untrained
     assert metrics(run, "set/image_retrieval_recall@1")
     assert {path.name for path in run.iterdir()} >= {"best", "last", "config.yaml", "run.json", "checkpoints"}
 
 
-@pytest.mark.parametrize("config", in_time(TEXTS))
-def test_texts_run_small(config: Path, tmp_path: Path, seed: int, without: set[str]) -> None:
+@pytest.mark.parametrize("config", with_marks(TEXTS))
+def test_text_configs_train(config: Path, tmp_path: Path, seed: int, untrained: set[str]) -> None:
     run = small_texts(config, tmp_path, seed)
     losses = metrics(run, "train/loss")
     assert len(losses) == 32
-    assert sum(losses[16:]) < sum(losses[:16])  # whole epochs: of heads in turn each has its part in both
-    assert not without
+    assert sum(losses[16:]) < sum(losses[:16])  # Whole epochs, so that every head has its share in both sums.
+    assert not untrained
     assert {path.name for path in run.iterdir()} >= {"best", "last", "config.yaml", "run.json", "checkpoints"}
 
 
-def test_there_are_configs() -> None:
+def test_no_config_is_missing() -> None:
     assert {path.stem for path in EVERY} >= {
         "mlm",
         "replaced_tokens",

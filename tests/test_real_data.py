@@ -1,4 +1,4 @@
-"""The sets of shared/data, where the checkout has them."""
+"""Data sets of shared/data, if the checkout has them."""
 
 import json
 
@@ -13,7 +13,7 @@ from dualenc.data.pairs import captions_of, only_pairs
 
 pytestmark = needs_data
 
-SETS = {  # folder: kind, samples by split, classes
+SETS = {  # folder -> kind, samples by split, number of classes
     "zeroshot_cifar10": ("classification", {"test": 2000, "train": 1500}, 10),
     "zeroshot_clothing": ("classification", {"test": 372}, 10),
     "zeroshot_flowers5": ("classification", {"test": 500, "train": 750}, 5),
@@ -35,9 +35,9 @@ def test_evaluation_sets(name, seed):
         assert len(data.item_ids) == count
         if kind == "retrieval":
             captions, owner = data.captions
-            each = 1 if "emoji" in name else 5
-            assert len(captions) == each * count
-            assert torch.equal(owner.bincount(), torch.full((count,), each))
+            per_image = 1 if "emoji" in name else 5
+            assert len(captions) == per_image * count
+            assert torch.equal(owner.bincount(), torch.full((count,), per_image))
         else:
             assert sorted(set(data.targets.tolist())) == list(range(classes))
         rows = np.sort(np.random.default_rng(seed).choice(count, 3, replace=False))
@@ -51,7 +51,7 @@ def test_evaluation_sets(name, seed):
 
 @pytest.mark.parametrize("name", ["zeroshot_flowers5", "retrieval_flickr8k_val"])
 def test_evaluation_sets_as_loose_files_and_by_url(name, tmp_path, web, here):
-    """The same images and questions have the same fingerprint, wherever they lie."""
+    """Check that the same images and captions have the same fingerprint in shards, in loose files and at a URL."""
     data = BenchmarkSet.open(DATA / name)
     loose, lines = tmp_path / "loose", []
     for i, sample in enumerate(data.index):
@@ -65,15 +65,15 @@ def test_evaluation_sets_as_loose_files_and_by_url(name, tmp_path, web, here):
     if lines:
         (loose / "captions.jsonl").write_text("".join(lines))
     found = BenchmarkSet.open(loose)
-    order = sorted(range(len(data)), key=lambda i: 0 if lines else int(data.targets[i]))  # folder by folder
+    order = sorted(range(len(data)), key=lambda i: 0 if lines else int(data.targets[i]))  # Classes are folders.
     assert np.array_equal(found.item_ids, data.item_ids[order])
     assert torch.equal(found.targets, data.targets[order] if len(data.targets) else data.targets)
     if lines:
         assert found.fingerprint == data.fingerprint
     web.folder.mkdir(exist_ok=True)
     (web.folder / name).symlink_to(DATA / name)
-    elsewhere = BenchmarkSet.open(f"{web.url}/{name}")
-    assert (elsewhere.fingerprint, elsewhere.problems) == (data.fingerprint, [])
+    remote = BenchmarkSet.open(f"{web.url}/{name}")
+    assert (remote.fingerprint, remote.problems) == (data.fingerprint, [])
 
 
 def captions_of_row(data, i):
@@ -81,7 +81,7 @@ def captions_of_row(data, i):
     return [text for text, row in zip(texts, owner.tolist()) if row == i]
 
 
-def test_every_picture_of_a_real_set_can_be_decoded():
+def test_every_image_of_a_real_set_can_be_decoded():
     data = BenchmarkSet.open(DATA / "zeroshot_clothing")
     batches = list(data.images(Preprocess(32), workers=2))
     assert [row for batch in batches for row in batch.rows] == list(range(372))
@@ -106,20 +106,20 @@ def test_training_sets(name, seed):
         assert len(captions_of(index[0], f"json.{field}")) == 5
 
 
-def test_every_transparent_emoji_stands_on_white():
+def test_transparent_emojis_are_put_on_white():
     index = ShardIndex.build(DATA / "emoji" / "train-000000.tar")
     corners = [decode_image(index[i].read("png"))[:, 0, 0].tolist() for i in range(0, len(index), 25)]
     assert corners.count([255, 255, 255]) > len(corners) * 0.8
 
 
-def test_emoji_split_keeps_equal_pictures_together():
+def test_split_keeps_equal_emojis_together():
     train, val = ShardIndex.build(DATA / "emoji").split(0.1)
     assert len(train) + len(val) == 2317
     assert 0.07 < len(val) / 2317 < 0.13
     assert not {s.read("png") for s in train} & {s.read("png") for s in val}
 
 
-def test_a_tiny_model_is_evaluated_on_a_real_set(seed):
+def test_tiny_model_is_evaluated_on_a_real_set(seed):
     result = dualenc.evaluate(tiny_embedder(seed), DATA / "zeroshot_clothing")
     assert result["n"] == 372
     assert result["metrics"]["acc1"] < result["metrics"]["acc5"]

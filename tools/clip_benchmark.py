@@ -1,12 +1,12 @@
-"""Figures of the CLIP_benchmark package itself, to hold ours against.
+"""Metrics computed by the CLIP_benchmark package itself, as a reference for ours.
 
     python -m pip install --no-deps --target peers clip_benchmark==1.6.2 numpy==2.2.6
     PYTHONPATH=peers python tools/clip_benchmark.py MODEL DATA...
 
-(It fails with newer releases of numpy, which makes no number of an array of one.)
+(CLIP_benchmark fails with newer releases of numpy, which do not convert an array of one element to a number.)
 
-MODEL is `open_clip:ARCH`, made here by open_clip alone, or a model directory of ours, put behind the calls that
-CLIP_benchmark makes. Data, batches, classifier, scores and metrics are the package's. Prints JSON.
+MODEL is `open_clip:ARCH`, built by open_clip alone, or a model directory of dualenc, wrapped in the methods that
+CLIP_benchmark calls. Data, batches, classifier, scores and metrics come from the package. The output is JSON.
 """
 
 import json
@@ -19,7 +19,7 @@ import torch
 
 
 def model_of(spec: str):
-    """Model, transform of Pillow images, and tokenizer."""
+    """Return a model, its transform of Pillow images and its tokenizer."""
     if spec.startswith("open_clip:"):
         import open_clip
 
@@ -41,7 +41,7 @@ def model_of(spec: str):
 
 
 def main(spec: str, *folders: str) -> None:
-    sys.path.remove(str(Path(__file__).parent))  # where this file has the package's name
+    sys.path.remove(str(Path(__file__).parent))  # This file has the package's name and would be imported instead.
     warnings.simplefilter("ignore")
     from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
@@ -53,7 +53,7 @@ def main(spec: str, *folders: str) -> None:
         retrieval = kind.exists() and kind.read_text().strip() == "retrieval"
         task = "zeroshot_retrieval" if retrieval else "zeroshot_classification"
         data = build_dataset("wds/set", root=folder, transform=transform, split="test", download=False, task=task)
-        # As the package's command does, but for retrieval, where its own batches are those of other sets.
+        # As in the package's command, except for retrieval, where the collate function of its other sets is used.
         batches = data.batched(64, collation_fn=get_dataset_collate_fn("flickr8k")) if retrieval else data.batched(64)
         loader = torch.utils.data.DataLoader(batches, batch_size=None)
         loader.dataset.classes = data.classes

@@ -1,9 +1,8 @@
-"""Mutated shards and pictures against the reading code: `python tools/fuzz.py --seconds 600`.
+"""Fuzzing of the reading code with mutated shards and images: `python tools/fuzz.py --seconds 600`.
 
-Every mutant of a tar must give the samples that Python's own `tarfile` finds in it, byte for byte, or an error that
-names the shard; every mutant of a picture must give what Pillow makes of it, or a cause. A crash, a hang or memory
-without bound is a failure; so is any other exception. A failing mutant is made again
-by its seed and case.
+A mutated tar must give the samples that Python's own `tarfile` finds in it, byte for byte, or an error that names the
+shard. A mutated image must decode as it does with Pillow, or give a cause. Any other exception is a failure, and so are
+a crash, a hang and unbounded memory. `--seed` and `--case` reproduce a failure.
 """
 
 import argparse
@@ -28,16 +27,21 @@ from dualenc.data import ImageError, ShardIndex, decode_image
 from dualenc.data.images import to_tensor
 from dualenc.utils.errors import DataError
 
-CASES = 200  # in one process
-warnings.simplefilter("ignore")  # of Pillow, where this program asks it
-SECONDS = 10  # that one case may take
-MEMORY = 3 << 30  # bytes above what the process begins with: a picture of the largest size is 400 MB, thrice
+CASES = 200  # Cases that one process runs.
+warnings.simplefilter("ignore")  # Pillow warns about broken images.
+SECONDS = 10  # Time limit of a case.
+# Bytes that a process may use beyond those at its start; the largest image allowed takes 400 MB, three times over.
+MEMORY = 3 << 30
 
 Image.MAX_IMAGE_PIXELS = None
 
 
 def picture(rng: np.random.Generator) -> tuple[str, bytes]:
-    """A small valid picture of a random kind and mode."""
+    """Generate a small valid image of a random format and mode.
+
+    Returns:
+        The extension and the bytes of the file.
+    """
     height, width = (int(n) for n in rng.integers(1, 70, 2))
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
     kind = str(rng.choice(["jpg", "png", "webp"]))
@@ -67,7 +71,7 @@ def picture(rng: np.random.Generator) -> tuple[str, bytes]:
 
 
 def shard(rng: np.random.Generator) -> bytes:
-    """A small valid shard of a random tar format, its members together or apart."""
+    """Generate a small valid shard of a random tar format; the members of a sample may be apart."""
     members = []
     for i in range(int(rng.integers(1, 6))):
         key = str(rng.choice([f"{i:04d}", f"folder/{i}", f"{'long' * 40}{i}", f"é猫{i}", f"../{i}"]))
@@ -78,8 +82,8 @@ def shard(rng: np.random.Generator) -> bytes:
     if rng.random() < 0.3:
         members = [members[i] for i in rng.permutation(len(members))]
     file = io.BytesIO()
-    form = [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT][int(rng.integers(2))]
-    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+    tar_format = [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT][int(rng.integers(2))]
+    with tarfile.open(fileobj=file, mode="w", format=tar_format) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -88,7 +92,13 @@ def shard(rng: np.random.Generator) -> bytes:
 
 
 def mutate(rng: np.random.Generator, data: bytes, headers: bool = False) -> bytes:
-    """One to a few changes: bits, bytes, cuts, repeats; fields of tar headers too, with a sum that fits or not."""
+    """Apply one to five random changes: flipped bits, other bytes, deletions, repeats.
+
+    Args:
+        rng: Generator of the changes.
+        data: Bytes of the file.
+        headers: True to change fields of tar headers too, with or without a correct checksum.
+    """
     out = bytearray(data)
     for _ in range(int(rng.choice([1, 1, 1, 2, 5]))):
         if not out:
@@ -109,19 +119,19 @@ def mutate(rng: np.random.Generator, data: bytes, headers: bool = False) -> byte
             case 5:
                 out[at : at + 4] = bytes([[0, 0xFF, 0x7F, 0x80][int(rng.integers(4))]]) * 4
             case _:
-                at = at // 512 * 512  # a header now and then
+                at = at // 512 * 512  # The start of a block, which is often a header.
                 field = [(0, 100), (100, 8), (124, 12), (148, 8), (156, 1), (257, 8), (345, 155)][int(rng.integers(7))]
-                place = at + field[0] + int(rng.integers(field[1]))
-                if place < len(out) and at + 512 <= len(out):
-                    out[place] = int(rng.choice([0, 32, 48, 55, 57, 83, 103, 120, 128, 255, int(rng.integers(256))]))
-                    if rng.random() < 0.7:  # a sum that fits, or the change would be found by that alone
+                position = at + field[0] + int(rng.integers(field[1]))
+                if position < len(out) and at + 512 <= len(out):
+                    out[position] = int(rng.choice([0, 32, 48, 55, 57, 83, 103, 120, 128, 255, int(rng.integers(256))]))
+                    if rng.random() < 0.7:  # With a wrong checksum, nothing but the checksum would be tested.
                         out[at + 148 : at + 156] = b" " * 8
                         out[at + 148 : at + 156] = b"%06o\0 " % sum(out[at : at + 512])
     return bytes(out)
 
 
 def by_tarfile(data: bytes) -> dict[str, dict[str, bytes]]:
-    """The samples of a tar by the standard library, up to where it gives up: key -> extension -> bytes."""
+    """Return the samples that `tarfile` finds before its first error: key -> extension -> bytes."""
     found: dict[str, dict[str, bytes]] = {}
     with (
         suppress(tarfile.ReadError),
@@ -129,7 +139,8 @@ def by_tarfile(data: bytes) -> dict[str, dict[str, bytes]]:
     ):
         for info in tar:
             block, name = data[info.offset_data - 512 : info.offset_data], info.name
-            if block[257:265] == b"ustar  \0" and block[345]:  # GNU has times there; tarfile takes them for a folder
+            # GNU tar stores times in this field, which tarfile takes for a folder and puts before the name.
+            if block[257:265] == b"ustar  \0" and block[345]:
                 prefix = block[345:500].partition(b"\0")[0].decode("utf-8", "surrogateescape")
                 name = name.removeprefix(f"{prefix}/")
             folder, slash, base = name.rpartition("/")
@@ -144,6 +155,7 @@ def by_tarfile(data: bytes) -> dict[str, dict[str, bytes]]:
 
 
 def try_tar(rng: np.random.Generator, folder: Path) -> tuple[str, bytes]:
+    """Compare the samples of a mutated shard with those of `tarfile`; return the outcome and the shard."""
     data = mutate(rng, shard(rng), headers=True)
     path = folder / f"{rng.integers(1 << 60)}.tar"
     path.write_bytes(data)
@@ -160,32 +172,40 @@ def try_tar(rng: np.random.Generator, folder: Path) -> tuple[str, bytes]:
     theirs = by_tarfile(data)
     if ours == theirs:
         return "the samples that tarfile finds", data
-    # tarfile takes a header for the end of the archive where a field that no sample needs (mode, owner) is broken.
+    # tarfile stops at a header with a broken field even if no sample needs the field (mode, owner).
     if all(members.items() <= ours.get(key, {}).items() for key, members in theirs.items()):
-        return "the samples that tarfile finds, and those after a header where it stops", data
+        return "the samples that tarfile finds, and those after the header at which it stops", data
     raise AssertionError(f"samples differ from tarfile's: {sorted(ours)} against {sorted(theirs)}")
 
 
 def try_picture(rng: np.random.Generator, _: Path) -> tuple[str, bytes]:
+    """Compare the pixels of a mutated image with those of Pillow; return the outcome and the file."""
     data = mutate(rng, picture(rng)[1])
     try:
         ours = decode_image(data)
     except ImageError as error:
         return f"named: {error.cause}", data
     if ours.dtype.is_floating_point or ours.dim() != 3 or ours.shape[0] != 3:
-        raise AssertionError(f"{ours.dtype} {tuple(ours.shape)}")
+        raise AssertionError(f"decoded to {ours.dtype} {tuple(ours.shape)}, expected integers (3, H, W)")
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             theirs = to_tensor(image)
     except Exception as error:
-        raise AssertionError(f"Pillow refuses what was decoded: {error}") from error
+        raise AssertionError(f"Pillow cannot decode a file that dualenc decodes: {error}") from error
     if ours.shape != theirs.shape or float((ours.float() - theirs.float()).abs().mean()) > 1:
-        raise AssertionError("another picture than Pillow's")
-    return "the picture that Pillow shows", data
+        raise AssertionError("the pixels differ from Pillow's")
+    return "the same pixels as Pillow's", data
 
 
 def run(seed: int, start: int, folder: str, results: "multiprocessing.Queue[tuple[int, str, str]]") -> None:
-    """Some cases in a process of their own; each is told before it begins, so that a crash is known by its number."""
+    """Run `CASES` cases in this process and report each to the parent before and after, so that a crash has a number.
+
+    Args:
+        seed: Seed of all cases.
+        start: Number of the first case.
+        folder: Folder for shards and for the cache.
+        results: Queue of the case's number, the outcome and the traceback of a failure.
+    """
     os.environ["DUALENC_CACHE"] = folder
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for case in range(start, start + CASES):
@@ -210,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
-    parser.add_argument("--case", type=int, help="only this one, in this process")
+    parser.add_argument("--case", type=int, help="run only the case with this number, in this process")
     arguments = parser.parse_args()
     if arguments.case is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -219,8 +239,8 @@ def main() -> None:
         return
     print(f"seed {arguments.seed}", flush=True)
     context = multiprocessing.get_context("fork")
-    outcomes, failures, start, end = Counter(), [], 0, time.monotonic() + arguments.seconds
-    while time.monotonic() < end:
+    outcomes, failures, start, deadline = Counter(), [], 0, time.monotonic() + arguments.seconds
+    while time.monotonic() < deadline:
         with tempfile.TemporaryDirectory() as folder:
             results = context.Queue()
             process = context.Process(target=run, args=(arguments.seed, start, folder, results))
@@ -228,8 +248,8 @@ def main() -> None:
             begun = None
             while process.is_alive() or not results.empty():
                 try:
-                    case, outcome, words = results.get(timeout=0.2)
-                except Exception:  # empty
+                    case, outcome, message = results.get(timeout=0.2)
+                except Exception:  # Nothing arrived within the timeout.
                     continue
                 if outcome == "begun":
                     begun = case
@@ -237,17 +257,19 @@ def main() -> None:
                 begun = None
                 outcomes[("tar", "picture")[case % 2], outcome] += 1
                 if outcome == "FAILED":
-                    failures.append((case, words))
+                    failures.append((case, message))
             process.join()
             if begun is not None or process.exitcode:
-                outcomes["process", f"ended by {process.exitcode}"] += 1
-                failures.append((begun, f"the process ended by {process.exitcode}: a hang is -{signal.SIGALRM.value}"))
+                outcomes["process", f"exit status {process.exitcode}"] += 1
+                failures.append(
+                    (begun, f"the process ended with status {process.exitcode}; a hang gives -{signal.SIGALRM.value}")
+                )
         start += CASES
     print(f"{sum(outcomes.values()):,} mutants in {arguments.seconds:.0f} s")
     for (kind, outcome), count in sorted(outcomes.items(), key=lambda item: (item[0][0], -item[1])):
         print(f"{count:10,}  {kind}: {outcome}")
-    for case, words in failures[:20]:
-        print(f"\nFAILED --seed {arguments.seed} --case {case}\n{words}")
+    for case, message in failures[:20]:
+        print(f"\nFAILED --seed {arguments.seed} --case {case}\n{message}")
     raise SystemExit(bool(failures))
 
 

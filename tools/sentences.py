@@ -2,8 +2,8 @@
 
     python tools/sentences.py MODEL TRAIN.tsv DEV.tsv --text title description --label label --out DIR
 
-The regression learns from the training texts; its C is chosen on every fifth of them. The clusters are those of the dev
-texts, as many as there are labels, found without these. Writes DIR/sentences.json and DIR/report.html.
+The regression is trained on the training texts; its C is chosen on every fifth of them. k-means finds as many clusters
+of the dev texts as there are labels, without the labels. The results are DIR/sentences.json and DIR/report.html.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from dualenc.report import Points, Section, print_table, write_report
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import write_json
 
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of C
-FIFTH = 5
-SHUFFLES = 200
+C_VALUES = (0.1, 1.0, 10.0, 100.0)
+FIFTH = 5  # Every fifth training text is held out to choose C.
+SHUFFLES = 200  # Permutations of the labels that give the purity of chance.
 
 
 def sentences(
@@ -36,20 +36,25 @@ def sentences(
     dataset: str,
     model: str,
 ) -> Section:
-    """What simple methods find in embeddings of texts.
+    """Evaluate embeddings of texts by logistic regression and k-means.
 
     Args:
-        embed: from texts to vectors (N, D).
-        train, dev: texts and their labels.
-        dataset, model: their names.
+        embed: Function from N texts to embeddings (N, D).
+        train: Training texts and their labels.
+        dev: Texts to evaluate on, and their labels.
+        dataset: Name of the data set.
+        model: Name of the model.
+
+    Returns:
+        The result and the points of its map.
     """
     names = sorted(set(train[1]))
     if unknown := sorted(set(dev[1]) - set(names)):
         raise SystemExit(f"{dataset}: no training text has the label {unknown[0]!r}")
-    targets, asked = (np.array([names.index(label) for label in labels]) for _, labels in (train, dev))
+    train_targets, targets = (np.array([names.index(label) for label in labels]) for _, labels in (train, dev))
     x, y = (embed(texts).double().cpu().numpy() for texts, _ in (train, dev))
-    logits = torch.from_numpy(regression(x, targets).predict_log_proba(y))
-    measures = label_bootstrap(logits, torch.from_numpy(asked), names)
+    logits = torch.from_numpy(regression(x, train_targets).predict_log_proba(y))
+    measures = label_bootstrap(logits, torch.from_numpy(targets), names)
     clusters = KMeans(len(names), n_init=10, random_state=0).fit_predict(y)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     plane = PCA(2, random_state=0)
@@ -62,37 +67,42 @@ def sentences(
         "n": len(y),
         "complete": True,
         "problems": [],
-        "metrics": {"linear_acc1": measures.values()["accuracy"], "cluster_purity": purity(clusters, asked)},
+        "metrics": {"linear_acc1": measures.values()["accuracy"], "cluster_purity": purity(clusters, targets)},
         "intervals": {"linear_acc1": measures.intervals()["accuracy"]},
         "chance": {
-            "linear_acc1": majority_baseline(torch.from_numpy(targets), torch.from_numpy(asked)),
-            "cluster_purity": float(np.mean([purity(clusters, rng.permutation(asked)) for _ in range(SHUFFLES)])),
+            "linear_acc1": majority_baseline(torch.from_numpy(train_targets), torch.from_numpy(targets)),
+            "cluster_purity": float(np.mean([purity(clusters, rng.permutation(targets)) for _ in range(SHUFFLES)])),
         },
     }
-    note = f"{len(y):,} texts, in the two directions of the largest spread (principal components)."
-    return Section(result, None, Points(points, asked, names, (explained[0], explained[1]), None, note))
+    note = f"{len(y):,} texts, projected on the first two principal components."
+    return Section(result, None, Points(points, targets, names, (explained[0], explained[1]), None, note))
 
 
 def regression(x: np.ndarray, targets: np.ndarray) -> LogisticRegression:
-    """On all (N, D); of the Cs the one that is right most often on every fifth after learning from the others."""
+    """Fit a logistic regression with the C that is most accurate on every fifth text after training on the others.
 
-    def learn(rows: np.ndarray, strength: float) -> LogisticRegression:
-        return LogisticRegression(C=strength, max_iter=2000).fit(x[rows], targets[rows])
+    Args:
+        x: Embeddings (N, D).
+        targets: Classes (N,).
+    """
 
-    held = np.arange(len(x)) % FIFTH == 0
-    best = max(STRENGTHS, key=lambda strength: learn(~held, strength).score(x[held], targets[held]))
-    return learn(np.ones_like(held), best)
+    def fit(rows: np.ndarray, c: float) -> LogisticRegression:
+        return LogisticRegression(C=c, max_iter=2000).fit(x[rows], targets[rows])
+
+    held_out = np.arange(len(x)) % FIFTH == 0
+    best = max(C_VALUES, key=lambda c: fit(~held_out, c).score(x[held_out], targets[held_out]))
+    return fit(np.ones_like(held_out), best)
 
 
 def purity(clusters: np.ndarray, targets: np.ndarray) -> float:
-    """Share of the texts that have the most frequent class of their cluster (Manning et al. 2008, section 16.3)."""
+    """Return the share of the texts in the most frequent class of their cluster (Manning et al. 2008, section 16.3)."""
     counts = np.zeros((clusters.max() + 1, targets.max() + 1), int)
     np.add.at(counts, (clusters, targets), 1)
     return float(counts.max(1).sum() / len(targets))
 
 
 def read(path: Path, columns: Sequence[str], label: str) -> tuple[list[str], list[str]]:
-    """Texts, several columns joined by a space, and labels."""
+    """Read the texts, with columns joined by a space, and the labels of a table."""
     try:
         lines = [line.read() for line in TextIndex.build(str(path), [*columns, label])]
     except DataError as error:
@@ -105,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("train", type=Path)
     parser.add_argument("dev", type=Path)
-    parser.add_argument("--text", nargs="+", default=["text"], help="columns, joined by a space")
-    parser.add_argument("--label", default="label", help="column")
+    parser.add_argument("--text", nargs="+", default=["text"], help="columns of the text, joined by a space")
+    parser.add_argument("--label", default="label", help="column of the label")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
     train, dev = (read(path, given.text, given.label) for path in (given.train, given.dev))

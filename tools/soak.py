@@ -1,11 +1,11 @@
-"""Kills a run of the demo's configuration at random, and compares its end with an unbroken run's.
+"""Soak test of exact resume: kill runs of the demo's configuration at random times, compare with an unbroken run.
 
     python tools/soak.py --minutes 20
 
-Each life of the run is a process of its own, with as many data workers as chance says, that gets SIGKILL (or, one time
-in four, a signal that asks it to stop) after a random time: while it starts, trains, saves, evaluates or writes its
-report. The next one goes on with `--ckpt_path auto`. When the run is done, its log, weights, optimizer and model
-directories have to equal the unbroken run's to the bit; then another one begins. Exit status 1 if one did not.
+Each attempt of a run is a process with a random number of data workers. After a random time it gets SIGKILL, or, one
+time in four, a signal that asks it to stop: while it starts, trains, saves, evaluates or writes its report. The next
+attempt resumes with `--ckpt_path auto`. The log, weights, optimizer and model directories of a finished run must equal
+those of the unbroken run to the bit; then another run begins. The exit status is 1 if any run differs.
 """
 
 import argparse
@@ -35,27 +35,27 @@ GENTLE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def exact(value: Any) -> Any:
-    """Anything of a checkpoint in a form that is equal where it is equal to the bit."""
+    """Convert any part of a checkpoint to a form whose equality means equality to the bit."""
     if isinstance(value, torch.Tensor):
         data = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return str(value.dtype), tuple(value.shape), hashlib.blake2b(data, digest_size=16).hexdigest()
     if isinstance(value, float):
         return value.hex()
     if isinstance(value, dict):
-        return {key: exact(part) for key, part in value.items() if key != "seconds"}  # of training: a wall time
+        return {key: exact(part) for key, part in value.items() if key != "seconds"}  # The wall time of training.
     if isinstance(value, list | tuple):
         return [exact(part) for part in value]
     return value
 
 
 def log_of(run: Path) -> list[str]:
-    """`metrics.csv`, but for the times."""
+    """Return the lines of `metrics.csv` without those that depend on time."""
     lines = (run / "metrics.csv").read_text().splitlines()
     return [line for line in lines if "samples_per_second" not in line]
 
 
 def end_of(run: Path) -> dict[str, Any]:
-    """The newest checkpoint: weights, optimizer, average, schedule, progress, what has summed up."""
+    """Return the newest checkpoint: weights, optimizer, averaged weights, schedule, progress and accumulated values."""
     content = read_checkpoint(list_checkpoints(run / "checkpoints")[0])
     loops = content.pop("loops")["fit_loop"]
     progress = loops["epoch_loop.automatic_optimization.optim_progress"]
@@ -63,13 +63,13 @@ def end_of(run: Path) -> dict[str, Any]:
 
 
 def models_of(run: Path) -> dict[str, str]:
-    """What was written to be used."""
+    """Return the hashes of the weights in the model directories."""
     paths = [run / name / "model.safetensors" for name in ("best", "last")]
     return {path.parent.name: hashlib.blake2b(path.read_bytes()).hexdigest() for path in paths}
 
 
-def life(arguments: list[str], log: Path) -> int:
-    """Begins `dualenc ARGUMENTS` in a forked process; its number."""
+def start(arguments: list[str], log: Path) -> int:
+    """Start `dualenc ARGUMENTS` in a forked process, with its output in a log, and return its process id."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -79,7 +79,7 @@ def life(arguments: list[str], log: Path) -> int:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (1, 2):
             os.dup2(out, stream)
-        torch.set_num_threads(1)  # the parent's threads are not here
+        torch.set_num_threads(1)  # A forked process does not have its parent's threads.
         sys.argv = ["dualenc", *arguments]
         main(arguments)
         status = 0
@@ -92,6 +92,17 @@ def life(arguments: list[str], log: Path) -> int:
 
 
 def soak(out: Path, minutes: float, seed: int, longest: float) -> bool:
+    """Run the test and write `soak.json`.
+
+    Args:
+        out: Folder of the runs, which is emptied first.
+        minutes: Time after which no further run is started.
+        seed: Seed of signals, times and numbers of workers.
+        longest: Largest time in seconds until an attempt is killed.
+
+    Returns:
+        True if every run equals the unbroken one.
+    """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     write_scenes(out / "scenes", train=SCENES)
@@ -111,7 +122,7 @@ def soak(out: Path, minutes: float, seed: int, longest: float) -> bool:
     ]  # fmt: skip
     began = time.monotonic()
     unbroken = out / "unbroken"
-    pid = life([*fit, "--data.workers", "1", "--trainer.default_root_dir", str(unbroken)], out / "unbroken.log")
+    pid = start([*fit, "--data.workers", "1", "--trainer.default_root_dir", str(unbroken)], out / "unbroken.log")
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status == 0, (out / "unbroken.log").read_text()
     took = time.monotonic() - began
@@ -127,7 +138,7 @@ def soak(out: Path, minutes: float, seed: int, longest: float) -> bool:
         while not done:
             workers = str(chance.choice([0, 1, 2]))
             again = ["--data.workers", workers, "--trainer.default_root_dir", str(run), "--ckpt_path", "auto"]
-            pid = life([*fit, *again], log)
+            pid = start([*fit, *again], log)
             how = chance.choice(GENTLE) if chance.random() < 0.25 else signal.SIGKILL
             until = time.monotonic() + chance.uniform(0, longest)
             found = 0
@@ -140,7 +151,7 @@ def soak(out: Path, minutes: float, seed: int, longest: float) -> bool:
                 kills[how.name] += 1
             code = os.waitstatus_to_exitcode(status)
             done = code == 0
-            # A signal before training begins ends a process as Python does, or as the system does.
+            # Before training begins, a signal has its default effect in Python or in the system.
             if code not in (0, -how, STOPPED) and not (not found and how in GENTLE):
                 print(f"run {runs} ended with {code}: {log.read_text()[-2000:]}")
                 wrong += 1
@@ -176,7 +187,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=20, help="seconds that a process may live")
+    parser.add_argument("--longest", type=float, default=20, help="largest time in seconds until a process is killed")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     given = parser.parse_args()
     sys.exit(0 if soak(given.out, given.minutes, given.seed, given.longest) else 1)

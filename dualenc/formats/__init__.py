@@ -1,1 +1,1 @@
-"""How other libraries write models: names of tensors, configurations, tokenizers. No model is run here."""
+"""Formats of other libraries: names of tensors, configurations and tokenizers. No model is run here."""

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: files of several kinds behind one mapping, and one table of names, read both ways."""
+"""Tensors of a checkpoint: one mapping over files of several kinds, and rules of names that are read both ways."""
 
 import re
 import warnings
@@ -20,25 +20,26 @@ from dualenc.utils.files import read_json
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# Buffers that were once saved, and say nothing.
+# Buffers that earlier versions of transformers saved; their values follow from the config.
 STALE = (r".*\bposition_ids", r".*\binv_freq", r".*\bembeddings\.token_type_ids")
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of a checkpoint's files, read when asked for.
+    """Mapping of the tensors in a checkpoint's files; a tensor is read on access.
 
-    LayerNorm's "gamma" and "beta", as TensorFlow had them, are "weight" and "bias" here.
+    TensorFlow's names "gamma" and "beta" of LayerNorm's parameters become "weight" and "bias".
 
     Args:
-        folder: with model.safetensors or pytorch_model.bin, whole or in several files with an index; or the file.
+        folder: A folder with model.safetensors or pytorch_model.bin, in one file or in several with an index; or the
+            path of such a file.
 
     Raises:
-        ModelError: there is none of them, or one cannot be read.
+        ModelError: If the folder has no such file, or one cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self._stack = ExitStack()
-        self._where: dict[str, tuple[Any, str]] = {}  # name -> (a file's reader or dictionary, its name there)
+        self._where: dict[str, tuple[Any, str]] = {}  # name -> (reader or dictionary of a file, name in the file)
         found = [folder / name for name in (*SAFE, *PICKLED) if (folder / name).is_file()]
         found = [folder] if folder.is_file() else found
         if not found:
@@ -46,8 +47,8 @@ class Weights(Mapping[str, Tensor]):
         self.path = found[0]
         for path in self._files(found[0]):
             tensors = self._open(path)
-            for name in tensors.keys():  # noqa: SIM118 (safetensors' reader is no mapping)
-                self._where[re.sub(r"\bLayerNorm\.(gamma|beta)$", _modern, name)] = tensors, name
+            for name in tensors.keys():  # noqa: SIM118 (the reader of safetensors is not a mapping)
+                self._where[re.sub(r"\bLayerNorm\.(gamma|beta)$", _current_name, name)] = tensors, name
 
     def _files(self, path: Path) -> list[Path]:
         if path.suffix != ".json":
@@ -55,20 +56,20 @@ class Weights(Mapping[str, Tensor]):
         index = read_json(path)
         files = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
-            raise ModelError(f"{path} has no weight_map of tensors to files beside it")
+            raise ModelError(f"{path} has no weight_map from tensors to files of the same folder")
         paths = [path.parent / name for name in sorted(set(files.values()))]
         if missing := [file.name for file in paths if not file.is_file()]:
-            raise ModelError(f"{path} names {missing[0]}, which is not there")
+            raise ModelError(f"{path} names {missing[0]}, which is missing: download it too")
         return paths
 
     def _open(self, path: Path) -> Any:
         try:
             if path.suffix == ".safetensors":
                 return self._stack.enter_context(safe_open(path, "pt"))
-            with warnings.catch_warnings(action="ignore"):  # torch warns of TorchScript before it refuses it
+            with warnings.catch_warnings(action="ignore"):  # torch warns about TorchScript before it raises an error.
                 try:
                     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # files older than torch 1.6 cannot be mapped
+                except RuntimeError:  # Files of torch before 1.6 cannot be memory-mapped.
                     state = torch.load(path, map_location="cpu", weights_only=True)
         except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
             if "TorchScript" in str(error):
@@ -77,18 +78,21 @@ class Weights(Mapping[str, Tensor]):
                     "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), OUT)"
                 ) from None
             raise ModelError(f"{path} cannot be read ({(str(error).splitlines() or [''])[0]})") from None
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # beside an optimizer's
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # A training checkpoint.
             state = state["state_dict"]
         if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-            raise ModelError(f"{path} holds more than tensors by name: save it as safetensors with what wrote it")
+            raise ModelError(
+                f"{path} must be a dictionary of tensors and nothing else: save it as safetensors with the program "
+                "that wrote it"
+            )
         return state
 
     def __getitem__(self, name: str) -> Tensor:
-        tensors, there = self._where[name]
+        tensors, stored = self._where[name]
         try:
-            return tensors[there] if isinstance(tensors, dict) else tensors.get_tensor(there)
+            return tensors[stored] if isinstance(tensors, dict) else tensors.get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelError(f"{self.path}: {there} cannot be read ({str(error).splitlines()[0]})") from None
+            raise ModelError(f"{self.path}: {stored} cannot be read ({str(error).splitlines()[0]})") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -97,47 +101,58 @@ class Weights(Mapping[str, Tensor]):
         return len(self._where)
 
     def rows(self, name: str) -> int:
-        """Length of a tensor's first dimension, without reading it."""
-        tensors, there = self._where[name]
-        shape = tensors[there].shape if isinstance(tensors, dict) else tensors.get_slice(there).get_shape()
+        """Return the length of a tensor's first dimension without reading the tensor."""
+        tensors, stored = self._where[name]
+        shape = tensors[stored].shape if isinstance(tensors, dict) else tensors.get_slice(stored).get_shape()
         return shape[0] if shape else 0
 
     def close(self) -> None:
-        """Lets go of the files."""
+        """Close the files."""
         self._stack.close()
         self._where.clear()
 
 
-def _modern(match: re.Match[str]) -> str:
+def _current_name(match: re.Match[str]) -> str:
     return "LayerNorm.weight" if match[1] == "gamma" else "LayerNorm.bias"
 
 
 def prefixes(family: Family, names: Collection[str], path: Path) -> tuple[str, str]:
-    """What the tensors of the encoder, and of the heads, begin with in a checkpoint.
+    """Find the prefixes of the encoder's and the heads' tensors in a checkpoint.
+
+    Args:
+        family: The family of the text encoder.
+        names: Names of the checkpoint's tensors.
+        path: File of the checkpoint, for errors.
+
+    Returns:
+        The prefix of the encoder's tensors and that of the heads' tensors.
 
     Raises:
-        ModelError: there is no word embedding, or more than one.
+        ModelError: If the checkpoint does not have exactly one tensor of token embeddings.
     """
-    words = f"{family.token_embeddings}.weight"
-    found = [name.removesuffix(words) for name in names if name == words or name.endswith(f".{words}")]
+    embeddings = f"{family.token_embeddings}.weight"
+    found = [name.removesuffix(embeddings) for name in names if name == embeddings or name.endswith(f".{embeddings}")]
     if len(found) != 1:
-        raise ModelError(f"{path} has {len(found) or 'no'} tensors {words}: it is no checkpoint of {family.name}")
+        raise ModelError(
+            f"{path} has {len(found) or 'no'} tensors {embeddings}, expected one: it is not a checkpoint of "
+            f"{family.name}"
+        )
     prefix = found[0]
     return prefix, prefix.removesuffix(family.prefix) if prefix.endswith(family.prefix) else ""
 
 
 class Rule(NamedTuple):
-    """What is joined of our tensors is what is joined of theirs, along the first dimension; read in both directions.
+    """Rule that a group of our tensors equals a group of another library's; used to read and to write.
 
-    Dimensions of length 1 at the front are as each side has them.
+    Each group is concatenated along the first dimension. Leading dimensions of length 1 may differ.
 
     Attributes:
-        ours: names of ours.
-        theirs: names of theirs, those that are written.
-        transposed: whether theirs are the transposes.
-        flat: whether theirs lack the dimensions of length 1 that ours have at the front.
-        aliases: further names under which each of theirs may be read.
-        copied: whether theirs are written under the aliases too.
+        ours: Names of our tensors.
+        theirs: Names of their tensors, under which they are written.
+        transposed: True if their tensors are the transposes of ours.
+        flat: True if their tensors lack the leading dimensions of length 1 that ours have.
+        aliases: For each of `theirs`, further names under which it may be read.
+        copied: True if their tensors are written under the aliases too.
     """
 
     ours: tuple[str, ...]
@@ -149,7 +164,7 @@ class Rule(NamedTuple):
 
 
 def own_rule(ours: str, theirs: str) -> Rule:
-    """Return the rule of a tensor in a file of our own, which may be of format 1."""
+    """Return the rule of a tensor in a file that dualenc wrote, possibly in format 1."""
     old = name_in_format_1(theirs)
     return Rule((ours,), (theirs,), aliases=((old,),) if old != theirs else ())
 
@@ -157,18 +172,18 @@ def own_rule(ours: str, theirs: str) -> Rule:
 def family_rules(
     family: Family, text: TextConfig, slots: Mapping[str, Slot], ours: Collection[str], prefix: str, outer: str = ""
 ) -> dict[str, Rule]:
-    """Return what each tensor of a `TextModel` is called by a family.
+    """Return the rules between the tensors of a `TextModel` and those of a family's checkpoint.
 
     Args:
-        family: the family.
-        text: the architecture.
-        slots: the heads that have a slot of the family's; the tensors of others keep their own names.
-        ours: names in the model's state.
-        prefix: of the encoder's tensors.
-        outer: of the heads' tensors.
+        family: The family.
+        text: The architecture.
+        slots: Slots of the family by name of the head; the tensors of other heads keep their names.
+        ours: Names of the tensors in the model's state.
+        prefix: Prefix of the encoder's tensors in the checkpoint.
+        outer: Prefix of the heads' tensors in the checkpoint.
 
     Returns:
-        A rule for each of ours.
+        A rule for each of our names.
     """
 
     def theirs(module: str) -> str:
@@ -193,16 +208,16 @@ def family_rules(
             _, number, inside = module.split(".", 2)
             group, member = divmod(int(number), text.group_size)
             block = family.block.format(i=number, group=group, member=member)
-            there = family.inside[inside]
-            there = [there] if isinstance(there, str) else there
-            rules[name] = Rule((name,), tuple(f"{prefix}{block}.{one}.{parameter}" for one in there))
+            modules = family.inside[inside]
+            modules = [modules] if isinstance(modules, str) else modules
+            rules[name] = Rule((name,), tuple(f"{prefix}{block}.{module}.{parameter}" for module in modules))
         else:
             rules[name] = Rule((name,), (f"{prefix}{family.outside[module]}.{parameter}",))
     return rules
 
 
 def of_tower(rules: Mapping[str, Rule]) -> list[Rule]:
-    """Return the rules of a `TextModel`'s encoder with ours named as in the state of a `DualEncoder`."""
+    """Return the rules of a `TextModel`'s encoder for the text tower of a `DualEncoder`."""
     return [rule._replace(ours=("text." + ours.removeprefix("encoder."),)) for ours, rule in rules.items()]
 
 
@@ -216,87 +231,89 @@ def read_state(
     """Return the state of a model from a checkpoint, in single precision; every tensor of both is accounted for.
 
     Args:
-        weights: the checkpoint's.
-        rules: for all of ours.
-        shapes: of ours.
-        where: the file, for errors.
-        ignored: patterns of theirs that stand for nothing.
+        weights: Tensors of the checkpoint.
+        rules: Rules that cover all tensors of our model.
+        shapes: Shapes of our tensors.
+        where: File of the checkpoint, for errors.
+        ignored: Patterns of the names in the checkpoint that are skipped.
 
     Raises:
-        ModelError: a tensor is missing, unknown, or of another shape, dimensions of length 1 at the front aside; or
-            there are two of one, and they differ. Names the first ten.
+        ModelError: If a tensor is missing, unknown or of another shape (leading dimensions of length 1 aside), or
+            differs from its copy under another name; the message lists the first ten.
     """
     state: dict[str, Tensor] = {}
     wrong: list[str] = []
     used: set[str] = set()
     for rule in rules:
-        pieces, names = _pieces(weights, rule, used, wrong)
-        if len(pieces) < len(rule.theirs):
+        tensors, names = _their_tensors(weights, rule, used, wrong)
+        if len(tensors) < len(rule.theirs):
             continue
         first, rows = shapes[rule.ours[0]], [shapes[name][0] for name in rule.ours]
         length, *rest = (sum(rows), *first[1:]) if len(rule.ours) > 1 else _core(first)
-        share = (length // len(pieces), *rest)
-        bad = [i for i, piece in enumerate(pieces) if _core(piece.shape) != _core(share)]
+        share = (length // len(tensors), *rest)  # shape of each of theirs
+        bad = [i for i, tensor in enumerate(tensors) if _core(tensor.shape) != _core(share)]
         if bad:
-            found, fit = tuple(weights[names[bad[0]]].shape), share[::-1] if rule.transposed else share
-            wrong.append(f"{names[bad[0]]} has shape {found} and not {fit}")
+            found, expected = tuple(weights[names[bad[0]]].shape), share[::-1] if rule.transposed else share
+            wrong.append(f"{names[bad[0]]} has shape {found}, expected {expected}")
             continue
-        shaped = [piece.reshape(share) for piece in pieces]
+        shaped = [tensor.reshape(share) for tensor in tensors]
         whole = torch.cat(shaped) if len(shaped) > 1 else shaped[0]
         for name, part in zip(rule.ours, whole.split(rows) if len(rule.ours) > 1 else [whole], strict=True):
             state[name] = part.reshape(tuple(shapes[name])).to(torch.float32, copy=True).contiguous()
-    _account(weights, used, wrong, where, ignored)
+    _raise_if_wrong(weights, used, wrong, where, ignored)
     return state
 
 
-def _pieces(
+def _their_tensors(
     weights: Mapping[str, Tensor], rule: Rule, used: set[str], wrong: list[str]
 ) -> tuple[list[Tensor], list[str]]:
-    """The tensors of a checkpoint that a rule names, and the names under which they are there."""
-    pieces, names = [], []
+    """Return the tensors of a checkpoint that a rule names, and the names under which they were found."""
+    tensors, names = [], []
     for i, first in enumerate(rule.theirs):
-        there = [name for name in (first, *(rule.aliases[i] if rule.aliases else ())) if name in weights]
-        used.update(there)
-        if not there:
+        found = [name for name in (first, *(rule.aliases[i] if rule.aliases else ())) if name in weights]
+        used.update(found)
+        if not found:
             wrong.append(f"{first} is missing")
             continue
-        piece = weights[there[0]]
-        wrong += [f"{name} differs from {there[0]}" for name in there[1:] if not torch.equal(weights[name], piece)]
-        pieces.append(piece.T if rule.transposed else piece)
-        names.append(there[0])
-    return pieces, names
+        tensor = weights[found[0]]
+        wrong += [f"{name} differs from {found[0]}" for name in found[1:] if not torch.equal(weights[name], tensor)]
+        tensors.append(tensor.T if rule.transposed else tensor)
+        names.append(found[0])
+    return tensors, names
 
 
-def _account(
+def _raise_if_wrong(
     weights: Iterable[str], used: Collection[str], wrong: Sequence[str], where: str, ignored: Collection[str]
 ) -> None:
+    """Raise a `ModelError` if there are faults, or tensors that neither a rule nor a pattern accounts for."""
     known = [re.compile(pattern) for pattern in (*STALE, *ignored)]
     left = [f"{n} is unknown" for n in weights if n not in used and not any(p.fullmatch(n) for p in known)]
     if wrong := [*wrong, *left]:
         more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ModelError(f"{where} does not fit its config: {'; '.join(wrong[:10])}{more}")
+        raise ModelError(f"{where} does not match its config: {'; '.join(wrong[:10])}{more}")
 
 
 def write_state(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
-    """Return a state under the names of others.
+    """Return a state under another library's names.
 
     Args:
-        state: ours.
-        rules: for all of it.
+        state: State of our model.
+        rules: Rules that cover all of the state.
     """
     out: dict[str, Tensor] = {}
     for rule in rules:
         parts = [state[name].detach().cpu() for name in rule.ours]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        for i, (name, piece) in enumerate(zip(rule.theirs, whole.chunk(len(rule.theirs)), strict=True)):
-            piece = piece.reshape([length for length in piece.shape if length != 1]) if rule.flat else piece
-            piece = piece.T if rule.transposed else piece
-            for there in (name, *(rule.aliases[i] if rule.copied and rule.aliases else ())):
-                out[there] = piece.clone(memory_format=torch.contiguous_format)  # safetensors wants no shared memory
+        for i, (name, tensor) in enumerate(zip(rule.theirs, whole.chunk(len(rule.theirs)), strict=True)):
+            tensor = tensor.reshape([length for length in tensor.shape if length != 1]) if rule.flat else tensor
+            tensor = tensor.T if rule.transposed else tensor
+            for written in (name, *(rule.aliases[i] if rule.copied and rule.aliases else ())):
+                # safetensors refuses tensors that share memory.
+                out[written] = tensor.clone(memory_format=torch.contiguous_format)
     return out
 
 
 def _core(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without the ones at its front."""
+    """Return a shape without its leading dimensions of length 1."""
     start = next((i for i, length in enumerate(shape) if length != 1), len(shape))
     return tuple(shape[start:]) or (1,)

@@ -1,7 +1,8 @@
 """Vision transformers of other libraries: their architecture as an `ImageConfig`, and the names of their tensors.
 
-A `Shape` says what a plain vision transformer is, whoever built it; it is read off a timm model, and an `ImageConfig`
-is found for it. A layout is a table of names. What is no plain transformer has no shape, and goes out by its timm name.
+A `Shape` describes a plain vision transformer of any library. `shape_of` derives it from a timm model, `image_config`
+finds a timm model with it. A layout is a library's table of tensor names. Other image towers have no shape and are
+exported by their timm name.
 """
 
 from collections.abc import Mapping
@@ -25,18 +26,22 @@ Act = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A plain vision transformer: pre-norm blocks on patches of a square image, with learned positions.
+    """Architecture of a plain vision transformer: pre-norm blocks on patches of a square image, learned positions.
 
     Attributes:
-        size, patch: pixels of a side.
-        width, layers, heads, mlp_width: of the blocks.
-        activation: of the feed-forward parts.
-        norm_eps: of every LayerNorm.
-        pre_norm: a LayerNorm before the first block, and no bias in the map of the patches (CLIP).
-        class_token: there is one, with a position of its own.
-        pool: the class token ("token"), the mean of the patches ("avg"), or attention with a learned query ("map").
-        norm_last: the last LayerNorm comes after pooling.
-        layer_scale: both branches of a block end in a factor by feature.
+        size: Side of the image in pixels.
+        patch: Side of a patch in pixels.
+        width: Features of a token.
+        layers: Number of blocks.
+        heads: Attention heads of a block.
+        mlp_width: Hidden features of a block's MLP.
+        activation: Activation of the MLPs.
+        norm_eps: Epsilon of every LayerNorm.
+        pre_norm: True for a LayerNorm before the first block and a patch embedding without bias (CLIP).
+        class_token: True for a class token with its own position embedding.
+        pool: The class token ("token"), the mean of the patches ("avg"), or attention with a learned query ("map").
+        norm_last: True if the last LayerNorm comes after pooling.
+        layer_scale: True if both branches of a block end in a learned factor per feature.
     """
 
     size: int
@@ -57,34 +62,45 @@ class Shape:
         numbers = {"size": self.size, "patch": self.patch, "width": self.width, "heads": self.heads}
         check_numbers({**numbers, "mlp_width": self.mlp_width}, self.layers)
         if self.size // self.patch > 1024 or self.width % self.heads:
-            raise ValueError(f"patches of {self.patch} of {self.size} pixels, width {self.width}, heads {self.heads}")
+            raise ValueError(
+                f"an image of {self.size} pixels must have at most 1024 patches a side, found patches of {self.patch}; "
+                f"the width {self.width} must be a multiple of the {self.heads} heads"
+            )
 
 
 def check_numbers(numbers: Mapping[str, Any], layers: Any) -> None:
-    """Refuses what no transformer has, before one is built: so many layers take minutes even without memory.
+    """Refuse sizes that no transformer has, before a model is built: 100,000 layers take minutes even on "meta".
+
+    Args:
+        numbers: Sizes by name.
+        layers: Number of layers.
 
     Raises:
-        ValueError: names it.
+        ValueError: If a size is not a whole number or out of range; names it.
     """
-    most = dict.fromkeys(numbers, 10_000_000) | {"layers": 1000}
+    largest = dict.fromkeys(numbers, 10_000_000) | {"layers": 1000}
     for name, value in {**numbers, "layers": layers}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most[name]:
-            raise ValueError(f"{name} must be a whole number from 1 to {most[name]:,}, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest[name]:
+            raise ValueError(f"{name} must be a whole number from 1 to {largest[name]:,}, not {value!r}")
 
 
 def check_timm(name: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Refuses names that timm would look for elsewhere, and sizes of nothing, before a tower is built.
+    """Refuse names that timm would look up outside its own models, and sizes out of range, before a tower is built.
+
+    Args:
+        name: timm's name of the model.
+        arguments: Arguments of the model.
 
     Raises:
-        ValueError: names it.
+        ValueError: If timm does not have the model, or a size is out of range; names it.
     """
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"timm knows no model {name!r}")
+        raise ValueError(f"timm has no model {name!r}")
     sizes = {key: arguments[key] for key in ("embed_dim", "num_heads", "patch_size", "img_size") if key in arguments}
     check_numbers(sizes, arguments.get("depth", 1))
 
 
-# timm's names of published towers; others get the names of a base model and what is else with them.
+# timm's names of published towers. Any other shape is written as the name of a base model with overrides.
 PRE_NORM = (
     "vit_base_patch32_clip_224", "vit_base_patch16_clip_224", "vit_base_patch16_plus_clip_240",
     "vit_large_patch14_clip_224", "vit_huge_patch14_clip_224", "vit_giant_patch14_clip_224",
@@ -112,7 +128,7 @@ def _meta(config: ImageConfig) -> Any:
 
 
 def shape_of(vit: Any) -> Shape | None:
-    """What a timm model is, where it is a plain vision transformer; None where anything is beyond that."""
+    """Return the shape of a timm model, or None if it is not a plain vision transformer."""
     if type(vit) is not VisionTransformer or not all(type(block) is Block for block in vit.blocks):
         return None
     norms = [module for module in vit.modules() if isinstance(module, nn.LayerNorm)]
@@ -165,7 +181,7 @@ def shape_of(vit: Any) -> Shape | None:
 
 
 def _plain_pool(attention: Any, shape: Shape) -> bool:
-    """Whether attention pooling is SigLIP's: one query, all maps with a bias, heads and hidden width of the blocks."""
+    """Return True if attention pooling is SigLIP's: one query, biases, and the blocks' heads and hidden width."""
     return (
         attention.num_heads == shape.heads
         and attention.latent_len == 1
@@ -180,11 +196,12 @@ def _plain_pool(attention: Any, shape: Shape) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _named(shape: Shape) -> str | None:
+def _published_name(shape: Shape) -> str | None:
+    """Return timm's name of a published tower with this shape, any `norm_eps` aside, or None."""
     names = MAP if shape.pool == "map" else PLAIN
     if shape.pre_norm:
         names = QUICK if shape.activation == "quick_gelu" else PRE_NORM
-    for name in (one for one in names if f"_patch{shape.patch}_" in one):
+    for name in (name for name in names if f"_patch{shape.patch}_" in name):
         found = shape_of(_meta(ImageConfig(name, shape.size)))
         if found is not None and replace(found, norm_eps=shape.norm_eps) == shape:
             return name
@@ -192,20 +209,20 @@ def _named(shape: Shape) -> str | None:
 
 
 def image_config(shape: Shape) -> ImageConfig:
-    """The `ImageConfig` whose timm model has this shape.
+    """Return an `ImageConfig` whose timm model has this shape.
 
     Raises:
-        ValueError: timm has none.
+        ValueError: If timm cannot build such a model.
     """
-    name = _named(shape) or "vit_base_patch16_224"
+    name = _published_name(shape) or "vit_base_patch16_224"
     config = ImageConfig(name, shape.size)
-    if _named(shape) is None:
+    if _published_name(shape) is None:
         overrides: dict[str, Any] = {
             "patch_size": shape.patch,
             "embed_dim": shape.width,
             "depth": shape.layers,
             "num_heads": shape.heads,
-            "mlp_ratio": _ratio(shape),
+            "mlp_ratio": _mlp_ratio(shape),
         }
         overrides |= {"act_layer": shape.activation} if shape.activation != "gelu" else {}
         overrides |= {"pre_norm": True} if shape.pre_norm else {}
@@ -219,23 +236,23 @@ def image_config(shape: Shape) -> ImageConfig:
         config = replace(config, norm_eps=shape.norm_eps)
         found = shape_of(_meta(config))
     if found != shape:
-        raise ValueError(f"timm has no vision transformer that is {shape}")
+        raise ValueError(f"timm cannot build a vision transformer with {shape}")
     return config
 
 
-def _ratio(shape: Shape) -> float:
-    """A factor that timm rounds to the hidden width."""
+def _mlp_ratio(shape: Shape) -> float:
+    """Return the `mlp_ratio` from which timm computes the hidden width, which it truncates to a whole number."""
     ratio = shape.mlp_width / shape.width
     return ratio if int(shape.width * ratio) == shape.mlp_width else (shape.mlp_width + 0.5) / shape.width
 
 
 def vision_rules(layout: str, shape: Shape, prefix: str) -> list[Rule]:
-    """Names of a tower's tensors in a layout; ours as in the state of a `DualEncoder`.
+    """Return the rules between the image tower of a `DualEncoder` and the tensors of a layout.
 
     Args:
-        layout: "open_clip", "clip", "siglip" or "vit"; the latter three are Hugging Face's.
-        shape: of the tower.
-        prefix: of theirs.
+        layout: "open_clip", or Hugging Face's "clip", "siglip" or "vit".
+        shape: Shape of the tower.
+        prefix: Prefix of the layout's tensors.
     """
     outside, block, inside = LAYOUTS[layout]
     last = "fc_norm" if shape.norm_last else "norm"
@@ -259,7 +276,7 @@ def vision_rules(layout: str, shape: Shape, prefix: str) -> list[Rule]:
             if ours.startswith("ls") and not shape.layer_scale:
                 continue
             parts = (theirs,) if isinstance(theirs, str) else theirs
-            rules.append(_rule((f"blocks.{i}.{ours}",), tuple(f"{block.format(i=i)}.{one}" for one in parts), prefix))
+            rules.append(_rule((f"blocks.{i}.{ours}",), tuple(f"{block.format(i=i)}.{part}" for part in parts), prefix))
     return rules
 
 
@@ -267,17 +284,17 @@ def _rule(ours: tuple[str, ...], theirs: tuple[str, ...], prefix: str) -> Rule:
     return Rule(tuple(f"image.vit.{name}" for name in ours), tuple(prefix + name for name in theirs))
 
 
-def _both(modules: dict[str, str | tuple[str, ...]]) -> dict[str, str | tuple[str, ...]]:
-    """Weight and bias of modules."""
+def _weight_and_bias(modules: dict[str, str | tuple[str, ...]]) -> dict[str, str | tuple[str, ...]]:
+    """Return the names of weights and biases from the names of modules."""
     return {
-        f"{ours}.{kind}": f"{theirs}.{kind}" if isinstance(theirs, str) else tuple(f"{one}.{kind}" for one in theirs)
+        f"{ours}.{kind}": f"{theirs}.{kind}" if isinstance(theirs, str) else tuple(f"{part}.{kind}" for part in theirs)
         for ours, theirs in modules.items()
         for kind in ("weight", "bias")
     }
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-CLIP_BLOCK = _both(
+CLIP_BLOCK = _weight_and_bias(
     {
         "norm1": "layer_norm1", "attn.qkv": QKV, "attn.proj": "self_attn.out_proj", "norm2": "layer_norm2",
         "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
@@ -290,7 +307,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
             "cls_token": "class_embedding",
             "pos_embed": "positional_embedding",
             "patch_embed.proj.weight": "conv1.weight",
-            **_both({"norm_pre": "ln_pre", "norm": "ln_post"}),
+            **_weight_and_bias({"norm_pre": "ln_pre", "norm": "ln_post"}),
         },
         "transformer.resblocks.{i}",
         {
@@ -298,7 +315,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
             "attn.qkv.bias": "attn.in_proj_bias",
             "ls1.gamma": "ls_1.gamma",
             "ls2.gamma": "ls_2.gamma",
-            **_both(
+            **_weight_and_bias(
                 {
                     "norm1": "ln_1", "norm2": "ln_2", "attn.proj": "attn.out_proj",
                     "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
@@ -311,7 +328,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
             "cls_token": "embeddings.class_embedding",
             "pos_embed": "embeddings.position_embedding.weight",
             "patch_embed.proj.weight": f"{PATCHES}.weight",
-            **_both({"norm_pre": "pre_layrnorm", "norm": "post_layernorm"}),
+            **_weight_and_bias({"norm_pre": "pre_layrnorm", "norm": "post_layernorm"}),
         },
         "encoder.layers.{i}",
         CLIP_BLOCK,
@@ -320,7 +337,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         {
             "pos_embed": "embeddings.position_embedding.weight",
             "attn_pool.latent": "head.probe",
-            **_both(
+            **_weight_and_bias(
                 {
                     "patch_embed.proj": PATCHES, "norm": "post_layernorm", "attn_pool.proj": "head.attention.out_proj",
                     "attn_pool.norm": "head.layernorm", "attn_pool.mlp.fc1": "head.mlp.fc1",
@@ -335,13 +352,13 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         {
             "cls_token": "embeddings.cls_token",
             "pos_embed": "embeddings.position_embeddings",
-            **_both({"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}),
+            **_weight_and_bias({"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}),
         },
         "encoder.layer.{i}",
-        _both(
+        _weight_and_bias(
             {
                 "norm1": "layernorm_before", "norm2": "layernorm_after",
-                "attn.qkv": tuple(f"attention.attention.{one}" for one in ("query", "key", "value")),
+                "attn.qkv": tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
                 "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
             }
         ),
@@ -350,9 +367,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 
 
 def fits(layout: str, shape: Shape) -> bool:
-    """Whether a layout has towers of this shape."""
+    """Return True if a layout can express towers of this shape."""
     if layout == "open_clip":
-        # The map of the patches has no bias there: that of ours is added to their positions.
+        # open_clip's patch embedding has no bias; the export adds the bias to the position embeddings.
         return shape.class_token and shape.pool != "map"
     if layout == "clip":
         plain = shape.class_token and shape.pool == "token" and shape.pre_norm

@@ -307,7 +307,7 @@ def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
             f"transformers counts positions by another padding token than {embedder.name}: export to open_clip or onnx"
         )
     config = dataclasses.replace(model.config, text=form.text)
-    state, config = hugging_face.through_pooler(with_segment(model.state_dict(), form.text), form, config)
+    state, config = hugging_face.add_identity_pooler(with_segment(model.state_dict(), form.text), form, config)
     tensors = write_state(state, hugging_face.rules_of(form, config))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     written = hugging_face.write_config(form, config)
@@ -318,7 +318,7 @@ def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, form.text))
     notes = ["logit_bias: the format has no place for it"] if config.logit_bias and form.kind != "siglip" else []
-    if form.passes:
+    if form.identity_pooler:
         notes.append(
             "the text's features pass through BERT's pooler nearly unchanged (times 2^-16 before its tanh, times 2^16 "
             "after): in float16 this loses digits, in bfloat16 and float32 it does not"

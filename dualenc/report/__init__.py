@@ -1,4 +1,4 @@
-"""Results to a table, to JSON and to a page that stands by itself."""
+"""Results as a table in the terminal, as JSON and as a self-contained HTML page."""
 
 from dualenc.report.doctor import print_examination, write_examination
 from dualenc.report.html import write_comparison, write_report

@@ -1,4 +1,4 @@
-"""What the doctor found, in the terminal and as a page."""
+"""Findings of the doctor, in the terminal and as a page."""
 
 import os
 from collections import Counter
@@ -15,10 +15,10 @@ from dualenc.utils.text import plural
 
 
 def print_examination(result: Mapping[str, Any]) -> None:
-    """Prints what `dualenc.data.doctor.checks` found: what the data is, then what is the matter with it.
+    """Print the result of `dualenc.data.doctor.checks`: facts about the data, then the problems found.
 
     Args:
-        result: facts and findings.
+        result: Facts and findings.
     """
     from rich.console import Console
     from rich.padding import Padding
@@ -26,7 +26,7 @@ def print_examination(result: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    if not console.is_terminal:  # lines stay whole for those who search in them
+    if not console.is_terminal:  # Lines are not wrapped, so that a program can search them.
         console.width = 100_000
     facts = _facts(result["facts"])
     for name, value in facts:
@@ -41,14 +41,14 @@ def print_examination(result: Mapping[str, Any]) -> None:
     console.print()
     for finding in result["findings"]:
         style = {"error": "bold red", "warning": "bold yellow", "info": "bold blue"}[finding["severity"]]
-        head = f"{finding['what']}: {_counted(finding)}"
+        head = f"{finding['what']}: {_count(finding)}"
         console.print(Text.assemble((f"{finding['severity']:9}", style), head))
         shown = finding["examples"] if finding["unit"].startswith("shards") else finding["examples"][:3]
         for example in shown:
             console.print(Padding.indent(Text(example, style="dim"), 11))
         console.print(Padding.indent(Text(finding["advice"]), 9))
     if not result["findings"]:
-        console.print("nothing found that would hurt a run")
+        console.print("no problems found")
 
 
 def write_examination(
@@ -60,16 +60,16 @@ def write_examination(
     about: Mapping[str, Any] | None = None,
     marks: Mapping[str, float] | None = None,
 ) -> Path:
-    """Writes `report.html` on what `dualenc.data.doctor.checks` found; see `write_report`.
+    """Write `report.html` with the result of `dualenc.data.doctor.checks`; see `write_report`.
 
     Args:
-        folder: where to.
-        title: of the page.
-        result: facts and findings.
-        distributions: values by name.
-        galleries: by title, groups of pictures to be seen together, each with what to say of it.
-        about: what else was run, by name.
-        marks: a value of a distribution to be marked.
+        folder: Folder of the page.
+        title: Title of the page.
+        result: Facts and findings.
+        distributions: Values of each plot, by name.
+        galleries: Groups of images that are shown side by side, by title; each image with its caption.
+        about: Further facts of the run, by name.
+        marks: Value that is marked in a plot, by the plot's name.
     """
     facts = result["facts"]
     severities = Counter(finding["severity"] for finding in result["findings"])
@@ -85,14 +85,14 @@ def write_examination(
         {**dict(_facts(facts)), **(about or {})},
         counts=[(severities[name], name) for name in ("error", "warning")],
         facts=facts,
-        findings=[{**finding, "counted": _counted(finding)} for finding in result["findings"]],
+        findings=[{**finding, "counted": _count(finding)} for finding in result["findings"]],
         plots=plots,
         galleries={title: groups for title, groups in galleries.items() if groups},
     )
 
 
 def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures in words."""
+    """Return the facts as lines: a name and a text."""
     shards = plural(facts["shards"], "shard")
     if facts["shards that can be read"] < facts["shards"]:
         shards += f", {facts['shards that can be read']:,} of which can be read"
@@ -101,25 +101,26 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     rest = (
         f", {facts['samples']:,} samples, {facts['pairs']:,} pairs of image and caption, {facts['bytes'] / 1e6:,.1f} MB"
     )
-    looked = f"{facts['looked at']:,} of {facts['pairs']:,} pairs"
+    inspected = f"{facts['looked at']:,} of {facts['pairs']:,} pairs"
     if facts["seed"] is not None:
-        looked += (
-            f", drawn by seed {facts['seed']}: what is said of images and captions is of these; --all looks at all"
+        inspected += (
+            f", drawn with seed {facts['seed']}: findings about images and captions refer to these pairs; --all "
+            "inspects every pair"
         )
-    lines = [("examined", shards + rest), ("looked at", looked)]
+    lines = [("examined", shards + rest), ("looked at", inspected)]
     if facts["images"]:
         lines.append(("images", ", ".join(f"{n:,} .{name}" for name, n in facts["images"].items())))
     for item in facts["against"]:
-        of_images, of_captions = item["of these among those looked at"], item["of these captions in both"]
-        both = f"{of_images:,} of {item['images']:,} images and {of_captions:,} of {item['different captions']:,}"
-        lines.append((f"in {item['name']} too", f"{both} different captions"))
+        images, captions = item["of these among those looked at"], item["of these captions in both"]
+        shared = f"{images:,} of {item['images']:,} images and {captions:,} of {item['different captions']:,}"
+        lines.append((f"in {item['name']} too", f"{shared} different captions"))
     return lines
 
 
-def _counted(finding: Mapping[str, Any]) -> str:
-    """How many of how many, and how many that makes of all."""
+def _count(finding: Mapping[str, Any]) -> str:
+    """Return the count of a finding, its share, and an estimate for the whole data set if a sample was drawn."""
     text = f"{finding['count']:,} of {finding['of']:,} {finding['unit']} ({percent(finding['share'])})"
     if finding["estimate"]:
-        about, low, high = finding["estimate"]
-        text += f", of all pairs about {about:,} (95% interval {low:,} to {high:,})"
+        estimate, low, high = finding["estimate"]
+        text += f", about {estimate:,} of all pairs (95% interval {low:,} to {high:,})"
     return text

@@ -1,20 +1,21 @@
-"""How figures, names and pictures are written, in the terminal and on a page."""
+"""Formatting of numbers, names and images, in the terminal and on a page."""
 
 from base64 import b64encode
 from typing import Any
 
 from markupsafe import Markup, escape
 
-KINDS = {  # what n counts, and what is measured
+# Kind of evaluation -> the unit that n counts, and a description of the measurement.
+KINDS = {
     "classification": ("images", "zero-shot classification"),
     "multilabel": ("images", "zero-shot classification, several labels an image"),
     "retrieval": ("images", "images found by captions and captions by images"),
-    "choice": ("instances", "images and captions to be told apart"),
-    "probe": ("images", "a linear classifier and votes of neighbors on frozen embeddings"),
-    "labels": ("texts", "labels of texts, or numbers"),
-    "mlm": ("tokens", "hidden words that are guessed"),
-    "rtd": ("tokens", "words that were replaced, and others, told apart"),
-    "text-pairs": ("pairs", "texts that belong together"),
+    "choice": ("instances", "choice of the image and the caption that belong together"),
+    "probe": ("images", "a linear classifier and nearest neighbors on frozen embeddings"),
+    "labels": ("texts", "classification or regression of texts"),
+    "mlm": ("tokens", "prediction of masked tokens"),
+    "rtd": ("tokens", "detection of replaced tokens"),
+    "text-pairs": ("pairs", "texts found by texts that belong together"),
     "sentences": ("texts", "logistic regression and clusters on frozen sentence embeddings"),
     "text-text": ("captions", "captions of the same image found by a caption"),
     "image-image": ("images", "images of the same class found by an image"),
@@ -22,31 +23,31 @@ KINDS = {  # what n counts, and what is measured
 
 
 def less_is_better(name: str) -> bool:
-    """Whether a metric, whatever its prefix, measures what is wrong."""
+    """Return True if lower values of a metric are better; its name may have any prefix."""
     return name.endswith(("median_rank", "ece", "perplexity", "mse", "loss"))
 
 
 def is_share(name: str) -> bool:
-    """Whether a metric lies between 0 and 1, as all do but ranks, losses and correlations."""
+    """Return True if a metric lies between 0 and 1, as all do except ranks, losses and correlations."""
     return not name.endswith(("median_rank", "perplexity", "mse", "loss", "matthews", "pearson", "spearman"))
 
 
 def measured(result: dict[str, Any]) -> str:
-    """How many of what, and what was done with them."""
-    unit, what = KINDS[result["kind"]]
-    return f"{result['n']:,} {unit}: {what}"
+    """Return the size of an evaluation set and a description of its measurement."""
+    unit, description = KINDS[result["kind"]]
+    return f"{result['n']:,} {unit}: {description}"
 
 
 def number(value: float) -> str:
-    """Shares with three decimals, small ones with two digits that count, ranks with one decimal."""
+    """Format a share with three decimals, a small one with two significant digits, a rank with one decimal."""
     if 0 < abs(value) < 0.01:
         return f"{value:.2g}"
     return f"{value:.3f}" if abs(value) <= 1 else f"{value:,.1f}"
 
 
 def change(value: float) -> str:
-    """A difference with its sign: three decimals, more where there would be nothing to see."""
-    if abs(value) < 1e-9:  # what rounding leaves of equal figures
+    """Format a difference with its sign and three decimals, or one significant digit if it is smaller."""
+    if abs(value) < 1e-9:  # Rounding makes equal values differ by this little.
         return "0"
     if abs(value) < 0.0005:
         return f"{value:+.1g}"
@@ -54,21 +55,21 @@ def change(value: float) -> str:
 
 
 def figure(value: float) -> str:
-    """Whole numbers as such, others with two decimals while they are small."""
+    """Format a number of 100 or more, or a whole one, without decimals, and any other with two."""
     return f"{value:,.0f}" if value == round(value) or abs(value) >= 100 else f"{value:,.2f}"
 
 
 def percent(share: float) -> str:
-    """A share in percent."""
+    """Format a share in percent."""
     return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
 
 def breakable(name: str) -> Markup:
-    """May go on in a new line after an underscore, as on a phone it must."""
+    """Escape a name and allow a line break after each underscore, which narrow screens need."""
     return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def uri(picture: bytes) -> str:
-    """A PNG or JPEG to stand in the page itself."""
+    """Return a PNG or JPEG as a data URI, so that the page contains the image itself."""
     kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{b64encode(picture).decode()}"

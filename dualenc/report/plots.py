@@ -1,4 +1,4 @@
-"""Plots that stand in a page as SVG and read on light and on dark."""
+"""Plots as inline SVG of a page, readable on a light and on a dark background."""
 
 import csv
 import io
@@ -19,15 +19,22 @@ CURVES = (
     "acc1", "acc5", "mean_average_precision", "image_retrieval_recall@1", "image_retrieval_recall@10", "accuracy",
     "baseline_accuracy", "spearman", "auroc", "first_recall@1",
 )  # fmt: skip
-LINES = ("#4a90d9", "#e08a3c", "#3fa66b", "#b867c6", "#d05a5a", "#8a8f98")  # seen on white and on black
-INK = "#010203"  # becomes the color of the text around a plot, whatever the page's is
-COLORS = 10  # classes with a color of their own on a map; style.css has as many
-PAIRS = 200  # lines of a map; more are a gray smear
-ROUNDS = 8  # in which the points of a map are drawn, so that no class covers the others
+LINES = ("#4a90d9", "#e08a3c", "#3fa66b", "#b867c6", "#d05a5a", "#8a8f98")  # Visible on white and on black.
+INK = "#010203"  # Placeholder that is replaced by the page's text color.
+COLORS = 10  # Classes with their own color on a map; style.css defines the same number.
+PAIRS = 200  # Most lines between pairs on a map; more would blur into a gray area.
+ROUNDS = 8  # The points of a map are drawn in rounds over all classes, so that no class covers the others.
 
 
 def curves(path: Path) -> list[dict[str, Any]]:
-    """Plots of a run's `metrics.csv`: loss, then what was measured on each set, then the rest of training."""
+    """Plot a run's `metrics.csv`: the loss, then the metrics of each evaluation set, then the rest of training.
+
+    Args:
+        path: Path of `metrics.csv`.
+
+    Returns:
+        A title and an SVG for each plot.
+    """
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -35,15 +42,15 @@ def curves(path: Path) -> list[dict[str, Any]]:
     sets = dict.fromkeys(name.rpartition("/")[0] for name in series if not name.startswith(("train/", "test/")))
     groups = {"loss": ["train/loss", "val/loss"]}
     for name in sets:
-        own = [m for m in series if m.rpartition("/")[0] == name]
+        of_set = [metric for metric in series if metric.rpartition("/")[0] == name]
         title = "held-out pairs" if name == "val" else f"{name[4:]}, held out" if name.startswith("val/") else name
-        groups[title] = [m for m in own if m.rpartition("/")[2] in CURVES]
-        groups[f"{title}: perplexity"] = [m for m in own if m.endswith("/perplexity")]
-        groups["loss"] += [m for m in own if m.endswith("/loss") and m not in groups["loss"]]
+        groups[title] = [metric for metric in of_set if metric.rpartition("/")[2] in CURVES]
+        groups[f"{title}: perplexity"] = [metric for metric in of_set if metric.endswith("/perplexity")]
+        groups["loss"] += [m for m in of_set if m.endswith("/loss") and m not in groups["loss"]]
     groups["learning rate"] = ["train/lr"]
     groups["temperature (logit scale)"] = ["train/logit_scale"]
     groups["gradient norm before clipping"] = ["train/grad_norm"]
-    groups["samples a second"] = ["train/samples_per_second"]
+    groups["samples per second"] = ["train/samples_per_second"]
     plots = []
     for title, names in groups.items():
         lines = {name.rpartition("/")[2] if title != "loss" else name: series[name] for name in names if series[name]}
@@ -64,7 +71,12 @@ def _lines(lines: Mapping[str, list[tuple[int, float]]], axes: Any) -> None:
 
 
 def histogram(values: np.ndarray, mark: float | None) -> Markup:
-    """How many there are of each size; of what spans more than a factor of 100, on a logarithmic scale."""
+    """Plot the histogram of some values, on a logarithmic axis if they span more than a factor of 100.
+
+    Args:
+        values: The values (N,).
+        mark: Value at which a vertical line is drawn; None for no line.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     def draw(axes: Any) -> None:
@@ -80,7 +92,7 @@ def histogram(values: np.ndarray, mark: float | None) -> Markup:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
         axes.hist(values, bins=bins, color=LINES[0])
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.10g}"))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         if mark is not None:
             axes.axvline(mark, color=LINES[1], linewidth=1.6, label=f"cut at {mark:,.0f}")
@@ -90,21 +102,21 @@ def histogram(values: np.ndarray, mark: float | None) -> Markup:
 
 
 def spread(values: Sequence[float]) -> Markup:
-    """How many classes have which share right."""
+    """Plot the histogram of the classes' accuracies."""
 
     def draw(axes: Any) -> None:
         axes.hist(values, bins=20, range=(0, 1), color=LINES[0])
-        axes.set_xlabel("share right")
+        axes.set_xlabel("accuracy")
         axes.set_ylabel("classes")
 
     return _svg(draw, 4.4, 1.9)
 
 
 def reliability(bins: Sequence[Sequence[float]]) -> Markup:
-    """Share right over confidence (Guo et al. 2017, figure 1): on the diagonal a model is right as often as it says.
+    """Plot accuracy over confidence (Guo et al. 2017, figure 1); a calibrated model lies on the diagonal.
 
     Args:
-        bins: confidence, share right and count of each; the area of a dot is its count.
+        bins: Confidence, accuracy and count of each bin; the area of a dot shows the count.
     """
     confidence, accuracy, count = np.array([row for row in bins if row[2]], dtype=float).T
 
@@ -112,7 +124,7 @@ def reliability(bins: Sequence[Sequence[float]]) -> Markup:
         axes.plot((0, 1), (0, 1), color=INK, alpha=0.5, linewidth=1, linestyle=(0, (4, 3)))
         axes.vlines(confidence, confidence, accuracy, color=LINES[1], linewidth=1.4)
         axes.scatter(confidence, accuracy, s=10 + 110 * count / count.max(), color=LINES[0], zorder=3, clip_on=False)
-        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="share right")
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="accuracy")
         axes.set_xticks(np.linspace(0, 1, 6))
         axes.set_yticks(np.linspace(0, 1, 6))
 
@@ -120,66 +132,68 @@ def reliability(bins: Sequence[Sequence[float]]) -> Markup:
 
 
 def embedding_map(points: Points) -> Markup:
-    """Points in the colors of their classes, with the names of the classes in the midst of their points.
+    """Draw points in the colors of their classes, and the name of each class at the center of its points.
 
-    Written by hand: a point takes 11 bytes and its color from the page; a plotting library's takes 150, in one color
-    for light and dark.
+    The SVG is written by hand. A point takes 11 bytes and its color from the page; a plotting library takes 150 bytes,
+    with one color for light and dark pages.
     """
     label, xy = np.asarray(points.label), np.asarray(points.xy, dtype=float)
     count = np.bincount(label, minlength=len(points.names))
     colored = np.argsort(-count, kind="stable")[:COLORS]
     colored = np.sort(colored[count[colored] > 0])
     low, size = xy.min(0), np.maximum(np.ptp(xy, axis=0), 1e-12)
-    # One unit for both axes, as far as the plot does not become a strip.
+    # Both axes have the same scale; the limits on the height keep the plot from becoming a strip.
     height = int(np.clip(940 * size[1] / size[0], 440, 740)) + 60
     scale = min(940 / size[0], (height - 60) / size[1])
     middle = np.array([500, height / 2])
-    at = (xy - low - size / 2) * (scale, -scale) + middle  # (M, 2), y goes down
-    places = np.rint(at).astype(int).tolist()
+    at = (xy - low - size / 2) * (scale, -scale) + middle  # (M, 2), y points down
+    coords = np.rint(at).astype(int).tolist()
 
     svg = [Markup('<svg viewBox="0 0 1000 {}" role="img" aria-label="embeddings in the plane">').format(height)]
     if points.pairs is not None and len(points.pairs):
-        few = np.asarray(points.pairs)[:: math.ceil(len(points.pairs) / PAIRS)].tolist()
-        ends = "".join("M{} {}L{} {}".format(*places[i], *places[j]) for i, j in few)
-        svg.append(Markup('<path class="pair" d="{}"/>').format(ends))
-    kinds = [(kind, np.flatnonzero(label == c)) for kind, c in enumerate(colored)]
+        shown = np.asarray(points.pairs)[:: math.ceil(len(points.pairs) / PAIRS)].tolist()
+        lines = "".join("M{} {}L{} {}".format(*coords[i], *coords[j]) for i, j in shown)
+        svg.append(Markup('<path class="pair" d="{}"/>').format(lines))
+    classes = [(color, np.flatnonzero(label == c)) for color, c in enumerate(colored)]
     rest = np.flatnonzero(~np.isin(label, colored))
     if len(rest):
-        svg.append(Markup('<path class="rest" d="{}"/>').format(_dots(places, rest)))
+        svg.append(Markup('<path class="rest" d="{}"/>').format(_dots(coords, rest)))
     for part in range(ROUNDS):
-        for kind, rows in kinds:
-            if len(some := rows[part::ROUNDS]):
-                svg.append(Markup('<path class="c{}" d="{}"/>').format(kind, _dots(places, some)))
+        for color, rows in classes:
+            if len(drawn := rows[part::ROUNDS]):
+                svg.append(Markup('<path class="c{}" d="{}"/>').format(color, _dots(coords, drawn)))
     names = [points.names[int(c)] for c in colored]
-    centers = [tuple(at[rows].mean(0).tolist()) for _, rows in kinds]
-    stand = _apart(names, centers, height)
-    for kind, (center, (x, y)) in enumerate(zip(centers, stand)):
-        if math.dist(center, (x, y)) > 30:  # elsewhere than its points
+    centers = [tuple(at[rows].mean(0).tolist()) for _, rows in classes]
+    positions = _label_positions(names, centers, height)
+    for color, (center, (x, y)) in enumerate(zip(centers, positions)):
+        if math.dist(center, (x, y)) > 30:  # A line connects a name with points that are far from it.
             line = "M{:.0f} {:.0f}L{:.0f} {:.0f}".format(*center, x, y)
-            svg.append(Markup('<path class="c{} leader" d="{}"/>').format(kind, line))
+            svg.append(Markup('<path class="c{} leader" d="{}"/>').format(color, line))
     svg.append(Markup("</svg>"))
-    for kind, (name, (x, y)) in enumerate(zip(names, stand)):
+    for color, (name, (x, y)) in enumerate(zip(names, positions)):
         svg.append(
             Markup('<span class="c{}" style="left:{:.1f}%;top:{:.1f}%" title="{}">{}</span>').format(
-                kind, x / 10, 100 * y / height, name, name
+                color, x / 10, 100 * y / height, name, name
             )
         )
     return Markup('<div class="map">{}</div>').format(Markup("").join(svg))
 
 
-def _dots(places: list[list[int]], rows: np.ndarray) -> str:
-    return "".join("M{} {}h0".format(*places[i]) for i in rows.tolist())
+def _dots(coords: list[list[int]], rows: np.ndarray) -> str:
+    return "".join("M{} {}h0".format(*coords[i]) for i in rows.tolist())
 
 
-def _apart(names: Sequence[str], centers: Sequence[tuple[float, float]], height: int) -> list[tuple[float, float]]:
-    """Where names can stand that none covers another, near their centers, on a map as narrow as a phone's."""
-    pixel = 1000 / 340  # units of the map
+def _label_positions(
+    names: Sequence[str], centers: Sequence[tuple[float, float]], height: int
+) -> list[tuple[float, float]]:
+    """Place names near their centers such that none covers another on a map that is as narrow as a phone."""
+    pixel = 1000 / 340  # Units of the map per pixel of a phone.
     line = 16 * pixel
     moves = [(across * 2 * line, down * line / 2) for across in range(-4, 5) for down in range(-12, 13)]
     moves.sort(key=lambda move: math.hypot(*move))
-    placed: list[tuple[float, float, float]] = []  # x, y, half a width
+    placed: list[tuple[float, float, float]] = []  # x, y, half the width
     for name, (x, y) in zip(names, centers):
-        half = min(len(name) * 7 + 6, 120) / 2 * pixel  # style.css has the same limit
+        half = min(len(name) * 7 + 6, 120) / 2 * pixel  # style.css has the same limit.
         for across, down in moves:
             at = min(max(x + across, half), 1000 - half), min(max(y + down, line / 2), height - line / 2)
             if all(abs(at[0] - x) >= half + wide or abs(at[1] - y) >= line for x, y, wide in placed):
@@ -191,7 +205,13 @@ def _apart(names: Sequence[str], centers: Sequence[tuple[float, float]], height:
 
 
 def _svg(draw: Callable[[Any], None], width: float, height: float) -> Markup:
-    """A plot to stand in the page, its text and axes in the color of the page's text."""
+    """Return a plot as inline SVG, its text and axes in the color of the page's text.
+
+    Args:
+        draw: Function that draws on the axes.
+        width: Width in inches.
+        height: Height in inches.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -209,6 +229,6 @@ def _svg(draw: Callable[[Any], None], width: float, height: float) -> Markup:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
-    # What a page of HTML has no use for: names of vocabularies that look like links, and who made it when.
+    # Inline SVG needs neither the namespaces, which look like links, nor the metadata with program and date.
     text = re.sub(r"<metadata>.*?</metadata>| xmlns(:\w+)?=\"[^\"]*\"", "", text[text.index("<svg") :], flags=re.DOTALL)
     return Markup(text.replace(INK, "currentColor"))

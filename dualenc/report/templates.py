@@ -1,4 +1,4 @@
-"""The templates of pages and cards, compiled once a process."""
+"""Templates of pages and cards, compiled once per process."""
 
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ def templates(autoescape: bool) -> Environment:
     """Return the templates of this folder.
 
     Args:
-        autoescape: whether what stands in them is escaped as HTML.
+        autoescape: True to escape inserted values as HTML.
     """
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -1,4 +1,4 @@
-"""Every family beside transformers, every tensor random: in, out, and back in."""
+"""Every family against transformers, with every tensor random: imported, exported, and imported again."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ MODERNBERT = {**WIDE, **IDS, "num_hidden_layers": 6, "max_position_embeddings": 
 CLIP = {**BERT, "bos_token_id": 2, "eos_token_id": VOCAB - 1, "pad_token_id": 0}
 SIGLIP = {**BERT, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": 1}
 
-# model_type and config: the smallest part of each family in which all of it is there
+# name -> model_type and config: the smallest models that have every part of their family
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", BERT),
     "bert, relu": ("bert", {**BERT, "hidden_act": "relu", "layer_norm_eps": 1e-3}),
@@ -69,7 +69,7 @@ MASKED = [name for name, (kind, config) in FAMILIES.items() if kind[:4] not in (
 
 
 def build(kind: str, config: dict[str, Any], auto: Any = AutoModel, **more: Any) -> Any:
-    """A model of transformers with every tensor perturbed; none is as it was initialized."""
+    """Build a model of transformers and perturb every tensor, so that none has its initial value."""
     loaded = transformers.CONFIG_MAPPING[kind](**config, **more)
     if kind == "siglip_text_model":
         model = transformers.SiglipTextModel(loaded)
@@ -82,17 +82,17 @@ def build(kind: str, config: dict[str, Any], auto: Any = AutoModel, **more: Any)
 
 
 def tokenizer_of(text: TextConfig) -> Tokenizer:
-    """Of small texts; where positions begin after the number of the padding token, that is its number."""
+    """Return a tiny tokenizer; with a position offset, the padding token has the id before it, as in RoBERTa."""
     tokenizer = tiny_tokenizer(text.context_length)
     if not text.position_offset:
         return tokenizer
-    about = json.loads(tokenizer.backend.to_str())
-    numbers = about["model"]["vocab"]
-    other = next(token for token, number in numbers.items() if number == text.position_offset - 1)
-    numbers |= {"[PAD]": numbers[other], other: numbers["[PAD]"]}
-    for token in about["added_tokens"]:
-        token["id"] = numbers[token["content"]]
-    return Tokenizer(Backend.from_str(json.dumps(about)), text.context_length)
+    fields = json.loads(tokenizer.backend.to_str())
+    ids = fields["model"]["vocab"]
+    other = next(token for token, token_id in ids.items() if token_id == text.position_offset - 1)
+    ids |= {"[PAD]": ids[other], other: ids["[PAD]"]}
+    for token in fields["added_tokens"]:
+        token["id"] = ids[token["content"]]
+    return Tokenizer(Backend.from_str(json.dumps(fields)), text.context_length)
 
 
 def add_tokenizer(folder: Path) -> None:
@@ -100,12 +100,16 @@ def add_tokenizer(folder: Path) -> None:
 
 
 def ragged(config: TextConfig, seed: int) -> tuple[Tokens, Tensor, Tensor, Tensor]:
-    """Texts of 1 to 40 tokens with segments, packed, and padded as transformers wants them: ids, mask, types."""
+    """Draw texts of 1 to 40 tokens with segments.
+
+    Returns:
+        The texts packed; and ids, mask and segments padded as transformers expects them.
+    """
     rng = np.random.default_rng(seed)
     lengths = [int(n) for n in rng.integers(1, LONGEST + 1, 5)] + [LONGEST, LONGEST // 2 + 1]
     lengths = [config.pad_to] * 4 if config.pad_to else lengths
     texts = [rng.integers(5, VOCAB - 2, n).tolist() for n in lengths]
-    if config.causal:  # the closing token is the one that CLIP looks for, and of the highest number
+    if config.causal:  # CLIP pools at the closing token, which has the highest id.
         texts = [[*text[:-1], VOCAB - 1] for text in texts]
     types = [sorted(rng.integers(0, config.types, len(text)).tolist()) for text in texts] if config.types else None
     tokens = Tokens.pack(texts, types)
@@ -121,19 +125,19 @@ def theirs(model: Any, ids: Tensor, mask: Tensor, types: Tensor) -> Any:
 
 
 def assert_close(ours: Tensor, peer: Tensor, far: bool = False) -> None:
-    """Equal to 2e-5 of the largest; or, as a control, not."""
+    """Assert that two tensors are equal to 2e-5 of the largest value; or, as a control, that they are not."""
     error = ((ours - peer).abs().max() / peer.abs().max().clamp(min=1)).item()
     assert (error > 1e-3) if far else (error < 2e-5), error
 
 
 def packed(model: TextModel, padded: Tensor, mask: Tensor, tokens: Tokens) -> Tensor:
-    """(B, T, ...) of the caller's order to (N, ...) of the packed one."""
+    """Convert (B, T, ...) in the caller's order to (N, ...) in the packed order."""
     order = torch.argsort(tokens.rows)
     return padded[order][mask[order]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_encoder_is_that_of_transformers(name: str, tmp_path: Path, seed: int) -> None:
+def test_encoder_equals_transformers(name: str, tmp_path: Path, seed: int) -> None:
     kind, config = FAMILIES[name]
     peer = build(kind, config)
     peer.save_pretrained(tmp_path / "peer")
@@ -168,12 +172,12 @@ def test_encoder_is_that_of_transformers(name: str, tmp_path: Path, seed: int) -
     assert all(torch.equal(after[key], x) for key, x in before.items() if key not in lost)
     assert before.keys() == after.keys()
     same(load_text(tmp_path / "ours", "cpu").model, model)
-    (tmp_path / "ours" / "dualenc.json").unlink()  # as a checkpoint like any other
+    (tmp_path / "ours" / "dualenc.json").unlink()  # Now it is a checkpoint like any other.
     same(load_text(tmp_path / "ours", "cpu").model, model)
 
 
 def same(one: TextModel, other: TextModel) -> None:
-    """Equal to the bit, architecture and all."""
+    """Assert that two models are equal to the bit, including the architecture."""
     assert (one.config, one.head_configs) == (other.config, other.head_configs)
     for (name, x), (key, y) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
         assert name == key
@@ -181,7 +185,13 @@ def same(one: TextModel, other: TextModel) -> None:
 
 
 def equal(one: Any, other: Any, apart: tuple[str, ...] = ("?",)) -> None:
-    """The same class of transformers with the same tensors, to the bit, but for those of which nothing depends."""
+    """Assert that two models of transformers have the same class and the same tensors, to the bit.
+
+    Args:
+        one: A model.
+        other: A model.
+        apart: Prefixes of tensors that no output depends on, which are not compared.
+    """
     assert type(one) is type(other)
     mine, its = one.state_dict(), other.state_dict()
     assert mine.keys() == its.keys()
@@ -204,7 +214,7 @@ def test_masked_language_heads(name: str, tied: bool, tmp_path: Path, seed: int)
     TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").eval()
     assert type(again) is type(peer)
-    unused = () if tied else ("cls.predictions.bias", "predictions.bias", "lm_head.bias")  # the decoder has its own
+    unused = () if tied else ("cls.predictions.bias", "predictions.bias", "lm_head.bias")  # The decoder has one.
     equal(again, peer, unused or ("?",))
     assert_close(theirs(again, ids, mask, types).logits, logits)
     same(load_text(tmp_path / "ours", "cpu").model, model)
@@ -229,8 +239,8 @@ PROBLEMS = {
 )
 def test_classification_heads(name: str, problem: str, tmp_path: Path, seed: int) -> None:
     kind, config = FAMILIES[name.removesuffix(", mean")]
-    called, labels = PROBLEMS[problem]
-    more = {"problem_type": called, "id2label": dict(enumerate(labels)), "num_labels": len(labels)}
+    problem_type, labels = PROBLEMS[problem]
+    more = {"problem_type": problem_type, "id2label": dict(enumerate(labels)), "num_labels": len(labels)}
     if name.endswith("mean"):
         more |= {"classifier_pooling": "mean", "classifier_activation": "silu"}
     peer = build(kind, config, AutoModelForSequenceClassification, **more)
@@ -248,14 +258,14 @@ def test_classification_heads(name: str, problem: str, tmp_path: Path, seed: int
     equal(again, peer)
     assert_close(theirs(again, ids, mask, types).logits, logits)
     assert again.config.id2label == dict(enumerate(labels))
-    assert again.config.problem_type == called
+    assert again.config.problem_type == problem_type
     same(load_text(tmp_path / "ours", "cpu").model, model)
     (tmp_path / "ours" / "dualenc.json").unlink()
     same(load_text(tmp_path / "ours", "cpu").model, model)
 
 
 @pytest.mark.parametrize("name", ["electra", "electra, one width"])
-def test_discriminators(name: str, tmp_path: Path, seed: int) -> None:
+def test_electra_discriminators(name: str, tmp_path: Path, seed: int) -> None:
     peer = build(*FAMILIES[name], ElectraForPreTraining)
     peer.save_pretrained(tmp_path / "peer")
     model = open_text(tmp_path / "peer").model()
@@ -291,18 +301,18 @@ def test_both_heads_of_pretraining(kind: str, tmp_path: Path, seed: int) -> None
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"] == [auto.__name__]
 
 
-def wrong_config(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit_config(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("wrong", [2, 6, 10])
-def test_a_window_of_another_width_is_seen(wrong: int, tmp_path: Path, seed: int) -> None:
-    """A control of the comparison above: 8 must be 8."""
+def test_another_window_width_changes_the_output(wrong: int, tmp_path: Path, seed: int) -> None:
+    """Check, as a control of the comparison above, that a window other than 8 is noticed."""
     peer = build(*FAMILIES["modernbert"])
     peer.save_pretrained(tmp_path)
-    wrong_config(tmp_path / "config.json", lambda config: config.update(local_attention=wrong))
+    edit_config(tmp_path / "config.json", lambda config: config.update(local_attention=wrong))
     model = open_text(tmp_path).model()
     tokens, ids, mask, types = ragged(model.config, seed)
     with torch.no_grad():
@@ -310,10 +320,10 @@ def test_a_window_of_another_width_is_seen(wrong: int, tmp_path: Path, seed: int
         assert_close(model.encoder(tokens), expected, far=True)
 
 
-def test_a_wrong_position_offset_is_seen(tmp_path: Path, seed: int) -> None:
+def test_another_position_offset_changes_the_output(tmp_path: Path, seed: int) -> None:
     peer = build(*FAMILIES["roberta"])
     peer.save_pretrained(tmp_path)
-    wrong_config(tmp_path / "config.json", lambda config: config.update(pad_token_id=0))
+    edit_config(tmp_path / "config.json", lambda config: config.update(pad_token_id=0))
     model = open_text(tmp_path).model()
     tokens, ids, mask, types = ragged(model.config, seed)
     mask[:] = mask
@@ -322,8 +332,8 @@ def test_a_wrong_position_offset_is_seen(tmp_path: Path, seed: int) -> None:
         assert_close(model.encoder(tokens), expected, far=True)
 
 
-def test_a_modernbert_of_before_transformers_5(tmp_path: Path, seed: int) -> None:
-    """Its config has a number where today there is a list, and two bases of angles by name."""
+def test_modernbert_config_of_transformers_4(tmp_path: Path, seed: int) -> None:
+    """Read a config with a number in place of today's list of layers, and two rotary bases by name."""
     peer = build(*FAMILIES["modernbert"])
     peer.save_pretrained(tmp_path)
 
@@ -335,14 +345,14 @@ def test_a_modernbert_of_before_transformers_5(tmp_path: Path, seed: int) -> Non
         config["local_rope_theta"] = ropes["sliding_attention"]["rope_theta"]
 
     before = open_text(tmp_path).config
-    wrong_config(tmp_path / "config.json", old)
+    edit_config(tmp_path / "config.json", old)
     after = open_text(tmp_path).config
     assert before == after
     assert (after.theta, after.local_theta, after.window, after.global_every) == (160000.0, 10000.0, 8, 3)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_text_encoders_inside_models_of_images_and_texts(kind: str, tmp_path: Path, seed: int) -> None:
+def test_text_towers_of_dual_encoders(kind: str, tmp_path: Path, seed: int) -> None:
     text = {"clip": CLIP, "siglip": SIGLIP}[kind]
     image = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     image |= {"image_size": 8, "patch_size": 4}
@@ -374,8 +384,8 @@ HEADS = {
 
 
 @pytest.mark.parametrize("family", [None, "bert"])
-def test_many_heads_come_back_to_the_bit(family: str | None, tmp_path: Path, seed: int) -> None:
-    """The first of each kind is where transformers looks for it; the others keep names of their own."""
+def test_several_heads_are_saved_and_loaded_exactly(family: str | None, tmp_path: Path, seed: int) -> None:
+    """Check that transformers finds the first head of each kind, and that the others keep their own names."""
     tokenizer = tiny_tokenizer()
     config = TextConfig(
         tokenizer.vocab_size, 16, 2, 2, 20, context_length=16, types=2, pool="mean", dropout=0.3, family=family
@@ -383,7 +393,7 @@ def test_many_heads_come_back_to_the_bit(family: str | None, tmp_path: Path, see
     model = perturbed(TextModel(config, HEADS))
     predictor = TextPredictor(model, tokenizer, "many")
     predictor.save(tmp_path / "many")
-    predictor.save(tmp_path / "many")  # in place of itself
+    predictor.save(tmp_path / "many")  # Saving again replaces the folder.
     assert not [path for path in tmp_path.iterdir() if path.name != "many"]
     same(load_text(tmp_path / "many", "cpu").model, model)
     texts = ["a cat sits", "two dogs", "a"]
@@ -395,13 +405,16 @@ def test_many_heads_come_back_to_the_bit(family: str | None, tmp_path: Path, see
         topic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "many").eval()(ids, mask.long()).logits
         assert_close(model.head("mlm", hidden, tokens), packed(model, mlm, mask, tokens))
         assert_close(model.head("topic", hidden, tokens), topic)
-    held = load_file(tmp_path / "many" / "model.safetensors")
-    own = {name.split(".")[1] for name in held if name.startswith("heads.")}
-    assert own == {"stars", "other", "pooler"}
+    saved = load_file(tmp_path / "many" / "model.safetensors")
+    own_names = {name.split(".")[1] for name in saved if name.startswith("heads.")}
+    assert own_names == {"stars", "other", "pooler"}
 
 
-def test_positions_that_unknown_words_would_move(tmp_path: Path, seed: int) -> None:
-    """transformers counts RoBERTa's by what is not number 1: no padding there, no format of its."""
+def test_roberta_format_needs_padding_with_id_1(tmp_path: Path, seed: int) -> None:
+    """Check that no config.json is written if id 1 is a token that occurs in texts.
+
+    transformers counts RoBERTa's positions over tokens other than id 1, so such a token would move the positions.
+    """
     size = tiny_tokenizer().vocab_size
     text = TextConfig(size, width=16, layers=2, heads=2, context_length=16, types=1, position_offset=2)
     model = perturbed(TextModel(text))
@@ -429,7 +442,7 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_what_was_trained_from_scratch_finds_its_family(family: str | None, tmp_path: Path, seed: int) -> None:
+def test_encoder_trained_from_scratch_finds_its_family(family: str | None, tmp_path: Path, seed: int) -> None:
     size = tiny_tokenizer().vocab_size
     text = TextConfig(size, width=16, layers=3, heads=2, context_length=16, **ARCHITECTURES[family])
     tokenizer = tokenizer_of(text)
@@ -452,8 +465,8 @@ def test_what_was_trained_from_scratch_finds_its_family(family: str | None, tmp_
             assert_close(model.encoder(tokens), packed(model, expected.last_hidden_state, mask, tokens))
 
 
-def test_a_discriminator_from_scratch_is_electra_s(tmp_path: Path, seed: int) -> None:
-    """BERT's architecture is also ELECTRA's, which has a place for the head."""
+def test_discriminator_trained_from_scratch_is_saved_as_electra(tmp_path: Path, seed: int) -> None:
+    """Check that a BERT architecture with an rtd head is saved as ELECTRA, the family with a slot for that head."""
     tokenizer = tiny_tokenizer()
     text = TextConfig(tokenizer.vocab_size, width=16, layers=2, heads=2, context_length=16, types=2)
     model = perturbed(TextModel(text, {"rtd": HeadConfig("rtd")}))
@@ -476,7 +489,7 @@ REFUSED = [
     ("bert", {"model_type": "t5"}, "model_type 't5'"),
     ("bert", {"num_hidden_layers": 4}, r"encoder.layer.3.attention.self.query.weight is missing; .* and 6 more"),
     ("bert", {"num_hidden_layers": 2}, r"encoder.layer.2.\S+ is unknown"),
-    ("bert", {"vocab_size": 99}, r"word_embeddings.weight has shape \(211, 24\) and not \(99, 24\)"),
+    ("bert", {"vocab_size": 99}, r"word_embeddings.weight has shape \(211, 24\), expected \(99, 24\)"),
     ("modernbert", {"layer_types": ["sliding_attention"] * 6}, "layer_types"),
     ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type 'yarn'"),
     ("modernbert", {"mlp_bias": True}, "mlp_bias True"),
@@ -485,25 +498,25 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "change", "message"), REFUSED)
-def test_what_cannot_be_computed_is_refused_by_name(
+def test_unsupported_configs_are_refused_by_name(
     name: str, change: dict[str, Any], message: str, tmp_path: Path, seed: int
 ) -> None:
     build(*FAMILIES[name]).save_pretrained(tmp_path)
-    wrong_config(tmp_path / "config.json", lambda config: config.update(change))
+    edit_config(tmp_path / "config.json", lambda config: config.update(change))
     with pytest.raises(ModelError, match=message) as caught:
         open_text(tmp_path).model()
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_head_with_an_activation_of_its_own_is_refused(tmp_path: Path, seed: int) -> None:
-    """RoBERTa's head for hidden words has a GELU, whatever its encoder has."""
+def test_head_with_another_activation_is_refused(tmp_path: Path, seed: int) -> None:
+    """Refuse a RoBERTa with ReLU, because its masked-language-model head always has GELU."""
     build("roberta", {**ROBERTA, "hidden_act": "relu"}, AutoModelForMaskedLM).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="relu"):
         open_text(tmp_path)
 
 
-def test_tensors_that_nobody_knows(tmp_path: Path, seed: int) -> None:
+def test_unknown_and_missing_tensors(tmp_path: Path, seed: int) -> None:
     build(*FAMILIES["bert"]).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path)

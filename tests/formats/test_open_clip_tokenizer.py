@@ -212,7 +212,7 @@ def test_folders_that_are_no_clip(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"vocab\.json has no <\|nothing\|>"):
         read_tokenizer(tmp_path, text, 77)
     write_clip(tmp_path)
-    with pytest.raises(ModelError, match="is no vocabulary of RoBERTa's"):
+    with pytest.raises(ModelError, match="is not a vocabulary of RoBERTa"):
         read_tokenizer(tmp_path, TextConfig(49408, position_offset=2), 77)
     (tmp_path / "merges.txt").write_text("#version: 0.2\nzzzz yyyy\n")
     with pytest.raises(ModelError, match="cannot be read"):

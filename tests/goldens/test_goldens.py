@@ -1,7 +1,7 @@
-"""What earlier versions wrote and computed: read, continued and computed again by this one; see `golden.py`.
+"""Files and numbers of earlier versions: this version must read, continue and reproduce them; see `golden.py`.
 
-Arithmetic differs between processors in the last digits: numbers that come out of it are compared to a tolerance, all
-others exactly.
+Arithmetic differs between processors in the last digits, so computed numbers are compared to a tolerance. All others
+are compared exactly.
 """
 
 import json
@@ -23,7 +23,7 @@ NUMBERS = json.loads((golden.FILES / "numbers.json").read_text())
 
 
 def same(now: Any, then: Any, tolerance: float, where: str = "") -> None:
-    """Compares nested JSON: floats to a tolerance, everything else exactly."""
+    """Compare nested JSON: floats to a tolerance, everything else exactly."""
     if isinstance(then, dict):
         assert now.keys() == then.keys(), where
         for name in then:
@@ -40,7 +40,7 @@ def same(now: Any, then: Any, tolerance: float, where: str = "") -> None:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the fixtures, as the working folder."""
+    """Copy the files of earlier versions and make the copy the working directory."""
     folder = tmp_path / "files"
     shutil.copytree(golden.FILES, folder)
     monkeypatch.chdir(folder)
@@ -53,9 +53,10 @@ def test_the_order_of_samples() -> None:
 
 
 def test_an_index(files: Path) -> None:
-    """Read, from the file, and scanned anew: the same facts."""
+    """Check that the index file and a new scan give the same facts."""
     assert golden.of_index(files) == NUMBERS["index"]
-    assert ShardIndex.build("shards").fingerprint == NUMBERS["index"]["fingerprint"]  # although the times are others
+    # The copy has other modification times.
+    assert ShardIndex.build("shards").fingerprint == NUMBERS["index"]["fingerprint"]
     main(["index", "shards", "--hash", "--workers", "0"])
     assert golden.of_index(files) == NUMBERS["index"]
 
@@ -69,7 +70,7 @@ def test_a_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NUMBERS["outputs"] if "/" in name])
 def test_a_model_is_written_again(name: str, tmp_path: Path) -> None:
-    """The same model under the names of now; tokenizer and preprocessing to the bit."""
+    """Save a model of format 1 in the current format; tokenizer and preprocessing stay equal to the byte."""
     path = golden.FILES / name
     if name.startswith("models/"):
         before = dualenc.load(path, "cpu")
@@ -95,13 +96,13 @@ def test_augmentation() -> None:
     for name in then:
         one, other = np.array(now[name], np.int16), np.array(then[name], np.int16)
         assert one.shape == other.shape
-        assert abs(one - other).max() <= 2, name  # rounding of another processor
+        assert abs(one - other).max() <= 2, name  # Processors round differently.
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", list(NUMBERS["runs"]))
 def test_twenty_steps(kind: str, files: Path) -> None:
-    """The samples of each step, and all that a run logs."""
+    """Train for 20 steps and compare the samples of each step and all logged metrics."""
     golden.fit(kind, Path("again"))
     now, then = golden.numbers_of_run(Path("again"), kind), NUMBERS["runs"][kind]
     assert now["rows"] == then["rows"]
@@ -110,8 +111,8 @@ def test_twenty_steps(kind: str, files: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["clip", "text", "electra"])
-def test_a_killed_run_continues(kind: str, files: Path) -> None:
-    """From the checkpoint that an earlier version wrote, to the end of the run that nobody stopped."""
+def test_a_killed_run_resumes(kind: str, files: Path) -> None:
+    """Resume from a checkpoint of an earlier version and compare with the rest of the unbroken run."""
     step = int(golden.checkpoints(kind)[-1].stem.removeprefix("step-"))
     golden.fit(kind, Path("runs"), resume=True)
     now, then = golden.numbers_of_run(Path("runs"), kind), NUMBERS["runs"][kind]
@@ -121,7 +122,7 @@ def test_a_killed_run_continues(kind: str, files: Path) -> None:
 
 
 def test_embeddings(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Made anew they are the same, and those that are there are taken for what they are."""
+    """Check that embeddings of an earlier version are recognized as complete, and that new ones are the same."""
     golden.embed(Path("embeddings"))
     assert capsys.readouterr().out.count("all of them were there before") == 4
     then = list(golden.embeddings(files))

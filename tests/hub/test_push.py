@@ -165,7 +165,7 @@ def test_without_the_hub_a_branch_is_what_it_last_was(
         assert same(load(f"hf-hub:{REPO}@{commit}", "cpu"), embedder)
         assert not caplog.records
     for spec in (f"hf-hub:{REPO}@old", f"hf-hub:{REPO}@{'0' * 40}", "hf-hub:owner/other"):
-        with pytest.raises(ModelError, match=r"not all of its files are in the cache .* fetch it once where it can be"):
+        with pytest.raises(ModelError, match=r"not all of its files are in the cache .* download it once"):
             load(spec, "cpu")
 
 
@@ -196,20 +196,20 @@ def test_what_the_hub_has_not_is_said_in_one_line(
     load(f"hf-hub:{REPO}", "cpu")
     for spec, message in {
         "hf-hub:a/b/c": r"must be hf-hub:owner/name\[@revision\]",
-        "hf-hub:owner/gone": "no such repository, or not for you: correct the name, or `hf auth login`",
+        "hf-hub:owner/gone": "no such repository, or it is private: correct the name, or `hf auth login`",
         f"hf-hub:{REPO}@gone": "no revision 'gone'",
     }.items():
         with pytest.raises(ModelError, match=message) as error:
             load(spec, "cpu")
         assert "\n" not in str(error.value)
     hub.repos["owner/empty"] = Repo(private=False)
-    with pytest.raises(ModelError, match="the repository has none of"):
+    with pytest.raises(ModelError, match="the repository does not have any of"):
         load("hf-hub:owner/empty", "cpu")
     monkeypatch.setenv("HF_TOKEN", "token-of-other")
-    with pytest.raises(ModelError, match="not for you"):  # although it is in the cache
+    with pytest.raises(ModelError, match="it is private"):  # although it is in the cache
         load(f"hf-hub:{REPO}", "cpu")
     hub.status = 400
-    with pytest.raises(ModelError, match="cannot be had from the hub"):
+    with pytest.raises(ModelError, match="cannot be downloaded from the hub"):
         load(f"hf-hub:{REPO}", "cpu")
 
 
@@ -219,7 +219,7 @@ def test_terms_and_a_broken_cache_are_not_the_hubs_silence(
     tiny_embedder(seed).save(tmp_path / "model")
     spec = push(tmp_path / "model", REPO).spec
     hub.repos[REPO].gated = True
-    with pytest.raises(ModelError, match="accept its terms on the hub first"):
+    with pytest.raises(ModelError, match="accept its terms on the hub"):
         load(f"hf-hub:{REPO}", "cpu")
     hub.repos[REPO].gated = False
     (tmp_path / "file").write_text("no folder")

@@ -1,4 +1,4 @@
-"""tools/sentences.py on embeddings whose answer is known, and on files."""
+"""Tests of tools/sentences.py on embeddings with a known result, and on files."""
 
 import json
 
@@ -12,10 +12,10 @@ from tools.sentences import main, purity, read, sentences
 
 
 def clouds(rng, count, labels, spread):
-    """Texts that hold their own vectors: each class around a place of its own."""
-    middle = 10 * np.eye(len(labels), 6)
+    """Draw texts that spell out their own vectors, which lie around the center of their class, and their labels."""
+    centers = 10 * np.eye(len(labels), 6)
     drawn = rng.integers(len(labels), size=count)
-    vectors = middle[drawn] + spread * rng.normal(size=(count, 6))
+    vectors = centers[drawn] + spread * rng.normal(size=(count, 6))
     return [" ".join(map(str, row)) for row in vectors], [labels[i] for i in drawn]
 
 
@@ -23,7 +23,7 @@ def embed(texts, batch_size=256):
     return torch.tensor([[float(x) for x in text.split()] for text in texts])
 
 
-def test_what_is_there_is_found(seed):
+def test_separate_classes_are_found(seed):
     rng, labels = np.random.default_rng(seed), ["sports", "world", "money"]
     section = sentences(embed, clouds(rng, 150, labels, 1), clouds(rng, 90, labels, 1), "news", "model")
     assert section.result["metrics"] == {"linear_acc1": 1, "cluster_purity": 1}
@@ -34,8 +34,8 @@ def test_what_is_there_is_found(seed):
     assert len({tuple(np.round(section.points.xy[[n == name for n in names]].mean(0))) for name in labels}) == 3
 
 
-def test_what_is_not_there_is_chance(seed):
-    """Labels that the vectors do not know: near what is said of chance, which is below what it is mistaken for."""
+def test_random_labels_give_chance(seed):
+    """Check that labels independent of the vectors give metrics near the reported chance."""
     rng, labels = np.random.default_rng(seed), ["a", "b", "c", "d"]
     (train, _), (dev, _) = clouds(rng, 200, labels, 1), clouds(rng, 400, labels, 1)
     drawn = [rng.choice(labels, n, p=[0.4, 0.2, 0.2, 0.2]).tolist() for n in (200, 400)]
@@ -52,7 +52,7 @@ def test_purity():
     assert purity(clusters, targets) == pytest.approx(contingency_matrix(targets, clusters).max(0).sum() / 50)
 
 
-def test_files_to_a_page(tmp_path, monkeypatch, seed, capsys):
+def test_main_writes_the_page_from_files(tmp_path, monkeypatch, seed, capsys):
     rng = np.random.default_rng(seed)
     for split, count in (("train", 60), ("dev", 30)):
         texts, labels = clouds(rng, count, ["<sport>", '"world'], 1)

@@ -1,1 +1,1 @@
-"""Benchmarks beside the peers that users would take instead: `python -m tools.bench NAME --help`."""
+"""Benchmarks against the peers that users would take instead: `python -m tools.bench NAME --help`."""

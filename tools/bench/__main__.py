@@ -1,3 +1,5 @@
+"""Command line of the benchmarks."""
+
 from jsonargparse import auto_cli
 
 from tools.bench.checkpoint import checkpoint

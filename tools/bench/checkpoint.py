@@ -1,4 +1,4 @@
-"""Writing a checkpoint beside Lightning's way: with a checksum, synced, under its name only when it is whole."""
+"""Benchmark of writing a checkpoint, hashed, synced and renamed when complete, against Lightning and `torch.save`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,43 +13,43 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from dualenc.training.checkpoint import write_checkpoint
 from tools.bench.runner import Side, compare
 
-MOST_SHARE = 0.05  # of the time between two saves at the default interval
+MOST_SHARE = 0.05  # Largest share of the time between two saves at the default interval.
 
 
 def checkpoint(millions: int = 200, minutes: float = 15.0, rounds: int = 5, out: Path = Path("runs/bench")) -> None:
-    """Gigabytes a second from memory to a checkpoint on disk, and which share of a run that is.
+    """Measure the gigabytes written per second, and the share of a run's time that saving takes.
 
     Args:
-        millions: of parameters in fp32; with AdamW's two moments of each.
-        minutes: between two saves; the default of `run.every_n_minutes`.
-        rounds: timed on each side.
-        out: folder for checkpoint.json and checkpoint.md.
+        millions: Parameters in millions, in fp32; each has AdamW's two moments.
+        minutes: Minutes between two saves; the default is that of `run.every_n_minutes`.
+        rounds: Timed rounds of each side.
+        out: Folder for checkpoint.json and checkpoint.md.
     """
     with TemporaryDirectory(dir=".") as folder:
-        ways = {"torch.save": _plain, "lightning": _lightning, "dualenc": _ours}
-        sides = [Side(name, partial(_side, way, folder, millions)) for name, way in ways.items()]
+        writers = {"torch.save": _plain, "lightning": _lightning, "dualenc": _ours}
+        sides = [Side(name, partial(_side, writer, folder, millions)) for name, writer in writers.items()]
         result = compare("checkpoint", "GB", sides, "lightning", rounds)
     share = median(result.seconds["dualenc"]) / (60 * minutes)
     result.settings = {"millions": millions, "minutes": minutes}
     result.facts["share"] = share
     result.notes = [
         f"{millions} M parameters and AdamW's state, {12 * millions / 1000:.1f} GB, in 600 tensors.",
-        "dualenc: hashed, synced and renamed. lightning: put together in memory, then written. torch.save: neither.",
+        "dualenc: hashed, synced and renamed. lightning: assembled in memory, then written. torch.save: neither.",
         f"A save takes {median(result.seconds['dualenc']):.1f} s: {share:.2%} of the {minutes:g} minutes between two "
-        f"(at most {MOST_SHARE:.0%}).",
+        f"saves (at most {MOST_SHARE:.0%}).",
     ]
     result.write(out)
 
 
-def _side(way: Callable[[Path, dict[str, Any]], None], folder: str, millions: int) -> Callable[[], float]:
+def _side(writer: Callable[[Path, dict[str, Any]], None], folder: str, millions: int) -> Callable[[], float]:
     size = millions * 1_000_000 // 200
     content = {
         name: {f"layer.{i}.weight": torch.randn(size) for i in range(200)} for name in ("state_dict", "first", "second")
     }
-    path = Path(folder) / f"{way.__name__}.ckpt"
+    path = Path(folder) / f"{writer.__name__}.ckpt"
 
     def run() -> float:
-        way(path, content)
+        writer(path, content)
         written = path.stat().st_size / 1e9
         path.unlink()
         return written

@@ -1,4 +1,4 @@
-"""The loader beside open_clip's, from shards on disk to batches of images and tokens."""
+"""Benchmark of the loader against open_clip's, from shards on disk to batches of images and tokens."""
 
 import io
 import multiprocessing
@@ -23,13 +23,13 @@ from dualenc.data import Augment, Loader, PairDataset, Preprocess, ShardIndex, T
 from dualenc.data.images import resized_crop
 from dualenc.data.pairs import captions_of, only_pairs
 from dualenc.data.shards.index import expand_shards
-from tools.bench.runner import Side, compare, family, process_memory, workers_fork
+from tools.bench.runner import Side, compare, fork_workers, process_memory, process_tree
 
 CONTEXT = 77
 PEER, FLOAT, UINT8 = "open_clip", "dualenc, float32", "dualenc, uint8"
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # open_clip's
-MOST_PIXELS = 0.05  # of 255: what the mean difference may be
-MOST_GROWTH = 0.05
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # open_clip's defaults.
+MOST_PIXELS = 0.05  # Largest mean difference of pixels allowed, in units of 1/255.
+MOST_GROWTH = 0.05  # Largest growth of memory allowed, as a share.
 
 
 def loader(
@@ -42,20 +42,20 @@ def loader(
     memory: int = 0,
     out: Path = Path("runs/bench"),
 ) -> None:
-    """Images a second of our loader and of open_clip's, with text on both sides.
+    """Measure the images loaded per second by our loader and by open_clip's, with their texts.
 
     Both read all samples with an image and a `.txt`, crop 90 to 100% of the area, resize by antialiased bicubic
-    interpolation and tokenize. Then how far the pixels of the same crops are apart.
+    interpolation and tokenize. The pixels of the same crops are then compared.
 
     Args:
-        shards: a path, a glob, a brace pattern or a folder.
-        peer_shards: others for open_clip, such as the originals of shards made by `dualenc shrink`.
-        size: height and width of the output in pixels.
-        batch: images in a batch.
-        rounds: epochs that are timed, on each side.
-        workers: processes that decode; 0 to decode in the one process on one core, else as many cores.
-        memory: epochs after which the memory of our loader with 2 workers is measured; 0 for none.
-        out: folder for loader.json and loader.md.
+        shards: A path, a glob, a brace pattern or a folder.
+        peer_shards: Other shards for open_clip, such as the originals of shards made by `dualenc shrink`.
+        size: Height and width of the output in pixels.
+        batch: Images in a batch.
+        rounds: Timed epochs of each side.
+        workers: Worker processes, on as many cores; 0 to decode in the main process on one core.
+        memory: Epochs after which the memory of our loader with 2 workers is measured; 0 for no measurement.
+        out: Folder for loader.json and loader.md.
     """
     index, _ = only_pairs(ShardIndex.build(shards), "txt")
     peer_index, _ = only_pairs(ShardIndex.build(peer_shards or shards), "txt")
@@ -70,15 +70,15 @@ def loader(
     result.settings = {"size": size, "batch": batch, "workers": workers, "context_length": CONTEXT}
     result.notes = [
         f"{size} x {size} pixels, batches of {batch}, {workers} workers; captions tokenized on both sides.",
-        "open_clip and dualenc, float32: normalized float32 batches. dualenc, uint8: as its trainer takes them, to "
-        "be normalized on the device.",
+        "open_clip and dualenc, float32: normalized float32 batches. dualenc, uint8: batches as its trainer takes "
+        "them, which are normalized on the device.",
         f"dualenc read {_described(index)}; open_clip read {_described(peer_index)}.",
     ]
     pixels = result.facts["pixels"] = _pixel_difference(index, size)
     result.notes.append(
-        f"The same crops by both, in units of 1/255: mean absolute difference {pixels['mean']:.4f} (at most "
-        f"{MOST_PIXELS}), {pixels['largest_mean']:.4f} in the image where it is largest; {pixels['images']} images, "
-        f"{pixels['turned']} left out since open_clip does not turn them upright."
+        f"Pixels of the same crops, in units of 1/255: mean absolute difference {pixels['mean']:.4f} (at most "
+        f"{MOST_PIXELS}), {pixels['largest_mean']:.4f} in the image with the largest; {pixels['images']} images, "
+        f"{pixels['turned']} left out since open_clip does not rotate them upright."
     )
     growth = 0.0
     if memory:
@@ -88,15 +88,15 @@ def loader(
         growth = max(total) / total[0] - 1
         result.facts["memory"] = {"main_mib": [m for m, _ in epochs], "workers_mib": [w for _, w in epochs]}
         result.notes.append(
-            f"Memory of our loader with 2 workers after each of {memory} epochs, first epoch not counted, main process "
-            f"and workers: first {total[0]:.0f} MiB, last {total[-1]:.0f}, largest {max(total):.0f}: {growth:+.1%} "
+            f"Memory of the main process and 2 workers of our loader after each of {memory} epochs, after one more for "
+            f"warm-up: first {total[0]:.0f} MiB, last {total[-1]:.0f}, largest {max(total):.0f}: {growth:+.1%} "
             f"(at most {MOST_GROWTH:+.0%})."
         )
     result.write(out)
     if pixels["mean"] > MOST_PIXELS:
-        sys.exit("the pixels differ by more than they may")
+        sys.exit(f"the pixels differ by {pixels['mean']:.4f} on average, more than {MOST_PIXELS}")
     if growth > MOST_GROWTH:
-        sys.exit("the memory grows by more than it may")
+        sys.exit(f"the memory grows by {growth:.1%}, more than {MOST_GROWTH:.0%}")
 
 
 def _ours(
@@ -108,11 +108,11 @@ def _ours(
 
     def epoch() -> float:
         count = 0
-        for found in pairs:
-            images = preprocess.normalize(found.images) if normalize else found.images
+        for loaded in pairs:
+            images = preprocess.normalize(loaded.images) if normalize else loaded.images
             assert images.dtype == (torch.float32 if normalize else torch.uint8)
             assert images.shape[1:] == (3, size, size)
-            assert len(found.tokens.rows) == len(images)
+            assert len(loaded.tokens.rows) == len(images)
             count += len(images)
         return count
 
@@ -125,14 +125,15 @@ def _pair_loader(shards: str, tokenizer: Tokenizer, size: int, batch: int, worke
 
 
 def _peer(shards: list[str], samples: int, size: int, batch: int, workers: int) -> Callable[[], float]:
-    """open_clip's own functions build it all."""
+    """Build open_clip's loader with its own functions and return an epoch of it."""
     torch.set_num_threads(1)
     import open_clip
 
-    sys.modules.setdefault("pandas", types.ModuleType("pandas"))  # for its CSV files only, and not installed
+    # open_clip imports pandas for CSV files only; it need not be installed.
+    sys.modules.setdefault("pandas", types.ModuleType("pandas"))
     from open_clip_train import data as theirs
 
-    # webdataset marks the end of each shard since 0.2.87, which open_clip's grouping does not know
+    # webdataset marks the end of each shard since 0.2.87, and open_clip's grouping does not know the mark.
     theirs.tar_file_expander = partial(theirs.tar_file_expander, eof_value=None)
     args = Namespace(
         train_data="::".join(shards),
@@ -146,7 +147,7 @@ def _peer(shards: list[str], samples: int, size: int, batch: int, workers: int) 
     )
     transform = open_clip.image_transform(size, is_train=True, mean=MEAN, std=STD)
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CONTEXT)
-    # floor: an epoch ends with the last full batch, as ours does; else samples of a second pass would be in it
+    # With floor, an epoch ends with the last full batch, as ours does; otherwise it is filled up from a second pass.
     data = theirs.get_wds_dataset(args, transform, is_train=True, floor=True, tokenizer=tokenizer)
     numbers = iter(range(sys.maxsize))
 
@@ -169,7 +170,7 @@ def _described(index: ShardIndex) -> str:
 
 
 def _pixel_difference(index: ShardIndex, size: int) -> dict[str, float]:
-    """Between our decoded, cropped and resized uint8 and what Pillow makes of the same boxes, in units of 1/255."""
+    """Compare our decoded, cropped and resized pixels (uint8) with Pillow's for the same boxes, in units of 1/255."""
     torch.manual_seed(0)
     means, turned = [], 0
     for sample in index:
@@ -188,14 +189,14 @@ def _pixel_difference(index: ShardIndex, size: int) -> dict[str, float]:
 
 
 def _memory(shards: str, tokenizer: Tokenizer, size: int, batch: int, epochs: int) -> list[tuple[float, float]]:
-    """MiB of the main process and of its 2 workers at the end of each epoch but the first."""
+    """Return the MiB of the main process and of its 2 workers at the end of each epoch after the first."""
     torch.set_num_threads(1)
-    workers_fork()
+    fork_workers()
     pairs = _pair_loader(shards, tokenizer, size, batch, workers=2)
     found = []
     for _ in range(epochs + 1):
         for number, _ in enumerate(pairs, 1):
-            if number == len(pairs):  # the workers are still there
-                main, *others = (process_memory(pid, "VmRSS") / 2**20 for pid in family(os.getpid()))
+            if number == len(pairs):  # The workers end after the last batch.
+                main, *others = (process_memory(pid, "VmRSS") / 2**20 for pid in process_tree(os.getpid()))
                 found.append((main, sum(others)))
     return found[1:]

@@ -1,4 +1,4 @@
-"""The losses beside open_clip's: time, and memory beyond inputs and parameters, forward and backward."""
+"""Benchmark of the losses against open_clip's: time and memory of forward and backward."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 import dualenc.losses as losses
 from tools.bench.runner import Result, Side, compare, extra_memory
 
-PRODUCTS = {"clip": 4, "siglip": 3}  # of B x B x E, that a step needs
+PRODUCTS = {"clip": 4, "siglip": 3}  # Matrix products of B x B x E in a step.
 
 
 def loss(
@@ -28,31 +28,31 @@ def loss(
     peer: bool = True,
     out: Path = Path("runs/bench"),
 ) -> None:
-    """Steps a second of a contrastive loss, forward and backward, fp32; and the bare products that it is made of.
+    """Measure the steps per second of a contrastive loss, forward and backward in fp32, and of its matrix products.
 
     Args:
-        name: which loss.
-        batch: B.
-        dim: E.
+        name: Name of the loss.
+        batch: Pairs in the batch, B.
+        dim: Width of the embeddings, E.
         device: "cpu" or "cuda".
-        rounds: timed on each side.
-        cores: of the CPU.
-        peer: run open_clip's too, whose memory grows with B x B.
-        out: folder for loss.json and loss.md.
+        rounds: Timed rounds of each side.
+        cores: CPU cores of each side.
+        peer: True to run open_clip's loss too, whose memory grows with B x B.
+        out: Folder for loss.json and loss.md.
     """
-    ways = {"dualenc": _ours, "products": _products, **({"open_clip": _peer} if peer else {})}
-    sides = [Side(side, partial(_side, way, name, batch, dim, device)) for side, way in ways.items()]
+    makers = {"dualenc": _ours, "products": _products, **({"open_clip": _peer} if peer else {})}
+    sides = [Side(side, partial(_side, make, name, batch, dim, device)) for side, make in makers.items()]
     result = compare("loss", "steps", sides, "open_clip" if peer else "products", rounds, cores=cores)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a fresh process for each
-        extra = dict(zip(ways, pool.map(extra_memory, sides, chunksize=1)))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # A new process for each side.
+        extra = dict(zip(makers, pool.map(extra_memory, sides, chunksize=1)))
     result.settings = {"name": name, "batch": batch, "dim": dim, "device": device}
     result.facts["extra_mib"] = extra
     result.notes = [
-        f"{name}, B = {batch:,}, E = {dim}, fp32, {device}, forward and backward. products: the {PRODUCTS[name]} "
-        "products of B x B x E that dualenc makes, alone.",
-        "MiB beyond the inputs, gradients of the inputs included: "
+        f"{name}, B = {batch:,}, E = {dim}, fp32, {device}, forward and backward. products: only the {PRODUCTS[name]} "
+        "products of B x B x E that dualenc computes.",
+        "MiB in addition to the inputs, with the gradients of the inputs: "
         + ", ".join(f"{side} {mib:,.0f}" for side, mib in extra.items()),
-        *(f"dualenc takes {_share(result, other):.2f} of the time of {other}" for other in ways if other != "dualenc"),
+        *(f"dualenc takes {_share(result, side):.2f} of the time of {side}" for side in makers if side != "dualenc"),
     ]
     if peer:
         result.notes.append(f"and {extra['dualenc'] / extra['open_clip']:.3f} of the memory of open_clip")
@@ -60,10 +60,11 @@ def loss(
 
 
 def _share(result: Result, other: str) -> float:
+    """Return our time as a share of another side's, the median over rounds."""
     return median(a / b for a, b in zip(result.seconds["dualenc"], result.seconds[other]))
 
 
-def _side(way: Callable[..., Callable[[], Any]], name: str, batch: int, dim: int, device: str) -> Callable[[], float]:
+def _side(make: Callable[..., Callable[[], Any]], name: str, batch: int, dim: int, device: str) -> Callable[[], float]:
     if device == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +72,7 @@ def _side(way: Callable[..., Callable[[], Any]], name: str, batch: int, dim: int
         F.normalize(torch.randn(batch, dim, generator=generator), dim=1).to(device).requires_grad_() for _ in range(2)
     )
     scale, bias = (torch.tensor([x], device=device, requires_grad=True) for x in (1 / 0.07, -10.0))
-    step = way(name, image, text, scale, bias)
+    step = make(name, image, text, scale, bias)
 
     def run() -> float:
         for x in (image, text, scale, bias):
@@ -100,16 +101,17 @@ def _peer(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -
 
 
 def _products(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Callable[[], Any]:
+    """Return a step of the loss' matrix products alone, in the loss' tiles of rows."""
     rows = max(1, (losses.GPU_SCORES if image.is_cuda else losses.CPU_SCORES) // len(text))
-    held, whole = image.new_empty(rows, len(text)), torch.zeros_like(text)
+    scores, text_gradient = image.new_empty(rows, len(text)), torch.zeros_like(text)
     image, text = image.detach(), text.detach()
-    mine = torch.empty_like(image[:rows])
+    image_gradient = torch.empty_like(image[:rows])
 
     def step() -> None:
         for part in image.split(rows):
             for _ in range(PRODUCTS[name] - 2):
-                torch.mm(part, text.T, out=held[: len(part)])
-            torch.mm(held[: len(part)], text, out=mine[: len(part)])
-            whole.addmm_(held[: len(part)].T, part)
+                torch.mm(part, text.T, out=scores[: len(part)])
+            torch.mm(scores[: len(part)], text, out=image_gradient[: len(part)])
+            text_gradient.addmm_(scores[: len(part)].T, part)
 
     return step

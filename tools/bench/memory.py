@@ -1,4 +1,4 @@
-"""What a training step holds, by model, micro-batch and precision: counted on tensors without content."""
+"""Memory of a training step by model, micro-batch and precision, counted on tensors without content."""
 
 import weakref
 from contextlib import nullcontext
@@ -14,27 +14,32 @@ from dualenc.models import DualEncoder, ImageConfig, TextConfig
 from dualenc.tokens import Tokens
 
 
-class Live(TorchDispatchMode):
-    """Bytes of all tensors made within it that live at one time, at their most; a storage counts once."""
+class PeakMemory(TorchDispatchMode):
+    """Counter of the bytes of all tensors made within the mode; a storage counts once.
+
+    Attributes:
+        now: Bytes of the tensors that are alive.
+        peak: Largest value of `now` so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held: dict[int, int] = {}
-        self.now = self.most = 0
+        self.alive: dict[int, int] = {}  # storage -> its bytes
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.held:
-                self.held[storage._cdata] = storage.nbytes()
+            if storage is not None and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
+                self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._free, storage._cdata)
         return out
 
-    def _free(self, which: int) -> None:
-        self.now -= self.held.pop(which)
+    def _free(self, storage: int) -> None:
+        self.now -= self.alive.pop(storage)
 
 
 def memory(
@@ -46,35 +51,34 @@ def memory(
     tokens: int = 20,
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
 ) -> None:
-    """Memory of a step with AdamW in GB, of parameters, and for each pair of a micro-batch and of a batch.
+    """Print the memory of a step with AdamW: of the parameters, and per pair of a micro-batch and of a rank's batch.
 
     Args:
-        image: timm name of the image tower.
-        img_size: in pixels.
-        layers: of the text tower.
-        width: of the text tower.
-        embed_dim: E.
-        tokens: of a caption.
-        precision: of the trainer.
+        image: timm's name of the image tower.
+        img_size: Side of the image in pixels.
+        layers: Layers of the text tower.
+        width: Width of the text tower.
+        embed_dim: Width of the embeddings, E.
+        tokens: Tokens of a caption.
+        precision: Precision of the trainer.
     """
     text = TextConfig(layers=layers, width=width, heads=width // 64, norm="pre", pool="mean")
     model = DualEncoder(ImageConfig(image, img_size), text, embed_dim)
     number, found = sum(p.numel() for p in model.parameters()), []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
-        # What does not grow with the batch, such as gradients, is in both.
+        # The difference of two batch sizes leaves out memory that does not depend on the batch, such as gradients.
         found.append((_step(model, tokens, precision, 24) - _step(model, tokens, precision, 8)) / 16)
-    kept = 3 * img_size**2 + 2 * 4 * 4 * embed_dim  # two embeddings: in pieces, in one, and a gradient of each
+    # An image in uint8, and two embeddings in fp32, each four times: by micro-batch, concatenated, and both gradients.
+    kept = 3 * img_size**2 + 2 * 4 * 4 * embed_dim
     print(f"{image} at {img_size} pixels, text tower of {layers} layers of width {width}, {tokens} tokens, {precision}")
     print(f"parameters, gradients, AdamW's state: {16 * number / 1e9:.2f} GB ({number / 1e6:.0f} M parameters)")
-    print(f"for each pair of a micro-batch:  {found[0] / 1e6:.1f} MB; with grad_checkpointing {found[1] / 1e6:.1f} MB")
-    print(
-        f"for each pair of a rank's batch: {kept / 1e6:.3f} MB (the picture in bytes; embeddings, gradients, the loss)"
-    )
+    print(f"per pair of a micro-batch:  {found[0] / 1e6:.1f} MB; with grad_checkpointing {found[1] / 1e6:.1f} MB")
+    print(f"per pair of a rank's batch: {kept / 1e6:.3f} MB (the image in bytes; embeddings, gradients, the loss)")
 
 
 def _step(model: DualEncoder, tokens: int, precision: str, pairs: int) -> int:
-    """Bytes at the most of forward and backward, beyond parameters and inputs."""
+    """Return the peak memory of forward and backward in bytes, without parameters and inputs."""
     img_size, text = model.config.image.img_size, Tokens.pack([[1] * tokens] * pairs)
     state = model.state_dict()
     with FakeTensorMode() as fake:
@@ -84,8 +88,9 @@ def _step(model: DualEncoder, tokens: int, precision: str, pairs: int) -> int:
         pictures = torch.empty(pairs, 3, img_size, img_size)
         text = Tokens(*(fake.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in text))
         mixed = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
-        with _reparametrize_module(model, weights), Live() as live:  # in backward too, which calls blocks again
+        # The parameters stay replaced in backward too: with checkpointing it calls the blocks again.
+        with _reparametrize_module(model, weights), PeakMemory() as counter:
             with mixed:
                 out = model(pictures, text)
             (out.image.sum() + out.text.sum()).backward()
-    return live.most
+    return counter.peak

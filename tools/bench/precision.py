@@ -1,4 +1,4 @@
-"""How far the gradients of the losses are from float64 at the largest scale, beside open_clip's."""
+"""Precision of the losses' gradients compared with float64 at the largest scale, ours and open_clip's."""
 
 from collections.abc import Callable
 from statistics import median
@@ -10,26 +10,27 @@ from torch import Tensor
 
 from dualenc.losses import clip_loss, siglip_loss
 
-KINDS = {"unrelated": None, "told apart": 1.4, "near duplicates": 0.1}  # distance of a text from its image
+# Kind of embeddings -> length of the noise that makes a text from its image; None for unrelated texts.
+KINDS = {"unrelated": None, "told apart": 1.4, "near duplicates": 0.1}
 
 
 def precision(batch: int = 2048, dim: int = 512, draws: int = 5) -> None:
-    """Relative error of the embeddings' gradients at scale 100; median and largest of some draws.
+    """Print the relative error of the embeddings' gradients at scale 100, the median and the largest of some draws.
 
     Args:
-        batch: B.
-        dim: E.
-        draws: of embeddings.
+        batch: Pairs in the batch, B.
+        dim: Width of the embeddings, E.
+        draws: Draws of embeddings.
     """
     from open_clip.loss import ClipLoss, SigLipLoss
 
-    ways: dict[str, dict[str, Callable[..., Tensor]]] = {
+    losses: dict[str, dict[str, Callable[..., Tensor]]] = {
         "clip": {"dualenc": clip_loss, "open_clip": ClipLoss()},
         "siglip": {"dualenc": siglip_loss, "open_clip": SigLipLoss()},
     }
     print("| embeddings | loss | precision | dualenc | open_clip |\n|---|---|---|---|---|")
     for kind in KINDS:
-        for name, sides in ways.items():
+        for name, sides in losses.items():
             for mixed in (False, True):
                 found: dict[str, list[float]] = {side: [] for side in sides}
                 for draw in range(draws):
@@ -42,7 +43,14 @@ def precision(batch: int = 2048, dim: int = 512, draws: int = 5) -> None:
 
 
 def embeddings(kind: str, count: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Pairs (B, E) in fp32: unrelated; well told apart; each of them among seven others that are nearly the same."""
+    """Draw pairs of embeddings (B, E) in fp32.
+
+    Args:
+        kind: "unrelated"; "told apart", each text nearest to its image; or "near duplicates", each pair among seven
+            others that are nearly the same.
+        count: B.
+        dim: E.
+    """
     image, distance = torch.randn(count, dim), KINDS[kind]
     if kind == "near duplicates":
         image = torch.randn(count // 8, dim).repeat(8, 1) + 0.1 * torch.randn(count, dim)
@@ -55,7 +63,14 @@ def embeddings(kind: str, count: int, dim: int) -> tuple[Tensor, Tensor]:
 def error(
     loss: Callable[..., Tensor], exact: Callable[..., Tensor], inputs: list[Tensor], mixed: bool = False
 ) -> float:
-    """Of the gradients of image and text, the larger relative error in norm beside a definition in float64."""
+    """Compute the relative error in norm of the gradients of image and text, and return the larger.
+
+    Args:
+        loss: The loss to test.
+        exact: Definition of the loss, which is computed in float64.
+        inputs: Embeddings of images and texts (B, E), scale and bias.
+        mixed: True to compute the loss under autocast to bf16.
+    """
 
     def gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> Any:
         own = [x.to(dtype).requires_grad_() for x in inputs]
@@ -68,7 +83,7 @@ def error(
 
 
 def _clip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Without log softmax, which has no digits left where the loss is near the rounding of float64."""
+    """Compute CLIP's loss without log softmax, which has no correct digits if the loss is near float64's rounding."""
     logits = scale * image @ text.T
     own = logits.diagonal()
     others = logits.masked_fill(torch.eye(len(image), dtype=torch.bool), -torch.inf)

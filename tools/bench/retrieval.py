@@ -1,4 +1,4 @@
-"""A whole retrieval evaluation from given embeddings, beside CLIP_benchmark's and beside the bare product."""
+"""Benchmark of a retrieval evaluation from given embeddings, against CLIP_benchmark's and the matrix product alone."""
 
 import importlib
 import multiprocessing
@@ -18,7 +18,7 @@ from dualenc.metrics.retrieval import retrieval_metrics
 from tools.bench.runner import Result, Side, compare, extra_memory
 
 KS = (1, 5, 10)
-BATCH = 64  # the peer's, by default
+BATCH = 64  # The peer's default.
 
 
 def retrieval(
@@ -31,67 +31,70 @@ def retrieval(
     peer: Path | None = None,
     out: Path = Path("runs/bench"),
 ) -> None:
-    """Evaluations a second: both directions from embeddings on the CPU, fp32.
+    """Measure the evaluations per second, both directions from embeddings on the CPU in fp32.
 
-    Ours gives every metric, the items and the intervals of 1,000 bootstrap samples; the peer recall at 1, 5 and 10.
+    dualenc computes all metrics, the rank of each query and the intervals of 1,000 bootstrap samples; the peer computes
+    recall at 1, 5 and 10.
 
     Args:
-        images: I.
-        captions: texts of each image.
-        dim: E.
-        noise: length of the random vector added to a text's image, which makes the texts; 0 is a perfect model.
-        rounds: timed on each side.
-        cores: of the CPU.
-        peer: folder that holds the package clip_benchmark, which is no dependency; absent, its side is left out. Its
-            memory grows with the product.
-        out: folder for retrieval.json and retrieval.md.
+        images: Number of images, I.
+        captions: Texts of each image.
+        dim: Width of the embeddings, E.
+        noise: Length of the random vector that is added to an image to make a text; 0 simulates a perfect model.
+        rounds: Timed rounds of each side.
+        cores: CPU cores of each side.
+        peer: Folder with the package clip_benchmark, which is not a dependency; None to leave it out. Its memory grows
+            with the number of images times the number of texts.
+        out: Folder for retrieval.json and retrieval.md.
     """
-    ways: dict[str, Callable[..., Callable[[], Any]]] = {
+    makers: dict[str, Callable[..., Callable[[], Any]]] = {
         "dualenc": _ours,
-        "without intervals": _bare,
+        "without intervals": _without_intervals,
         "product": _product,
     }
     if peer is not None:
-        ways["clip_benchmark"] = partial(_peer, peer.resolve())
-    sides = [Side(side, partial(_side, way, images, captions, dim, noise)) for side, way in ways.items()]
+        makers["clip_benchmark"] = partial(_peer, peer.resolve())
+    sides = [Side(side, partial(_side, make, images, captions, dim, noise)) for side, make in makers.items()]
     result = compare(
         "retrieval", "evaluations", sides, "product" if peer is None else "clip_benchmark", rounds, cores=cores
     )
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a fresh process for each
-        extra = dict(zip(ways, pool.map(extra_memory, sides, chunksize=1)))
-        found = {side: pool.apply(_answer, (sides[list(ways).index(side)],)) for side in ways if side != "product"}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # A new process for each side.
+        extra = dict(zip(makers, pool.map(extra_memory, sides, chunksize=1)))
+        found = {side.name: pool.apply(_metrics, (side,)) for side in sides if side.name != "product"}
     result.settings = {"images": images, "captions": captions, "dim": dim, "noise": noise}
     result.facts |= {"extra_mib": extra, "metrics": found}
     result.notes = [
         f"{images:,} images, {images * captions:,} texts, E = {dim}, fp32, CPU.",
-        "MiB beyond the embeddings: " + ", ".join(f"{side} {mib:,.0f}" for side, mib in extra.items()),
-        f"dualenc takes {_share(result, 'dualenc', 'product'):.2f} of the time of the bare product, without intervals "
+        "MiB in addition to the embeddings: " + ", ".join(f"{side} {mib:,.0f}" for side, mib in extra.items()),
+        f"dualenc takes {_share(result, 'dualenc', 'product'):.2f} of the time of the product alone, without intervals "
         f"{_share(result, 'without intervals', 'product'):.2f}",
     ]
     if peer is not None:
-        apart = max(abs(value - found["dualenc"][name]) for name, value in found["clip_benchmark"].items())
+        difference = max(abs(value - found["dualenc"][name]) for name, value in found["clip_benchmark"].items())
         result.notes.append(
             f"dualenc is {1 / _share(result, 'dualenc', 'clip_benchmark'):.1f} times as fast as clip_benchmark, in "
-            f"{extra['dualenc'] / extra['clip_benchmark']:.3f} of its memory; recalls differ by at most {apart:.1e}"
+            f"{extra['dualenc'] / extra['clip_benchmark']:.3f} of its memory; recall differs by at most "
+            f"{difference:.1e}"
         )
     result.write(out)
 
 
 def _share(result: Result, side: str, other: str) -> float:
+    """Return the time of a side as a share of another's, the median over rounds."""
     return median(a / b for a, b in zip(result.seconds[side], result.seconds[other]))
 
 
-def _answer(side: Side) -> dict[str, float]:
-    """The metrics that a side finds."""
-    way, *settings = side.make.args  # type: ignore[attr-defined]
-    return way(*_embeddings(*settings))()
+def _metrics(side: Side) -> dict[str, float]:
+    """Return the metrics that a side computes."""
+    make, *settings = side.make.args  # type: ignore[attr-defined]
+    return make(*_embeddings(*settings))()
 
 
 def _side(
-    way: Callable[..., Callable[[], Any]], images: int, captions: int, dim: int, noise: float
+    make: Callable[..., Callable[[], Any]], images: int, captions: int, dim: int, noise: float
 ) -> Callable[[], float]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    evaluate = way(*_embeddings(images, captions, dim, noise))
+    evaluate = make(*_embeddings(images, captions, dim, noise))
 
     def run() -> float:
         evaluate()
@@ -112,7 +115,7 @@ def _ours(image: Tensor, text: Tensor, owner: Tensor) -> Callable[[], dict[str, 
     return lambda: retrieval_metrics(image, text, owner, KS).metrics
 
 
-def _bare(image: Tensor, text: Tensor, owner: Tensor) -> Callable[[], dict[str, float]]:
+def _without_intervals(image: Tensor, text: Tensor, owner: Tensor) -> Callable[[], dict[str, float]]:
     return lambda: retrieval_metrics(image, text, owner, KS, replicates=0).metrics
 
 

@@ -1,8 +1,8 @@
-"""Paired timing of two or more sides of one comparison.
+"""Paired timing of two or more sides of a comparison.
 
-Each side lives in a process of its own from the first round to the last, made fresh, so that its peak memory is its
-own. The sides take turns, A B A B: what slows the machine for a while slows both, and the ratio of a round's two rates
-is steadier than either. The runner knows nothing of what is measured.
+Each side runs in its own new process from the first round to the last, so that its peak memory can be measured. The
+sides take turns, A B A B: a slow phase of the machine slows both, so the ratio of the rates within a round is steadier
+than the rates. The runner does not depend on what is measured.
 """
 
 import json
@@ -26,12 +26,12 @@ PACKAGES = ("dualenc", "torch", "torchvision", "pillow", "simplejpeg", "webdatas
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things compared.
+    """One of the implementations that are compared.
 
     Attributes:
-        name: its row in the table.
-        make: called once in the side's process; gives the callable that is one round and returns the units it did.
-            Both must be importable by name, since they travel to a fresh process.
+        name: Name of its row in the table.
+        make: Function that is called once in the side's process and returns a function that runs a round and returns
+            the units done. `make` must be picklable, since it is sent to a new process.
     """
 
     name: str
@@ -59,17 +59,20 @@ class Spread:
 
 @dataclass
 class Result:
-    """What the rounds gave, and how it is shown.
+    """Measurements of a comparison, and their tables.
 
     Attributes:
-        unit: what a round counts, in the plural.
-        seconds, cpu, units: by side, one entry a round; `cpu` is the seconds that the side's processes computed, which
-            other work on the machine lengthens less.
-        peak_mib: by side, the largest sum of the peak resident sizes of its process and that process's children.
-        reference: the side that the ratios compare with.
-        settings: what the user chose.
-        notes: further lines for the page; further keys for the JSON.
-        facts: more results, by name.
+        name: Name of the benchmark and of its files.
+        unit: Name of the unit that a round counts, in the plural.
+        seconds: By side, the seconds of each round.
+        cpu: By side, the CPU seconds of its processes in each round, which other work on the machine affects less.
+        units: By side, the units done in each round.
+        peak_mib: By side, the largest sum in MiB of the peak resident sizes of its process and that process's children.
+        reference: Side that the ratios compare with.
+        cores: CPU cores of each side.
+        settings: Arguments of the benchmark.
+        notes: Further lines of the page.
+        facts: Further results by name.
     """
 
     name: str
@@ -85,14 +88,20 @@ class Result:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def rates(self, side: str) -> list[float]:
-        """Units a second, by round."""
+        """Return the units per second of each round."""
         return [units / seconds for units, seconds in zip(self.units[side], self.seconds[side])]
 
     def ratios(self, side: str, cpu: bool = False) -> list[float]:
-        """How many times as fast as the reference, by round; or how many times as much in the same CPU time."""
+        """Return the rate of a side divided by the reference's, of each round.
+
+        Args:
+            side: Name of the side.
+            cpu: True for units per CPU second instead of units per second.
+        """
         times = self.cpu if cpu else self.seconds
         mine, other = (
-            [units / seconds for units, seconds in zip(self.units[one], times[one])] for one in (side, self.reference)
+            [units / seconds for units, seconds in zip(self.units[name], times[name])]
+            for name in (side, self.reference)
         )
         return [a / b for a, b in zip(mine, other)]
 
@@ -150,7 +159,7 @@ class Result:
         return "\n".join(lines) + "\n"
 
     def write(self, out: Path) -> None:
-        """Prints the table; writes NAME.json and NAME.md into the folder `out`."""
+        """Print the table and write NAME.json and NAME.md to the folder `out`."""
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{self.name}.json").write_text(json.dumps(self.as_json(), indent=1) + "\n", "utf-8")
         (out / f"{self.name}.md").write_text(self.as_markdown(), "utf-8")
@@ -160,7 +169,17 @@ class Result:
 def compare(
     name: str, unit: str, sides: Sequence[Side], reference: str, rounds: int, warmup: int = 1, cores: int = 1
 ) -> Result:
-    """Runs the sides in turns, each in its process on the same `cores` cores, and times every round."""
+    """Run the sides in turns, each in its own process on the same cores, and time every round.
+
+    Args:
+        name: Name of the benchmark.
+        unit: Name of the unit that a round counts, in the plural.
+        sides: The sides.
+        reference: Name of the side that the ratios compare with.
+        rounds: Timed rounds of each side.
+        warmup: Rounds of each side that are not timed.
+        cores: CPU cores of each side.
+    """
     chosen = sorted(os.sched_getaffinity(0))[-cores:]
     running: dict[str, _Running] = {}
     try:
@@ -173,8 +192,8 @@ def compare(
         units: dict[str, list[float]] = {side.name: [] for side in sides}
         for _ in range(rounds):
             for side in sides:
-                for kept, figure in zip((seconds, cpu, units), running[side.name].round()):
-                    kept[side.name].append(figure)
+                for values, value in zip((seconds, cpu, units), running[side.name].round()):
+                    values[side.name].append(value)
         peaks = {side.name: running[side.name].peak / 2**20 for side in sides}
     finally:
         for side_running in running.values():
@@ -183,37 +202,40 @@ def compare(
 
 
 class _Running:
-    """A side's process, seen from outside."""
+    """Process of a side, controlled by a pipe."""
 
     def __init__(self, side: Side, cores: list[int]) -> None:
         context = multiprocessing.get_context("spawn")
         self.name, self.peak = side.name, 0
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(side, cores, theirs))  # no daemon: it may have workers
+        self.pipe, child_pipe = context.Pipe()
+        # The process is not a daemon, since daemons cannot start workers.
+        self.process = context.Process(target=_serve, args=(side, cores, child_pipe))
         self.process.start()
-        theirs.close()
-        self._answer()
+        child_pipe.close()
+        self._receive()
 
     def round(self) -> tuple[float, float, float]:
-        """Seconds, CPU seconds and units of one more round."""
+        """Run a round and return its seconds, CPU seconds and units."""
         self.pipe.send(True)
-        return self._answer()
+        return self._receive()
 
-    def _answer(self) -> Any:
+    def _receive(self) -> Any:
+        """Wait for a message of the process and record its peak memory meanwhile."""
         assert self.process.pid is not None
-        while not self.pipe.poll(0.05):  # workers may end with their round: look while they live
-            self.peak = max(self.peak, sum(process_memory(pid, "VmHWM") for pid in family(self.process.pid)))
+        while not self.pipe.poll(0.05):  # Workers may end with the round, so measure while it runs.
+            self.peak = max(self.peak, sum(process_memory(pid, "VmHWM") for pid in process_tree(self.process.pid)))
         try:
-            fine, answer = self.pipe.recv()
+            succeeded, message = self.pipe.recv()
         except EOFError:
-            raise RuntimeError(f"side {self.name!r} died") from None
-        self.peak = max(self.peak, sum(process_memory(pid, "VmHWM") for pid in family(self.process.pid)))
-        if not fine:
-            raise RuntimeError(f"side {self.name!r} failed:\n{answer}")
-        return answer
+            raise RuntimeError(f"the process of side {self.name!r} died") from None
+        self.peak = max(self.peak, sum(process_memory(pid, "VmHWM") for pid in process_tree(self.process.pid)))
+        if not succeeded:
+            raise RuntimeError(f"side {self.name!r} failed:\n{message}")
+        return message
 
     def stop(self) -> None:
-        self.pipe.close()  # the side reads the end, and ends
+        """End the process."""
+        self.pipe.close()  # The process ends when its pipe is closed.
         self.process.join(20)
         if self.process.is_alive():
             self.process.kill()
@@ -221,33 +243,33 @@ class _Running:
 
 
 def _serve(side: Side, cores: list[int], pipe: Connection) -> None:
-    """A side's process: build, then one round whenever asked."""
+    """Build a side, then run a round for each request; this is the main function of a side's process."""
     os.sched_setaffinity(0, cores)
-    workers_fork()
+    fork_workers()
     try:
         run = side.make()
         pipe.send((True, None))
         while pipe.recv():
             before, start = _cpu_seconds(), time.perf_counter()
-            did = run()
-            took = time.perf_counter() - start
-            pipe.send((True, (took, _cpu_seconds() - before, did)))
+            units = run()
+            seconds = time.perf_counter() - start
+            pipe.send((True, (seconds, _cpu_seconds() - before, units)))
     except (EOFError, BrokenPipeError):
         pass
     except Exception:
         pipe.send((False, traceback.format_exc()))
 
 
-def workers_fork() -> None:
-    """Lets data loaders start workers as they do in a program of their own: a fresh process hands its own way on."""
+def fork_workers() -> None:
+    """Let data loaders fork their workers, as in a normal program; a spawned process would spawn them."""
     multiprocessing.set_start_method("fork", force=True)
 
 
 def _cpu_seconds() -> float:
-    """Of this process and all of its children, those that ended too."""
+    """Return the CPU seconds of this process and all of its children, including those that have ended."""
     ended, tick = os.times(), os.sysconf("SC_CLK_TCK")
     total = time.process_time() + ended.children_user + ended.children_system
-    for pid in family(os.getpid())[1:]:
+    for pid in process_tree(os.getpid())[1:]:
         try:
             total += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15])) / tick
         except OSError:
@@ -255,33 +277,38 @@ def _cpu_seconds() -> float:
     return total
 
 
-def process_memory(pid: int, what: str) -> int:
-    """Bytes of one of the kernel's figures of a process, such as VmRSS; 0 when it has ended."""
+def process_memory(pid: int, field: str) -> int:
+    """Return one of the kernel's figures of a process in bytes, or 0 if the process has ended.
+
+    Args:
+        pid: The process id.
+        field: Name in /proc/PID/status, such as VmRSS.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{what}:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
-def family(pid: int) -> list[int]:
-    """A process, its children and theirs."""
-    parents: dict[int, list[int]] = {}
+def process_tree(pid: int) -> list[int]:
+    """Return the ids of a process and all of its descendants, the process first."""
+    children: dict[int, list[int]] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            parents.setdefault(parent, []).append(int(folder.name))
+            children.setdefault(parent, []).append(int(folder.name))
     found = [pid]
-    for one in found:
-        found += parents.get(one, [])
+    for process in found:  # The list grows while it is iterated over.
+        found += children.get(process, [])
     return found
 
 
 def extra_memory(side: Side) -> float:
-    """MiB that the first step takes beyond what was there before it, at its most."""
+    """Return the peak memory in MiB that the first round of a side adds to that of its inputs."""
     import torch
 
     run = side.make()
@@ -291,13 +318,13 @@ def extra_memory(side: Side) -> float:
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = process_memory(os.getpid(), "VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the kernel's peak, VmHWM.
     run()
     return (process_memory(os.getpid(), "VmHWM") - before) / 2**20
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory."""
+    """Describe the machine: its processor, the cores that this process may use, and its memory."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -305,7 +332,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter, those that are installed."""
+    """Return the versions of Python and of those packages in `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""A zero-shot classifier of ImageNet's classes and templates beside open_clip's builder, on one text tower."""
+"""Benchmark of building a zero-shot classifier of ImageNet's classes, against open_clip's builder on one text tower."""
 
 import os
 import tempfile
@@ -23,21 +23,22 @@ def zeroshot(
     cores: int = 2,
     out: Path = Path("runs/bench"),
 ) -> None:
-    """Prompts a second, from strings to the classifier, fp32 on the CPU; random weights.
+    """Measure the prompts per second from strings to the classifier, in fp32 on the CPU with random weights.
 
     Args:
-        tower: CLIP's text tower as open_clip has it, or a BERT-style one of ours, padded to 77 for open_clip's builder.
-        classes: of ImageNet's 1,000, each in its 80 templates.
-        width: of the tower.
-        layers: of the tower.
-        rounds: timed on each side.
-        cores: of the CPU.
-        out: folder for zeroshot.json and zeroshot.md.
+        tower: "open_clip" for open_clip's text tower of CLIP; "dualenc" for our BERT-style one, padded to 77 for
+            open_clip's builder.
+        classes: How many of ImageNet's 1,000 classes, each with 80 templates.
+        width: Width of the tower.
+        layers: Layers of the tower.
+        rounds: Timed rounds of each side.
+        cores: CPU cores of each side.
+        out: Folder for zeroshot.json and zeroshot.md.
     """
     with tempfile.TemporaryDirectory() as folder:
         sides = [
-            Side(name, partial(_side, way, tower, classes, width, layers, Path(folder) / name))
-            for name, way in (("dualenc", _ours), ("open_clip", _peer))
+            Side(name, partial(_side, make_builder, tower, classes, width, layers, Path(folder) / name))
+            for name, make_builder in (("dualenc", _ours), ("open_clip", _peer))
         ]
         result = compare("zeroshot", "prompts", sides, "open_clip", rounds, warmup=0, cores=cores)
         ours, theirs = (torch.load(Path(folder) / side.name, weights_only=True) for side in sides)
@@ -45,22 +46,23 @@ def zeroshot(
     difference = float((ours - theirs).abs().max())
     result.facts["difference"] = difference
     result.notes = [
-        f"{classes:,} classes x 80 templates of ImageNet as open_clip has them; tower of {tower}, {layers} layers of "
-        f"width {width}; open_clip takes 10 classes at a time, its default.",
-        f"dualenc is {median(result.ratios('dualenc')):.1f} times as fast; the largest difference of an entry of the "
-        f"two classifiers is {difference:.1e}.",
+        f"{classes:,} classes x 80 templates of ImageNet in open_clip's wording; tower of {tower}, {layers} layers of "
+        f"width {width}; open_clip embeds 10 classes at a time, its default.",
+        f"dualenc is {median(result.ratios('dualenc')):.1f} times as fast; the entries of the two classifiers differ "
+        f"by at most {difference:.1e}.",
     ]
     result.write(out)
 
 
-def _side(way: Callable[..., Any], tower: str, classes: int, width: int, layers: int, path: Path) -> Any:
+def _side(make_builder: Callable[..., Any], tower: str, classes: int, width: int, layers: int, path: Path) -> Any:
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     names = list(IMAGENET_CLASSNAMES[:classes])
     templates = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
-    build = way(*(_open_clip(width, layers) if tower == "open_clip" else _dualenc(names, templates, width, layers)))
+    models = _open_clip(width, layers) if tower == "open_clip" else _dualenc(names, templates, width, layers)
+    build = make_builder(*models)
 
     def run() -> float:
         torch.save(build(names, templates), path)
@@ -70,7 +72,7 @@ def _side(way: Callable[..., Any], tower: str, classes: int, width: int, layers:
 
 
 def _open_clip(width: int, layers: int) -> tuple[Any, Any, Any]:
-    """A model for both sides, the peer's view of it, and the peer's tokenizer."""
+    """Return a model for our side, the same model for the peer, and the peer's tokenizer."""
     from open_clip import CLIP, SimpleTokenizer
 
     from dualenc.inference.embedder import Embedder
@@ -85,6 +87,7 @@ def _open_clip(width: int, layers: int) -> tuple[Any, Any, Any]:
 
 
 def _dualenc(names: list[str], templates: list[str], width: int, layers: int) -> tuple[Any, Any, Any]:
+    """Return the same as `_open_clip` for a model of ours, whose texts are padded for the peer."""
     from dualenc import DualEncoder, Embedder, ImageConfig, Preprocess, TextConfig, Tokenizer
 
     tokenizer = Tokenizer.train([t.replace("{c}", name) for name in names for t in templates[::16]], 8000, 77)
@@ -96,13 +99,12 @@ def _dualenc(names: list[str], templates: list[str], width: int, layers: int) ->
         @staticmethod
         def encode_text(ids: torch.Tensor, normalize: bool) -> torch.Tensor:
             hidden = model.text.forward_padded(ids, ids != 0)
-            tokens = model.text_projection(hidden[:, 0])
-            return F.normalize(tokens, dim=-1)
+            return F.normalize(model.text_projection(hidden[:, 0]), dim=-1)
 
     def padded(texts: list[str]) -> torch.Tensor:
         ids = torch.zeros(len(texts), 77, dtype=torch.long)
-        for row, own in zip(ids, tokenizer.encode(texts)):
-            row[: len(own)] = torch.tensor(own)
+        for row, tokens in zip(ids, tokenizer.encode(texts)):
+            row[: len(tokens)] = torch.tensor(tokens)
         return ids
 
     return Embedder(model, tokenizer, Preprocess(16)), Padded(), padded
@@ -118,7 +120,7 @@ def _peer(embedder: Any, model: Any, tokenizer: Any) -> Any:
     from open_clip import build_zero_shot_classifier
 
     def build(names: list[str], templates: list[str]) -> torch.Tensor:
-        forms = [lambda name, t=template: t.replace("{c}", name) for template in templates]
-        return build_zero_shot_classifier(model, tokenizer, names, forms).T.contiguous()
+        functions = [lambda name, t=template: t.replace("{c}", name) for template in templates]
+        return build_zero_shot_classifier(model, tokenizer, names, functions).T.contiguous()
 
     return build

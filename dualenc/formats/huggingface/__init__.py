@@ -1,1 +1,1 @@
-"""Hugging Face's formats."""
+"""Formats of Hugging Face: text encoders, dual encoders and tokenizers."""

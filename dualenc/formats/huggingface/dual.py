@@ -1,7 +1,7 @@
 """Dual encoders in Hugging Face's formats: CLIP, SigLIP, and a vision and a text encoder joined by two projections.
 
-As in `families.py` the formats are data: keys of `config.json`, names of tensors. What a config says and a
-`DualEncoder` does not compute is refused by name.
+As in `families.py` the formats are data: keys of `config.json` and names of tensors. A setting that a `DualEncoder`
+cannot compute is refused by name.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ from dualenc.utils.files import read_json
 
 JOINED = "vision-text-dual-encoder"
 KINDS = ("clip", "siglip", JOINED)
-# Layout of `vision_rules` by model_type; and keys of its config with the value that an absent one means.
+# model_type of the image tower -> layout of `vision_rules`; layout -> keys of its config and the values that missing
+# keys mean.
 VISION = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "vit": "vit"}
 USUAL: dict[str, Config] = {
     "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "image_size": 224, "patch_size": 32},
@@ -45,51 +46,51 @@ USUAL: dict[str, Config] = {
 }
 WIDTHS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 WRAPPED = "timm_wrapper"
-# BERT's pooler ends in tanh, which a tower without one passes almost unchanged where it is near zero: by a power of two
-# the features are made small before it, and large again after. Of features up to 11 in size that is off by less than
-# 1e-8 of each, beside the rounding of single precision (Taylor: x^2 2^-32 / 3).
+# BERT's pooler ends in tanh, which is nearly the identity around zero. A tower without a pooler is written with one
+# that changes nothing: it multiplies the features by this power of two, and the next layer divides by it. For features
+# up to 11 the relative error is below 1e-8, apart from the rounding of single precision (Taylor: x^2 2^-32 / 3).
 SMALL = 2.0**-16
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a model is, or would be, written by Hugging Face.
+    """Format of a dual encoder on Hugging Face.
 
     Attributes:
-        kind: `model_type`.
-        vision: that of the image tower.
-        family: of the text tower.
-        architecture: the class.
-        text: the architecture of the text tower as its family has it.
-        passes: whether the text's features pass through a pooler that is made to change nothing.
+        kind: `model_type` of the model.
+        vision: `model_type` of the image tower.
+        family: Family of the text tower.
+        text: Architecture of the text tower, as one of its family.
+        identity_pooler: True if the format requires a pooler and the model has none, so that one that changes nothing
+            is added (see `add_identity_pooler`).
     """
 
     kind: str
     vision: str
     family: Family
     text: TextConfig
-    passes: bool = False
+    identity_pooler: bool = False
 
     @property
     def architecture(self) -> str:
-        """The class that reads it."""
+        """The class of transformers that reads the format."""
         return {"clip": "CLIPModel", "siglip": "SiglipModel", JOINED: "VisionTextDualEncoderModel"}[self.kind]
 
 
 def read_config(config: Any, where: str, length: Callable[[int], int]) -> tuple[DualConfig, Format]:
-    """The architecture that a `config.json` says.
+    """Return the architecture and the format that a `config.json` describes.
 
     Args:
-        config: the parsed JSON.
-        where: its file, for errors.
-        length: of the longest text in tokens, of a tower with so many positions.
+        config: The parsed JSON.
+        where: File of the config, for errors.
+        length: Function from the tower's number of positions to the length of the longest text in tokens.
 
     Raises:
-        ModelError: it is none of `KINDS`, or asks for what dualenc does not compute; names the key.
+        ModelError: If the model is not one of `KINDS`, or a key asks for something that dualenc does not compute.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in KINDS:
-        raise ModelError(f"{where}: model_type {kind!r} is no dual encoder that dualenc reads ({', '.join(KINDS)})")
+        raise ModelError(f"{where}: model_type {kind!r} is not a supported dual encoder ({', '.join(KINDS)})")
     vision: Config = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
     inside: Config = {**(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
     of_vision = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind) or vision.get("model_type")
@@ -114,7 +115,7 @@ def read_config(config: Any, where: str, length: Callable[[int], int]) -> tuple[
         other = Projection()
     if kind == JOINED and family.name != "clip_text_model":
         if not any(slot.kind == "pooler" for slot in family.slots):
-            raise ModelError(f"{where}: text_config.model_type {family.name!r} has no pooler, which the format takes")
+            raise ModelError(f"{where}: text_config.model_type {family.name!r} has no pooler, which {JOINED} requires")
         other = Projection((text.width,), (True, False), "tanh")
     try:
         dual = DualConfig(
@@ -139,16 +140,18 @@ def _read_vision(kind: str, config: Config, where: str) -> ImageConfig:
         except (ValueError, TypeError) as error:
             raise ModelError(f"{where}: {error}") from None
     if kind not in VISION:
-        raise ModelError(f"{where}.model_type {kind!r} is none that dualenc computes ({', '.join(VISION)}, {WRAPPED})")
+        raise ModelError(f"{where}.model_type {kind!r} is not supported ({', '.join(VISION)}, {WRAPPED})")
     layout = VISION[kind]
     fields = {**WIDTHS, **USUAL[layout], **{key: value for key, value in config.items() if value is not None}}
     if fields["hidden_act"] not in ACTIVATION_NAMES:
-        raise ModelError(f"{where}.hidden_act {fields['hidden_act']!r} is none that dualenc computes")
-    kept: dict[str, Any] = {"num_channels": 3, "qkv_bias": True, "vision_use_head": True, "pooler_act": "tanh"}
-    if wrong := [key for key, value in kept.items() if fields.get(key, value) != value]:
-        raise ModelError(f"{where}.{wrong[0]} {fields[wrong[0]]!r} is none that dualenc computes")
+        raise ModelError(f"{where}.hidden_act {fields['hidden_act']!r} is not supported")
+    required: dict[str, Any] = {"num_channels": 3, "qkv_bias": True, "vision_use_head": True, "pooler_act": "tanh"}
+    if wrong := [key for key, value in required.items() if fields.get(key, value) != value]:
+        raise ModelError(f"{where}.{wrong[0]} {fields[wrong[0]]!r} is not supported: it must be {required[wrong[0]]!r}")
     if layout == "vit" and (fields.get("pooler_output_size") or fields["hidden_size"]) != fields["hidden_size"]:
-        raise ModelError(f"{where}.pooler_output_size {fields['pooler_output_size']} is not the hidden_size")
+        raise ModelError(
+            f"{where}.pooler_output_size {fields['pooler_output_size']} must equal hidden_size {fields['hidden_size']}"
+        )
     try:
         shape = Shape(
             size=int(fields["image_size"]),
@@ -169,12 +172,13 @@ def _read_vision(kind: str, config: Config, where: str) -> ImageConfig:
 
 
 def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = None) -> list[Rule]:
-    """Names of the tensors of a model.
+    """Return the rules between a model's tensors and those of its format.
 
     Args:
-        form: how it is written.
-        config: the architecture.
-        names: of a checkpoint's tensors, whose prefixes are looked for; absent, as they are written.
+        form: Format of the model.
+        config: Architecture of the model.
+        names: Names of a checkpoint's tensors, from which the prefixes are found; None for the prefixes that are
+            written.
     """
     with torch.device("meta"):
         tower = ImageEncoder(config.image)
@@ -192,8 +196,7 @@ def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = N
     own = config.projection_of(config.image_projection, tower.width)
     other = config.projection_of(config.text_projection, config.text.width)
     rules += projection_rules("image_projection", own, (f"{vision}pooler.dense", "visual_projection")[not own.hidden :])
-    words = f"{form.family.token_embeddings}.weight"
-    text = _prefix("text_model.", words, names)
+    text = _prefix("text_model.", f"{form.family.token_embeddings}.weight", names)
     rules += text_rules(form.family, form.text, text)
     head = (f"{text}head",) if form.kind == "siglip" else ("text_projection",)
     if other.hidden:
@@ -202,6 +205,7 @@ def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = N
     return rules + projection_rules("text_projection", other, head)
 
 
+# A tensor by which the prefix of an image tower is found.
 VISION_MARK = {
     "clip_vision_model": "embeddings.patch_embedding.weight",
     "siglip_vision_model": "embeddings.patch_embedding.weight",
@@ -210,25 +214,25 @@ VISION_MARK = {
 }
 
 
-# Of image processors what a single number as size means, and the resampling, where their file leaves it unsaid.
+# Image processor -> the meaning of a single number as size, and the resampling filter, if its file does not say them.
 PROCESSORS = {"CLIP": ("shortest", 3), "ViT": ("squash", 2), "Siglip": ("squash", 3)}
 
 
 def _prefix(usual: str, mark: str, names: Collection[str] | None) -> str:
-    """Where a tower's tensors are: in checkpoints of before transformers 5 some are one level deeper."""
-    deeper = f"{usual}{usual}"
-    return deeper if names is not None and f"{deeper}{mark}" in names else usual
+    """Find the prefix of a tower's tensors, which some checkpoints of transformers before version 5 repeat."""
+    repeated = f"{usual}{usual}"
+    return repeated if names is not None and f"{repeated}{mark}" in names else usual
 
 
 def read_preprocess(folder: Path, size: int) -> Preprocess:
-    """The evaluation transform of a folder's image processor.
+    """Return the evaluation transform of a folder's image processor.
 
     Args:
-        folder: with preprocessor_config.json or processor_config.json.
-        size: of the image tower.
+        folder: Folder with preprocessor_config.json or processor_config.json.
+        size: Side of the image tower's input in pixels.
 
     Raises:
-        ModelError: there is none, or it is none that dualenc does.
+        ModelError: If the folder has no image processor, or dualenc cannot compute the same.
     """
     found = [
         folder / name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()
@@ -240,30 +244,34 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
         if isinstance(fields, dict) and "image_mean" in fields:
             break
     else:
-        raise ModelError(f"{folder} has no preprocessor_config.json that says how its images are made")
+        raise ModelError(f"{folder} has no preprocessor_config.json with image_mean, which the image processor needs")
     name = str(fields.get("image_processor_type") or fields.get("feature_extractor_type"))
     family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
     resized = fields.get("size")
     if family not in PROCESSORS and not (isinstance(resized, dict) and "resample" in fields):
-        raise ModelError(f"{path}: image_processor_type {name} leaves unsaid how it resizes: say size and resample")
+        raise ModelError(f"{path}: image_processor_type {name} has no known way to resize: add size and resample")
     usual = PROCESSORS.get(family, ("", 3))
     kind = {2: "bilinear", 3: "bicubic"}.get(fields.get("resample", usual[1]))
     if kind is None or not fields.get("do_resize", True) or not fields.get("do_normalize", True):
-        raise ModelError(f"{path}: resample {fields.get('resample')}, do_resize, do_normalize: none that dualenc does")
+        raise ModelError(
+            f"{path}: resample {fields.get('resample')}: resample must be 2 or 3, and do_resize and do_normalize true"
+        )
     if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not fields.get("do_rescale", True):
-        raise ModelError(f"{path}: rescale_factor {fields.get('rescale_factor')} is not 1/255")
+        raise ModelError(f"{path}: rescale_factor {fields.get('rescale_factor')} must be 1/255, with do_rescale true")
     if isinstance(resized, int):
         resized = {"shortest_edge": resized} if usual[0] == "shortest" else {"height": resized, "width": resized}
     resized = resized or {}
     if "shortest_edge" in resized:
         mode = "shortest"
-        cut = fields.get("crop_size") or size
-        if not fields.get("do_center_crop", family == "CLIP") or cut not in (size, {"height": size, "width": size}):
-            raise ModelError(f"{path}: do_center_crop, crop_size {cut}: no square of the image tower's {size}")
+        crop = fields.get("crop_size") or size
+        if not fields.get("do_center_crop", family == "CLIP") or crop not in (size, {"height": size, "width": size}):
+            raise ModelError(
+                f"{path}: crop_size must be the image tower's {size}, with do_center_crop true; found {crop}"
+            )
         if resized["shortest_edge"] != size:
             raise ModelError(
-                f"{path}: shortest_edge {resized['shortest_edge']} before {size} are cut out: dualenc has one size for "
-                f"both, and would see more of an image; say shortest_edge {size} if you want that"
+                f"{path}: shortest_edge {resized['shortest_edge']} differs from the crop of {size}: dualenc has one "
+                f"size for both and would see more of an image; set shortest_edge to {size} if you want that"
             )
     elif resized.get("height") == resized.get("width") == size:
         mode = "squash"
@@ -274,13 +282,16 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
 
 
 def write_preprocess(preprocess: Preprocess) -> Config:
-    """`preprocessor_config.json` of a model.
+    """Return the `preprocessor_config.json` of an evaluation transform.
 
     Raises:
-        ModelError: no image processor does the same.
+        ModelError: If no image processor of transformers computes the same.
     """
     if preprocess.resize == "longest":
-        raise ModelError("transformers has no image processor that resizes the longer side on a black ground")
+        raise ModelError(
+            "transformers has no image processor for preprocess.resize longest, which pads with black: export to "
+            "open_clip or onnx"
+        )
     size, squash = preprocess.size, preprocess.resize == "squash"
     sides = {"height": size, "width": size}
     fields: Config = {
@@ -300,10 +311,10 @@ def write_preprocess(preprocess: Preprocess) -> Config:
 
 
 def choose_format(config: DualConfig) -> Format:
-    """How a model is written: as CLIP or SigLIP where it is one, else as two encoders joined.
+    """Choose the format of a model: CLIP or SigLIP if it is one of them, else two encoders joined.
 
     Raises:
-        ModelError: none of them has its like; says which part.
+        ModelError: If no format can express the model; names the part.
     """
     with torch.device("meta"):
         tower = ImageEncoder(config.image)
@@ -339,17 +350,17 @@ def choose_format(config: DualConfig) -> Format:
     if found is None or text.pool != "cls" or not (pooled or other == Projection()):
         raise ModelError(
             f"transformers' joined models have no text tower like this one ({in_words(text)}, projection {other}): "
-            "they take the first token of BERT, RoBERTa and ALBERT, or CLIP's text encoder; export to open_clip, "
+            "they take the first token of BERT, RoBERTa or ALBERT, or CLIP's text encoder; export to open_clip, "
             "sentence-transformers or onnx"
         )
-    return Format(JOINED, vision, *found, passes=not pooled)
+    return Format(JOINED, vision, *found, identity_pooler=not pooled)
 
 
 POOLED = tuple(name for name, family in FAMILIES.items() if any(slot.kind == "pooler" for slot in family.slots))
 
 
 def write_config(form: Format, config: DualConfig) -> Config:
-    """`config.json` of a model."""
+    """Return the `config.json` of a model."""
     with torch.device("meta"):
         tower = ImageEncoder(config.image)
     shape = shape_of(tower.vit)
@@ -388,11 +399,20 @@ def write_config(form: Format, config: DualConfig) -> Config:
     return {**written, "vision_config": vision, "text_config": text}
 
 
-def through_pooler(
+def add_identity_pooler(
     state: Mapping[str, Tensor], form: Format, config: DualConfig
 ) -> tuple[dict[str, Tensor], DualConfig]:
-    """A model whose text goes through a pooler that changes nothing, where its format has one and it has none."""
-    if not form.passes:
+    """Add a pooler that changes nothing to a model without one, if its format requires a pooler.
+
+    Args:
+        state: State of the `DualEncoder`.
+        form: Format of the model.
+        config: Architecture of the model.
+
+    Returns:
+        The state and the architecture, with the pooler as part of the text projection.
+    """
+    if not form.identity_pooler:
         return dict(state), config
     width = config.text.width
     state = {name: x for name, x in state.items() if name != "text_projection.weight"} | {

@@ -1,4 +1,4 @@
-"""What a family of text encoders on Hugging Face is: how its config and its tensors stand for ours."""
+"""Definition of a family of text encoders on Hugging Face: how its config and tensors map to ours."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from dualenc.models.text_encoder import Activation, Pool, TextConfig
 
-# Hugging Face's names of activations; of two that mean the same the first is the one that is written.
+# Hugging Face's names of activations. If several names mean the same activation, the first is written.
 ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -30,18 +30,18 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for a head in a family's own format.
+    """Place for a head in a family's own format.
 
     Attributes:
-        name: of the head that a checkpoint is read as.
-        kind: of the head.
-        marker: the tensor that tells that a checkpoint has it.
-        modules: module of the head -> module of the checkpoint; one with a dot before it is inside the encoder.
-        parameters: parameter of the head -> names that it has in a checkpoint, the first being the one written.
-        activation: what the format always has; None for what the encoder has.
-        norm: see `HeadConfig`.
-        labels: of a head whose labels are always these.
-        architecture: what Hugging Face calls an encoder with this head.
+        name: Name that the head gets when a checkpoint is read.
+        kind: Kind of the head.
+        marker: Tensor whose presence shows that a checkpoint has the head.
+        modules: Module of the head -> module of the checkpoint; a leading dot marks a module inside the encoder.
+        parameters: Parameter of the head -> its names in checkpoints, of which the first is written.
+        activation: Activation that the format fixes; None for the encoder's activation.
+        norm: See `HeadConfig`.
+        labels: Labels that the format fixes; empty if a checkpoint names them.
+        architecture: Hugging Face's class for an encoder with this head.
     """
 
     name: str
@@ -57,25 +57,26 @@ class Slot:
 
 @dataclass(frozen=True)
 class Family:
-    """How one `model_type` is written.
+    """Format of one `model_type` as data.
 
     Attributes:
-        name: the `model_type`.
-        stem: what its classes' names begin with.
-        prefix: of the encoder's tensors beside a head's.
-        keys: field of `TextConfig` -> key of the config and the value that an absent key means.
-        always: fields of `TextConfig` that all of the family have.
-        refused: key -> the values that can be computed, the first being the one that is written.
-        outside: module of the encoder -> module of the checkpoint, but for the blocks.
-        block: where the tensors of block i are, {i}; or {group} and {member}.
-        inside: module of a block -> module of the checkpoint, or the three that are joined to one.
-        slots: for heads.
-        dropouts: keys that the dropout is written to; it is read from the first.
-        token_embeddings: module of the token embeddings in the checkpoint.
-        ignored: patterns of tensors, besides those that every family may have, that stand for no part of the encoder.
-        nested: key of the config, and `model_type`, in which the family stands inside a bigger model.
-        pool: of a text's vector, where the checkpoint does not say.
-        read, write: what is left to say of a config.
+        name: The `model_type`.
+        stem: Beginning of its classes' names.
+        prefix: Prefix of the encoder's tensors in a checkpoint that also holds a head.
+        keys: Field of `TextConfig` -> key of the config, and the value that a missing key means.
+        always: Fields of `TextConfig` that are the same for the whole family.
+        refused: Key of the config -> the values that dualenc can compute, of which the first is written; any other
+            value is refused.
+        outside: Module of the encoder outside its blocks -> module of the checkpoint.
+        block: Prefix of the tensors of a block, a template with {i}, or with {group} and {member}.
+        inside: Module of a block -> module of the checkpoint, or the three that are concatenated to one.
+        slots: Places for heads.
+        dropouts: Keys that the dropout is written to; it is read from the first.
+        token_embeddings: Module of the token embeddings in the checkpoint.
+        ignored: Patterns of tensors that are not part of the encoder, in addition to those that any family may have.
+        nested: `model_type` of a larger model whose `text_config` is of this family.
+        pool: Pooling of a text's vector if the checkpoint does not say.
+        read, write: Functions for the rest of a config that no table expresses.
     """
 
     name: str

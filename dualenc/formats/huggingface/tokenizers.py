@@ -1,4 +1,4 @@
-"""Tokenizers of text checkpoints: the files that there are, and those that `transformers` looks for."""
+"""Tokenizers of text checkpoints: reading their files, and writing those that `transformers` looks for."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,11 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-START, END = "<|startoftext|>", "<|endoftext|>"  # of CLIP
-WORDS = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # to be cut into pieces; before them, what ends some
+START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's special tokens.
+# CLIP splits a text into English suffixes first, then into runs of letters, single digits and other runs.
 SUFFIXES = "'s|'t|'re|'ve|'m|'ll|'d"
-# What transformers calls the special tokens, and the tokens themselves, the likeliest first.
+WORDS = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# Roles of special tokens in transformers -> the tokens that may have the role, the likeliest first.
 ROLES = {
     "unk_token": ("[UNK]", "<unk>"),
     "cls_token": ("[CLS]", "<s>"),
@@ -36,40 +37,40 @@ ROLES = {
 
 
 def longest(folder: Path, context_length: int) -> int:
-    """Tokens of the longest text: what the tokenizer's config says, but no more than the encoder takes."""
-    length = about_tokenizer(folder).get("model_max_length")
+    """Return the length of the longest text in tokens: the tokenizer's limit, and at most that of the encoder."""
+    length = read_tokenizer_config(folder).get("model_max_length")
     return min(int(length), context_length) if isinstance(length, int | float) and length > 0 else context_length
 
 
 def padding_token(folder: Path) -> int | None:
-    """The id of the token that a tokenizer pads with, where its files say so."""
-    token = _content(about_tokenizer(folder).get("pad_token"))
+    """Return the id of a tokenizer's padding token, or None if its files do not name one."""
+    token = _content(read_tokenizer_config(folder).get("pad_token"))
     if not isinstance(token, str) or not (folder / "tokenizer.json").is_file():
         return None
-    return _backend(folder / "tokenizer.json").token_to_id(token)
+    return _read_backend(folder / "tokenizer.json").token_to_id(token)
 
 
 def read_tokenizer(folder: Path, text: TextConfig, length: int, lowercase: bool = False) -> Tokenizer:
-    """The tokenizer of a checkpoint.
+    """Read the tokenizer of a checkpoint.
 
     Args:
-        folder: with tokenizer.json; or BERT's vocab.txt; or vocab.json and merges.txt, RoBERTa's or CLIP's.
-        text: the encoder's architecture.
-        length: longest text in tokens.
-        lowercase: texts are lower-cased before all else.
+        folder: Folder with tokenizer.json; or BERT's vocab.txt; or vocab.json and merges.txt of RoBERTa or CLIP.
+        text: Architecture of the encoder.
+        length: Length of the longest text in tokens.
+        lowercase: True to convert texts to lower case before all other steps.
 
     Raises:
-        ModelError: there is none of these files, or they cannot be read.
+        ModelError: If the folder does not have these files, or they cannot be read.
     """
     if (folder / "tokenizer.json").is_file():
-        backend = _backend(folder / "tokenizer.json")
+        backend = _read_backend(folder / "tokenizer.json")
     elif (folder / "vocab.txt").is_file():
-        backend = _wordpiece(folder)
+        backend = _read_wordpiece(folder)
     elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-        backend = _byte_pairs(folder) if text.position_offset else _clip_pairs(folder)
+        backend = _read_roberta_bpe(folder) if text.position_offset else _read_clip_bpe(folder)
     else:
         raise ModelError(
-            f"{folder} holds no tokenizer.json: save one there with transformers "
+            f"{folder} has no tokenizer.json: save one there with transformers "
             "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
         )
     if lowercase:
@@ -79,15 +80,15 @@ def read_tokenizer(folder: Path, text: TextConfig, length: int, lowercase: bool 
 
 
 def tokenizer_of(backend: Backend, text: TextConfig, length: int) -> Tokenizer:
-    """A backend as the tokenizer of an encoder, with its padding where it sees that."""
+    """Return a backend as the tokenizer of an encoder, padding texts if the encoder attends to padding."""
     pad_to = None if text.pad_to is None else min(text.pad_to, length)
     return Tokenizer(backend, length, pad_to, text.pad_id)
 
 
-def about_tokenizer(folder: Path) -> dict[str, Any]:
-    """What its config files say, the main one before the other."""
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Return the merged fields of a tokenizer's config files."""
     found: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # The later file takes precedence.
         if (folder / name).is_file():
             fields = read_json(folder / name)
             found |= fields if isinstance(fields, dict) else {}
@@ -98,16 +99,16 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _backend(path: Path) -> Backend:
+def _read_backend(path: Path) -> Backend:
     try:
         return Backend.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{path} is no tokenizer that the tokenizers library reads ({error})") from None
+    except Exception as error:  # The library raises plain Exception.
+        raise ModelError(f"{path} cannot be read by the tokenizers library ({error})") from None
 
 
-def _wordpiece(folder: Path) -> Backend:
-    """BERT's, whose vocabulary does not say whether it is of small letters: the config does."""
-    about = about_tokenizer(folder)
+def _read_wordpiece(folder: Path) -> Backend:
+    """Read BERT's WordPiece tokenizer; only the config says if it converts texts to lower case."""
+    about = read_tokenizer_config(folder)
     try:
         backend = Tokenizer.from_file(folder / "vocab.txt", 1).backend
     except DataError as error:
@@ -122,17 +123,17 @@ def _wordpiece(folder: Path) -> Backend:
     return backend
 
 
-def _byte_pairs(folder: Path) -> Backend:
-    """RoBERTa's: pairs of bytes as GPT-2 has them (Radford et al. 2019, section 2.2), between <s> and </s>."""
+def _read_roberta_bpe(folder: Path) -> Backend:
+    """Read RoBERTa's tokenizer: GPT-2's byte-level BPE (Radford et al. 2019, section 2.2), between <s> and </s>."""
     vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
-    space = bool(about_tokenizer(folder).get("add_prefix_space", False))
+    space = bool(read_tokenizer_config(folder).get("add_prefix_space", False))
     try:
         backend = Backend(models.BPE.from_file(vocab, merges))
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:  # The library raises plain Exception.
         raise ModelError(f"{vocab} and merges.txt cannot be read ({error})") from None
     known = backend.get_vocab()
     if missing := [token for token in ("<s>", "</s>") if token not in known]:
-        raise ModelError(f"{vocab} has no {missing[0]}: it is no vocabulary of RoBERTa's")
+        raise ModelError(f"{vocab} has no {missing[0]}: it is not a vocabulary of RoBERTa")
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)  # type: ignore[assignment]
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     backend.post_processor = processors.RobertaProcessing(  # type: ignore[assignment]
@@ -147,20 +148,21 @@ def _byte_pairs(folder: Path) -> Backend:
     return backend
 
 
-def clip_pairs(
+def clip_bpe(
     vocab: dict[str, int],
     merges: list[tuple[str, str]],
     steps: Sequence[normalizers.Normalizer],
     words: str = f"{SUFFIXES}|{WORDS}",
     ends: tuple[str, str] = (START, END),
 ) -> Backend:
-    """Pairs of bytes that know the end of a word, between two tokens.
+    """Build CLIP's tokenizer: byte-level BPE with marked ends of words, between two special tokens.
 
     Args:
-        vocab, merges: with "</w>" after what ends a word.
-        steps: before all else.
-        words: what is cut out of a text.
-        ends: tokens that open and close a text, entries of the vocabulary.
+        vocab: Ids of the entries; an entry that ends a word has the suffix "</w>".
+        merges: Pairs of entries that are merged, in order.
+        steps: Normalizers that are applied first.
+        words: Regular expression of the words; the text between matches is dropped.
+        ends: First and last token of every text, entries of the vocabulary.
     """
     backend = Backend(models.BPE(vocab, merges, unk_token=ends[1], end_of_word_suffix="</w>"))
     backend.normalizer = normalizers.Sequence(list(steps))  # type: ignore[assignment]
@@ -179,29 +181,31 @@ def clip_pairs(
     return backend
 
 
-def _clip_pairs(folder: Path) -> Backend:
-    """CLIP's, as transformers cleans and cuts texts for it."""
-    about, path = about_tokenizer(folder), folder / "vocab.json"
+def _read_clip_bpe(folder: Path) -> Backend:
+    """Read CLIP's tokenizer, with the cleaning and splitting of transformers."""
+    about, path = read_tokenizer_config(folder), folder / "vocab.json"
     ends = tuple(_content(about.get(role)) or usual for role, usual in (("bos_token", START), ("eos_token", END)))
     try:
         vocab, merges = models.BPE.read_file(str(path), str(folder / "merges.txt"))
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:  # The library raises plain Exception.
         raise ModelError(f"{path} and merges.txt cannot be read ({error})") from None
     if missing := [token for token in ends if token not in vocab]:
-        raise ModelError(f"{path} has no {missing[0]}: it is no vocabulary of CLIP's, and no encoder of RoBERTa's")
+        raise ModelError(
+            f"{path} has no {missing[0]}: it is not a vocabulary of CLIP, and the encoder is not a RoBERTa"
+        )
     steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     try:
-        return clip_pairs(vocab, merges, steps, ends=(ends[0], ends[1]))
-    except Exception as error:  # a merge of what is no entry
+        return clip_bpe(vocab, merges, steps, ends=(ends[0], ends[1]))
+    except Exception as error:  # A merge may name a token that is not in the vocabulary.
         raise ModelError(f"{path} and merges.txt cannot be read ({error})") from None
 
 
 def tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[str, Any]:
-    """What `tokenizer_config.json` says, so that transformers' AutoTokenizer reads tokenizer.json as it is.
+    """Return the fields of a `tokenizer_config.json` with which AutoTokenizer reads tokenizer.json unchanged.
 
     Args:
-        tokenizer: the tokenizer.
-        text: the architecture that it is for.
+        tokenizer: The tokenizer.
+        text: Architecture of the encoder.
     """
     vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
     special = tokenizer.special
@@ -212,7 +216,8 @@ def tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[str, Any]:
             roles[role] = found[0]
     if text.pad_to is not None and (token := tokenizer.backend.id_to_token(text.pad_id)) is not None:
         roles["pad_token"] = token
-    if "eos_token" in roles:  # CLIP has none of its own; what it is does not matter to a causal tower
+    # CLIP has no padding token. Any token serves, since a causal tower never attends to padding after the text.
+    if "eos_token" in roles:
         roles.setdefault("pad_token", roles["eos_token"])
     inputs = ["input_ids", *(["token_type_ids"] if text.types > 1 else []), "attention_mask"]
     return {

@@ -35,10 +35,10 @@ from dualenc.formats.huggingface.tokenizers import (
     SUFFIXES,
     TOKENIZER_FILES,
     WORDS,
-    about_tokenizer,
-    clip_pairs,
+    clip_bpe,
     padding_token,
     read_tokenizer,
+    read_tokenizer_config,
     tokenizer_config,
     tokenizer_of,
 )
@@ -74,7 +74,7 @@ def clip_backend(clean: Clean = "lower") -> Backend:
     Raises:
         ModelError: open_clip, which has the vocabulary, is not installed.
     """
-    return clip_pairs(*_clip_vocabulary(), cleaning(clean), f"(?i:{SUFFIXES})|{WORDS}")
+    return clip_bpe(*_clip_vocabulary(), cleaning(clean), f"(?i:{SUFFIXES})|{WORDS}")
 
 
 @cache
@@ -210,7 +210,7 @@ def open_clip_tokenizer(text_cfg: Mapping[str, Any], folder: Path | None, text: 
         return tokenizer_of(clip_backend(clean), text, text.context_length)
     folder = tokenizer_folder(folder, name)
     for side in ("padding_side", "truncation_side"):
-        if (value := about_tokenizer(folder).get(side, "right")) != "right":
+        if (value := read_tokenizer_config(folder).get(side, "right")) != "right":
             raise ModelError(f"{folder / 'tokenizer_config.json'}: {side} {value!r} is none that dualenc computes")
     backend = read_tokenizer(folder, text, text.context_length).backend
     _fills_with(padding_token(folder), text, str(folder))
