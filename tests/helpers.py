@@ -223,7 +223,7 @@ def forget_copies(cache: Path) -> None:
         if thread.name == "prefetch":  # of an epoch that is over: it may hold the lock of what is removed here
             thread.join(30)
     shutil.rmtree(cache / "shards", ignore_errors=True)
-    index_module._HELD.clear()
+    index_module._OPEN_FILES.clear()
 
 
 class StopAt(Callback):

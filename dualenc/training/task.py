@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualenc.data.loading.epoch_plan import draw
+from dualenc.data.loading.epoch_plan import derive_seed
 from dualenc.models import TextConfig
 from dualenc.report import Section
 from dualenc.training.checkpoint import NORMS, RunState
@@ -155,7 +155,7 @@ class Task(LightningModule):
         """Dropout depends on (seed, step, rank) alone, so that nothing of a generator needs saving."""
         if self.watchdog is not None:
             self.watchdog.at(self.global_step, "trains")
-        torch.manual_seed(draw(self.seed, self.global_step, self.global_rank))
+        torch.manual_seed(derive_seed(self.seed, self.global_step, self.global_rank))
 
     def count(
         self, loss: Tensor, rows: Sequence[int], counts: Sequence[int], embedded: Sequence[Tensor] = ()

@@ -63,7 +63,7 @@ def redact(text: str) -> str:
     return _STRAY.sub("", _URL.sub(lambda found: f"{found[1]}{found[2]}" if found[1] else found[3], text))
 
 
-def _redact_of(url: str, text: str) -> str:
+def redact_url(url: str, text: str) -> str:
     """A text about one URL without its secrets, however they came in."""
     rest = url.partition("://")[2]
     user = rest[: _user(rest)].removesuffix("@")

@@ -24,7 +24,7 @@ import dualenc.data.pairs as pairs_module
 import dualenc.data.shards.shard as index_module
 from dualenc.cli import main
 from dualenc.data import BadSampleLog, Loader, PairDataset, Preprocess, ShardIndex
-from dualenc.data.loading.bad_samples import Bad
+from dualenc.data.loading.bad_samples import BadRecord
 from dualenc.utils.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
@@ -226,7 +226,7 @@ def test_nothing_but_bad_samples_ends_a_run_in_seconds(tmp_path, seed, capsys, w
     began = time.monotonic()
     line = fails(capsys, fit(tmp_path, *SHORT, "--data.workers", str(workers)), status=1)
     assert time.monotonic() - began < 20
-    assert "100 samples in a row" in line
+    assert "100 consecutive samples" in line
     assert ".jpg cannot be decoded" in line
     assert "0.tar sample '0" in line
 
@@ -256,7 +256,9 @@ def test_more_bad_samples_than_the_budget(tmp_path, seed, capsys):
 def test_causes_are_named_by_how_often_they_are_met(tmp_path):
     bad_sample_log = BadSampleLog(20_000, tmp_path / "q.jsonl")  # 20 of them
     rows = [("c", 1), ("b", 7), ("a", 9), ("d", 4)]
-    bad = [Bad(0, f"{cause}.tar", f"{cause}{i}", f"cause {cause}", "") for cause, count in rows for i in range(count)]
+    bad = [
+        BadRecord(0, f"{cause}.tar", f"{cause}{i}", f"cause {cause}", "") for cause, count in rows for i in range(count)
+    ]
     bad_sample_log.add(bad[:20])
     with pytest.raises(DataError) as error:
         bad_sample_log.add(bad[20:])
@@ -270,7 +272,9 @@ def test_causes_are_named_by_how_often_they_are_met(tmp_path):
 def test_a_sample_counts_once_however_often_it_is_met(tmp_path):
     bad_sample_log = BadSampleLog(100, tmp_path / "q.jsonl")
     for _ in range(50):
-        bad_sample_log.add([Bad(1, "a.tar", "k", "cause", "detail"), Bad(1, "a.tar", "k", "cause", "detail")])
+        bad_sample_log.add(
+            [BadRecord(1, "a.tar", "k", "cause", "detail"), BadRecord(1, "a.tar", "k", "cause", "detail")]
+        )
     assert len(bad_sample_log) == 1
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 1
 
@@ -279,33 +283,33 @@ def test_ranks_share_one_file_and_one_budget(tmp_path):
     ranks = [BadSampleLog(100, tmp_path / "q.jsonl") for _ in range(2)]
     for i in range(5):
         for rank in ranks:
-            rank.add([Bad(i, "a.tar", f"both{i}", "cause", "")])
+            rank.add([BadRecord(i, "a.tar", f"both{i}", "cause", "")])
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 5
     for i in range(5):
-        ranks[i % 2].add([Bad(i, "b.tar", f"one{i}", "other", "")])
+        ranks[i % 2].add([BadRecord(i, "b.tar", f"one{i}", "other", "")])
     with pytest.raises(DataError, match=r"^11 bad samples, more than the 10 .*cause \(5, .*other \(5, "):
-        ranks[1].add([Bad(0, "c.tar", "k", "last", "")])
+        ranks[1].add([BadRecord(0, "c.tar", "k", "last", "")])
     with pytest.raises(DataError, match=r"^12 bad samples"):
-        ranks[0].add([Bad(0, "c.tar", "l", "last", "")])
+        ranks[0].add([BadRecord(0, "c.tar", "l", "last", "")])
 
 
 def test_a_continued_run_counts_on(tmp_path):
-    BadSampleLog(100, tmp_path / "q.jsonl").add([Bad(i, "a.tar", f"{i}", "cause", "") for i in range(10)])
+    BadSampleLog(100, tmp_path / "q.jsonl").add([BadRecord(i, "a.tar", f"{i}", "cause", "") for i in range(10)])
     with pytest.raises(DataError, match=r"^11 bad samples"):
-        BadSampleLog(100, tmp_path / "q.jsonl").add([Bad(0, "a.tar", "another", "cause", "")])
+        BadSampleLog(100, tmp_path / "q.jsonl").add([BadRecord(0, "a.tar", "another", "cause", "")])
 
 
 @pytest.mark.parametrize("cut", [b'{"shard": "a.tar", "ke', b'{"shard": "a.tar", "key": "k", "cause": "c", "detail": ""}', b"\xff", b"7"])  # fmt: skip  # noqa: E501
 def test_half_a_line_that_a_kill_left_does_no_harm(tmp_path, cut):
     path = tmp_path / "q.jsonl"
-    BadSampleLog(100, path).add([Bad(0, "a.tar", "first", "cause", "")])
+    BadSampleLog(100, path).add([BadRecord(0, "a.tar", "first", "cause", "")])
     with open(path, "ab") as file:
         file.write(cut)
     second = BadSampleLog(100, path)
-    second.add([Bad(0, "a.tar", "second", "cause", "")])
+    second.add([BadRecord(0, "a.tar", "second", "cause", "")])
     third = BadSampleLog(100, path)
-    third.add([Bad(0, "a.tar", "third", "cause", "")])
-    second.add([Bad(0, "a.tar", "second", "cause", ""), Bad(0, "a.tar", "third", "cause", "")])
+    third.add([BadRecord(0, "a.tar", "third", "cause", "")])
+    second.add([BadRecord(0, "a.tar", "second", "cause", ""), BadRecord(0, "a.tar", "third", "cause", "")])
     whole = int(cut.endswith(b"}"))
     assert len(second) == len(third) == 3 + whole
     keys = []

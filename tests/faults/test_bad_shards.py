@@ -177,7 +177,7 @@ def test_a_run_goes_on_after_a_fault_that_passes(web, tmp_path, seed, here, faul
 
 
 @pytest.mark.parametrize(
-    ("fault", "why"), [(404, "there is no such file"), (403, "the server denies it"), (503, "given up after 6 tries")]
+    ("fault", "why"), [(404, "there is no such file"), (403, "denies access"), (503, "gave up after 6 tries")]
 )
 def test_a_run_ends_after_a_fault_that_stays(web, tmp_path, seed, here, capsys, fault, why):
     url = indexed(web, [12, 12], seed)
@@ -198,7 +198,8 @@ def test_a_shard_elsewhere_that_was_replaced(web, tmp_path, seed, here, capsys):
     write_shards(web.folder, [24], seed + 1)
     line = fails(capsys, elsewhere(tmp_path, url), status=1)
     shard = f"{web.url}/part-000.tar"
-    assert line == f"dualenc: error: {shard} changed since it was indexed; if that is meant: dualenc index {shard}"
+    assert line.startswith(f"dualenc: error: {shard} changed since it was indexed; ")
+    assert line.endswith(f"dualenc index {shard}")
 
 
 def test_shards_elsewhere_without_an_index(web, tmp_path, seed, capsys):

@@ -23,7 +23,7 @@ from dualenc.data.images import ImageError, decode_image
 from dualenc.data.loading.epoch_plan import permutation
 from dualenc.data.prepare.caption_sources import TEMPLATES, CaptionedImage, CaptionSource, clean, inside, read_source
 from dualenc.data.prepare.resumable import JOURNAL, check_same, read_lines
-from dualenc.data.workers import each
+from dualenc.data.workers import item_loader
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
 from dualenc.utils.text import plural
@@ -335,7 +335,7 @@ def _summary(out: Path, found: CaptionSource, parts: list[_Part]) -> Summary:
 def _pictures(found: CaptionSource, order: list[int], workers: int) -> Iterable[tuple[str | None, Any]]:
     """(kind, bytes) of the items' pictures in this order; (None, cause) of one that is unusable."""
     names = [item.image for item in found.items]
-    return each(_Pictures(found.images, names), order, workers, prefetch_factor=4 if workers else None)
+    return item_loader(_Pictures(found.images, names), order, workers, prefetch_factor=4 if workers else None)
 
 
 class _Pictures(Dataset[tuple[str | None, Any]]):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from webdataset.writer import TarWriter
 
-from dualenc.data.loading.epoch_plan import stream
+from dualenc.data.loading.epoch_plan import philox
 
 COLORS = {
     "red": (214, 40, 40), "brown": (140, 85, 45), "yellow": (250, 210, 30), "green": (40, 150, 70),
@@ -127,7 +127,7 @@ def _caption(rng: np.random.Generator, things: list[Thing]) -> str:
 
 def _scenes(seed: int, part: int, count: int) -> Iterator[Scene]:
     for i in range(count):
-        rng = np.random.Generator(stream(seed, part, i))
+        rng = np.random.Generator(philox(seed, part, i))
         yield draw_scene(rng, SEEN, things=1 + int(rng.random() < 0.3))
 
 
@@ -162,7 +162,7 @@ def write_scenes(
         name = f"zeroshot_{kind}"
         with TarWriter(str(_split(folder / name)), mtime=0) as tar:
             for i in range(held_out):
-                scene = draw_scene(np.random.Generator(stream(seed, part, i)), names, things=1)
+                scene = draw_scene(np.random.Generator(philox(seed, part, i)), names, things=1)
                 label = NAMES.index(scene.things[0].name)
                 tar.write({"__key__": f"{i:07d}", "png": _png(scene.image), "cls": str(label).encode()})
         (folder / name / "classnames.txt").write_text("\n".join(NAMES) + "\n")

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, get_worker_info
 from dualenc.data.images import ImageError, decode_image, resize
 from dualenc.data.prepare.resumable import JOURNAL, check_same, other_inputs, read_lines
 from dualenc.data.shards.index import Sample, ShardIndex
-from dualenc.data.workers import each
+from dualenc.data.workers import item_loader
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
 from dualenc.utils.text import plural
@@ -233,7 +233,7 @@ def _results(shards: "_Shards", done: list[str], workers: int) -> Iterable[Any]:
     rest = [number for number, name in enumerate(shards.names) if name not in done]
     workers = min(workers, len(rest))
     options = {"worker_init_fn": _know_parent, "prefetch_factor": 1 if workers else None, "in_order": False}
-    return each(shards, rest, workers, **options)
+    return item_loader(shards, rest, workers, **options)
 
 
 def _know_parent(worker: int) -> None:

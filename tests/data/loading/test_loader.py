@@ -364,7 +364,7 @@ def test_sizes_that_do_not_fit_are_refused(folders):
     index = folders([3, 2])
     with pytest.raises(DataError, match=r"batch size 6 .* 5 samples"):
         make(index, 6)
-    with pytest.raises(DataError, match=r"batch_size 5 .* no multiple of the 2 ranks"):
+    with pytest.raises(DataError, match=r"batch_size 5 .* multiple of the 2 ranks"):
         make(index, 5, world=2)
 
 

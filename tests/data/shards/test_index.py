@@ -192,7 +192,7 @@ def test_many_extensions(tmp_path, monkeypatch):
     assert len(index[0].members) == n
     assert index[0].members["40000.jpg"] == (40_000 % 512, 1)
     n = 70_000  # the next numbers
-    with pytest.raises(DataError, match=r"t\.tar has 70,000 kinds of members"):
+    with pytest.raises(DataError, match=r"t\.tar has 70,000 extensions"):
         ShardIndex.build(raw_tar(tmp_path / "t.tar", []))
 
 
@@ -416,7 +416,7 @@ def test_shards_that_match_nothing_are_named(tmp_path):
 def test_only_paths_and_known_stores(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     for shards in (spec, [spec]):
-        with pytest.raises(DataError, match=r"only local paths are read|commands are never run") as error:
+        with pytest.raises(DataError, match=r"must be local paths|commands are never run") as error:
             ShardIndex.build(shards)
         assert spec in str(error.value)
     assert not (tmp_path / "hacked").exists()
@@ -468,12 +468,12 @@ def test_however_much_padding_follows_the_end_is_the_end(five):
     whole = five.read_bytes()
     for length in (5 * 3584 + 512, 5 * 3584 + 1024, len(whole)):
         five.write_bytes(whole[:length])
-        assert len(ShardIndex.build(five, anew=True)) == 5
+        assert len(ShardIndex.build(five, rescan=True)) == 5
     five.write_bytes(whole + bytes(100_000))
-    assert len(ShardIndex.build(five, anew=True)) == 5
+    assert len(ShardIndex.build(five, rescan=True)) == 5
     five.write_bytes(whole + whole)  # as `cat` joins them: every reader of tars stops at the first end mark
-    with pytest.raises(DataError, match=r"five\.tar cannot be read: something follows its end mark"):
-        ShardIndex.build(five, anew=True)
+    with pytest.raises(DataError, match=r"five\.tar cannot be read: there is data after its end mark"):
+        ShardIndex.build(five, rescan=True)
 
 
 def test_a_sparse_member_is_not_read_as_plain_bytes(tmp_path):
@@ -531,7 +531,7 @@ def test_a_shard_that_changed_after_indexing(tmp_path, seed):
             read()
     assert index[5].read("png")
     write_shards(tmp_path, [5, 6], seed + 1)
-    assert len(ShardIndex.build(paths, anew=True)) == 11
+    assert len(ShardIndex.build(paths, rescan=True)) == 11
     assert len(ShardIndex.build(paths)) == 11
 
 
@@ -616,7 +616,7 @@ def test_new_shards_are_added_to_an_index(tmp_path, seed, monkeypatch):
     monkeypatch.setattr(shards_module, "scan", lambda *args: scanned.append(args[0]) or index_module.scan(*args))
     index = ShardIndex.build(paths)
     assert scanned == paths[2:]
-    assert contents(index) == contents(ShardIndex.build(paths, anew=True))
+    assert contents(index) == contents(ShardIndex.build(paths, rescan=True))
     assert len(scanned) == 4
 
 
@@ -626,7 +626,7 @@ def test_scanning_in_processes_gives_the_same(tmp_path, seed):
     stamp = (tmp_path / "dualenc.index").stat()
     again = ShardIndex.build(paths, workers=2, hashes=["piece"])
     assert (tmp_path / "dualenc.index").stat() == stamp  # nothing was missing, nothing written
-    assert contents(index) == contents(again) == contents(ShardIndex.build(paths, anew=True))
+    assert contents(index) == contents(again) == contents(ShardIndex.build(paths, rescan=True))
 
 
 def test_a_folder_that_is_read_only_keeps_its_index_elsewhere(tmp_path, seed, monkeypatch):
@@ -653,7 +653,7 @@ def test_a_read_only_folder_with_an_index_that_knows_less(tmp_path, seed, monkey
     try:
         index = ShardIndex.build(paths, hashes=["piece"])
         monkeypatch.setattr(shards_module, "scan", None)
-        monkeypatch.setattr(index_module.Shard, "hashed", None)
+        monkeypatch.setattr(index_module.Shard, "with_hashes", None)
         again = ShardIndex.build(paths, hashes=["piece"])
         assert contents(again) == contents(index)
         assert again.hashes("piece").tolist() == index.hashes("piece").tolist()
@@ -677,12 +677,12 @@ def test_anew_is_anew(tmp_path, seed):
     ShardIndex.build(paths)
     (tmp_path / "dualenc.index").write_bytes(b"broken")
     os.remove(paths[1])
-    assert len(ShardIndex.build(paths[:1], anew=True)) == 3
+    assert len(ShardIndex.build(paths[:1], rescan=True)) == 3
     assert len(ShardIndex.load(tmp_path / "dualenc.index")) == 3
     write_shards(tmp_path, [3, 2], seed)
-    ShardIndex.build(paths, anew=True)
+    ShardIndex.build(paths, rescan=True)
     os.remove(paths[0])
-    ShardIndex.build(paths[1:], anew=True)
+    ShardIndex.build(paths[1:], rescan=True)
     assert ShardIndex.load(tmp_path / "dualenc.index").shards == paths[1:]
 
 
@@ -716,7 +716,7 @@ def test_garbage_is_no_index(tmp_path, data, seed):
     path = write_shards(tmp_path, [3], seed)
     (tmp_path / "dualenc.index").write_bytes(data)
     for read in (lambda: ShardIndex.load(tmp_path / "dualenc.index"), lambda: ShardIndex.build(path)):
-        with pytest.raises(DataError, match=r"dualenc\.index is no whole shard index of this version: remove it"):
+        with pytest.raises(DataError, match=r"dualenc\.index is damaged, or .* of this version: remove it"):
             read()
 
 
@@ -740,7 +740,7 @@ def test_every_cut_or_turned_byte_is_found_or_does_no_harm(tmp_path, seed):
             assert len(contents_of) == len(index)
         except DataError as error:
             found += 1
-            assert "no whole shard index" in str(error)  # noqa: PT017
+            assert "remove it and run `dualenc index`" in str(error)  # noqa: PT017
     assert found > 50
 
 
