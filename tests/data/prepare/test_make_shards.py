@@ -165,7 +165,7 @@ def coco(folder, rng, split="train2017", images="train2017"):
 def test_coco(tmp_path, seed, images):
     path, made, captions = coco(tmp_path, np.random.default_rng(seed), images=images)
     if images == "elsewhere":
-        with pytest.raises(DataError, match="by --images"):
+        with pytest.raises(DataError, match="with --images"):
             make_shards(path, tmp_path / "out", workers=0)
         make_shards(path, tmp_path / "out", images=tmp_path / images, workers=0)
     else:
@@ -188,7 +188,7 @@ def test_coco_without_its_parts(tmp_path, seed):
         with pytest.raises(DataError, match="nor COCO's captions JSON"):
             make_shards(path, tmp_path / "other", workers=0)
     path.write_text("{")
-    with pytest.raises(DataError, match="is no JSON"):
+    with pytest.raises(DataError, match="cannot be read as JSON"):
         make_shards(path, tmp_path / "other", workers=0)
 
 
@@ -297,8 +297,8 @@ BAD = {
     "row broken": b'good.png,"open,1\n',
     "image not named": b",a caption,1\n",
     "image missing": b"absent.png,a caption,1\n",
-    "no image file": b"folder,a caption,1\n",
-    "an address and no file": b"http://example.org/good.png,a caption,1\n",
+    "not a regular file": b"folder,a caption,1\n",
+    "a URL, not a file": b"http://example.org/good.png,a caption,1\n",
     "outside of the image folder": b"../outside.png,a caption,1\n",
     "neither JPEG, PNG nor WebP": b"text.png,a caption,1\n",
     "image broken": b"cut.jpg,a caption,1\n",
@@ -580,14 +580,17 @@ def test_a_finished_run_says_so(tmp_path, seed):
 
 def test_folders_of_others_are_left_alone(tmp_path, seed):
     class_folders(tmp_path / "set", np.random.default_rng(seed))
-    for name, said in (("train-000000.tar", "not of make-shards"), ("summary.json", "is not of make-shards")):
+    for name, said in (
+        ("train-000000.tar", "make-shards did not write"),
+        ("summary.json", "not written by make-shards"),
+    ):
         (tmp_path / name / "out").mkdir(parents=True)
         (tmp_path / name / "out" / name).write_text("{}")
         with pytest.raises(DataError, match=said):
             make_shards(tmp_path / "set", tmp_path / name / "out", workers=0)
         assert (tmp_path / name / "out" / name).read_text() == "{}"
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="must be a folder"):
         make_shards(tmp_path / "set", tmp_path / "file", workers=0)
 
 
@@ -648,9 +651,9 @@ def test_columns(tmp_path, seed):
     made = list(pictures(tmp_path, np.random.default_rng(seed), 3))
     rows = [{"pic": name, "words": f"w {name}", "other": "o"} for name in made]
     table = table_of(tmp_path / "t.csv", rows)
-    with pytest.raises(DataError, match=r"hold the images, only 'pic', 'words', 'other': name it by --image_column"):
+    with pytest.raises(DataError, match=r"usual name for images, only 'pic', 'words', 'other': .*--image_column"):
         make_shards(table, tmp_path / "out", workers=0)
-    with pytest.raises(DataError, match=r"hold the captions, .*--caption_column"):
+    with pytest.raises(DataError, match=r"usual name for captions, .*--caption_column"):
         make_shards(table, tmp_path / "out", image_column="pic", workers=0)
     with pytest.raises(DataError, match=r"no column 'Pic', only 'pic'"):
         make_shards(table, tmp_path / "out", image_column="Pic", workers=0)
@@ -664,17 +667,17 @@ def test_wrong_use(tmp_path, seed):
     table = table_of(tmp_path / "t.csv", [{"image": "a.png", "caption": "x"}])
     out = tmp_path / "out"
     for source, options, said in (
-        (tmp_path / "set", {"templates": ["a photo"]}, r"'a photo' has no \{c\}"),
-        (tmp_path / "set", {"image_column": "x"}, "these are folders of classes"),
-        (tmp_path / "set", {"images": tmp_path}, "these are folders of classes"),
-        (tmp_path / "set", {"samples": 0}, "samples 0 from 1"),
-        (tmp_path / "set", {"val": 1.0}, r"val 1\.0 from 0 below 1"),
+        (tmp_path / "set", {"templates": ["a photo"]}, r"'a photo' must have \{c\}"),
+        (tmp_path / "set", {"image_column": "x"}, "options for tables only"),
+        (tmp_path / "set", {"images": tmp_path}, "options for tables only"),
+        (tmp_path / "set", {"samples": 0}, "samples 0 must be at least 1"),
+        (tmp_path / "set", {"val": 1.0}, r"val 1\.0 .*below 1"),
         (table, {"templates": ["{c}"]}, "templates are for folders of classes"),
-        (table, {"images": tmp_path / "absent"}, "absent is no folder"),
-        (table, {}, r"'a.png' and the like are not in .* by --images"),
+        (table, {"images": tmp_path / "absent"}, "absent must be a folder"),
+        (table, {}, r"'a.png' are not in .* with --images"),
         (tmp_path / "absent", {}, "absent does not exist"),
-        (tmp_path, {}, r"no folders with images .*\(here are: t.csv, set\)"),
-        (tmp_path / "set" / "kind_0-of" / "first.jpg", {}, "a folder, or a table .csv"),
+        (tmp_path, {}, r"no class folders with images .*\(found t.csv, set\)"),
+        (tmp_path / "set" / "kind_0-of" / "first.jpg", {}, "must be a folder, or a table .csv"),
     ):
         with pytest.raises(DataError, match=said):
             make_shards(source, out, workers=0, **options)
@@ -724,7 +727,7 @@ def test_lone_surrogates_and_odd_values(tmp_path):
     table.write_text(rows)
     summary = make_shards(table, tmp_path / "out", workers=0)
     assert {cause: len(names) for cause, names in summary.left_out.items()} == {
-        "caption not UTF-8": 1, "caption no text": 1, "caption empty": 2, "image not named": 1, "row broken": 2,
+        "caption not UTF-8": 1, "caption not text": 1, "caption empty": 2, "image not named": 1, "row broken": 2,
         "image missing": 1,
     }  # fmt: skip
     assert summary.samples == 5

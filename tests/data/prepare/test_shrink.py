@@ -234,7 +234,7 @@ def test_undecodable_images_are_kept_and_named(tmp_path, seed):
     assert (summary.samples, summary.shrunk, summary.kept) == (6, 1, 0)
     (shard,) = json.loads((tmp_path / "out" / "shrink.json").read_text())["shards"]
     assert shard["undecodable"] == [list(item) for item in causes.items()]
-    (line,) = [line for line in summary.lines() if "cannot be made smaller and are kept" in line]
+    (line,) = [line for line in summary.lines() if "cannot be made smaller and are copied" in line]
     assert line.startswith("5 images")
     assert f"a.tar 'cut' {causes['cut']}, a.tar" in line
     assert "shrink.json" in line
@@ -409,18 +409,18 @@ def test_wrong_use(tmp_path, seed):
         shrink_shards([tmp_path / "a", tmp_path / "cut"], out)
     assert not out.exists()
     before = content(tmp_path / "b")
-    with pytest.raises(DataError, match="b holds files that are not of shrink"):
+    with pytest.raises(DataError, match="b holds files that shrink did not write"):
         shrink_shards(tmp_path / "b", tmp_path / "b")
-    with pytest.raises(DataError, match="b holds files that are not of shrink"):
+    with pytest.raises(DataError, match="b holds files that shrink did not write"):
         shrink_shards(tmp_path / "a", tmp_path / "b")
     assert {name: data for name, data in content(tmp_path / "b").items() if name in before} == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="file is no folder"):
+    with pytest.raises(DataError, match="file must be a folder"):
         shrink_shards(tmp_path / "a", tmp_path / "file")
     for text in ("{", "[]", "{}", '{"inputs": 7}'):
         (tmp_path / "odd").mkdir(exist_ok=True)
         (tmp_path / "odd" / "shrink.json").write_text(text)
-        with pytest.raises(DataError, match=r"odd/shrink\.json is not of shrink"):
+        with pytest.raises(DataError, match=r"odd/shrink\.json was not written by shrink"):
             shrink_shards(tmp_path / "a", tmp_path / "odd")
     shrink_shards(tmp_path / "a", out, size=SIZE)
     os.symlink(out, tmp_path / "link")
