@@ -164,7 +164,9 @@ def callbacks(*some: tuple[str, dict[str, Any]]) -> list[str]:
 
 def data(folder: Path, seed: int) -> list[str]:
     """Write shards, an evaluation set and a tokenizer; return the arguments of a fit on them."""
-    write_shards(folder / "shards", [16, 12, 9], seed, captions=3)  # 9 steps of 4 samples per epoch, and one sample left over
+    write_shards(
+        folder / "shards", [16, 12, 9], seed, captions=3
+    )  # 9 steps of 4 samples per epoch, and one sample left over
     write_shards(folder / "held_out", [10], seed + 1, captions=3)
     write_benchmark(folder / "set", seed, "retrieval", counts=(3,))
     tiny_tokenizer(16).save(folder / "tokenizer.json")

@@ -50,7 +50,7 @@ class WebServer(ThreadingHTTPServer):
             self.faults[name] += faults
 
     def gets(self, name: str | None = None) -> Any:
-        """Return how often a file was requested, or the counts of all files by name; `log` has the requests in order."""
+        """Return the number of GETs of a file, or of all files by name; `log` has the requests in order."""
         found = Counter(path for method, path in self.log if method == "GET")
         return found if name is None else found[name]
 
@@ -409,7 +409,9 @@ class _HubHandler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 changes[value["path"]] = None
             else:
-                content = self.server.objects[value["oid"]]  # listed by its real hash and size, whatever the request says
+                content = self.server.objects[
+                    value["oid"]
+                ]  # listed by its real hash and size, whatever the request says
                 changes[value["path"]] = Large(hashlib.sha256(content).hexdigest(), len(content))
                 self.server.objects[hashlib.sha256(content).hexdigest()] = content
         commit = found[0].commit(revision, changes, message)

@@ -115,9 +115,8 @@ def make_shards(
 
     A sample has the bytes of the image file (`.jpg`, `.png` or `.webp`, by content), its first caption (`.txt`), and a
     `.json` with all `captions`, the name of the `file` and the further columns. White space and line ends in a caption
-    become single spaces. The samples are in a random order, so that all shards are similar.
-
-    If the process was stopped, the same call resumes it and writes the same shards.
+    become single spaces. The samples are in a random order, so that all shards are similar. If the process was stopped,
+    the same call resumes it and writes the same shards.
 
     Args:
         source: a table (.csv, .tsv, .jsonl, .parquet, or .json with a list) with columns of image files and captions;
@@ -125,13 +124,11 @@ def make_shards(
             `captions.*`, `results.csv` or `*.token.txt`; or a folder with a folder of images for each class.
         out: new folder for `train-000000.tar` ... and `summary.json`.
         images: folder that the image names are relative to; by default it is searched in and near the table's folder.
-        image_column: column of the image names; by default the first with a common name for it.
-        caption_column: column of the captions; by default the first with a common name for it. Rows of the same image
-            become one sample, and a list holds several captions.
-        templates: captions of class folders, with `{c}` for the class name. A sample's `captions` are all of them. From
-            image to image another template is the first, which is the `.txt`.
-        val: share of the samples that are written to an evaluation set instead, by image content: equal images are
-            never on both sides. The set is in OUT/held_out in the layout of CLIP_benchmark.
+        image_column: column of the image names; by default the one with a usual name.
+        caption_column: column of captions or lists of them; one with a usual name by default. All rows of an image count.
+        templates: captions of class folders, with `{c}` for the class name; they take turns as the first caption.
+        val: share of the samples, by image content, that go to an evaluation set in OUT/held_out instead, in the layout
+            of CLIP_benchmark. Equal images are never on both sides.
         samples: number of samples in a shard.
         seed: seed of the order.
         workers: number of processes that read and decode; 0 for none.
@@ -140,11 +137,10 @@ def make_shards(
     Raises:
         DataError: If the source is not understood, more than half of it is unusable, or OUT holds something else.
     """
-    if samples < 1 or workers < 0 or seed < 0 or not 0 <= val < 1:
-        raise DataError(
-            f"samples {samples} must be at least 1, workers {workers} and seed {seed} at least 0, val {val} at least 0 "
-            "and below 1"
-        )
+    if samples < 1 or workers < 0 or seed < 0:
+        raise DataError(f"samples {samples} must be at least 1, workers {workers} and seed {seed} at least 0")
+    if not 0 <= val < 1:
+        raise DataError(f"val {val} must be at least 0 and below 1")
     source, out = Path(source), Path(out)
     found = read_source(source, images, image_column, caption_column, templates)
     plan = {

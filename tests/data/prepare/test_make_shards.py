@@ -655,7 +655,7 @@ def test_columns(tmp_path, seed):
         make_shards(table, tmp_path / "out", workers=0)
     with pytest.raises(DataError, match=r"usual name for captions, .*--caption_column"):
         make_shards(table, tmp_path / "out", image_column="pic", workers=0)
-    with pytest.raises(DataError, match=r"no column 'Pic', only 'pic'"):
+    with pytest.raises(DataError, match=r"column 'Pic', only 'pic'"):
         make_shards(table, tmp_path / "out", image_column="Pic", workers=0)
     assert not (tmp_path / "out").exists()
     make_shards(table, tmp_path / "out", image_column="pic", caption_column="words", workers=0)
