@@ -125,7 +125,7 @@ def make_shards(
         out: new folder for `train-000000.tar` ... and `summary.json`.
         images: folder that the image names are relative to; by default it is searched in and near the table's folder.
         image_column: column of the image names; by default the one with a usual name.
-        caption_column: column of captions or lists of them; one with a usual name by default. All rows of an image count.
+        caption_column: column of captions or lists of captions, likewise; rows of one image become one sample.
         templates: captions of class folders, with `{c}` for the class name; they take turns as the first caption.
         val: share of the samples, by image content, that go to an evaluation set in OUT/held_out instead, in the layout
             of CLIP_benchmark. Equal images are never on both sides.
