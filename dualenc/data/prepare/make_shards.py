@@ -157,7 +157,7 @@ def make_shards(
     items = ((position, found.items[order[position]], *picture) for position, picture in pictures)
     _write_train(out, parts, items, len(order), _UnusableCount(source, found, parts), val, samples)
     if not any(part.samples for part in parts):
-        raise DataError(f"{source}: val {val} leaves none of {len(order)} samples for training")
+        raise DataError(f"{source}: val {val} leaves 0 of {len(order)} samples for training")
     held = [order[position] for part in parts for position in part.held]
     if held:
         _write_val(out / "held_out", zip(held, _read_pictures(found, held, workers)), found, templates, samples)

@@ -327,7 +327,7 @@ class ShardIndex:
             if unknown := sorted(wanted - set(keys)):
                 raise DataError(f"{option}: {len(unknown)} keys are in no shard, such as {unknown[0]!r}")
         if not rows:
-            raise DataError(f"{option} selects none of {len(self)} samples")
+            raise DataError(f"{option} selects 0 of {len(self)} samples")
         return self.take(np.array(rows, dtype=np.int64))
 
     def split(self, share: float) -> tuple["ShardIndex", "ShardIndex"]:
