@@ -1,7 +1,7 @@
-"""dualenc trains image-text dual encoders and measures them.
+"""Training, evaluation and use of image-text dual encoders, and of text encoders with heads.
 
-Everything here is plain torch; the Lightning modules are in `dualenc.training`. Names are imported when they are first
-used, so that `import dualenc` alone is light.
+These names need plain torch only; the Lightning modules are in `dualenc.training`. A name is imported at its first use,
+so that `import dualenc` is fast.
 """
 
 from typing import TYPE_CHECKING, Any

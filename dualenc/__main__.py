@@ -1,4 +1,4 @@
-"""`python -m dualenc` is the command `dualenc`."""
+"""The command `dualenc`, run as `python -m dualenc`."""
 
 from dualenc.cli import main
 

@@ -1,8 +1,8 @@
-"""Every test draws fresh random inputs; a failing one shows its seed, DUALENC_TEST_SEED=... draws them again."""
+"""Fixtures. Every test draws fresh random inputs and prints its seed; DUALENC_TEST_SEED=... draws them again."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start too; the tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes too, because the tests run in parallel
 
 import logging
 import random
@@ -16,10 +16,10 @@ from servers import Bucket, s3_server, web_server
 import dualenc.data.shards.remote as storage
 
 torch.set_num_threads(1)
-# The first backward pass of a process starts autograd's threads for the devices known then. torch.compile makes another
-# device known, and a process with such threads can no longer fork, as `runs.Process` does. So the first one is here.
+# The first backward pass of a process starts autograd's threads for the devices known then. torch.compile adds another
+# device, and a process with threads for it can no longer fork, as `runs.Process` does. So the first pass is here.
 torch.ones(1, requires_grad=True).sum().backward()
-# Indexes of read-only folders go here, not to the user's own.
+# Indexes of read-only folders are written here, not to the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="dualenc-tests-")
 os.environ["DUALENC_CACHE"] = _CACHE.name
 
@@ -36,7 +36,7 @@ def seed():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A cache of this test's own, and no waiting for stores that fail."""
+    """Give this test its own cache folder, and shorten the waits after errors of stores."""
     monkeypatch.setattr(storage, "FIRST_WAIT", 0.0005)
     monkeypatch.setenv("DUALENC_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

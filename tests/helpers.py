@@ -1,4 +1,4 @@
-"""What several tests need: small pictures, shards written by webdataset itself, tiny models, evaluation sets."""
+"""Helpers of several tests: small images, shards written by webdataset itself, tiny models, evaluation sets."""
 
 import io
 import json
@@ -46,17 +46,17 @@ WORDS = [
 ]
 SIZE = 16
 ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"  # real data beside the checkout, where there is some
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the checkout")
+DATA = ROOT.parent / "shared" / "data"  # real data next to the checkout, which may be missing
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data next to the checkout")
 
 
 def pixels(rng: np.random.Generator, height: int = 8, width: int = 8, channels: int = 3) -> np.ndarray:
-    """Noise (H, W, C) uint8: no two alike."""
+    """Return random noise (H, W, C) uint8."""
     return rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
 def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A soft random picture (H, W, 3) uint8, as photos are."""
+    """Return a smooth random image (H, W, 3) uint8, similar to a photo."""
     coarse = Image.fromarray(pixels(rng, 5, 5))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
@@ -73,7 +73,7 @@ def caption(rng: np.random.Generator) -> str:
 
 
 def write_tar(path: Path, samples: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """One shard of samples `{"__key__": ..., extension: bytes}`, by webdataset's own writer."""
+    """Write a shard of samples `{"__key__": ..., extension: bytes}` with webdataset's own writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with wds.TarWriter(str(path), encoder=False, **options) as tar:
         for sample in samples:
@@ -82,7 +82,7 @@ def write_tar(path: Path, samples: Sequence[Mapping[str, Any]], **options: Any) 
 
 
 def write_shards(folder: Path, layout: Sequence[int], seed: int, captions: int = 1) -> list[str]:
-    """Shards with `layout[i]` samples in shard i: `.png`, `.txt` and a `.json` with as many captions as asked."""
+    """Write shards with `layout[i]` samples in shard i: `.png`, `.txt` and a `.json` with this many captions."""
     rng = np.random.default_rng(seed)
     paths, number = [], 0
     for i, count in enumerate(layout):
@@ -102,7 +102,7 @@ def write_shards(folder: Path, layout: Sequence[int], seed: int, captions: int =
 
 
 def write_texts(folder: Path, seed: int, count: int = 80) -> None:
-    """Files of lines: `plain.txt`; `labels.tsv`, whose label is a word of the text; `pairs.jsonl`, with a score."""
+    """Write text files: `plain.txt`; `labels.tsv`, whose label is a word of the text; `pairs.jsonl`, with a score."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plain.txt").write_text("".join(f"{caption(rng)} {n}\n" for n in range(count)))
@@ -120,7 +120,7 @@ def tiny_tokenizer(context_length: int = 12) -> Tokenizer:
 
 
 def tiny_embedder(seed: int, **config: Any) -> Embedder:
-    """A dual encoder of two layers, every parameter random: initial LayerNorms and zero biases hide mistakes."""
+    """Return a small dual encoder with random parameters: initial LayerNorms and zero biases would hide mistakes."""
     tokenizer = tiny_tokenizer()
     vit = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +140,7 @@ def tiny_embedder(seed: int, **config: Any) -> Embedder:
 
 
 def brute_force(queries: Tensor, candidates: Tensor, positives: Tensor) -> list[int]:
-    """Ranks by their definition, pair by pair, in float64; a difference below 1e-12 is a tie and counts."""
+    """Compute ranks by their definition, pair by pair, in float64; a difference below 1e-12 is a tie and counts."""
     ranks = []
     for query, own in zip(queries.double(), positives.reshape(len(queries), -1).tolist(), strict=True):
         own = {i for i in own if i >= 0}
@@ -151,7 +151,7 @@ def brute_force(queries: Tensor, candidates: Tensor, positives: Tensor) -> list[
 
 
 def unit(*shape: int) -> Tensor:
-    """Random rows of unit length, float64."""
+    """Return random rows of unit length, float64."""
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
@@ -175,7 +175,7 @@ def write_benchmark(
     classes: int = 6,
     split: str = "test",
 ) -> Path:
-    """A set in the layout of CLIP_benchmark; `counts[i]` samples in shard i."""
+    """Write a set in the layout of CLIP_benchmark, with `counts[i]` samples in shard i."""
     rng = np.random.default_rng(seed)
     (folder / split).mkdir(parents=True, exist_ok=True)
     (folder / split / "nshards.txt").write_text(str(len(counts)))
@@ -204,7 +204,7 @@ def write_benchmark(
 
 
 def write_choices(folder: Path, seed: int, count: int = 12) -> list[dict[str, Any]]:
-    """A set in Winoground's layout, and its lines."""
+    """Write a set in Winoground's layout, and return its lines."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     lines = []
@@ -218,16 +218,16 @@ def write_choices(folder: Path, seed: int, count: int = 12) -> list[dict[str, An
 
 
 def forget_copies(cache: Path) -> None:
-    """As after a long time: the shards fetched into a cache are gone, the indexes are not."""
+    """Remove the copies of remote shards from a cache, but not the indexes."""
     for thread in threading.enumerate():
-        if thread.name == "prefetch":  # of an epoch that is over: it may hold the lock of what is removed here
+        if thread.name == "prefetch":  # of a finished epoch; it may hold the lock of a copy that is removed here
             thread.join(30)
     shutil.rmtree(cache / "shards", ignore_errors=True)
-    index_module._HELD.clear()
+    index_module._OPEN_FILES.clear()
 
 
 class StopAt(Callback):
-    """Ends a run after a step, with a checkpoint there, as a stopped run would have it."""
+    """Callback that ends a run after a step with a checkpoint, as a stopped run does."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -241,12 +241,12 @@ class StopAt(Callback):
 def upside_down_loss(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None, *, group: Any = None
 ) -> Tensor:
-    """A loss from outside the package: always negative."""
+    """Compute a loss from outside the package, which is always negative."""
     return -clip_loss(image, text, scale, group=group) - 1
 
 
 def perturb(model: Any, size: float = 0.1) -> Any:
-    """Changes every parameter, in eval mode: initial LayerNorms and zero biases hide mistakes."""
+    """Change every parameter, in eval mode: initial LayerNorms and zero biases would hide mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * size)

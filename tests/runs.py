@@ -1,4 +1,4 @@
-"""Real runs in processes of their own, to be killed: forked from the tests', so that nothing is imported twice."""
+"""Real runs in child processes that tests can kill. They are forked, so that nothing is imported twice."""
 
 import json
 import os
@@ -37,14 +37,14 @@ TINY = [
 
 
 class Kill(Callback):
-    """Sends a signal to this process at a step of one rank.
+    """Callback that sends signals to its own process at a step of one rank.
 
     Args:
-        step: counted in steps that are done.
-        rank: whose process.
-        where: "step" (after it), "validation" (within the one after it), "batch" (before it is computed).
-        signals: their numbers, one after the other.
-        once: a file that says it has been done.
+        step: number of completed steps.
+        rank: rank of the process.
+        where: "step" (after it), "validation" (during the next one), "batch" (before the step is computed).
+        signals: numbers of the signals, in order.
+        once: path of a file that is created by the first time and prevents a second one.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Kill(Callback):
 
 
 class Break(Callback):
-    """Spoils a step of one rank: an error, a halt, or a loss that is no number."""
+    """Callback that breaks a step of one rank: by an error, a halt, or a non-finite loss."""
 
     def __init__(self, step: int, rank: int = 0, how: str = "error", last: int = 0) -> None:
         self.step, self.rank, self.how, self.last = step, rank, how, last or step
@@ -88,7 +88,7 @@ class Break(Callback):
 
                 def broken(*args: Any, **options: Any) -> Any:
                     module.loss = real
-                    if self.how == "infinite loss":  # whose gradient is as ever
+                    if self.how == "infinite loss":  # its gradient is finite
                         return real(*args, **options) + float("inf")
                     return real(*args, **options) * (1000.0 if self.how == "spike" else float("inf"))
 
@@ -100,7 +100,7 @@ class Break(Callback):
 
 
 class SignalsInSaves(Callback):
-    """From a step on, signals come at each stage of saving."""
+    """Callback that sends signals at each stage of saving, from a step on."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -124,18 +124,18 @@ class SignalsInSaves(Callback):
 
 
 class KillAtSetup(Callback):
-    """Ctrl-C before anything has begun."""
+    """Callback that sends SIGINT during setup."""
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         os.kill(os.getpid(), 2)
         time.sleep(1)
 
 
-LIMIT, LIMIT_AT = 0, 0  # bytes that a file may have, from a step on
+LIMIT, LIMIT_AT = 0, 0  # largest file in bytes, and the step from which the limit holds
 
 
 class FullDisk(Callback):
-    """From a step on no file can be larger than some size."""
+    """Callback that limits the size of files, from a step on."""
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
         if trainer.global_step == LIMIT_AT:
@@ -143,7 +143,7 @@ class FullDisk(Callback):
 
 
 class Rows(Callback):
-    """Writes down the samples of each step, a file a rank."""
+    """Callback that writes the rows of each step to one file per rank."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -151,21 +151,22 @@ class Rows(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"{trainer.global_rank}.jsonl", "a") as file:
-            pieces = batch if isinstance(batch, list) else [batch]
-            file.write(
-                json.dumps([trainer.global_step, [row for piece in pieces for row in piece.rows.tolist()]]) + "\n"
-            )
+            parts = batch if isinstance(batch, list) else [batch]  # micro-batches
+            rows = [row for part in parts for row in part.rows.tolist()]
+            file.write(json.dumps([trainer.global_step, rows]) + "\n")
 
 
 def callbacks(*some: tuple[str, dict[str, Any]]) -> list[str]:
-    """The option for these callbacks: (name, arguments), ours by their bare names."""
+    """Return the option for callbacks, given as (name, arguments); those of this module by their bare names."""
     named = [{"class_path": name if "." in name else f"runs.{name}", "init_args": how} for name, how in some]
     return ["--trainer.callbacks", json.dumps(named)]
 
 
 def data(folder: Path, seed: int) -> list[str]:
-    """Shards, an evaluation set and a tokenizer; the options of a fit on them."""
-    write_shards(folder / "shards", [16, 12, 9], seed, captions=3)  # 9 steps of 4 an epoch, and one over
+    """Write shards, an evaluation set and a tokenizer; return the arguments of a fit on them."""
+    write_shards(
+        folder / "shards", [16, 12, 9], seed, captions=3
+    )  # 9 steps of 4 samples per epoch, and one sample left over
     write_shards(folder / "held_out", [10], seed + 1, captions=3)
     write_benchmark(folder / "set", seed, "retrieval", counts=(3,))
     tiny_tokenizer(16).save(folder / "tokenizer.json")
@@ -175,13 +176,13 @@ def data(folder: Path, seed: int) -> list[str]:
 
 
 def everything(folder: Path, *more: tuple[str, dict[str, Any]]) -> list[str]:
-    """An average of the weights, an evaluation set, and more callbacks."""
+    """Return the option for weight averaging, an evaluation set, and more callbacks."""
     sets = {"data": [str(folder / "set")], "every_n_epochs": 1, "every_n_steps": 5}
     return callbacks(("dualenc.training.EMA", {"decay": 0.9}), ("dualenc.training.Evaluation", sets), *more)
 
 
 class Process:
-    """`dualenc ARGUMENTS` in a forked process; its output goes to a file."""
+    """The command `dualenc ARGUMENTS` in a forked process, whose output is written to a file."""
 
     def __init__(self, arguments: Sequence[str], log: Path, **environment: str) -> None:
         self.log = log
@@ -200,7 +201,7 @@ class Process:
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             sys.argv = ["dualenc", *arguments]
             os.environ.update(environment)
-            torch.set_num_threads(1)  # the parent's threads are not here
+            torch.set_num_threads(1)  # the parent's threads are not forked
             main(arguments)
             status = 0
         except SystemExit as stop:
@@ -213,7 +214,7 @@ class Process:
             os._exit(status)
 
     def wait(self, seconds: float = 120) -> int:
-        """Its exit status, or minus the signal that ended it."""
+        """Wait for its end; return its exit status, or minus the number of the signal that ended it."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -229,14 +230,14 @@ class Process:
 
 
 def run(arguments: Sequence[str], folder: Path, world: int = 1, strategy: str = "ddp") -> list[int]:
-    """A run of so many ranks in `folder`/run; the statuses of the ranks."""
+    """Run with `world` ranks in `folder`/run; return the exit status of each rank."""
     return [process.wait() for process in begin(arguments, folder, world, strategy=strategy)]
 
 
 def begin(
     arguments: Sequence[str], folder: Path, world: int = 1, other: str = "", strategy: str = "ddp"
 ) -> list[Process]:
-    """Begins a run as torchrun does; ranks but the first get another last argument, where one is given."""
+    """Start a run as torchrun does. All ranks except the first get `other` as their last argument, if it is given."""
     folder.mkdir(parents=True, exist_ok=True)
     rest = ["--trainer.default_root_dir", str(folder / "run"), "--trainer.devices", str(world)]
     first = list(arguments)
@@ -257,23 +258,23 @@ def begin(
 
 
 def logged(folder: Path) -> list[str]:
-    """The log of a run, but for the times."""
+    """Return the log of a run without the times."""
     return log_of(folder / "run")
 
 
 def end(folder: Path) -> dict[str, Any]:
-    """Everything that a run has come to."""
+    """Return the final state and results of a run."""
     return end_of(folder / "run")
 
 
 def spoil(path: Path, how: str) -> None:
-    """Damages a checkpoint."""
+    """Damage a checkpoint."""
     content = path.read_bytes()
     if how == "truncated":
         path.write_bytes(content[: len(content) // 2])
     elif how == "flipped":
         path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
-    else:  # of a newer format: with the right checksum for it
+    else:  # a newer format, with the right checksum
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint_module, "FORMAT", checkpoint_module.FORMAT + 1)
             checkpoint_module.write_checkpoint(path, torch.load(path, weights_only=True))

@@ -1,4 +1,4 @@
-"""Stores on this machine's loopback that count what is asked of them, and fail when told to."""
+"""Web, S3 and model hub servers on the loopback interface, which log their requests and fail on demand."""
 
 import base64
 import hashlib
@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-SLOW = 0.02  # seconds between the pieces of a slow answer
+SLOW = 0.02  # seconds between the parts of a slow response
 
 
 class WebServer(ThreadingHTTPServer):
-    """Serves a folder with HEAD, ETag and Range.
+    """Server of a folder with HEAD, ETag and Range.
 
-    `fail(name, *faults)` spoils the next GETs of a file, one fault each: a status such as 503, "reset", "short" (the
-    length of the whole is announced), "short unsized" (it is not), "flip" (one byte is another), "slow". A fault of
-    ("always", fault) stays.
+    `fail(name, *faults)` adds faults to the next GETs of a file, one each: a status such as 503, "reset", "short" (half
+    of the file, with the length of the whole), "short unsized" (half, without a length), "flip" (one bit differs),
+    "slow". With `always=True` the first fault stays for all GETs.
     """
 
     daemon_threads = True
@@ -36,7 +36,7 @@ class WebServer(ThreadingHTTPServer):
         self.faults: dict[str, list[Any]] = defaultdict(list)
         self.always: dict[str, Any] = {}
         self.log: list[tuple[str, str]] = []  # method and name
-        self.credentials: str | None = None  # "user:password" that is asked for
+        self.credentials: str | None = None  # "user:password" that requests must have
         self.lock = threading.Lock()
 
     @property
@@ -50,12 +50,12 @@ class WebServer(ThreadingHTTPServer):
             self.faults[name] += faults
 
     def gets(self, name: str | None = None) -> Any:
-        """How often a file was asked for, or all of them by name; the log in order is `log`."""
+        """Return the number of GETs of a file, or of all files by name; `log` has the requests in order."""
         found = Counter(path for method, path in self.log if method == "GET")
         return found if name is None else found[name]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client may go."""
+        """Ignore clients that close the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._status(404)
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.shutdown(socket.SHUT_RDWR)  # closing is not enough where a forked process has it open, too
+            self.connection.shutdown(socket.SHUT_RDWR)  # closing is not enough if a forked process has it open, too
             self.connection.close()
             self.close_connection = True
             return None
@@ -115,8 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("short", "short unsized"):
             data = data[: len(data) // 2]
             self.close_connection = True
-        pieces = 20 if fault == "slow" else 1
-        size = -(-len(data) // pieces)
+        parts = 20 if fault == "slow" else 1
+        size = -(-len(data) // parts)
         for start in range(0, len(data), max(1, size)):
             self.wfile.write(data[start : start + size])
             if fault == "slow":
@@ -145,7 +145,7 @@ def web_server(folder: Path) -> Iterator[WebServer]:
 
 
 class Bucket:
-    """A bucket of an S3 store that runs here: moto's, behind something that counts and fails."""
+    """A bucket of moto's S3 server behind a `Store`."""
 
     def __init__(self, client: Any, name: str, store: "Store") -> None:
         self.client, self.name, self.store = client, name, store
@@ -160,7 +160,7 @@ class Bucket:
             self.client.put_object(Bucket=self.name, Key=f"{prefix}{path.name}", Body=path.read_bytes())
 
     def fail(self, key: str, *faults: Any) -> None:
-        """The next GETs of a key: a status, or "short"."""
+        """Add faults to the next GETs of a key: a status, or "short"."""
         self.store.faults[f"/{self.name}/{key}"] += faults
 
     def gets(self, key: str) -> int:
@@ -168,7 +168,7 @@ class Bucket:
 
 
 class Store:
-    """A WSGI program around moto's."""
+    """A WSGI application around moto's that logs GETs and makes some of them fail."""
 
     def __init__(self, inner: Callable[..., Any]) -> None:
         self.inner = inner
@@ -187,12 +187,12 @@ class Store:
             start(f"{fault} {code}", [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
             return [body]
         whole = self.inner(environ, start)
-        return [b"".join(whole)[:100]] if fault == "short" else whole  # with the length of the whole
+        return [b"".join(whole)[:100]] if fault == "short" else whole  # with the length of the whole object
 
 
 @contextmanager
 def s3_server() -> Iterator[tuple[str, Store]]:
-    """Its address, and what counts and fails."""
+    """Run moto's S3 server; yield its address and its `Store`."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
@@ -207,11 +207,11 @@ def s3_server() -> Iterator[tuple[str, Store]]:
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub of models, with as much of its protocol as huggingface_hub needs to create, push and fetch.
+    """A model hub, with the part of the protocol that huggingface_hub needs to create, push and fetch.
 
-    Each repository has commits, which hold files by name, and branches. `log` has the requests (method, path).
-    `tokens` says who has which. Faults: `status` is what all requests are answered with, `hang` the seconds that they
-    wait before, `spoil` turns a bit in uploads of large files that is noticed ("loud") or is not ("quiet").
+    Each repository has commits, which hold files by name, and branches. `log` has the requests (method, path), `tokens`
+    the user of each token. Faults: `status` is the status of every response, `hang` the seconds before a response, and
+    `spoil` flips a bit in uploads of large files, which the server reports ("loud") or does not ("quiet").
     """
 
     daemon_threads = True
@@ -233,22 +233,22 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client may go."""
+        """Ignore clients that close the connection."""
 
 
 class Repo:
-    """Files by commit; large ones as `Large`."""
+    """A repository: files by commit, large ones as `Large`."""
 
     def __init__(self, private: bool) -> None:
         self.private = private
-        self.gated = False  # files are for those alone who accepted its terms, and nobody has
+        self.gated = False  # files are for users who accepted the terms, and no user has
         self.commits: dict[str, dict[str, bytes | Large]] = {}
         self.branches: dict[str, str] = {}
         self.messages: list[str] = []
         self.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
 
     def commit(self, branch: str, changes: "dict[str, bytes | Large | None]", message: str) -> str:
-        """With these files, and without those that are None."""
+        """Commit changed files, and remove those that are None; return the hash of the commit."""
         both = {**self.commits.get(self.branches.get(branch, ""), {}), **changes}
         files = {name: content for name, content in both.items() if content is not None}
         names = [len(self.commits), message, *((name, str(x)) for name, x in sorted(files.items()))]
@@ -258,7 +258,7 @@ class Repo:
         return commit
 
     def at(self, revision: str) -> str | None:
-        """The commit that a branch or a hash names."""
+        """Return the commit of a branch or hash, or None."""
         return self.branches.get(revision) or (revision if revision in self.commits else None)
 
 
@@ -323,7 +323,7 @@ class _HubHandler(BaseHTTPRequestHandler):
         return self.user is not None and self.user == repo.partition("/")[0]
 
     def _found(self, name: str, revision: str) -> "tuple[Repo, str] | None":
-        """A repository that this user may read, and a commit of it."""
+        """Return a repository that this user may read and one of its commits; otherwise respond with an error."""
         repo = self.server.repos.get(name)
         if repo is None or (repo.private and self.user != name.partition("/")[0]):
             error = {"error": "Repository not found"}
@@ -409,7 +409,9 @@ class _HubHandler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 changes[value["path"]] = None
             else:
-                content = self.server.objects[value["oid"]]  # listed as what it is, whatever it was announced as
+                content = self.server.objects[
+                    value["oid"]
+                ]  # listed by its real hash and size, whatever the request says
                 changes[value["path"]] = Large(hashlib.sha256(content).hexdigest(), len(content))
                 self.server.objects[hashlib.sha256(content).hexdigest()] = content
         commit = found[0].commit(revision, changes, message)
@@ -460,7 +462,7 @@ class _HubHandler(BaseHTTPRequestHandler):
             return self._send(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", **headers)
         if isinstance(content, Large):
             headers |= {"X_Linked_Etag": f'"{content.oid}"', "X_Linked_Size": str(content.size)}
-            # Of another host, as large files are: tokens are for the hub alone.
+            # Large files are on another host, which must not receive the token of the hub.
             where = f"http://localhost:{self.server.server_port}/large/{content.oid}"
             return self._send(302, b"", Location=where, **headers)
         return self._send(200, content, ETag=f'"{git_hash(content)}"', **headers)

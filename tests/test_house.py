@@ -1,4 +1,4 @@
-"""The laws of the house: who imports whom, how long a file and a function may be, and what is loaded when."""
+"""Rules of the package: imports, lengths of files and functions, and the libraries that commands load."""
 
 import ast
 import importlib
@@ -28,7 +28,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """The package's modules that a tree imports anywhere: lazily and for types alone, too."""
+    """Return the package's modules that a tree imports anywhere, also lazily or for types only."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -40,8 +40,8 @@ def imports(tree: ast.AST) -> set[str]:
     return found & MODULES.keys()
 
 
-def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
-    """The groups of modules of which each leads to each: Kosaraju, 1978."""
+def cycles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """Return the strongly connected groups of modules, by Kosaraju's algorithm (1978)."""
     order: list[str] = []
     seen: set[str] = set()
 
@@ -65,7 +65,7 @@ def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
 
 
 def loaded(code: str, *names: str) -> list[str]:
-    """Which of some modules a new Python has loaded after it ran `code`."""
+    """Return the modules of `names` that a new Python process has loaded after it ran `code`."""
     code = (
         f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint(*[m for m in {names} if m in sys.modules])"
     )
@@ -73,17 +73,17 @@ def loaded(code: str, *names: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()
 
 
-def test_circles_are_found() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [{"b", "c"}]
+def test_import_cycles_are_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [{"b", "c"}]
     assert imports(ast.parse("if x:\n    def f():\n        from dualenc.utils import files, urls")) == {
         "dualenc.utils.files",
         "dualenc.utils.urls",
     }
 
 
-def test_no_circle_of_files() -> None:
-    """A package's `__init__`, whose names are those of its files, is none of its files."""
-    assert circles({name: imports(tree) - {name} for name, tree in TREES.items()}) == []
+def test_no_import_cycles() -> None:
+    """Imports of a package count as imports of its modules, since its `__init__` imports their names."""
+    assert cycles({name: imports(tree) - {name} for name, tree in TREES.items()}) == []
 
 
 def test_the_contracts_hold() -> None:
@@ -91,7 +91,7 @@ def test_the_contracts_hold() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_no_public_class_has_its_name_twice() -> None:
+def test_public_class_names_are_unique() -> None:
     names = Counter(
         node.name
         for tree in TREES.values()
@@ -116,8 +116,8 @@ def test_no_file_is_over_550_lines_and_no_function_over_65() -> None:
 
 
 @pytest.mark.long
-def test_the_rest_needs_no_trainer() -> None:
-    """Everything but training and cli imports without lightning, transformers and what would import them."""
+def test_only_training_and_cli_import_the_trainer() -> None:
+    """Everything except training and cli imports without lightning, transformers and libraries that import them."""
     modules = [name for name in MODULES if not name.startswith(("dualenc.training", "dualenc.cli", "dualenc.__main__"))]
     assert "dualenc.models.text_encoder" in modules
     heavy = "lightning", "transformers", "torchmetrics", "open_clip"
@@ -126,7 +126,7 @@ def test_the_rest_needs_no_trainer() -> None:
 
 @pytest.mark.parametrize("package", ["dualenc", "dualenc.data"])
 def test_lazy_names_are_those_that_a_type_checker_sees(package: str) -> None:
-    """Of a package that imports lazily: what it lists, what it says to the type checker, and what one gets."""
+    """In a lazy package, `__all__`, the imports for type checkers and the attributes agree."""
     module = importlib.import_module(package)
     seen = {
         alias.name: getattr(importlib.import_module(str(node.module)), alias.name)
@@ -150,7 +150,7 @@ def test_the_package_loads_nothing_until_it_is_used() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["configs"], ["zerosht"]])
-def test_what_needs_no_torch_loads_none(arguments: list[str]) -> None:
+def test_commands_without_models_do_not_load_torch(arguments: list[str]) -> None:
     heavy = "torch", "numpy", "lightning", "PIL", "transformers"
     assert loaded(f"from dualenc.cli import main; main({arguments!r})", *heavy) == []
 
@@ -171,7 +171,7 @@ def test_data_commands_load_no_torchvision(tmp_path: Path) -> None:
     assert list(tmp_path.glob("small/*.tar"))
 
 
-def test_at_most_four_functions_until_a_picture_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_four_calls_until_an_image_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[list[str]] = []
     decode = pairs.decode_image
 

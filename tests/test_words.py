@@ -327,7 +327,7 @@ IDIOM = {
     r"\bbut for\b": "except",
     r"\bso many\b": "this many / N",
     r"\bin the mean\b": "on average",
-    r"\bbeside\b": "next to / compared with",
+    r"(?<!['\"])\bbeside\b": "next to / compared with",
     r"\bthere is no telling\b": "unknown",
     r"\bg(?:o|oes|oing) on\b": "continue / resume",
     r"\bin words\b": "as text",

@@ -160,7 +160,7 @@ def try_tar(rng: np.random.Generator, folder: Path) -> tuple[str, bytes]:
     path = folder / f"{rng.integers(1 << 60)}.tar"
     path.write_bytes(data)
     try:
-        index = ShardIndex.build(path, anew=True)
+        index = ShardIndex.build(path, rescan=True)
         ours = {sample.key: {name: sample.read(name) for name in sample.members} for sample in index}
     except DataError as error:
         if path.name not in str(error):

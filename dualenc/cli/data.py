@@ -199,7 +199,7 @@ def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
     began = time.monotonic()
     found = ShardIndex.build(
         shards,
-        anew=True,
+        rescan=True,
         hashes=("piece", "image", "text") if hash else (),
         workers=workers,
         track=progress("shards"),

@@ -37,9 +37,9 @@ def import_(
     """
     from dualenc.formats.model_folder import OWN_FILES
     from dualenc.interop.importing import import_model
-    from dualenc.utils.files import check_place
+    from dualenc.utils.files import check_replaceable
 
-    check_place(out, {*OWN_FILES, "README.md"})
+    check_replaceable(out, {*OWN_FILES, "README.md"})
     found = import_model(spec, text, embed_dim, seed, _inputs(data, captions))
     with writing(out):
         found.embedder.save(out)

@@ -1,4 +1,4 @@
-"""Shards in, batches out: plain torch, no trainer."""
+"""Data sets: shards, evaluation sets, and the loading of batches. It needs torch, but not a trainer."""
 
 from typing import TYPE_CHECKING
 

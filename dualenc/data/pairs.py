@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image
-from dualenc.data.loading.bad_samples import Bad, SampleReader
-from dualenc.data.loading.epoch_plan import draw
+from dualenc.data.loading.bad_samples import BadRecord, SampleReader
+from dualenc.data.loading.epoch_plan import derive_seed
 from dualenc.data.loading.loader import Request
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.shards.shard import content_hash, piece_hash
@@ -33,7 +33,7 @@ class Pairs(NamedTuple):
     rows: Tensor  # (B,) int64, number of each sample in the index; -1 for a bad one, with another in its place
     ids: Tensor  # (B, 2) int64, hashes: equal where images are equal, and where texts are the same tokens
     masked: Masked | None = None  # the texts with some words hidden, where they are to be guessed
-    bad: Sequence[Bad] = ()  # samples that were met and could not be used
+    bad: Sequence[BadRecord] = ()  # samples that were met and could not be used
 
 
 def check_captions(source: str) -> None:
@@ -132,8 +132,8 @@ class PairDataset(Dataset[Pairs]):
         masking: Masking | None = None,
     ) -> None:
         self.index, self.seed = index, seed
-        self.samples = SampleReader(index, self._read, measured=seed is None)
-        self.progress, self.where = self.samples.progress, self.samples.where
+        self.samples = SampleReader(index, self._read, evaluation=seed is None)
+        self.current_sample, self.locate = self.samples.current_sample, self.samples.locate
         self.captions, self.features, self.masking = captions, features, masking
         self.tokenizer, self.transform = tokenizer, transform
 
@@ -141,17 +141,17 @@ class PairDataset(Dataset[Pairs]):
         """The batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch.
 
         Raises:
-            DataError: `IN_A_ROW` samples one after the other are bad.
+            DataError: If `MAX_CONSECUTIVE` consecutive samples are bad.
         """
         epoch, position, rows = request
         images, texts, used, ids = [], [], [], []
-        bad: list[Bad] = []
+        bad: list[BadRecord] = []
         with _own_generators():
             for place, row in enumerate(rows.tolist(), position):
                 number, (picture, captions, piece) = self.samples.first_good(row, bad)
                 choice = 0
                 if self.seed is not None:
-                    key = draw(self.seed, epoch, place)
+                    key = derive_seed(self.seed, epoch, place)
                     torch.default_generator.manual_seed(key)
                     random.seed(key)
                     choice = key % len(captions)
@@ -168,7 +168,7 @@ class PairDataset(Dataset[Pairs]):
         masked = None
         if self.masking is not None and self.seed is not None:
             masked = self.masking(tokens, (self.seed, epoch), position)
-        self.progress.done()
+        self.current_sample.finish()
         return Pairs(batch, tokens, torch.tensor(used), hashes, masked, bad)
 
     def _read(self, row: int, sample: Sample) -> tuple[Tensor, list[str], int]:

@@ -30,14 +30,14 @@ from dualenc.data.image_features import (
     file_name,
     read_about,
 )
-from dualenc.data.loading.bad_samples import Bad, causes
+from dualenc.data.loading.bad_samples import BadRecord, causes
 from dualenc.data.pairs import captions_of, check_captions, read_picture
 from dualenc.data.prepare.resumable import check_same, other_inputs
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.shard import Shard
 from dualenc.data.text.dataset import Use, texts_of
 from dualenc.data.text.files import TextFile, TextIndex
-from dualenc.data.workers import Progress, TimeoutDataLoader
+from dualenc.data.workers import CurrentSample, TimeoutDataLoader
 from dualenc.inference.text_model import TextPredictor
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, write_json, write_text
@@ -72,7 +72,7 @@ class Embedded:
     texts: int
     files: int
     before: int
-    bad: list[Bad]
+    bad: list[BadRecord]
     bytes: int
     done: int
     seconds: float
@@ -186,10 +186,10 @@ def embed_shards(
     )
 
 
-def _write_bad(out: Path, index: ShardIndex, files: Sequence[EmbeddingFile]) -> list[Bad]:
+def _write_bad(out: Path, index: ShardIndex, files: Sequence[EmbeddingFile]) -> list[BadRecord]:
     """Write OUT/bad.jsonl, if the files name samples that could not be embedded, and return them."""
     bad = [
-        Bad(start + place, str(shard), shard.key(place), *why)
+        BadRecord(start + place, str(shard), shard.key(place), *why)
         for shard, file, start in zip(index.parts, files, index.starts)
         for place, why in file.bad.items()
     ]
@@ -260,7 +260,7 @@ class _Reader(Dataset["_Read"]):
     def __init__(
         self, index: ShardIndex, transform: Callable[[Tensor], Tensor], captions: str | None, batch_size: int
     ) -> None:
-        self.progress = Progress()
+        self.current_sample = CurrentSample()
         self.index, self.transform, self.captions, self.batch_size = index, transform, captions, batch_size
 
     def requests(self, number: int) -> list[tuple[int, range]]:
@@ -290,7 +290,7 @@ class _Reader(Dataset["_Read"]):
         out = _Read(rows.start - start, torch.empty(0), [], [], [], [], [])
         images = []
         for row in rows:
-            self.progress.begin(row)
+            self.current_sample.start(row)
             sample, place = self.index[row], row - start
             try:
                 picture, piece = read_picture(sample)
@@ -311,11 +311,11 @@ class _Reader(Dataset["_Read"]):
                     out.bad.append((place, error.cause, error.detail))
         if images:
             out.images = torch.stack(images)
-        self.progress.done()
+        self.current_sample.finish()
         return out
 
-    def where(self, row: int) -> tuple[str, str]:
-        """See `dualenc.data.workers.Watched.where`."""
+    def locate(self, row: int) -> tuple[str, str]:
+        """See `dualenc.data.workers.WatchedDataset.locate`."""
         sample = self.index[row]
         return sample.shard, str(sample)
 
@@ -437,7 +437,7 @@ def embed_texts(
 
 def _write_texts(
     predictor: TextPredictor, todo: list[tuple[TextFile, Path, dict[str, Any]]], batch_size: int, track: Track
-) -> list[Bad]:
+) -> list[BadRecord]:
     """Write a file for each file of texts, and return the lines that cannot be read."""
     chunks = [(n, first) for n, (file, _, _) in enumerate(todo) for first in range(0, len(file), CHUNK)]
     parts: list[dict[str, np.ndarray]] = []
@@ -456,7 +456,7 @@ def _write_texts(
     return bad
 
 
-def _bad_lines(path: Path, about: Mapping[str, Any]) -> list[Bad]:
+def _bad_lines(path: Path, about: Mapping[str, Any]) -> list[BadRecord]:
     """The bad lines of a file that an earlier call has written.
 
     Raises:
@@ -469,10 +469,10 @@ def _bad_lines(path: Path, about: Mapping[str, Any]) -> list[Bad]:
         raise DataError(f"{path} is damaged or not of dualenc embed: remove it, or name a new folder") from None
     if {name: kept.get(name) for name in about} != about:
         raise DataError(f"{path} is of another model, other texts or another choice: name a new folder")
-    return [Bad(*item) for item in kept["bad"]]
+    return [BadRecord(*item) for item in kept["bad"]]
 
 
-def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[Bad]) -> tuple[list[int], list[str]]:
+def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[BadRecord]) -> tuple[list[int], list[str]]:
     """The texts of lines, and their places among these; `bad` takes the others."""
     own = TextIndex([file])
     rows, texts = [], []
@@ -481,7 +481,7 @@ def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[Bad]) -> tup
             texts.append(texts_of(own[row], use)[0])
             rows.append(row - numbers.start)
         except BadSample as error:
-            bad.append(Bad(row, file.url, file.key(row), error.cause, error.detail))
+            bad.append(BadRecord(row, file.url, file.key(row), error.cause, error.detail))
     return rows, texts
 
 

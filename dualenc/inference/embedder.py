@@ -29,7 +29,7 @@ from dualenc.models.image_encoder import ImageEncoder
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, program, write_card
 from dualenc.utils.errors import ModelError
-from dualenc.utils.files import FORMAT, from_dict, read_json, replaced_folder, take_format, write_json
+from dualenc.utils.files import FORMAT, atomic_folder, from_dict, read_json, take_format, write_json
 from dualenc.utils.text import millions, plural
 
 
@@ -134,7 +134,7 @@ class Embedder:
             ModelError: the path is taken by something that is no model directory, or the model is open_clip's.
         """
         model = self.dual_encoder
-        with replaced_folder(path, {*OWN_FILES, "README.md"}) as folder:
+        with atomic_folder(path, {*OWN_FILES, "README.md"}) as folder:
             write_json(folder / "config.json", {"format": FORMAT, **dataclasses.asdict(model.config)})
             write_json(folder / "preprocess.json", dataclasses.asdict(self.preprocess))
             typing.cast(Tokenizer, self.tokenizer).save(folder / "tokenizer.json")

@@ -26,7 +26,7 @@ from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, program, write_card
 from dualenc.tokens import Tokens
-from dualenc.utils.files import FORMAT, replaced_folder, write_json
+from dualenc.utils.files import FORMAT, atomic_folder, write_json
 from dualenc.utils.text import millions, plural
 
 FILES = (TEXT_MODEL, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
@@ -176,7 +176,7 @@ class TextPredictor:
         text, heads = self.model.config, self.model.head_configs
         state = self.model.state_dict() if weights is None else weights
         family = choose_family(text, heads) if counts_positions(text, self.tokenizer) else None
-        with replaced_folder(path, FILES) as folder:
+        with atomic_folder(path, FILES) as folder:
             about = {name: dataclasses.asdict(head) for name, head in heads.items()}
             write_json(folder / TEXT_MODEL, {"format": FORMAT, "text": dataclasses.asdict(text), "heads": about})
             write_text_model(folder, family, text, heads, self.tokenizer, state)

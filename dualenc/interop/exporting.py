@@ -34,7 +34,7 @@ from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, program, write_card
 from dualenc.tokens import Tokens, padding_index
 from dualenc.utils.errors import ModelError
-from dualenc.utils.files import read_json, replaced_folder, write_json
+from dualenc.utils.files import atomic_folder, read_json, write_json
 
 Format = Literal["open_clip", "transformers", "sentence-transformers", "onnx"]
 TOLERANCE = 1e-5
@@ -97,7 +97,7 @@ def export(
     """
     _check_place(spec, Path(out))
     model = open_model(spec)
-    with replaced_folder(out, FILES) as folder:
+    with atomic_folder(out, FILES) as folder:
         if isinstance(model, TextPredictor):
             found = _export_text(model, folder, form)
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualenc.data.loading.epoch_plan import draw
+from dualenc.data.loading.epoch_plan import derive_seed
 from dualenc.data.text.dataset import Texts
 from dualenc.inference.text_model import TextPredictor
 from dualenc.metrics.text import replaced_metrics
@@ -69,7 +69,7 @@ class ReplacedTokenTask(LanguageTask):
     def validation_step(self, batch: Texts, batch_idx: int) -> None:
         """Looks at held-out texts, with the same draws each time."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(draw(self.seed, HELD_OUT, batch_idx, self.global_rank))
+            torch.manual_seed(derive_seed(self.seed, HELD_OUT, batch_idx, self.global_rank))
             super().validation_step(batch, batch_idx)
 
     test_step = validation_step

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dualenc.data.loading.epoch_plan import draw
+from dualenc.data.loading.epoch_plan import derive_seed
 from dualenc.models import TextConfig
 from dualenc.report import Section
 from dualenc.training.checkpoint import NORMS, RunState
@@ -160,7 +160,7 @@ class Task(LightningModule):
         """Set the seed of dropout from (seed, step, rank), so that checkpoints need no generator state."""
         if self.watchdog is not None:
             self.watchdog.report(self.global_step, "training")
-        torch.manual_seed(draw(self.seed, self.global_step, self.global_rank))
+        torch.manual_seed(derive_seed(self.seed, self.global_step, self.global_rank))
 
     def record_batch(
         self, loss: Tensor, rows: Sequence[int], counts: Sequence[int], embedded: Sequence[Tensor] = ()
@@ -206,11 +206,12 @@ class Task(LightningModule):
         assert self._batch is not None
         loss, rows, embedded = self._batch
         norm = norm.detach()
-        self._grad_norm, self.skip = norm, ~norm.isfinite()
-        self.run_state.loss = self.run_state.loss + torch.where(self.skip, torch.zeros_like(loss), loss)
+        self._grad_norm, skip = norm, ~norm.isfinite()
+        self.skip = skip
+        self.run_state.loss = self.run_state.loss + torch.where(skip, torch.zeros_like(loss), loss)
         copied = None
         if scaler is None:  # a gradient scaler skips non-finite steps itself
-            skip_step(optimizer, self.skip)
+            skip_step(optimizer, skip)
         on_host = norm.to("cpu", non_blocking=True)
         if norm.is_cuda:
             copied = torch.cuda.Event()

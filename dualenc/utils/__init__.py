@@ -1,1 +1,1 @@
-"""Errors, files, URLs and texts: what every other part may use."""
+"""Errors, files, URLs and texts, for use by every other part of the package."""

@@ -1,23 +1,41 @@
-"""Errors that a user can mend: each is one line that names the file, key or option and the way out."""
+"""Errors that a user can fix: each message is one line that names the file, key or option and the way out."""
 
 
 class DataError(ValueError):
-    """Data that is missing, broken or not in the layout; the message names the file and the way out."""
+    """Data that is missing, broken or in another layout; the message names the file and the way out.
+
+    Example:
+        >>> from dualenc import DataError, ShardIndex
+        >>> try:
+        ...     ShardIndex.build("missing-{000..007}.tar")
+        ... except DataError as error:
+        ...     print(error)
+        shards 'missing-000.tar' match no file
+    """
 
 
 class BadSample(DataError):
-    """A sample whose content is of no use: a picture that cannot be decoded, no text, no UTF-8, an absurd size.
+    """A sample whose content cannot be used: an image that cannot be decoded, no text, no UTF-8, an absurd size.
 
     Attributes:
-        cause: what is wrong with it, alike for all samples that have it.
-        detail: more of it, for this one.
+        cause: the problem, the same text for all samples that have it.
+        detail: what is special about this sample.
     """
 
     def __init__(self, sample: object, cause: str = "", detail: str = "") -> None:
-        # From a worker process it comes back as its message alone.
+        # The defaults are needed because torch rebuilds an error of a worker process from its message alone.
         super().__init__(f"{sample}{f': {cause}' if cause else ''}{f' ({detail})' if detail else ''}")
         self.cause, self.detail = cause, detail
 
 
 class ModelError(ValueError):
-    """A model directory or spec that cannot be used; the message names the file or key."""
+    """A model directory or spec that cannot be used; the message names the file or key.
+
+    Example:
+        >>> import dualenc
+        >>> try:
+        ...     dualenc.load("missing/model")
+        ... except dualenc.ModelError as error:
+        ...     print("missing/model" in str(error))
+        True
+    """

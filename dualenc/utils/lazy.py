@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562), so that the package itself is light."""
+"""Lazy imports (PEP 562): a package's names are imported at their first use, so that importing the package is fast."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return the `__getattr__` and the `__dir__` of a package; its modules are found without an import of theirs, too.
+    """Return the `__getattr__` and the `__dir__` of a package, which find its names and its modules.
 
     Args:
-        package: its `__name__`.
-        names: of each name the module that defines it, from the package on.
+        package: `__name__` of the package.
+        names: name -> the module that defines it, relative to the package.
     """
 
     def getattr_(name: str) -> Any:
@@ -22,7 +22,7 @@ def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], 
             return import_module(f"{package}.{name}")
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        setattr(sys.modules[package], name, value)  # found at once from now on
+        setattr(sys.modules[package], name, value)  # the next access does not call this function
         return value
 
     def dir_() -> list[str]:

@@ -1,4 +1,4 @@
-"""Texts for people: one line for an error, nothing that steers a terminal, plurals."""
+"""Formatting of errors, counts and untrusted texts for the terminal."""
 
 import re
 
@@ -6,13 +6,13 @@ from dualenc.utils.urls import redact
 
 
 def printable(text: str) -> str:
-    """Return a text in which everything that a terminal could take for an order is written out, as in `\\x1b`."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    """Return a text with its unprintable characters escaped, as in `\\x1b`, so that it cannot control a terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def one_line(error: object) -> str:
-    """Return an error as one line: no traceback of a worker, nothing that steers a terminal, no password of a URL."""
-    # What fails in a worker process arrives with that process's traceback before it.
+    """Return an error as one printable line, without the traceback of a worker and the secrets of URLs."""
+    # torch puts the traceback of a worker process before the message of its error.
     text = str(error)
     if "Original Traceback" in text:
         text = re.split(r"\ndualenc\.\w+(?:\.\w+)*: ", text)[-1]
@@ -20,7 +20,7 @@ def one_line(error: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return why an operating-system call failed, without its number and file; of other errors their first line."""
+    """Return the reason of an operating-system error without its number and file, or another error's first line."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -35,5 +35,5 @@ def millions(count: int) -> str:
 
 
 def quoted(text: str, longest: int = 100) -> str:
-    """Return a text in quotes, cut after `longest` letters, with everything unprintable written out."""
+    """Return a text in quotes, cut after `longest` characters, with its unprintable characters escaped."""
     return repr(text if len(text) <= longest else f"{text[: longest - 1]}\N{HORIZONTAL ELLIPSIS}")

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: named, counted and replaced, and nothing else happens."""
+"""Bad samples are named, counted and replaced, and the run continues."""
 
 import csv
 import errno
@@ -24,7 +24,7 @@ import dualenc.data.pairs as pairs_module
 import dualenc.data.shards.shard as index_module
 from dualenc.cli import main
 from dualenc.data import BadSampleLog, Loader, PairDataset, Preprocess, ShardIndex
-from dualenc.data.loading.bad_samples import Bad
+from dualenc.data.loading.bad_samples import BadRecord
 from dualenc.utils.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
@@ -40,7 +40,7 @@ def good(rng, count, start=0):
 
 
 def png(chunks):
-    """A PNG of these (type, data), each with its right checksum."""
+    """Build a PNG of chunks (type, data) with their right checksums."""
     parts = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)  # fmt: skip  # noqa: E501
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -50,7 +50,7 @@ def header(width, height):
 
 
 def bomb(size):
-    """Many zeros, deflated."""
+    """Return deflated zeros of this size in bytes."""
     deflate = zlib.compressobj(9)
     block = bytes(1 << 20)
     return b"".join([*(deflate.compress(block) for _ in range(size >> 20)), deflate.flush()])
@@ -61,7 +61,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/owned) (w) file\n
 
 
 def spoiled(kind, rng):
-    """Members that stand in for a good sample's, and what is said of them."""
+    """Return members that replace those of a good sample, and their cause."""
     jpeg = encode(smooth(rng, 64, 64), "jpeg", quality=95)
     cannot, large = ".??? cannot be decoded*", ".png has more than 134,217,728 pixels"
     return {
@@ -113,7 +113,7 @@ def prints(batch):
 
 
 def peak():
-    """The most memory that this process has held since the last call, bytes."""
+    """Return the peak memory of this process since the last call, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
     Path("/proc/self/clear_refs").write_text("5")
@@ -121,7 +121,7 @@ def peak():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_replaced_and_the_others_come(tmp_path, seed, kind):
+def test_a_bad_sample_is_replaced_and_the_others_are_read(tmp_path, seed, kind):
     rng = np.random.default_rng(seed)
     samples = good(rng, 12)
     place = int(rng.integers(12))
@@ -143,8 +143,8 @@ def test_is_replaced_and_the_others_come(tmp_path, seed, kind):
     assert set(line) == {"shard", "key", "cause", "detail"}
 
 
-def test_a_bomb_behind_the_last_row_is_never_inflated(tmp_path, seed):
-    """A picture of 8 x 8 whose compressed rows go on for a gigabyte: a viewer shows 8 x 8, and so do we."""
+def test_a_bomb_after_the_last_row_is_never_inflated(tmp_path, seed):
+    """An image of 8 x 8 whose compressed rows continue for a gigabyte: as a viewer does, read only 8 x 8."""
     rng = np.random.default_rng(seed)
     samples = good(rng, 4)
     samples[1].pop("jpg")
@@ -158,7 +158,7 @@ def test_a_bomb_behind_the_last_row_is_never_inflated(tmp_path, seed):
 
 @pytest.mark.slow
 def test_all_kinds_in_a_run(tmp_path, seed, capsys):
-    """Trained through, each named once, counted where it was met; the exit status is that of success."""
+    """The run succeeds; each bad sample is named once and counted in the steps that read it."""
     rng = np.random.default_rng(seed)
     samples = good(rng, 64)
     kinds = [kind for kind in KINDS if kind not in ("no picture", "empty picture", "bomb of pixels")]
@@ -170,11 +170,11 @@ def test_all_kinds_in_a_run(tmp_path, seed, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert {line["key"] for line in lines} == set(causes)
     assert all(fnmatchcase(line["cause"], causes[line["key"]]) for line in lines)
-    assert len(lines) == len(kinds) == 10  # as many as any budget allows
+    assert len(lines) == len(kinds) == 10  # the number that any budget allows
     with open(tmp_path / "run" / "metrics.csv") as file:
         counts = [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == "train/bad_samples"]
     assert len(counts) == 8
-    assert sum(counts[:4]) >= 10  # a bad one beside another is met twice
+    assert sum(counts[:4]) >= 10  # a bad sample next to another one is read twice
     assert sum(counts[:4]) == sum(counts[4:])
     err = capsys.readouterr().err
     assert "10 bad samples" in err
@@ -194,7 +194,7 @@ def test_without_text_or_picture(tmp_path, seed, capsys):
     assert not (tmp_path / "run" / "bad_samples.jsonl").exists()
 
 
-def test_captions_in_json_that_are_no_text(tmp_path, seed):
+def test_captions_in_json_that_are_not_text(tmp_path, seed):
     rng = np.random.default_rng(seed)
     samples = good(rng, 8)
     values = [
@@ -217,7 +217,7 @@ def test_captions_in_json_that_are_no_text(tmp_path, seed):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_but_bad_samples_ends_a_run_in_seconds(tmp_path, seed, capsys, workers):
+def test_a_data_set_of_bad_samples_ends_the_run_in_seconds(tmp_path, seed, capsys, workers):
     rng = np.random.default_rng(seed)
     samples = good(rng, 200)
     for sample in samples:
@@ -226,13 +226,13 @@ def test_nothing_but_bad_samples_ends_a_run_in_seconds(tmp_path, seed, capsys, w
     began = time.monotonic()
     line = fails(capsys, fit(tmp_path, *SHORT, "--data.workers", str(workers)), status=1)
     assert time.monotonic() - began < 20
-    assert "100 samples in a row" in line
+    assert "100 consecutive samples" in line
     assert ".jpg cannot be decoded" in line
     assert "0.tar sample '0" in line
 
 
 def test_more_bad_samples_than_the_budget(tmp_path, seed, capsys):
-    """Ends with the most frequent causes, each with an example; a larger budget lets it pass."""
+    """The run ends with the most frequent causes, each with an example; with a larger budget it succeeds."""
     rng = np.random.default_rng(seed)
     samples = good(rng, 64)
     places = rng.choice(64, 15, replace=False).tolist()
@@ -253,10 +253,12 @@ def test_more_bad_samples_than_the_budget(tmp_path, seed, capsys):
     assert named == {f"{place:05d}" for place in places}
 
 
-def test_causes_are_named_by_how_often_they_are_met(tmp_path):
-    bad_sample_log = BadSampleLog(20_000, tmp_path / "q.jsonl")  # 20 of them
+def test_causes_are_named_in_order_of_frequency(tmp_path):
+    bad_sample_log = BadSampleLog(20_000, tmp_path / "q.jsonl")  # a budget of 20
     rows = [("c", 1), ("b", 7), ("a", 9), ("d", 4)]
-    bad = [Bad(0, f"{cause}.tar", f"{cause}{i}", f"cause {cause}", "") for cause, count in rows for i in range(count)]
+    bad = [
+        BadRecord(0, f"{cause}.tar", f"{cause}{i}", f"cause {cause}", "") for cause, count in rows for i in range(count)
+    ]
     bad_sample_log.add(bad[:20])
     with pytest.raises(DataError) as error:
         bad_sample_log.add(bad[20:])
@@ -267,10 +269,12 @@ def test_causes_are_named_by_how_often_they_are_met(tmp_path):
     )
 
 
-def test_a_sample_counts_once_however_often_it_is_met(tmp_path):
+def test_a_sample_that_is_read_often_counts_once(tmp_path):
     bad_sample_log = BadSampleLog(100, tmp_path / "q.jsonl")
     for _ in range(50):
-        bad_sample_log.add([Bad(1, "a.tar", "k", "cause", "detail"), Bad(1, "a.tar", "k", "cause", "detail")])
+        bad_sample_log.add(
+            [BadRecord(1, "a.tar", "k", "cause", "detail"), BadRecord(1, "a.tar", "k", "cause", "detail")]
+        )
     assert len(bad_sample_log) == 1
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 1
 
@@ -279,33 +283,33 @@ def test_ranks_share_one_file_and_one_budget(tmp_path):
     ranks = [BadSampleLog(100, tmp_path / "q.jsonl") for _ in range(2)]
     for i in range(5):
         for rank in ranks:
-            rank.add([Bad(i, "a.tar", f"both{i}", "cause", "")])
+            rank.add([BadRecord(i, "a.tar", f"both{i}", "cause", "")])
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 5
     for i in range(5):
-        ranks[i % 2].add([Bad(i, "b.tar", f"one{i}", "other", "")])
+        ranks[i % 2].add([BadRecord(i, "b.tar", f"one{i}", "other", "")])
     with pytest.raises(DataError, match=r"^11 bad samples, more than the 10 .*cause \(5, .*other \(5, "):
-        ranks[1].add([Bad(0, "c.tar", "k", "last", "")])
+        ranks[1].add([BadRecord(0, "c.tar", "k", "last", "")])
     with pytest.raises(DataError, match=r"^12 bad samples"):
-        ranks[0].add([Bad(0, "c.tar", "l", "last", "")])
+        ranks[0].add([BadRecord(0, "c.tar", "l", "last", "")])
 
 
-def test_a_continued_run_counts_on(tmp_path):
-    BadSampleLog(100, tmp_path / "q.jsonl").add([Bad(i, "a.tar", f"{i}", "cause", "") for i in range(10)])
+def test_a_resumed_run_continues_the_count(tmp_path):
+    BadSampleLog(100, tmp_path / "q.jsonl").add([BadRecord(i, "a.tar", f"{i}", "cause", "") for i in range(10)])
     with pytest.raises(DataError, match=r"^11 bad samples"):
-        BadSampleLog(100, tmp_path / "q.jsonl").add([Bad(0, "a.tar", "another", "cause", "")])
+        BadSampleLog(100, tmp_path / "q.jsonl").add([BadRecord(0, "a.tar", "another", "cause", "")])
 
 
 @pytest.mark.parametrize("cut", [b'{"shard": "a.tar", "ke', b'{"shard": "a.tar", "key": "k", "cause": "c", "detail": ""}', b"\xff", b"7"])  # fmt: skip  # noqa: E501
-def test_half_a_line_that_a_kill_left_does_no_harm(tmp_path, cut):
+def test_an_incomplete_line_of_a_killed_run_does_no_harm(tmp_path, cut):
     path = tmp_path / "q.jsonl"
-    BadSampleLog(100, path).add([Bad(0, "a.tar", "first", "cause", "")])
+    BadSampleLog(100, path).add([BadRecord(0, "a.tar", "first", "cause", "")])
     with open(path, "ab") as file:
         file.write(cut)
     second = BadSampleLog(100, path)
-    second.add([Bad(0, "a.tar", "second", "cause", "")])
+    second.add([BadRecord(0, "a.tar", "second", "cause", "")])
     third = BadSampleLog(100, path)
-    third.add([Bad(0, "a.tar", "third", "cause", "")])
-    second.add([Bad(0, "a.tar", "second", "cause", ""), Bad(0, "a.tar", "third", "cause", "")])
+    third.add([BadRecord(0, "a.tar", "third", "cause", "")])
+    second.add([BadRecord(0, "a.tar", "second", "cause", ""), BadRecord(0, "a.tar", "third", "cause", "")])
     whole = int(cut.endswith(b"}"))
     assert len(second) == len(third) == 3 + whole
     keys = []
@@ -339,7 +343,7 @@ def test_the_replacement_does_not_depend_on_ranks_workers_or_stops(tmp_path, see
     assert seen + [prints(batch) for batch in second] == alone
 
 
-def test_held_out_samples_that_are_bad_are_left_out(tmp_path, seed):
+def test_bad_held_out_samples_are_left_out(tmp_path, seed):
     rng = np.random.default_rng(seed)
     samples = good(rng, 9)
     places = rng.choice(9, 3, replace=False).tolist()
@@ -351,8 +355,8 @@ def test_held_out_samples_that_are_bad_are_left_out(tmp_path, seed):
         assert rows == [-1 if i in places else i for i in range(9)]
 
 
-def test_what_a_run_measures_leaves_bad_samples_out(tmp_path, seed):
-    """The same figures with bad held-out pairs and without them."""
+def test_validation_metrics_leave_bad_samples_out(tmp_path, seed):
+    """The metrics are the same with bad held-out pairs and without these pairs."""
     rng = np.random.default_rng(seed)
     write_tar(tmp_path / "shards" / "0.tar", good(rng, 16))
     held = good(rng, 12, 100)
@@ -389,7 +393,7 @@ class Trap:
 
 
 def test_members_that_are_code_are_never_run(tmp_path, seed):
-    """What webdataset's own decoder would unpickle."""
+    """webdataset's own decoder would unpickle them."""
     rng = np.random.default_rng(seed)
     samples = good(rng, 16)
     owned = tmp_path / "owned"
@@ -409,8 +413,8 @@ def test_members_that_are_code_are_never_run(tmp_path, seed):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_names_that_climb_or_give_a_terminal_orders(tmp_path, seed, capfd, monkeypatch, workers):
-    """Keys are names and no paths; what is shown or written of them moves no cursor."""
+def test_keys_that_are_paths_or_control_sequences(tmp_path, seed, capfd, monkeypatch, workers):
+    """A key is never used as a path, and no control character of it is printed or written."""
     rng = np.random.default_rng(seed)
     samples = good(rng, 20)
     keys = ["../../../tmp/climb", "/etc/absolute", "a/../../b", "\x1b[2J\x1b[31mred", "line\nbreak", "\u202ereversed"]
@@ -432,24 +436,24 @@ def test_names_that_climb_or_give_a_terminal_orders(tmp_path, seed, capfd, monke
     main(["index", str(tmp_path / "shards"), "--workers", "0"])
     with pytest.raises(SystemExit):
         main(fit(tmp_path, *SHORT, "--trainer.default_root_dir", str(tmp_path / "more")))
-    said = capfd.readouterr()
-    assert "more than the 10" in said.err
-    assert "\x1b" not in said.err + said.out
-    assert "\u202e" not in said.err + said.out
+    printed = capfd.readouterr()
+    assert "more than the 10" in printed.err
+    assert "\x1b" not in printed.err + printed.out
+    assert "\u202e" not in printed.err + printed.out
 
 
-def test_an_error_of_the_disk_is_no_bad_sample(tmp_path, seed, monkeypatch):
+def test_a_disk_error_is_not_a_bad_sample(tmp_path, seed, monkeypatch):
     rng = np.random.default_rng(seed)
     index = ShardIndex.build(write_tar(tmp_path / "a.tar", good(rng, 8)))
     expected = [prints(batch) for batch in loader(index, seed=seed)]
     waits, left = [], [1]
     real = os.pread
 
-    def pread(*place):
+    def pread(*arguments):
         if left[0]:
             left[0] -= 1
             raise OSError(errno.EIO, "Input/output error")
-        return real(*place)
+        return real(*arguments)
 
     monkeypatch.setattr(index_module.time, "sleep", waits.append)
     monkeypatch.setattr(os, "pread", pread)
@@ -464,13 +468,13 @@ def test_an_error_of_the_disk_is_no_bad_sample(tmp_path, seed, monkeypatch):
     assert not (tmp_path / "q.jsonl").exists()
 
 
-def test_an_error_of_the_disk_ends_a_run(tmp_path, seed, capsys, monkeypatch):
+def test_a_disk_error_ends_a_run(tmp_path, seed, capsys, monkeypatch):
     rng = np.random.default_rng(seed)
     write_tar(tmp_path / "shards" / "0.tar", good(rng, 32))
     real = PairDataset.__getitem__
 
     def failing(self, request):
-        def pread(*place):
+        def pread(*arguments):
             raise OSError(errno.EIO, "Input/output error")
 
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Shards, stores and sizes that do not fit: one line that names what, a status, no traceback, and nothing hangs."""
+"""Broken shards, failing stores and sizes that do not fit: one line, an exit status, no traceback, no hang."""
 
 import errno
 import gzip
@@ -37,15 +37,15 @@ def indexed(web, layout, seed):
     return url
 
 
-def elsewhere(folder, url, *more):
-    """A run on shards elsewhere; with a tokenizer, so that training is the first to read them."""
+def remote_fit(folder, url, *more):
+    """Return the arguments of a run on remote shards, with a tokenizer, so that training is the first to read them."""
     path = folder / "tokenizer.json"
     TOKENIZER.save(path)
     return fit(folder, *SHORT, "--data.train", url, "--data.tokenizer", str(path), *more)
 
 
 def no_run(folder):
-    """Nothing was trained and nothing kept."""
+    """Assert that no step was trained and nothing was written."""
     return not (folder / "run" / "run.json").exists()
 
 
@@ -60,8 +60,8 @@ def test_two_samples_of_one_key(tmp_path, seed, capsys):
     assert no_run(tmp_path)
 
 
-def test_members_of_samples_in_turn(tmp_path, seed):
-    """All pictures, then all texts: the same samples."""
+def test_members_of_a_sample_that_are_not_adjacent(tmp_path, seed):
+    """All images, then all texts, make the same samples."""
     import io
     import tarfile
 
@@ -110,7 +110,7 @@ def test_a_missing_shard(tmp_path, seed, capsys):
     assert no_run(tmp_path)
 
 
-def test_a_shard_that_goes_during_a_run(tmp_path, seed, capsys, monkeypatch):
+def test_a_shard_that_is_removed_during_a_run(tmp_path, seed, capsys, monkeypatch):
     paths = write_shards(tmp_path / "shards", [12, 12], seed)
     real = Loader.__iter__
 
@@ -153,7 +153,7 @@ def test_a_batch_larger_than_the_data(tmp_path, seed, capsys):
 
 @pytest.mark.parametrize("layout", [[24], [1, 99]])
 def test_few_or_uneven_shards_for_many_ranks_and_workers(tmp_path, seed, layout):
-    """One shard for two ranks of two workers; 1 and 99 samples: equal steps on both, every sample once."""
+    """One shard for two ranks of two workers, or 1 and 99 samples: equal steps on both ranks, each sample once."""
     index = ShardIndex.build(write_shards(tmp_path, layout, seed))
     dataset = PairDataset(index, "txt", TOKENIZER, Shake(), seed)
     ranks = [list(Loader(dataset, 4, seed=seed, rank=rank, world=2, workers=2)) for rank in range(2)]
@@ -166,42 +166,43 @@ def test_few_or_uneven_shards_for_many_ranks_and_workers(tmp_path, seed, layout)
 
 
 @pytest.mark.parametrize("fault", [503, "reset", "short"])
-def test_a_run_goes_on_after_a_fault_that_passes(web, tmp_path, seed, here, fault):
+def test_a_run_survives_a_temporary_error_of_a_store(web, tmp_path, seed, here, fault):
     url = indexed(web, [12, 12], seed)
     forget_copies(here)
     web.fail("part-001.tar", fault, fault)
     before = web.gets("part-001.tar")
-    main(elsewhere(tmp_path, url, "--data.workers", "1"))
+    main(remote_fit(tmp_path, url, "--data.workers", "1"))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["step"] == 4
     assert web.gets("part-001.tar") >= before + 3
 
 
 @pytest.mark.parametrize(
-    ("fault", "why"), [(404, "there is no such file"), (403, "the server denies it"), (503, "given up after 6 tries")]
+    ("fault", "why"), [(404, "there is no such file"), (403, "denies access"), (503, "gave up after 6 tries")]
 )
-def test_a_run_ends_after_a_fault_that_stays(web, tmp_path, seed, here, capsys, fault, why):
+def test_a_run_ends_after_a_permanent_error_of_a_store(web, tmp_path, seed, here, capsys, fault, why):
     url = indexed(web, [12, 12], seed)
     forget_copies(here)
     web.fail("part-001.tar", fault, always=True)
     for workers in ("0", "2"):
         run = str(tmp_path / f"run{workers}")
-        arguments = elsewhere(tmp_path, url, "--data.workers", workers)
+        arguments = remote_fit(tmp_path, url, "--data.workers", workers)
         line = fails(capsys, [*arguments, "--trainer.default_root_dir", run], status=1)
         assert line.startswith(f"dualenc: error: {web.url}/part-001.tar: ")
         assert why in line
         assert not Path(run, "bad_samples.jsonl").exists()
 
 
-def test_a_shard_elsewhere_that_was_replaced(web, tmp_path, seed, here, capsys):
+def test_a_replaced_remote_shard(web, tmp_path, seed, here, capsys):
     url = indexed(web, [24], seed)
     forget_copies(here)
     write_shards(web.folder, [24], seed + 1)
-    line = fails(capsys, elsewhere(tmp_path, url), status=1)
+    line = fails(capsys, remote_fit(tmp_path, url), status=1)
     shard = f"{web.url}/part-000.tar"
-    assert line == f"dualenc: error: {shard} changed since it was indexed; if that is meant: dualenc index {shard}"
+    assert line.startswith(f"dualenc: error: {shard} changed since it was indexed; ")
+    assert line.endswith(f"dualenc index {shard}")
 
 
-def test_shards_elsewhere_without_an_index(web, tmp_path, seed, capsys):
+def test_remote_shards_without_an_index(web, tmp_path, seed, capsys):
     write_shards(web.folder, [24], seed)
     line = fails(capsys, fit(tmp_path, *SHORT, "--data.train", f"{web.url}/part-000.tar"))
     assert f"{web.url}/part-000.tar" in line
@@ -211,7 +212,7 @@ def test_shards_elsewhere_without_an_index(web, tmp_path, seed, capsys):
 
 def test_a_window_larger_than_the_cache(web, tmp_path, seed, capsys):
     url = indexed(web, [12, 12], seed)
-    line = fails(capsys, elsewhere(tmp_path, url, "--data.cache_gb", "0.00001"), status=1)
+    line = fails(capsys, remote_fit(tmp_path, url, "--data.cache_gb", "0.00001"), status=1)
     assert "data.cache_gb 1e-05" in line
     assert "2 shards" in line
     assert "lower data.window" in line
@@ -228,7 +229,7 @@ def test_a_full_disk(web, tmp_path, seed, here, capsys, monkeypatch):
     store = types.SimpleNamespace(get_file=full, info=lambda url: {})
     monkeypatch.setattr(storage, "_filesystem", lambda url: store)
     for workers in ("0", "1"):
-        arguments = elsewhere(tmp_path, url, "--data.workers", workers)
+        arguments = remote_fit(tmp_path, url, "--data.workers", workers)
         line = fails(capsys, [*arguments, "--trainer.default_root_dir", str(tmp_path / workers)], status=1)
         assert f"{web.url}/part-000.tar" in line
         assert str(here / "shards") in line
@@ -238,15 +239,15 @@ def test_a_full_disk(web, tmp_path, seed, here, capsys, monkeypatch):
 
 
 def digest_of_epoch(index, seed, queue):
-    torch.set_num_threads(1)  # a forked process has none of OpenMP's threads, and would wait for them
+    torch.set_num_threads(1)  # OpenMP's threads are not forked, and the child would wait for them
     digest = hashlib.sha256()
     for batch in Loader(PairDataset(index, "txt", TOKENIZER, Shake(), seed), 4, seed=seed):
         digest.update(repr(prints(batch)).encode())
     queue.put(digest.hexdigest())
 
 
-def test_two_runs_that_want_the_same_shards(web, tmp_path, seed, here):
-    """At the same time, through one cache: each shard is fetched once, both read the same."""
+def test_two_runs_share_the_copies_of_shards(web, tmp_path, seed, here):
+    """They run at the same time with one cache: each shard is fetched once, and both read the same."""
     url = indexed(web, [8, 8, 8], seed)
     local = ShardIndex.build(sorted(map(str, web.folder.glob("*.tar"))))
     forget_copies(here)
@@ -266,7 +267,7 @@ def test_two_runs_that_want_the_same_shards(web, tmp_path, seed, here):
     assert web.gets() == {f"part-00{i}.tar": 1 for i in range(3)}
 
 
-# Strangers
+# Untrusted input
 
 
 def test_commands_are_never_run(tmp_path, capsys):
@@ -280,11 +281,11 @@ def test_commands_are_never_run(tmp_path, capsys):
 
 
 def test_a_gzip_bomb_as_a_shard(tmp_path, capsys, web):
-    """4 GB of zeros in 4 MB: refused by its first bytes."""
+    """4 GB of zeros in 4 MB are refused by the first bytes."""
     (tmp_path / "shards").mkdir()
     block = gzip.compress(bytes(1 << 26), 6)
     for folder in (tmp_path / "shards", web.folder):
-        (folder / "bomb.tar").write_bytes(block * 64)  # gzip files joined are one
+        (folder / "bomb.tar").write_bytes(block * 64)  # joined gzip files are one
     peak()
     before = peak()
     for arguments in (fit(tmp_path, *SHORT), ["index", f"{web.url}/bomb.tar", "--workers", "0"]):

@@ -338,7 +338,7 @@ def test_saving_never_replaces_another_folder(peer: BertForMaskedLM, tmp_path: P
     predictor = load_text(tmp_path / "peer", "cpu")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("all of it")
-    with pytest.raises(ModelError, match="exists and is no model directory"):
+    with pytest.raises(ModelError, match="exists and is not a model directory"):
         predictor.save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.tex").exists()
 

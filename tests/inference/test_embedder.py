@@ -262,8 +262,8 @@ def change(path, **values):
 
 CONFIGS = {
     "newer": ({"format": 2}, r"config\.json has format 2, dualenc .* reads up to 1: upgrade"),
-    "no format": ({"format": ...}, r"config\.json says no 'format'"),
-    "format word": ({"format": "1"}, r"config\.json says no 'format'"),
+    "no format": ({"format": ...}, r"config\.json does not have the key 'format'"),
+    "format word": ({"format": "1"}, r"config\.json does not have the key 'format'"),
     "unknown": ({"color": 1}, r"config\.json has the unknown key 'color'"),
     "unknown inside": ({"text__rope": True}, r"config\.json: text has the unknown key 'rope'"),
     "missing": ({"embed_dim": ...}, r"config\.json has no key 'embed_dim'"),
@@ -401,7 +401,7 @@ def test_save_refuses_a_path_that_is_taken(embedder, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("mine")
     for name in ("file", "folder"):
-        with pytest.raises(ModelError, match=f"{name} exists and is no model directory"):
+        with pytest.raises(ModelError, match=f"{name} exists and is not a model directory"):
             embedder.save(tmp_path / name)
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "thesis.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
@@ -413,7 +413,7 @@ def test_save_does_not_take_a_strangers_config_for_a_model_directory(embedder, t
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert"}')
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(ModelError, match="is no model directory"):
+    with pytest.raises(ModelError, match="is not a model directory"):
         embedder.save(folder)
     assert (folder / "thesis.txt").read_text() == "mine"
 

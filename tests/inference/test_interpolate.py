@@ -117,7 +117,7 @@ def test_what_differs_is_named(seed, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     folder = str(tmp_path / "a")
-    assert "is no model directory" in fails(capsys, ["interpolate", folder, folder, str(tmp_path / "out")])
+    assert "is not a model directory" in fails(capsys, ["interpolate", folder, folder, str(tmp_path / "out")])
     assert "alpha 2" in fails(capsys, ["interpolate", folder, folder, str(tmp_path / "new"), "--alpha", "2"])
     assert "nowhere" in fails(capsys, ["interpolate", folder, "nowhere", str(tmp_path / "new")])
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, lines appended whole or not at all, and texts for people."""
+"""Atomic writing of files, atomic appending of lines, and texts for the terminal."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from dualenc.utils.urls import redact
 
 
 def in_child(function, *args) -> int:
-    """Runs a function in a forked process; its exit status."""
+    """Run a function in a forked process; return its exit status."""
     process = multiprocessing.get_context("fork").Process(target=function, args=args)
     process.start()
     process.join(60)
@@ -27,21 +27,21 @@ def in_child(function, *args) -> int:
 
 
 def limited(size: int) -> None:
-    """No file of this process may be larger; writing on is an error and no signal."""
+    """Limit the size of this process's files; writing more is an error, not a signal."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-# Whole files
+# Files
 
 
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
 
     def fail() -> None:
-        with atomic_write(path) as beside:
-            beside.write_text("half of")
+        with atomic_write(path) as temporary:
+            temporary.write_text("half of")
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -54,7 +54,7 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_permissions_are_those_that_open_gives(tmp_path: Path, mask: int) -> None:
+def test_permissions_are_those_of_open(tmp_path: Path, mask: int) -> None:
     code = """
 import os, sys, dualenc.utils.files as files
 with open("plain", "w"):
@@ -76,13 +76,13 @@ files.write_text("newer", "x")
 
 
 def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the file system cannot, that is passed over; a failing disk is an error."""
-    whole = os.fsync
+    """A file system that cannot sync a folder is accepted; a failing disk is an error."""
+    real = os.fsync
 
     def fsync(handle: int) -> None:
         if os.path.isdir(f"/proc/self/fd/{handle}"):
             raise OSError(error, os.strerror(error))
-        whole(handle)
+        real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
     error = errno.EINVAL
@@ -108,17 +108,17 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    path, beside = tmp_path / "a.txt", tmp_path / ".one.part"
+    path, temporary = tmp_path / "a.txt", tmp_path / ".one.part"
     write_text(path, "old")
 
     def child() -> None:
-        with atomic_write(path, beside) as file:
+        with atomic_write(path, temporary) as file:
             file.write_text("new")
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(child) == -signal.SIGKILL
     assert path.read_text() == "old"
-    with atomic_write(path, beside) as file:  # what the killed one left is in nobody's way
+    with atomic_write(path, temporary) as file:  # the file that the killed process left does no harm
         file.write_text("newer")
     assert (path.read_text(), os.listdir(tmp_path)) == ("newer", ["a.txt"])
 
@@ -126,8 +126,8 @@ def test_killed_while_writing(tmp_path: Path) -> None:
 # Lines
 
 
-def test_lines_are_appended_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Whatever part of them a full disk would take: then the file is as it was, and the next ones follow."""
+def test_lines_are_appended_all_or_none(tmp_path: Path) -> None:
+    """Whatever part of the lines a full disk would take, the file is unchanged, and the next lines can be appended."""
     path = tmp_path / "deep" / "lines.jsonl"
     append_lines(path, ["one"])
 
@@ -145,7 +145,7 @@ def test_lines_are_appended_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_short_write_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems take a part and say so by the count alone."""
+    """Some file systems write a part and report it only by the count."""
     path = tmp_path / "lines"
     append_lines(path, ["one"])
     real = os.write
@@ -175,7 +175,7 @@ def test_a_short_write_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert path.read_text() == "one\n"
 
 
-def test_a_line_that_a_kill_cut_off_is_ended(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ended(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_text('{"a": 1}\n{"a"')
     append_lines(path, ['{"a": 2}'])
@@ -205,7 +205,7 @@ def test_lines_of_several_processes_do_not_mix(tmp_path: Path, seed: int) -> Non
 # Texts
 
 
-def test_texts_for_people() -> None:
+def test_texts_for_the_terminal() -> None:
     assert printable("a\x1b[31m\nb é") == "a\\x1b[31m\\nb é"
     assert plural(1, "shard") == "1 shard"
     assert plural(1200, "shard") == "1,200 shards"

@@ -44,7 +44,7 @@ def index(samples: int = 10_000, image: int = 30_000, rounds: int = 5, out: Path
 
 def _ours(shard: str, samples: int) -> Callable[[], float]:
     def run() -> float:
-        assert len(ShardIndex.build(shard, anew=True)) == samples
+        assert len(ShardIndex.build(shard, rescan=True)) == samples
         return samples
 
     return run

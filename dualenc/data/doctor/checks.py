@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 from dualenc.data.doctor.scan import Survey, survey
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem
 from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
-from dualenc.data.loading.bad_samples import IN_A_ROW, BadSampleLog
+from dualenc.data.loading.bad_samples import MAX_CONSECUTIVE, BadSampleLog
 from dualenc.data.pairs import captions_of, check_captions, decode_sample
 from dualenc.data.shards.index import Sample, ShardIndex, distinct, expand_shards
 from dualenc.data.shards.shard import content_hash
@@ -322,7 +322,7 @@ class _Look:
             examples = [_name(self.index[row]) + (f": {printable(detail)}" if detail else "") for row, detail in some]
             self.add("warning", printable(cause), count, examples, advice)
         rows = sorted({row for row, _, _ in problems})
-        bad, most = len(rows), BadSampleLog(self.total, budget=budget).most
+        bad, most = len(rows), BadSampleLog(self.total, budget=budget).limit
         about, _, high = estimate(bad, len(self.rows), self.total) if self.some else (bad, bad, bad)
         advice = f"a run stops at more than {most:,} of all {self.total:,} pairs: data.bad_samples"
         if about > most:
@@ -334,7 +334,7 @@ class _Look:
         places = np.searchsorted(self.rows, rows)
         runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
         longest = max(runs, key=len)
-        if not self.some and len(longest) >= IN_A_ROW:
+        if not self.some and len(longest) >= MAX_CONSECUTIVE:
             examples = [_name(self.sample(place)) for place in (longest[0], longest[-1])]
             advice = "a run stops there, whatever data.bad_samples says"
             self.add("error", "bad one after the other", len(longest), examples, advice)

@@ -15,7 +15,7 @@ from dualenc.data.pairs import decode_sample
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.shards.shard import content_hash
 from dualenc.data.text.tokenizer import Tokenizer
-from dualenc.data.workers import each
+from dualenc.data.workers import item_loader
 from dualenc.utils.errors import BadSample, DataError
 
 _CHUNK = 32  # samples that a worker hands over at once
@@ -59,7 +59,7 @@ def survey(
         track: wraps the loop over chunks of samples.
     """
     reader = _Reader(index, captions, tokenizer, decode)
-    chunks = each(reader, [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)], workers)
+    chunks = item_loader(reader, [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)], workers)
     parts: list[Survey] = [reader[rows[:0]]]  # has the shapes, if there is no other
     problems: list[tuple[int, str, str]] = []
     count: Counter[str] = Counter()

@@ -40,7 +40,7 @@ from dualenc.data.eval_sets.folders import class_folders, is_described, read_cla
 from dualenc.data.images import thumbnail
 from dualenc.data.pairs import decode_sample
 from dualenc.data.shards.index import Sample, ShardIndex
-from dualenc.data.workers import each
+from dualenc.data.workers import item_loader
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.urls import is_remote, join, shown
 
@@ -167,7 +167,7 @@ class BenchmarkSet(Content):
         """
         numbers = list(map(int, range(len(self)) if rows is None else rows))
         batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-        return cast(Batches, each(_Images(self.pictures, transform), batches, workers))
+        return cast(Batches, item_loader(_Images(self.pictures, transform), batches, workers))
 
     def thumbnail(self, i: int) -> bytes:
         """Image i for a page; see `dualenc.data.images.thumbnail`."""
@@ -322,7 +322,7 @@ def _index(paths: list[str], problems: Problems) -> ShardIndex:
     known = {part.url: part for part in parts}
     if others := [path for path in paths if path not in known]:
         unreadable.clear()
-        known |= {part.url: part for part in ShardIndex.build(others, anew=True, unreadable=unreadable).parts}
+        known |= {part.url: part for part in ShardIndex.build(others, rescan=True, unreadable=unreadable).parts}
     if unreadable:
         problems["shard cannot be read"] += map(str, unreadable)
     return ShardIndex([known[path] for path in paths if path in known])
@@ -421,5 +421,5 @@ class _InShards:
         parts = self.index.parts
         kept = ShardIndex.build([part.url for part in parts], hashes=("image",), unreadable=[])
         known = {part.url: part for part in kept.parts}
-        hashed = [known[part.url] if part.url in known else part.hashed("image") for part in parts]
+        hashed = [known[part.url] if part.url in known else part.with_hashes("image") for part in parts]
         return ShardIndex(hashed, self.index.rows).hashes("image")

@@ -25,11 +25,11 @@ from dualenc.data.eval_sets.base import (
 from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.prepare.caption_sources import (
     TEMPLATES,
+    caption_problem,
     class_name,
     clean,
-    fault,
-    inside,
     json_lines,
+    path_inside,
     read_source,
     tables_in,
 )
@@ -139,7 +139,7 @@ def read_table(path: Path) -> Content:
         problems[what].append(name)
     files, keys, texts, owner = [], [], [], []
     for item in source.items:
-        file = inside(source.images, item.image)
+        file = path_inside(source.images, item.image)
         if file is None or not os.path.isfile(file):
             problems["image missing" if file else "image outside of its folder"].append(clean(item.image))
             continue
@@ -214,7 +214,7 @@ def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
         if names is None or pair is None:
             problems["row broken"].append(where)
             continue
-        if wrong := next(filter(None, map(fault, pair)), None):
+        if wrong := next(filter(None, map(caption_problem, pair)), None):
             problems[wrong].append(where)
             continue
         found = [_locate(folders, name) for name in names]
@@ -247,7 +247,7 @@ def _locate(folders: Sequence[str], name: Any) -> str | None:
         return None
     for folder in folders:
         for ending in ("", *(f".{extension}" for extension in IMAGE_EXTENSIONS)):
-            path = inside(folder, f"{name}{ending}")
+            path = path_inside(folder, f"{name}{ending}")
             if path is not None and os.path.isfile(path):
                 return path
     return None

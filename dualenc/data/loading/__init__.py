@@ -1,1 +1,1 @@
-"""From an index to batches: the order, the loader, and what is done with bad samples."""
+"""The order of an epoch, the loader of its batches, and the handling of bad samples."""

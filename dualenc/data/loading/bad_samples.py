@@ -1,4 +1,4 @@
-"""Bad samples: replaced, written down, counted, and the end of a run where they are too many."""
+"""Bad samples: replaced by good ones, logged and counted, and the error of a run that has too many of them."""
 
 import json
 import os
@@ -8,45 +8,46 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dualenc.data.workers import Progress
+from dualenc.data.workers import CurrentSample
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import append_lines
 
-IN_A_ROW = 100  # bad samples one after the other that end a run whatever the budget: nothing good would come
-AT_LEAST = 10  # that a budget allows
+MAX_CONSECUTIVE = 100  # consecutive bad samples that end a run whatever its budget, since no good one may follow
+MIN_BUDGET = 10  # bad samples that every budget allows
 
 
-class Bad(NamedTuple):
-    """A sample that could not be used."""
+class BadRecord(NamedTuple):
+    """A sample that could not be used, and why."""
 
     row: int  # its number in the index
     shard: str
     key: str
-    cause: str  # alike for all samples that have it
+    cause: str  # the same text for all samples with this problem
     detail: str
 
 
-def causes(bad: Iterable[Bad]) -> str:
-    """The most frequent causes, each with an example."""
+def causes(bad: Iterable[BadRecord]) -> str:
+    """Return the most frequent causes as text, each with its count and an example."""
     bad = list(bad)
-    example = {item.cause: item for item in reversed(bad)}
+    example = {record.cause: record for record in reversed(bad)}
     return "; ".join(
         f"{cause} ({count:,}, such as {example[cause].shard} sample {example[cause].key!r})"
-        for cause, count in Counter(item.cause for item in bad).most_common(3)
+        for cause, count in Counter(record.cause for record in bad).most_common(3)
     )
 
 
 class SampleReader:
-    """Reads the samples of an index one by one; in place of a bad one it reads the next good one.
+    """Reader of single samples that replaces a bad sample by the next good one.
 
     Args:
-        index: the samples: a length, and items with a `shard` and a `key`.
-        read: gives what a sample holds, from its number and itself; raises BadSample where that is of no use.
-        measured: the samples are measured, so that no other counts in place of a bad one.
-        alike: gives the first of the samples that may stand for a bad one, and the first after them; absent, all may.
+        index: the samples: has a length, and its items have a `shard` and a `key`.
+        read: called with a sample's number and the sample; returns its content, or raises `BadSample`.
+        evaluation: the samples are evaluated on, so that a replacement is marked and does not count.
+        replacements: called with a sample's number; returns the range [start, stop) of samples that may replace it.
+            Without it, every sample may.
 
     Attributes:
-        progress: the sample that this process is at.
+        current_sample: the sample that this process is reading.
     """
 
     def __init__(
@@ -54,102 +55,107 @@ class SampleReader:
         index: Any,
         read: Callable[[int, Any], Any],
         *,
-        measured: bool,
-        alike: Callable[[int], tuple[int, int]] | None = None,
+        evaluation: bool,
+        replacements: Callable[[int], tuple[int, int]] | None = None,
     ) -> None:
-        self.index, self.read, self.measured, self.alike = index, read, measured, alike
-        self.progress = Progress()
+        self.index, self.read, self.evaluation, self.replacements = index, read, evaluation, replacements
+        self.current_sample = CurrentSample()
 
-    def first_good(self, row: int, bad: list[Bad]) -> tuple[int, Any]:
-        """Return the number of the first sample from `row` on that can be used, and what it holds.
+    def first_good(self, row: int, bad: list[BadRecord]) -> tuple[int, Any]:
+        """Return the number and the content of the first good sample, beginning at `row`.
 
-        The number is -1 where another one stands for a sample that is measured. `bad` takes those that were met before.
+        The search wraps around at the end of the range of replacements. In an evaluation, the number of a replacement
+        is -1.
+
+        Args:
+            row: number of the wanted sample.
+            bad: list to which the bad samples before the good one are appended.
 
         Raises:
-            DataError: `IN_A_ROW` samples one after the other are bad.
+            DataError: If `MAX_CONSECUTIVE` consecutive samples are bad.
         """
-        start, stop = self.alike(row) if self.alike is not None else (0, len(self.index))
-        for step in range(IN_A_ROW):
-            near = start + (row - start + step) % (stop - start)
-            self.progress.begin(near)
-            sample = self.index[near]
+        start, stop = self.replacements(row) if self.replacements is not None else (0, len(self.index))
+        for step in range(MAX_CONSECUTIVE):
+            candidate = start + (row - start + step) % (stop - start)
+            self.current_sample.start(candidate)
+            sample = self.index[candidate]
             try:
-                return -1 if step and self.measured else near, self.read(near, sample)
+                return -1 if step and self.evaluation else candidate, self.read(candidate, sample)
             except BadSample as error:
-                bad.append(Bad(near, sample.shard, sample.key, error.cause, error.detail))
-        raise DataError(f"{IN_A_ROW} samples in a row are bad: {causes(bad[-IN_A_ROW:])}")
+                bad.append(BadRecord(candidate, sample.shard, sample.key, error.cause, error.detail))
+        raise DataError(f"{MAX_CONSECUTIVE} consecutive samples are bad: {causes(bad[-MAX_CONSECUTIVE:])}")
 
-    def where(self, row: int) -> tuple[str, str]:
-        """Return a sample's shard, and its shard and key, for people."""
+    def locate(self, row: int) -> tuple[str, str]:
+        """Return a sample's shard, and its shard with its key, as printed in messages."""
         sample = self.index[row]
         return sample.shard, str(sample)
 
 
 class BadSampleLog:
-    """The bad samples of a run, each once.
+    """The bad samples of a run, each counted once.
 
     Args:
-        total: samples of the data.
-        path: a JSON Lines file to append them to, `{"shard", "key", "cause", "detail"}`. All ranks and earlier parts of
-            the run may share it: its lines count.
-        budget: share of the samples that may be bad; `AT_LEAST` always may.
+        total: number of samples of the data.
+        path: JSON Lines file to append them to, `{"shard", "key", "cause", "detail"}`. All ranks and earlier parts of
+            the run may share it, and its lines count.
+        budget: share of the samples that may be bad; `MIN_BUDGET` samples always may.
     """
 
     def __init__(self, total: int, path: str | os.PathLike[str] | None = None, budget: float = 0.001) -> None:
-        self.most = max(AT_LEAST, int(budget * total))
+        self.limit = max(MIN_BUDGET, int(budget * total))
         self.path = Path(path) if path is not None else None
-        self._known: dict[tuple[str, str], Bad] = {}
-        self._read = 0  # bytes of the file
+        self._known: dict[tuple[str, str], BadRecord] = {}
+        self._bytes_read = 0  # of the file
 
     @property
-    def known(self) -> list[Bad]:
-        """All of them."""
+    def known(self) -> list[BadRecord]:
+        """The bad samples that were added or read so far."""
         return list(self._known.values())
 
     def __len__(self) -> int:
-        self._read_on()
+        self._read_new_lines()
         return len(self._known)
 
-    def add(self, bad: Sequence[Bad]) -> None:
-        """Takes note of samples.
+    def add(self, bad: Sequence[BadRecord]) -> None:
+        """Count bad samples, and append the new ones to the file.
 
         Raises:
-            DataError: the budget is spent; names the most frequent causes.
+            DataError: If there are more than the budget allows; names the most frequent causes.
         """
         if not bad:
             return
-        self._read_on()
-        new = {(item.shard, item.key): item for item in map(Bad._make, bad)}
-        new = {name: item for name, item in new.items() if name not in self._known}
+        self._read_new_lines()
+        new = {(record.shard, record.key): record for record in map(BadRecord._make, bad)}
+        new = {name: record for name, record in new.items() if name not in self._known}
         self._known |= new
         if self.path is not None and new:
             lines = (
-                {"shard": item.shard, "key": item.key, "cause": item.cause, "detail": item.detail}
-                for item in new.values()
+                {"shard": record.shard, "key": record.key, "cause": record.cause, "detail": record.detail}
+                for record in new.values()
             )
             try:
                 append_lines(self.path, map(json.dumps, lines))
-            except OSError as error:  # they are counted all the same
+            except OSError as error:  # not raised: the samples are counted even without the file
                 print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr)
-        if len(self) > self.most:
+        if len(self) > self.limit:
             where = f"; all are named in {self.path}" if self.path is not None else ""
             raise DataError(
-                f"{len(self):,} bad samples, more than the {self.most:,} that data.bad_samples allows: "
+                f"{len(self):,} bad samples, more than the {self.limit:,} that data.bad_samples allows: "
                 f"{causes(self._known.values())}{where}"
             )
 
-    def _read_on(self) -> None:
-        """Takes up what other ranks, or this run before it was stopped, have written."""
+    def _read_new_lines(self) -> None:
+        """Read what other ranks have appended, and what this run wrote before it was stopped."""
         if self.path is None or not self.path.exists():
             return
         with open(self.path, "rb") as file:
-            file.seek(self._read)
+            file.seek(self._bytes_read)
             for line in file:
-                if not line.endswith(b"\n"):  # being written
+                if not line.endswith(b"\n"):  # another process is writing this line
                     break
-                self._read += len(line)
+                self._bytes_read += len(line)
                 try:
-                    item = Bad(-1, **json.loads(line))
-                except (ValueError, TypeError):  # cut by a kill
+                    record = BadRecord(-1, **json.loads(line))
+                except (ValueError, TypeError):  # a killed process has written only a part of this line
                     continue
-                self._known.setdefault((item.shard, item.key), item)
+                self._known.setdefault((record.shard, record.key), record)

@@ -1,4 +1,4 @@
-"""Batches in the order of a plan, for one rank, resumable at any of them: of pairs and of texts alike."""
+"""The loader of training and validation batches, of pairs and of texts: in the order of a plan, resumable anywhere."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -7,56 +7,60 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dualenc.data.loading.bad_samples import BadSampleLog
-from dualenc.data.loading.epoch_plan import EpochPlan, InTurn
+from dualenc.data.loading.epoch_plan import EpochPlan, RoundRobinPlan
 from dualenc.data.loading.prefetch import Prefetch
-from dualenc.data.workers import TimeoutDataLoader, Watched
+from dualenc.data.workers import TimeoutDataLoader, WatchedDataset
 from dualenc.utils.errors import DataError
 
-Request = tuple[int, int, np.ndarray]  # epoch, place in it of the first sample, (B,) sample numbers
+Request = tuple[int, int, np.ndarray]  # epoch, position in the epoch of the first sample, (B,) sample numbers
 Mix = Literal["together", "round_robin"]
 
 
-class BatchDataset(Watched, Protocol):
-    """What a `Loader` makes batches of."""
+class BatchDataset(WatchedDataset, Protocol):
+    """A dataset of which a `Loader` requests batches."""
 
-    index: Any  # the samples: a length, `counts()`, `parts` and `fingerprint`
+    index: Any  # of the samples; has a length, `counts()`, `parts` and `fingerprint`
 
     def __getitem__(self, request: Request) -> Any:
-        """The batch of an epoch's samples; it has `bad`, the samples that were met and could not be used."""
+        """Return the batch of the requested samples; its `bad` lists the bad samples that were replaced."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """Plain values on which the batches depend, besides the plan; a run that continues must have the same."""
+        """Return the plain values, other than the plan, on which the batches depend.
+
+        A run that resumes must have the same values.
+        """
         ...
 
 
 class Loader:
     """Batches for one rank, in an order that depends on (seed, epoch) alone, resumable at any batch.
 
-    Each pass of `for batch in loader` is one epoch, from where the state stands (unshuffled: always the start) to its
-    end. Every rank has the same number of batches; rank r gets its part of each global batch.
+    Each pass of `for batch in loader` runs from the current state to the end of one epoch (unshuffled: always from the
+    start). Every rank has the same number of batches, and rank r gets its part of each global batch.
 
     Args:
-        dataset: what the plan's numbers mean.
-        batch_size: global, over all ranks; a multiple of `world`.
-        micro_batch_size: the most samples of a piece; each batch is then a list of pieces, that workers make one by
-            one.
-        seed: of the order.
-        window: shards shuffled together; see `EpochPlan`.
+        dataset: dataset of the samples that the plan numbers.
+        batch_size: global batch size, over all ranks; a multiple of `world`.
+        micro_batch_size: largest number of samples of a micro-batch; each batch is then a list of micro-batches, which
+            workers make one by one.
+        seed: seed of the order.
+        window: number of shards that are shuffled together; see `EpochPlan`.
         sources: (number of shards, weight) of each source; see `EpochPlan`.
         mix: "together" for batches of all sources, in proportion to their weights; "round_robin" for batches of one
-            source each, in an even order.
-        shuffle: false for the order of the shards in batches of nearly `batch_size`, nothing left out (validation);
-            no rank goes without a part of any batch, since the others would wait for it.
-        rank, world: this process and how many there are.
-        workers: processes that decode; 0 for none.
+            source each, which take turns evenly.
+        shuffle: false for validation: batches of nearly `batch_size` in the order of the shards, with no sample left
+            out. Every rank gets a part of every batch, since the other ranks would wait for it.
+        rank: number of this process.
+        world: world size, the number of processes.
+        workers: number of processes that decode; 0 for none.
         timeout: seconds that the next batch may take, with workers.
-        pin_memory: for a fast copy to a GPU.
-        bad_sample_log: where bad samples are written down and counted; absent, nowhere but in memory.
+        pin_memory: use pinned memory, for a fast copy to a GPU.
+        bad_sample_log: log that counts and writes the bad samples; without it they are counted in memory only.
 
     Raises:
-        DataError: the batch is larger than the data, or no multiple of `world`; fewer unshuffled samples than ranks; no
-            time for a batch. From the iteration: a worker hangs, or was killed.
+        DataError: If the batch is larger than the data or not a multiple of `world`, there are fewer unshuffled samples
+            than ranks, or `timeout` is not positive. From the iteration, if a worker hangs or was killed.
     """
 
     def __init__(
@@ -79,45 +83,44 @@ class Loader:
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.window = dataset, batch_size, seed, window
         self.sources = [(len(dataset.index.parts), 1.0)] if sources is None else list(sources)
-        self.bad_sample_log = (
-            BadSampleLog(len(dataset.index)) if bad_sample_log is None else bad_sample_log
-        )  # an empty one is false
+        # Not `or`: an empty log is false.
+        self.bad_sample_log = BadSampleLog(len(dataset.index)) if bad_sample_log is None else bad_sample_log
         self.mix, self.shuffle, self.rank, self.world = mix, shuffle, rank, world
         self.workers, self.timeout, self.pin_memory = workers, timeout, pin_memory
         self.epoch, self.batch = 0, 0
         if batch_size % world:
-            raise DataError(f"batch_size {batch_size} (over all ranks) is no multiple of the {world} ranks")
+            raise DataError(f"batch_size {batch_size} (over all ranks) must be a multiple of the {world} ranks")
         if not timeout > 0:
             raise DataError(f"data.timeout {timeout} must be more than 0 seconds")
         if micro_batch_size is not None and micro_batch_size < 1:
-            raise DataError(f"micro_batch_size {micro_batch_size} must be 1 at least")
+            raise DataError(f"micro_batch_size {micro_batch_size} must be at least 1")
         self.micro_batch_size = micro_batch_size
         self._length = len(self._plan(0))
         self._requests = _Requests(rank, world, batch_size, micro_batch_size)
-        self._loader: TimeoutDataLoader | None = None  # kept from epoch to epoch with its workers
+        self._loader: TimeoutDataLoader | None = None  # kept from epoch to epoch because its workers live on
 
     def _plan(self, epoch: int) -> Sequence[np.ndarray]:
         if not self.shuffle:
             rows = np.arange(len(self.dataset.index))
             if len(rows) < self.world:
                 raise DataError(f"{len(rows)} held-out samples are fewer than the {self.world} ranks")
-            # As many batches as it takes, but none smaller than the ranks that share it.
+            # Every batch holds at least one sample for each rank.
             return np.array_split(rows, min(-(-len(rows) // self.batch_size), len(rows) // self.world))
         try:
-            plan = EpochPlan if self.mix == "together" else InTurn
+            plan = EpochPlan if self.mix == "together" else RoundRobinPlan
             counts = self.dataset.index.counts()
             return plan(counts, self.seed, epoch, self.batch_size, self.window, self.sources)  # type: ignore[return-value]
         except ValueError as error:
             raise DataError(str(error)) from None
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever the state stands."""
+        """Return the number of batches of a whole epoch, whatever the current state."""
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        """The dataset's batches; or, of micro-batches, lists of them."""
+        """Iterate over this rank's batches, or over lists of micro-batches if `micro_batch_size` is set."""
         if not self.shuffle:
-            self.batch = 0  # a trainer's sanity check or limit may have left the last pass early
+            self.batch = 0  # the trainer's sanity check or a limit may have left the last pass early
         plan = self._plan(self.epoch)
         if self._loader is None:
             self._loader = TimeoutDataLoader(
@@ -128,32 +131,32 @@ class Loader:
                 pin_memory=self.pin_memory,
                 prefetch_factor=4 if self.workers else None,
             )
-        self._requests.begin(plan, self.epoch, self.batch)
+        self._requests.reset(plan, self.epoch, self.batch)
         try:
-            pieces = iter(self._loader)  # starts the workers in the first epoch, before there are threads
+            micro_batches = iter(self._loader)  # starts the workers in the first epoch, before there are threads
             with Prefetch(plan, self.dataset.index, self.batch) as prefetch:
-                for count in self._requests.pieces():
-                    batch = list(islice(pieces, count))
-                    for piece in batch:
-                        self.bad_sample_log.add(piece.bad)
-                    prefetch.reached(self.batch)
-                    self.batch += 1  # counted when handed over, not when a worker reads ahead
+                for count in self._requests.micro_batch_counts():
+                    batch = list(islice(micro_batches, count))
+                    for micro_batch in batch:
+                        self.bad_sample_log.add(micro_batch.bad)
+                    prefetch.advance_to(self.batch)
+                    self.batch += 1  # counted when it is handed out, not when a worker reads ahead
                     if self.batch == self._length:
                         self.epoch, self.batch = self.epoch + 1, 0
                     yield batch if self.micro_batch_size else batch[0]
-        except BaseException:  # an epoch that is left, too: what the workers read ahead is of no use
+        except BaseException:  # also when the epoch is left early: the workers have read batches that nobody wants
             self.close()
             raise
 
     def close(self) -> None:
-        """Ends the workers, which otherwise wait for the next epoch; it may still come."""
+        """End the workers, which otherwise wait for the next epoch. Another epoch may still follow."""
         if self._loader is not None:
             self._loader.close()
             self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, equal on all ranks."""
-        mixed = {} if self.mix == "together" else {"mix": self.mix}
+        """Return the state of the loader, which is equal on all ranks."""
+        mix = {} if self.mix == "together" else {"mix": self.mix}
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -161,54 +164,52 @@ class Loader:
             "seed": self.seed,
             "window": self.window,
             "sources": [[number, weight] for number, weight in self.sources],
-            **mixed,
+            **mix,
             **self.dataset.facts(),
         }
 
     def changes(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return in what another loader read other data, or in another order: names with its value and this one's."""
-        mine = self.state_dict()
-        pairs = {
-            name: (state.get(name), mine.get(name)) for name in {**state, **mine} if name not in ("epoch", "batch")
-        }
-        return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+        """Return the settings in which another loader's data or order differ: name -> its value and this one's."""
+        own = self.state_dict()
+        pairs = {name: (state.get(name), own.get(name)) for name in {**state, **own} if name not in ("epoch", "batch")}
+        return {name: (before, now) for name, (before, now) in pairs.items() if before != now}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where another loader stood.
+        """Resume from the state of another loader.
 
         Raises:
-            DataError: that loader read other data, or in another order; names the field.
+            DataError: If that loader read other data or in another order; names the setting.
         """
-        for name, (then, now) in self.changes(state).items():
-            raise DataError(f"the checkpoint's data loader had {name} {then}, this run has {now}")
+        for name, (before, now) in self.changes(state).items():
+            raise DataError(f"the checkpoint's data loader had {name} {before}, this run has {now}")
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 
 class _Requests:
-    """What a dataset is asked for, from some batch to the epoch's end, for one rank."""
+    """Sampler of a rank's requests to the dataset, from a batch of a plan to the end of the epoch."""
 
-    def __init__(self, rank: int, world: int, size: int, most: int | None) -> None:
-        self.rank, self.world, self.size, self.most = rank, world, size, most
+    def __init__(self, rank: int, world: int, batch_size: int, micro_batch_size: int | None) -> None:
+        self.rank, self.world, self.batch_size, self.micro_batch_size = rank, world, batch_size, micro_batch_size
 
-    def begin(self, plan: Sequence[np.ndarray], epoch: int, start: int) -> None:
+    def reset(self, plan: Sequence[np.ndarray], epoch: int, start: int) -> None:
         self.plan, self.epoch, self.start = plan, epoch, start
 
-    def pieces(self) -> Iterator[int]:
-        """How many each batch is asked for in."""
+    def micro_batch_counts(self) -> Iterator[int]:
+        """Yield the number of requests of each batch."""
         for k in range(self.start, len(self.plan)):
-            yield self._number(self._own(k)[0])
+            yield self._micro_batches(self._rank_rows(k)[0])
 
-    def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
+    def __iter__(self) -> Iterator[Request]:
         for k in range(self.start, len(self.plan)):
-            own, place = self._own(k)
-            for piece in np.array_split(own, self._number(own)):  # as equal as can be
-                yield self.epoch, place, piece
-                place += len(piece)
+            rows, position = self._rank_rows(k)
+            for micro_batch in np.array_split(rows, self._micro_batches(rows)):  # sizes differ by at most one
+                yield self.epoch, position, micro_batch
+                position += len(micro_batch)
 
-    def _number(self, own: np.ndarray) -> int:
-        return -(-len(own) // self.most) if self.most else 1
+    def _micro_batches(self, rows: np.ndarray) -> int:
+        return -(-len(rows) // self.micro_batch_size) if self.micro_batch_size else 1
 
-    def _own(self, k: int) -> tuple[np.ndarray, int]:
-        """This rank's rows of a batch, and the place of the first of them in the epoch."""
-        parts = np.array_split(self.plan[k], self.world)  # equal, but for unshuffled samples
-        return parts[self.rank], k * self.size + sum(map(len, parts[: self.rank]))
+    def _rank_rows(self, k: int) -> tuple[np.ndarray, int]:
+        """Return this rank's rows of batch k, and the position in the epoch of the first of them."""
+        parts = np.array_split(self.plan[k], self.world)  # equal, except for unshuffled samples
+        return parts[self.rank], k * self.batch_size + sum(map(len, parts[: self.rank]))

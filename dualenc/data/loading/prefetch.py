@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere, fetched in the order of the plan before they are wanted."""
+"""Prefetching of remote shards, in the order of the plan."""
 
 import threading
 from collections import deque
@@ -10,67 +10,68 @@ from dualenc.data.shards.shard import Shard
 from dualenc.utils.errors import DataError
 from dualenc.utils.urls import is_remote
 
-AT_ONCE = 8  # transfers
+THREADS = 8  # concurrent transfers
 
 
 class Prefetch:
     """A context in which threads keep the cache one window ahead of the batches that are handed out.
 
-    A hint and no more: whoever reads a shard that is not there fetches it, and meets the errors. Where all shards are
-    local, nothing is started.
+    Nothing depends on it: the reader of a shard that is not in the cache fetches the shard, and raises its errors. If
+    all shards are local, no thread is started.
 
     Args:
-        plan: an `EpochPlan`; anything else has no windows, and nothing is fetched ahead.
-        index: whose shards the plan counts.
-        batch: the first one.
+        plan: an `EpochPlan`; other plans have no windows, and nothing is prefetched for them.
+        index: index of the shards that the plan numbers.
+        batch: number of the first batch.
 
     Raises:
-        DataError: one window takes more room than the cache has.
+        DataError: If the shards of one window are larger than the cache.
     """
 
     def __init__(self, plan: Any, index: ShardIndex, batch: int) -> None:
         self._plan, self._shards = plan, index.parts
         self._window, self._stop = -1, False
-        self._todo: deque[Shard] = deque()
+        self._queue: deque[Shard] = deque()
         self._keep: set[str] = set()
-        self._wake = threading.Condition()
-        self._ahead = hasattr(plan, "window_of") and any(is_remote(shard.url) for shard in index.parts)
-        if self._ahead:
-            self._check()
-            self.reached(batch)
+        self._changed = threading.Condition()
+        self._enabled = hasattr(plan, "window_of") and any(is_remote(shard.url) for shard in index.parts)
+        if self._enabled:
+            self._check_cache_size()
+            self.advance_to(batch)
 
     def __enter__(self) -> "Prefetch":
-        if self._ahead:  # they end with the process at the latest: nobody waits for a transfer that stalls
-            for _ in range(AT_ONCE):
+        if self._enabled:  # daemon threads, so that the process does not wait for a stalled transfer when it exits
+            for _ in range(THREADS):
                 threading.Thread(target=self._run, name="prefetch", daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._wake:
+        with self._changed:
             self._stop = True
-            self._wake.notify_all()
+            self._changed.notify_all()
 
-    def reached(self, batch: int) -> None:
-        """Tells which batch is being handed out."""
-        if not self._ahead or (window := self._plan.window_of(batch)) == self._window:
+    def advance_to(self, batch: int) -> None:
+        """Fetch the shards of the window of a batch that is being handed out, and those of the next window."""
+        if not self._enabled or (window := self._plan.window_of(batch)) == self._window:
             return
-        now, room = self._elsewhere(window), 0
-        if now:
-            room = now[0].cache.limit - sum(shard.facts["size"] for shard in now)
-        for shard in self._elsewhere(window + 1):
+        wanted, room = self._remote_shards(window), 0
+        if wanted:
+            room = wanted[0].cache.limit - sum(shard.facts["size"] for shard in wanted)
+        for shard in self._remote_shards(window + 1):
             room -= shard.facts["size"]
             if room >= 0:
-                now.append(shard)
-        with self._wake:
-            self._window, self._todo, self._keep = window, deque(now), {shard.place.name for shard in now}
-            self._wake.notify_all()
+                wanted.append(shard)
+        with self._changed:
+            self._window, self._queue = window, deque(wanted)
+            self._keep = {shard.remote_file.name for shard in wanted}
+            self._changed.notify_all()
 
-    def _elsewhere(self, window: int) -> list[Shard]:
+    def _remote_shards(self, window: int) -> list[Shard]:
         return [self._shards[i] for i in self._plan.shards_of(window) if is_remote(self._shards[i].url)]
 
-    def _check(self) -> None:
+    def _check_cache_size(self) -> None:
         for window in range(self._plan.windows):
-            shards = self._elsewhere(window)
+            shards = self._remote_shards(window)
             size = sum(shard.facts["size"] for shard in shards)
             if shards and size > (limit := shards[0].cache.limit):
                 raise DataError(
@@ -80,10 +81,10 @@ class Prefetch:
 
     def _run(self) -> None:
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._stop or self._todo)
+            with self._changed:
+                self._changed.wait_for(lambda: self._stop or self._queue)
                 if self._stop:
                     return
-                shard, keep = self._todo.popleft(), self._keep
-            with suppress(DataError, OSError):  # met again, and told, by whoever reads it
-                shard.cache.path(shard.place, keep)
+                shard, keep = self._queue.popleft(), self._keep
+            with suppress(DataError, OSError):  # the reader of this shard meets the error again and raises it
+                shard.cache.path(shard.remote_file, keep)

@@ -1,1 +1,1 @@
-"""Commands that write shards: from tables and folders, smaller ones, and drawn scenes."""
+"""Writing of shards: from tables and folders, with smaller images, and of synthetic scenes."""

@@ -1,6 +1,6 @@
-"""Pictures with captions as people keep them: tables, COCO, Flickr's token files, class folders.
+"""Readers of images with captions: tables, COCO's JSON, Flickr's token files, class folders.
 
-Each becomes a list of items, an image's name and its captions; nobody after this knows where they came from.
+Each source becomes a list of items, an image's name and its captions, which no longer depends on the kind of source.
 """
 
 import csv
@@ -33,30 +33,30 @@ _TABLE_IN_FOLDER = re.compile(r"(metadata|captions)\.(csv|tsv|jsonl|ndjson|parqu
 _TOKEN_LINE = re.compile(r"(\S.*)#\d+\t(.*)")
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,12})?")
 
-Record = tuple[str, dict[str, Any] | None]  # where in the source, and what is there; None for what cannot be read
+Record = tuple[str, dict[str, Any] | None]  # location in the source, such as "line 3"; its fields, None if unreadable
 
 
 @dataclass(slots=True)
 class CaptionedImage:
-    """An image with its captions and whatever else is known of it."""
+    """An image with its captions and further fields."""
 
-    image: str  # relative to the image folder, or absolute
+    image: str  # path, relative to the image folder or absolute
     captions: list[str]
     fields: dict[str, Any]
 
 
 @dataclass
 class CaptionSource:
-    """What a source holds."""
+    """The content of a source."""
 
-    images: str  # folder
+    images: str  # folder that the image names are relative to
     items: list[CaptionedImage]
-    total: int  # items, and what is lost before any picture is read
-    left_out: list[list[str]]  # cause, which
+    total: int  # items, and rows that are unusable before any image is read
+    left_out: list[list[str]]  # cause, location or name
     classnames: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
-        """A hash of all of it but the pictures themselves."""
+        """Hash all of the content, except the image files."""
         digest = hashlib.blake2b(digest_size=16)
         for item in self.items:
             digest.update(json.dumps([item.image, item.captions, item.fields]).encode())
@@ -71,15 +71,15 @@ def read_source(
     caption_column: str | None,
     templates: Sequence[str] | None,
 ) -> CaptionSource:
-    """Reads a source, whatever it is; the arguments are those of `make_shards`.
+    """Read a source of any kind; the arguments are those of `make_shards`.
 
     Raises:
-        DataError: it is not there, not understood, or holds nothing.
+        DataError: If the source does not exist, is not understood, or holds nothing.
     """
     if not source.exists():
         raise DataError(f"source {source} does not exist")
     if images is not None and not os.path.isdir(images):
-        raise DataError(f"images {images} is no folder")
+        raise DataError(f"images {images} must be a folder")
     table = source
     if source.is_dir():
         tables = tables_in(source)
@@ -89,19 +89,19 @@ def read_source(
             )
         if not tables:
             if image_column or caption_column or images is not None:
-                raise DataError(f"{source}: columns and images are for tables, these are folders of classes")
+                raise DataError(f"{source} has class folders: columns and images are options for tables only")
             return _class_folders(source, templates or TEMPLATES)
         table = tables[0]
     if templates:
-        raise DataError(f"{table}: templates are for folders of classes; its captions are its own")
+        raise DataError(f"{table} has captions: templates are for folders of classes only")
     try:
         records, coco = _records(table)
         first = list(islice(records, 100))
         columns = list(dict.fromkeys(name for _, record in first for name in record or ()))
         if coco and (image_column or caption_column):
-            raise DataError(f"{table}: columns are for tables, this is COCO's captions JSON")
-        image = "file_name" if coco else _column(table, columns, image_column, _IMAGE_COLUMNS, "image")
-        caption = "caption" if coco else _column(table, columns, caption_column, _CAPTION_COLUMNS, "caption")
+            raise DataError(f"{table} is COCO's captions JSON: columns are options for tables only")
+        image = "file_name" if coco else _find_column(table, columns, image_column, _IMAGE_COLUMNS, "image")
+        caption = "caption" if coco else _find_column(table, columns, caption_column, _CAPTION_COLUMNS, "caption")
         found = _gather(chain(first, records), image, caption)
     except OSError as error:
         raise DataError(f"{table} cannot be read ({error.strerror})") from None
@@ -109,24 +109,24 @@ def read_source(
         causes = ", ".join(f"{cause} {n}" for cause, n in Counter(cause for cause, _ in found.left_out).items())
         raise DataError(f"{table}: no row has an image and a caption ({causes or 'it is empty'})")
     if table.suffix.lower() in (".csv", ".tsv", ".txt"):
-        _to_numbers(found.items)
+        _parse_numbers(found.items)
     found.images = os.path.abspath(images) if images is not None else _find_images(table, found.items)
     return found
 
 
 def tables_in(folder: Path) -> list[Path]:
-    """The tables that a folder is taken to be described by."""
+    """Return the tables in a folder whose names say that they describe its images."""
     return sorted(path for path in folder.iterdir() if _TABLE_IN_FOLDER.fullmatch(path.name))
 
 
 def class_name(folder: str) -> str:
-    """What the class is called whose images a folder holds."""
+    """Return the class name of a class folder."""
     return " ".join(clean(folder).replace("_", " ").replace("-", " ").split())
 
 
 def _class_folders(source: Path, templates: Sequence[str]) -> CaptionSource:
-    if without := [template for template in templates if "{c}" not in template or not template.strip()]:
-        raise DataError(f"templates: {without[0]!r} has no {{c}}")
+    if wrong := [template for template in templates if "{c}" not in template or not template.strip()]:
+        raise DataError(f"templates: {wrong[0]!r} must have {{c}} for the class name")
     folders = {}
     for folder in sorted(source.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
@@ -137,8 +137,8 @@ def _class_folders(source: Path, templates: Sequence[str]) -> CaptionSource:
         tables = [path.name for path in sorted(source.iterdir()) if path.suffix in _TABLES]
         below = [path.name for path in sorted(source.iterdir()) if path.is_dir()]
         raise DataError(
-            f"{source} has no folders with images in them, one for each class, and no metadata.csv or the like; name "
-            f"a table or a folder of class folders as the source (here are: {', '.join([*tables, *below]) or 'none'})"
+            f"{source} has no class folders with images and no metadata.csv or similar table (found "
+            f"{', '.join([*tables, *below]) or 'nothing'}): name a table or a folder of class folders as the source"
         )
     found = CaptionSource(str(source), [], 0, [])
     for folder, names in folders.items():
@@ -146,17 +146,17 @@ def _class_folders(source: Path, templates: Sequence[str]) -> CaptionSource:
         found.classnames += [name] if name not in found.classnames else []
         filled = [template.replace("{c}", name) for template in templates]
         for file in names:
-            turn = len(found.items) % len(filled)
-            found.items.append(CaptionedImage(f"{folder}/{file}", filled[turn:] + filled[:turn], {"class": name}))
+            first = len(found.items) % len(filled)  # the templates take turns as the first caption
+            found.items.append(CaptionedImage(f"{folder}/{file}", filled[first:] + filled[:first], {"class": name}))
     found.images, found.total = os.path.abspath(source), len(found.items)
     return found
 
 
 def _records(table: Path) -> tuple[Iterator[Record], bool]:
-    """The rows of a table, and whether they are COCO's."""
+    """Return the rows of a table, and whether they are COCO's annotations."""
     kind = table.suffix.lower()
     if kind not in _TABLES:
-        raise DataError(f"source {table}: a folder, or a table {', '.join(_TABLES)} is wanted")
+        raise DataError(f"source {table} must be a folder, or a table {', '.join(_TABLES)}")
     if kind == ".parquet":
         return _parquet(table), False
     if kind in (".jsonl", ".ndjson"):
@@ -165,7 +165,7 @@ def _records(table: Path) -> tuple[Iterator[Record], bool]:
         try:
             content = json.loads(table.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{table} is no JSON ({error})") from None
+            raise DataError(f"{table} cannot be read as JSON ({error})") from None
         if isinstance(content, list):
             return ((f"entry {i}", row if isinstance(row, dict) else None) for i, row in enumerate(content)), False
         return _coco(table, content), True
@@ -173,7 +173,11 @@ def _records(table: Path) -> tuple[Iterator[Record], bool]:
 
 
 def _delimited(path: Path) -> Iterator[Record]:
-    """CSV with commas or semicolons, quoted; tabs or bars, a row a line; or Flickr's `name#number<TAB>caption`."""
+    """Yield the rows of a text table.
+
+    It is CSV with commas or semicolons, whose values may be quoted and have line ends; a table with tabs or bars and
+    one row per line; or Flickr's `name#number<TAB>caption`.
+    """
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         head = file.readline().rstrip("\r\n")
         if _TOKEN_LINE.fullmatch(head):
@@ -185,13 +189,13 @@ def _delimited(path: Path) -> Iterator[Record]:
         delimiter = "\t" if path.suffix == ".tsv" else max(",\t|;", key=head.count)
         rows = _quoted_rows(file, delimiter) if delimiter in ",;" else _plain_rows(file, delimiter)
         columns = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
-        for place, row in rows:
-            whole = row is not None and len(row) == len(columns)
-            yield place, dict(zip(columns, row)) if row and whole else None
+        for location, row in rows:
+            complete = row is not None and len(row) == len(columns)
+            yield location, dict(zip(columns, row)) if row and complete else None
 
 
 def _quoted_rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[str, list[str] | None]]:
-    reader = csv.reader(file, delimiter=delimiter, strict=True)  # else an open quote swallows what follows
+    reader = csv.reader(file, delimiter=delimiter, strict=True)  # not strict, an open quote swallows all further rows
     while True:
         first = reader.line_num + 2
         try:
@@ -214,7 +218,7 @@ def _plain_rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[str, list
 
 
 def json_lines(path: Path) -> Iterator[Record]:
-    """The objects of a file with one a line."""
+    """Yield the objects of a JSON Lines file."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -231,7 +235,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise DataError(f"{path}: Parquet files are read by pyarrow, which is missing: pip install pyarrow") from None
+        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
     try:
         number = 0
         for batch in ParquetFile(path).iter_batches():
@@ -245,48 +249,48 @@ def _parquet(path: Path) -> Iterator[Record]:
 def _coco(path: Path, content: Any) -> Iterator[Record]:
     try:
         images = {image["id"]: {"file_name": None, **image, "caption": None} for image in content["images"]}
-        notes = [(note["id"], note["image_id"], note["caption"]) for note in content["annotations"]]
-        without = dict.fromkeys(images.keys())
-        for _, image, _ in notes:
-            without.pop(image, None)
+        annotations = [(item["id"], item["image_id"], item["caption"]) for item in content["annotations"]]
+        uncaptioned = dict.fromkeys(images.keys())
+        for _, image, _ in annotations:
+            uncaptioned.pop(image, None)
     except (KeyError, TypeError):
         raise DataError(
             f"{path} is neither a list of objects nor COCO's captions JSON, with `images` (id, file_name) and "
             "`annotations` (id, image_id, caption)"
         ) from None
-    for id, image, caption in notes:
+    for id, image, caption in annotations:
         yield f"annotation {id}", {**images[image], "caption": caption} if image in images else None
-    for id in without:
+    for id in uncaptioned:
         yield f"image {id}", images[id]
 
 
-def _column(table: Path, columns: list[str], given: str | None, usual: Sequence[str], what: str) -> str:
+def _find_column(table: Path, columns: list[str], given: str | None, usual: Sequence[str], kind: str) -> str:
     if given is not None and given in columns:
         return given
     known = {name.lower(): name for name in reversed(columns)}
     found = [known[name] for name in usual if name in known] if given is None else []
     if not found:
-        wrong = f"no column {given!r}" if given is not None else f"no column that is known to hold the {what}s"
+        wanted = f"column {given!r}" if given is not None else f"column with a usual name for {kind}s"
         raise DataError(
-            f"{table} has {wrong}, only {', '.join(map(repr, columns)) or 'none'}: "
-            f"name it by --{what}_column of make-shards"
+            f"{table} does not have a {wanted}, only {', '.join(map(repr, columns)) or 'none'}: "
+            f"name the column with --{kind}_column of make-shards"
         )
     return found[0]
 
 
 def _gather(records: Iterable[Record], image: str, caption: str) -> CaptionSource:
-    """Rows to items: the rows of an image are one, which keeps the further columns that they agree in."""
+    """Merge the rows of each image into one item, which keeps the further columns in which they agree."""
     items: dict[str, CaptionedImage] = {}
     broken, left_out = 0, []
-    for place, record in records:
+    for location, record in records:
         if record is None:
             broken += 1
-            left_out.append(["row broken", place])
+            left_out.append(["row broken", location])
             continue
         name = record.get(image)
         if not isinstance(name, str) or not name.strip():
             broken += 1
-            left_out.append(["image not named", place])
+            left_out.append(["image not named", location])
             continue
         name = name.strip()
         fields = {
@@ -297,20 +301,20 @@ def _gather(records: Iterable[Record], image: str, caption: str) -> CaptionSourc
         item.fields = {key: value for key, value in item.fields.items() if key in fields and fields[key] == value}
         texts = record.get(caption)
         for text in texts if isinstance(texts, list) and texts else [texts]:
-            if wrong := fault(text):
-                left_out.append([wrong, f"{place}: {clean(name)}"])
+            if problem := caption_problem(text):
+                left_out.append([problem, f"{location}: {clean(name)}"])
             else:
                 item.captions.append(" ".join(str(text).split()))
     usable = [item for item in items.values() if item.captions]
     return CaptionSource("", usable, len(items) + broken, left_out)
 
 
-def fault(caption: Any) -> str | None:
-    """What is wrong with a caption, or None."""
+def caption_problem(caption: Any) -> str | None:
+    """Return the reason why a caption cannot be used, or None."""
     if isinstance(caption, str) and caption.strip():
         return None if caption == clean(caption) else "caption not UTF-8"
-    nothing = caption is None or caption == [] or caption != caption  # NaN is how pandas writes nothing
-    return "caption empty" if nothing or isinstance(caption, str) else "caption no text"
+    empty = caption is None or caption == [] or caption != caption  # pandas writes NaN for an empty value
+    return "caption empty" if empty or isinstance(caption, str) else "caption not text"
 
 
 def _is_scalar(value: Any) -> bool:
@@ -318,42 +322,42 @@ def _is_scalar(value: Any) -> bool:
 
 
 def clean(value: Any) -> Any:
-    """Text that can be written as UTF-8; other values as they are."""
+    """Replace the characters of a text that cannot be written as UTF-8; return other values unchanged."""
     return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if isinstance(value, str) else value
 
 
-def _to_numbers(items: list[CaptionedImage]) -> None:
-    """Columns of a text table that hold nothing but numbers: expressions over the fields compare them."""
-    words = {key for item in items for key, value in item.fields.items() if value and not _NUMBER.fullmatch(value)}
+def _parse_numbers(items: list[CaptionedImage]) -> None:
+    """Parse the columns of a text table that hold numbers only, so that expressions can compare them."""
+    texts = {key for item in items for key, value in item.fields.items() if value and not _NUMBER.fullmatch(value)}
     for item in items:
         item.fields = {
-            key: value if key in words else float(value) if "." in value else int(value)
+            key: value if key in texts else float(value) if "." in value else int(value)
             for key, value in item.fields.items()
-            if value or key in words
+            if value or key in texts
         }
 
 
 def _find_images(table: Path, items: list[CaptionedImage]) -> str:
-    """The folder beside a table that holds most of a sample of its images."""
+    """Return the folder in or near the table's folder that has most of 50 of its images."""
     folder = os.path.dirname(os.path.abspath(table))
     split = table.stem.rpartition("_")[2]  # captions_train2017.json belongs to train2017/
-    below = [*_IMAGE_FOLDERS, split, f"images/{split}"]
-    places = [
+    usual = [*_IMAGE_FOLDERS, split, f"images/{split}"]
+    candidates = [
         folder,
-        *(os.path.normpath(os.path.join(base, name)) for base in (folder, f"{folder}/..") for name in below),
+        *(os.path.normpath(os.path.join(base, name)) for base in (folder, f"{folder}/..") for name in usual),
     ]
-    some = [item.image for item in items[:: max(1, len(items) // 50)]]
-    hits = [sum(os.path.isfile(inside(place, name) or "") for name in some) for place in places]
+    names = [item.image for item in items[:: max(1, len(items) // 50)]]
+    hits = [sum(os.path.isfile(path_inside(candidate, name) or "") for name in names) for candidate in candidates]
     if not any(hits):
-        near = ", ".join(os.path.relpath(place, folder) for place in places)
+        searched = ", ".join(os.path.relpath(candidate, folder) for candidate in candidates)
         raise DataError(
-            f"{table}: {clean(some[0])!r} and the like are not in {folder} nor in ({near}) beside it; "
-            "name the folder that the names start from by --images of make-shards"
+            f"{table}: images such as {clean(names[0])!r} are not in {folder} (searched {searched}): "
+            "name the folder that they are relative to with --images of make-shards"
         )
-    return places[hits.index(max(hits))]
+    return candidates[hits.index(max(hits))]
 
 
-def inside(folder: str, name: str) -> str | None:
-    """The path of an image, unless its name leads out of the folder. Links in the folder are the owner's choice."""
+def path_inside(folder: str, name: str) -> str | None:
+    """Return the path of an image, or None if its name leads out of the folder. Symbolic links are followed."""
     path = os.path.normpath(os.path.join(folder, name))
     return path if "\0" not in path and "://" not in name and path.startswith(folder.rstrip("/") + "/") else None

@@ -1,7 +1,7 @@
-"""Pictures and captions as people keep them, to shards.
+"""Writing of shards from images and captions in tables and folders.
 
-The items of a source are put in a random order, and their pictures are read and decoded once to know that they can be.
-A journal gets a line for each whole shard, so that a run stopped anywhere goes on after the last of them.
+The items of a source are put in a random order. Each image is decoded once, to verify that it can be. A line is
+appended to a journal for each complete shard, so that a stopped run resumes after the last of them.
 """
 
 import hashlib
@@ -21,9 +21,16 @@ from webdataset.writer import TarWriter
 
 from dualenc.data.images import ImageError, decode_image
 from dualenc.data.loading.epoch_plan import permutation
-from dualenc.data.prepare.caption_sources import TEMPLATES, CaptionedImage, CaptionSource, clean, inside, read_source
+from dualenc.data.prepare.caption_sources import (
+    TEMPLATES,
+    CaptionedImage,
+    CaptionSource,
+    clean,
+    path_inside,
+    read_source,
+)
 from dualenc.data.prepare.resumable import JOURNAL, check_same, read_lines
-from dualenc.data.workers import each
+from dualenc.data.workers import item_loader
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
 from dualenc.utils.text import plural
@@ -34,36 +41,36 @@ _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
 
 @dataclass(frozen=True)
 class Summary:
-    """What `make_shards` wrote and what it left out; also `summary.json`."""
+    """The result of `make_shards`: counts of what was written, and what was left out. Also in `summary.json`."""
 
     out: str
     shards: int
     samples: int
     captions: int
-    words: float  # a caption, in the mean
-    bytes: int  # of the shards
-    duplicates: int  # samples with the same picture as an earlier one; they are kept
+    words: float  # mean number of words of a caption
+    bytes: int  # of all shards
+    duplicates: int  # samples with the same image as an earlier sample; they are kept
     held_out: int  # samples of the evaluation set in OUT/held_out
-    classes: int  # of class folders, or 0
-    left_out: dict[str, list[str]]  # cause -> which
+    classes: int  # number of class folders, or 0
+    left_out: dict[str, list[str]]  # cause -> names of what was left out
     finished_before: bool = False
 
     def lines(self) -> list[str]:
-        """For the screen, with what to do next."""
-        text = [f"{self.out} was finished before; remove it to make it anew"] if self.finished_before else []
+        """Return the lines to print: the result, and the next command."""
+        text = [f"{self.out} was finished before; remove it to write it again"] if self.finished_before else []
         text.append(
             f"{self.samples:,} samples with {self.captions:,} captions of {self.words:.1f} words"
             f" in {plural(self.shards, 'shard')}, {self.bytes / 1e6:,.1f} MB"
         )
         if self.held_out:
-            text.append(f"{self.held_out:,} samples more are held out for evaluation")
+            text.append(f"{self.held_out:,} more samples are held out for evaluation")
         if self.duplicates:
-            text.append(f"{self.duplicates:,} have the same picture as an earlier one; they are kept")
+            text.append(f"{self.duplicates:,} have the same image as an earlier one; they are kept")
         for cause, names in self.left_out.items():
-            some = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-            text.append(f"left out, {cause}: {len(names):,}: {some}")
+            examples = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+            text.append(f"left out, {cause}: {len(names):,}: {examples}")
         if self.left_out:
-            text.append(f"all that was left out is named in {Path(self.out) / 'summary.json'}")
+            text.append(f"everything that was left out is named in {Path(self.out) / 'summary.json'}")
         text.append(f"next: dualenc fit --config run.yaml --data.train {self.out} --data.captions json.captions")
         if self.held_out:
             command = "zeroshot" if self.classes else "retrieval"
@@ -73,16 +80,16 @@ class Summary:
 
 @dataclass
 class _Part:
-    """A line of the journal: one shard, and what was met on the way to its end."""
+    """A line of the journal: one shard, and the items that were held out or left out while it was written."""
 
-    stop: int = 0  # place in the order after it
+    stop: int = 0  # position in the random order after its last item
     samples: int = 0
     captions: int = 0
     words: int = 0
     bytes: int = 0
-    left_out: list[list[str]] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)  # places of samples for the evaluation set
-    pictures: list[str] = field(default_factory=list)  # a hash of each
+    left_out: list[list[str]] = field(default_factory=list)  # cause, name
+    held: list[int] = field(default_factory=list)  # positions of the items for the evaluation set
+    pictures: list[str] = field(default_factory=list)  # hash of each image
 
     def count(self, item: CaptionedImage) -> None:
         self.samples += 1
@@ -104,36 +111,36 @@ def make_shards(
     workers: int = 2,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Summary:
-    """Writes webdataset shards of one's own pictures and captions.
+    """Write webdataset shards of images and captions from a table or folder.
 
-    A sample is the picture as it is, byte for byte (`.jpg`, `.png` or `.webp`, by content), its first caption (`.txt`)
-    and a `.json` with all `captions`, the `file` it was and the further columns. White space in a caption, line ends
-    too, becomes one space. The samples stand in a random order, so that all shards are alike.
-
-    The same call again goes on where a stopped one was, and the shards are the same as without the stop.
+    A sample has the bytes of the image file (`.jpg`, `.png` or `.webp`, by content), its first caption (`.txt`), and a
+    `.json` with all `captions`, the name of the `file` and the further columns. White space and line ends in a caption
+    become single spaces. The samples are in a random order, so that all shards are similar. If the process was stopped,
+    the same call resumes it and writes the same shards.
 
     Args:
         source: a table (.csv, .tsv, .jsonl, .parquet, or .json with a list) with columns of image files and captions;
             COCO's captions JSON; a token file of Flickr8k or Flickr30k; a folder that holds such a `metadata.*`,
             `captions.*`, `results.csv` or `*.token.txt`; or a folder with a folder of images for each class.
         out: new folder for `train-000000.tar` ... and `summary.json`.
-        images: folder that the image names start from; absent, looked for beside the table.
-        image_column: of a table; absent, guessed by the usual names.
-        caption_column: likewise; several rows of one image are one sample, and a list is several captions.
-        templates: captions of class folders, with `{c}` for the name. All of them become the sample's `captions`; the
-            first one, and so the `.txt`, takes turns.
-        val: share of the samples that go to an evaluation set instead, by image content: the same picture is never on
-            both sides. Written to OUT/held_out in the layout of CLIP_benchmark.
-        samples: in a shard.
-        seed: of the order.
-        workers: processes that read and decode; 0 for none.
-        track: wraps the loop over all pictures, for a progress bar.
+        images: folder that the image names are relative to; by default it is searched in and near the table's folder.
+        image_column: column of the image names; by default the one with a usual name.
+        caption_column: column of captions or lists of captions, likewise; rows of one image become one sample.
+        templates: captions of class folders, with `{c}` for the class name; they take turns as the first caption.
+        val: share of the samples, by image content, that go to an evaluation set in OUT/held_out instead, in the layout
+            of CLIP_benchmark. Equal images are never on both sides.
+        samples: number of samples in a shard.
+        seed: seed of the order.
+        workers: number of processes that read and decode; 0 for none.
+        track: wrapper of the loop over all images, for a progress bar.
 
     Raises:
-        DataError: the source is not understood, more than half of it is unusable, or OUT holds something else.
+        DataError: If the source is not understood, more than half of it is unusable, or OUT holds something else.
     """
-    if samples < 1 or workers < 0 or seed < 0 or not 0 <= val < 1:
-        raise DataError(f"samples {samples} from 1, workers {workers} and seed {seed} from 0, val {val} from 0 below 1")
+    if samples < 1 or workers < 0 or seed < 0:
+        raise DataError(f"samples {samples} must be at least 1, workers {workers} and seed {seed} at least 0")
+    if not 0 <= val < 1:
+        raise DataError(f"val {val} must be at least 0 and below 1")
     source, out = Path(source), Path(out)
     found = read_source(source, images, image_column, caption_column, templates)
     plan = {
@@ -143,17 +150,17 @@ def make_shards(
     }  # fmt: skip
     if finished := _finished(out, plan):
         return finished
-    parts = _begin(out, plan)
+    parts = _resume(out, plan)
     order = permutation(len(found.items), seed).tolist()
     start = parts[-1].stop if parts else 0
-    pictures = enumerate(track(_pictures(found, order[start:], workers)), start)
-    items = ((place, found.items[order[place]], *picture) for place, picture in pictures)
-    _write_train(out, parts, items, len(order), _Tally(source, found, parts), val, samples)
+    pictures = enumerate(track(_read_pictures(found, order[start:], workers)), start)
+    items = ((position, found.items[order[position]], *picture) for position, picture in pictures)
+    _write_train(out, parts, items, len(order), _UnusableCount(source, found, parts), val, samples)
     if not any(part.samples for part in parts):
-        raise DataError(f"{source}: val {val} leaves none of {len(order)} samples for training")
-    held = [order[place] for part in parts for place in part.held]
+        raise DataError(f"{source}: val {val} leaves 0 of {len(order)} samples for training")
+    held = [order[position] for part in parts for position in part.held]
     if held:
-        _write_val(out / "held_out", zip(held, _pictures(found, held, workers)), found, templates, samples)
+        _write_val(out / "held_out", zip(held, _read_pictures(found, held, workers)), found, templates, samples)
     return _finish(out, found, parts, plan)
 
 
@@ -162,40 +169,40 @@ def _write_train(
     parts: list[_Part],
     items: Iterator[tuple[int, CaptionedImage, str | None, Any]],
     total: int,
-    tally: "_Tally",
+    unusable: "_UnusableCount",
     val: float,
     samples: int,
 ) -> None:
-    """Write the rest of the shards, and append each to `parts` and to the journal."""
+    """Write the remaining shards, and append each to `parts` and to the journal."""
     while (start := parts[-1].stop if parts else 0) < total:
-        path = _shard(out, len(parts))
+        path = _shard_path(out, len(parts))
         part = _Part(start)
-        with _tar(path) as tar:
-            for place, item, kind, data in items:
-                part.stop = place + 1
+        with _tar_writer(path) as tar:
+            for position, item, kind, data in items:
+                part.stop = position + 1
                 if kind is None:
                     part.left_out.append([data, clean(item.image)])
-                    tally.add(*part.left_out[-1])
+                    unusable.add(*part.left_out[-1])
                     continue
                 digest = hashlib.blake2b(data, digest_size=8).digest()
                 part.pictures.append(digest.hex())
                 if int.from_bytes(digest, "big") < int(val * 2**64):
-                    part.held.append(place)
+                    part.held.append(position)
                     continue
-                tar.write(_members(place, item, kind, data))
+                tar.write(_members(position, item, kind, data))
                 part.count(item)
                 if part.samples == samples:
                     break
         if part.samples:
             part.bytes = path.stat().st_size
             append_lines(out / JOURNAL, [json.dumps(asdict(part))], sync=True)
-        else:  # nothing was left but held-out and unusable pictures: no shard, and a stopped run reads them again
+        else:  # only held-out and unusable images were left; they make no shard, and a resumed run reads them again
             path.unlink()
         parts.append(part)
 
 
 def _finish(out: Path, found: CaptionSource, parts: list[_Part], plan: dict[str, Any]) -> Summary:
-    """Write OUT/summary.json, which says that the shards are whole, and remove the journal."""
+    """Write OUT/summary.json, which marks the shards as complete, and remove the journal."""
     summary = _summary(out, found, parts)
     about = {**asdict(summary), "sizes": [part.bytes for part in parts if part.samples], "made_with": plan}
     del about["out"], about["finished_before"]
@@ -204,47 +211,47 @@ def _finish(out: Path, found: CaptionSource, parts: list[_Part], plan: dict[str,
     return summary
 
 
-# What a stopped run left, and what a whole one
+# Output of earlier runs
 
 
 def _finished(out: Path, plan: dict[str, Any]) -> Summary | None:
-    """The summary of an earlier run that came to its end; of one with other options there is only an error."""
+    """Return the summary of an earlier run that finished with these options, or None if there is no finished run."""
     if not (out / "summary.json").exists():
         if out.exists() and not out.is_dir():
-            raise DataError(f"{out} is no folder")
+            raise DataError(f"{out} must be a folder")
         others = out.exists() and any(path.suffix != ".part" for path in out.iterdir())
         if others and not (out / JOURNAL).exists():
-            raise DataError(f"{out} holds files that are not of make-shards: name a new folder")
+            raise DataError(f"{out} holds files that make-shards did not write: name a new folder")
         return None
     try:
         summary = json.loads((out / "summary.json").read_text("utf-8"))
         made_with, sizes = summary.pop("made_with"), summary.pop("sizes")
         found = Summary(out=str(out), finished_before=True, **summary)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{out / 'summary.json'} is not of make-shards: name a new folder") from None
+        raise DataError(f"{out / 'summary.json'} was not written by make-shards: name a new folder") from None
     _check_same(out, made_with, plan)
     for number, size in enumerate(sizes):
-        path = _shard(out, number)
+        path = _shard_path(out, number)
         if not path.is_file() or path.stat().st_size != size:
-            raise DataError(f"{path} is gone or was changed since it was written: remove {out} and make it anew")
-    (out / JOURNAL).unlink(missing_ok=True)  # where the run was stopped before its last line
+            raise DataError(f"{path} is gone or was changed since it was written: remove {out} and write it again")
+    (out / JOURNAL).unlink(missing_ok=True)  # the run may have been stopped just before it removed the journal
     return found
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> list[_Part]:
-    """What the journal says of whole shards; after this it holds that and nothing else."""
+def _resume(out: Path, plan: dict[str, Any]) -> list[_Part]:
+    """Return the complete shards of a stopped run, and remove everything else from the journal and the folder."""
     journal, parts = out / JOURNAL, []
-    whole = read_lines(journal)
-    for line in whole[1:]:
-        part, path = _Part(**line), _shard(out, len(parts))
+    lines = read_lines(journal)
+    for line in lines[1:]:
+        part, path = _Part(**line), _shard_path(out, len(parts))
         if not path.is_file() or path.stat().st_size != part.bytes:
             break
         parts.append(part)
-    if parts:  # before the first shard, nothing binds to what was asked for
-        _check_same(out, whole[0], plan)
+    if parts:  # without a complete shard, other options do no harm
+        _check_same(out, lines[0], plan)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(journal, "".join(json.dumps(line) + "\n" for line in [plan, *whole[1 : len(parts) + 1]]))
-    kept = {_shard(out, number) for number in range(len(parts))}
+    write_text(journal, "".join(json.dumps(line) + "\n" for line in [plan, *lines[1 : len(parts) + 1]]))
+    kept = {_shard_path(out, number) for number in range(len(parts))}
     for path in {*out.glob("train-*.tar*"), *out.glob(".*.part")} - kept:
         path.unlink()
     return parts
@@ -257,13 +264,13 @@ def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
 # Writing
 
 
-def _shard(out: Path, number: int) -> Path:
+def _shard_path(out: Path, number: int) -> Path:
     return out / f"train-{number:06d}.tar"
 
 
 @contextmanager
-def _tar(path: Path) -> Iterator[TarWriter]:
-    with atomic_write(path) as beside, open(beside, "wb") as file:
+def _tar_writer(path: Path) -> Iterator[TarWriter]:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:  # pyright: ignore[reportArgumentType]
             yield tar
 
@@ -281,14 +288,14 @@ def _write_val(
     templates: Sequence[str] | None,
     samples: int,
 ) -> None:
-    """An evaluation set of items by their numbers: zero-shot classification of class folders, else retrieval."""
-    beside = folder.with_name("val.part")
-    for old in (folder, beside):  # of a stopped run: that one did not come to its summary
+    """Write an evaluation set: zero-shot classification if the source is class folders, else retrieval."""
+    temporary = folder.with_name("val.part")
+    for old in (folder, temporary):  # a run that was stopped before its summary may have left them
         shutil.rmtree(old, ignore_errors=True)
-    (beside / "test").mkdir(parents=True)
+    (temporary / "test").mkdir(parents=True)
     shards, rest = 0, enumerate(pictures)
     while chunk := list(islice(rest, samples)):
-        with _tar(beside / "test" / f"{shards}.tar") as tar:
+        with _tar_writer(temporary / "test" / f"{shards}.tar") as tar:
             for number, (i, (kind, data)) in chunk:
                 item = found.items[i]
                 if kind is None:
@@ -300,13 +307,14 @@ def _write_val(
                     members["txt"] = "\n".join(item.captions).encode()
                 tar.write(members)
         shards += 1
-    (beside / "test" / "nshards.txt").write_text(f"{shards}\n")
+    (temporary / "test" / "nshards.txt").write_text(f"{shards}\n")
     if found.classnames:
-        (beside / "classnames.txt").write_text("\n".join(found.classnames) + "\n", "utf-8")
-        (beside / "zeroshot_classification_templates.txt").write_text("\n".join(templates or TEMPLATES) + "\n", "utf-8")
+        (temporary / "classnames.txt").write_text("\n".join(found.classnames) + "\n", "utf-8")
+        lines = "\n".join(templates or TEMPLATES) + "\n"
+        (temporary / "zeroshot_classification_templates.txt").write_text(lines, "utf-8")
     else:
-        (beside / "dataset_type.txt").write_text("retrieval\n")
-    beside.replace(folder)
+        (temporary / "dataset_type.txt").write_text("retrieval\n")
+    temporary.replace(folder)
 
 
 def _summary(out: Path, found: CaptionSource, parts: list[_Part]) -> Summary:
@@ -329,26 +337,28 @@ def _summary(out: Path, found: CaptionSource, parts: list[_Part]) -> Summary:
     )
 
 
-# Pictures
+# Images
 
 
-def _pictures(found: CaptionSource, order: list[int], workers: int) -> Iterable[tuple[str | None, Any]]:
-    """(kind, bytes) of the items' pictures in this order; (None, cause) of one that is unusable."""
+def _read_pictures(found: CaptionSource, order: list[int], workers: int) -> Iterable[tuple[str | None, Any]]:
+    """Read images in an order; yield (format, bytes) of each, or (None, cause) of one that is unusable."""
     names = [item.image for item in found.items]
-    return each(_Pictures(found.images, names), order, workers, prefetch_factor=4 if workers else None)
+    return item_loader(_Pictures(found.images, names), order, workers, prefetch_factor=4 if workers else None)
 
 
 class _Pictures(Dataset[tuple[str | None, Any]]):
+    """Dataset of image files, as (format, bytes) or (None, cause)."""
+
     def __init__(self, folder: str, names: list[str]) -> None:
         self.folder, self.names = folder, names
 
     def __getitem__(self, i: int) -> tuple[str | None, Any]:
         name = self.names[i]
-        path = inside(self.folder, name)
+        path = path_inside(self.folder, name)
         if path is None:
-            return None, "an address and no file" if "://" in name else "outside of the image folder"
-        if not os.path.isfile(path):  # a pipe or a device would be waited for
-            return None, "no image file" if os.path.exists(path) else "image missing"
+            return None, "a URL, not a file" if "://" in name else "outside of the image folder"
+        if not os.path.isfile(path):  # opening a pipe or a device could block
+            return None, "not a regular file" if os.path.exists(path) else "image missing"
         try:
             with open(path, "rb") as file:
                 data = file.read(12)
@@ -365,8 +375,8 @@ class _Pictures(Dataset[tuple[str | None, Any]]):
         return kind, data
 
 
-class _Tally:
-    """Counts what is unusable, and ends the work when that is more than half."""
+class _UnusableCount:
+    """Count of the unusable samples by cause, which raises when they are more than half of all."""
 
     def __init__(self, source: Path, found: CaptionSource, parts: list[_Part]) -> None:
         self.source, self.images, self.total = source, found.images, found.total
@@ -386,5 +396,5 @@ class _Tally:
             counts = ", ".join(f"{cause} {count}" for cause, count in self.causes.most_common())
             raise DataError(
                 f"{self.source}: more than half of {self.total} samples are unusable ({counts}), such as {name!r}: "
-                f"{cause}; the images were looked for in {self.images}, another folder is named by --images"
+                f"{cause}; the images were searched in {self.images}: name another folder with --images"
             )

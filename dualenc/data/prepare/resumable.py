@@ -1,4 +1,4 @@
-"""How a stopped command continues: a journal with a line for each finished part, and what it was begun with."""
+"""Resuming of stopped commands: a journal with a line for each finished part, and a check of the options."""
 
 import json
 from collections.abc import Mapping
@@ -7,38 +7,41 @@ from typing import Any
 
 from dualenc.utils.errors import DataError
 
-JOURNAL = "unfinished.jsonl"  # in the folder that is written: a line for each shard that is whole
+JOURNAL = "unfinished.jsonl"  # in the output folder; has a line for each complete shard
 
 
 def read_lines(journal: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal, none if there is no such file; one that a stop cut off ends them."""
+    """Return the complete lines of a journal; none if the file does not exist.
+
+    A stopped process may have left a last line without its end, which is left out.
+    """
     lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
-def check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any], tell: Mapping[str, str]) -> None:
-    """Refuses to go on with other options than OUT was begun with.
+def check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any], descriptions: Mapping[str, str]) -> None:
+    """Refuse to resume with other options than the folder was begun with.
 
     Args:
-        out: the folder that was begun.
-        before: the options it was begun with.
-        now: those that are given.
-        tell: what to say of the options whose values would tell nobody anything.
+        out: the output folder.
+        before: options that the folder was begun with.
+        now: options of this call.
+        descriptions: texts for the message in place of the values of options that mean nothing to a user.
 
     Raises:
-        DataError: one differs.
+        DataError: If an option differs.
     """
     for name in now:
         if before.get(name) != now[name]:
-            what = tell.get(name) or f"{name} {before.get(name)!r}, not {now[name]!r}"
+            what = descriptions.get(name) or f"{name} {before.get(name)!r}, not {now[name]!r}"
             raise DataError(f"{out} was begun with {what}: give the same, remove the folder, or name a new one")
 
 
 def other_inputs(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """How shards by name differ from those that a folder was begun with, for `check_same`."""
+    """Describe how the input shards differ from those that a folder was begun with, for `check_same`."""
     other = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
-    some = (
+    examples = (
         f"{name} {'is new' if name not in before else 'has changed' if name in now else 'is missing'}"
         for name in other[:3]
     )
-    return f"other shards ({', '.join(some)}{', ...' * (len(other) > 3)})"
+    return f"other shards ({', '.join(examples)}{', ...' * (len(other) > 3)})"

@@ -1,7 +1,7 @@
-"""The same shards with smaller images: fewer bytes to keep, to read and to decode.
+"""Rewriting of shards with smaller images, which take fewer bytes to store, to read and to decode.
 
-A shard is written beside its place and renamed when it is whole, then a journal gets a line for it. What it becomes
-depends on its content and the options alone, so a run that was stopped ends with the same files.
+A shard is written to a temporary file and renamed when it is complete; then a line is appended to a journal. The output
+depends on the content of the shard and the options alone, so that a stopped and resumed run makes the same files.
 """
 
 import io
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, get_worker_info
 from dualenc.data.images import ImageError, decode_image, resize
 from dualenc.data.prepare.resumable import JOURNAL, check_same, other_inputs, read_lines
 from dualenc.data.shards.index import Sample, ShardIndex
-from dualenc.data.workers import each
+from dualenc.data.workers import item_loader
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
 from dualenc.utils.text import plural
@@ -32,22 +32,22 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What `shrink_shards` wrote."""
+    """The result of `shrink_shards`."""
 
     out: str
     size: int
     shards: int
     samples: int
-    shrunk: int  # images that are smaller now
+    shrunk: int  # images that were made smaller
     kept: int  # images that were small enough
-    undecodable: list[tuple[str, str, str]]  # shard, key, cause; their bytes are kept
-    bytes_before: int  # of the shards
+    undecodable: list[tuple[str, str, str]]  # shard, key, cause; the images are copied unchanged
+    bytes_before: int  # of all shards
     bytes_after: int
     finished_before: bool = False
 
     def lines(self) -> list[str]:
-        """For the screen, with what to do next."""
-        text = [f"{self.out} was finished before; remove it to make it anew"] if self.finished_before else []
+        """Return the lines to print: the result, and the next command."""
+        text = [f"{self.out} was finished before; remove it to write it again"] if self.finished_before else []
         text.append(
             f"{self.samples:,} samples in {plural(self.shards, 'shard')}: {self.shrunk:,} images made "
             f"smaller, {self.kept:,} kept, their shorter side is at most {self.size} pixels"
@@ -57,9 +57,9 @@ class Shrunk:
             f"{self.bytes_after / self.bytes_before:.1%} of it"
         )
         if self.undecodable:
-            some = ", ".join(f"{shard} {key!r} {cause}" for shard, key, cause in self.undecodable[:3])
+            examples = ", ".join(f"{shard} {key!r} {cause}" for shard, key, cause in self.undecodable[:3])
             text.append(
-                f"{len(self.undecodable):,} images cannot be made smaller and are kept as they are: {some}"
+                f"{len(self.undecodable):,} images cannot be made smaller and are copied unchanged: {examples}"
                 f"{', ...' * (len(self.undecodable) > 3)}; all are named in {Path(self.out) / 'shrink.json'}"
             )
         text.append(f"next: dualenc fit --config run.yaml --data.train {self.out}")
@@ -67,21 +67,21 @@ class Shrunk:
 
 
 def shrink_image(data: bytes, size: int, quality: int) -> bytes:
-    """A JPEG, PNG or WebP whose shorter side is at most `size` pixels, in the format it had.
+    """Shrink a JPEG, PNG or WebP to a shorter side of at most `size` pixels, and keep its format.
 
-    The picture is what `decode_image` makes of the data, and is resized as `Preprocess` does: at its size and without
-    loss in the format, training sees the same pixels as from the original. What is no pixel is left behind.
+    The image is decoded by `decode_image` and resized as by `Preprocess`. So training at this size gets the same pixels
+    as from the original, if the format is lossless. Metadata is dropped.
 
-    JPEGs get their color at full resolution (4:4:4): for the same bytes that is closer to the picture than 4:2:0 at a
-    higher quality, above all where colors meet.
+    The color of JPEGs has full resolution (4:4:4): with the same number of bytes this is closer to the image than 4:2:0
+    at a higher quality, above all where colors meet.
 
     Args:
-        data: the file; returned as it is when it is small enough.
-        size: the most pixels of the shorter side.
-        quality: of JPEG and of lossy WebP, 1 to 100.
+        data: bytes of the file; returned unchanged if the image is small enough.
+        size: largest shorter side in pixels.
+        quality: quality of JPEG and of lossy WebP, 1 to 100.
 
     Raises:
-        ImageError: the data cannot be decoded.
+        ImageError: If the data cannot be decoded.
     """
     image = decode_image(data)
     height, width = image.shape[-2:]
@@ -97,21 +97,21 @@ def shrink_image(data: bytes, size: int, quality: int) -> bytes:
         return simplejpeg.encode_jpeg(pixels, quality, "RGB", "444")
     file, small = io.BytesIO(), Image.fromarray(pixels[..., 0] if gray else pixels)
     if data.startswith(b"RIFF"):
-        how = {"lossless": True} if _lossless(data) else {"quality": quality}
-        small.save(file, "WEBP", **how)
+        options = {"lossless": True} if _is_lossless(data) else {"quality": quality}
+        small.save(file, "WEBP", **options)
     else:
         small.save(file, "PNG")
     return file.getvalue()
 
 
-def _lossless(data: bytes) -> bool:
-    """Whether a WebP holds its pixels without loss: by its chunks, of which EXIF and profiles may come first."""
-    place = 12
-    while place + 8 <= len(data):
-        kind, length = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+def _is_lossless(data: bytes) -> bool:
+    """Return whether a WebP is lossless, by its first chunk of pixels; EXIF and profiles may come before it."""
+    start = 12
+    while start + 8 <= len(data):
+        kind, length = data[start : start + 4], int.from_bytes(data[start + 4 : start + 8], "little")
         if kind in (b"VP8L", b"VP8 "):
             return kind == b"VP8L"
-        place += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame's own chunk stands inside of it
+        start += 24 if kind == b"ANMF" else 8 + length + length % 2  # the chunk of a frame is inside of its ANMF chunk
     return False
 
 
@@ -124,31 +124,32 @@ def shrink_shards(
     workers: int = 2,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Shrunk:
-    """Rewrites shards with smaller images; keys, captions, all other members and every order are kept.
+    """Rewrite shards with smaller images; keys, captions, all other members and their order are kept.
 
-    Of a sample only its image is touched, the member that training reads: a `seg.png`, or a `.png` beside a `.jpg`, is
-    copied. So are images that are small enough or cannot be decoded.
+    In each sample, only the image that training reads is shrunk. A `seg.png`, or the `.png` of a sample that has a
+    `.jpg`, is copied unchanged. So are images that are small enough or cannot be decoded.
 
-    The same call again goes on where a stopped one was, and the shards are the same as without the stop.
+    If the process was stopped, the same call resumes it and writes the same shards.
 
     Args:
         shards: paths, globs, brace patterns, folders or URLs.
-        out: folder for a shard of the same name for each, and `shrink.json`.
-        size: the most pixels of the shorter side.
-        quality: of JPEG and of lossy WebP, 1 to 100.
-        workers: processes, each with a shard of its own; 0 for none.
-        track: wraps the loop over the shards, for a progress bar.
+        out: output folder, for `shrink.json` and a shard of the same name for each input shard.
+        size: largest shorter side in pixels.
+        quality: quality of JPEG and of lossy WebP, 1 to 100.
+        workers: number of processes, each with one shard at a time; 0 for none.
+        track: wrapper of the loop over the shards, for a progress bar.
 
     Raises:
-        DataError: a shard cannot be read, two have one name, or OUT holds something else or was begun otherwise.
+        DataError: If a shard cannot be read, two shards have one name, or OUT holds other files or was begun with other
+            options.
     """
     if size < 1 or not 1 <= quality <= 100 or workers < 0:
         raise DataError(f"size {size} must be 1 or more, quality {quality} 1 to 100, workers {workers} 0 or more")
     out = Path(out)
     plan: dict[str, Any] = {"format": FORMAT, "size": size, "quality": quality}
     begun = _begun(out, plan)
-    index = ShardIndex.build(shards, workers=workers)  # a broken shard is named before anything is written
-    names = _names(index, out)
+    index = ShardIndex.build(shards, workers=workers)  # raises for a broken shard before anything is written
+    names = _output_names(index, out)
     inputs = {name: [shard.facts["size"], shard.facts["digest"]] for name, shard in zip(names, index.parts)}
     plan["inputs"] = dict(sorted(inputs.items()))
     about, journal = out / "shrink.json", out / JOURNAL
@@ -158,13 +159,13 @@ def shrink_shards(
         out.mkdir(parents=True, exist_ok=True)
         write_json(about, plan, indent=1)
     lines = [*begun.get("shards", []), *read_lines(journal)]
-    parts = {line["shard"]: line for line in lines if _bytes(out / line["shard"]) == line["bytes"]}
+    parts = {line["shard"]: line for line in lines if _file_size(out / line["shard"]) == line["bytes"]}
     finished_before = len(parts) == len(names) and not journal.exists()
     if not finished_before:
         write_text(journal, "".join(json.dumps(line) + "\n" for line in parts.values()))
-        for beside in out.glob("*.part"):
-            beside.unlink()
-        for part in track(_results(_Shards(index, names, out, size, quality), list(parts), workers)):
+        for temporary in out.glob("*.part"):
+            temporary.unlink()
+        for part in track(_shrink_rest(_Shards(index, names, out, size, quality), list(parts), workers)):
             if isinstance(part, Exception):
                 raise part
             append_lines(journal, [json.dumps(part)], sync=True)
@@ -177,7 +178,7 @@ def shrink_shards(
 def _shrunk(
     out: Path, size: int, inputs: dict[str, list[Any]], parts: dict[str, dict[str, Any]], finished_before: bool
 ) -> Shrunk:
-    """Sum up the shards' lines of the journal."""
+    """Sum the journal's lines of all shards."""
     count = {name: sum(part[name] for part in parts.values()) for name in ("samples", "shrunk", "kept", "bytes")}
     return Shrunk(
         out=str(out),
@@ -194,25 +195,25 @@ def _shrunk(
 
 
 def _begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """What OUT/shrink.json says, or nothing for a new folder."""
+    """Read OUT/shrink.json of an earlier call; return an empty dict for a new folder."""
     about = out / "shrink.json"
     if not about.exists():
         if out.exists() and not out.is_dir():
-            raise DataError(f"{out} is no folder")
+            raise DataError(f"{out} must be a folder")
         if out.exists() and any(path.suffix != ".part" for path in out.iterdir()):
-            raise DataError(f"{out} holds files that are not of shrink: name a new folder")
+            raise DataError(f"{out} holds files that shrink did not write: name a new folder")
         return {}
     try:
         begun = json.loads(about.read_text("utf-8"))
         begun["inputs"] = dict(begun["inputs"])
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{about} is not of shrink: name a new folder") from None
+        raise DataError(f"{about} was not written by shrink: name a new folder") from None
     check_same(out, begun, options, {})
     return begun
 
 
-def _names(index: ShardIndex, out: Path) -> list[str]:
-    """The shards' base names: those that they will have in OUT."""
+def _output_names(index: ShardIndex, out: Path) -> list[str]:
+    """Return the names that the shards will have in OUT: their base names."""
     found: dict[str, str] = {}
     for shard in index.parts:
         name, path = shard.facts["name"], str(shard)
@@ -224,60 +225,62 @@ def _names(index: ShardIndex, out: Path) -> list[str]:
     return list(found)
 
 
-def _bytes(path: Path) -> int | None:
+def _file_size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _results(shards: "_Shards", done: list[str], workers: int) -> Iterable[Any]:
-    """A line for the journal, or an error, from each further shard as soon as there is one."""
+def _shrink_rest(shards: "_Shards", done: list[str], workers: int) -> Iterable[Any]:
+    """Shrink the shards that are not done; yield a line for the journal, or an error, as each one finishes."""
     rest = [number for number, name in enumerate(shards.names) if name not in done]
     workers = min(workers, len(rest))
-    options = {"worker_init_fn": _know_parent, "prefetch_factor": 1 if workers else None, "in_order": False}
-    return each(shards, rest, workers, **options)
+    options = {"worker_init_fn": _remember_parent, "prefetch_factor": 1 if workers else None, "in_order": False}
+    return item_loader(shards, rest, workers, **options)
 
 
-def _know_parent(worker: int) -> None:
+def _remember_parent(worker: int) -> None:
     info = get_worker_info()
     assert info is not None
     info.dataset.parent = os.getppid()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Shards(Dataset[Any]):
+    """Dataset that shrinks shard `number` when it is indexed."""
+
     def __init__(self, index: ShardIndex, names: list[str], out: Path, size: int, quality: int) -> None:
         self.index, self.names, self.out, self.size, self.quality = index, names, out, size, quality
-        self.starts = [0, *accumulate(index.counts())]  # of each shard among the samples
-        self.parent = 0  # of a worker
+        self.starts = [0, *accumulate(index.counts())]  # number of each shard's first sample
+        self.parent = 0  # process id of a worker's parent
 
     def __getitem__(self, number: int) -> Any:
         try:
             return self._shrink(number)
-        except (OSError, DataError) as error:  # raised here, it would come back with a traceback for its message
+        except (OSError, DataError) as error:  # returned, because torch would add a traceback to the message
             return error
 
     def _shrink(self, number: int) -> dict[str, Any]:
         name = self.names[number]
         part = {"shard": name, "bytes": 0, "samples": 0, "shrunk": 0, "kept": 0, "undecodable": []}
-        with atomic_write(self.out / name) as beside:
-            # GNU's headers take any name as it is; PAX spends a kilobyte on each that is not ASCII
-            with tarfile.open(beside, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
+        with atomic_write(self.out / name) as temporary:
+            # GNU headers store any name; PAX headers need a kilobyte for each name that is not ASCII.
+            with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
                 for i in range(self.starts[number], self.starts[number + 1]):
                     if self.parent and os.getppid() != self.parent:
-                        raise SystemExit  # the command was killed
+                        raise SystemExit  # the parent is gone: the command was killed
                     self._write(tar, self.index[i], part)
-            part["bytes"] = beside.stat().st_size
+            part["bytes"] = temporary.stat().st_size
         return part
 
     def _write(self, tar: tarfile.TarFile, sample: Sample, part: dict[str, Any]) -> None:
         part["samples"] += 1
         for extension, (offset, size) in sample.members.items():
-            data = sample.source.read(offset, size)  # `Sample.read` refuses members larger than training would read
+            data = sample.source.read(offset, size)  # not `Sample.read`, which refuses very large members
             if extension == sample.image:
-                data = self._image(data, sample.key, part)
+                data = self._shrink_image(data, sample.key, part)
             info = tarfile.TarInfo(f"{sample.key}.{extension}")  # its owner and time are 0
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
 
-    def _image(self, data: bytes, key: str, part: dict[str, Any]) -> bytes:
+    def _shrink_image(self, data: bytes, key: str, part: dict[str, Any]) -> bytes:
         try:
             small = shrink_image(data, self.size, self.quality)
         except ImageError as error:

@@ -1,1 +1,1 @@
-"""Shards: tar files, where their samples lie, and copies of those that lie elsewhere."""
+"""Shards: the index of their samples, reading of tar files, and the cache of remote ones."""

@@ -1,8 +1,8 @@
-"""Shards: what lies where in the tar files of a data set.
+"""The index of the samples of a data set's shards.
 
-`ShardIndex` knows for each sample its key, and for each of its members the extension, the offset in the shard and the
-size. A sample is read by position, without walking the tar and without any decoder running on a member's name: nothing
-in a shard is ever executed, unpickled or used as a path.
+`ShardIndex` knows the key of each sample, and the extension, the offset in the shard and the size of each of its
+members. A sample is read by position, without reading through the tar, and no decoder is chosen by a member's name.
+Nothing in a shard is ever executed, unpickled or used as a path.
 """
 
 import fcntl
@@ -27,23 +27,23 @@ from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.shards.remote import Cache, fetch_small, glob_remote
 from dualenc.data.shards.select import expression
 from dualenc.data.shards.shard import FILE_NAME, Shard, index_files, name_of, read_index, scan, write_index
-from dualenc.data.workers import each
+from dualenc.data.workers import item_loader
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write
 from dualenc.utils.urls import PROTOCOLS, folder_of, is_remote, shown
 
 __all__ = ["BadSample", "DataError", "Sample", "ShardIndex", "expand_shards"]
-MAX_IMAGE, MAX_OTHER = 1 << 28, 1 << 24  # bytes of a member that are read
-KEEP_EVERY = 300  # seconds after which an index that is being made is written down
+MAX_IMAGE, MAX_OTHER = 1 << 28, 1 << 24  # bytes of the largest member that is read
+SAVE_SECONDS = 300  # between writes of an index file while shards are scanned
 
 Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def expand_shards(shards: Shards) -> list[str]:
-    """Paths and URLs of what users write: a path, a glob, a brace pattern, a folder, or a list of these.
+    """Return the paths and URLs that are named by a path, glob, brace pattern, folder, URL, or a list of these.
 
     Raises:
-        DataError: a part names no file, or is neither a local path nor of a store that is known.
+        DataError: If a part matches no file, or is neither a local path nor a URL of a known store.
     """
     parts = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     paths: list[str] = []
@@ -51,55 +51,55 @@ def expand_shards(shards: Shards) -> list[str]:
         if part.startswith("pipe:"):
             raise DataError(f"shards {part!r}: commands are never run; name the files, or URLs of {_STORES}")
         if is_remote(part) and part.partition("://")[0] not in PROTOCOLS:
-            raise DataError(f"shards {shown(part)!r}: only local paths are read, and URLs of {_STORES}")
+            raise DataError(f"shards {shown(part)!r} must be local paths, or URLs of {_STORES}")
         try:
             patterns = [part] if os.path.exists(part) else list(braceexpand(part))
         except ValueError as error:
             raise DataError(f"shards {shown(part)!r}: {error}") from None
         for pattern in patterns:
-            found = _remote(pattern) if is_remote(pattern) else _local(pattern)
+            found = _expand_remote(pattern) if is_remote(pattern) else _expand_local(pattern)
             if not found:
                 raise DataError(f"shards {shown(pattern)!r} match no file")
             paths += found
     if not paths:
         raise DataError("the list of shards is empty")
-    paths, twice = distinct(paths)
-    if twice:
-        raise DataError(f"shards named twice: {', '.join(twice[:3])}")
+    paths, repeated = distinct(paths)
+    if repeated:
+        raise DataError(f"shards named twice: {', '.join(repeated[:3])}")
     return paths
 
 
 def distinct(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Each file once, and, for people, the paths that name an earlier one's again."""
+    """Return one path of each file, and the paths that name an earlier file again, the latter without secrets."""
     files: dict[str, str] = {}
-    twice = []
+    repeated = []
     for path in paths:
         file = shown(path) if is_remote(path) else os.path.realpath(path)
         if file in files:
-            twice.append(shown(path))
+            repeated.append(shown(path))
         files.setdefault(file, path)
-    return list(files.values()), twice
+    return list(files.values()), repeated
 
 
 _STORES = ", ".join(f"{name}://" for name in PROTOCOLS)
 
 
-def _local(pattern: str) -> list[str]:
+def _expand_local(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         return sorted(glob(os.path.join(escape(pattern), "*.tar")))
     return [pattern] if os.path.exists(pattern) else sorted(glob(pattern))
 
 
-def _remote(pattern: str) -> list[str]:
+def _expand_remote(pattern: str) -> list[str]:
     path = shown(pattern)
-    if any(letter in path for letter in "*?["):
+    if any(character in path for character in "*?["):
         return glob_remote(pattern)
     return [pattern] if path.endswith(".tar") else glob_remote(f"{pattern.rstrip('/')}/*.tar")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a shard: where its members lie."""
+    """One sample of a shard: its key and the locations of its members."""
 
     source: Shard
     key: str
@@ -110,15 +110,15 @@ class Sample:
 
     @property
     def shard(self) -> str:
-        """The shard's path or URL, for people."""
+        """The shard's path, or its URL without secrets."""
         return str(self.source)
 
     def read(self, extension: str) -> bytes:
-        """The bytes of one member.
+        """Read the bytes of one member.
 
         Raises:
-            BadSample: there is no such member, or it is larger than anything of its kind should be.
-            DataError: the shard is gone or was changed.
+            BadSample: If there is no such member, or it is larger than `MAX_IMAGE` or `MAX_OTHER`.
+            DataError: If the shard is gone or was changed.
         """
         if extension not in self.members:
             raise BadSample(self, f"no .{extension} among its members", ", ".join(sorted(self.members)))
@@ -128,20 +128,20 @@ class Sample:
         return self.source.read(offset, size)
 
     def read_json(self) -> Any:
-        """The parsed `.json` member.
+        """Read and parse the `.json` member.
 
         Raises:
-            BadSample: it is missing or no JSON.
+            BadSample: If the member is missing or cannot be parsed.
         """
-        data = self.read("json")
+        data = self.read("json")  # outside of the `try`, because its DataError is a ValueError, too
         try:
             return json.loads(data)
-        except (ValueError, RecursionError) as error:  # DataError, a ValueError, comes from outside the parser only
+        except (ValueError, RecursionError) as error:
             raise BadSample(self, ".json cannot be read", str(error)) from None
 
     @property
     def image(self) -> str | None:
-        """The extension of its picture, or None."""
+        """The extension of the image, or None if there is no image."""
         return next((extension for extension in IMAGE_EXTENSIONS if extension in self.members), None)
 
     def __str__(self) -> str:
@@ -149,11 +149,27 @@ class Sample:
 
 
 class ShardIndex:
-    """What lies where in a list of shards, or in some of their samples. Make one with `build` or `load`."""
+    """The index of all samples of a list of shards, or of a part of them. It is made with `build` or `load`.
+
+    Example:
+        >>> import tempfile
+        >>> from webdataset import TarWriter
+        >>> from dualenc import ShardIndex
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with TarWriter(f"{folder.name}/0.tar") as tar:
+        ...     _ = tar.write({"__key__": "cat", "txt": "a cat", "json": {"width": 320}})
+        ...     _ = tar.write({"__key__": "dog", "txt": "a dog", "json": {"width": 640}})
+        >>> index = ShardIndex.build(folder.name)
+        >>> len(index), index[1].key, index[1].read("txt")
+        (2, 'dog', b'a dog')
+        >>> [sample.key for sample in index.select("width < 500")]
+        ['cat']
+        >>> folder.cleanup()
+    """
 
     def __init__(self, shards: Sequence[Shard], rows: np.ndarray | None = None) -> None:
         self.parts = list(shards)
-        self.rows = rows  # (S,) ascending numbers among all samples of the shards; None for all of them
+        self.rows = rows  # (S,) ascending sample numbers of the shards; None if all samples are in the index
         self.starts = [0, *np.cumsum([len(shard) for shard in self.parts]).tolist()]
 
     @classmethod
@@ -161,48 +177,48 @@ class ShardIndex:
         cls,
         urls: Shards,
         *,
-        anew: bool = False,
+        rescan: bool = False,
         hashes: Sequence[str] = (),
         workers: int = 0,
         cache: Cache | None = None,
         unreadable: list[DataError] | None = None,
         track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> "ShardIndex":
-        """The index of shards, from `dualenc.index` in their folder where there is one.
+        """Build the index of shards from the file `dualenc.index` in their folder, and scan the shards it lacks.
 
-        Local shards that it lacks are scanned, and the file is written, beside the shards or else among the user's
-        cached files. Shards elsewhere need an index: one made before, or `dualenc.index` beside them.
+        The file is written there, or in the user's cache if the folder is read-only. Remote shards are scanned only
+        with `rescan`; without it they need an index that was made before, or a `dualenc.index` in their folder.
 
         Args:
-            urls: see `expand_shards`.
-            anew: scan all of them, those elsewhere too, whatever there is.
-            hashes: "piece", "image", "text": hashes of the content to have beside; see `dualenc.data.shards.shard`.
-            workers: processes that scan.
-            cache: for shards elsewhere.
-            unreadable: takes the errors of shards that cannot be read, which are then left out.
-            track: wraps the loop over the shards to scan, for a progress bar.
+            urls: shards as in `expand_shards`.
+            rescan: scan all shards, remote ones too, and ignore the index files that exist.
+            hashes: content hashes to include, of "piece", "image" and "text"; see `DTYPES` in `shards/shard.py`.
+            workers: number of processes that scan.
+            cache: cache of remote shards; by default one in the user's cache folder.
+            unreadable: list to which the errors of unreadable shards are appended; these shards are then left out.
+            track: wrapper of the loop over the shards to scan, for a progress bar.
 
         Raises:
-            DataError: a pattern matches nothing, or a shard is no readable uncompressed tar, is not what it was when it
-                was indexed, or lies elsewhere and has no index.
+            DataError: If a pattern matches nothing; or a shard is not a readable uncompressed tar, has changed since it
+                was indexed, or is remote and has no index.
         """
-        work = _Build(expand_shards(urls), anew, tuple(hashes), cache or Cache(), unreadable)
-        work.look_up()
-        work.scan(workers, track)
-        return cls(work.shards())
+        build = _Build(expand_shards(urls), rescan, tuple(hashes), cache or Cache(), unreadable)
+        build.look_up()
+        build.scan(workers, track)
+        return cls(build.shards())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ShardIndex":
-        """All shards of an index file, which lie in its folder.
+        """Load the index of all shards in the folder of an index file.
 
         Raises:
-            DataError: the file is no index, or damaged.
+            DataError: If the file is damaged, or not an index.
         """
         return cls(list(read_index(path, os.path.dirname(os.fspath(path)), Cache()).values()))
 
     @classmethod
     def join(cls, indexes: Sequence["ShardIndex"]) -> "ShardIndex":
-        """The samples of several indexes, one after the other."""
+        """Return the index of the samples of several indexes, one after the other."""
         shards = [shard for index in indexes for shard in index.parts]
         if all(index.rows is None for index in indexes):
             return cls(shards)
@@ -211,26 +227,26 @@ class ShardIndex:
 
     @property
     def shards(self) -> list[str]:
-        """The shards' paths and URLs, for people."""
+        """The shards' paths, or URLs without secrets."""
         return list(map(str, self.parts))
 
     def __len__(self) -> int:
         return self.starts[-1] if self.rows is None else len(self.rows)
 
     def __getitem__(self, i: int) -> Sample:
-        shard, place = self.find(i)
-        return Sample(shard, shard.key(place), shard.members(place))
+        shard, number = self.find(i)
+        return Sample(shard, shard.key(number), shard.members(number))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
     def key(self, i: int) -> str:
-        """The key of sample i."""
-        shard, place = self.find(i)
-        return shard.key(place)
+        """Return the key of sample i."""
+        shard, number = self.find(i)
+        return shard.key(number)
 
     def find(self, i: int) -> tuple[Shard, int]:
-        """The shard of sample i, and its number there."""
+        """Return the shard of sample i, and the sample's number within the shard."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         row = int(i if self.rows is None else self.rows[i])
@@ -241,11 +257,11 @@ class ShardIndex:
         return np.arange(self.starts[-1]) if self.rows is None else self.rows
 
     def take(self, rows: np.ndarray) -> "ShardIndex":
-        """The index of some of the samples, given by ascending numbers."""
+        """Return the index of a part of the samples, given by ascending numbers."""
         return ShardIndex(self.parts, np.asarray(rows, np.int64) if self.rows is None else self.rows[rows])
 
     def having(self, extensions: Sequence[str]) -> np.ndarray:
-        """Which samples (S,) have a member with one of these extensions."""
+        """Return a mask (S,) of the samples that have a member with one of these extensions."""
         found = []
         for shard in self.parts:
             arrays = shard.arrays
@@ -255,28 +271,29 @@ class ShardIndex:
         return self._of_rows(found, bool)
 
     def hashes(self, name: str) -> np.ndarray:
-        """(S,) uint64 of the content, by a name that `build` was given."""
+        """Return the content hashes (S,) uint64 of a name that `build` was given."""
         return self._of_rows([shard.arrays[name] for shard in self.parts], np.uint64)
 
-    def _of_rows(self, parts: list[np.ndarray], dtype: type) -> np.ndarray:
-        whole = np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
-        return whole if self.rows is None else whole[self.rows]
+    def _of_rows(self, of_shards: list[np.ndarray], dtype: type) -> np.ndarray:
+        """Join arrays with a value for each sample of each shard, and take the values of this index."""
+        joined = np.concatenate(of_shards).astype(dtype) if of_shards else np.zeros(0, dtype)
+        return joined if self.rows is None else joined[self.rows]
 
     def files(self) -> list[Path]:
-        """The index files that know these shards; a folder that could not be written and has none is left out."""
+        """Return the paths of the index files of these shards, for each folder that has one."""
         folders = dict.fromkeys(folder_of(part.url) for part in self.parts)
         found = (next((path for path in index_files(folder) if path.is_file()), None) for folder in folders)
         return [path for path in found if path]
 
     def counts(self) -> list[int]:
-        """Samples in each shard."""
+        """Return the number of samples in each shard."""
         if self.rows is None:
             return [len(shard) for shard in self.parts]
         return np.diff(np.searchsorted(self.rows, self.starts)).tolist()
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the shards' names without their folders, of their tar headers, and of which samples are meant."""
+        """A hash of the shards' names without their folders, of their tar headers, and of the chosen samples."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps([[part.facts["name"], part.facts["digest"]] for part in self.parts]).encode())
         if self.rows is not None and len(self.rows) < self.starts[-1]:
@@ -284,22 +301,22 @@ class ShardIndex:
         return digest.hexdigest()
 
     def select(self, choice: str | Sequence[str]) -> "ShardIndex":
-        """The samples with the given keys, or those whose `.json` fields fulfil an expression.
+        """Return the index of the samples with the given keys, or of those whose `.json` fields meet a condition.
 
         Args:
-            choice: a list of keys; the path of a text file with one key a line; or an expression such as
-                `width >= 200 and license in ["cc0", "cc-by"]` with names for fields, literals, comparisons, `and`,
-                `or`, `not`, `in`. A sample without a field that the expression asks for, or whose `.json` cannot be
-                read, is not selected.
+            choice: a list of keys; the path of a text file with one key per line; or an expression such as
+                `width >= 200 and license in ["cc0", "cc-by"]` of field names, literals, comparisons, `and`, `or`,
+                `not`, `in`. A sample that lacks a field of the expression, or whose `.json` cannot be read, is not
+                selected.
 
         Raises:
-            DataError: nothing is selected, a key is unknown, or the expression does not parse.
+            DataError: If no sample is selected, a key is unknown, or the expression cannot be parsed.
         """
         if isinstance(choice, str) and os.path.isfile(choice):
-            where = f"select {choice}"
+            option = f"select {choice}"
             choice = [line.strip() for line in Path(choice).read_text("utf-8").splitlines() if line.strip()]
         else:
-            where = f"select {choice!r}" if isinstance(choice, str) else "select"
+            option = f"select {choice!r}" if isinstance(choice, str) else "select"
         if isinstance(choice, str):
             test = expression(choice)
             rows = [i for i, sample in enumerate(self) if "json" in sample and test(_fields(sample))]
@@ -308,21 +325,21 @@ class ShardIndex:
             keys = [self.key(i) for i in range(len(self))]
             rows = [i for i, key in enumerate(keys) if key in wanted]
             if unknown := sorted(wanted - set(keys)):
-                raise DataError(f"{where}: {len(unknown)} keys are in no shard, such as {unknown[0]!r}")
+                raise DataError(f"{option}: {len(unknown)} keys are in no shard, such as {unknown[0]!r}")
         if not rows:
-            raise DataError(f"{where} selects none of {len(self)} samples")
+            raise DataError(f"{option} selects 0 of {len(self)} samples")
         return self.take(np.array(rows, dtype=np.int64))
 
     def split(self, share: float) -> tuple["ShardIndex", "ShardIndex"]:
-        """Two parts by image content: about `1 - share` and `share` of the samples.
+        """Split the samples by the content of their images: about `1 - share` and `share` of them.
 
-        Which part a sample falls into depends on the bytes of its image alone, so the same picture never stands in
-        both, and adding shards moves nothing. Of a large file a piece is read: equal files have equal pieces.
+        The side of a sample depends on its image alone, by the hash `piece`. So equal images are never on both sides,
+        and adding shards moves no sample to the other side.
 
         Raises:
-            DataError: one of the parts would be empty.
+            DataError: If one of the sides would be empty.
         """
-        shards = [shard.hashed("piece") for shard in self.parts]  # read where `build` was not asked for it
+        shards = [shard.with_hashes("piece") for shard in self.parts]  # reads images if `build` did not hash them
         held = ShardIndex(shards, self.rows).hashes("piece") < np.uint64(min(int(share * 2**64), 2**64 - 1))
         if not held.any() or held.all():
             raise DataError(f"val: {share} of {len(self)} samples leaves one side empty; give another share or shards")
@@ -336,162 +353,159 @@ def _fields(sample: Sample) -> Any:
         return None
 
 
-# Making
-
-
 class _Build:
-    """The work of `ShardIndex.build`; see there.
+    """The state of `ShardIndex.build`.
 
     Attributes:
-        known: folder -> name -> shard, of the index files.
-        ready: path -> shard, of those that are what their index says.
-        missing: paths to scan.
-        touched: folders whose index is no longer what it should be.
+        known: folder -> name -> shard, as read from index files and scanned.
+        ready: path -> shard, for the shards that were scanned or match their index.
+        missing: paths of the shards to scan.
+        outdated: folders whose index file has to be written.
     """
 
     def __init__(
         self,
         paths: list[str],
-        anew: bool,
+        rescan: bool,
         hashes: tuple[str, ...],
         cache: Cache,
         unreadable: list[DataError] | None,
     ) -> None:
-        self.paths, self.anew, self.hashes, self.cache, self.unreadable = paths, anew, hashes, cache, unreadable
-        self.known = {folder: _known(folder, cache, anew) for folder in dict.fromkeys(map(folder_of, paths))}
+        self.paths, self.rescan, self.hashes, self.cache, self.unreadable = paths, rescan, hashes, cache, unreadable
+        self.known = {folder: _read_indexes(folder, cache, rescan) for folder in dict.fromkeys(map(folder_of, paths))}
         self.ready: dict[str, Shard] = {}
         self.missing: list[str] = []
-        self.touched: set[str] = set()
+        self.outdated: set[str] = set()
 
     def look_up(self) -> None:
-        """Finds in index files what they know, and checks that local shards are still so."""
+        """Look up the shards in the index files, and check that local shards have not changed."""
         for path in self.paths:
             folder, name = folder_of(path), name_of(path)
             shard = self.known[folder].get(name)
-            if shard is None and is_remote(path) and not self.anew:
-                self.known[folder] |= _published(folder, self.cache)
+            if shard is None and is_remote(path) and not self.rescan:
+                self.known[folder] |= _fetch_published_index(folder, self.cache)
                 shard = self.known[folder].get(name)
                 if shard is None:
-                    without = f"{shown(path)} has no index: `dualenc index` with these shards reads them once"
-                    self._refuse(DataError(without))
+                    message = f"{shown(path)} has no index: run `dualenc index` once with these shards"
+                    self._raise_or_collect(DataError(message))
                     continue
-            if shard is None or self.anew:
+            if shard is None or self.rescan:
                 self.missing.append(path)
                 continue
-            shard.url = path  # with its query, if it has one
+            shard.url = path  # with the query and the user of this URL, if it has any
             self._check(path, folder, shard)
 
     def _check(self, path: str, folder: str, shard: Shard) -> None:
-        time_then = shard.facts["mtime"]
+        mtime = shard.facts["mtime"]
         try:
             if not is_remote(path):
                 shard.check()
-            if shard.facts["mtime"] != time_then:  # the same headers, but perhaps other content behind them
+            if shard.facts["mtime"] != mtime:  # the headers are the same, but the data may have changed
                 shard = self.known[folder][shard.facts["name"]] = shard.without_hashes()
             self.ready[path] = shard
         except OSError as error:
-            self._refuse(DataError(f"shard {shard} cannot be read: {error.strerror}"))
+            self._raise_or_collect(DataError(f"shard {shard} cannot be read: {error.strerror}"))
         except DataError as error:
-            self._refuse(error)
-        if shard.facts["mtime"] != time_then:
-            self.touched.add(folder)
+            self._raise_or_collect(error)
+        if shard.facts["mtime"] != mtime:
+            self.outdated.add(folder)
 
     def scan(self, workers: int, track: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
-        """Scans the missing shards, hashes those without the wanted hashes, and writes the index files."""
+        """Scan the missing shards, hash those that lack wanted hashes, and write the index files."""
         ready = self.ready.values()
-        without = [shard for shard in ready if not set(self.hashes) <= shard.arrays.keys()] if self.hashes else []
-        scans = _Scan([*self.missing, *without], self.hashes, self.cache)
-        kept = time.monotonic()
+        unhashed = [shard for shard in ready if not set(self.hashes) <= shard.arrays.keys()] if self.hashes else []
+        scanner = _Scanner([*self.missing, *unhashed], self.hashes, self.cache)
+        saved = time.monotonic()
         try:
-            workers = workers if len(scans) > 3 else 0  # a few are not worth the start of processes
-            for item in track(each(scans, range(len(scans)), workers)):
-                if isinstance(item, DataError):
-                    self._refuse(item)
+            workers = workers if len(scanner) > 3 else 0  # scanning a few shards takes less time than starting workers
+            for result in track(item_loader(scanner, range(len(scanner)), workers)):
+                if isinstance(result, DataError):
+                    self._raise_or_collect(result)
                     continue
-                self.ready[item.url] = item
-                folder = folder_of(item.url)
-                self.known[folder][item.facts["name"]] = item
-                self.touched.add(folder)
-                if time.monotonic() - kept > KEEP_EVERY:  # what was read is not read again, whatever comes
-                    _keep(folder, self.known[folder], self.cache, self.anew)
-                    kept = time.monotonic()
+                self.ready[result.url] = result
+                folder = folder_of(result.url)
+                self.known[folder][result.facts["name"]] = result
+                self.outdated.add(folder)
+                if time.monotonic() - saved > SAVE_SECONDS:  # a killed process loses little work
+                    _save_index(folder, self.known[folder], self.cache, self.rescan)
+                    saved = time.monotonic()
         finally:
-            for folder in self.touched:
-                _keep(folder, self.known[folder], self.cache, self.anew)
+            for folder in self.outdated:
+                _save_index(folder, self.known[folder], self.cache, self.rescan)
 
     def shards(self) -> list[Shard]:
-        """The shards that can be read, in the order of the paths."""
+        """Return the shards that can be read, in the order of the paths."""
         for path, shard in self.ready.items():
-            # From the file where there is one: what is mapped is shared by all processes, and need not stay in memory.
+            # Prefer the mapped arrays of an index file: processes share them, and they may leave the memory.
             mapped = self.known[folder_of(path)].get(shard.facts["name"])
             if mapped is not None and set(self.hashes) <= mapped.arrays.keys():
                 mapped.url = path
                 self.ready[path] = mapped
         return [self.ready[path] for path in self.paths if path in self.ready]
 
-    def _refuse(self, error: DataError) -> None:
+    def _raise_or_collect(self, error: DataError) -> None:
         if self.unreadable is None:
             raise error from None
         self.unreadable.append(error)
 
 
-def _known(folder: str, cache: Cache, anew: bool = False) -> dict[str, Shard]:
-    """What index files say of a folder; the one among the user's cached files may know more of the same shards."""
+def _read_indexes(folder: str, cache: Cache, rescan: bool = False) -> dict[str, Shard]:
+    """Read the index files of a folder; the file in the user's cache may have hashes that the other one lacks."""
     found: dict[str, Shard] = {}
     for path in index_files(folder):
         if path.is_file():
             try:
-                here = read_index(path, folder, cache)
+                shards = read_index(path, folder, cache)
             except DataError:
-                if not anew:  # else it is made anew
+                if not rescan:  # a rescan replaces a damaged file
                     raise
                 continue
-            for name, shard in here.items():
+            for name, shard in shards.items():
                 if name not in found or found[name].facts["digest"] == shard.facts["digest"]:
                     found[name] = shard
     return found
 
 
-def _published(folder: str, cache: Cache) -> dict[str, Shard]:
-    """What an index beside shards elsewhere says, kept among the user's cached files from now on."""
+def _fetch_published_index(folder: str, cache: Cache) -> dict[str, Shard]:
+    """Fetch the index file in the folder of remote shards, if there is one, and store it in the user's cache."""
     data = fetch_small(f"{folder}/{FILE_NAME}")
     if data is None:
         return {}
     path = index_files(folder)[0].with_suffix(".published")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as beside:
-            beside.write_bytes(data)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
-        raise DataError(f"{path.parent} cannot be written: {error.strerror}; DUALENC_CACHE names another") from None
+        raise DataError(f"{path.parent} cannot be written: {error.strerror}; set another DUALENC_CACHE") from None
     try:
         found = read_index(path, folder, cache)
-        _keep(folder, {**_known(folder, cache), **found}, cache)
+        _save_index(folder, {**_read_indexes(folder, cache), **found}, cache)
     except DataError:
         raise DataError(
-            f"{shown(folder)}/{FILE_NAME} is no whole shard index of this version: replace or remove it"
+            f"{shown(folder)}/{FILE_NAME} is damaged, or not a shard index of this version: replace or remove it"
         ) from None
     return found
 
 
-def _keep(folder: str, shards: dict[str, Shard], cache: Cache, anew: bool = False) -> None:
-    """Writes the index of a folder where that can be done, and maps what is written; where not, it stays in memory.
+def _save_index(folder: str, shards: dict[str, Shard], cache: Cache, rescan: bool = False) -> None:
+    """Write the index file of a folder, and map its arrays into memory. If no path can be written, write nothing.
 
-    Shards that another process has added meanwhile stay; local ones that are gone do not.
+    Shards that another process has added meanwhile are kept; local shards that are gone are left out.
     """
     for path in index_files(folder):
-        with suppress(OSError), _alone(path.parent):
-            others = {} if anew or not path.is_file() else read_index(path, folder, cache)
-            whole = {**others, **shards}
-            names = [name for name in sorted(whole) if is_remote(folder) or os.path.exists(os.path.join(folder, name))]
-            write_index(path, (whole[name] for name in names))
+        with suppress(OSError), _folder_lock(path.parent):
+            others = {} if rescan or not path.is_file() else read_index(path, folder, cache)
+            merged = {**others, **shards}
+            names = [name for name in sorted(merged) if is_remote(folder) or os.path.exists(os.path.join(folder, name))]
+            write_index(path, (merged[name] for name in names))
             shards |= read_index(path, folder, cache)
             return
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; where the file system has no locks, several, of which the last one's file stays."""
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Lock a folder for this process. On a file system without locks, the file of the last writer stays."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -502,8 +516,8 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-class _Scan(Dataset[Any]):
-    """Scans a path or URL, or adds hashes to a shard; an error is a result."""
+class _Scanner(Dataset[Any]):
+    """Dataset of scanned shards, from paths and URLs to scan and shards to hash. Errors are returned, not raised."""
 
     def __init__(self, items: list[Any], hashes: tuple[str, ...], cache: Cache) -> None:
         self.items, self.hashes, self.cache = items, hashes, cache
@@ -517,7 +531,7 @@ class _Scan(Dataset[Any]):
             if isinstance(shard, str):
                 shard = self._scan(shard)
             for name in self.hashes:
-                shard = shard.hashed(name)
+                shard = shard.with_hashes(name)
             return shard
         except DataError as error:
             return DataError(str(error))
@@ -525,7 +539,8 @@ class _Scan(Dataset[Any]):
     def _scan(self, url: str) -> Shard:
         if not is_remote(url):
             return scan(url, self.cache)
-        place, path = self.cache.add(url)
+        file, path = self.cache.add(url)
         shard = scan(url, self.cache, str(path))
-        shard.facts |= {"etag": place.etag, "content": place.digest}
-        return shard.hashed("piece")  # while it is here: a run that holds pairs out would have to fetch all of it again
+        shard.facts |= {"etag": file.etag, "content": file.digest}
+        # Hashed while the copy is in the cache: a run that splits off held-out pairs would have to fetch it again.
+        return shard.with_hashes("piece")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dualenc.data.loading.bad_samples import Bad, SampleReader
+from dualenc.data.loading.bad_samples import BadRecord, SampleReader
 from dualenc.data.loading.loader import Request
 from dualenc.data.text.files import Line, TextIndex
 from dualenc.data.text.masking import Masked, Masking
@@ -47,7 +47,7 @@ class Texts(NamedTuple):
     rows: Tensor  # (B,) int64, number of each sample in the index; -1 for a bad one where it is measured
     parts: dict[str, Part]  # of the heads that have samples in it
     masked: Masked | None  # the texts with words hidden, where the head that guesses them has samples in it
-    bad: Sequence[Bad] = ()  # samples that were met and could not be used
+    bad: Sequence[BadRecord] = ()  # samples that were met and could not be used
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Texts":
         """The same on another device; what only names the samples stays."""
@@ -228,8 +228,8 @@ class TextDataset(Dataset[Texts]):
         whole_words: bool = False,
     ) -> None:
         self.index, self.seed = index, seed
-        self.samples = SampleReader(index, self._read, measured=seed is None, alike=self._alike)
-        self.progress, self.where = self.samples.progress, self.samples.where
+        self.samples = SampleReader(index, self._read, evaluation=seed is None, replacements=self._source_range)
+        self.current_sample, self.locate = self.samples.current_sample, self.samples.locate
         self.uses, self.tokenizer, self.masking, self.whole_words = list(uses), tokenizer, masking, whole_words
         lines = np.cumsum([0, *index.counts()])
         files = np.cumsum([0, *(number for number, _ in uses)])
@@ -239,7 +239,7 @@ class TextDataset(Dataset[Texts]):
     def _source(self, row: int) -> int:
         return int(np.searchsorted(self._bounds, row, side="right")) - 1
 
-    def _alike(self, row: int) -> tuple[int, int]:
+    def _source_range(self, row: int) -> tuple[int, int]:
         """The lines of the same source: the first, and the first after them."""
         source = self._source(row)
         return int(self._bounds[source]), int(self._bounds[source + 1])
@@ -259,7 +259,7 @@ class TextDataset(Dataset[Texts]):
         epoch, position, rows = request
         items: list[LabeledText] = []
         used: list[int] = []
-        bad: list[Bad] = []
+        bad: list[BadRecord] = []
         for row in rows.tolist():
             number, item = self.samples.first_good(row, bad)
             items.append(item)
@@ -282,7 +282,7 @@ class TextDataset(Dataset[Texts]):
             own = [i for i, one in enumerate(uses) if one.head == head and used[i] >= 0]
             if own:
                 parts[head] = _part(own, second, [items[i].label for i in own], use)
-        self.progress.done()
+        self.current_sample.finish()
         return Texts(tokens, torch.tensor(used), parts, masked, bad)
 
     def _tokens(

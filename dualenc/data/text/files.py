@@ -23,7 +23,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from dualenc.data.shards.index import Shards, distinct
-from dualenc.data.shards.shard import content_hash, open_kept
+from dualenc.data.shards.shard import content_hash, open_cached
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.urls import is_remote, shown
@@ -78,7 +78,7 @@ class TextFile:
             status = os.stat(self.url)
             if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime):
                 raise DataError(f"{self.url} changed since it was indexed: start the run again")
-            return os.pread(open_kept(self.url, status.st_ino).descriptor, int(self.sizes[i]), int(self.starts[i]))
+            return os.pread(open_cached(self.url, status.st_ino).descriptor, int(self.sizes[i]), int(self.starts[i]))
         except OSError as error:
             raise DataError(f"{self.url} cannot be read: {error.strerror}") from None
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualenc.data.loading.epoch_plan import stream
+from dualenc.data.loading.epoch_plan import philox
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
 from dualenc.utils.errors import DataError
@@ -78,7 +78,7 @@ class Masking:
         labels = ids.copy()
         for place, number in (dict(enumerate(range(first, first + len(rows)))) if numbers is None else numbers).items():
             text = slice(offsets[rows[place]], offsets[rows[place] + 1])
-            generator = np.random.Generator(stream(*key, _MASK, number))
+            generator = np.random.Generator(philox(*key, _MASK, number))
             draws = generator.random((3, text.stop - text.start))
             decides = draws[0]
             if words is not None:  # the draw of a word's first token is that of all of them

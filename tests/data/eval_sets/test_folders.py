@@ -246,13 +246,13 @@ def test_tables_that_are_not_understood(tmp_path, seed):
     table, _, paths = write_table(tmp_path / "set", np.random.default_rng(seed), "csv")
     for path in paths:
         path.unlink()
-    with pytest.raises(DataError, match=r"captions of mine\.csv: 'p0\.jpg' and the like are not in"):
+    with pytest.raises(DataError, match=r"captions of mine\.csv: 'p0\.jpg' are not in"):
         BenchmarkSet.open(table)
     table.write_text("picture of it,words\na.jpg,b\n")
     with pytest.raises(DataError, match=r"captions of mine\.csv has no column that is known to hold the images"):
         BenchmarkSet.open(table)
     broken = tmp_path / "set" / "t.json"
-    for text, message in (("{", "is no JSON"), ("{}", "neither a list of objects nor COCO's"), ("3", "COCO's")):
+    for text, message in (("{", "read as JSON"), ("{}", "neither a list of objects nor COCO's"), ("3", "COCO's")):
         broken.write_text(text)
         with pytest.raises(DataError, match=rf"t\.json .*{message}"):
             BenchmarkSet.open(broken)
@@ -339,7 +339,7 @@ def test_what_is_wrong_with_choices(tmp_path, seed):
     data = BenchmarkSet.open(table)
     assert named(data) == {
         "caption empty": [f"{table} '0'"],
-        "caption no text": [f"{table} '3'"],
+        "caption not text": [f"{table} '3'"],
         "image missing": [f"{table} '{i}': '{entries[i]['filename']}'" for i in ("6", "9", "15")],
         "caption not UTF-8": [f"{table} '12'"],
         "row broken": [f"{table} '30'", f"{table} '33'"],

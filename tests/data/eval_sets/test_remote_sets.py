@@ -102,9 +102,9 @@ def test_no_set_there(web):
     (web.folder / "page" / "dataset_type.txt").write_text("retrieval")
     with pytest.raises(DataError, match=r"/page/test/nshards\.txt: '<!doctype html>x{25}' is no number of shards"):
         BenchmarkSet.open(f"{web.url}/page")
-    with pytest.raises(DataError, match="ftp:// is none of"):
+    with pytest.raises(DataError, match=r"ftp://.* s3://"):
         BenchmarkSet.open("ftp://host/set")
-    with pytest.raises(StorageError, match=r"nshards\.txt: given up after 6 tries"):
+    with pytest.raises(StorageError, match=r"nshards\.txt: .* 6 tries"):
         BenchmarkSet.open("http://127.0.0.1:9/set")
 
 

@@ -15,7 +15,7 @@ def order(counts, seed, epoch, batch, window, sources=None):
 
 
 def reference(counts, seed, epoch, batch, window, sources):
-    """The plan by its definition, sample by sample, with lists and fractions."""
+    """Compute the plan by its definition, sample by sample, with lists and fractions."""
 
     def permuted(items, *key):
         raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(len(items)) if items else []
@@ -29,7 +29,7 @@ def reference(counts, seed, epoch, batch, window, sources):
     ]
     steps = sum(wanted) // batch
     edges = [sum(wanted[:i]) * steps * batch // sum(wanted) for i in range(len(wanted) + 1)]
-    pieces = []  # (when, shard, samples)
+    chunks = []  # (time, shard, samples)
     for i in range(len(sources)):
         take = edges[i + 1] - edges[i]
         own = permuted([s for s, owner in enumerate(source_of) if owner == i], seed, 1, i)
@@ -42,11 +42,11 @@ def reference(counts, seed, epoch, batch, window, sources):
             order = permuted(list(range(len(here))), seed, 2, epoch, i, number)
             for rank, at in enumerate(order):
                 when = start / take + len(part) / take * (rank + 0.5) / len(here)
-                pieces.append((when, here[at][0][0], [sample for _, sample in here[at]]))
-    pieces.sort(key=lambda piece: piece[:2])
+                chunks.append((when, here[at][0][0], [sample for _, sample in here[at]]))
+    chunks.sort(key=lambda piece: piece[:2])
     samples = []
-    for number, start in enumerate(range(0, len(pieces), window)):
-        inside = [sample for *_, piece in pieces[start : start + window] for sample in piece]
+    for number, start in enumerate(range(0, len(chunks), window)):
+        inside = [sample for *_, piece in chunks[start : start + window] for sample in piece]
         samples += permuted(inside, seed, 3, epoch, number)
     return [samples[k * batch : (k + 1) * batch] for k in range(steps)]
 
@@ -60,7 +60,7 @@ weights = st.sampled_from([1, 1.0, 2, 0.5, 0.3, 1.7, 3.25, 0.01])
 
 @st.composite
 def several(draw):
-    """Layout and sources: the shards cut anywhere, a weight for each part."""
+    """Draw a layout and its sources: the shards are cut anywhere, and each part gets a weight."""
     counts = draw(layouts)
     cuts = sorted(draw(st.sets(st.integers(1, max(1, len(counts) - 1)), max_size=3)) if len(counts) > 1 else [])
     numbers = np.diff([0, *cuts, len(counts)]).tolist()
@@ -87,8 +87,8 @@ def test_equals_an_independent_computation(layout, seed, epoch, batch, window):
 
 @settings(max_examples=60, deadline=None)
 @given(several(), seeds, st.integers(1, 12), st.integers(1, 10))
-def test_over_the_epochs_each_sample_of_a_source_comes_equally_often(layout, seed, batch, window):
-    """The tail rotates, and so do the parts that small weights take: the counts of no two samples differ by 2."""
+def test_over_the_epochs_each_sample_of_a_source_is_used_equally_often(layout, seed, batch, window):
+    """The left-out tail changes, and so do the parts that small weights take: counts differ by at most 1."""
     counts, sources = layout
     batch = min(batch, length(counts, sources))
     seen = np.zeros(sum(counts), dtype=int)
@@ -103,27 +103,27 @@ def test_over_the_epochs_each_sample_of_a_source_comes_equally_often(layout, see
             assert np.ptp(seen[starts[a] : starts[b]]) <= 1 if starts[b] > starts[a] else True
     for a, b, (_, weight) in zip(edges, edges[1:], sources):
         own = seen[starts[a] : starts[b]]
-        # Of an epoch less than a batch is left out, of all sources alike.
+        # Less than a batch of an epoch is left out, of all sources in proportion.
         assert own.sum() <= 12 * round(weight * len(own))
         assert own.sum() > 12 * (round(weight * len(own)) * (1 - batch / length(counts, sources)) - 1) - 1
 
 
 def test_sources_are_mixed_in_every_part_of_an_epoch(seed):
-    """Of windows of 20 shards each has its share of a source with a tenth of the shards, whatever the seed."""
+    """Every window of 20 shards has its share of a source with a tenth of the shards, whatever the seed."""
     counts, sources = [50] * 220, [(200, 1.0), (10, 1.0), (10, 2.0)]
     batches = order(counts, seed, 1, 100, 20, sources)
-    for part in np.array_split(np.concatenate(batches), 11):  # 23 pieces each
+    for part in np.array_split(np.concatenate(batches), 11):  # 23 chunks each
         assert 0 < (part // 50 // 200 == 1).sum() < len(part) / 3
 
 
-def test_the_tail_is_another_one_in_each_epoch(seed):
+def test_each_epoch_leaves_out_another_tail(seed):
     left = [set(range(103)) - set(np.concatenate(order([50, 53], seed, epoch, 10, 2)).tolist()) for epoch in range(34)]
     assert all(len(part) == 3 for part in left)
-    assert len(set.union(*left)) == 102  # 34 x 3: no sample is left out a second time before the others were
+    assert len(set.union(*left)) == 102  # 34 x 3: no sample is left out twice before all others were left out
 
 
-def test_a_hundred_million_samples_are_planned_in_bounded_memory(seed):
-    """Ten thousand shards of ten thousand: what is held is the shards and three windows, 2 GB if it were all."""
+def test_a_hundred_million_samples_need_little_memory(seed):
+    """Ten thousand shards of ten thousand samples: only shards and three windows are in memory, not 2 GB of samples."""
     sources = [(8_000, 1.0), (2_000, 1.5)]
     tracemalloc.start()
     plan = EpochPlan([10_000] * 10_000, seed, 3, 32_768, 64, sources)
@@ -175,7 +175,9 @@ def test_is_a_pure_function(seed):
     plan = EpochPlan(counts, seed, 2, 8, 2)
     forward = [plan[k].tolist() for k in range(len(plan))]
     again = EpochPlan(counts, seed, 2, 8, 2)
-    backward = [again[k].tolist() for k in reversed(range(len(again)))][::-1]  # whatever was asked before
+    backward = [again[k].tolist() for k in reversed(range(len(again)))][
+        ::-1
+    ]  # the order of the requests does not matter
     assert forward == backward
 
 
@@ -188,7 +190,7 @@ def test_other_seed_and_other_epoch_differ(seed):
 
 
 def test_the_order_is_uniform_enough(seed):
-    """Each of the 6 orders of 3 samples is as frequent as chance has it: chi-square, 5 degrees, below 30 (1.5e-5)."""
+    """Each of the 6 orders of 3 samples is equally frequent: chi-square with 5 degrees below 30 (p = 1.5e-5)."""
     found: dict[tuple[int, ...], int] = {}
     for epoch in range(1200):
         key = tuple(np.concatenate(order([1, 2], seed, epoch, 1, 2)).tolist())
@@ -203,7 +205,7 @@ def test_a_batch_larger_than_the_data_is_refused_with_both_numbers(batch, counts
         EpochPlan(counts, 0, 0, batch)
 
 
-def test_senseless_sizes_are_refused():
+def test_invalid_sizes_are_refused():
     with pytest.raises(ValueError, match="batch size 0"):
         EpochPlan([3], 0, 0, 0)
     with pytest.raises(ValueError, match="window 0"):
@@ -211,11 +213,11 @@ def test_senseless_sizes_are_refused():
     for weight in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"weight .* must be positive"):
             EpochPlan([3, 4], 0, 0, 1, 2, [(1, 1.0), (1, weight)])
-    with pytest.raises(ValueError, match="sources of 3 shards for 2"):
+    with pytest.raises(ValueError, match=r"sources have 3 shards .*expected 2"):
         EpochPlan([3, 4], 0, 0, 1, 2, [(1, 1.0), (2, 1.0)])
 
 
-def test_no_batch_outside_the_epoch(seed):
+def test_batch_numbers_out_of_range(seed):
     plan = EpochPlan([5, 5], seed, 0, 4)
     for k in (-1, 2, 3):
         with pytest.raises(IndexError):

@@ -25,7 +25,7 @@ seeds = st.integers(0, 2**32)
 
 
 def prints(batch):
-    """What each pair of a batch holds: hash of its pixels, its token ids, its number."""
+    """Return for each pair of a batch: the hash of its pixels, its token ids, its number."""
     ids, mask, _ = batch.tokens.padded()
     assert len(batch.images) == len(ids) == len(batch.rows)
     return [
@@ -42,7 +42,7 @@ def make(index, batch, *, seed=0, captions="json.captions", transform=None, data
 
 
 def global_batches(index, batch, world, **options):
-    """One epoch's global batches: each rank's part, put together."""
+    """Return the global batches of one epoch, joined from the parts of all ranks."""
     ranks = [list(make(index, batch, world=world, rank=rank, **options)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     return [[pair for part in parts for pair in prints(part)] for parts in zip(*ranks, strict=True)]
@@ -50,7 +50,7 @@ def global_batches(index, batch, world, **options):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Shards by (layout, seed), each written once."""
+    """Return shards by (layout, seed), each written once."""
     made = {}
 
     def shards(layout, seed=0):
@@ -65,7 +65,7 @@ def folders(tmp_path_factory):
 
 @st.composite
 def several(draw):
-    """A layout and its sources: none named, or the shards cut anywhere with a weight for each part."""
+    """Draw a layout and its sources: no sources, or the shards cut anywhere with a weight for each part."""
     layout = draw(layouts)
     if draw(st.booleans()):
         return layout, None
@@ -110,7 +110,7 @@ def test_global_batches_do_not_depend_on_workers(folders, several, seed, world, 
 @pytest.mark.long
 @settings(max_examples=15, deadline=None)
 @given(several(), seeds, st.integers(1, 6), st.data())
-def test_resume_gives_what_was_left(folders, several, seed, batch, data):
+def test_a_resumed_loader_gives_the_remaining_batches(folders, several, seed, batch, data):
     layout, sources = several
     batch = min(batch, length(layout, sources))
     index = folders(layout)
@@ -120,14 +120,16 @@ def test_resume_gives_what_was_left(folders, several, seed, batch, data):
     first = make(index, batch, seed=seed, sources=sources)
     passing = iter(first)
     seen = [prints(next(passing)) for _ in range(done)]
-    state = json.loads(json.dumps(first.state_dict()))  # plain values, as a checkpoint keeps them
+    state = json.loads(json.dumps(first.state_dict()))  # plain values, as in a checkpoint
     second = make(index, batch, seed=seed, sources=sources)
     second.load_state_dict(state)
-    assert len(second) == len(whole)  # the full epoch, wherever it stands
+    assert len(second) == len(whole)  # the full epoch, whatever the state
     rest = [prints(b) for b in second] if done < len(whole) else []
     assert seen + rest == epochs[0]
     assert [prints(b) for b in second] == epochs[1]
-    if len(set(map(str, epochs[0]))) > 2 and 0 < done < len(whole):  # the control: one step further is another rest
+    if len(set(map(str, epochs[0]))) > 2 and 0 < done < len(
+        whole
+    ):  # the control: one step further, the remaining batches differ
         wrong = make(index, batch, seed=seed, sources=sources)
         wrong.load_state_dict({**state, "batch": done - 1})
         assert seen + [prints(b) for b in wrong] != epochs[0]
@@ -147,7 +149,7 @@ def test_resume_with_workers_reading_ahead(folders, seed):
 
 
 def test_other_seeds_differ(folders, seed):
-    """The control of the equalities above."""
+    """This is the control of the equalities above."""
     index = folders([12, 12, 5])
     base = global_batches(index, 4, 1, seed=seed)
     other = global_batches(index, 4, 1, seed=seed + 1)
@@ -164,7 +166,7 @@ def test_augmentation_changes_with_the_epoch(folders, seed):
     assert sum(epochs[0][row] != epochs[1][row] for row in range(12)) > 6
 
 
-def test_augmentation_is_keyed_by_seed_epoch_and_place(folders, seed):
+def test_augmentation_is_keyed_by_seed_epoch_and_position(folders, seed):
     index = folders([6])
 
     def pictures(seed, epoch, place):
@@ -172,14 +174,14 @@ def test_augmentation_is_keyed_by_seed_epoch_and_place(folders, seed):
         return [picture for picture, *_ in prints(dataset[epoch, place, np.full(12, 2)])]
 
     base = pictures(seed, 3, 10)
-    assert len(set(base)) > 3  # the same sample at twelve places
+    assert len(set(base)) > 3  # the same sample at twelve positions
     assert pictures(seed, 3, 11)[:-1] == base[1:]
     for other in ((seed + 1, 3, 10), (seed, 4, 10), (seed, 3, 22)):
         assert pictures(*other) != base
 
 
 @pytest.mark.parametrize("what", ["batch_size", "seed", "window", "sources", "fingerprint"])
-def test_another_run_is_refused_by_name(folders, seed, what):
+def test_the_state_of_another_run_is_refused_by_name(folders, seed, what):
     index, other = folders([6, 6]), folders([6, 7])
     state = make(index, 3, seed=seed).state_dict()
     changed = {
@@ -241,7 +243,7 @@ def test_each_caption_is_drawn_sometimes(folders, seed):
     assert (np.abs(drawn.sum(0) - 100) < 45).all()  # 5.5 standard deviations
 
 
-def test_without_a_seed_the_first_caption_and_no_augmentation_state(folders):
+def test_without_a_seed_the_first_caption_is_used(folders):
     index = folders([5, 4])
     dataset = PairDataset(index, "json.captions", TOKENIZER, Preprocess(8), None)
     loader = Loader(dataset, 4, shuffle=False)
@@ -254,7 +256,7 @@ def test_without_a_seed_the_first_caption_and_no_augmentation_state(folders):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("total", [8, 9, 10, 11, 13])
 def test_unshuffled_every_pass_gives_every_sample_on_some_rank(folders, world, total):
-    """A tail that leaves a rank without samples must not throw its place in the epoch out."""
+    """A tail that leaves a rank without samples must not shift its position in the epoch."""
     index = folders([total])
     loaders = [make(index, 4 * world, shuffle=False, world=world, rank=rank) for rank in range(world)]
     for _ in range(3):
@@ -264,7 +266,7 @@ def test_unshuffled_every_pass_gives_every_sample_on_some_rank(folders, world, t
 
 
 def test_an_unshuffled_pass_starts_at_the_beginning(folders):
-    """A trainer's sanity check, or its limit, leaves a validation after a few batches; the next one is whole again."""
+    """A trainer's sanity check or limit ends a validation after a few batches; the next one is complete again."""
     loader = make(folders([10]), 4, shuffle=False)
     passing = iter(loader)
     next(passing), next(passing)
@@ -287,7 +289,7 @@ def test_captions_from_txt_and_one_string_of_json(tmp_path, seed):
         ({"txt": b" \n"}, "txt", "no caption"),
         ({"json": b"{"}, "json.a", ".json cannot be read"),
         ({"json": b"\xff"}, "json.a", ".json cannot be read"),
-        ({"json": b"1" * 5000}, "json.a", ".json cannot be read"),  # more digits than Python's int takes
+        ({"json": b"1" * 5000}, "json.a", ".json cannot be read"),  # more digits than Python's int accepts
         ({"json": b"[" * 200_000}, "json.a", ".json cannot be read"),  # nested too deep
         ({"json": b"[]"}, "json.a", "no field 'a'"),
         ({"json": b'{"b": 1}'}, "json.a", "no field 'a'"),
@@ -317,7 +319,7 @@ def test_a_bad_sample_is_replaced_by_the_next_one_and_named(tmp_path, seed, work
     batches = list(loader)
     order = np.concatenate([EpochPlan([6], seed, 0, 2, 2)[k] for k in range(3)]).tolist()
     rows = [row for b in batches for row in b.rows.tolist()]
-    assert rows == [{2: 3, 5: 0}.get(row, row) for row in order]  # of the last the first is next
+    assert rows == [{2: 3, 5: 0}.get(row, row) for row in order]  # the first sample follows the last
     bad = {item.key: item for b in batches for item in b.bad}
     assert bad.keys() == {"k2", "k5"}
     assert bad["k2"].cause == ".png cannot be decoded"
@@ -327,7 +329,7 @@ def test_a_bad_sample_is_replaced_by_the_next_one_and_named(tmp_path, seed, work
     assert len(loader.bad_sample_log) == 2
 
 
-def test_where_is_measured_a_bad_sample_is_marked(tmp_path, seed):
+def test_a_bad_sample_of_an_evaluation_is_marked(tmp_path, seed):
     rng = np.random.default_rng(seed)
     samples = [{"__key__": f"k{i}", "png": encode(pixels(rng)), "txt": b"a cat"} for i in range(5)]
     samples[3]["png"] = b"no picture"
@@ -364,11 +366,11 @@ def test_sizes_that_do_not_fit_are_refused(folders):
     index = folders([3, 2])
     with pytest.raises(DataError, match=r"batch size 6 .* 5 samples"):
         make(index, 6)
-    with pytest.raises(DataError, match=r"batch_size 5 .* no multiple of the 2 ranks"):
+    with pytest.raises(DataError, match=r"batch_size 5 .* multiple of the 2 ranks"):
         make(index, 5, world=2)
 
 
-def test_a_sample_is_what_the_shard_holds(folders):
+def test_a_sample_equals_the_content_of_the_shard(folders):
     index = folders([2, 2])
     sample = index[3]
     assert isinstance(sample, Sample)
@@ -378,7 +380,7 @@ def test_a_sample_is_what_the_shard_holds(folders):
 
 
 def test_validation_gives_every_rank_a_part_of_every_batch(tmp_path: Path, seed: int) -> None:
-    """A rank without a part would not take part in what the others wait for."""
+    """A rank without a part would miss a collective that the others wait for."""
     rng = np.random.default_rng(seed)
     count = int(rng.integers(4, 30))
     index = ShardIndex.build(write_shards(tmp_path, [count], seed))

@@ -31,7 +31,7 @@ EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 
 def pictures(folder, rng, count, prefix="p"):
-    """Names of files whose names say nothing of their formats, and what is in them: (kind, bytes)."""
+    """Write images into files whose names do not tell the format; return name -> (format, bytes)."""
     made = {}
     for i in range(count):
         kind = KINDS[int(rng.integers(3))]
@@ -44,7 +44,7 @@ def pictures(folder, rng, count, prefix="p"):
 
 
 def read(out):
-    """Every sample of the shards, by stock webdataset, nothing decoded; in order."""
+    """Read the samples of the shards with webdataset, in order and without decoding."""
     paths = sorted(str(path) for path in Path(out).glob("*.tar"))
     return [dict(sample) for sample in webdataset.WebDataset(paths, shardshuffle=False)]
 
@@ -73,7 +73,7 @@ def table_of(path, rows):
 
 
 def expect(out, made, captions, fields=None):
-    """The samples are exactly these: each picture's bytes under its own kind, its captions in order, its fields."""
+    """Assert that the samples are exactly these: each image's bytes by format, its captions in order, its fields."""
     found = {}
     for sample in read(out):
         about = json.loads(sample["json"])
@@ -135,7 +135,7 @@ captions_of_any_kind = st.text(st.characters(codec="utf-8", exclude_characters="
 @settings(max_examples=40, deadline=None)
 @given(st.lists(captions_of_any_kind, min_size=1, max_size=5), st.sampled_from(",;"))
 def test_quoted_captions(tmp_path_factory, captions, delimiter):
-    """Whatever csv writes, line ends and quotes in a caption too."""
+    """Captions may have everything that csv can write, also line ends and quotes."""
     folder = tmp_path_factory.mktemp("quoted")
     with open(folder / "t.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter=delimiter)
@@ -165,7 +165,7 @@ def coco(folder, rng, split="train2017", images="train2017"):
 def test_coco(tmp_path, seed, images):
     path, made, captions = coco(tmp_path, np.random.default_rng(seed), images=images)
     if images == "elsewhere":
-        with pytest.raises(DataError, match="by --images"):
+        with pytest.raises(DataError, match="with --images"):
             make_shards(path, tmp_path / "out", workers=0)
         make_shards(path, tmp_path / "out", images=tmp_path / images, workers=0)
     else:
@@ -188,7 +188,7 @@ def test_coco_without_its_parts(tmp_path, seed):
         with pytest.raises(DataError, match="nor COCO's captions JSON"):
             make_shards(path, tmp_path / "other", workers=0)
     path.write_text("{")
-    with pytest.raises(DataError, match="is no JSON"):
+    with pytest.raises(DataError, match="cannot be read as JSON"):
         make_shards(path, tmp_path / "other", workers=0)
 
 
@@ -220,7 +220,7 @@ def test_the_broken_line_of_flickr30k(tmp_path):
     assert make_shards(tmp_path, tmp_path / "out", workers=0).left_out == {"row broken": ["line 3"]}
 
 
-def test_a_quote_left_open_swallows_no_rows_in_silence(tmp_path):
+def test_an_open_quote_does_not_swallow_rows_silently(tmp_path):
     for name in "abcde":
         (tmp_path / f"{name}.png").write_bytes(encode(np.zeros((2, 2, 3), np.uint8)))
     rows = [
@@ -237,7 +237,7 @@ def test_a_quote_left_open_swallows_no_rows_in_silence(tmp_path):
     summary = make_shards(tmp_path / "t.csv", tmp_path / "out", workers=0)
     assert summary.left_out == {"row broken": ["lines 3 to 5", "line 7"]}
     assert {sample["txt"] for sample in read(tmp_path / "out")} == {b"one", b"two"}
-    tabs = [row.replace(",", "\t") for row in rows]  # here a line is a row, whatever its quotes
+    tabs = [row.replace(",", "\t") for row in rows]  # with tabs each line is a row, and quotes have no effect
     (tmp_path / "t.tsv").write_text("\n".join([*tabs[:-2], 'e.png\t"quoted ""so"""', ""]))
     make_shards(tmp_path / "t.tsv", tmp_path / "out2", workers=0)
     captions = {caption for sample in read(tmp_path / "out2") for caption in json.loads(sample["json"])["captions"]}
@@ -249,7 +249,7 @@ def class_folders(folder, rng, classes=4, each=9):
     for i in range(classes):
         name = f"kind_{i}-of"
         made |= {f"{name}/{file}": v for file, v in pictures(folder / name, rng, each).items()}
-        (folder / name / "first.jpg").write_bytes(encode(pixels(rng), "jpeg"))  # the others may have other names
+        (folder / name / "first.jpg").write_bytes(encode(pixels(rng), "jpeg"))  # the other files may have other names
         made[f"{name}/first.jpg"] = ("jpg", (folder / name / "first.jpg").read_bytes())
     (folder / ".hidden").mkdir()
     (folder / "notes").mkdir()
@@ -276,10 +276,10 @@ def test_class_folders(tmp_path, seed):
     assert max(turns.values()) - min(turns.values()) <= 1
     shards = [{s.read_json()["class"] for s in ShardIndex.build(p)} for p in sorted((tmp_path / "out").glob("*.tar"))]
     assert len(shards) == 4
-    assert all(len(classes) > 1 for classes in shards)  # neighbors of a folder are in several shards
+    assert all(len(classes) > 1 for classes in shards)  # the images of a folder are in several shards
 
 
-def test_one_template_and_classes_of_one_name(tmp_path, seed):
+def test_one_template_and_classes_of_the_same_name(tmp_path, seed):
     rng = np.random.default_rng(seed)
     for folder in ("hot_dog", "hot-dog", "cat"):
         (tmp_path / "set" / folder).mkdir(parents=True)
@@ -297,8 +297,8 @@ BAD = {
     "row broken": b'good.png,"open,1\n',
     "image not named": b",a caption,1\n",
     "image missing": b"absent.png,a caption,1\n",
-    "no image file": b"folder,a caption,1\n",
-    "an address and no file": b"http://example.org/good.png,a caption,1\n",
+    "not a regular file": b"folder,a caption,1\n",
+    "a URL, not a file": b"http://example.org/good.png,a caption,1\n",
     "outside of the image folder": b"../outside.png,a caption,1\n",
     "neither JPEG, PNG nor WebP": b"text.png,a caption,1\n",
     "image broken": b"cut.jpg,a caption,1\n",
@@ -315,7 +315,7 @@ def with_bad_rows(folder, rng, causes, good=20):
     (folder / "text.png").write_bytes(b"GIF89a and so on")
     (folder / "cut.jpg").write_bytes(encode(smooth(rng, 40, 40), "jpeg")[:-150])
     rows = [f"{name},caption of {name},{i}\n".encode() for i, name in enumerate(made)]
-    last = [cause for cause in causes if cause == "row broken"]  # an open quote takes what follows
+    last = [cause for cause in causes if cause == "row broken"]  # an open quote swallows the rows after it
     for cause in causes:
         if cause not in last:
             rows.insert(int(rng.integers(len(rows) + 1)), BAD[cause])
@@ -352,7 +352,7 @@ def test_all_kinds_of_bad_rows_and_the_summary(tmp_path, seed):
     assert not (tmp_path / "out" / "unfinished.jsonl").exists()
 
 
-def test_only_three_names_on_the_screen(tmp_path, seed):
+def test_three_examples_are_printed(tmp_path, seed):
     made = pictures(tmp_path, np.random.default_rng(seed), 12)
     rows = [{"image": name, "caption": "x"} for name in [*made, *(f"absent{i}" for i in range(7))]]
     summary = make_shards(table_of(tmp_path / "t.csv", rows), tmp_path / "out", workers=0)
@@ -437,7 +437,7 @@ def stop_after(count):
 
 
 @pytest.mark.parametrize("kind", ["table", "classes"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, seed, kind):
+def test_a_resumed_run_writes_the_same_bytes(tmp_path, seed, kind):
     rng, chance = np.random.default_rng(seed), random.Random(seed)
     if kind == "table":
         with_bad_rows(tmp_path / "set", rng, list(BAD), 40)
@@ -462,7 +462,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, seed, kind):
             source, out, workers=0, track=lambda items, seen=seen: (seen.append(i) or i for i in items), **options
         )
         assert content(out) == expected
-        assert len(seen) <= 48 + 10 - made * options["samples"]  # what was done is not done again
+        assert len(seen) <= 48 + 10 - made * options["samples"]  # finished work is not repeated
     changed = make_shards(source, tmp_path / "other", workers=0, **{**options, "seed": options["seed"] + 1})
     assert changed.samples > 0
     assert content(tmp_path / "other") != expected  # the control
@@ -498,7 +498,7 @@ def test_killed(tmp_path, seed):
 
 
 @pytest.mark.parametrize("harm", ["line cut", "shard gone", "shard cut", "journal gone before a shard", "val half"])
-def test_whatever_a_stop_leaves(tmp_path, seed, harm):
+def test_resuming_from_whatever_a_stop_leaves(tmp_path, seed, harm):
     class_folders(tmp_path / "set", np.random.default_rng(seed))
     make_shards(tmp_path / "set", tmp_path / "whole", samples=4, val=0.2, workers=0)
     out = tmp_path / "out"
@@ -524,8 +524,8 @@ def test_whatever_a_stop_leaves(tmp_path, seed, harm):
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_nothing_is_left_of_other_options(tmp_path, seed):
-    """The first shard gone, nothing binds; then the later ones must go too."""
+def test_no_shard_of_other_options_is_kept(tmp_path, seed):
+    """Without the first shard, other options are accepted; then the later shards must be removed."""
     class_folders(tmp_path / "set", np.random.default_rng(seed))
     with pytest.raises(Stop):
         make_shards(tmp_path / "set", tmp_path / "out", samples=4, workers=0, track=stop_after(30))
@@ -545,13 +545,13 @@ def test_other_options_are_refused(tmp_path, seed, finished):
         with pytest.raises(Stop):
             make_shards(tmp_path / "set", out, track=stop_after(20), **options)
     before = content(out)
-    for name, value, said in (
+    for name, value, message in (
         ("samples", 5, "samples 4, not 5"),
         ("val", 0.2, r"val 0\.1, not 0\.2"),
         ("seed", 4, "seed 3, not 4"),
         ("templates", ["{c}"], r"templates None, not \['\{c\}'\]"),
     ):
-        with pytest.raises(DataError, match=f"was begun with {said}: give the same"):
+        with pytest.raises(DataError, match=f"was begun with {message}: give the same"):
             make_shards(tmp_path / "set", out, **{**options, name: value})
     class_folders(tmp_path / "copy", np.random.default_rng(seed))
     with pytest.raises(DataError, match="begun with source"):
@@ -564,7 +564,7 @@ def test_other_options_are_refused(tmp_path, seed, finished):
         assert first.finished_before is False
 
 
-def test_a_finished_run_says_so(tmp_path, seed):
+def test_a_finished_run_is_reported(tmp_path, seed):
     class_folders(tmp_path / "set", np.random.default_rng(seed))
     out = tmp_path / "out"
     first = make_shards(tmp_path / "set", out, samples=9, val=0.1, workers=0)
@@ -580,14 +580,17 @@ def test_a_finished_run_says_so(tmp_path, seed):
 
 def test_folders_of_others_are_left_alone(tmp_path, seed):
     class_folders(tmp_path / "set", np.random.default_rng(seed))
-    for name, said in (("train-000000.tar", "not of make-shards"), ("summary.json", "is not of make-shards")):
+    for name, message in (
+        ("train-000000.tar", "make-shards did not write"),
+        ("summary.json", "not written by make-shards"),
+    ):
         (tmp_path / name / "out").mkdir(parents=True)
         (tmp_path / name / "out" / name).write_text("{}")
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             make_shards(tmp_path / "set", tmp_path / name / "out", workers=0)
         assert (tmp_path / name / "out" / name).read_text() == "{}"
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="must be a folder"):
         make_shards(tmp_path / "set", tmp_path / "file", workers=0)
 
 
@@ -639,7 +642,7 @@ def test_held_out_classification_set(tmp_path, seed):
         assert sample.read(sample.image) == made[file][1]
     assert dualenc.evaluate(tiny_embedder(seed), out / "held_out")["n"] == summary.held_out
     assert f"dualenc zeroshot RUN {out / 'held_out'}" in summary.lines()[-1]
-    # What training holds out of the rest is another choice, or the same share would find nothing.
+    # Training splits the rest by another hash; with the same one, a share as large would hold out nothing.
     train, val = ShardIndex.build(out).split(0.4)
     assert len(train) + len(val) == summary.samples
 
@@ -648,11 +651,11 @@ def test_columns(tmp_path, seed):
     made = list(pictures(tmp_path, np.random.default_rng(seed), 3))
     rows = [{"pic": name, "words": f"w {name}", "other": "o"} for name in made]
     table = table_of(tmp_path / "t.csv", rows)
-    with pytest.raises(DataError, match=r"hold the images, only 'pic', 'words', 'other': name it by --image_column"):
+    with pytest.raises(DataError, match=r"usual name for images, only 'pic', 'words', 'other': .*--image_column"):
         make_shards(table, tmp_path / "out", workers=0)
-    with pytest.raises(DataError, match=r"hold the captions, .*--caption_column"):
+    with pytest.raises(DataError, match=r"usual name for captions, .*--caption_column"):
         make_shards(table, tmp_path / "out", image_column="pic", workers=0)
-    with pytest.raises(DataError, match=r"no column 'Pic', only 'pic'"):
+    with pytest.raises(DataError, match=r"column 'Pic', only 'pic'"):
         make_shards(table, tmp_path / "out", image_column="Pic", workers=0)
     assert not (tmp_path / "out").exists()
     make_shards(table, tmp_path / "out", image_column="pic", caption_column="words", workers=0)
@@ -663,20 +666,20 @@ def test_wrong_use(tmp_path, seed):
     class_folders(tmp_path / "set", np.random.default_rng(seed))
     table = table_of(tmp_path / "t.csv", [{"image": "a.png", "caption": "x"}])
     out = tmp_path / "out"
-    for source, options, said in (
-        (tmp_path / "set", {"templates": ["a photo"]}, r"'a photo' has no \{c\}"),
-        (tmp_path / "set", {"image_column": "x"}, "these are folders of classes"),
-        (tmp_path / "set", {"images": tmp_path}, "these are folders of classes"),
-        (tmp_path / "set", {"samples": 0}, "samples 0 from 1"),
-        (tmp_path / "set", {"val": 1.0}, r"val 1\.0 from 0 below 1"),
+    for source, options, message in (
+        (tmp_path / "set", {"templates": ["a photo"]}, r"'a photo' must have \{c\}"),
+        (tmp_path / "set", {"image_column": "x"}, "options for tables only"),
+        (tmp_path / "set", {"images": tmp_path}, "options for tables only"),
+        (tmp_path / "set", {"samples": 0}, "samples 0 must be at least 1"),
+        (tmp_path / "set", {"val": 1.0}, r"val 1\.0 .*below 1"),
         (table, {"templates": ["{c}"]}, "templates are for folders of classes"),
-        (table, {"images": tmp_path / "absent"}, "absent is no folder"),
-        (table, {}, r"'a.png' and the like are not in .* by --images"),
+        (table, {"images": tmp_path / "absent"}, "absent must be a folder"),
+        (table, {}, r"'a.png' are not in .* with --images"),
         (tmp_path / "absent", {}, "absent does not exist"),
-        (tmp_path, {}, r"no folders with images .*\(here are: t.csv, set\)"),
-        (tmp_path / "set" / "kind_0-of" / "first.jpg", {}, "a folder, or a table .csv"),
+        (tmp_path, {}, r"no class folders with images .*\(found t.csv, set\)"),
+        (tmp_path / "set" / "kind_0-of" / "first.jpg", {}, "must be a folder, or a table .csv"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             make_shards(source, out, workers=0, **options)
     assert not out.exists()
     (tmp_path / "captions.csv").write_text("image,caption\n")
@@ -724,7 +727,7 @@ def test_lone_surrogates_and_odd_values(tmp_path):
     table.write_text(rows)
     summary = make_shards(table, tmp_path / "out", workers=0)
     assert {cause: len(names) for cause, names in summary.left_out.items()} == {
-        "caption not UTF-8": 1, "caption no text": 1, "caption empty": 2, "image not named": 1, "row broken": 2,
+        "caption not UTF-8": 1, "caption not text": 1, "caption empty": 2, "image not named": 1, "row broken": 2,
         "image missing": 1,
     }  # fmt: skip
     assert summary.samples == 5
@@ -732,7 +735,7 @@ def test_lone_surrogates_and_odd_values(tmp_path):
     assert "\n".join(summary.lines()).encode()
 
 
-def test_workers_and_transparent_or_turned_pictures_change_nothing(tmp_path, seed):
+def test_workers_and_transparent_or_rotated_images_change_nothing(tmp_path, seed):
     rng = np.random.default_rng(seed)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -752,7 +755,7 @@ def test_workers_and_transparent_or_turned_pictures_change_nothing(tmp_path, see
 def test_permissions(tmp_path, seed, monkeypatch):
     made = list(pictures(tmp_path, np.random.default_rng(seed), 3))
     (tmp_path / made[0]).chmod(0)
-    if os.geteuid() == 0:  # who reads everything: refused as others are
+    if os.geteuid() == 0:  # root can read everything, so that the refusal is simulated
 
         def refusing(path, *how):
             if os.path.exists(path) and not os.stat(path).st_mode & 0o400:
@@ -767,8 +770,8 @@ def test_permissions(tmp_path, seed, monkeypatch):
 
 
 @needs_data
-def test_real_emoji_by_way_of_a_table(tmp_path, seed):
-    """Unpacked and packed again: the same pictures and names, readable as before."""
+def test_real_emoji_through_a_table(tmp_path, seed):
+    """Unpacked and packed again, the images and names are the same."""
     index = ShardIndex.build(DATA / "emoji")
     rows = np.sort(np.random.default_rng(seed).choice(len(index), 60, replace=False))
     before = {}

@@ -1,4 +1,4 @@
-"""The synthetic scenes: nothing of what is asked stands in the training data, and what a caption says is true."""
+"""Synthetic scenes: unseen pairs are not in the training data, and captions are true."""
 
 import io
 import re
@@ -29,7 +29,7 @@ from dualenc.data.prepare.scenes import (
 
 
 def looks_like(image: Image.Image) -> str:
-    """Color and shape of the one thing of a scene, from its pixels alone."""
+    """Return the color and shape of a scene's only thing, from its pixels."""
     pixels = np.asarray(image).astype(int)
     ground = np.array(Counter(map(tuple, pixels.reshape(-1, 3).tolist())).most_common(1)[0][0])
     color = max(COLORS, key=lambda name: (np.abs(pixels - COLORS[name]).max(-1) <= 3).sum())
@@ -64,7 +64,7 @@ def test_the_unseen_names() -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Scene]:
-    """The scenes that are drawn while the test runs, with what stands in them."""
+    """Record the scenes that are drawn during the test."""
     made: list[Scene] = []
 
     def record(*args: object, **kwargs: object) -> Scene:
@@ -77,7 +77,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Scene]:
 
 @pytest.mark.long
 def test_a_data_set(tmp_path: Path, seed: int, drawn: list[Scene]) -> None:
-    """Read by webdataset itself; its parts hold the names that they should, in pictures, captions and labels."""
+    """The data set is read with webdataset; each part has the right names, in images, captions and labels."""
     write_scenes(tmp_path, train=120, held_out=60, shard=50, seed=seed)
     shards = sorted(map(str, tmp_path.glob("*.tar")))
     assert [Path(shard).name for shard in shards] == [f"train-{i:06d}.tar" for i in range(3)]
@@ -126,16 +126,16 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, seed: int) -> None:
     assert all(written[0][name] != written[2][name] for name in tars)
 
 
-def test_more_scenes_begin_with_the_same_ones(tmp_path: Path, seed: int, drawn: list[Scene]) -> None:
+def test_a_larger_data_set_begins_with_the_same_scenes(tmp_path: Path, seed: int, drawn: list[Scene]) -> None:
     write_scenes(tmp_path / "few", train=5, held_out=3, seed=seed)
     write_scenes(tmp_path / "many", train=9, held_out=3, seed=seed)
     captions = [scene.caption for scene in drawn]
     assert captions[:5] == captions[14:19]
-    assert captions[5:14] == captions[23:]  # the held-out ones do not depend on it
+    assert captions[5:14] == captions[23:]  # the held-out scenes do not depend on the number of training scenes
     assert captions[:3] != captions[5:8]
 
 
-def test_what_is_drawn_is_what_is_named(seed: int) -> None:
+def test_the_drawn_thing_has_its_name(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for name in NAMES:
         for _ in range(4):
@@ -143,8 +143,8 @@ def test_what_is_drawn_is_what_is_named(seed: int) -> None:
 
 
 @pytest.mark.long
-def test_things_lie_inside_the_picture_and_apart(seed: int) -> None:
-    """By their paint: nothing at the canvas' edge is cut off, no pixel belongs to two."""
+def test_things_are_inside_the_image_and_do_not_overlap(seed: int) -> None:
+    """By their pixels: no thing is cut off at the edge, and no pixel belongs to two things."""
     rng, side = np.random.default_rng(seed), 400
     for _ in range(80):
         things = draw_scene(rng, pixels=8).things
@@ -152,8 +152,8 @@ def test_things_lie_inside_the_picture_and_apart(seed: int) -> None:
         for thing in things:
             small, big = SIZES[thing.size]
             assert small <= thing.radius <= big
-            canvas = Image.new("L", (2 * side, 2 * side))  # with room on all sides, so that what sticks out shows
-            radius = thing.radius / 2 * 0.98  # less what the whole pixels of the edges make of it
+            canvas = Image.new("L", (2 * side, 2 * side))  # with a margin on all sides, to see what would be cut off
+            radius = thing.radius / 2 * 0.98  # a little less, because edges are drawn on whole pixels
             moved = thing._replace(x=thing.x / 2 + 0.25, y=thing.y / 2 + 0.25, radius=radius)
             wide = Image.new("RGB", canvas.size, (255, 255, 255))
             scenes._draw(ImageDraw.Draw(wide), moved, 2 * side, (255, 255, 255))
@@ -180,14 +180,14 @@ RELATIONS = ["left of", "to the left of", "right of", "to the right of", "above"
 LOOSE = ["and", "with", "beside"]
 
 
-def is_said_of(words: str, thing: scenes.Thing) -> bool:
-    """Whether a phrase is true of a thing, and says enough to mean it."""
+def describes(words: str, thing: scenes.Thing) -> bool:
+    """Return whether a phrase is true of a thing, whose color or shape it must name."""
     found = re.fullmatch(SAID, words)
     assert found, words
     size, color, shape = found["size"] or found["size_"], found["color"] or found["color_"], found["shape"]
     assert color or shape
     pairs = ((size and size.strip(), thing.size), (color, thing.color), (shape, thing.shape))
-    return all(not said or said == true for said, true in pairs)
+    return all(not word or word == true for word, true in pairs)
 
 
 def stands(a: scenes.Thing, relation: str, b: scenes.Thing) -> bool:
@@ -210,19 +210,19 @@ def is_true(caption: str, things: tuple[scenes.Thing, ...]) -> bool:
         found = ONE.fullmatch(caption)
         assert found, caption
         place = found["at"] or found["in"] or found["after"]
-        return is_said_of(found["it"], things[0]) and (not place or is_at(place, things[0]))
+        return describes(found["it"], things[0]) and (not place or is_at(place, things[0]))
     thing, relation = r"((?:a|something) [a-z ]+?)", "|".join([*LOOSE, *RELATIONS])
     found = re.fullmatch(rf"(?:there is |a picture of )?{thing} ({relation}) {thing}", caption)
     assert found, caption
     first, relation, second = found.groups()
     return any(
-        is_said_of(first, a) and is_said_of(second, b) and (relation in LOOSE or stands(a, relation, b))
+        describes(first, a) and describes(second, b) and (relation in LOOSE or stands(a, relation, b))
         for a, b in (things, things[::-1])
     )
 
 
 def test_captions_are_true(seed: int) -> None:
-    """2,000 scenes; with another scene's caption, most are not: the control."""
+    """This holds for 2,000 scenes. With the caption of another scene, most are not true: the control."""
     rng = np.random.default_rng(seed)
     for count in (1, 2):
         made = [draw_scene(rng, things=count, pixels=4) for _ in range(1000)]
@@ -231,7 +231,7 @@ def test_captions_are_true(seed: int) -> None:
         assert sum(others) < 0.35 * len(others)
 
 
-def test_captions_vary_and_their_words_are_few(seed: int) -> None:
+def test_captions_vary_with_few_words(seed: int) -> None:
     rng = np.random.default_rng(seed)
     captions = [draw_scene(rng, things=1 + i % 2, pixels=4).caption for i in range(2000)]
     assert len(set(captions)) > 1000
@@ -239,8 +239,8 @@ def test_captions_vary_and_their_words_are_few(seed: int) -> None:
     assert {*COLORS, *SHAPES, *SIZES, "left", "right", "above", "below", "middle"} <= words
     assert len(words) < 50
     for some in (SIZES, ("left", "right", "top", "bottom", "middle", "above", "over", "below", "under")):
-        said = [any(word in caption for word in some) for caption in captions]
-        assert 0.2 < sum(said) / len(said) < 0.8  # a size, a place or a relation is often left out
+        given = [any(word in caption for word in some) for caption in captions]
+        assert 0.2 < sum(given) / len(given) < 0.8  # a size, a position or a relation is often left out
     assert all(any(name in caption for name in NAMES) for caption in captions)
 
 

@@ -21,7 +21,7 @@ from dualenc.data.prepare.shrink import shrink_image, shrink_shards
 from dualenc.utils.errors import DataError
 
 SIZE = 24
-# How a picture is stored for a viewer that turns it by its EXIF tag to see it upright.
+# EXIF orientation -> how an image is stored that a viewer rotates back.
 TURNED = {
     1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
     6: lambda x: np.rot90(x, 1), 8: lambda x: np.rot90(x, -1),
@@ -34,7 +34,7 @@ FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
 def picture(rng, kind, height, width):
-    """A file, and the RGB pixels (H, W, 3) that a viewer shows of it, up to the loss of its format."""
+    """Return a file, and the RGB pixels (H, W, 3) that a viewer shows, up to the loss of its format."""
     seen = smooth(rng, height, width)
     if "gray" in kind or "16-bit" in kind:
         seen = np.repeat(seen[..., :1], 3, 2)
@@ -70,7 +70,7 @@ def picture(rng, kind, height, width):
 
 
 def smaller(seen, size):
-    """By Pillow: the shorter side `size`, the other one's fraction cut off."""
+    """Resize with Pillow to the shorter side `size`; the longer side is rounded down."""
     height, width = seen.shape[:2]
     if min(height, width) <= size:
         return seen
@@ -83,12 +83,12 @@ def pixels_of(data):
 
 
 def sides(rng):
-    """Some small, some large, some long."""
+    """Return a random height and width: small, large or elongated."""
     return [int(side) for side in rng.integers(2, 4 * SIZE, 2)]
 
 
 def write(path, members, form=tarfile.PAX_FORMAT):
-    """A shard of (name, bytes), by tarfile."""
+    """Write a shard of (name, bytes) with tarfile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as tar:
         for name, data in members:
@@ -99,7 +99,7 @@ def write(path, members, form=tarfile.PAX_FORMAT):
 
 
 def read(path):
-    """(name, bytes) of all members, by tarfile."""
+    """Read (name, bytes) of all members with tarfile."""
     with tarfile.open(path) as tar:
         return [(info.name, tar.extractfile(info).read()) for info in tar if info.isfile()]
 
@@ -109,7 +109,7 @@ def content(folder):
 
 
 def random_shards(folder, rng, layout=(4, 1, 6), kinds=KINDS):
-    """Shards of all kinds of pictures and names; the pixels that each image shows, by shard and name."""
+    """Write shards of all kinds of images and names; return the visible pixels of each image by shard and name."""
     shown = {}
     for number, count in enumerate(layout):
         members = []
@@ -127,7 +127,7 @@ def random_shards(folder, rng, layout=(4, 1, 6), kinds=KINDS):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_viewer_sees_only_smaller(seed, kind):
+def test_the_visible_image_is_resized(seed, kind):
     rng = np.random.default_rng(seed)
     for _ in range(6):
         data, seen = picture(rng, kind, *(int(side) for side in rng.integers(SIZE + 1, 5 * SIZE, 2)))
@@ -158,7 +158,7 @@ def test_at_the_training_size_the_pixels_are_the_same(seed, kind):
 def test_quality_and_color(seed):
     rng = np.random.default_rng(seed)
     red = np.zeros((96, 96, 3), np.uint8)
-    red[:, ::2, 0] = 255  # nothing to lose in the resize, all in color at half resolution
+    red[:, ::2, 0] = 255  # color at half resolution would lose all of it, the resize nothing
     red = red.repeat(2, 0).repeat(2, 1)
     found = pixels_of(shrink_image(encode(red), 96, 90)).astype(float)
     as_jpeg = pixels_of(shrink_image(encode(red, "jpeg", quality=100, subsampling=0), 96, 95)).astype(float)
@@ -195,7 +195,7 @@ def test_everything_else_stays(tmp_path, seed):
         assert total == sum(path.stat().st_size for path in (tmp_path / folder).glob("*.tar"))
 
 
-def test_members_of_no_sample_and_odd_ones(tmp_path, seed):
+def test_members_without_a_sample_and_unusual_members(tmp_path, seed):
     rng = np.random.default_rng(seed)
     large, mask = encode(pixels(rng, 60, 50), "jpeg"), encode(pixels(rng, 60, 50))
     before = [
@@ -205,9 +205,9 @@ def test_members_of_no_sample_and_odd_ones(tmp_path, seed):
     summary = shrink_shards(write(tmp_path / "in" / "a.tar", before), tmp_path / "out", size=SIZE, workers=0)
     after = dict(read(tmp_path / "out" / "a.tar"))
     assert list(after) == ["a.jpg", "a.png", "b.txt", "c.jpg", "c.bin"]
-    assert after["a.png"] == mask  # of two, training reads the .jpg
+    assert after["a.png"] == mask  # training reads the .jpg of the two
     assert min(pixels_of(after["a.jpg"]).shape[:2]) == SIZE
-    assert after["c.bin"] == bytes(17 << 20)  # larger than training would read
+    assert after["c.bin"] == bytes(17 << 20)  # larger than training reads
     assert (summary.samples, summary.shrunk, summary.kept) == (3, 2, 0)
 
 
@@ -234,7 +234,7 @@ def test_undecodable_images_are_kept_and_named(tmp_path, seed):
     assert (summary.samples, summary.shrunk, summary.kept) == (6, 1, 0)
     (shard,) = json.loads((tmp_path / "out" / "shrink.json").read_text())["shards"]
     assert shard["undecodable"] == [list(item) for item in causes.items()]
-    (line,) = [line for line in summary.lines() if "cannot be made smaller and are kept" in line]
+    (line,) = [line for line in summary.lines() if "cannot be made smaller and are copied" in line]
     assert line.startswith("5 images")
     assert f"a.tar 'cut' {causes['cut']}, a.tar" in line
     assert "shrink.json" in line
@@ -264,7 +264,7 @@ def stop_after(count):
 
 
 @pytest.mark.parametrize("harm", ["none", "line cut", "shard gone", "shard cut", "journal gone", "leftovers"])
-def test_whatever_a_stop_leaves(tmp_path, seed, harm):
+def test_resuming_from_whatever_a_stop_leaves(tmp_path, seed, harm):
     random_shards(tmp_path / "in", np.random.default_rng(seed), (2, 1, 2, 2, 1))
     whole = shrink_shards(tmp_path / "in", tmp_path / "whole", size=SIZE, workers=0)
     out, count = tmp_path / "out", random.Random(seed).randint(2, 4)
@@ -291,7 +291,7 @@ def test_whatever_a_stop_leaves(tmp_path, seed, harm):
         tmp_path / "in", out, size=SIZE, workers=0, track=lambda items: (seen.append(item) or item for item in items)
     )
     assert content(out) == content(tmp_path / "whole")
-    assert len(seen) == 5 - done  # what was done is not done again
+    assert len(seen) == 5 - done  # finished work is not repeated
     assert found.lines()[:-1] == whole.lines()[:-1]
 
 
@@ -321,14 +321,14 @@ def test_killed(tmp_path, seed, workers):
             run.send_signal(signal.SIGKILL)
         assert run.returncode == -signal.SIGKILL
     assert (out / "unfinished.jsonl").exists()
-    found = shrink_shards(tmp_path / "in", out, size=SIZE)  # at once, whatever workers are still there
+    found = shrink_shards(tmp_path / "in", out, size=SIZE)  # immediately, even if workers still run
     assert not found.finished_before
     assert content(out) == content(tmp_path / "whole")
 
 
 @pytest.mark.long
 def test_workers_end_with_a_killed_command(tmp_path, seed):
-    """Long before the end of their shard: on a disk that is wanted for something else."""
+    """They end long before the end of their shard, because the disk may be needed for something else."""
     random_shards(tmp_path / "in", np.random.default_rng(seed), (200, 200), ("jpeg",))
     out = tmp_path / "out"
     with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out), "2"]) as run:
@@ -353,12 +353,12 @@ def test_other_options_and_inputs_are_refused(tmp_path, seed, finished):
         with pytest.raises(Stop):
             shrink_shards(shards, out, size=SIZE, workers=0, track=stop_after(1))
     before = content(out)
-    for options, said in (({"size": SIZE + 1}, "size 24, not 25"), ({"quality": 80}, "quality 90, not 80")):
-        with pytest.raises(DataError, match=f"out was begun with {said}: give the same"):
+    for options, message in (({"size": SIZE + 1}, "size 24, not 25"), ({"quality": 80}, "quality 90, not 80")):
+        with pytest.raises(DataError, match=f"out was begun with {message}: give the same"):
             shrink_shards(shards, out, **{"size": SIZE, **options})
     random_shards(tmp_path / "more", rng, (1, 1, 1, 1))
     random_shards(tmp_path / "less", rng, (1, 1, 1))
-    for given, said in (
+    for given, message in (
         (shards[:2], r"other shards \(2\.tar is missing\)"),
         ([*shards, tmp_path / "more" / "3.tar"], r"other shards \(3\.tar is new\)"),
         ([*shards[:2], tmp_path / "less" / "2.tar"], r"other shards \(2\.tar has changed\)"),
@@ -367,10 +367,10 @@ def test_other_options_and_inputs_are_refused(tmp_path, seed, finished):
             r"other shards \(0\.tar is missing, 1\.tar is missing, 2\.tar is missing, \.\.\.\)",
         ),
     ):
-        with pytest.raises(DataError, match=f"out was begun with {said}: give the same"):
+        with pytest.raises(DataError, match=f"out was begun with {message}: give the same"):
             shrink_shards(given, out, size=SIZE)
     assert content(out) == before
-    for path in shards:  # the same ones in another folder and another order
+    for path in shards:  # the same shards in another folder and another order
         (tmp_path / "copy").mkdir(exist_ok=True)
         (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
     again = shrink_shards([tmp_path / "copy" / f"{i}.tar" for i in (2, 0, 1)], out, size=SIZE)
@@ -379,7 +379,7 @@ def test_other_options_and_inputs_are_refused(tmp_path, seed, finished):
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_a_finished_run_says_so(tmp_path, seed):
+def test_a_finished_run_is_reported(tmp_path, seed):
     random_shards(tmp_path / "in", np.random.default_rng(seed))
     out = tmp_path / "out"
     first = shrink_shards(tmp_path / "in", out, size=SIZE, workers=0)
@@ -409,18 +409,18 @@ def test_wrong_use(tmp_path, seed):
         shrink_shards([tmp_path / "a", tmp_path / "cut"], out)
     assert not out.exists()
     before = content(tmp_path / "b")
-    with pytest.raises(DataError, match="b holds files that are not of shrink"):
+    with pytest.raises(DataError, match="b holds files that shrink did not write"):
         shrink_shards(tmp_path / "b", tmp_path / "b")
-    with pytest.raises(DataError, match="b holds files that are not of shrink"):
+    with pytest.raises(DataError, match="b holds files that shrink did not write"):
         shrink_shards(tmp_path / "a", tmp_path / "b")
     assert {name: data for name, data in content(tmp_path / "b").items() if name in before} == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="file is no folder"):
+    with pytest.raises(DataError, match="file must be a folder"):
         shrink_shards(tmp_path / "a", tmp_path / "file")
     for text in ("{", "[]", "{}", '{"inputs": 7}'):
         (tmp_path / "odd").mkdir(exist_ok=True)
         (tmp_path / "odd" / "shrink.json").write_text(text)
-        with pytest.raises(DataError, match=r"odd/shrink\.json is not of shrink"):
+        with pytest.raises(DataError, match=r"odd/shrink\.json was not written by shrink"):
             shrink_shards(tmp_path / "a", tmp_path / "odd")
     shrink_shards(tmp_path / "a", out, size=SIZE)
     os.symlink(out, tmp_path / "link")
@@ -430,7 +430,7 @@ def test_wrong_use(tmp_path, seed):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_changes_meanwhile(tmp_path, seed, workers):
+def test_a_shard_that_changes_during_the_run(tmp_path, seed, workers):
     random_shards(tmp_path / "in", np.random.default_rng(seed), (2, 2))
 
     def harm(items):
@@ -452,7 +452,7 @@ def test_the_command(tmp_path, seed, capsys):
     assert printed.endswith(f"next: dualenc fit --config run.yaml --data.train {out}\n")
     assert bar == ""
     (tmp_path / "file").write_text("")
-    for arguments, status, said in (
+    for arguments, status, message in (
         ([str(tmp_path / "in"), str(out), "--size", "9"], 2, f"{out} was begun with size 24, not 9"),
         ([str(tmp_path / "in"), str(tmp_path / "file" / "out")], 1, "Not a directory"),
         ([str(tmp_path / "none"), str(tmp_path / "new")], 2, "match no file"),
@@ -461,12 +461,12 @@ def test_the_command(tmp_path, seed, capsys):
             main(["shrink", *arguments])
         assert caught.value.code == status
         (line,) = capsys.readouterr().err.splitlines()
-        assert said in line
+        assert message in line
 
 
 @needs_data
 def test_real_photos(tmp_path, seed):
-    """What a model at 224 sees of photos hardly differs, at about a third of the bytes."""
+    """A model at 224 pixels sees almost the same photos, at about a third of the bytes."""
     paths = [DATA / "photos_full" / name for name in ("coco-000001.tar", "imagenet_sample-000003.tar")]
     summary = shrink_shards(paths, tmp_path / "out")
     assert summary.samples == 45

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: the batches of local ones, whatever the network, the disk and other processes do."""
+"""Remote shards give the batches of local ones, despite faults of the network and the disk, and other processes."""
 
 import errno
 import hashlib
@@ -29,17 +29,17 @@ from dualenc.data import Cache, Loader, PairDataset, ShardIndex
 from dualenc.data.loading.epoch_plan import EpochPlan
 from dualenc.data.loading.prefetch import Prefetch
 from dualenc.data.shards.index import expand_shards
-from dualenc.data.shards.remote import Place, StorageError
+from dualenc.data.shards.remote import RemoteFile, StorageError
 from dualenc.utils.errors import DataError
 from dualenc.utils.urls import folder_of, redact, shown
 
 TOKENIZER = tiny_tokenizer()
-FORK = multiprocessing.get_context("fork")  # as a loader's workers begin
+FORK = multiprocessing.get_context("fork")  # as workers of a loader start
 pytestmark = [
     pytest.mark.usefixtures("here"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python >= 3.12
-    pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),  # botocore's own business
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # connections that fsspec keeps
+    pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),  # of botocore
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # of connections that fsspec keeps open
 ]
 
 
@@ -52,7 +52,7 @@ def prints(batch):
 
 
 def epoch(index, *, world=1, workers=0, seed=0, window=2, batch=4):
-    """The global batches of one epoch: each rank's part, put together."""
+    """Return the global batches of one epoch, joined from the parts of all ranks."""
     parts = [
         [
             prints(batch)
@@ -67,12 +67,12 @@ def epoch(index, *, world=1, workers=0, seed=0, window=2, batch=4):
 
 
 def copies(cache):
-    """Names of whole files in the cache; what is not whole has a dot."""
+    """Return the names of the complete files in the cache; the others have a dot."""
     return {path.name for path in (cache / "shards").glob("*") if "." not in path.name}
 
 
 def held(path):
-    """Bytes of a copy, of which another process may just now have made room."""
+    """Return the size of a copy in bytes; another process may have just removed it."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -84,20 +84,20 @@ def remains(cache):
 
 
 def remote(web, layout, seed, cache=None, **options):
-    """Shards on a web server: their index by URL, and that of the same files."""
+    """Write shards to a web server; return their index by URL and the index of the local files."""
     paths = write_shards(web.folder, layout, seed)
     (web.folder / "dualenc.index").unlink(missing_ok=True)
     url = f"{web.url}/part-{{000..{len(layout) - 1:03d}}}.tar"
-    found = ShardIndex.build(url, anew=True, cache=cache or Cache(**options))
+    found = ShardIndex.build(url, rescan=True, cache=cache or Cache(**options))
     return found, paths
 
 
-# The same batches
+# Batches
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("store", ["http", "s3"])
-def test_the_batches_of_local_shards(tmp_path, web, s3, seed, here, capsys, store):
+def test_remote_shards_give_the_batches_of_local_ones(tmp_path, web, s3, seed, here, capsys, store):
     names = [Path(path).name for path in write_shards(web.folder, [9, 7, 8, 6], seed)]
     local = ShardIndex.build(sorted(web.folder.glob("*.tar")))
     shutil.move(web.folder / "dualenc.index", tmp_path)
@@ -119,7 +119,7 @@ def test_the_batches_of_local_shards(tmp_path, web, s3, seed, here, capsys, stor
             before = [gets(name) for name in names]
             assert epoch(ShardIndex.build(url), world=world, workers=workers, seed=seed) == whole
             again = [gets(name) - count for name, count in zip(names, before, strict=True)]
-            assert again == [1] * 4  # whoever asks first, and ranks and workers after it
+            assert again == [1] * 4  # fetched once, for all ranks and workers
     assert epoch(ShardIndex.build(url), seed=seed + 1) != whole  # the control
 
 
@@ -143,12 +143,12 @@ def test_patterns(web, s3, seed, tmp_path):
     with pytest.raises(DataError, match=r"none-\*\.tar' match no file"):
         expand_shards(f"{base}/none-*.tar")
     for spec in (f"{web.url}/folder/", f"{web.url}/*.tar", f"{web.url}/[ab].tar"):
-        with pytest.raises(DataError, match=r"web servers list nothing; write braces, such as \{000000\.\.000099\}"):
+        with pytest.raises(DataError, match=r"web servers do not list files: .*\{000000\.\.000099\}"):
             expand_shards(spec)
 
 
-def test_urls_that_differ_in_their_query_alone_are_one(web):
-    """An index knows files by their names: the second would silently be read as the first."""
+def test_urls_that_differ_only_in_their_query_are_one_file(web):
+    """An index finds files by name, so that the second would silently be read as the first."""
     with pytest.raises(DataError, match="named twice"):
         expand_shards([f"{web.url}/x.tar?part=1", f"{web.url}/x.tar?part=2"])
 
@@ -157,8 +157,8 @@ def test_urls_that_differ_in_their_query_alone_are_one(web):
 
 
 @pytest.mark.parametrize("made", ["from files", "from URLs"])
-def test_an_index_published_beside_the_shards(web, s3, seed, here, made):
-    """Found by whoever has nothing; one made from local files knows the tar headers and no more."""
+def test_an_index_published_with_the_shards(web, s3, seed, here, made):
+    """A user without an index finds it. If it was made from local files, it has only the digest of the tar headers."""
     found, paths = remote(web, [4, 5], seed)
     expected = contents(found)
     if made == "from files":
@@ -170,18 +170,18 @@ def test_an_index_published_beside_the_shards(web, s3, seed, here, made):
     bucket.put([*paths, web.folder / "dualenc.index"])
     for url in (f"{web.url}/part-{{000,001}}.tar", f"{bucket.url}/*.tar"):
         shutil.rmtree(here)
-        index_module._HELD.clear()
+        index_module._OPEN_FILES.clear()
         web.log.clear()
         index = ShardIndex.build(url)
         assert set(web.gets()) <= {"dualenc.index"}
         assert contents(index) == expected
         web.log.clear()
-        ShardIndex.build(url)  # kept from now on
+        ShardIndex.build(url)  # stored from now on
         assert not web.log
 
 
 @pytest.mark.parametrize("made", ["from files", "from URLs"])
-def test_an_index_published_beside_other_shards_is_found_out(web, seed, here, made):
+def test_an_index_published_with_other_shards_is_detected(web, seed, here, made):
     _, paths = remote(web, [4], seed)
     if made == "from files":
         ShardIndex.build(paths)
@@ -196,16 +196,16 @@ def test_an_index_published_beside_other_shards_is_found_out(web, seed, here, ma
         contents(ShardIndex.build(f"{web.url}/part-000.tar"))
 
 
-def test_a_damaged_index_beside_the_shards_is_named(web, seed, here):
+def test_a_damaged_published_index_is_named(web, seed, here):
     remote(web, [4], seed)
     shutil.rmtree(here)
     (web.folder / "dualenc.index").write_bytes(b"dualenc index 1\n" + random.randbytes(100))
-    with pytest.raises(DataError, match=rf"{web.url}/dualenc\.index is no whole shard index"):
+    with pytest.raises(DataError, match=rf"{web.url}/dualenc\.index is damaged, or"):
         ShardIndex.build(f"{web.url}/part-000.tar")
 
 
 @pytest.mark.parametrize("fault", ["short", "short unsized", 503, "reset"])
-def test_an_index_that_comes_in_pieces_is_asked_for_again(web, seed, here, fault):
+def test_an_incomplete_index_is_requested_again(web, seed, here, fault):
     found, paths = remote(web, [4], seed)
     expected = contents(found)
     ShardIndex.build(paths)
@@ -215,27 +215,27 @@ def test_an_index_that_comes_in_pieces_is_asked_for_again(web, seed, here, fault
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_no_index_says_how_to_make_one(web, seed, s3, status):
+def test_without_an_index_the_error_says_how_to_make_one(web, seed, s3, status):
     paths = write_shards(web.folder, [2], seed)
     web.fail("dualenc.index", status, always=True)
     bucket = s3()
     bucket.put(paths)
     for url in (f"{web.url}/part-000.tar", f"{bucket.url}/part-000.tar"):
-        with pytest.raises(DataError, match=r"part-000\.tar has no index: `dualenc index`"):
+        with pytest.raises(DataError, match=r"part-000\.tar has no index: run `dualenc index`"):
             ShardIndex.build(url)
     assert web.gets("part-000.tar") == 0
-    assert web.gets("dualenc.index") == 1  # nothing is tried again
+    assert web.gets("dualenc.index") == 1  # not retried
 
 
-def test_an_index_that_cannot_be_asked_for_is_no_missing_one(web, seed):
+def test_an_index_that_cannot_be_read_is_not_a_missing_one(web, seed):
     write_shards(web.folder, [2], seed)
     web.fail("dualenc.index", 503, always=True)
-    with pytest.raises(StorageError, match=r"dualenc\.index: given up after 6 tries: the server answers 503"):
+    with pytest.raises(StorageError, match=r"dualenc\.index: gave up after 6 tries: the server answers 503"):
         ShardIndex.build(f"{web.url}/part-000.tar")
 
 
-def test_shards_are_read_once_for_all_that_an_index_keeps(web, seed, here):
-    """Hashes and the split of a run after it, too: nothing is fetched again."""
+def test_indexing_fetches_each_shard_once(web, seed, here):
+    """This includes hashes, and the split of a run after it."""
     write_shards(web.folder, [6, 6], seed)
     url = f"{web.url}/part-{{000,001}}.tar"
     main(["index", url, "--hash", "--workers", "0"])
@@ -245,26 +245,26 @@ def test_shards_are_read_once_for_all_that_an_index_keeps(web, seed, here):
     assert web.gets() == {"part-000.tar": 1, "part-001.tar": 1}
 
 
-def test_scanning_in_processes(web, seed):
+def test_scanning_with_workers(web, seed):
     paths = write_shards(web.folder, [3] * 5, seed)
     local = ShardIndex.build(paths)
-    found = ShardIndex.build(f"{web.url}/part-{{000..004}}.tar", anew=True, workers=2)
+    found = ShardIndex.build(f"{web.url}/part-{{000..004}}.tar", rescan=True, workers=2)
     assert contents(found) == contents(local)
     assert max(web.gets().values()) == 1
 
 
-def test_a_shard_that_is_no_tar_is_named(web, tmp_path):
+def test_a_shard_that_is_not_a_tar_is_named(web, tmp_path):
     (web.folder / "page.tar").write_text("<html>Log in</html>")
-    for name, why in (("page.tar", "it is no tar"), ("gone.tar", "there is no such file")):
+    for name, why in (("page.tar", "it is not a tar"), ("gone.tar", "there is no such file")):
         with pytest.raises(DataError, match=rf"{web.url}/{name}.*{why}"):
-            ShardIndex.build(f"{web.url}/{name}", anew=True)
+            ShardIndex.build(f"{web.url}/{name}", rescan=True)
 
 
-# Faults on the way
+# Faults of transfers
 
 
 @pytest.mark.parametrize("fault", [503, 429, 500, 408, "reset", "short", "short unsized", "flip"])
-def test_what_passes_is_tried_again(web, seed, here, fault):
+def test_temporary_errors_are_retried(web, seed, here, fault):
     found, _ = remote(web, [4, 4], seed)
     expected = contents(found)
     forget_copies(here)
@@ -272,23 +272,23 @@ def test_what_passes_is_tried_again(web, seed, here, fault):
     web.fail("part-001.tar", fault, fault)
     assert contents(found) == expected
     assert web.gets("part-000.tar") == 1
-    assert 2 <= web.gets("part-001.tar") <= 5  # aiohttp tries once more by itself where a connection is reset
+    assert 2 <= web.gets("part-001.tar") <= 5  # aiohttp itself retries once after a reset connection
     assert not remains(here)
 
 
 @pytest.mark.parametrize("fault", [503, "reset", "short", "short unsized"])
-def test_what_passes_is_tried_again_while_indexing(web, seed, fault):
+def test_temporary_errors_are_retried_while_indexing(web, seed, fault):
     paths = write_shards(web.folder, [4], seed)
     web.fail("part-000.tar", fault)
-    found = ShardIndex.build(f"{web.url}/part-000.tar", anew=True)
+    found = ShardIndex.build(f"{web.url}/part-000.tar", rescan=True)
     assert contents(found) == contents(ShardIndex.build(paths))
 
 
 @pytest.mark.parametrize("fault", [503, 500, "short"])
-def test_what_passes_is_tried_again_on_s3(web, s3, seed, here, fault):
+def test_temporary_errors_are_retried_on_s3(web, s3, seed, here, fault):
     bucket = s3()
     bucket.put(write_shards(web.folder, [3], seed))
-    found = ShardIndex.build(f"{bucket.url}/part-000.tar", anew=True)
+    found = ShardIndex.build(f"{bucket.url}/part-000.tar", rescan=True)
     expected = contents(found)
     forget_copies(here)
     bucket.fail("part-000.tar", fault, fault)
@@ -297,9 +297,9 @@ def test_what_passes_is_tried_again_on_s3(web, s3, seed, here, fault):
 
 
 @pytest.mark.parametrize(
-    ("status", "why"), [(403, "denies it"), (401, "denies it"), (404, "no such file"), (400, "400")]
+    ("status", "why"), [(403, "denies access"), (401, "denies access"), (404, "no such file"), (400, "400")]
 )
-def test_what_does_not_pass_is_not_tried_again(web, seed, here, status, why):
+def test_permanent_errors_are_not_retried(web, seed, here, status, why):
     found, _ = remote(web, [2], seed)
     forget_copies(here)
     web.log.clear()
@@ -311,10 +311,10 @@ def test_what_does_not_pass_is_not_tried_again(web, seed, here, status, why):
 
 
 @pytest.mark.parametrize("status", [403, 404])
-def test_what_does_not_pass_is_not_tried_again_on_s3(web, s3, seed, here, status):
+def test_permanent_errors_are_not_retried_on_s3(web, s3, seed, here, status):
     bucket = s3()
     bucket.put(write_shards(web.folder, [2], seed))
-    found = ShardIndex.build(f"{bucket.url}/part-000.tar", anew=True)
+    found = ShardIndex.build(f"{bucket.url}/part-000.tar", rescan=True)
     forget_copies(here)
     before = bucket.gets("part-000.tar")
     bucket.fail("part-000.tar", *[status] * 20)
@@ -323,7 +323,7 @@ def test_what_does_not_pass_is_not_tried_again_on_s3(web, s3, seed, here, status
     assert bucket.gets("part-000.tar") == before + 1
 
 
-def test_credentials_that_are_missing_are_named(s3, monkeypatch):
+def test_missing_credentials_are_named(s3, monkeypatch):
     import s3fs
 
     bucket = s3()
@@ -331,7 +331,7 @@ def test_credentials_that_are_missing_are_named(s3, monkeypatch):
         monkeypatch.delenv(name)
     s3fs.S3FileSystem.clear_instance_cache()
     for url in (f"{bucket.url}/x.tar", f"{bucket.url}/*.tar"):
-        with pytest.raises(StorageError, match=r"no credentials are found: set AWS_PROFILE"):
+        with pytest.raises(StorageError, match=r"no credentials found: set AWS_PROFILE"):
             storage.glob_remote(url) if "*" in url else Cache().add(url)
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -340,23 +340,23 @@ def test_credentials_that_are_missing_are_named(s3, monkeypatch):
     ("fault", "why"),
     [(503, "the server answers 503"), ("reset", "(reset by peer|disconnected)"), ("short", "not completed")],
 )
-def test_given_up_after_some_tries_with_the_cause(web, seed, here, monkeypatch, fault, why):
+def test_the_last_retry_raises_the_cause(web, seed, here, monkeypatch, fault, why):
     waits = []
     found, _ = remote(web, [2], seed)
     forget_copies(here)
     web.fail("part-000.tar", fault, always=True)
     monkeypatch.setattr(storage, "FIRST_WAIT", 0.5)
     monkeypatch.setattr(storage, "time", types.SimpleNamespace(sleep=waits.append, time=time.time))
-    with pytest.raises(StorageError, match=rf"part-000\.tar: given up after 6 tries: .*{why}"):
+    with pytest.raises(StorageError, match=rf"part-000\.tar: gave up after 6 tries: .*{why}"):
         found[0].read("txt")
     assert len(waits) == 5
-    assert all(0.5 * 2**i <= wait <= 2**i for i, wait in enumerate(waits))  # longer each time, and never in step
+    assert all(0.5 * 2**i <= wait <= 2**i for i, wait in enumerate(waits))  # exponential, with random jitter
     assert not copies(here)
     assert not remains(here)
 
 
-def test_nobody_there(here, seed):
-    with pytest.raises(StorageError, match=r"^http://127\.0\.0\.1:9/x\.tar: given up after 6 tries: .*[Cc]onnect"):
+def test_no_server(here, seed):
+    with pytest.raises(StorageError, match=r"^http://127\.0\.0\.1:9/x\.tar: gave up after 6 tries: .*[Cc]onnect"):
         Cache().add("http://127.0.0.1:9/x.tar")
 
 
@@ -364,19 +364,19 @@ def test_nobody_there(here, seed):
 def test_a_shard_that_was_replaced_is_refused(web, seed, here, how):
     found, paths = remote(web, [3], seed)
     data = Path(paths[0]).read_bytes()
-    place = data.index(b"PNG") + 60
+    remote_file = data.index(b"PNG") + 60
     new = {
-        "other bytes": data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :],
+        "other bytes": data[:remote_file] + bytes([data[remote_file] ^ 1]) + data[remote_file + 1 :],
         "longer": data + bytes(10240),
         "a web page": b"<html>",
     }[how]
     Path(paths[0]).write_bytes(new)
-    assert contents(found)  # what is here is what was indexed
+    assert contents(found)  # the copy is the indexed file
     forget_copies(here)
     web.log.clear()
-    with pytest.raises(StorageError, match=r"part-000\.tar changed since it was indexed; if that is meant: dualenc in"):
+    with pytest.raises(StorageError, match=r"part-000\.tar changed since it was indexed; .*dualenc index"):
         found[0].read("txt")
-    assert web.gets("part-000.tar") == 1  # another ETag: no damage on the way
+    assert web.gets("part-000.tar") == 1  # another ETag: the transfer was not damaged
     assert not copies(here)
     assert not remains(here)
     if how != "a web page":
@@ -384,21 +384,21 @@ def test_a_shard_that_was_replaced_is_refused(web, seed, here, how):
         assert contents(ShardIndex.build(f"{web.url}/part-000.tar"))
 
 
-def test_a_copy_that_was_cut_is_fetched_again(web, seed, here):
+def test_a_truncated_copy_is_fetched_again(web, seed, here):
     found, _ = remote(web, [3], seed)
     expected = contents(found)
     (name,) = copies(here)
     (here / "shards" / name).write_bytes(b"cut")
-    index_module._HELD.clear()
+    index_module._OPEN_FILES.clear()
     assert contents(found) == expected
 
 
 # The cache
 
 
-def test_names_in_the_cache_tell_nothing_and_do_not_change_with_signatures(web, seed, here):
+def test_names_in_the_cache_have_no_secrets_and_do_not_depend_on_signatures(web, seed, here):
     write_shards(web.folder, [2], seed)
-    found = ShardIndex.build(f"{web.url}/part-000.tar?signature=one", anew=True)
+    found = ShardIndex.build(f"{web.url}/part-000.tar?signature=one", rescan=True)
     (name,) = copies(here)
     assert len(name) == 32
     assert set(name) <= set("0123456789abcdef")
@@ -408,26 +408,26 @@ def test_names_in_the_cache_tell_nothing_and_do_not_change_with_signatures(web, 
 
 
 @pytest.mark.long
-def test_the_cache_keeps_its_bound_and_forgets_what_was_used_longest_ago(web, seed, here):
+def test_the_cache_removes_the_least_recently_used_copies(web, seed, here):
     found, paths = remote(web, [3] * 6, seed)
     forget_copies(here)
     sizes = [os.path.getsize(path) for path in paths]
     cache = Cache(sum(sizes[:3]) + sizes[0] // 2)
-    places = [part.place for part in found.parts]
+    remote_files = [part.remote_file for part in found.parts]
     order = []
     rng = np.random.default_rng(seed)
     for k, i in enumerate(rng.integers(0, 6, 40).tolist()):
-        path = cache.path(places[i])
+        path = cache.path(remote_files[i])
         os.utime(path, (k, k))
-        assert hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == places[i].digest
+        assert hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() == remote_files[i].digest
         order = [j for j in order if j != i] + [i]
         kept = order[-3:]
-        assert copies(here) == {places[j].name for j in kept}, k
+        assert copies(here) == {remote_files[j].name for j in kept}, k
         assert sum((here / "shards" / name).stat().st_size for name in copies(here)) <= cache.limit
         order = kept
 
 
-def test_what_is_read_counts_as_used(web, seed, here):
+def test_reading_marks_a_copy_as_used(web, seed, here):
     found, paths = remote(web, [3] * 3, seed)
     forget_copies(here)
     size = os.path.getsize(paths[0])
@@ -436,40 +436,42 @@ def test_what_is_read_counts_as_used(web, seed, here):
         part.cache = cache
     for i in (0, 1):
         found.parts[i].read(0, 1)
-        os.utime(here / "shards" / found.parts[i].place.name, (i, i))
-    index_module._HELD.clear()
+        os.utime(here / "shards" / found.parts[i].remote_file.name, (i, i))
+    index_module._OPEN_FILES.clear()
     found.parts[0].read(0, 1)
     found.parts[2].read(0, 1)
-    assert copies(here) == {found.parts[i].place.name for i in (0, 2)}
+    assert copies(here) == {found.parts[i].remote_file.name for i in (0, 2)}
 
 
-def test_windows_that_are_kept_are_not_forgotten(web, seed, here):
+def test_kept_copies_are_not_removed(web, seed, here):
     found, paths = remote(web, [3] * 4, seed)
     forget_copies(here)
     size = os.path.getsize(paths[0])
     cache = Cache(2 * size + size // 2)
-    places = [part.place for part in found.parts]
+    remote_files = [part.remote_file for part in found.parts]
     for i in (0, 1):
-        cache.path(places[i])
-        os.utime(here / "shards" / places[i].name, (i, i))
-    cache.path(places[2], keep={places[0].name})
-    assert copies(here) == {places[0].name, places[2].name}
-    cache.path(places[3], keep={places[0].name, places[2].name})  # no room for it: one file too many, and no more
-    assert copies(here) == {places[0].name, places[2].name, places[3].name}
+        cache.path(remote_files[i])
+        os.utime(here / "shards" / remote_files[i].name, (i, i))
+    cache.path(remote_files[2], keep={remote_files[0].name})
+    assert copies(here) == {remote_files[0].name, remote_files[2].name}
+    cache.path(
+        remote_files[3], keep={remote_files[0].name, remote_files[2].name}
+    )  # there is no room for it, so the limit is exceeded by one file
+    assert copies(here) == {remote_files[0].name, remote_files[2].name, remote_files[3].name}
 
 
 @pytest.mark.long
-def test_transfers_at_the_same_time_share_the_bound(web, seed, here):
-    """Each makes room for itself beside what the others are still writing."""
+def test_concurrent_transfers_share_the_limit(web, seed, here):
+    """Each transfer makes room for its own file and counts those that the others are writing."""
     found, paths = remote(web, [3] * 8, seed)
     forget_copies(here)
     size = os.path.getsize(paths[0])
     cache = Cache(3 * size + size // 2)
     for part in found.parts[5:]:
-        cache.path(part.place)
+        cache.path(part.remote_file)
     for path in paths:
         web.fail(Path(path).name, "slow")
-    children = [FORK.Process(daemon=True, target=cache.path, args=(part.place,)) for part in found.parts[:3]]
+    children = [FORK.Process(daemon=True, target=cache.path, args=(part.remote_file,)) for part in found.parts[:3]]
     for child in children:
         child.start()
     deadline = time.monotonic() + 20
@@ -480,11 +482,11 @@ def test_transfers_at_the_same_time_share_the_bound(web, seed, here):
         assert whole + sum(parts) <= cache.limit + size
         time.sleep(0.01)
     assert all(child.exitcode == 0 for child in children)
-    assert copies(here) == {part.place.name for part in found.parts[:3]}
+    assert copies(here) == {part.remote_file.name for part in found.parts[:3]}
     assert not remains(here)
 
 
-def test_what_a_kill_left_over_is_removed(web, seed, here):
+def test_files_of_killed_processes_are_removed(web, seed, here):
     found, _ = remote(web, [2], seed)
     forget_copies(here)
     (here / "shards").mkdir(parents=True)
@@ -493,7 +495,7 @@ def test_what_a_kill_left_over_is_removed(web, seed, here):
     assert not remains(here)
 
 
-def test_a_full_disk_is_named_and_nothing_half_written_remains(web, seed, here, monkeypatch):
+def test_a_full_disk_is_named_and_no_incomplete_file_remains(web, seed, here, monkeypatch):
     found, _ = remote(web, [3], seed)
     forget_copies(here)
 
@@ -505,32 +507,32 @@ def test_a_full_disk_is_named_and_nothing_half_written_remains(web, seed, here, 
         store = types.SimpleNamespace(get_file=full, info=lambda url: {})
         patch.setattr(storage, "_filesystem", lambda url: store)
         for use in (lambda: found[0].read("txt"), lambda: Cache().add(f"{web.url}/part-000.tar")):
-            with pytest.raises(StorageError, match=rf"part-000\.tar cannot be kept in {here}/shards: .*full.*cache_gb"):
+            with pytest.raises(StorageError, match=rf"part-000\.tar cannot be stored in {here}/shards: .*cache_gb"):
                 use()
             assert not copies(here)
             assert not remains(here)
     assert found[0].read("txt")
 
 
-def limited(cache, place, queue):
+def limited(cache, remote_file, queue):
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     try:
-        cache.path(place)
+        cache.path(remote_file)
     except StorageError as error:
         queue.put(str(error))
 
 
-def test_a_write_that_the_system_cuts_short(web, seed, here):
+def test_a_file_size_limit_of_the_system(web, seed, here):
     found, _ = remote(web, [3], seed)
     forget_copies(here)
     queue = FORK.SimpleQueue()
-    child = FORK.Process(daemon=True, target=limited, args=(Cache(), found.parts[0].place, queue))
+    child = FORK.Process(daemon=True, target=limited, args=(Cache(), found.parts[0].remote_file, queue))
     child.start()
     child.join(20)
     assert child.exitcode == 0
-    assert "cannot be kept in" in queue.get()
+    assert "cannot be stored in" in queue.get()
     assert not copies(here)
     assert not remains(here)
 
@@ -538,39 +540,39 @@ def test_a_write_that_the_system_cuts_short(web, seed, here):
 def test_a_cache_that_cannot_be_written_is_named(web, seed, tmp_path, monkeypatch):
     found, _ = remote(web, [2], seed)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"file/cache.* cannot be written: Not a directory; DUALENC_CACHE"):
-        Cache(folder=tmp_path / "file" / "cache").path(found.parts[0].place)
+    with pytest.raises(StorageError, match=r"file/cache.* cannot be written: Not a directory; .*DUALENC_CACHE"):
+        Cache(folder=tmp_path / "file" / "cache").path(found.parts[0].remote_file)
 
 
 # Several processes
 
 
-def fetch(cache, place, queue):
-    queue.put(hashlib.blake2b(cache.path(place).read_bytes(), digest_size=16).hexdigest())
+def fetch(cache, remote_file, queue):
+    queue.put(hashlib.blake2b(cache.path(remote_file).read_bytes(), digest_size=16).hexdigest())
 
 
-def test_processes_that_want_the_same_shard_fetch_it_once(web, seed, here):
+def test_processes_fetch_a_shared_shard_once(web, seed, here):
     found, _ = remote(web, [3], seed)
     forget_copies(here)
     web.log.clear()
     web.fail("part-000.tar", "slow")
-    place, queue = found.parts[0].place, FORK.Queue()
-    children = [FORK.Process(daemon=True, target=fetch, args=(Cache(), place, queue)) for _ in range(3)]
+    remote_file, queue = found.parts[0].remote_file, FORK.Queue()
+    children = [FORK.Process(daemon=True, target=fetch, args=(Cache(), remote_file, queue)) for _ in range(3)]
     for child in children:
         child.start()
-    assert [queue.get(timeout=20) for _ in children] == [place.digest] * 3
+    assert [queue.get(timeout=20) for _ in children] == [remote_file.digest] * 3
     for child in children:
         child.join(20)
     assert web.gets("part-000.tar") == 1
     assert not remains(here)
 
 
-def test_after_a_kill_in_the_middle_of_a_transfer(web, seed, here):
+def test_a_kill_during_a_transfer(web, seed, here):
     found, _ = remote(web, [3], seed)
     forget_copies(here)
     web.fail("part-000.tar", "slow")
-    place = found.parts[0].place
-    child = FORK.Process(daemon=True, target=Cache().path, args=(place,))
+    remote_file = found.parts[0].remote_file
+    child = FORK.Process(daemon=True, target=Cache().path, args=(remote_file,))
     child.start()
     deadline = time.monotonic() + 20
     while not any((here / "shards" / name).stat().st_size for name in (remains(here) if here.exists() else [])):
@@ -581,7 +583,7 @@ def test_after_a_kill_in_the_middle_of_a_transfer(web, seed, here):
     assert remains(here)
     assert not copies(here)
     before = time.monotonic()
-    assert hashlib.blake2b(Cache().path(place).read_bytes(), digest_size=16).hexdigest() == place.digest
+    assert hashlib.blake2b(Cache().path(remote_file).read_bytes(), digest_size=16).hexdigest() == remote_file.digest
     assert time.monotonic() - before < 5
     assert not remains(here)
 
@@ -590,15 +592,15 @@ def hold(seconds):
     time.sleep(seconds)
 
 
-def test_a_process_that_begins_during_a_transfer_locks_nobody_out(web, seed, here):
-    """It inherits the open lock; a lock that only closes would stay until it ends, and with it every other reader."""
+def test_a_process_forked_during_a_transfer_does_not_keep_the_lock(web, seed, here):
+    """It inherits the open lock file. If only closing released the lock, other readers would wait for its end."""
     found, _ = remote(web, [3], seed)
     forget_copies(here)
     cache, child = Cache(), FORK.Process(daemon=True, target=hold, args=(20,))
-    with cache._lock(found.parts[0].place.name):
+    with cache._lock(found.parts[0].remote_file.name):
         child.start()
     try:
-        waiting = FORK.Process(daemon=True, target=cache.path, args=(found.parts[0].place,))
+        waiting = FORK.Process(daemon=True, target=cache.path, args=(found.parts[0].remote_file,))
         waiting.start()
         waiting.join(10)
         assert waiting.exitcode == 0
@@ -608,10 +610,10 @@ def test_a_process_that_begins_during_a_transfer_locks_nobody_out(web, seed, her
 
 
 def test_a_copy_that_another_process_removes_is_fetched_again(web, seed, here, monkeypatch):
-    """Between looking and opening: the cache was full, and another process needed the room."""
+    """The copy is removed after it was found and before it is opened, since another process needed the room."""
     found, _ = remote(web, [3], seed)
     expected = contents(found)
-    real, times = index_module.open_kept, []
+    real, times = index_module.open_cached, []
 
     def late(path, inode):
         if not times:
@@ -619,17 +621,17 @@ def test_a_copy_that_another_process_removes_is_fetched_again(web, seed, here, m
             os.unlink(path)
         return real(path, inode)
 
-    index_module._HELD.clear()
-    monkeypatch.setattr(index_module, "open_kept", late)
+    index_module._OPEN_FILES.clear()
+    monkeypatch.setattr(index_module, "open_cached", late)
     assert contents(found) == expected
     assert times
 
 
-# Fetching ahead
+# Prefetching
 
 
-def test_shards_are_fetched_in_the_order_of_the_plan_ahead_of_use(web, seed, here, monkeypatch):
-    monkeypatch.setattr("dualenc.data.loading.prefetch.AT_ONCE", 1)
+def test_shards_are_prefetched_in_the_order_of_the_plan(web, seed, here, monkeypatch):
+    monkeypatch.setattr("dualenc.data.loading.prefetch.THREADS", 1)
     found, _ = remote(web, [4] * 8, seed)
     forget_copies(here)
     plan = EpochPlan(found.counts(), seed, 0, 4, 2)
@@ -641,9 +643,9 @@ def test_shards_are_fetched_in_the_order_of_the_plan_ahead_of_use(web, seed, her
     web.log.clear()
     with Prefetch(plan, found, 0) as prefetch:
         for k in range(len(plan)):
-            prefetch.reached(k)
+            prefetch.advance_to(k)
             window = plan.window_of(k)
-            expected = [name for part in wanted[: window + 2] for name in part]  # this one and the next
+            expected = [name for part in wanted[: window + 2] for name in part]  # this window and the next
             deadline = time.monotonic() + 10
             while len(copies(here)) < len(expected):
                 assert time.monotonic() < deadline
@@ -661,10 +663,10 @@ def test_shards_are_fetched_in_the_order_of_the_plan_ahead_of_use(web, seed, her
     assert asked()[:4] == wanted[window] + wanted[window + 1]
 
 
-def test_fetching_ahead_stops_with_its_context(web, seed, here, monkeypatch):
+def test_prefetching_stops_with_its_context(web, seed, here, monkeypatch):
     import threading
 
-    monkeypatch.setattr("dualenc.data.loading.prefetch.AT_ONCE", 1)
+    monkeypatch.setattr("dualenc.data.loading.prefetch.THREADS", 1)
     found, paths = remote(web, [3] * 6, seed)
     forget_copies(here)
     for path in paths:
@@ -678,12 +680,12 @@ def test_fetching_ahead_stops_with_its_context(web, seed, here, monkeypatch):
         if thread.name == "prefetch":
             thread.join(10)
             assert not thread.is_alive()
-    assert sum(web.gets().values()) <= 2  # what was on its way, no more
+    assert sum(web.gets().values()) <= 2  # only the transfers that had begun
 
 
 @pytest.mark.long
-def test_what_the_plan_has_passed_makes_room(web, seed, here):
-    """A cache of little more than two windows is enough for an epoch, fetched once by whoever keeps pace with it."""
+def test_shards_of_past_windows_make_room(web, seed, here):
+    """A cache of a little over two windows is enough for an epoch; a reader that keeps pace fetches a shard once."""
     found, paths = remote(web, [4] * 10, seed)
     sizes = sorted(map(os.path.getsize, paths))
     expected = epoch(found, seed=seed)
@@ -695,9 +697,9 @@ def test_what_the_plan_has_passed_makes_room(web, seed, here):
     web.log.clear()
     with Prefetch(plan, found, 0) as ahead:
         for batch in range(len(plan)):
-            ahead.reached(batch)
+            ahead.advance_to(batch)
             window = plan.window_of(batch)
-            wanted = {found.parts[i].place.name for near in (window, window + 1) for i in plan.shards_of(near)}
+            wanted = {found.parts[i].remote_file.name for near in (window, window + 1) for i in plan.shards_of(near)}
             deadline = time.monotonic() + 60
             while not wanted <= copies(here) and time.monotonic() < deadline:
                 time.sleep(0.002)
@@ -706,7 +708,7 @@ def test_what_the_plan_has_passed_makes_room(web, seed, here):
                 found[int(row)].read("txt")
             assert sum(held(path) for path in (here / "shards").iterdir()) <= cache.limit
     assert list(web.gets().values()) == [1] * 10
-    for workers in (0, 2):  # at their own pace some may be fetched again, and are the same
+    for workers in (0, 2):  # workers read ahead, so that some shards may be fetched twice
         forget_copies(here)
         assert epoch(found, seed=seed, workers=workers) == expected
 
@@ -721,7 +723,7 @@ def test_a_window_larger_than_the_cache_is_refused(web, seed):
     assert epoch(found, window=1)
 
 
-def test_nothing_is_fetched_ahead_of_local_shards(tmp_path, seed):
+def test_local_shards_are_not_prefetched(tmp_path, seed):
     import threading
 
     index = ShardIndex.build(write_shards(tmp_path / "shards", [4, 4], seed))
@@ -729,7 +731,7 @@ def test_nothing_is_fetched_ahead_of_local_shards(tmp_path, seed):
         assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
-def test_a_failing_prefetch_is_met_by_whoever_reads(web, seed, here):
+def test_the_reader_raises_the_error_of_a_failed_prefetch(web, seed, here):
     found, _ = remote(web, [4, 4], seed)
     forget_copies(here)
     web.fail("part-001.tar", 404, always=True)
@@ -742,7 +744,7 @@ def test_a_failing_prefetch_is_met_by_whoever_reads(web, seed, here):
 
 
 class Stand(MemoryFileSystem):
-    """A store of another name, in memory."""
+    """A store with another name, in memory."""
 
     store: dict = {}
     pseudo_dirs = [""]
@@ -754,7 +756,7 @@ class Stand(MemoryFileSystem):
 
 
 @pytest.mark.parametrize(("scheme", "name"), [("gs", "gcs"), ("gcs", "gcs"), ("hf", "hf")])
-def test_stores_that_cannot_be_reached_here(tmp_path, seed, monkeypatch, here, scheme, name):
+def test_stores_that_tests_cannot_reach(tmp_path, seed, monkeypatch, here, scheme, name):
     kind = type("Stand", (Stand,), {"store": {}, "pseudo_dirs": [""], "asked": [], "protocol": name})
     real = fsspec.filesystem
     monkeypatch.setattr(fsspec, "filesystem", lambda wanted, **options: kind() if wanted == name else real(wanted))
@@ -763,7 +765,7 @@ def test_stores_that_cannot_be_reached_here(tmp_path, seed, monkeypatch, here, s
     for path in paths:
         kind().pipe_file(f"{folder}/{Path(path).name}", Path(path).read_bytes())
     url = f"{scheme}://{folder}"
-    found = ShardIndex.build(f"{url}/*.tar", anew=True)
+    found = ShardIndex.build(f"{url}/*.tar", rescan=True)
     assert found.shards == [f"{url}/part-000.tar", f"{url}/part-001.tar"]
     assert contents(found) == contents(ShardIndex.build(paths))
     assert kind.asked == [f"{folder}/part-000.tar", f"{folder}/part-001.tar"]
@@ -772,12 +774,12 @@ def test_stores_that_cannot_be_reached_here(tmp_path, seed, monkeypatch, here, s
 
 
 @pytest.mark.parametrize(("scheme", "module", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gs")])
-def test_a_missing_library_is_named_with_the_way_to_it(monkeypatch, scheme, module, extra):
+def test_a_missing_library_is_named_with_its_extra(monkeypatch, scheme, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
     for url in (f"{scheme}://bucket/x.tar", f"{scheme}://bucket/*.tar"):
-        with pytest.raises(DataError, match=rf"{scheme}:// needs more: pip install 'dualenc\[{extra}\]'"):
-            ShardIndex.build(url, anew=True)
+        with pytest.raises(DataError, match=rf"{scheme}:// needs an extra: pip install 'dualenc\[{extra}\]'"):
+            ShardIndex.build(url, rescan=True)
 
 
 # Secrets
@@ -787,7 +789,7 @@ def secret():
     return "".join(random.choice(string.ascii_letters + string.digits) for _ in range(24))
 
 
-def test_shown_and_redacted(seed):
+def test_secrets_are_removed_from_urls_and_texts(seed):
     user, password, query = secret(), secret(), secret()
     base = f"{user}:{password}@host.example:8080"
     for path in ("/a/x.tar", "/{00..12}.tar", "/a,{b,c}.tar", "/a b.tar", "/v@2/x.tar", "/[ab]*.tar"):
@@ -823,8 +825,8 @@ def children():
 
 
 @pytest.mark.long
-def test_secrets_stay_out_of_all_that_is_kept_shown_or_said(web, seed, here, tmp_path, caplog, capfd):
-    """Of a run by configuration, and of every error."""
+def test_secrets_are_neither_stored_nor_printed(web, seed, here, tmp_path, caplog, capfd):
+    """This covers the files and output of a run, and every error."""
     password, signature = secret(), secret()
     web.credentials = f"user:{password}"
     write_shards(web.folder, [20, 20], seed)
@@ -865,7 +867,7 @@ def test_secrets_stay_out_of_all_that_is_kept_shown_or_said(web, seed, here, tmp
         clean(path.read_bytes().decode("latin-1"))
     assert "part-{000,001}.tar" in (run / "config.yaml").read_text()
 
-    # Errors, also with what Python shows of their causes; from worker processes, too.
+    # Errors with their printed causes, also from worker processes.
     found = ShardIndex.build(spec)
     for fault in (404, 503, "reset", "short", "flip", "denied"):
         forget_copies(here)
@@ -891,7 +893,7 @@ def test_secrets_stay_out_of_all_that_is_kept_shown_or_said(web, seed, here, tmp
 def test_secrets_stay_off_the_command_lines_of_workers(web, seed, here):
     signature = secret()
     write_shards(web.folder, [8], seed)
-    index = ShardIndex.build(f"{web.url}/part-000.tar?signature={signature}", anew=True)
+    index = ShardIndex.build(f"{web.url}/part-000.tar?signature={signature}", rescan=True)
     dataset = PairDataset(index, "txt", TOKENIZER, Shake(), seed)
     for _ in Loader(dataset, 4, workers=2):
         lines = children()
@@ -903,13 +905,13 @@ def test_a_password_is_used(web, seed):
     web.credentials = "user:right"
     write_shards(web.folder, [2], seed)
     base = web.url.removeprefix("http://")
-    assert len(ShardIndex.build(f"http://user:right@{base}/part-000.tar", anew=True)) == 2
-    with pytest.raises(DataError, match=rf"^{web.url}/part-000\.tar: the server denies it \(401\)"):
-        ShardIndex.build(f"http://user:wrong@{base}/part-000.tar", anew=True)
+    assert len(ShardIndex.build(f"http://user:right@{base}/part-000.tar", rescan=True)) == 2
+    with pytest.raises(DataError, match=rf"^{web.url}/part-000\.tar: the server denies access \(401\)"):
+        ShardIndex.build(f"http://user:wrong@{base}/part-000.tar", rescan=True)
 
 
-def test_copies_are_known_by_what_they_hold(web, seed, here):
-    """New shards under old names, with an index made from files: copies of the old ones are not taken for them."""
+def test_copies_are_identified_by_their_content(web, seed, here):
+    """Copies of old shards are not used for new shards with the same names, even if the index was made from files."""
     for k in range(2):
         paths = write_shards(web.folder, [3], seed + k)
         (web.folder / "dualenc.index").unlink(missing_ok=True)
@@ -917,8 +919,8 @@ def test_copies_are_known_by_what_they_hold(web, seed, here):
         shutil.rmtree(here / "index", ignore_errors=True)
         assert contents(ShardIndex.build(f"{web.url}/part-000.tar")) == contents(local)
     assert len(copies(here)) == 2
-    base = Place("s3://a/x", 1, "e", "d", "h")
-    assert base.name == base._replace(etag="f").name  # what a store says of it besides
+    base = RemoteFile("s3://a/x", 1, "e", "d", "h")
+    assert base.name == base._replace(etag="f").name  # a digest is stronger than the tag of a store
     for other in (base._replace(url="s3://b/x"), base._replace(digest="f"), base._replace(digest="")):
         assert other.name != base.name
     assert base._replace(digest="").name != base._replace(digest="", headers="i").name

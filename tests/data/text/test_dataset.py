@@ -16,7 +16,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizerFast, RobertaTokenizerFast
 
 from dualenc.data import BadSampleLog, Loader, Tokenizer
-from dualenc.data.loading.epoch_plan import InTurn
+from dualenc.data.loading.epoch_plan import RoundRobinPlan
 from dualenc.data.text.dataset import TextDataset, Use, all_labels, all_texts, label_of, texts_of
 from dualenc.data.text.files import TextIndex
 from dualenc.data.text.masking import Masking
@@ -311,7 +311,7 @@ def test_bad_lines_are_replaced_by_others_of_their_source(tmp_path, tokenizer, s
     assert batch.parts["topic"].labels.tolist() == [0, 1]
     assert len(bad_sample_log) == 2
     (tmp_path / "c.tsv").write_text("one\ty\n" + "broken\n" * 3)
-    with pytest.raises(DataError, match=r"samples in a row .* columns .* header"):
+    with pytest.raises(DataError, match=r"consecutive samples .* columns .* header"):
         TextDataset(TextIndex.build(str(tmp_path / "c.tsv")), [(1, CLASS)], tokenizer)[0, 0, np.arange(1)]
 
 
@@ -413,16 +413,16 @@ def test_round_robin(layout, seed, batch):
     totals = [sum(files) for files, _ in layout]
     lengths = [round(weight * total) // batch for total, (_, weight) in zip(totals, sources)]
     if min(lengths) == 0:
-        with pytest.raises(ValueError, match=r"source \d of .*, whose batches are its own: batch size"):
-            InTurn(counts, seed, 0, batch, 2, sources)
+        with pytest.raises(ValueError, match=r"source \d of .*, which has its own batches: batch size"):
+            RoundRobinPlan(counts, seed, 0, batch, 2, sources)
         return
     bounds = np.cumsum([0, *totals])
     seen = Counter()
     for epoch in range(4):
-        plan = InTurn(counts, seed, epoch, batch, 2, sources)
+        plan = RoundRobinPlan(counts, seed, epoch, batch, 2, sources)
         assert len(plan) == sum(lengths)
         batches = [plan[k] for k in range(len(plan))]
-        again = InTurn(counts, seed, epoch, batch, 2, sources)
+        again = RoundRobinPlan(counts, seed, epoch, batch, 2, sources)
         order = list(range(len(plan)))
         random.Random(seed).shuffle(order)
         assert all(np.array_equal(again[k], batches[k]) for k in order)
@@ -445,7 +445,7 @@ def test_round_robin(layout, seed, batch):
 
 def test_round_robin_is_seeded(seed):
     def rows(seed, epoch):
-        plan = InTurn([40, 30], seed, epoch, 5, 64, [(1, 1.0), (1, 1.0)])
+        plan = RoundRobinPlan([40, 30], seed, epoch, 5, 64, [(1, 1.0), (1, 1.0)])
         return [plan[k].tolist() for k in range(len(plan))]
 
     assert rows(seed, 0) == rows(seed, 0)
