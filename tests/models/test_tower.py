@@ -110,9 +110,8 @@ def test_frozen_layers_have_neither_gradients_nor_dropout(kind, frozen):
         assert tower.training == mode
     first = output_of_block(tower, frozen)
     assert torch.equal(first, output_of_block(tower, frozen))
-    assert not torch.equal(
-        output_of_block(tower, frozen + 1), output_of_block(tower, frozen + 1)
-    )  # Trained blocks have dropout.
+    # Trained blocks have dropout.
+    assert not torch.equal(output_of_block(tower, frozen + 1), output_of_block(tower, frozen + 1))
     run(tower).square().sum().backward()
     for name, parameter in tower.named_parameters():
         assert parameter.requires_grad == (depths[name] > frozen) == (parameter.grad is not None), name
