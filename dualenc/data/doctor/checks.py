@@ -262,7 +262,7 @@ def _pair_rows(index: ShardIndex, captions: str, found: Examination) -> np.ndarr
 
 @dataclass
 class _PairChecks:
-    """Checks of the pairs that were read: `rows` of an index, out of `total` pairs."""
+    """The checks of the pairs that were read, which are `rows` of an index, out of `total` pairs."""
 
     index: ShardIndex
     rows: np.ndarray
