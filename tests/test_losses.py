@@ -26,7 +26,7 @@ def inputs(dtype=torch.float64, count=BATCH):
 
 
 def evaluate(loss, arguments, autocast=False):
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # around the forward alone, as torch says
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # only the forward pass, as torch recommends
         value = loss(*arguments)
     return [value.detach(), *torch.autograd.grad(value, arguments, materialize_grads=True)]
 
@@ -49,7 +49,7 @@ def test_single_precision(name):
     exact = [x.detach().double().requires_grad_() for x in arguments]
     for x, y in zip(evaluate(LOSSES[name], arguments), evaluate(reference(name), exact), strict=True):
         assert x.dtype == torch.float32
-        # A softmax does not see the bias: what is left of its gradient is rounding, about 0.
+        # The softmax does not depend on the bias: its gradient is only rounding error, about 0.
         assert (x.double() - y).norm() <= 1e-5 * y.norm() + 1e-6
 
 
@@ -60,19 +60,19 @@ def test_autocast_changes_nothing(name):
     got = evaluate(LOSSES[name], arguments, autocast=True)
     plain = evaluate(reference(name), arguments, autocast=True)
     assert all(map(torch.equal, got, want))
-    assert not any(map(torch.equal, plain[:3], want[:3]))  # control: autocast is at work
+    assert not any(map(torch.equal, plain[:3], want[:3]))  # control: autocast is active
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_half_precision_embeddings_are_computed_wide(name):
+def test_half_precision_embeddings_are_promoted(name):
     image, text, scale, bias = inputs(torch.float32)
-    narrow = [x.detach().bfloat16() for x in (image, text)]
-    got = LOSSES[name](*narrow, scale, bias)
+    half = [x.detach().bfloat16() for x in (image, text)]
+    got = LOSSES[name](*half, scale, bias)
     assert got.dtype == torch.float32
-    assert torch.equal(got, LOSSES[name](*(x.float() for x in narrow), scale, bias))
+    assert torch.equal(got, LOSSES[name](*(x.float() for x in half), scale, bias))
 
 
-def test_clip_takes_a_bias_and_ignores_it():
+def test_clip_loss_ignores_the_bias():
     image, text, scale, bias = inputs()
     assert torch.equal(clip_loss(image, text, scale, bias), clip_loss(image, text, scale))
 
@@ -84,24 +84,23 @@ def test_siglip_needs_a_bias():
 
 
 def dense(name, image, text, scale, bias, ids=None, duplicates="ignore"):
-    """The definition, with all scores in one matrix."""
+    """Compute the loss by its definition, with all scores in one matrix."""
     logits = scale * image @ text.T
     own = torch.eye(len(image), dtype=torch.bool)
-    same = own if ids is None else (ids[:, None] == ids[None]).any(-1)
-    target = same if duplicates == "positive" else own
-    left_out = same & ~own if duplicates == "mask" else torch.zeros_like(own)
+    shared = own if ids is None else (ids[:, None] == ids[None]).any(-1)
+    target = shared if duplicates == "positive" else own
+    masked = shared & ~own if duplicates == "mask" else torch.zeros_like(own)
     if name == "siglip":
-        return -F.logsigmoid((2 * target.double() - 1) * (logits + bias))[~left_out].sum() / len(image)
-    logits = logits.masked_fill(left_out, -torch.inf)
+        return -F.logsigmoid((2 * target.double() - 1) * (logits + bias))[~masked].sum() / len(image)
+    logits = logits.masked_fill(masked, -torch.inf)
     target = target.double()
-    wanted = target / target.sum(1, keepdim=True)
-    rows = -(wanted * logits.log_softmax(1).masked_fill(left_out, 0)).sum()
-    columns = -((target / target.sum(0)) * logits.log_softmax(0).masked_fill(left_out, 0)).sum()
+    rows = -((target / target.sum(1, keepdim=True)) * logits.log_softmax(1).masked_fill(masked, 0)).sum()
+    columns = -((target / target.sum(0)) * logits.log_softmax(0).masked_fill(masked, 0)).sum()
     return (rows + columns) / (2 * len(image))
 
 
-def some_ids(count):
-    """Hashes of which some are equal: of images, of texts, of both; over a whole batch too."""
+def draw_ids(count):
+    """Draw ids of which some are equal: of images, of texts, and of both."""
     ids = torch.randint(-(2**62), 2**62, (count, 2))
     for column in (0, 1):
         chosen = torch.randperm(count)[: max(2, count // 3)]
@@ -117,7 +116,7 @@ def close(got, want):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Few scores at a time, so that small batches come in several blocks, the last one smaller."""
+    """Lower the number of scores in a block, so that small batches have several blocks, the last one smaller."""
     monkeypatch.setattr(losses, "CPU_SCORES", 5 * 33 + 1)
 
 
@@ -126,13 +125,13 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.usefixtures("small_blocks")
 def test_equals_the_dense_matrix(name, duplicates, count):
-    arguments, ids = inputs(count=count), some_ids(max(count, 2))[:count]
+    arguments, ids = inputs(count=count), draw_ids(max(count, 2))[:count]
     got = evaluate(lambda *x: LOSSES[name](*x, ids=ids, duplicates=duplicates), arguments)
     want = evaluate(lambda *x: dense(name, *x, ids, duplicates), arguments)
     close(got, want)
     with torch.no_grad():
         close([LOSSES[name](*arguments, ids=ids, duplicates=duplicates)], want[:1])
-        if count > 5:  # controls: another order, another meaning of the same ids
+        if count > 5:  # controls: another treatment of duplicates, another order
             other = "mask" if duplicates == "positive" else "positive"
             assert abs(LOSSES[name](*arguments, ids=ids, duplicates=other) - want[0]) > 1e-6
             image, text, scale, bias = arguments
@@ -141,8 +140,8 @@ def test_equals_the_dense_matrix(name, duplicates, count):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_all_pairs_the_same(name):
-    """Nothing is left to tell a pair from."""
+def test_all_pairs_are_duplicates(name):
+    """With "mask" no negatives remain."""
     arguments, ids = inputs(), torch.zeros(BATCH, 2, dtype=torch.int64)
     for duplicates in ("mask", "positive"):
         got = evaluate(lambda *x, how=duplicates: LOSSES[name](*x, ids=ids, duplicates=how), arguments)
@@ -155,9 +154,9 @@ def test_all_pairs_the_same(name):
 @pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.usefixtures("small_blocks")
-def test_gradients_by_differences(name, duplicates):
-    """Of each input, at a batch of several blocks; not of unit length, for nothing here depends on it."""
-    ids = some_ids(40)
+def test_gradients_equal_finite_differences(name, duplicates):
+    """The batch has several blocks. The inputs are not of unit length, since the losses do not depend on it."""
+    ids = draw_ids(40)
     arguments = [
         (0.3 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in ((40, 3), (40, 3), (1,), ())
     ]
@@ -166,8 +165,8 @@ def test_gradients_by_differences(name, duplicates):
 
 def test_wrong_use_of_duplicates():
     arguments = inputs()
-    with pytest.raises(ValueError, match="'masked' is none of ignore, mask, positive"):
-        clip_loss(*arguments, ids=some_ids(BATCH), duplicates="masked")
+    with pytest.raises(ValueError, match="'masked' is not one of ignore, mask, positive"):
+        clip_loss(*arguments, ids=draw_ids(BATCH), duplicates="masked")
     with pytest.raises(ValueError, match="needs the ids"):
         siglip_loss(*arguments, duplicates="mask")
 
@@ -176,8 +175,8 @@ def test_wrong_use_of_duplicates():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_at_the_largest_scale(name, kind):
-    """In fp32 at scale 100 beside float64. Where pairs are told apart log softmax keeps no digit; what is left is how
-    scores are rounded, by which those of near duplicates differ little, in any way of computing the loss."""
+    """fp32 gradients at scale 100 are near float64. For "told apart" log softmax loses all digits. The remaining error
+    is the rounding of the scores, which differ little for near duplicates, however the loss is computed."""
     inputs = [*embeddings(kind, 1024, 512), torch.tensor([100.0]), torch.tensor([-10.0])]
     limit = {"unrelated": 1e-5, "told apart": 2e-5, "near duplicates": 1e-4}[kind]
     assert error(LOSSES[name], EXACT[name], inputs) < limit
@@ -186,7 +185,7 @@ def test_gradients_at_the_largest_scale(name, kind):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives."""
+    """A mode that measures the largest output of any operation, in elements."""
 
     def __init__(self):
         super().__init__()
@@ -203,9 +202,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_square_is_held(name, duplicates, gradients):
+def test_no_tensor_holds_all_scores(name, duplicates, gradients):
     count = 6000
-    arguments, ids = inputs(torch.float32, count), some_ids(count)
+    arguments, ids = inputs(torch.float32, count), draw_ids(count)
 
     def largest(loss):
         with torch.set_grad_enabled(gradients), Largest() as seen:
@@ -216,11 +215,11 @@ def test_no_square_is_held(name, duplicates, gradients):
 
     assert largest(lambda *x: LOSSES[name](*x, ids=ids, duplicates=duplicates)) <= count * count / 8
     if duplicates == "ignore":
-        assert largest(reference(name)) == count * count  # control: the mode sees it
+        assert largest(reference(name)) == count * count  # control
 
 
 class Precision(TorchDispatchMode):
-    """With what precision products are computed."""
+    """A mode that records the fp32 precision of matrix products."""
 
     def __init__(self):
         super().__init__()
@@ -232,44 +231,43 @@ class Precision(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("how", ["old", "new"])
+@pytest.mark.parametrize("api", ["old", "new"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_tf32_is_not_for_scores(name, how):
-    """By whichever of torch's two ways it was chosen; the choice is back afterwards, also where the loss fails."""
-    arguments, place = inputs(torch.float32), torch.backends.cuda.matmul
+def test_scores_are_computed_without_tf32(name, api):
+    """Both of torch's APIs for TF32 are overridden, and restored afterwards, also where the loss fails."""
+    arguments, backend = inputs(torch.float32), torch.backends.cuda.matmul
     torch.set_float32_matmul_precision("highest")
     try:
-        if how == "old":
+        if api == "old":
             torch.set_float32_matmul_precision("high")
         else:
-            place.fp32_precision = "tf32"
+            backend.fp32_precision = "tf32"
         with Precision() as precision:
             LOSSES[name](*arguments).backward()
         assert len(precision.seen) >= 3
         assert set(precision.seen) == {"ieee"}
-        assert place.fp32_precision == "tf32"
+        assert backend.fp32_precision == "tf32"
         with pytest.raises(RuntimeError):
             LOSSES[name](arguments[0], arguments[1][:, :3], *arguments[2:])
-        assert place.fp32_precision == "tf32"
-        assert how == "new" or torch.get_float32_matmul_precision() == "high"
+        assert backend.fp32_precision == "tf32"
+        assert api == "new" or torch.get_float32_matmul_precision() == "high"
     finally:
-        place.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        backend.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_any_scale_and_layout(name):
-    """A scale wider than the embeddings; embeddings stored the other way around."""
+def test_any_dtype_of_the_scale_and_any_layout(name):
     image, text, scale, bias = inputs(torch.float32)
     want = evaluate(LOSSES[name], [image, text, scale, bias])
-    turned = [x.detach().T.contiguous().T.requires_grad_() for x in (image, text)]
-    wide = [x.detach().double().requires_grad_() for x in (scale, bias)]
-    for x, y in zip(evaluate(LOSSES[name], [*turned, *wide]), want, strict=True):
+    transposed = [x.detach().T.contiguous().T.requires_grad_() for x in (image, text)]
+    double = [x.detach().double().requires_grad_() for x in (scale, bias)]
+    for x, y in zip(evaluate(LOSSES[name], [*transposed, *double]), want, strict=True):
         torch.testing.assert_close(x.float(), y, rtol=1e-5, atol=1e-6)
 
 
 class Towers(nn.Module):
-    """Two small towers with the scale and, where the loss uses it, the bias: parameters like the others."""
+    """Two small towers, with the scale and an optional bias as parameters."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -279,7 +277,7 @@ class Towers(nn.Module):
         self.bias = nn.Parameter(torch.tensor([-3.0])) if bias else None
 
     def forward(self, x, y):
-        # Views, as a model gives them: DDP must see these parameters used in its forward.
+        # Views, as from a model: DDP must find these parameters used in the forward pass.
         bias = None if self.bias is None else self.bias.view(1)
         return F.normalize(self.image(x), dim=1), F.normalize(self.text(y), dim=1), self.scale.view(1), bias
 
@@ -287,7 +285,7 @@ class Towers(nn.Module):
 CASES = [(name, how) for name in LOSSES for how in ("ignore", "mask", "positive")]
 
 
-def losses_of_ranks(folder, rank, world):
+def losses_of_rank(folder, rank, world):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -313,16 +311,16 @@ def losses_of_ranks(folder, rank, world):
 @pytest.mark.long
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_split_batch_equals_whole_batch(world, tmp_path):
-    count = 96  # 48 or 24 a rank: the last of a rank's blocks is smaller
+    count = 96  # 48 or 24 on each rank, where the last block is smaller
     x, y = torch.randn(2, count, FEATURES, dtype=torch.float64)
-    models, ids = {name: Towers(name == "siglip").double() for name in LOSSES}, some_ids(count)
+    models, ids = {name: Towers(name == "siglip").double() for name in LOSSES}, draw_ids(count)
     with torch.no_grad():
         for model in models.values():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     states = {name: model.state_dict() for name, model in models.items()}
     torch.save({"x": x, "y": y, "ids": ids, **states}, tmp_path / "inputs.pt")
-    results = in_ranks(losses_of_ranks, tmp_path, world)
+    results = in_ranks(losses_of_rank, tmp_path, world)
 
     for name, duplicates in CASES:
         model = models[name]
@@ -342,7 +340,7 @@ def test_split_batch_equals_whole_batch(world, tmp_path):
                 torch.testing.assert_close(
                     got[key], want[key], rtol=1e-10, atol=1e-10, msg=lambda m, label=label: label + m
                 )
-            alone = result[f"{name} {duplicates} alone"]  # control: each rank for itself
+            alone = result[f"{name} {duplicates} alone"]  # control: the losses of single ranks
             for key in want:
                 assert (alone[key] - want[key]).abs().max() > 1e-6, f"{name} {key}"
-            assert result["largest"] <= count * count / 4  # nor does any rank hold the square
+            assert result["largest"] <= count * count / 4

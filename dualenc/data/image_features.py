@@ -1,4 +1,4 @@
-"""Embeddings and image features of whole shards: one safetensors file a shard, written once, read row by row."""
+"""Files of embeddings and image features: one safetensors file for each shard, written once and read by row."""
 
 import json
 import os
@@ -18,106 +18,110 @@ from dualenc.utils.errors import BadSample, DataError
 FORMAT = 1
 ABOUT = "embed.json"
 BAD = "bad.jsonl"
-KEY = "dualenc"  # of the metadata, a JSON
-TIMEOUT = 300.0  # seconds that the next pictures may take
-
-
-# Reading
+KEY = "dualenc"  # key of a file's metadata, a JSON
+TIMEOUT = 300.0  # seconds to wait for the next batch of images
 
 
 class Features:
     """Image features that `dualenc embed --features` has written.
 
     Args:
-        folder: OUT of that command.
+        folder: the folder OUT of that command.
 
     Attributes:
-        made_by: fingerprint of the image tower and the preprocessing that made them.
-        model: what made them, for people.
+        made_by: fingerprint of the image tower and the preprocessing that made the features.
+        model: name of the model that made the features, for display.
 
     Raises:
-        DataError: it is no such folder.
+        DataError: If the folder does not hold image features.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         about = read_about(self.folder)
         if about is None or about["what"] != "features":
-            raise DataError(f"{self.folder} holds no image features: dualenc embed MODEL SHARDS OUT --features")
+            raise DataError(
+                f"{self.folder} holds no image features: make them with dualenc embed MODEL SHARDS OUT --features"
+            )
         self.made_by: str = about["made_by"]
         self.model: str = about["model"]
         self._inputs: dict[str, str] = about["inputs"]
         self._names = {digest: name for name, digest in self._inputs.items()}
-        self._files: dict[str, EmbeddingFile] = {}  # by the shard that they were looked up for
+        self._files: dict[str, EmbeddingFile] = {}  # by the URL of the shard
 
     def check(self, shards: Iterable[Shard]) -> None:
-        """Looks whether there are features of all of these shards.
+        """Check that there are features of all of these shards.
 
         Raises:
-            DataError: there are none of one.
+            DataError: If there are no features of a shard.
         """
         for shard in shards:
             name = self._name(shard)
             if name is None:
                 raise DataError(
-                    f"{self.folder} has no features of shard {shard}, or it has changed since: dualenc embed makes them"
+                    f"{self.folder} has no features of shard {shard}, or the shard has changed since: "
+                    "make them with dualenc embed"
                 )
             if not (self.folder / file_name(name)).is_file():
-                raise DataError(f"{self.folder / file_name(name)} is missing: the same dualenc embed again goes on")
+                raise _missing(self.folder / file_name(name))
 
-    def row(self, shard: Shard, place: int, sample: Sample) -> tuple[Tensor, int]:
-        """Features (D,) of a sample's image, and the hash of it.
+    def read(self, shard: Shard, number: int, sample: Sample) -> tuple[Tensor, int]:
+        """Read the features (D,) of a sample's image, and the hash of the image.
 
         Args:
-            shard: which.
-            place: number of the sample in the shard.
-            sample: the same one, for the error.
+            shard: the shard.
+            number: number of the sample in the shard.
+            sample: the sample, for the error.
 
         Raises:
-            BadSample: there are none, since the image could not be used.
+            BadSample: If there are no features, because the image could not be used.
         """
         file = self._file(shard)
-        if place in file.bad:
-            raise BadSample(sample, *file.bad[place])
-        return torch.from_numpy(file.rows("features")[place]), int(file.piece[place])
+        if number in file.bad:
+            raise BadSample(sample, *file.bad[number])
+        return torch.from_numpy(file.rows("features")[number]), int(file.image_hashes[number])
 
     def _name(self, shard: Shard) -> str | None:
-        """What the shard was called; where several have its headers, the one that is still called so."""
+        """Return the name under which the features of a shard were made.
+
+        If several shards have the same headers, the one of the same name is preferred.
+        """
         name, digest = shard.facts["name"], shard.facts["digest"]
         return name if self._inputs.get(name) == digest else self._names.get(digest)
 
     def _file(self, shard: Shard) -> "EmbeddingFile":
         if shard.url not in self._files:
             digest, name = shard.facts["digest"], self._name(shard)
-            assert name is not None  # see `check`
+            assert name is not None  # `check` has ensured it.
             file = EmbeddingFile(self.folder / file_name(name))
-            if file.about["digest"] != digest or file.about["made_by"] != self.made_by or len(file.piece) != len(shard):
+            same = file.about["digest"] == digest and file.about["made_by"] == self.made_by
+            if not same or len(file.image_hashes) != len(shard):
                 raise damaged(file.path)
-            # Where the index has them: shards of other images may have the same headers.
-            known = shard.arrays.get("piece", file.piece)
-            if ((file.piece != known) & (file.piece != 0)).any():
-                raise DataError(f"{file.path} is of other images than {shard}: dualenc embed into a new folder")
+            # Shards with the same headers may hold other images, which the hashes show if the index has them.
+            known = shard.arrays.get("piece", file.image_hashes)
+            if ((file.image_hashes != known) & (file.image_hashes != 0)).any():
+                raise DataError(f"{file.path} is of other images than {shard}: run dualenc embed into a new folder")
             self._files[shard.url] = file
         return self._files[shard.url]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # each process maps its own
+        return {**self.__dict__, "_files": {}}  # Each process maps the files by itself.
 
 
 class EmbeddingFile:
-    """The file of one shard, mapped into memory: what is not looked at is not read.
+    """The file of one shard, mapped into memory, so that only the rows in use are read.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Attributes:
-        about: what it says of itself.
-        piece: (n,) hashes of the images; see `dualenc.data.shards.shard.DTYPES`.
-        names: of its tensors.
-        bad: number in the shard of each bad sample, with cause and detail.
+        about: metadata of the file.
+        image_hashes: (n,) hashes of the images; see "piece" in `dualenc.data.shards.shard.DTYPES`.
+        names: names of the tensors.
+        bad: cause and detail of each bad sample, by its number in the shard.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: If the file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,37 +129,43 @@ class EmbeddingFile:
         try:
             self._file = safe_open(path, "numpy")
             self.about = json.loads(self._file.metadata()[KEY])
-            self.piece = self._file.get_tensor("piece").view(np.uint64)  # (n,)
+            self.image_hashes = self._file.get_tensor("piece").view(np.uint64)  # (n,)
             self.names = self._file.keys()
-            del self.about["keys"]  # a run has all of its shards' files open
-            self.bad = {place: (cause, detail) for place, cause, detail in self.about["bad"]}
+            del self.about["keys"]  # A run has the files of all shards open, and does not need the keys.
+            self.bad = {number: (cause, detail) for number, cause, detail in self.about["bad"]}
         except FileNotFoundError:
-            raise DataError(f"{path} is missing: the same dualenc embed again goes on") from None
+            raise _missing(path) from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise damaged(path) from None
 
     def rows(self, name: str) -> Any:
-        """A tensor of which `[i]` reads a row."""
+        """Return a tensor on disk, whose item `[i]` reads one row."""
         return self._file.get_slice(name)
 
 
 def damaged(path: Path) -> DataError:
-    """The error of a file that is not what it should be."""
-    return DataError(f"{path} is damaged or not of this folder: remove it, and the same dualenc embed makes it anew")
+    """Return the error of a file that is damaged or belongs elsewhere."""
+    return DataError(
+        f"{path} is damaged or not of this folder: remove it, and run the same dualenc embed again to make it"
+    )
+
+
+def _missing(path: Path) -> DataError:
+    return DataError(f"{path} is missing: run the same dualenc embed again to resume")
 
 
 def file_name(shard: str) -> str:
-    """The name of a shard's file."""
+    """Return the name of a shard's file."""
     return f"{shard.removesuffix('.tar')}.safetensors"
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """What OUT/embed.json says, None where there is none.
+    """Read `embed.json` of a folder; None if there is no such file.
 
     Raises:
-        DataError: it is damaged, or of another format.
+        DataError: If the file is damaged, or of a newer format.
     """
     path = folder / ABOUT
     try:
@@ -174,7 +184,4 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not of dualenc embed: name another folder") from None
-
-
-# Writing
+        raise DataError(f"{path} was not written by dualenc embed: name another folder") from None

@@ -1,4 +1,4 @@
-"""Index and plan to batches of image-text pairs."""
+"""The data set of image-text pairs: from requested samples of an index to batches."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
 
 
 class Pairs(NamedTuple):
-    """A batch: pair i is images[i] and the tokenizer's text i."""
+    """A batch of B pairs: `images[i]` with text i of `tokens`."""
 
     images: Tensor  # (B, 3, S, S) uint8, stored channels last; or features (B, D) fp32
     tokens: Tokens
-    rows: Tensor  # (B,) int64, number of each sample in the index; -1 for a bad one, with another in its place
-    ids: Tensor  # (B, 2) int64, hashes: equal where images are equal, and where texts are the same tokens
-    masked: Masked | None = None  # the texts with some words hidden, where they are to be guessed
-    bad: Sequence[BadRecord] = ()  # samples that were met and could not be used
+    rows: Tensor  # (B,) int64, number of each sample in the index; -1 for a bad one that another has replaced
+    ids: Tensor  # (B, 2) int64 hashes of images and texts: equal for equal images, and for texts of the same tokens
+    masked: Masked | None = None  # the texts with masked tokens, for masked language modeling
+    bad: Sequence[BadRecord] = ()  # samples that could not be used
 
 
 def check_captions(source: str) -> None:
-    """Check where captions are read from.
+    """Check the source of captions.
 
     Raises:
-        DataError: `source` is neither "txt" nor "json.FIELD".
+        DataError: If `source` is neither "txt" nor "json.FIELD".
     """
     if source != "txt" and not source.startswith("json."):
         raise DataError(f"captions {source!r} must be 'txt' or 'json.FIELD'")
 
 
 def captions_of(sample: Sample, source: str) -> list[str]:
-    """The captions of a sample.
+    """Read the captions of a sample.
 
     Args:
-        sample: where to read.
+        sample: the sample.
         source: "txt" for the text file, or "json.FIELD" for a string or a list of strings in the `.json`.
 
     Raises:
-        BadSample: none, an empty one, or no UTF-8.
+        BadSample: If there is no caption, a caption is empty, or the text is not UTF-8.
     """
     if source == "txt":
         try:
@@ -72,13 +72,19 @@ def captions_of(sample: Sample, source: str) -> list[str]:
         raise BadSample(sample, f"{source} holds no caption, or an empty one")
     try:
         "".join(captions).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character
-        raise BadSample(sample, f"{source} holds what is no Unicode", error.reason) from None
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair.
+        raise BadSample(sample, f"{source} is not valid Unicode", error.reason) from None
     return captions
 
 
 def all_captions(index: ShardIndex, source: str, bad: list[str] | None = None) -> Iterator[str]:
-    """Every caption of an index; samples without a readable one are passed over, and `bad` takes why."""
+    """Yield all captions of an index; samples without readable captions are skipped.
+
+    Args:
+        index: the samples.
+        source: see `captions_of`.
+        bad: a list that takes the reason for each skipped sample.
+    """
     for sample in index:
         try:
             yield from captions_of(sample, source)
@@ -88,10 +94,10 @@ def all_captions(index: ShardIndex, source: str, bad: list[str] | None = None) -
 
 
 def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
-    """The samples that have an image and a caption file, and the keys of those that have not.
+    """Return the samples that have an image and a caption file, and the keys of the samples that lack one.
 
     Raises:
-        DataError: `source` is neither "txt" nor "json.FIELD"; or no sample has both.
+        DataError: If `source` is neither "txt" nor "json.FIELD", or no sample has both.
     """
     check_captions(source)
     where = f"{index.shards[0]}{f' and {len(index.shards) - 1} more shards' if len(index.shards) > 1 else ''}"
@@ -109,16 +115,17 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
 
 
 class PairDataset(Dataset[Pairs]):
-    """Batches of image-text pairs, by request; see `dualenc.data.loading.loader.BatchDataset`.
+    """Data set of batches of image-text pairs, by request; see `dualenc.data.loading.loader.BatchDataset`.
 
     Args:
         index: samples that all have an image and captions.
-        captions: see `captions_of`.
-        tokenizer: texts to `Tokens`.
-        transform: uint8 (3, H, W) to uint8 (3, S, S); may draw from torch's default generator and from `random`.
-        seed: of augmentation and caption choice; None for the first caption.
-        features: in place of the images, which are then neither read nor transformed.
-        masking: hides words, to be guessed.
+        captions: source of the captions; see `captions_of`.
+        tokenizer: tokenizer of the captions.
+        transform: transform from uint8 (3, H, W) to uint8 (3, S, S); may draw from torch's default generator and from
+            `random`.
+        seed: seed of augmentation and caption choice; None for evaluation, with the first caption of each sample.
+        features: image features to use in place of the images, which are then neither read nor transformed.
+        masking: masking of tokens, for masked language modeling.
     """
 
     def __init__(
@@ -138,48 +145,49 @@ class PairDataset(Dataset[Pairs]):
         self.tokenizer, self.transform = tokenizer, transform
 
     def __getitem__(self, request: Request) -> Pairs:
-        """The batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch.
+        """Read a batch.
+
+        Args:
+            request: epoch, position of the first sample in the epoch, and the samples' numbers (B,).
 
         Raises:
             DataError: If `MAX_CONSECUTIVE` consecutive samples are bad.
         """
-        epoch, position, rows = request
-        images, texts, used, ids = [], [], [], []
+        epoch, start, rows = request
+        images, texts, used, image_hashes = [], [], [], []
         bad: list[BadRecord] = []
-        with _own_generators():
-            for place, row in enumerate(rows.tolist(), position):
-                number, (picture, captions, piece) = self.samples.first_good(row, bad)
+        with _preserve_rng_state():
+            for position, row in enumerate(rows.tolist(), start):
+                number, (image, captions, image_hash) = self.samples.first_good(row, bad)
                 choice = 0
                 if self.seed is not None:
-                    key = derive_seed(self.seed, epoch, place)
+                    key = derive_seed(self.seed, epoch, position)
                     torch.default_generator.manual_seed(key)
                     random.seed(key)
                     choice = key % len(captions)
-                images.append(picture if self.features else self.transform(picture))
+                images.append(image if self.features else self.transform(image))
                 texts.append(captions[choice])
                 used.append(number)
-                ids.append(piece)
+                image_hashes.append(image_hash)
         if self.features:
             batch = torch.stack(images)
-        else:  # stored channels last, as the pictures are: no time for turning them around
+        else:  # The batch is stored channels last like the images, which saves a transposition.
             batch = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
         tokens = self.tokenizer(texts)
-        hashes = torch.from_numpy(np.array([ids, token_hashes(tokens)], np.uint64).view(np.int64).T.copy())
+        ids = torch.from_numpy(np.array([image_hashes, token_hashes(tokens)], np.uint64).view(np.int64).T.copy())
         masked = None
         if self.masking is not None and self.seed is not None:
-            masked = self.masking(tokens, (self.seed, epoch), position)
+            masked = self.masking(tokens, (self.seed, epoch), start)
         self.current_sample.finish()
-        return Pairs(batch, tokens, torch.tensor(used), hashes, masked, bad)
+        return Pairs(batch, tokens, torch.tensor(used), ids, masked, bad)
 
     def _read(self, row: int, sample: Sample) -> tuple[Tensor, list[str], int]:
-        """Picture or features, captions, and a hash of the image."""
+        """Read the image or its features, the captions, and a hash of the image."""
         if self.features is not None:
-            picture, piece = self.features.row(*self.index.find(row), sample)
+            image, image_hash = self.features.read(*self.index.find(row), sample)
         else:
-            extension, data = image_of(sample)
-            with _naming(sample, extension):
-                picture, piece = decode_image(data), piece_hash(data)
-        return picture, captions_of(sample, self.captions), piece
+            image, image_hash = decode_and_hash(sample)
+        return image, captions_of(sample, self.captions), image_hash
 
     def facts(self) -> dict[str, Any]:
         """See `BatchDataset.facts`."""
@@ -191,55 +199,39 @@ class PairDataset(Dataset[Pairs]):
         }
 
 
-class _own_generators:
-    """Leaves the process's generators as they were: with 0 workers they are the training loop's."""
-
-    def __enter__(self) -> None:
-        self.state = torch.default_generator.get_state(), random.getstate()
-
-    def __exit__(self, *exc: object) -> None:
-        torch.default_generator.set_state(self.state[0])
-        random.setstate(self.state[1])
+@contextmanager
+def _preserve_rng_state() -> Iterator[None]:
+    """Restore the process's random generators at the end: with 0 workers the training loop uses them."""
+    torch_state, python_state = torch.default_generator.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python_state)
 
 
 def decode_sample(sample: Sample) -> Tensor:
-    """The picture of a sample, uint8 (3, H, W).
+    """Decode the image of a sample to uint8 (3, H, W).
 
     Raises:
-        BadSample: there is none, or it cannot be decoded; names shard, key and cause.
+        BadSample: If the sample has no image, or it cannot be decoded; the message names shard, key and cause.
     """
-    return read_picture(sample)[0]
+    return decode_and_hash(sample)[0]
 
 
-def read_picture(sample: Sample) -> tuple[Tensor, int]:
-    """Like `decode_sample`, and the hash `piece_hash` of the image's bytes."""
-    extension, data = image_of(sample)
-    with _naming(sample, extension):
-        return decode_image(data), piece_hash(data)
-
-
-def image_of(sample: Sample) -> tuple[str, bytes]:
-    """Extension and bytes of a sample's image.
-
-    Raises:
-        BadSample: there is none.
-    """
+def decode_and_hash(sample: Sample) -> tuple[Tensor, int]:
+    """Decode the image of a sample, and hash its bytes by `piece_hash`; see `decode_sample`."""
     extension = sample.image
     if extension is None:
         raise BadSample(sample, "no image among its members", ", ".join(sorted(sample.members)))
-    return extension, sample.read(extension)
-
-
-@contextmanager
-def _naming(sample: Sample, extension: str) -> Iterator[None]:
-    """Turns an error of a picture into one of its sample."""
+    data = sample.read(extension)
     try:
-        yield
+        return decode_image(data), piece_hash(data)
     except ImageError as error:
         raise BadSample(sample, f".{extension} {error.cause}", error.detail) from None
 
 
 def token_hashes(tokens: Tokens) -> list[int]:
-    """A hash of the ids of each text, in the caller's order."""
+    """Hash the ids of each text, in the caller's order."""
     ids, offsets = tokens.ids.numpy(), tokens.offsets.tolist()
     return [content_hash(ids[offsets[row] : offsets[row + 1]].tobytes()) for row in tokens.rows.tolist()]

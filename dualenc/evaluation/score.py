@@ -207,7 +207,7 @@ def probe(
     image, targets, rows = embedded["test"]
     known, classes, _ = embedded["train"]
     chosen_by = None if held is None else embedded["held"][:2]
-    linear, knn = (how(known, classes, image, targets, held=chosen_by) for how in (linear_probe, knn_probe))
+    linear, knn = (how(known, classes, image, targets, held_out=chosen_by) for how in (linear_probe, knn_probe))
     if linear.missing:
         names = [data.classnames[c] for c in linear.missing]
         problems.append(Problem(f"class without a picture to learn from ({train.split})", names))

@@ -31,7 +31,7 @@ from dualenc.data.image_features import (
     read_about,
 )
 from dualenc.data.loading.bad_samples import BadRecord, causes
-from dualenc.data.pairs import captions_of, check_captions, read_picture
+from dualenc.data.pairs import captions_of, check_captions, decode_and_hash
 from dualenc.data.prepare.resumable import check_same, other_inputs
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.shard import Shard
@@ -293,7 +293,7 @@ class _Reader(Dataset["_Read"]):
             self.current_sample.start(row)
             sample, place = self.index[row], row - start
             try:
-                picture, piece = read_picture(sample)
+                picture, piece = decode_and_hash(sample)
                 images.append(self.transform(picture))
                 out.good.append(place)
                 out.pieces.append(piece)

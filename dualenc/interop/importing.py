@@ -68,7 +68,7 @@ def import_model(
     assert isinstance(embedder.tokenizer, Tokenizer)
     notes, logits = list(checkpoint.notes), embedder.dual_encoder.logits
     factor = logits.logit_scale.exp().item()
-    logits.project()
+    logits.clamp_scale()
     inputs = more(embedder)
     inputs = replace(inputs, texts=[*inputs.texts, *UNCLEAN])
     ours = outputs_of(embedder, inputs)

@@ -1,4 +1,4 @@
-"""Arrays in, numbers out."""
+"""Metrics: functions from arrays to numbers."""
 
 from dualenc.metrics.bootstrap import BootstrapMetrics
 from dualenc.metrics.choice import choice_bootstrap, choice_metrics

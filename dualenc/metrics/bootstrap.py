@@ -1,8 +1,8 @@
-"""Metrics as functions of how often each unit counts, and what follows from it: values, intervals, differences.
+"""Metrics as functions of the units' weights, from which values, intervals and paired differences are computed.
 
-A unit is what was drawn when the data was made: an image with all that belongs to it. With weights of one a statistic
-is the metric; with the counts of a sample drawn with replacement it is a bootstrap replicate (Efron and Tibshirani
-1993, chapter 13); the same counts for two models make a paired difference.
+A unit is what was drawn when the data was collected, such as an image with its captions. With weights of one a
+statistic is the metric. With the counts of a sample drawn with replacement it is a bootstrap replicate (Efron and
+Tibshirani 1993, chapter 13). The same counts for two models give a paired difference.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,35 +12,41 @@ import torch
 from torch import Tensor
 
 Statistic = Callable[[Tensor], Tensor]  # weights (R, N) float64 of N units -> (R,)
-_CELLS = 1 << 19  # weights at a time
+_CELLS = 1 << 19  # weights held at a time
 
 
 class BootstrapMetrics(NamedTuple):
-    """The metrics of an evaluation, each a function of its units' weights."""
+    """The metrics of an evaluation, each a function of its units' weights.
+
+    Attributes:
+        statistics: the metrics by name.
+        units: N, the number of units.
+        strata: (N,) int64 stratum of each unit, such as a class; every sample keeps the sizes of the strata.
+    """
 
     statistics: Mapping[str, Statistic]
     units: int
-    strata: Tensor | None = None  # (N,) int64: draws stay within the units of one number, such as a class
+    strata: Tensor | None = None
 
     def values(self) -> dict[str, float]:
-        """Each metric."""
+        """Compute each metric."""
         ones = torch.ones(1, self.units, dtype=torch.float64)
         return {name: statistic(ones).item() for name, statistic in self.statistics.items()}
 
     def intervals(
         self, *, level: float = 0.95, replicates: int = 1000, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap interval of each metric.
+        """Compute the percentile bootstrap interval of each metric.
 
         Args:
             level: coverage.
-            replicates: bootstrap samples; 0 for no intervals.
-            seed: of the draw; the same units give the same draw.
+            replicates: number of bootstrap samples; 0 for no intervals.
+            seed: seed of the draw; the same units give the same draw.
         """
         if not replicates:
             return {}
         found: dict[str, list[Tensor]] = {name: [] for name in self.statistics}
-        for weights in self._draws(replicates, seed):
+        for weights in self._draw(replicates, seed):
             for name, statistic in self.statistics.items():
                 found[name].append(statistic(weights))
         return {name: _bounds(torch.cat(parts), level) for name, parts in found.items()}
@@ -48,17 +54,19 @@ class BootstrapMetrics(NamedTuple):
     def differences(
         self, other: "BootstrapMetrics", *, level: float = 0.95, replicates: int = 1000, seed: int = 0
     ) -> dict[str, tuple[float, float, float]]:
-        """Of the metrics that both have: the other's less this one's, with its paired interval.
+        """Compute the paired difference of each metric that both have: the other's minus this one's.
 
         Args:
-            other: of the same units.
-            level, replicates, seed: see `intervals`.
+            other: metrics of the same units.
+            level: see `intervals`.
+            replicates: see `intervals`.
+            seed: see `intervals`.
 
         Returns:
-            Difference, lower and upper bound.
+            Difference, and lower and upper bound of its interval.
 
         Raises:
-            ValueError: the units are not the same.
+            ValueError: If the units are not the same.
         """
         same = (self.strata is None) == (other.strata is None) and (
             self.strata is None or other.strata is None or torch.equal(self.strata, other.strata)
@@ -67,14 +75,14 @@ class BootstrapMetrics(NamedTuple):
             raise ValueError("paired differences need the same units")
         names = [name for name in self.statistics if name in other.statistics]
         found: dict[str, list[Tensor]] = {name: [] for name in names}
-        for weights in self._draws(replicates, seed):
+        for weights in self._draw(replicates, seed):
             for name in names:
                 found[name].append(other.statistics[name](weights) - self.statistics[name](weights))
-        here, there = self.values(), other.values()
-        return {name: (there[name] - here[name], *_bounds(torch.cat(found[name]), level)) for name in names}
+        own, others = self.values(), other.values()
+        return {name: (others[name] - own[name], *_bounds(torch.cat(found[name]), level)) for name in names}
 
-    def _draws(self, replicates: int, seed: int) -> Iterator[Tensor]:
-        """Weights (r, N), `replicates` rows in all: how often each unit is among as many as there are."""
+    def _draw(self, replicates: int, seed: int) -> Iterator[Tensor]:
+        """Draw bootstrap samples; yield weights (r, N), the counts of the units in r samples of N units."""
         generator = torch.Generator().manual_seed(seed)
         groups = [torch.arange(self.units)]
         if self.strata is not None:
@@ -92,11 +100,11 @@ class BootstrapMetrics(NamedTuple):
 
 
 def mean(values: Tensor, unit: Tensor | None = None) -> Statistic:
-    """Mean of values (M,), each as often as its unit counts.
+    """Return the weighted mean of values, each with the weight of its unit.
 
     Args:
-        values: numbers or truths.
-        unit: (M,) number of the unit that each value belongs to; absent, they are the units.
+        values: (M,) numbers or booleans.
+        unit: (M,) number of the unit that each value belongs to; absent, the values are the units.
     """
     values = values.double().cpu()
     if unit is None:

@@ -1,7 +1,7 @@
-"""Probes of frozen embeddings: what a simple classifier learns from them.
+"""Probes of frozen embeddings: simple classifiers that are trained on them.
 
-Each probe chooses one number by accuracy on images held out, learns again from all there is, and is tested once. The
-embeddings are used as given, neither standardised nor brought to unit length.
+Each probe chooses one hyperparameter by the accuracy on held-out images, is trained again on all images, and is tested
+once. The embeddings are used as given, neither standardized nor normalized to unit length.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,28 +15,28 @@ from dualenc.metrics.ranking import nearest
 from dualenc.metrics.retrieval import Scores
 
 TEMPERATURE = 0.07  # of the votes
-NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
-GRADIENT, ITERATIONS = 1e-7, 1000  # where a fit has converged, and where it ends if it has not
+NEIGHBORS = (1, 5, 10, 20, 50, 100, 200)  # values of k to choose from
+GRADIENT, ITERATIONS = 1e-7, 1000  # the gradient at which a fit has converged, and the limit of its iterations
 
-Labelled = tuple[Tensor, Tensor]  # embeddings (N, E), class of each (N,)
+Labeled = tuple[Tensor, Tensor]  # embeddings (N, E), class of each (N,)
 
 
 class Probe(NamedTuple):
-    """What a probe found."""
+    """The result of a probe."""
 
     scores: Scores
     chosen: dict[str, float]
-    held: dict[str, float]  # accuracy on the images held out, by the numbers tried
-    missing: list[int]  # classes without an image to learn from, which are never answered
+    held_out_accuracy: dict[str, float]  # accuracy on the held-out images for each value that was tried
+    missing: list[int]  # classes without a training image, which are never predicted
 
 
-class Logistic(NamedTuple):
-    """A multinomial logistic regression."""
+class LogisticRegression(NamedTuple):
+    """A fitted multinomial logistic regression."""
 
     weight: Tensor  # (K, E) float64
     bias: Tensor  # (K,)
-    classes: Tensor  # (K,) their numbers
-    gradient: float  # at the end, see `linear_probe`
+    classes: Tensor  # (K,) numbers of the classes
+    gradient: float  # largest entry of the final gradient; see `linear_probe`
 
 
 def linear_probe(
@@ -45,72 +45,73 @@ def linear_probe(
     test: Tensor,
     test_targets: Tensor,
     *,
-    held: Labelled | None = None,
+    held_out: Labeled | None = None,
     seed: int = 0,
     replicates: int = 1000,
 ) -> Probe:
-    """Logistic regression on embeddings, as in CLIP (Radford et al. 2021, section 3.2 and A.3).
+    """Train and test a logistic regression on embeddings, as in CLIP (Radford et al. 2021, section 3.2 and A.3).
 
-    C of `logistic_regression` is searched between 1e-6 and 1e6: seven values two decades apart, then around the best
-    at a distance of 1, 1/2, 1/4 and 1/8 of a decade. Of equally good ones the smallest is taken.
+    C of `logistic_regression` is searched between 1e-6 and 1e6: first seven values two decades apart, then values at
+    a distance of 1, 1/2, 1/4 and 1/8 of a decade from the best. Among equally good values the smallest is chosen.
 
     Args:
-        train: (N, E).
+        train: (N, E) embeddings.
         train_targets: (N,) class of each.
-        test: (M, E).
-        test_targets: (M,).
-        held: embeddings and classes by which to choose; absent, a fifth of `train`, as evenly of its classes as can be.
-        seed: of the draw of this fifth.
-        replicates: bootstrap samples; 0 for no intervals.
+        test: (M, E) embeddings.
+        test_targets: (M,) class of each.
+        held_out: embeddings and classes to choose C by; absent, a fifth of each class of `train`.
+        seed: seed of the draw of this fifth.
+        replicates: number of bootstrap samples; 0 for no intervals.
 
     Returns:
-        The metrics of `classification_metrics` over the classes 0 to the largest that occurs. Chosen are `C` and, of
-        the last fit, the `gradient`: the largest entry in size of the mean objective's, in coordinates in which the
-        data has unit variance. A fit ends below 1e-7, or unfinished after 1,000 iterations.
+        The metrics of `classification_metrics` over the classes 0 to the largest that occurs. `chosen` holds `C` and
+        the `gradient` of the last fit: the largest absolute entry of the gradient of the mean objective, in coordinates
+        in which the data has unit variance. A fit ends below 1e-7, or unfinished after 1,000 iterations.
 
     Raises:
-        ValueError: embeddings are not finite, embeddings and classes differ in number, or nothing can be held out.
+        ValueError: If embeddings are not finite, embeddings and classes differ in number, or no image can be held out.
     """
-    data = _split(train, train_targets, test, test_targets, held, seed)
+    data = _split(train, train_targets, test, test_targets, held_out, seed)
     accuracy: dict[int, float] = {}  # by the logarithm of C, in eighths of a decade
-    peak = 0
-    for around in (range(-48, 49, 16), *((-step, step) for step in (8, 4, 2, 1))):
-        for place in (peak + step for step in around):
-            if abs(place) <= 48 and place not in accuracy:
-                fit = logistic_regression(*data.learn, 10 ** (place / 8))
-                accuracy[place] = _accuracy(_logits(fit, data.held[0], data.classes), data.held[1], data.classes)
-        peak = min(accuracy, key=lambda place: (-accuracy[place], place))
-    final = logistic_regression(*data.all, 10 ** (peak / 8))
+    best = 0
+    for steps in (range(-48, 49, 16), *((-step, step) for step in (8, 4, 2, 1))):
+        for exponent in (best + step for step in steps):
+            if abs(exponent) <= 48 and exponent not in accuracy:
+                fit = logistic_regression(*data.train, 10 ** (exponent / 8))
+                logits = _logits(fit, data.held_out[0], data.classes)
+                accuracy[exponent] = _accuracy(logits, data.held_out[1], data.classes)
+        best = min(accuracy, key=lambda exponent: (-accuracy[exponent], exponent))
+    final = logistic_regression(*data.all, 10 ** (best / 8))
     items = classification_items(_logits(final, test, data.classes), test_targets, data.classes)
-    chosen = {"C": 10 ** (peak / 8), "gradient": final.gradient}
-    found = {f"{10 ** (place / 8):.3g}": accuracy[place] for place in sorted(accuracy)}
-    return Probe(classification_scores(items, replicates=replicates), chosen, found, data.missing)
+    chosen = {"C": 10 ** (best / 8), "gradient": final.gradient}
+    tried = {f"{10 ** (exponent / 8):.3g}": accuracy[exponent] for exponent in sorted(accuracy)}
+    return Probe(classification_scores(items, replicates=replicates), chosen, tried, data.missing)
 
 
-def logistic_regression(x: Tensor, targets: Tensor, c: float) -> Logistic:
-    """Weights W and biases b that minimise C * (sum of the cross entropies) + |W|^2 / 2, by L-BFGS in float64.
+def logistic_regression(x: Tensor, targets: Tensor, c: float) -> LogisticRegression:
+    """Fit weights W and biases b that minimize C * (sum of the cross entropies) + |W|^2 / 2, by L-BFGS in float64.
 
-    The objective is scikit-learn's, but two classes are no exception here: they have a row of W each, where
-    scikit-learn has only the difference of the rows and finds the same at twice the C.
+    The objective is scikit-learn's. For two classes scikit-learn fits only the difference of the two rows of W, which
+    gives the same result at twice the C.
 
     Args:
-        x: (N, E).
+        x: (N, E) embeddings.
         targets: (N,) classes, any numbers.
         c: inverse strength of the regularization.
     """
     classes, labels = targets.unique(return_inverse=True)
-    # The same problem in other coordinates, in which its curvature at zero is the same all around: L-BFGS then takes a
-    # fraction of the steps. Biases are free, so the mean can go; a rotation leaves |W| as it is.
+    # The problem is solved in coordinates in which its curvature at zero is equal in all directions, where L-BFGS needs
+    # a fraction of the steps. The biases are not regularized, so the mean can be subtracted; a rotation preserves |W|.
     center = x.double().mean(0)
-    spread, axes = torch.linalg.eigh((x.double() - center).T @ (x.double() - center) / len(x))
-    unit = (spread.clamp(min=0) + len(classes) / (c * len(x))).rsqrt()  # (E,)
+    variance, axes = torch.linalg.eigh((x.double() - center).T @ (x.double() - center) / len(x))
+    unit = (variance.clamp(min=0) + len(classes) / (c * len(x))).rsqrt()  # (E,)
     inputs = torch.cat([(x.double() - center) @ (axes * unit), x.new_ones(len(x), 1, dtype=torch.float64)], 1)
     rows = block_rows(len(classes))
     blocks = list(zip(inputs.split(rows), labels[:, None].split(rows)))
     ridge = torch.cat([unit.square(), unit.new_zeros(1)]) / (c * len(x))  # (E + 1,)
-    solution = inputs.new_zeros(len(classes), inputs.shape[1])  # biases stand in the last column
+    solution = inputs.new_zeros(len(classes), inputs.shape[1])  # The last column holds the biases.
 
-    def objective() -> Tensor:  # over C N, with its gradient
+    def objective() -> Tensor:  # divided by C N; also stores its gradient
         value = (ridge * solution.square()).sum() / 2
         gradient = ridge * solution
         for part, label in blocks:
@@ -133,10 +134,10 @@ def logistic_regression(x: Tensor, targets: Tensor, c: float) -> Logistic:
         line_search_fn="strong_wolfe",
     )
     optimizer.step(objective)  # type: ignore[arg-type]
-    objective()  # at the end; the optimizer leaves the gradient of the last point it tried
+    objective()  # The optimizer leaves the gradient of the last point it tried, not of the solution.
     assert solution.grad is not None
     weight, bias = solution[:, :-1] * unit @ axes.T, solution[:, -1]
-    return Logistic(weight, bias - weight @ center, classes, solution.grad.abs().max().item())
+    return LogisticRegression(weight, bias - weight @ center, classes, solution.grad.abs().max().item())
 
 
 def knn_probe(
@@ -145,57 +146,60 @@ def knn_probe(
     test: Tensor,
     test_targets: Tensor,
     *,
-    held: Labelled | None = None,
+    held_out: Labeled | None = None,
     seed: int = 0,
     replicates: int = 1000,
 ) -> Probe:
-    """Vote of the k nearest neighbors, each with weight exp(similarity / 0.07) (Wu et al. 2018, section 3.4).
+    """Train and test a vote of the k nearest neighbors (Wu et al. 2018, section 3.4).
 
-    The similarity is the product of two embeddings, the cosine where they have unit length. k is chosen from 1, 5, 10,
-    20, 50, 100 and 200 as far as there are images; of equally good ones the largest is taken.
+    Each neighbor votes with weight exp(similarity / 0.07). The similarity is the product of two embeddings, which is
+    the cosine at unit length. k is chosen from 1, 5, 10, 20, 50, 100 and 200, up to the number of images. Among equally
+    good values the largest is chosen.
 
     Args:
-        train: (N, E).
+        train: (N, E) embeddings.
         train_targets: (N,) class of each.
-        test: (M, E).
-        test_targets: (M,).
-        held: embeddings and classes by which to choose; absent, a fifth of `train`, as evenly of its classes as can be.
-        seed: of the draw of this fifth.
-        replicates: bootstrap samples; 0 for no intervals.
+        test: (M, E) embeddings.
+        test_targets: (M,) class of each.
+        held_out: embeddings and classes to choose k by; absent, a fifth of each class of `train`.
+        seed: seed of the draw of this fifth.
+        replicates: number of bootstrap samples; 0 for no intervals.
 
     Returns:
-        The metrics of `classification_metrics` over the classes 0 to the largest that occurs, where a class scores by
-        its votes, one without any ties with all others without any, and the confidence is the answer's share of the
-        votes. Chosen is `k`.
+        The metrics of `classification_metrics` over the classes 0 to the largest that occurs. The score of a class is
+        its votes; classes without votes tie. The confidence is the answer's share of the votes. `chosen` holds `k`.
 
     Raises:
-        ValueError: embeddings are not finite, embeddings and classes differ in number, or nothing can be held out.
+        ValueError: If embeddings are not finite, embeddings and classes differ in number, or no image can be held out.
     """
-    data = _split(train, train_targets, test, test_targets, held, seed)
-    ks = [k for k in NEIGHBOURS if k <= len(data.learn[0])]
-    near = nearest(data.held[0], data.learn[0], ks[-1])
+    data = _split(train, train_targets, test, test_targets, held_out, seed)
+    ks = [k for k in NEIGHBORS if k <= len(data.train[0])]
+    neighbors = nearest(data.held_out[0], data.train[0], ks[-1])
     accuracy = {}
     for k in ks:
-        accuracy[k] = _accuracy(_votes(*near, data.learn[1], k, data.classes), data.held[1], data.classes)
+        votes = _votes(*neighbors, data.train[1], k, data.classes)
+        accuracy[k] = _accuracy(votes, data.held_out[1], data.classes)
     k = max(ks, key=lambda k: (accuracy[k], k))
     votes = _votes(*nearest(test, data.all[0], k), data.all[1], k, data.classes)
     items = classification_items(votes, test_targets, data.classes)
-    found = {str(k): accuracy[k] for k in ks}
-    return Probe(classification_scores(items, replicates=replicates), {"k": k}, found, data.missing)
+    tried = {str(k): accuracy[k] for k in ks}
+    return Probe(classification_scores(items, replicates=replicates), {"k": k}, tried, data.missing)
 
 
 class _Split(NamedTuple):
-    learn: Labelled
-    held: Labelled
-    all: Labelled  # both
+    train: Labeled
+    held_out: Labeled
+    all: Labeled  # both together
     classes: int
     missing: list[int]
 
 
 def _split(
-    train: Tensor, train_targets: Tensor, test: Tensor, test_targets: Tensor, held: Labelled | None, seed: int
+    train: Tensor, train_targets: Tensor, test: Tensor, test_targets: Tensor, held_out: Labeled | None, seed: int
 ) -> _Split:
-    given = {"train": (train, train_targets), "test": (test, test_targets)} | ({"held": held} if held else {})
+    """Check the data, and hold out images of the training set if none are given."""
+    given = {"train": (train, train_targets), "test": (test, test_targets)}
+    given |= {"held_out": held_out} if held_out else {}
     for name, (x, targets) in given.items():
         if not len(x) == len(targets) > 0:
             raise ValueError(f"{name} has {len(x)} embeddings and {len(targets)} classes")
@@ -203,24 +207,24 @@ def _split(
             raise ValueError(f"{name} holds embeddings that are not finite")
         if int(targets.min()) < 0:
             raise ValueError(f"{name} holds a negative class")
-    learn = everything = (train, train_targets.to(train.device))
-    if held is None:
+    fit_on = everything = (train, train_targets.to(train.device))
+    if held_out is None:
         out = _every_fifth(train_targets.cpu(), seed).to(train.device)
-        learn, held = (train[~out], learn[1][~out]), (train[out], learn[1][out])
+        fit_on, held_out = (train[~out], fit_on[1][~out]), (train[out], fit_on[1][out])
     else:
-        everything = (torch.cat([train, held[0]]), torch.cat([learn[1], held[1].to(train.device)]))
+        everything = (torch.cat([train, held_out[0]]), torch.cat([fit_on[1], held_out[1].to(train.device)]))
     classes = 1 + max(int(targets.max()) for _, targets in given.values())
     known = torch.bincount(everything[1].cpu(), minlength=classes) > 0
-    return _Split(learn, held, everything, classes, torch.nonzero(~known)[:, 0].tolist())
+    return _Split(fit_on, held_out, everything, classes, torch.nonzero(~known)[:, 0].tolist())
 
 
 def _every_fifth(targets: Tensor, seed: int) -> Tensor:
-    """Which images (N,) to hold out: a fifth of each class, up to rounding, and none that is alone in its class."""
+    """Draw the images to hold out, as a mask (N,): a fifth of each class, rounded, and no image alone in its class."""
     shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     ordered = shuffled[torch.argsort(targets[shuffled], stable=True)]
     ordered = ordered[torch.bincount(targets)[targets[ordered]] > 1]
     if not len(ordered):
-        raise ValueError("no class has two images, one to learn from and one to hold out: give held-out data")
+        raise ValueError("no class has two images, one to train on and one to hold out: give held-out data")
     out = torch.zeros(len(targets), dtype=torch.bool)
     out[ordered[::5]] = True
     return out
@@ -230,7 +234,7 @@ def _accuracy(blocks: Iterable[Tensor], targets: Tensor, classes: int) -> float:
     return (classification_items(blocks, targets, classes)["rank"] < 1).double().mean().item()
 
 
-def _logits(fit: Logistic, x: Tensor, classes: int) -> Iterator[Tensor]:
+def _logits(fit: LogisticRegression, x: Tensor, classes: int) -> Iterator[Tensor]:
     for part in x.split(block_rows(classes)):
         scores = fit.weight.new_full((len(part), classes), -torch.inf)
         scores[:, fit.classes] = part.to(fit.weight) @ fit.weight.T + fit.bias
@@ -238,9 +242,17 @@ def _logits(fit: Logistic, x: Tensor, classes: int) -> Iterator[Tensor]:
 
 
 def _votes(indices: Tensor, similarity: Tensor, targets: Tensor, k: int, classes: int) -> Iterator[Tensor]:
-    """Logarithms of the votes for each class (n, C), from the neighbors (Q, k or more), the nearest first."""
+    """Yield the logarithms of the votes for each class, (n, C) for consecutive blocks of images.
+
+    Args:
+        indices: (Q, k or more) neighbors, the nearest first.
+        similarity: their similarities.
+        targets: class of each candidate.
+        k: number of neighbors that vote.
+        classes: C, the number of classes.
+    """
     rows = block_rows(classes)
     for index, near in zip(indices[:, :k].split(rows), similarity[:, :k].split(rows)):
-        weights = ((near - near[:, :1]) / TEMPERATURE).exp()  # over the nearest one's
+        weights = ((near - near[:, :1]) / TEMPERATURE).exp()  # divided by the weight of the nearest
         votes = weights.new_zeros(len(index), classes)
         yield votes.scatter_add_(1, targets.to(index.device)[index], weights).log()

@@ -1,6 +1,13 @@
-"""Towers and the dual encoder: plain torch modules."""
+"""The towers, the dual encoder and the heads: plain torch modules."""
 
-from dualenc.models.dual_encoder import DualConfig, DualEncoder, Embeddings, Projection, embed_pieces, in_pieces
+from dualenc.models.dual_encoder import (
+    DualConfig,
+    DualEncoder,
+    Embeddings,
+    Projection,
+    embed_micro_batches,
+    map_micro_batches,
+)
 from dualenc.models.heads import HeadConfig, MaskedLanguageHead, TextModel
 from dualenc.models.image_encoder import ImageConfig, ImageEncoder
 from dualenc.models.text_encoder import TextConfig, TextEncoder
@@ -17,6 +24,6 @@ __all__ = [
     "TextConfig",
     "TextEncoder",
     "TextModel",
-    "embed_pieces",
-    "in_pieces",
+    "embed_micro_batches",
+    "map_micro_batches",
 ]

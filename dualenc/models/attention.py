@@ -1,11 +1,11 @@
-"""Attention over packed texts: every token meets the tokens of its own text, and nothing else is computed.
+"""Attention over packed texts: each token attends to the tokens of its own text only, and nothing else is computed.
 
-Three ways, chosen by where the tensors are:
+There are three implementations, chosen by the device and dtype of the tensors:
 
-- CPU: texts of equal length (neighbors, since `Tokens` sorts them) go through one SDPA call together. It is a
-  custom op, because the loop over groups depends on the data: torch.compile sees one node and never a graph break.
+- CPU: texts of equal length (neighbors, since `Tokens` sorts them) share one SDPA call. This is a custom op, because
+  the loop over groups depends on the data: torch.compile sees one node and never a graph break.
 - CUDA, fp16 or bf16: torch's varlen attention, which has its own backward and its own meta kernel.
-- elsewhere (CUDA fp32, older GPUs, odd head sizes): padded inside the attention only, to the longest text of the batch.
+- All others (CUDA fp32, older GPUs, odd head sizes): padding to the longest text, inside the attention only.
 """
 
 import math
@@ -21,74 +21,76 @@ from dualenc.tokens import padding_index
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a build without it: the padded path serves
+except ImportError:  # This build of torch lacks it, and `padded_attention` is used.
     varlen_attn = None
 
 
 def ragged_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int, *, causal: bool = False, window: int | None = None
 ) -> Tensor:
-    """Softmax attention inside each text of a packed batch (Vaswani et al. 2017, section 3.2.1).
+    """Compute softmax attention inside each text of a packed batch (Vaswani et al. 2017, section 3.2.1).
 
     Args:
-        q, k, v: (N, H, Dh) for N tokens of B texts.
-        offsets: (B+1,) int32, row r is tokens offsets[r] to offsets[r+1].
+        q: (N, H, Dh) queries of the N tokens of B texts.
+        k: (N, H, Dh) keys.
+        v: (N, H, Dh) values.
+        offsets: (B+1,) int32; text r has the tokens offsets[r] to offsets[r+1].
         max_len: length of the longest text.
-        causal: a token sees none that come after it.
-        window: a token sees those at most so many places away; absent, all.
+        causal: a token attends only to itself and to tokens before it.
+        window: largest distance in positions to a token that is attended to; absent, all tokens are.
 
     Returns:
-        (N, H, Dh).
+        (N, H, Dh) outputs.
     """
     if window is not None and window >= max_len - 1:
         window = None
     if q.device.type == "cpu":
         return grouped_attention(q, k, v, offsets, causal, window)
-    if varlen_attn is not None and _flash(q):
+    if varlen_attn is not None and _flash_supports(q):
         left = -1 if window is None else window
         sides = (left, 0 if causal else left)
         out = varlen_attn(q, k, v, offsets, offsets, max_len, max_len, window_size=sides)
-        assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+        assert isinstance(out, Tensor)  # It is a tuple only where auxiliary outputs are requested.
         return out
-    return repadded_attention(q, k, v, offsets, max_len, causal, window)
+    return padded_attention(q, k, v, offsets, max_len, causal, window)
 
 
-def _flash(q: Tensor) -> bool:
-    """Whether the kernel behind varlen attention takes it: Ampere or newer, half precision, heads of 8 to 256."""
+def _flash_supports(q: Tensor) -> bool:
+    """Check what the kernel of varlen attention needs: Ampere or newer, half precision, head sizes of 8 to 256."""
     size = q.shape[-1]
     half = q.dtype in (torch.float16, torch.bfloat16)
     return q.is_cuda and half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _seen(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Which tokens (T, T) a token of a text sees; None for all."""
+def _attention_mask(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """Return the mask (T, T) of the keys that each query of a text attends to; None for all."""
     if not causal and (window is None or window >= length - 1):
         return None
-    place = torch.arange(length, device=device)
-    apart = place - place[:, None]  # of the key from the query
-    seen = torch.ones_like(apart, dtype=torch.bool) if window is None else apart.abs() <= window
-    return seen & (apart <= 0) if causal else seen
+    position = torch.arange(length, device=device)
+    distance = position - position[:, None]  # from the query to the key
+    mask = torch.ones_like(distance, dtype=torch.bool) if window is None else distance.abs() <= window
+    return mask & (distance <= 0) if causal else mask
 
 
-def repadded_attention(
+def padded_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int, causal: bool = False, window: int | None = None
 ) -> Tensor:
-    """The same result as `ragged_attention` by padding to (B, H, T, Dh) around one SDPA call."""
+    """Compute `ragged_attention` by padding to (B, H, T, Dh) around one SDPA call."""
     index, mask = padding_index(offsets, max_len)  # (B, T)
     padded = (x[index].transpose(1, 2) for x in (q, k, v))
     mask = mask[:, None, None, :]
-    if (seen := _seen(max_len, causal, window, q.device)) is not None:
-        # The padding sees itself: a row that sees nothing is not a number, and neither would be its gradient.
-        mask = mask & seen | torch.eye(max_len, dtype=torch.bool, device=q.device)
+    if (allowed := _attention_mask(max_len, causal, window, q.device)) is not None:
+        # Padding attends to itself, since a row of the mask without any key gives NaN, in the gradient too.
+        mask = mask & allowed | torch.eye(max_len, dtype=torch.bool, device=q.device)
     out = F.scaled_dot_product_attention(*padded, attn_mask=mask)
-    # Back to packed by arithmetic on the offsets: a boolean mask would ask the device how many are true.
+    # Pack by arithmetic on the offsets: indexing with a boolean mask would wait for the device to count its entries.
     token = torch.arange(len(q), device=q.device)
     row = torch.searchsorted(offsets[1:].long(), token, right=True)
     return out.transpose(1, 2)[row, token - offsets[row]]
 
 
 def _groups(offsets: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Runs of neighboring rows of one length, as (slice of tokens, rows, length)."""
+    """Yield the groups of neighboring texts of equal length, as (slice of tokens, number of texts, length)."""
     bounds = offsets.tolist()
     start, rows = bounds[0], 0
     for left, right, after in zip(bounds, bounds[1:], [*bounds[2:], None], strict=False):
@@ -102,13 +104,13 @@ def _groups(offsets: Tensor) -> Iterator[tuple[slice, int, int]]:
 def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool = False, window: int | None = None
 ) -> Tensor:
-    """`ragged_attention` by one SDPA call for each run of texts of equal length."""
+    """Compute `ragged_attention` by one SDPA call for each group of texts of equal length."""
     out = torch.empty(q.shape, dtype=q.dtype)  # (N, H, Dh)
     for tokens, rows, length in _groups(offsets):
-        queries, keys, values = (_heads(x, tokens, rows, length) for x in (q, k, v))
-        seen = _seen(length, causal, window, q.device)
-        part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
-        _heads(out, tokens, rows, length).copy_(part)
+        queries, keys, values = (_group_view(x, tokens, rows, length) for x in (q, k, v))
+        mask = _attention_mask(length, causal, window, q.device)
+        part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        _group_view(out, tokens, rows, length).copy_(part)
     return out
 
 
@@ -116,25 +118,25 @@ def grouped_attention(
 def grouped_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool = False, window: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `grouped_attention`, the probabilities computed again (Dao et al. 2022, appendix B)."""
+    """Compute the gradients of `grouped_attention`, recomputing the probabilities (Dao et al. 2022, appendix B)."""
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1])
-    wide = torch.promote_types(q.dtype, torch.float32)  # half-precision sums would lose what the forward kept
+    dtype = torch.promote_types(q.dtype, torch.float32)  # Half-precision sums would lose digits that the forward kept.
     for tokens, rows, length in _groups(offsets):
-        g, queries, keys, values = (_heads(x, tokens, rows, length).to(wide) for x in (grad, q, k, v))
+        g, queries, keys, values = (_group_view(x, tokens, rows, length).to(dtype) for x in (grad, q, k, v))
         scores = queries @ keys.mT * scale  # (rows, H, T, T)
-        if (seen := _seen(length, causal, window, q.device)) is not None:
-            scores = scores.masked_fill(~seen, -math.inf)
+        if (mask := _attention_mask(length, causal, window, q.device)) is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
         p = torch.softmax(scores, dim=-1)
         dp = g @ values.mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         for out, x in zip(grads, (ds @ keys, ds.mT @ queries, p.mT @ g), strict=True):
-            _heads(out, tokens, rows, length).copy_(x)
+            _group_view(out, tokens, rows, length).copy_(x)
     return grads[0], grads[1], grads[2]
 
 
-def _heads(x: Tensor, tokens: slice, rows: int, length: int) -> Tensor:
-    """A view of a run of packed rows (rows * length, H, Dh) as (rows, H, length, Dh)."""
+def _group_view(x: Tensor, tokens: slice, rows: int, length: int) -> Tensor:
+    """Return a view of the packed texts of a group (rows * length, H, Dh) as (rows, H, length, Dh)."""
     return x[tokens].unflatten(0, (rows, length)).transpose(1, 2)
 
 
@@ -161,16 +163,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 grouped_attention.register_autograd(_backward, setup_context=_setup)
 
 
-def _products(q: Tensor, offsets: Tensor) -> int:
-    """FLOPs of one (T, Dh) x (Dh, T) product for every head of every text."""
+def _product_flops(q: Tensor, offsets: Tensor) -> int:
+    """Count the FLOPs of one (T, Dh) x (Dh, T) product for every head of every text."""
     return sum(2 * rows * length**2 for _, rows, length in _groups(offsets)) * q.shape[1] * q.shape[2]
 
 
 @register_flop_formula(torch.ops.dualenc.grouped_attention, get_raw=True)
 def _(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * _products(q, offsets)
+    return 2 * _product_flops(q, offsets)
 
 
 @register_flop_formula(torch.ops.dualenc.grouped_attention_backward, get_raw=True)
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *args: Any, **kwargs: Any) -> int:
-    return 5 * _products(q, offsets)
+    return 5 * _product_flops(q, offsets)

@@ -20,12 +20,12 @@ MAX_SCALE = 100.0  # Radford et al. 2021, section 2.5
 
 @dataclass(frozen=True)
 class Projection:
-    """Maps from a tower's features to embeddings.
+    """Linear layers from a tower's features to embeddings.
 
     Attributes:
-        hidden: widths between the maps, with an activation after each.
-        bias: of each map whether it has one; empty for no map at all, where the features are the embeddings.
-        activation: "gelu", or "tanh" as BERT's pooler has it.
+        hidden: widths between the layers; an activation follows each.
+        bias: flag of each layer, true where it has a bias. Empty for no layers: the features are the embeddings.
+        activation: "gelu", or "tanh" as in BERT's pooler.
     """
 
     hidden: tuple[int, ...] = ()
@@ -34,9 +34,11 @@ class Projection:
 
     def __post_init__(self) -> None:
         if len(self.bias) != len(self.hidden) + 1 and (self.hidden or self.bias):
-            raise ValueError(f"a projection with hidden {self.hidden} has {len(self.hidden) + 1} bias, not {self.bias}")
+            raise ValueError(
+                f"a projection with hidden {self.hidden} needs {len(self.hidden) + 1} bias flags, found {self.bias}"
+            )
         if self.activation not in PROJECTION_ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r} is none of {', '.join(PROJECTION_ACTIVATIONS)}")
+            raise ValueError(f"activation {self.activation!r} is not one of {', '.join(PROJECTION_ACTIVATIONS)}")
 
 
 PROJECTION_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "tanh": nn.Tanh}
@@ -44,17 +46,19 @@ PROJECTION_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "tanh": n
 
 @dataclass(frozen=True)
 class DualConfig:
-    """Architecture of a `DualEncoder`: what `config.json` of a model directory holds.
+    """Architecture of a `DualEncoder`, stored as `config.json` of a model directory.
 
     Attributes:
-        image, text: of the towers.
-        embed_dim: E.
-        projection: of both towers: one linear map without bias ("linear"), or two with a GELU between ("mlp").
-        logit_bias: whether there is a bias beside the temperature.
-        image_projection, text_projection: of one tower, in place of `projection`, as models of others have them.
+        image: architecture of the image tower.
+        text: architecture of the text tower.
+        embed_dim: E, the size of the embeddings.
+        projection: of both towers: one linear layer without bias ("linear"), or two with a GELU between ("mlp").
+        logit_bias: whether the model learns a bias in addition to the temperature.
+        image_projection: projection of the image tower, in place of `projection`, for imported models.
+        text_projection: projection of the text tower, in place of `projection`, for imported models.
     """
 
-    REQUIRED: ClassVar = ("image", "text", "embed_dim", "projection", "logit_bias")  # what the first files had
+    REQUIRED: ClassVar = ("image", "text", "embed_dim", "projection", "logit_bias")  # the keys of the first files
 
     image: ImageConfig
     text: TextConfig
@@ -67,17 +71,23 @@ class DualConfig:
     def __post_init__(self) -> None:
         if self.projection not in ("linear", "mlp"):
             raise ValueError(f"projection must be 'linear' or 'mlp', not {self.projection!r}")
-        for name in ("image_projection", "text_projection"):  # one way to say what `projection` says already
+        for name in ("image_projection", "text_projection"):
+            # Equal architectures have equal configs: a projection that `projection` already describes is left out.
             if self.projection == "linear" and getattr(self, name) == Projection():
                 object.__setattr__(self, name, None)
 
     def projection_of(self, own: Projection | None, width: int) -> Projection:
-        """The projection of a tower of this width, whose `own` one may be absent."""
+        """Return the projection of a tower.
+
+        Args:
+            own: `image_projection` or `text_projection`; absent, `projection` decides.
+            width: width of the tower's features.
+        """
         return own or (Projection((width,), (True, True)) if self.projection == "mlp" else Projection())
 
 
 class Embeddings(NamedTuple):
-    """What a step of contrastive training compares."""
+    """Embeddings of a batch of pairs, and the scale and bias of their scores: the inputs of a contrastive loss."""
 
     image: Tensor  # (B, E), unit length
     text: Tensor  # (B, E), unit length
@@ -86,30 +96,31 @@ class Embeddings(NamedTuple):
 
 
 class Logits(nn.Module):
-    """The learned temperature, and a bias where the loss is a sigmoid (SigLIP, Zhai et al. 2023).
+    """The learned temperature, and the learned bias of a sigmoid loss (SigLIP, Zhai et al. 2023).
 
     Args:
-        bias: whether there is a bias; without one the factor is at most `MAX_SCALE`.
-        init_scale: the factor at the start.
-        init_bias: the bias at the start.
+        bias: whether there is a bias; without one the scale is at most `MAX_SCALE`.
+        init_scale: initial scale.
+        init_bias: initial bias.
     """
 
     def __init__(self, bias: bool, init_scale: float, init_bias: float) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(init_scale)))
-        self.bound = math.inf if bias else math.log(MAX_SCALE)  # SigLIP has none, and the published ones are past 100
+        # SigLIP does not bound the scale, and its published models are past 100.
+        self.bound = math.inf if bias else math.log(MAX_SCALE)
         self.logit_bias = nn.Parameter(torch.full((1,), init_bias)) if bias else None
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
-        """Scale factor and bias, (1,) each."""
-        # A copy: of a parameter that lies spread over ranks the memory is gone when this returns.
+        """Return scale and bias, (1,) each."""
+        # The bias is copied, because FSDP frees the memory of a gathered parameter when this method returns.
         bias = None if self.logit_bias is None else self.logit_bias.clone()
-        # Not clamp: its gradient at the bound itself is 0, and the scale could never come down again.
+        # clamp would have gradient 0 at the bound itself, and the scale could never decrease again.
         return torch.where(self.logit_scale > self.bound, self.bound, self.logit_scale).exp(), bias
 
     @torch.no_grad()
-    def project(self) -> None:
-        """Brings the parameter back to the bound after a step; past it `forward` gives no gradient."""
+    def clamp_scale(self) -> None:
+        """Set the scale to its bound where an optimizer step has exceeded it; there `forward` has no gradient."""
         self.logit_scale.clamp_(max=self.bound)
 
 
@@ -117,14 +128,26 @@ class DualEncoder(nn.Module):
     """Image and text encoder with projections into one space of `embed_dim` dimensions.
 
     Args:
-        image, text: architectures of the towers.
-        embed_dim: E.
-        projection: one linear map without bias a tower ("linear"), or two with a GELU between ("mlp").
-        logit_bias: learn a bias for the sigmoid loss.
-        image_projection, text_projection: see `DualConfig`.
-        init_scale, init_bias: temperature factor and bias before training; absent, CLIP's 1/0.07, or SigLIP's 10 and
-            -10 where there is a bias.
-        patch_dropout: see `ImageEncoder`; no part of the architecture.
+        image: architecture of the image tower.
+        text: architecture of the text tower.
+        embed_dim: E, the size of the embeddings.
+        projection: see `DualConfig`.
+        logit_bias: whether to learn a bias for the sigmoid loss.
+        image_projection: see `DualConfig`.
+        text_projection: see `DualConfig`.
+        init_scale: initial scale of the scores; absent, CLIP's 1/0.07, or SigLIP's 10 with `logit_bias`.
+        init_bias: initial bias, with `logit_bias`.
+        patch_dropout: see `ImageEncoder`; not a part of the architecture.
+
+    Example:
+        >>> import torch
+        >>> from dualenc import DualEncoder, ImageConfig, TextConfig, Tokens
+        >>> image = ImageConfig("vit_tiny_patch16_224", 32, {"depth": 1, "embed_dim": 16, "num_heads": 2})
+        >>> text = TextConfig(vocab_size=100, width=16, layers=1, heads=2)
+        >>> model = DualEncoder(image, text, embed_dim=8)
+        >>> out = model(torch.randn(2, 3, 32, 32), Tokens.pack([[5, 6, 7], [8, 9]]))
+        >>> out.image.shape, out.text.shape, round(out.scale.item(), 2)
+        (torch.Size([2, 8]), torch.Size([2, 8]), 14.29)
     """
 
     def __init__(
@@ -151,13 +174,14 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: DualConfig) -> "DualEncoder":
-        """A model of this architecture with random weights."""
+        """Build a model of this architecture with random weights."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(config)})
 
     def load_pretrained(self, other: "DualEncoder") -> None:
-        """Takes all weights of a model that differs in `image.img_size` and dropout at most, and may lack the bias.
+        """Copy all weights of another model; the image position embeddings are resampled to this model's size.
 
-        Position embeddings are resampled to this model's size.
+        Args:
+            other: a model that differs at most in `image.img_size` and dropout, and may lack the bias.
         """
         self.image.load_pretrained(other.image.vit.state_dict())
         rest = {name: x for name, x in other.state_dict().items() if not name.startswith("image.")}
@@ -167,7 +191,10 @@ class DualEncoder(nn.Module):
         shape = self.config.projection_of(own, width)
         if not shape.bias:
             if width != self.embed_dim:
-                raise ValueError(f"the {tower} tower has width {width} and no projection: embed_dim cannot be another")
+                raise ValueError(
+                    f"embed_dim must be {width}, the width of the {tower} tower, which has no projection; "
+                    f"found {self.embed_dim}"
+                )
             return nn.Identity()
         layers: list[nn.Module] = []
         widths = [width, *shape.hidden, self.embed_dim]
@@ -180,62 +207,66 @@ class DualEncoder(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        """E."""
+        """E, the size of the embeddings."""
         return self.config.embed_dim
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embeddings (B, E) of unit length of normalized images (B, 3, S, S), or of their features (B, D).
+        """Embed images.
 
-        These are what `image` gives, computed before.
+        Args:
+            images: normalized images (B, 3, S, S), or image features (B, D) that `image` has computed from them.
+
+        Returns:
+            (B, E) of unit length.
         """
         return unit(self.image_projection(images if images.dim() == 2 else self.image(images)))
 
     def encode_text(self, tokens: Tokens) -> Tensor:
-        """Embeddings (B, E) of unit length, in the order in which the caller gave the texts."""
+        """Embed texts: (B, E) of unit length, in the order in which the caller gave the texts."""
         return unit(self.text_projection(self.text.pool(self.text(tokens), tokens)))
 
     def forward(self, images: Tensor, tokens: Tokens) -> Embeddings:
-        """Embeddings of a batch of pairs, with the temperature and bias that scale their products."""
+        """Embed a batch of pairs; see `encode_image` and `encode_text`."""
         return Embeddings(self.encode_image(images), self.encode_text(tokens), *self.logits())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades computation for memory in both towers."""
+        """Save memory in both towers by recomputing activations in the backward pass."""
         self.image.set_grad_checkpointing(enable)
         self.text.grad_checkpointing = enable
 
 
-def embed_pieces(embed: Callable[..., Embeddings], pieces: Sequence[tuple[Any, ...]]) -> Embeddings:
-    """Embeddings of a batch that comes in pieces, with the memory that the largest of them takes.
+def embed_micro_batches(embed: Callable[..., Embeddings], micro_batches: Sequence[tuple[Any, ...]]) -> Embeddings:
+    """Embed a batch that is split into micro-batches, with the memory of the largest of them.
 
-    Of several pieces only the embeddings are kept; what the gradient of one needs is computed again when it is its turn
-    (gradient caching, Gao et al. 2021, as activation checkpointing), with the same dropout. Values and gradients are
-    those of the pieces with all of their graphs kept, whatever is computed of the embeddings.
+    With several micro-batches only the embeddings are kept. The backward pass computes each micro-batch again, with the
+    same dropout (gradient caching, Gao et al. 2021, as activation checkpointing). Values and gradients equal those of
+    the micro-batches with all graphs kept, whatever is computed from the embeddings.
 
     Args:
-        embed: of the parts of a piece.
-        pieces: its arguments, one by one.
+        embed: embeds a micro-batch, given its arguments.
+        micro_batches: the arguments of each.
     """
-    parts = in_pieces(embed, pieces)
+    parts = map_micro_batches(embed, micro_batches)
     image, text = (torch.cat(x) for x in zip(*(part[:2] for part in parts)))
     return Embeddings(image, text, *parts[0][2:])
 
 
-def in_pieces(function: Callable[..., Any], pieces: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """What a function gives of each piece; where there are several, it is called again for its gradient."""
-    if len(pieces) == 1:
-        return [function(*pieces[0])]
-    return [checkpoint(_without_cache, function, *piece, use_reentrant=False) for piece in pieces]
+def map_micro_batches(function: Callable[..., Any], micro_batches: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Call a function on each micro-batch; with several, the backward pass calls it again on each."""
+    if len(micro_batches) == 1:
+        return [function(*micro_batches[0])]
+    return [checkpoint(_without_autocast_cache, function, *args, use_reentrant=False) for args in micro_batches]
 
 
-def _without_cache(function: Callable[..., Any], *piece: Any) -> Any:
-    # Autocast would keep one copy of each weight in half precision for all pieces, and sum up their gradients in that.
-    device = next(part.device.type for part in tree_leaves(piece) if isinstance(part, Tensor))
+def _without_autocast_cache(function: Callable[..., Any], *args: Any) -> Any:
+    # The cache would keep one half-precision copy of each weight for all micro-batches, and sum their gradients in it.
+    device = next(arg.device.type for arg in tree_leaves(args) if isinstance(arg, Tensor))
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     with torch.autocast(device, dtype, enabled, cache_enabled=False):
-        return function(*piece)
+        return function(*args)
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows (B, E) of unit length, in fp32 at least."""
-    # fp32 at least: a half-precision unit vector is off by 1e-3, and the loss multiplies that by up to 100.
+    """Normalize the rows of (B, E) to unit length, in fp32 at least."""
+    # A half-precision unit vector is off by 1e-3, and the loss multiplies that by up to 100.
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -1,4 +1,4 @@
-"""The image encoder: any timm vision transformer behind one class."""
+"""The image encoder: one class for all vision transformers of timm."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -23,10 +23,15 @@ class ImageConfig:
         img_size: input height and width in pixels.
         overrides: further arguments of `timm.create_model` that shape the network (`patch_size`, `depth`,
             `embed_dim`, `num_heads`, `global_pool`, ...).
-        norm_eps: epsilon of every LayerNorm; absent, as timm has it.
+        norm_eps: epsilon of every LayerNorm; absent, timm's own.
+
+    Example:
+        >>> from dualenc import ImageConfig
+        >>> ImageConfig("vit_tiny_patch16_224", img_size=64, overrides={"patch_size": 8})
+        ImageConfig(name='vit_tiny_patch16_224', img_size=64, overrides={'patch_size': 8}, norm_eps=None)
     """
 
-    REQUIRED: ClassVar = ("name", "img_size", "overrides")  # what the first files had
+    REQUIRED: ClassVar = ("name", "img_size", "overrides")  # the keys of the first files
 
     name: str = "vit_base_patch32_224"
     img_size: int = 224
@@ -36,19 +41,19 @@ class ImageConfig:
     def __post_init__(self) -> None:
         weights = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
         if wrong := [name for name in weights if name in self.overrides]:
-            raise ValueError(f"image.overrides shape the network; {wrong[0]!r} names weights and is refused")
+            raise ValueError(f"image.overrides cannot hold {wrong[0]!r}, which names weights: load them separately")
 
 
 class ImageEncoder(Tower):
-    """A timm ViT without classifier: images to pooled features.
+    """A timm ViT without classifier, from images to pooled features.
 
     Args:
         config: the architecture.
-        patch_dropout: share of patches left out in training (FLIP, Li et al. 2023, section 3); they are gathered
-            away before the blocks, so their work is not done.
+        patch_dropout: share of the patches that are dropped in training (FLIP, Li et al. 2023, section 3). They are
+            removed before the blocks, which saves their computation.
 
     Raises:
-        ValueError: timm has no such model, or it is not a vision transformer that takes these arguments.
+        ValueError: If timm does not have the model, or it is not a vision transformer that takes these arguments.
     """
 
     def __init__(self, config: ImageConfig, patch_dropout: float = 0.0) -> None:
@@ -62,49 +67,51 @@ class ImageEncoder(Tower):
         self.width: int = self.vit.num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features (B, D) of normalized images (B, 3, S, S)."""
+        """Compute pooled features (B, D) of normalized images (B, 3, S, S)."""
         return self.vit(images)
 
     @property
     def layers(self) -> int:
         """Number of blocks."""
-        return self._grouped()["above"] - 1
+        return self._timm_depths()["above"] - 1
 
     def depths(self) -> dict[str, int]:
-        """See `Tower.depths`; by timm's `group_matcher`, which counts a ViT's last norm to the last block."""
-        grouped = self._grouped()
-        return {f"vit.{name}": grouped[name] for name, _ in self.vit.named_parameters()}
+        """See `Tower.depths`; from timm's `group_matcher`, which counts a ViT's last norm as part of the last block."""
+        depths = self._timm_depths()
+        return {f"vit.{name}": depths[name] for name, _ in self.vit.named_parameters()}
 
-    def _grouped(self) -> dict[str, int]:
-        """Depths by timm's names, and that of a parameter that it would not know, such as of a classifier."""
+    def _timm_depths(self) -> dict[str, int]:
+        """Return the depths by timm's names, and as "above" the depth of all else, such as a classifier."""
         module: Any = SimpleNamespace(named_parameters=lambda: [*self.vit.named_parameters(), ("above", None)])
         return group_parameters(module, self.vit.group_matcher(), reverse=True)  # type: ignore[return-value]
 
     def train(self, mode: bool = True) -> Self:
-        """See `Tower.train`; dropout on the stem's sum has no parameters that would tell whose it is."""
+        """See `Tower.train`."""
         super().train(mode)
-        if self._frozen and hasattr(self.vit, "pos_drop"):
+        # The dropout of the stem has no parameters that would show that it is frozen.
+        if self._frozen_below and hasattr(self.vit, "pos_drop"):
             self.vit.pos_drop.eval()
         return self
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """What timm says of the model's input: `mean`, `std`, `interpolation`."""
+        """The model's preprocessing by timm: `mean`, `std`, `interpolation`."""
         data = resolve_model_data_config(self.vit)
         return {"mean": tuple(data["mean"]), "std": tuple(data["std"]), "interpolation": data["interpolation"]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keeps only each block's input for the backward pass and computes the rest again."""
+        """Keep only the inputs of the blocks for the backward pass, and recompute the rest."""
         self.vit.set_grad_checkpointing(enable)
 
     def load_pretrained(self, source: str | dict[str, Tensor] | None = None) -> None:
-        """Loads timm's weights for this name, or other ones, position embeddings resampled to `img_size`.
+        """Load weights, with position embeddings resampled to `img_size`.
 
         Args:
-            source: a local file of timm's weights, or these themselves by timm's names.
+            source: a local file of weights in timm's format, or the tensors by timm's names; absent, timm's weights for
+                this model name.
 
         Raises:
-            ValueError: timm has no weights for the name, or the tensors do not fit.
+            ValueError: If timm has no weights for the name, or the tensors do not fit.
         """
         known = self.vit.pretrained_cfg
         classes = known["num_classes"]
@@ -115,16 +122,16 @@ class ImageEncoder(Tower):
                 tensors = timm.models.load_state_dict(source, weights_only=True)
             head = tensors.get(f"{known['classifier']}.weight")
             classes = 0 if head is None else len(head)
-            # Without `source` timm would take those that come with a name on the hub or of a folder.
+            # An empty "source" keeps timm from loading the weights that belong to a hub or folder name.
             weights = {"source": "", key: source, "num_classes": classes}
-        # timm resamples position embeddings while it builds, so a second model is built; with the weights' own
-        # classifier, or it would load them leniently and leave random what does not fit.
+        # timm resamples position embeddings only while it builds a model, so a second one is built. It has the
+        # classifier of the weights: otherwise timm loads without strictness, and tensors that do not fit stay random.
         state = _create(self.config, weights, num_classes=classes, pretrained=True).state_dict()
         self.vit.load_state_dict({name: state[name] for name in self.vit.state_dict()})
 
 
 def _create(config: ImageConfig, weights: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    """`timm.create_model` with errors that name what to change; `weights` says where timm finds them."""
+    """Call `timm.create_model`, with errors that name what to change; `weights` overrides timm's `pretrained_cfg`."""
     name = config.name
     base = name.split(".")[0].removeprefix("hf-hub:")
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(base):
@@ -139,10 +146,10 @@ def _create(config: ImageConfig, weights: dict[str, Any] | None = None, **kwargs
             **{"num_classes": 0, **config.overrides, **kwargs},
         )
     except TypeError as error:
-        raise ValueError(f"{name!r} is no vision transformer that takes these image arguments: {error}") from None
+        raise ValueError(f"{name!r} is not a vision transformer that takes these image arguments: {error}") from None
     except (RuntimeError, OSError, AssertionError) as error:
         given = {**kwargs, "weights": weights.get("file", "of a model")} if weights else kwargs
         raise ValueError(f"timm cannot build {name!r} (img_size {config.img_size}, {given or ''}): {error}") from None
     if not hasattr(vit, "patch_embed"):
-        raise ValueError(f"{name!r} is no vision transformer: it has no patch embedding")
+        raise ValueError(f"{name!r} is not a vision transformer: it has no patch embedding")
     return vit

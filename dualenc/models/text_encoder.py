@@ -1,13 +1,15 @@
-"""The text encoder: a transformer encoder on packed texts, for every family that people use.
+"""The text encoder: a transformer encoder on packed texts, for all common families of encoders.
 
 Decisions:
 
-- One implementation; what differs between families (BERT, RoBERTa, ALBERT, DistilBERT, ELECTRA, ModernBERT, the text
-  towers of CLIP and SigLIP) is data in `TextConfig`.
-- `forward` takes `Tokens`: the linear layers see the N real tokens as one matrix, attention stays inside each text.
-- `forward_padded` runs the same weights on (B, T) for export and as the oracle of the packed path.
-- Post-norm (BERT, Devlin et al. 2019), or pre-norm with a last LayerNorm; positions learned or rotary (Su et al. 2021).
-- A tower that sees its padding (SigLIP) has no special path: its tokenizer makes the padding, as tokens like others.
+- There is one implementation. The differences between families (BERT, RoBERTa, ALBERT, DistilBERT, ELECTRA, ModernBERT,
+  the text towers of CLIP and SigLIP) are data in `TextConfig`.
+- `forward` takes `Tokens`: the linear layers run on the N real tokens as one matrix, and attention stays inside each
+  text.
+- `forward_padded` runs the same weights on (B, T), for export and as the oracle of the packed path.
+- Blocks are post-norm (BERT, Devlin et al. 2019), or pre-norm with a last LayerNorm. Positions are learned or rotary
+  (Su et al. 2021).
+- A tower that attends to its padding (SigLIP) has no special path: its tokenizer adds the padding as ordinary tokens.
 """
 
 from collections.abc import Callable
@@ -29,10 +31,10 @@ Pool = Literal["cls", "mean", "last"]
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), as CLIP has it (Hendrycks and Gimpel 2016, section 2)."""
+    """CLIP's activation x * sigmoid(1.702 x) (Hendrycks and Gimpel 2016, section 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
+        """Apply the activation to a tensor of any shape."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -52,42 +54,47 @@ class TextConfig:
     """Architecture of a `TextEncoder`.
 
     Attributes:
-        vocab_size: rows of the word embedding; the tokenizer may use fewer, never more.
+        vocab_size: number of token embeddings; the tokenizer may use fewer, never more.
         width: hidden size D.
-        layers: number of transformer blocks that a text passes.
-        heads: attention heads; must divide `width`.
-        mlp_width: hidden size of the feed-forward part; 4 * width when absent.
-        context_length: longest text in tokens, closing token included.
+        layers: number of transformer layers.
+        heads: number of attention heads; must divide `width`.
+        mlp_width: hidden size of the feed-forward part; absent, 4 * width.
+        context_length: length of the longest text in tokens, closing token included.
         types: number of segment embeddings; 0 for none.
-        norm: LayerNorm after each residual sum ("post") or before each branch ("pre").
-        pool: the text's vector is its first token's ("cls"), its last token's ("last"), or the mean over its tokens.
-        activation: of the feed-forward part.
-        dropout: on embeddings and on both branches of a block, in training.
+        norm: place of the LayerNorms: after each residual sum ("post") or before each branch ("pre").
+        pool: the text's vector: the hidden state of its first token ("cls") or its last token ("last"), or the mean
+            over its tokens ("mean").
+        activation: activation of the feed-forward part.
+        dropout: dropout rate on the embeddings and on both branches of a block.
         norm_eps: epsilon of every LayerNorm.
-        embed_width: width of the embeddings, from which a linear map leads to `width` (ALBERT, Lan et al. 2020, section
-            3.1); absent, they have `width` and no map.
-        groups: blocks with weights of their own, each for layers / groups layers one after the other (ALBERT); absent,
-            every layer has its own.
-        group_size: blocks of a group, that each of its layers passes one after the other.
+        embed_width: width of the embeddings, with a linear layer from there to `width` (ALBERT, Lan et al. 2020,
+            section 3.1); absent, `width` and no linear layer.
+        groups: number of groups of consecutive layers that share their weights (ALBERT); absent, no weights are shared.
+        group_size: number of blocks that each layer of a group consists of.
         positions: "learned", or "rotary" on queries and keys.
-        position_offset: number of the first position (2 for RoBERTa, whose first two are never used).
-        theta: base of the rotary angles where the whole text is seen.
-        local_theta: base where a window is seen; absent, `theta`.
-        window: tokens at most window // 2 apart see each other in local layers (ModernBERT, Warner et al. 2024, section
-            2.1.1); absent, all layers see the whole text.
-        global_every: of the layers every so many-th, from the first on, sees the whole text in spite of `window`.
-        gated: the feed-forward part is a gated linear unit (GEGLU, Shazeer 2020).
+        position_offset: number of the first position (2 for RoBERTa, which never uses its first two embeddings).
+        theta: base of the rotary angles in layers that attend to the whole text.
+        local_theta: base of the rotary angles in local layers; absent, `theta`.
+        window: width of the local layers, where a token attends to tokens at most window // 2 positions away
+            (ModernBERT, Warner et al. 2024, section 2.1.1); absent, all layers attend to the whole text.
+        global_every: n, where layers 0, n, 2n, ... attend to the whole text in spite of `window`.
+        gated: whether the feed-forward part is a gated linear unit (GEGLU, Shazeer 2020).
         bias: whether linear layers and LayerNorms have a bias.
-        embed_norm: whether the embeddings are normalized; absent, as `norm` is "post". Where a pre-norm encoder does
-            so, its first attention has no LayerNorm of its own (ModernBERT).
-        causal: a token sees those before it and itself (CLIP).
-        pad_to: the tokenizer fills shorter texts up to this length, with tokens that are seen like others (SigLIP).
-        pad_id: of the token that does.
-        family: `model_type` of Hugging Face that a checkpoint is written as; absent, the first that has this
-            architecture.
+        embed_norm: whether the embeddings are normalized; absent, only with post-norm. In a pre-norm encoder the first
+            attention then has no LayerNorm of its own (ModernBERT).
+        causal: whether a token attends only to itself and to tokens before it (CLIP).
+        pad_to: length to which the tokenizer pads shorter texts with tokens that are attended to (SigLIP).
+        pad_id: id of the token used for `pad_to`.
+        family: Hugging Face `model_type` to export as; absent, the first family that has this architecture.
+
+    Example:
+        >>> from dualenc import TextConfig
+        >>> config = TextConfig(vocab_size=1000, width=64, layers=2, heads=4)
+        >>> config.pool, config.context_length
+        ('cls', 77)
     """
 
-    # What the first files had; they lack the rest, whose defaults mean what was then.
+    # The keys of the first files. Later keys are optional, and their defaults describe the architecture of that time.
     REQUIRED: ClassVar = (
         "vocab_size", "width", "layers", "heads", "mlp_width", "context_length", "types", "norm", "pool", "activation",
         "dropout", "norm_eps",
@@ -126,7 +133,7 @@ class TextConfig:
         choices = {"norm": ("post", "pre"), "pool": ("cls", "mean", "last"), "activation": tuple(ACTIVATIONS)}
         for name, known in {**choices, "positions": ("learned", "rotary")}.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"text.{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+                raise ValueError(f"text.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.width % self.heads:
             raise ValueError(f"text.width {self.width} is not divisible by text.heads {self.heads}")
         if self.positions == "rotary" and self.width // self.heads % 2:
@@ -134,32 +141,34 @@ class TextConfig:
         if self.groups is not None and not 1 <= self.groups <= self.layers:
             raise ValueError(f"text.groups {self.groups} must lie between 1 and text.layers {self.layers}")
         if self.group_size < 1 or (self.group_size > 1 and self.groups is None):
-            raise ValueError(f"text.group_size {self.group_size} must be 1, or more where there are text.groups")
+            raise ValueError(f"text.group_size {self.group_size} must be 1, or more with text.groups")
         if self.global_every < 1 or (self.window is not None and self.window < 0):
-            raise ValueError(f"text.global_every {self.global_every} must be 1 or more, text.window not negative")
+            raise ValueError(
+                f"text.global_every {self.global_every} must be 1 or more, and text.window {self.window} 0 or more"
+            )
         if self.pad_to is not None and not 1 <= self.pad_to <= self.context_length:
             raise ValueError(f"text.pad_to {self.pad_to} must lie between 1 and context_length {self.context_length}")
 
     @property
     def normalizes_embeddings(self) -> bool:
-        """`embed_norm`, or what stands for it."""
+        """`embed_norm`, or its default."""
         return self.norm == "post" if self.embed_norm is None else self.embed_norm
 
     @property
     def schedule(self) -> list[int]:
-        """Number of the block that each step of a text's way through the layers uses."""
+        """The numbers of the blocks that a text passes, in order; a shared block occurs several times."""
         if self.groups is None:
             return list(range(self.layers))
         groups = [layer * self.groups // self.layers for layer in range(self.layers)]
         return [group * self.group_size + i for group in groups for i in range(self.group_size)]
 
     def sees_all(self, layer: int) -> bool:
-        """Whether a layer, counted from 0, sees the whole text."""
+        """Return whether a layer, counted from 0, attends to the whole text."""
         return self.window is None or layer % self.global_every == 0
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; which tokens meet is the caller's `attend`."""
+    """Multi-head self-attention; the caller's `attend` decides which tokens attend to each other."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -168,20 +177,20 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, config.bias)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(..., D) to (..., D)."""
+        """Map (..., D) to (..., D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (..., H, Dh) each
         return self.out(attend(q, k, v).flatten(-2))
 
 
-class Gated(nn.Module):
-    """The first half of the features, activated, times the second."""
+class GatedActivation(nn.Module):
+    """Product of the activated first half of the features and the second half (Shazeer 2020)."""
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., 2H) to (..., H)."""
+        """Map (..., 2H) to (..., H)."""
         value, gate = x.chunk(2, -1)
         return self.activation(value) * gate
 
@@ -194,13 +203,13 @@ class MLP(nn.Sequential):
         activation = ACTIVATIONS[config.activation]()
         super().__init__(
             nn.Linear(config.width, 2 * hidden if config.gated else hidden, config.bias),
-            Gated(activation) if config.gated else activation,
+            GatedActivation(activation) if config.gated else activation,
             nn.Linear(hidden, config.width, config.bias),
         )
 
 
 def layer_norm(config: TextConfig, width: int | None = None) -> nn.LayerNorm:
-    """A LayerNorm as the encoder has them."""
+    """Build a LayerNorm of this architecture."""
     return nn.LayerNorm(width or config.width, config.norm_eps, bias=config.bias)
 
 
@@ -211,14 +220,14 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.attention = Attention(config)
-        done = first and self.pre_norm and config.normalizes_embeddings
-        self.attention_norm = nn.Identity() if done else layer_norm(config)
+        already_normalized = first and self.pre_norm and config.normalizes_embeddings
+        self.attention_norm = nn.Identity() if already_normalized else layer_norm(config)
         self.mlp = MLP(config)
         self.mlp_norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(..., D) to (..., D)."""
+        """Map (..., D) to (..., D)."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), attend))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -227,7 +236,7 @@ class Block(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """Sum of word, position and segment embeddings, normalized where the family does so, and brought to `width`."""
+    """Sum of token, position and segment embeddings, normalized and projected to `width` where the config says so."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -241,29 +250,28 @@ class TextEmbeddings(nn.Module):
         self.projection = nn.Linear(width, config.width) if config.embed_width else nn.Identity()
 
     def forward(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-        """Ids (...) to vectors (..., D)."""
+        """Embed ids (...) as vectors (..., D)."""
         x = self.token_embeddings(ids)
         if self.position_embeddings is not None:
             x = x + self.position_embeddings(positions + self.offset)
         if self.segment_embeddings is not None:
-            alone = (
-                types is None or self.segment_embeddings.num_embeddings == 1
-            )  # as RoBERTa, whatever a tokenizer says
-            x = x + self.segment_embeddings(torch.zeros_like(ids) if alone else types)
+            # A single segment, as in RoBERTa, serves all tokens, whatever segments the tokenizer gives.
+            single = types is None or self.segment_embeddings.num_embeddings == 1
+            x = x + self.segment_embeddings(torch.zeros_like(ids) if single else types)
         return self.projection(self.dropout(self.norm(x)))
 
 
-def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Turns pairs of features (i, i + Dh/2) by angles that grow with the place (RoFormer, Su et al. 2021, section 3.4).
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotate pairs of features (i, i + Dh/2) by angles proportional to the position (Su et al. 2021, section 3.4).
 
     Args:
-        x: (..., H, Dh).
-        positions: (...) of each token in its text.
-        theta: feature pair i turns by position / theta ** (2 i / Dh).
+        x: (..., H, Dh) queries or keys.
+        positions: (...) position of each token in its text.
+        theta: base of the angles; feature pair i is rotated by position / theta ** (2 i / Dh).
     """
     size = x.shape[-1]
-    speed = theta ** -(torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)  # (Dh/2,)
-    angle = positions[..., None, None].float() * speed  # (..., 1, Dh/2)
+    frequency = theta ** -(torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)  # (Dh/2,)
+    angle = positions[..., None, None].float() * frequency  # (..., 1, Dh/2)
     cos, sin = angle.cos(), angle.sin()
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
@@ -284,13 +292,13 @@ class TextEncoder(Tower):
 
     @property
     def layers(self) -> int:
-        """Number of blocks that a text passes, those of shared weights counted each time."""
+        """Number of blocks that a text passes; a shared block counts each time."""
         return len(self.schedule)
 
     def depths(self) -> dict[str, int]:
         """See `Tower.depths`; the last LayerNorm of a pre-norm encoder is above the blocks.
 
-        A block that several layers share counts as the highest of them: it is trained where any of them is.
+        A block that several layers share has the depth of the highest: it is trained where any of them is.
         """
         last = {block: step + 1 for step, block in enumerate(self.schedule)}
         depths = {}
@@ -307,10 +315,10 @@ class TextEncoder(Tower):
             nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Hidden states (N, D) of the real tokens, in the order of `tokens.ids`.
+        """Compute the hidden states (N, D) of the real tokens, in the order of `tokens.ids`.
 
         Raises:
-            ValueError: a text is longer than there are positions.
+            ValueError: If a text has more tokens than there are learned positions.
         """
         config = self.config
         self._check_length(tokens.max_len)
@@ -321,78 +329,91 @@ class TextEncoder(Tower):
         return self._encode(self.embeddings(tokens.ids, tokens.positions, tokens.types), tokens.positions, attend)
 
     def forward_padded(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) of a padded batch: the same weights, for export and as the packed path's oracle.
+        """Compute the hidden states (B, T, D) of a padded batch, for export and as the oracle of the packed path.
 
         Args:
-            ids: (B, T), padded on the right; what stands in the padding has no influence.
+            ids: (B, T), padded on the right; the ids of the padding have no influence.
             mask: (B, T), true or 1 where a token is real.
             types: (B, T) segments.
 
         Raises:
-            ValueError: T is more than there are positions.
+            ValueError: If T is more than the number of learned positions.
         """
         self._check_length(ids.shape[1])
         mask = mask.bool()
-        place = torch.arange(ids.shape[1], device=ids.device)
-        positions = place.expand_as(ids)
+        position = torch.arange(ids.shape[1], device=ids.device)
+        positions = position.expand_as(ids)
         x = self.embeddings(ids, positions, types)
-        x = x.masked_fill(~mask[..., None], 0)  # a non-finite padding embedding must not reach a sum
-        whole = mask[:, None, None, :] & torch.ones_like(mask)[:, None, :, None]  # (B, 1, T, T)
+        x = x.masked_fill(~mask[..., None], 0)  # A non-finite embedding of padding must not reach any sum.
+        allowed = mask[:, None, None, :] & torch.ones_like(mask)[:, None, :, None]  # (B, 1, T, T)
         if self.config.causal:
-            whole = whole & (place <= place[:, None])
+            allowed = allowed & (position <= position[:, None])
 
         def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-            seen = whole
-            if window is not None:  # what stands in the padding sees itself: a row of nothing is not a number
-                near = (place - place[:, None]).abs() <= window
-                seen = whole & near | (place == place[:, None])
+            attn_mask = allowed
+            if window is not None:
+                # Padding attends to itself, since a row of the mask without any key gives NaN.
+                near = (position - position[:, None]).abs() <= window
+                attn_mask = allowed & near | (position == position[:, None])
             heads_first = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, Dh)
-            return F.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
+            return F.scaled_dot_product_attention(*heads_first, attn_mask=attn_mask).transpose(1, 2)
 
         return self._encode(x, positions, attend)
 
     def _check_length(self, length: int) -> None:
         most = self.config.context_length
         if length > most and self.config.positions == "learned":
-            raise ValueError(f"a text of {length} tokens: the encoder has {most} positions; cut it (context_length)")
+            raise ValueError(
+                f"a text has {length} tokens, and the encoder has {most} positions: truncate it (context_length)"
+            )
 
     def _encode(self, x: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """Run the blocks; `attend(q, k, v, window)` computes attention inside each text."""
         config = self.config
 
-        def layer(whole: bool) -> Attend:
+        def attend_in(whole: bool) -> Attend:
             window = None if whole or config.window is None else config.window // 2
             if config.positions == "learned":
                 return partial(attend, window=window)
             theta = config.theta if whole or config.local_theta is None else config.local_theta
-            turned = partial(rotated, positions=positions, theta=theta)
-            return lambda q, k, v: attend(turned(q), turned(k), v, window)
+            rotary = partial(rotate, positions=positions, theta=theta)
+            return lambda q, k, v: attend(rotary(q), rotary(k), v, window)
 
-        seen = {whole: layer(whole) for whole in (True, False)}
+        attend_of = {whole: attend_in(whole) for whole in (True, False)}
         for step, number in enumerate(self.schedule):
-            block, attend_here = self.blocks[number], seen[config.sees_all(step)]
+            block, block_attend = self.blocks[number], attend_of[config.sees_all(step)]
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, attend_here, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(block, x, block_attend, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x, attend_here)
+                x = block(x, block_attend)
         return self.norm(x)
 
     def pool(self, hidden: Tensor, tokens: Tokens, how: Pool | None = None) -> Tensor:
-        """One vector a text, (B, D), in the order in which the caller gave the texts; by `config.pool` unless said."""
+        """Pool the hidden states of each text.
+
+        Args:
+            hidden: (N, D) hidden states of the real tokens.
+            tokens: the texts.
+            how: as `config.pool`, the default.
+
+        Returns:
+            (B, D), in the order in which the caller gave the texts.
+        """
         how = how or self.config.pool
         if how == "cls":
             return hidden[tokens.offsets[:-1][tokens.rows]]
         if how == "last":
             return hidden[tokens.offsets[1:][tokens.rows] - 1]
-        sums = torch.segment_reduce(hidden, "mean", offsets=tokens.offsets.long(), axis=0)
-        return sums[tokens.rows]
+        means = torch.segment_reduce(hidden, "mean", offsets=tokens.offsets.long(), axis=0)
+        return means[tokens.rows]
 
     def pool_padded(self, hidden: Tensor, mask: Tensor, how: Pool | None = None) -> Tensor:
-        """`pool` for the (B, T, D) of `forward_padded`."""
+        """Pool the hidden states (B, T, D) of `forward_padded`; see `pool`."""
         how = how or self.config.pool
         if how == "cls":
             return hidden[:, 0]
         if how == "last":
-            rows = torch.arange(hidden.shape[0], device=hidden.device)  # not len: it would fix the batch of an export
+            rows = torch.arange(hidden.shape[0], device=hidden.device)  # len would fix the batch size of an export.
             return hidden[rows, mask.long().sum(1) - 1]
         weight = mask.to(hidden.dtype)[..., None]  # (B, T, 1)
         return (hidden * weight).sum(1) / weight.sum(1)

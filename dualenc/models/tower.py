@@ -1,4 +1,4 @@
-"""What both towers have: layers that are counted, and can be frozen."""
+"""The base class of both towers: a depth for each parameter, and frozen layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the model's own mode comes back afterwards."""
+    """Set a model to eval mode without gradients, and restore its mode at the end."""
     training = model.training
     model.eval()
     try:
@@ -24,7 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class Tower(nn.Module, ABC):
     """An encoder of a stem and blocks, whose lower part can be frozen."""
 
-    _frozen = 0  # depths below this
+    _frozen_below = 0  # parameters of a smaller depth are frozen
 
     @property
     @abstractmethod
@@ -33,24 +33,24 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def depths(self) -> dict[str, int]:
-        """The depth of each parameter: 0 for the stem, i for block i from 1, `layers` + 1 for what is above them."""
+        """Return the depth of each parameter: 0 in the stem, i in block i from 1, `layers` + 1 above the blocks."""
 
     def freeze(self, below: int) -> None:
-        """Freezes the parameters of a depth below this one; `layers` + 2 freezes all.
+        """Freeze the parameters whose depth is less than `below`; `layers` + 2 freezes all.
 
-        They get no gradient, and what they belong to stays in eval mode whatever `train` says: no dropout in it, no
-        drop path. Patch dropout comes after the stem but is for the blocks: it goes on while any is trained.
+        Frozen parameters get no gradient. Their modules stay in eval mode whatever `train` sets, without dropout and
+        drop path. Patch dropout comes after the stem but belongs to the blocks: it stays active while any is trained.
         """
-        self._frozen = below
+        self._frozen_below = below
         depths = self.depths()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(depths[name] >= below)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode of all but the frozen parts."""
+        """Set the mode of all modules except the frozen ones."""
         super().train(mode)
-        for module in self.modules() if self._frozen else ():
+        for module in self.modules() if self._frozen_below else ():
             own = list(module.parameters())
             if own and not any(parameter.requires_grad for parameter in own):
                 for part in module.modules():

@@ -34,8 +34,8 @@ from dualenc.models import (
     ImageConfig,
     MaskedLanguageHead,
     TextConfig,
-    embed_pieces,
-    in_pieces,
+    embed_micro_batches,
+    map_micro_batches,
 )
 from dualenc.report import Section
 from dualenc.tokens import Tokens
@@ -374,7 +374,7 @@ class ContrastiveTask(Task):
         if self.tunings["image"].locked:  # nothing of it is computed again for a gradient
             with torch.no_grad():
                 images = [self.model.image(self._normalized(x)) if x.dim() == 4 else x for x in images]
-        out = embed_pieces(self._embed, [(x, piece.tokens) for x, piece in zip(images, pieces)])
+        out = embed_micro_batches(self._embed, [(x, piece.tokens) for x, piece in zip(images, pieces)])
         loss = self._compare(out, torch.cat([piece.ids for piece in pieces]), self.trainer.world_size > 1)
         if self.mlm is not None:
             loss = loss + self.mlm_weight * self._guess(pieces)
@@ -392,7 +392,7 @@ class ContrastiveTask(Task):
     def _guess(self, pieces: Sequence[Pairs]) -> Tensor:
         """Cross entropy of the hidden tokens, the mean over those of all ranks."""
         some = [(piece.tokens, piece.masked) for piece in pieces if piece.masked is not None]
-        total = torch.stack(in_pieces(self._guess_piece, some)).sum()
+        total = torch.stack(map_micro_batches(self._guess_piece, some)).sum()
         mean = mean_over_ranks(total, sum(len(masked.masked_positions) for _, masked in some), self.trainer.world_size)
         self._mlm_loss = mean.detach()
         return mean
@@ -408,7 +408,7 @@ class ContrastiveTask(Task):
 
     def after_optimizer_step(self) -> None:
         """The temperature back in bounds."""
-        self.model.logits.project()
+        self.model.logits.clamp_scale()
 
     def extra_metrics(self) -> dict[str, float]:
         """Temperature and bias; the masked-language-model loss of the last step."""

@@ -28,7 +28,7 @@ def array(image):
 
 
 def by_pillow(data):
-    """What a viewer shows: upright, on white, RGB."""
+    """Decode as a viewer does: upright, on white, RGB."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
@@ -64,23 +64,23 @@ def test_jpeg_of_other_colors(picture, mode):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
-def test_upright_whatever_exif_says(seed, orientation, kind):
+def test_every_exif_orientation_is_decoded_upright(seed, orientation, kind):
     upright = smooth(np.random.default_rng(seed), 24, 40)
-    turn = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-            7: "TRANSVERSE", 8: "ROTATE_270"}[orientation]  # fmt: skip
+    transposition = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+            6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}[orientation]  # fmt: skip
     stored = Image.fromarray(upright)
-    stored = stored if turn is None else stored.transpose(Image.Transpose[turn])
+    stored = stored if transposition is None else stored.transpose(Image.Transpose[transposition])
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "webp" else {"quality": 97, "subsampling": 0} if kind == "jpeg" else {}
     image = array(decode_image(encode(stored, kind, exif=exif, **options)))
     assert image.shape == (24, 40, 3)
     assert np.abs(image - upright).mean() < 4
-    assert orientation == 1 or np.abs(image[:20, :20] - np.asarray(stored)[:20, :20]).mean() > 4  # the control
+    assert orientation == 1 or np.abs(image[:20, :20] - np.asarray(stored)[:20, :20]).mean() > 4  # control
 
 
-def test_the_tag_that_turns_is_read_as_pillow_reads_it(seed):
-    """Whatever stands in the segment: where ours is sure, Pillow agrees; and it is sure of ordinary files."""
+def test_the_exif_orientation_equals_pillows(seed):
+    """For every content of the segment Pillow agrees where `_orientation` is certain, as it is for ordinary files."""
     rng = random.Random(seed)
     picture = Image.new("RGB", (8, 8))
     files = []
@@ -97,19 +97,19 @@ def test_the_tag_that_turns_is_read_as_pillow_reads_it(seed):
     plain = encode(picture, "jpeg")
     assert images_module._orientation(plain) == 1
     assert images_module._orientation(plain[:9]) is None
-    sure, wrong = 0, []
+    certain, wrong = 0, []
     for _ in range(2000):
         data = bytearray(rng.choice(files))
         for _ in range(rng.randint(0, 3)):
             data[rng.randrange(30, 90)] = rng.choice([0, 1, 3, 6, 0x12, 255, rng.randrange(256)])
-        turn = images_module._orientation(bytes(data))
-        with warnings.catch_warnings(), contextlib.suppress(Exception):  # Pillow's, on what it cannot open
+        ours = images_module._orientation(bytes(data))
+        with warnings.catch_warnings(), contextlib.suppress(Exception):  # Pillow raises on files that it cannot open.
             warnings.simplefilter("ignore")
             theirs = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1)
-            wrong += [bytes(data[:90])] if turn == 1 and theirs in range(2, 9) else []
-            sure += turn == 1
+            wrong += [bytes(data[:90])] if ours == 1 and theirs in range(2, 9) else []
+            certain += ours == 1
     assert not wrong
-    assert sure > 100
+    assert certain > 100
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
@@ -119,7 +119,7 @@ def test_lossless(picture, kind):
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
-def test_transparent_is_on_white(seed, kind):
+def test_transparent_pixels_are_on_white(seed, kind):
     rng = np.random.default_rng(seed)
     rgba = pixels(rng, 9, 11, 4)
     rgba[0, 0, 3], rgba[1, 1, 3] = 0, 255
@@ -149,8 +149,8 @@ def test_gray_with_alpha_palette_and_one_bit(seed):
     assert (decode_image(data) == 255).all()
 
 
-def test_sixteen_bits_of_gray(seed):
-    """A viewer scales them down; Pillow's own conversion clips all above 255 to white."""
+def test_16_bit_gray(seed):
+    """The values are scaled as in a viewer; Pillow's own conversion clips all values above 255 to white."""
     gray = np.random.default_rng(seed).integers(0, 1 << 16, (9, 7)).astype(np.uint16)
     image = array(decode_image(encode(Image.fromarray(gray))))
     assert np.abs(image - (gray / 257)[..., None]).max() <= 1
@@ -164,19 +164,19 @@ def test_layout_is_channels_last(picture):
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
-def test_every_cut_is_an_image_error_or_the_whole_picture(seed, kind):
+def test_truncated_data_is_an_image_error_or_the_whole_image(seed, kind):
     data = encode(pixels(np.random.default_rng(seed), 24, 24), kind)
     whole, refused = decode_image(data), 0
     for length in range(0, len(data), 37):
         try:
-            assert torch.equal(decode_image(data[:length]), whole)  # nothing but an end mark was lost
+            assert torch.equal(decode_image(data[:length]), whole)  # Only the end mark is missing.
         except ImageError:
             refused += 1
     assert refused >= length // 37 - 1
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
-def test_flipped_bytes_never_raise_anything_else(seed, kind):
+def test_corrupted_bytes_raise_only_image_errors(seed, kind):
     rng = np.random.default_rng(seed)
     data = encode(smooth(rng, 24, 24), kind)
     for _ in range(150):
@@ -201,7 +201,7 @@ def test_other_formats_are_refused(seed, kind):
 
 
 def forged_png(width, height):
-    """A header that promises much and a body that holds nothing."""
+    """Build a PNG with a header of this size and an empty body."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -232,8 +232,8 @@ def test_a_huge_jpeg_header_is_refused():
         decode_image(bytes(data))
 
 
-def test_between_pillows_own_cap_and_ours_there_is_no_warning():
-    """89 to 134 million pixels: Pillow warns, which is noise in a log and an error under -W error."""
+def test_sizes_between_pillows_limit_and_max_pixels_do_not_warn():
+    """Pillow warns from 89 million pixels, which clutters a log and is an error under -W error."""
     with pytest.raises(ImageError) as error:
         decode_image(forged_png(10_000, 10_000))
     assert "DecompressionBomb" not in str(error.value)
@@ -256,7 +256,7 @@ SIZES = [(16, 16), (37, 53), (53, 37), (16, 90), (90, 16), (101, 33), (9, 13), (
 
 
 def reference(image, size, mode, resample):
-    """The transform by Pillow: open_clip's rounding of the longer side, the middle cut out or put on black."""
+    """Transform by Pillow, with open_clip's rounding of the longer side; center crop, or padding with black."""
     height, width = image.shape[:2]
     if mode == "squash":
         target = (size, size)
@@ -268,9 +268,9 @@ def reference(image, size, mode, resample):
         target = (max(1, round(height * size / side)), max(1, round(width * size / side)))
     resized = Image.fromarray(image).resize((target[1], target[0]), resample)
     if mode == "longest":
-        ground = Image.new("RGB", (size, size))
-        ground.paste(resized, ((size - target[1]) // 2, (size - target[0]) // 2))
-        return np.asarray(ground).astype(int)
+        canvas = Image.new("RGB", (size, size))
+        canvas.paste(resized, ((size - target[1]) // 2, (size - target[0]) // 2))
+        return np.asarray(canvas).astype(int)
     left, top = round((target[1] - size) / 2), round((target[0] - size) / 2)
     return np.asarray(resized.crop((left, top, left + size, top + size))).astype(int)
 
@@ -300,7 +300,7 @@ def test_preprocess_equals_open_clip(seed, resize, shape):
 @pytest.mark.parametrize("shape", [(375, 500), (480, 640), (333, 500), (427, 640), (500, 334)])
 def test_preprocess_of_photo_sizes_equals_open_clip(seed, shape):
     rng = np.random.default_rng(seed)
-    image = Image.fromarray(pixels(rng, *shape))  # noise: a shift by one pixel shows
+    image = Image.fromarray(pixels(rng, *shape))  # noise, in which a shift by one pixel is visible
     peer = open_clip.image_transform(64, False, (0, 0, 0), (1, 1, 1), resize_mode="shortest", interpolation="bicubic")
     assert np.abs(array(Preprocess(64)(to_tensor(image))) / 255 - peer(image).permute(1, 2, 0).numpy()).mean() < 1 / 255
 
@@ -338,12 +338,12 @@ def photo(seed):
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": (0.3, 1.0)}, EVERYTHING])
-def test_augment_depends_on_torchs_generator_alone(seed, photo, options):
+def test_augment_draws_only_from_torchs_generator(seed, photo, options):
     augment, before = Augment(16, **options), photo.clone()
     torch.manual_seed(seed)
     first = [augment(photo) for _ in range(12)]
     random.seed(seed + 1)
-    np.random.seed(seed % 1000)  # noqa: NPY002 (which it must not draw from)
+    np.random.seed(seed % 1000)  # noqa: NPY002 (the generator that must not be used)
     torch.manual_seed(seed)
     again = Augment(16, **options)
     assert all(torch.equal(a, again(photo)) for a in first)
@@ -352,8 +352,8 @@ def test_augment_depends_on_torchs_generator_alone(seed, photo, options):
     assert torch.equal(photo, before)
 
 
-def test_augment_crops_and_does_nothing_else(seed, photo):
-    """What open_clip trains with; no mirror, no colors."""
+def test_augment_only_crops_by_default(seed, photo):
+    """The default equals open_clip's training transform, without flip and color jitter."""
     for i in range(10):
         torch.manual_seed(seed + i)
         found = Augment(16)(photo)
@@ -361,13 +361,13 @@ def test_augment_crops_and_does_nothing_else(seed, photo):
         box = images_module._crop_box(*photo.shape[-2:], (0.9, 1.0))
         assert torch.equal(found, TF.resized_crop(photo, *box, [16, 16], transforms.InterpolationMode.BICUBIC))
         torch.manual_seed(seed + i)
-        assert not torch.equal(found, Augment(16, flip=1.0)(photo))  # the control
+        assert not torch.equal(found, Augment(16, flip=1.0)(photo))  # control
 
 
 @pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0), (0.5, 0.5)])
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (50, 400), (7, 5), (1, 1)])
-def test_crops_are_distributed_as_torchvisions(seed, scale, size):
-    """Every edge, and the products of any two, have the same mean, within 5 of its standard errors."""
+def test_crops_have_torchvisions_distribution(seed, scale, size):
+    """The means of all edges and of their products are equal within 5 standard errors."""
     peer = transforms.RandomResizedCrop(16, scale)
     torch.manual_seed(seed)
     ours = torch.tensor([images_module._crop_box(*size, scale) for _ in range(3000)]).double()
@@ -382,15 +382,14 @@ def test_crops_are_distributed_as_torchvisions(seed, scale, size):
     assert (left + width).max() <= size[1]
 
 
-def test_augment_mirrors(seed, photo):
+def test_augment_flips(seed, photo):
     torch.manual_seed(seed)
     plain = [Augment(16)(photo) for _ in range(5)]
     torch.manual_seed(seed)
-    mirrored = [Augment(16, flip=1.0)(photo) for _ in range(5)]
-    assert (mirrored[0].flip(-1).float() - plain[0].float()).abs().max() <= 1  # the first: the same draws before it
+    flipped = [Augment(16, flip=1.0)(photo) for _ in range(5)]
+    assert (flipped[0].flip(-1).float() - plain[0].float()).abs().max() <= 1  # Only the first has the same draws.
     whole = Preprocess(16, resize="squash")(photo).float()
-    both = [(out.float() - whole.flip(-1)).abs().mean() < (out.float() - whole).abs().mean() for out in mirrored]
-    assert all(both)
+    assert all((out.float() - whole.flip(-1)).abs().mean() < (out.float() - whole).abs().mean() for out in flipped)
     half = Augment(16, flip=0.5)
     outs = [half(photo).float() for _ in range(200)]
     share = np.mean([bool((out - whole.flip(-1)).abs().mean() < (out - whole).abs().mean()) for out in outs])
@@ -398,19 +397,19 @@ def test_augment_mirrors(seed, photo):
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 100_000)])
-def test_a_line_takes_no_more_than_its_middle(seed, size):
-    """Nothing of the size of the whole at that height is made, and what is seen is the same."""
+def test_a_very_long_image_is_cropped_before_it_is_resized(seed, size):
+    """The memory stays small, and the result is that of the center."""
     line = torch.from_numpy(pixels(np.random.default_rng(seed), *size)).permute(2, 0, 1)
-    middle = [slice((length - min(length, 60)) // 2, (length + min(length, 60)) // 2) for length in size]
+    center = [slice((length - min(length, 60)) // 2, (length + min(length, 60)) // 2) for length in size]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = Preprocess(224)(line)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB: it would be 3 GB and more
-    expected = Preprocess(224)(line[:, middle[0], middle[1]])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # in KiB; resized whole, over 3 GB
+    expected = Preprocess(224)(line[:, center[0], center[1]])
     assert (found.float() - expected.float()).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
-def test_of_an_animation_the_first_picture_is_shown(seed, kind):
+def test_the_first_frame_of_an_animation_is_decoded(seed, kind):
     rng = np.random.default_rng(seed)
     frames = [Image.fromarray(pixels(rng, 9, 7)) for _ in range(3)]
     options = {"lossless": True} if kind == "webp" else {}
@@ -424,29 +423,29 @@ def gray_of(image):
     return image.float().mul(torch.tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(0)
 
 
-def test_augment_changes_colors_and_nothing_else(seed):
-    """On a gray picture a shift of the hue does nothing; on a colored square on gray it changes the square alone."""
+def test_augment_jitters_colors(seed):
+    """A hue shift of a colored square on gray changes only the square."""
     picture = torch.full((3, 30, 30), 128, dtype=torch.uint8)
     picture[:, 8:22, 8:22] = torch.tensor([200, 60, 40], dtype=torch.uint8)[:, None, None]
     hue = Augment(16, scale=(1.0, 1.0), hue=0.5)
     plain = Augment(16, scale=(1.0, 1.0))(picture)
     outs = [hue(picture) for _ in range(20)]
     assert all((out[:, 0].int() - 128).abs().max() <= 1 for out in outs)
-    middles = torch.stack([out[:, 8, 8] for out in outs]).float()
-    assert (middles.sum(1) - 300).abs().max() < 6  # turned about the axis of grays, anywhere
-    assert (middles.argmax(1) != 0).any()
+    colors = torch.stack([out[:, 8, 8] for out in outs]).float()
+    assert (colors.sum(1) - 300).abs().max() < 6  # rotated about the gray axis
+    assert (colors.argmax(1) != 0).any()
     assert any((out.float() - plain.float()).abs().max() > 20 for out in outs)
 
     color = Augment(16, scale=(1.0, 1.0), color=0.4)
     outs = [color(picture) for _ in range(20)]
     assert len({tuple(out[:, 8, 8].tolist()) for out in outs}) > 10
-    assert all(bool((out[0, 8, 8] >= out[1, 8, 8]) & (out[1, 8, 8] >= out[2, 8, 8])) for out in outs)  # a red stays red
+    assert all(bool((out[0, 8, 8] >= out[1, 8, 8]) & (out[1, 8, 8] >= out[2, 8, 8])) for out in outs)  # Red stays red.
     levels = torch.stack([out[:, 0, 0] for out in outs]).float()
-    assert (levels.max(1).values - levels.min(1).values).max() <= 2  # and gray gray
+    assert (levels.max(1).values - levels.min(1).values).max() <= 2  # Gray stays gray.
     assert levels.std() > 3
 
 
-def test_augment_takes_the_color_away(seed, photo):
+def test_augment_converts_to_gray(seed, photo):
     gray = Augment(16, gray=1.0)
     for i in range(5):
         torch.manual_seed(seed + i)
@@ -460,28 +459,28 @@ def test_augment_takes_the_color_away(seed, photo):
     assert 0.3 < share < 0.7
 
 
-def emoji(ground, color, height=44, width=44):
-    picture = torch.tensor(ground, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
+def emoji(background, color, height=44, width=44):
+    picture = torch.tensor(background, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
     picture[:, height // 4 : -(height // 4), width // 4 : -(width // 4)] = torch.tensor(color)[:, None, None]
     return picture
 
 
-@pytest.mark.parametrize("ground", [(255, 255, 255), (230, 240, 210)])
+@pytest.mark.parametrize("background", [(255, 255, 255), (230, 240, 210)])
 @pytest.mark.parametrize("shape", [(44, 44), (30, 60), (61, 33)])
-def test_augment_sets_small_pictures_on_the_color_of_their_corners(ground, shape):
-    """No black border comes in, neither around nor by turning; the picture takes the share of the area asked for."""
-    color = (200, 140, 150)  # every channel between the ground's and black
-    picture = emoji(ground, color, *shape)
-    low, high = torch.tensor(color) - 22, torch.tensor(ground) + 22  # bicubic interpolation overshoots
+def test_augment_pads_with_the_color_of_the_corners(background, shape):
+    """Neither padding nor rotation adds black, and the image has the requested share of the area."""
+    color = (200, 140, 150)  # each channel between the background's and black
+    picture = emoji(background, color, *shape)
+    low, high = torch.tensor(color) - 22, torch.tensor(background) + 22  # Bicubic interpolation overshoots.
     for options in ({"scale": (2.0, 2.0)}, {"scale": (1.0, 1.0), "rotate": 45}, {"scale": (0.6, 2.0), "rotate": 30}):
         augment = Augment(32, **options)
         for _ in range(6):
             out = augment(picture).int()
             assert bool((out >= low[:, None, None]).all()), options
             assert bool((out <= high[:, None, None]).all()), options
-            if options["scale"] == (2.0, 2.0):  # the square has a quarter of the picture, an eighth of the whole
+            if options["scale"] == (2.0, 2.0):  # The square is a quarter of the image, an eighth of the padded image.
                 edge = torch.cat([out[:, 0], out[:, -1], out[:, :, 0], out[:, :, -1]], 1)
-                assert (edge - torch.tensor(ground)[:, None]).abs().max() <= 1
+                assert (edge - torch.tensor(background)[:, None]).abs().max() <= 1
                 square = ((out - torch.tensor(color)[:, None, None]).abs().sum(0) < 60).float().mean()
                 cropped = max(shape) / min(shape) * 3 / 4 if max(shape) / min(shape) > 4 / 3 else 1.0
                 assert square == pytest.approx(cropped / 8, rel=0.3)
@@ -489,22 +488,22 @@ def test_augment_sets_small_pictures_on_the_color_of_their_corners(ground, shape
 
 @pytest.mark.parametrize("options", [{"scale": (0.8, 1.7)}, {"rotate": 45}, {"scale": (1.5, 1.5), "rotate": 45}])
 def test_augment_leaves_no_seam(options):
-    """A picture of one color stays one, where the ground around begins too."""
+    """An image of one color keeps it, at the border to the padding too."""
     color = torch.randint(100, 256, (3, 1, 1), dtype=torch.uint8)
     for _ in range(10):
         out = Augment(32, **options)(color.expand(3, 40, 50).contiguous())
         assert (out.int() - color.int()).abs().max() <= 1
 
 
-def test_augment_turns(seed):
-    """About the middle, by angles up to the largest, either way, as Pillow turns."""
+def test_augment_rotates(seed):
+    """The rotation is about the center, in both directions, up to the largest angle."""
     picture = emoji((255, 255, 255), (30, 60, 90), 60, 60)
     picture[:, :20, 28:32] = 0
     augment = Augment(60, scale=(1.0, 1.0), rotate=30)
     shifts = []
     for _ in range(40):
         out = augment(picture)
-        dark = torch.nonzero(out.int().sum(0)[:12] < 120)[:, 1].float()  # where the bar's top end is, from the middle
+        dark = torch.nonzero(out.int().sum(0)[:12] < 120)[:, 1].float()  # columns of the bar's top end
         assert len(dark)
         shifts.append(float(dark.mean()) - 29.5)
     assert min(shifts) < -5
@@ -513,7 +512,7 @@ def test_augment_turns(seed):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 2), (9, 1), (3, 200)])
-def test_augment_takes_any_size(seed, shape):
+def test_augment_accepts_any_size(seed, shape):
     out = Augment(16, **EVERYTHING)(to_tensor(Image.fromarray(pixels(np.random.default_rng(seed), *shape))))
     assert (out.shape, out.dtype) == ((3, 16, 16), torch.uint8)
 
@@ -537,8 +536,7 @@ def test_thumbnail(seed, shape, side):
     assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).mean() < 3
 
 
-def test_thumbnail_of_a_view(seed):
-    """Tensors that are no whole piece of memory: what a flip and a crop give."""
+def test_thumbnail_of_a_view_that_is_not_contiguous(seed):
     image = to_tensor(Image.fromarray(smooth(np.random.default_rng(seed), 50, 60))).transpose(1, 2)[:, 5:45:2, 3:40]
     found = np.asarray(Image.open(io.BytesIO(thumbnail(image)))).astype(int)
     assert np.abs(found - image.permute(1, 2, 0).numpy()).mean() < 3

@@ -10,16 +10,17 @@ from dualenc.metrics.classification import classification_bootstrap, multilabel_
 EXPERIMENTS = 400
 
 
-def kept_its_promise(hits):
-    """At 95%, of 400: fewer than 342 or 400 hits have a probability below 1e-6 for a coverage between 92 and 96.5%.
+def is_nominal(hits):
+    """Check that the coverage of 95% intervals is plausible.
 
+    Of 400 intervals, fewer than 342 or all 400 hits have a probability below 1e-6 for a coverage between 92 and 96.5%.
     The percentile interval of a few hundred units, from 200 replicates, covers about 94%.
     """
     return binom.ppf(1e-6, EXPERIMENTS, 0.92) <= hits < EXPERIMENTS
 
 
-def covered(truth, experiment):
-    """How many of the intervals of independent experiments hold the truth."""
+def count_hits(truth, experiment):
+    """Count the intervals of independent experiments that contain the truth."""
     found = [experiment(i) for i in range(EXPERIMENTS)]
     return sum(low <= truth <= high for low, high in found)
 
@@ -31,30 +32,30 @@ def only(measures, name):
 # Coverage
 
 
-def test_a_mean_over_clusters():
-    """Up to five values a unit, with much in common: the units must be drawn, not the values."""
-    alone = []
+def test_coverage_of_a_mean_over_clusters():
+    """The values of a unit, up to five, are correlated: the bootstrap must draw units, not values."""
+    of_values = []
 
     def experiment(i):
         unit = torch.arange(150).repeat_interleave(torch.randint(1, 6, (150,)))
         values = 0.3 + torch.randn(150)[unit] + 0.5 * torch.randn(len(unit))
-        alone.append(BootstrapMetrics({"m": mean(values)}, len(unit)).intervals(replicates=200, seed=i)["m"])
+        of_values.append(BootstrapMetrics({"m": mean(values)}, len(unit)).intervals(replicates=200, seed=i)["m"])
         return BootstrapMetrics({"m": mean(values, unit)}, 150).intervals(replicates=200, seed=i)["m"]
 
-    assert kept_its_promise(covered(0.3, experiment))
-    assert sum(low <= 0.3 <= high for low, high in alone) < 0.85 * EXPERIMENTS  # the control
+    assert is_nominal(count_hits(0.3, experiment))
+    assert sum(low <= 0.3 <= high for low, high in of_values) < 0.85 * EXPERIMENTS  # control
 
 
 def outcome(target, chance_of_right):
-    """Items of a classification into four classes, in which each image is right with its own chance."""
+    """Draw items of a classification into four classes, with the given probability of being right for each image."""
     rank = (torch.rand(len(target)) >= chance_of_right).long()
     confidence = torch.full((len(target),), 0.5, dtype=torch.float64)
     return {"target": target, "rank": rank, "confidence": confidence, "classes": torch.tensor(4)}
 
 
 @pytest.mark.parametrize("name", ["acc1", "mean_per_class_recall"])
-def test_an_accuracy_within_classes(name):
-    """An easy and a hard class: of their sizes nothing is to be learned, so drawing across them is too wide."""
+def test_coverage_of_accuracy_with_classes_as_strata(name):
+    """The class sizes are fixed, so samples that vary them give intervals that are too wide."""
     target = torch.tensor([0] * 150 + [1] * 100 + [3] * 50)
     easy = torch.tensor([0.95, 0.15, 0.0, 0.6])
     truth = easy[target].mean().item() if name == "acc1" else easy[[0, 1, 3]].mean().item()
@@ -64,54 +65,55 @@ def test_an_accuracy_within_classes(name):
         measures = only(classification_bootstrap(outcome(target, easy[target])), name)
         low, high = measures.intervals(replicates=200, seed=i)[name]
         if i < 20:
-            across = measures._replace(strata=None).intervals(replicates=200, seed=i)[name]
-            widths.append((across[1] - across[0]) / (high - low))
+            unstratified = measures._replace(strata=None).intervals(replicates=200, seed=i)[name]
+            widths.append((unstratified[1] - unstratified[0]) / (high - low))
         return low, high
 
-    assert kept_its_promise(covered(truth, experiment))
+    assert is_nominal(count_hits(truth, experiment))
     assert name != "acc1" or np.mean(widths) > 1.3
 
 
 @pytest.mark.long
-def test_differences_of_models_that_fail_on_the_same():
-    target, hard = torch.arange(4).repeat_interleave(75), 0.3
+def test_coverage_of_paired_differences():
+    """Two models fail on the same images: unpaired intervals would be wider."""
+    target = torch.arange(4).repeat_interleave(75)
     widths = []
 
     def experiment(i):
-        failed = torch.rand(300) < hard  # both
-        here = outcome(target, torch.full((300,), 0.95).masked_fill(failed, 0.05))
-        there = outcome(target, torch.full((300,), 0.98).masked_fill(failed, 0.08))
-        here, there = (only(classification_bootstrap(items), "acc1") for items in (here, there))
-        difference, low, high = here.differences(there, replicates=200, seed=i)["acc1"]
-        assert difference == pytest.approx(there.values()["acc1"] - here.values()["acc1"], abs=1e-12)
+        hard = torch.rand(300) < 0.3  # for both models
+        one = outcome(target, torch.full((300,), 0.95).masked_fill(hard, 0.05))
+        other = outcome(target, torch.full((300,), 0.98).masked_fill(hard, 0.08))
+        one, other = (only(classification_bootstrap(items), "acc1") for items in (one, other))
+        difference, low, high = one.differences(other, replicates=200, seed=i)["acc1"]
+        assert difference == pytest.approx(other.values()["acc1"] - one.values()["acc1"], abs=1e-12)
         if i < 20:
-            alone = [x.intervals(replicates=200, seed=i)["acc1"] for x in (here, there)]
-            widths.append(sum((b - a) ** 2 for a, b in alone) ** 0.5 / (high - low))
+            unpaired = [x.intervals(replicates=200, seed=i)["acc1"] for x in (one, other)]
+            widths.append(sum((b - a) ** 2 for a, b in unpaired) ** 0.5 / (high - low))
         return low, high
 
-    assert kept_its_promise(covered(0.03, experiment))
-    assert np.mean(widths) > 1.3  # than what unpaired data would give
+    assert is_nominal(count_hits(0.03, experiment))
+    assert np.mean(widths) > 1.3
 
 
-def labelled(images, classes, share):
+def multilabel(images, classes, share):
     targets = torch.rand(images, classes) < share
     return multilabel_bootstrap({"scores": torch.randn(images, classes) + 1.2 * targets, "targets": targets})
 
 
 @pytest.mark.slow
-def test_mean_average_precision():
-    """Its mean over samples of this size; 1,500 samples give it to 1/40 of the spread of one."""
+def test_coverage_of_mean_average_precision():
+    """The truth is the mean over 1,500 samples of this size, known to 1/40 of the spread of one sample."""
     name = "mean_average_precision"
-    truth = np.mean([labelled(200, 4, 0.2).values()[name] for _ in range(1500)])
-    found = covered(truth, lambda i: labelled(200, 4, 0.2).intervals(replicates=200, seed=i)[name])
-    assert kept_its_promise(found)
+    truth = np.mean([multilabel(200, 4, 0.2).values()[name] for _ in range(1500)])
+    found = count_hits(truth, lambda i: multilabel(200, 4, 0.2).intervals(replicates=200, seed=i)[name])
+    assert is_nominal(found)
 
 
-def test_replicates_of_rare_classes_lie_around_the_metric():
-    """With copies of an image at its own place their median lies 0.8 spreads higher."""
+def test_replicates_of_rare_classes_are_not_biased():
+    """If copies of an image counted for the image itself, their median would be 0.8 standard deviations too high."""
     name, shifts = "mean_average_precision", []
     for i in range(40):
-        measures = labelled(400, 20, 0.02)
+        measures = multilabel(400, 20, 0.02)
         low, high = measures.intervals(replicates=200, seed=i)[name]
         median, _ = measures.intervals(level=1e-9, replicates=200, seed=i)[name]
         shifts.append((median - measures.values()[name]) / ((high - low) / 3.92))
@@ -119,24 +121,24 @@ def test_replicates_of_rare_classes_lie_around_the_metric():
 
 
 @pytest.mark.long
-def test_the_calibration_error_of_a_model_that_is_far_off():
-    """Confidences between 1/2 and 1 that should be 0.2 lower."""
+def test_coverage_of_the_calibration_error_of_a_miscalibrated_model():
+    """All confidences, between 1/2 and 1, are 0.2 too high."""
 
-    def drawn(images):
+    def draw(images):
         confidence = 0.5 + 0.5 * torch.rand(images, dtype=torch.float64)
         rank = (torch.rand(images) >= confidence - 0.2).long()
         target = torch.zeros(images, dtype=torch.int64)
         items = {"target": target, "rank": rank, "confidence": confidence, "classes": torch.tensor(4)}
         return only(classification_bootstrap(items), "ece")
 
-    assert kept_its_promise(covered(0.2, lambda i: drawn(600).intervals(replicates=200, seed=i)["ece"]))
+    assert is_nominal(count_hits(0.2, lambda i: draw(600).intervals(replicates=200, seed=i)["ece"]))
 
 
 # The definition
 
 
 def test_equals_the_definition_with_numpy():
-    """Quantiles of the means of resampled units of different sizes: another generator, so within its noise."""
+    """The intervals equal the quantiles of means of resampled units up to noise, since the generators differ."""
     rng = np.random.default_rng(int(torch.randint(2**31, ())))
     sizes = rng.integers(1, 6, 60)
     groups = [rng.normal(size=size) + rng.normal() for size in sizes]
@@ -155,7 +157,7 @@ def test_equals_the_definition_with_numpy():
 
 
 @pytest.mark.parametrize("cells", [1, 300, 1 << 22])
-def test_every_draw_has_as_many_units_of_each_stratum_as_there_are(monkeypatch, cells):
+def test_every_sample_keeps_the_sizes_of_the_strata(monkeypatch, cells):
     monkeypatch.setattr(bootstrap, "_CELLS", cells)
     strata = torch.randint(7, (90,)) * 3
     seen = []
@@ -176,8 +178,8 @@ def test_every_draw_has_as_many_units_of_each_stratum_as_there_are(monkeypatch, 
     assert bool((weights[:, alone] == 1).all())
 
 
-def test_an_even_draw():
-    """The counts of 40 units in 2,000 draws: their mean is within 6 standard errors of one, their variance near one."""
+def test_all_units_are_equally_likely():
+    """The counts of 40 units in 2,000 samples have a mean within 6 standard errors of one and a variance near one."""
     seen = []
 
     def watch(weights):
@@ -206,7 +208,7 @@ def test_levels_nest_and_narrow_with_more_data():
     assert wide[1] < narrow[1] < wide[0] == narrow[0] < narrow[2] < wide[2]
 
 
-def test_is_deterministic_and_leaves_the_global_generator_alone():
+def test_is_deterministic_without_the_global_generator():
     measures = BootstrapMetrics({"m": mean(torch.rand(50))}, 50, torch.randint(3, (50,)))
     state = torch.get_rng_state()
     first = measures.intervals()
@@ -222,22 +224,22 @@ def test_values_without_spread():
     assert BootstrapMetrics({"m": mean(torch.tensor([0.25]))}, 1).intervals() == {"m": (0.25, 0.25)}
 
 
-def test_no_replicates_no_intervals():
+def test_zero_replicates_give_no_intervals():
     assert BootstrapMetrics({"m": mean(torch.rand(9))}, 9).intervals(replicates=0) == {}
 
 
-def test_differences_are_of_the_metrics_that_both_have():
-    here = BootstrapMetrics({"a": mean(torch.zeros(8)), "b": mean(torch.ones(8))}, 8)
-    there = BootstrapMetrics({"b": mean(torch.full((8,), 3)), "c": mean(torch.ones(8))}, 8)
-    assert here.differences(there) == {"b": (2, 2, 2)}
+def test_differences_of_the_metrics_that_both_have():
+    one = BootstrapMetrics({"a": mean(torch.zeros(8)), "b": mean(torch.ones(8))}, 8)
+    other = BootstrapMetrics({"b": mean(torch.full((8,), 3)), "c": mean(torch.ones(8))}, 8)
+    assert one.differences(other) == {"b": (2, 2, 2)}
 
 
 @pytest.mark.parametrize(
     ("units", "strata"), [(7, [0] * 7), (6, None), (6, [0, 0, 0, 1, 1, 0]), (6, [1, 1, 1, 2, 2, 2])]
 )
 def test_differences_of_other_units_are_refused(units, strata):
-    here = BootstrapMetrics({"m": mean(torch.rand(6))}, 6, torch.tensor([0, 0, 0, 1, 1, 1]))
-    there = BootstrapMetrics({"m": mean(torch.rand(units))}, units, None if strata is None else torch.tensor(strata))
-    for one, other in ((here, there), (there, here)):
+    metrics = BootstrapMetrics({"m": mean(torch.rand(6))}, 6, torch.tensor([0, 0, 0, 1, 1, 1]))
+    others = BootstrapMetrics({"m": mean(torch.rand(units))}, units, None if strata is None else torch.tensor(strata))
+    for one, other in ((metrics, others), (others, metrics)):
         with pytest.raises(ValueError, match="the same units"):
             one.differences(other)

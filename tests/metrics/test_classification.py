@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, top_k_accuracy_score
 
-import dualenc.metrics.classification as zeroshot
+import dualenc.metrics.classification as classification
 from dualenc.metrics.classification import (
     calibration,
     classification_bootstrap,
@@ -25,7 +25,7 @@ def unit(*shape):
 
 
 class Hashed:
-    """Embeds a text by its letters, and counts the calls."""
+    """An embedder whose embeddings depend on the letters of a text; it counts its calls."""
 
     def __init__(self, width=8):
         self.calls, self.width = 0, width
@@ -56,22 +56,22 @@ def test_classifier_equals_the_naive_loop():
 # Classification
 
 
-def drawn(classes, images=80, missing=0, noise=0.5):
-    """Images somewhat near their classes, the last of which have none."""
+def draw(classes, images=80, missing=0, noise=0.5):
+    """Draw images near their classes; the last `missing` classes have none."""
     classifier, targets = unit(classes, 10), torch.randint(classes - missing, (images,))
     return F.normalize(classifier[targets] + noise * torch.randn(images, 10), dim=-1), classifier, targets
 
 
 def error_by_definition(right, confidence, weight, bins=15):
-    """Guo et al. 2017, equation 3, bin by bin; ((m - 1) / 15, m / 15] is bin m."""
+    """Compute the calibration error bin by bin (Guo et al. 2017, equation 3); ((m - 1) / 15, m / 15] is bin m."""
     total = 0.0
     for m in range(1, bins + 1):
         own = [i for i in range(len(right)) if (m - 1) / bins < confidence[i] <= m / bins]
         size = sum(weight[i] for i in own)
         if size:
             accuracy = sum(weight[i] * right[i] for i in own) / size
-            sure = sum(weight[i] * confidence[i] for i in own) / size
-            total += size / sum(weight) * abs(accuracy - sure)
+            confident = sum(weight[i] * confidence[i] for i in own) / size
+            total += size / sum(weight) * abs(accuracy - confident)
     return total
 
 
@@ -80,7 +80,7 @@ def error_by_definition(right, confidence, weight, bins=15):
 @pytest.mark.parametrize("classes", [2, 4, 5, 6, 23])
 @pytest.mark.parametrize("missing", [0, 1])
 def test_classification_equals_scikit_learn(classes, missing):
-    images, classifier, targets = drawn(classes, missing=missing)
+    images, classifier, targets = draw(classes, missing=missing)
     metrics, intervals, chance, items = classification_metrics(images, classifier, targets, 7.0)
     scores = (images.double() @ classifier.double().T).numpy()
     answer, confidence = scores.argmax(1), torch.tensor(7 * scores).softmax(1).max(1).values
@@ -107,9 +107,9 @@ def test_classification_equals_scikit_learn(classes, missing):
     assert (without.metrics, without.intervals) == (metrics, {})
 
 
-def test_weights_are_as_good_as_copies():
-    """The figures at weights 0, 1, 2, ... are those of data in which each image stands so often; any class may go."""
-    *_, items = classification_metrics(*drawn(6, 60, noise=1.0), 4.0, replicates=0)
+def test_weights_equal_copies():
+    """Metrics with weights 0, 1, 2, ... are those of data with this many copies of each image."""
+    *_, items = classification_metrics(*draw(6, 60, noise=1.0), 4.0, replicates=0)
     weights = torch.randint(4, (5, 60))
     weights[0, items["target"] == 2] = 0
     measures = classification_bootstrap(items)
@@ -124,8 +124,8 @@ def test_weights_are_as_good_as_copies():
     assert measures.statistics["ece"](weights[1:2].double()).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_intervals_come_from_draws_within_the_classes():
-    """One class always right, one always wrong: nothing can vary."""
+def test_bootstrap_samples_keep_the_class_sizes():
+    """With one class always right and one always wrong, nothing can vary."""
     classifier, targets = torch.eye(2), torch.tensor([0] * 10 + [1] * 30)
     intervals = classification_metrics(torch.eye(2)[torch.zeros(40, dtype=torch.int64)], classifier, targets).intervals
     assert intervals["acc1"] == (0.25, 0.25)
@@ -134,7 +134,7 @@ def test_intervals_come_from_draws_within_the_classes():
 
 @pytest.mark.parametrize("kind", ["random", "twins", "collapsed", "near"])
 def test_items_do_not_depend_on_the_blocks(monkeypatch, kind):
-    """The best answer where nothing is tied; never the right class where its rank says that it is tied."""
+    """Without ties the answer is the best class; where the right class ties, it is another one."""
     classes = int(torch.randint(1, 12, ()))
     classifier, targets = unit(classes, 16), torch.randint(classes, (60,))
     images = F.normalize(classifier[targets] + 0.8 * unit(60, 16), dim=1)
@@ -156,14 +156,14 @@ def test_items_do_not_depend_on_the_blocks(monkeypatch, kind):
     if kind == "random":
         assert torch.equal(answer, scores.argmax(1))
     for cells in (1, 7 * classes, 59 * classes):
-        monkeypatch.setattr(zeroshot, "_CELLS", cells)
+        monkeypatch.setattr(classification, "_CELLS", cells)
         again = classification_metrics(images, classifier, targets, 100.0, replicates=0).items
         for name in ("target", "rank", "answer", "classes"):
             assert torch.equal(again[name], items[name])
         assert (again["confidence"] - confidence).abs().max() < 1e-9
 
 
-def test_answers_to_twins_are_the_other_one():
+def test_the_answer_to_two_equal_classes_is_the_wrong_one():
     classifier = unit(6, 8)
     classifier[3] = classifier[2]
     targets = torch.tensor([2, 3, 1])
@@ -175,8 +175,7 @@ def test_answers_to_twins_are_the_other_one():
     assert metrics["mean_per_class_recall"] == pytest.approx(1 / 3)
 
 
-def test_a_scale_that_leaves_no_doubt():
-    """Logits far beyond what an exponential can hold."""
+def test_a_scale_whose_exponentials_overflow():
     items = classification_metrics(torch.eye(3), torch.eye(3), torch.arange(3), 1e5, replicates=0).items
     assert items["confidence"].tolist() == [1, 1, 1]
     assert calibration(items) == [(1.0, 1.0, 3)]
@@ -189,7 +188,7 @@ def test_one_class():
     assert chance == {"acc1": 1.0, "mean_per_class_recall": 1.0}
 
 
-def test_classes_weigh_the_same_whatever_their_size():
+def test_mean_per_class_recall_weighs_classes_equally():
     classifier = torch.eye(3)
     targets = torch.tensor([0] * 98 + [1, 2])
     images = torch.eye(3)[torch.tensor([0] * 98 + [0, 0])]
@@ -199,15 +198,15 @@ def test_classes_weigh_the_same_whatever_their_size():
 
 
 @pytest.mark.parametrize("bins", [1, 10, 15])
-def test_calibration_shows_what_the_error_averages(bins):
-    items = classification_metrics(*drawn(7, 300, noise=1.0), 5.0, replicates=0).items
+def test_the_calibration_error_averages_over_the_bins(bins):
+    items = classification_metrics(*draw(7, 300, noise=1.0), 5.0, replicates=0).items
     right, confidence = (items["rank"] == 0).tolist(), items["confidence"].tolist()
     found = calibration(items, bins)
     assert sum(count for *_, count in found) == 300
     assert all(count > 0 for *_, count in found)
-    places = [math.ceil(sure * bins) for sure, _, _ in found]
-    assert places == sorted(set(places))
-    error = sum(count / 300 * abs(accuracy - sure) for sure, accuracy, count in found)
+    numbers = [math.ceil(mean * bins) for mean, _, _ in found]
+    assert numbers == sorted(set(numbers))
+    error = sum(count / 300 * abs(accuracy - mean) for mean, accuracy, count in found)
     assert error == pytest.approx(error_by_definition(right, confidence, [1] * 300, bins), abs=1e-12)
     if bins == 15:
         assert calibration(items) == found
@@ -221,7 +220,7 @@ def test_calibration_at_the_bounds_of_the_bins():
 
 
 def test_per_class():
-    items = classification_metrics(*drawn(7, 50, missing=2, noise=1.0), replicates=0).items
+    items = classification_metrics(*draw(7, 50, missing=2, noise=1.0), replicates=0).items
     right, total = per_class(items)
     for c in range(7):
         mine = [int(rank) for rank, target in zip(items["rank"], items["target"], strict=True) if target == c]
@@ -230,7 +229,7 @@ def test_per_class():
     assert total[-2:].tolist() == [0, 0]
 
 
-def test_not_finite_embeddings_are_refused():
+def test_non_finite_embeddings_are_refused():
     images = unit(5, 4)
     images[2, 1] = float("nan")
     with pytest.raises(ValueError, match=r"images .* not finite"):
@@ -253,9 +252,9 @@ def test_targets_that_do_not_fit_are_refused(targets, cause):
 
 
 def average_precision(scores, truth, weight=None):
-    """Precision at each hit, averaged, as CLIP_benchmark does; among equal scores the wrong ones first.
+    """Average the precision at each hit, as CLIP_benchmark does; among equal scores the negatives come first.
 
-    With weights, an image is compared with the copies of others, and with its own as one.
+    With weights, the copies of an image count as one for the image itself, and as copies for the others.
     """
     weight = [1] * len(truth) if weight is None else weight
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], truth[i]))
@@ -288,7 +287,7 @@ def test_multilabel_equals_the_definition(ties, empty):
     low, high = result.intervals["mean_average_precision"]
     assert low < found < high
     assert multilabel_metrics(scores, targets, replicates=0).intervals == {}
-    assert zeroshot.average_precision(scores, targets).tolist() == pytest.approx(each, abs=1e-12)
+    assert classification.average_precision(scores, targets).tolist() == pytest.approx(each, abs=1e-12)
     if not ties and not empty:  # scikit-learn's definition agrees where there is nothing to decide
         assert found == pytest.approx(
             average_precision_score(targets.numpy(), scores.numpy(), average="macro"), abs=1e-9
@@ -319,23 +318,23 @@ def test_multilabel_with_weights_equals_the_definition():
 def test_multilabel_of_equal_scores_does_not_depend_on_the_order():
     scores, targets = torch.zeros(20, 2), torch.rand(20, 2) < 0.5
     targets[0], targets[1] = True, False
-    turn = torch.randperm(20)
+    order = torch.randperm(20)
     found = multilabel_metrics(scores, targets).metrics
-    assert found == pytest.approx(multilabel_metrics(scores[turn], targets[turn]).metrics)
+    assert found == pytest.approx(multilabel_metrics(scores[order], targets[order]).metrics)
     assert found["mean_average_precision"] < targets.double().mean() + 0.2
 
 
 def test_multilabel_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="need one shape"):
+    with pytest.raises(ValueError, match=r"\(5, 3\) .* \(5, 4\) must"):
         multilabel_metrics(torch.zeros(5, 3), torch.zeros(5, 4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_average_precision_is_scikit_learns_class_by_class(dtype):
-    scores = torch.stack([torch.randperm(90) for _ in range(8)], 1).to(dtype) / 128  # no two equal, in bfloat16 too
+def test_average_precision_equals_scikit_learn(dtype):
+    scores = torch.stack([torch.randperm(90) for _ in range(8)], 1).to(dtype) / 128  # all different, in bfloat16 too
     targets = torch.rand(90, 8) < torch.linspace(0.05, 0.95, 8)
     targets[0] = True
-    found = zeroshot.average_precision(scores, targets)
+    found = classification.average_precision(scores, targets)
     assert found.dtype == torch.float64
     expected = average_precision_score(targets.numpy(), scores.double().numpy(), average=None)
     assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
@@ -346,7 +345,7 @@ def test_average_precision_is_scikit_learns_class_by_class(dtype):
 
 @pytest.mark.parametrize("classes", [2, 5, 9])
 def test_chance_is_the_mean_over_random_orders(seed, classes):
-    """Classes of very different size, one without images; 4,000 random orders, within 6 standard errors."""
+    """The chance values are within 6 standard errors of 4,000 random orders, with classes of very different size."""
     rng, draws = np.random.default_rng(seed), 4000
     targets = torch.cat([torch.zeros(20, dtype=torch.int64), torch.randint(classes - 1, (15,))])
     chance = classification_metrics(unit(35, 6), unit(classes, 6), targets, replicates=0).chance
@@ -361,8 +360,8 @@ def test_chance_is_the_mean_over_random_orders(seed, classes):
 
 
 @pytest.mark.parametrize("images", [1, 2, 4, 6])
-def test_multilabel_chance_over_all_orders_there_are(images):
-    """Labels with any number of images, 0 among them; each order of the images has the same chance."""
+def test_multilabel_chance_is_the_mean_over_all_orders(images):
+    """Labels have any number of images, 0 included; all orders of the images are equally likely."""
     targets = torch.stack([torch.arange(images) < count for count in range(images + 1)], 1)
     targets = targets[torch.randperm(images)][:, torch.randperm(images + 1)]
     chance = multilabel_metrics(torch.randn(images, images + 1), targets).chance["mean_average_precision"]

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualenc.metrics.ranking as ranking
-from dualenc.metrics.ranking import TIE, Counter, First, QueryPairs, Side, blocks, match_ranks, nearest
+from dualenc.metrics.ranking import TIE, Operands, QueryPairs, RankCounter, TopK, match_ranks, nearest, score_blocks
 
 NONE = QueryPairs(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 KINDS = ["random", "twins", "coarse", "zero", "collapsed", "near"]
 
 
-def drawn(kind, q, c, width):
-    """Queries and candidates, with equal or nearly equal scores in different ways."""
+def draw(kind, q, c, width):
+    """Draw queries and candidates; most kinds have equal or nearly equal scores."""
     queries, candidates = unit(q, width), unit(c, width)
-    if kind == "twins":  # equal rows among both
+    if kind == "twins":  # equal rows in both
         queries, candidates = queries[torch.randint(q, (q,))], candidates[torch.randint((c + 1) // 2, (c,))]
     elif kind == "coarse":  # many equal scores of different rows
         queries, candidates = queries.sign() / 2, candidates.sign() / 2
@@ -26,14 +26,14 @@ def drawn(kind, q, c, width):
         queries = torch.zeros_like(queries)
     elif kind == "collapsed":
         candidates = candidates[:1].expand(c, -1)
-    elif kind == "near":  # apart by less than fp32 products can tell, and by far more or far less than a tie
+    elif kind == "near":  # differences that fp32 products cannot resolve, far above or far below a tie
         base = (candidates[:1] * 64).round() / 64
         queries, candidates = (base + torch.randint(-1, 2, x.shape) * 2.0**-24 for x in (queries, candidates))
     return queries, candidates
 
 
 def several(queries, candidates, most=4):
-    """(Q, P) positives, different ones in a row, padded with -1 at random places."""
+    """Draw (Q, P) positives, different in each row, padded with -1 at random places."""
     positives = torch.full((queries, most), -1)
     for row in positives:
         count = int(torch.randint(1, min(most, candidates) + 1, ()))
@@ -54,7 +54,7 @@ def several(queries, candidates, most=4):
 )
 def test_equals_brute_force(seed, q, c, width, dtype, chunk, kind):
     torch.manual_seed(seed)
-    queries, candidates = (x.to(dtype) for x in drawn(kind, q, c, width))
+    queries, candidates = (x.to(dtype) for x in draw(kind, q, c, width))
     for positives in (torch.randint(c, (q,)), several(q, c)):
         ranks = match_ranks(queries, candidates, positives, chunk=chunk)
         assert ranks.dtype == torch.int64
@@ -62,16 +62,16 @@ def test_equals_brute_force(seed, q, c, width, dtype, chunk, kind):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 4096])
-def test_differences_that_single_precision_cannot_see(chunk):
-    """Candidates apart by 1e-10 in score: all equal as float32, ranked right all the same."""
+def test_ranks_resolve_score_differences_below_float32(chunk):
+    """Candidates whose scores differ by 1e-10 are equal in float32, but ranked correctly."""
     width, count = 16, 23
-    base, aside = unit(1, width), unit(1, width)
-    aside = F.normalize(aside - (aside @ base.T) * base, dim=-1)
+    base, orthogonal = unit(1, width), unit(1, width)
+    orthogonal = F.normalize(orthogonal - (orthogonal @ base.T) * base, dim=-1)
     steps = torch.randperm(count).double() * 1e-10
-    candidates = base + steps[:, None] * base + 0.1 * torch.randn(count, 1, dtype=torch.float64) * aside
+    candidates = base + steps[:, None] * base + 0.1 * torch.randn(count, 1, dtype=torch.float64) * orthogonal
     queries = base.expand(count, -1).contiguous()
     expected = (count - 1 - torch.round(steps / 1e-10)).long()
-    assert len(set((queries.float()[0] @ candidates.float().T).tolist())) < count  # the control
+    assert len(set((queries.float()[0] @ candidates.float().T).tolist())) < count  # control
     assert torch.equal(match_ranks(queries, candidates, torch.arange(count), chunk=chunk), expected)
     scaled = match_ranks(queries * 3, candidates * 3, torch.arange(count), chunk=chunk)
     assert torch.equal(scaled, expected)
@@ -86,8 +86,8 @@ def test_differences_below_the_tie_count_against_the_query():
     assert nearest(base, candidates.flip(0), 5)[0].tolist() == [[2, 3, 4, 1, 0]]
 
 
-def test_ranks_do_not_depend_on_how_the_product_was_cut():
-    """Near-duplicates, whose fp32 scores differ with the order of summation."""
+def test_ranks_do_not_depend_on_the_blocks():
+    """The fp32 scores of near-duplicates depend on the order of summation; their ranks do not."""
     candidates = (unit(1, 64) + 1e-8 * torch.randn(200, 64, dtype=torch.float64)).float()
     queries = (candidates[:50].double() + 1e-8 * torch.randn(50, 64, dtype=torch.float64)).float()
     positives = torch.randint(200, (50,))
@@ -95,12 +95,12 @@ def test_ranks_do_not_depend_on_how_the_product_was_cut():
     assert expected.tolist() == brute_force(queries, candidates, positives)
     for chunk in (7, 63, 200):
         assert torch.equal(match_ranks(queries, candidates, positives, chunk=chunk), expected)
-    turn = torch.randperm(200)
-    where = torch.argsort(turn)
-    assert torch.equal(match_ranks(queries, candidates[turn], where[positives]), expected)
+    order = torch.randperm(200)
+    moved = torch.argsort(order)[positives]
+    assert torch.equal(match_ranks(queries, candidates[order], moved), expected)
 
 
-def test_another_matmul_precision_changes_nothing_and_comes_back():
+def test_matmul_precision_is_ignored_and_restored():
     torch.set_float32_matmul_precision("medium")
     try:
         queries, candidates, positives = unit(9, 40).float(), unit(30, 40).float(), torch.randint(30, (9,))
@@ -117,7 +117,7 @@ def test_a_positive_named_twice_counts_once():
     assert torch.equal(match_ranks(queries, candidates, twice), match_ranks(queries, candidates, positives))
 
 
-def test_embeddings_with_a_gradient_are_ranked_too():
+def test_embeddings_that_require_gradients():
     queries, candidates = unit(6, 8).requires_grad_(), unit(9, 8).requires_grad_()
     positives = torch.randint(9, (6,))
     ranks = match_ranks(queries, candidates, positives)
@@ -126,7 +126,7 @@ def test_embeddings_with_a_gradient_are_ranked_too():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("side", ["queries", "candidates"])
-def test_what_is_not_finite_is_refused(value, side):
+def test_non_finite_embeddings_are_refused(value, side):
     arrays = {"queries": unit(3, 4), "candidates": unit(5, 4)}
     arrays[side][1, 2] = value
     with pytest.raises(ValueError, match=f"the {side} hold embeddings that are not finite"):
@@ -154,21 +154,21 @@ def test_positives_that_do_not_fit_are_refused(positives, cause):
         match_ranks(unit(3, 4), unit(5, 4), torch.tensor(positives))
 
 
-# The nearest
+# Nearest candidates
 
 
-def sorted_by_definition(queries, candidates, k, skip):
-    """First k of each query, pair by pair in float64; among those that tie by index."""
-    found, of_found = [], []
-    for query, left in zip(queries.double(), skip.tolist(), strict=True):
+def nearest_by_sorting(queries, candidates, k, skip):
+    """Sort the float64 scores of all pairs, ties by index, and return the first k of each query with their scores."""
+    found, found_scores = [], []
+    for query, skipped in zip(queries.double(), skip.tolist(), strict=True):
         scores = [math.fsum((query * candidate).tolist()) for candidate in candidates.double()]
-        order = sorted((i for i in range(len(scores)) if i != left), key=lambda i: -scores[i])
-        equal = dict.fromkeys(order, 0.0)
+        order = sorted((i for i in range(len(scores)) if i != skipped), key=lambda i: -scores[i])
+        tied = dict.fromkeys(order, 0.0)
         for before, i in zip([order[0], *order], order):
-            equal[i] = equal[before] if i != before and scores[before] - scores[i] < 1e-12 else scores[i]
-        found.append(sorted(order, key=lambda i: (-equal[i], i))[:k])
-        of_found.append([scores[i] for i in found[-1]])
-    return torch.tensor(found), torch.tensor(of_found, dtype=torch.float64)
+            tied[i] = tied[before] if i != before and scores[before] - scores[i] < 1e-12 else scores[i]
+        found.append(sorted(order, key=lambda i: (-tied[i], i))[:k])
+        found_scores.append([scores[i] for i in found[-1]])
+    return torch.tensor(found), torch.tensor(found_scores, dtype=torch.float64)
 
 
 @settings(max_examples=80, deadline=None)
@@ -182,16 +182,16 @@ def sorted_by_definition(queries, candidates, k, skip):
     st.sampled_from([16, 512, 1 << 21]),
     st.booleans(),
 )
-def test_nearest_equals_sorting_all(seed, q, c, k, dtype, kind, cells, skipping):
+def test_nearest_equals_sorting(seed, q, c, k, dtype, kind, cells, skipping):
     torch.manual_seed(seed)
-    queries, candidates = (x.to(dtype) for x in drawn(kind, q, c, 12))
+    queries, candidates = (x.to(dtype) for x in draw(kind, q, c, 12))
     skip = torch.randint(-1, c, (q,)) if skipping else torch.full((q,), -1)
     k = min(k, c - int(skip.max() >= 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "CPU_SCORES", cells)
-        patch.setattr(ranking, "WAITING", cells // 8)
+        patch.setattr(ranking, "MAX_PENDING", cells // 8)
         index, score = nearest(queries, candidates, k, skip=skip)
-    expected, scores = sorted_by_definition(queries, candidates, k, skip)
+    expected, scores = nearest_by_sorting(queries, candidates, k, skip)
     assert index.dtype == torch.int64
     assert score.dtype == torch.float64
     assert torch.equal(index, expected)
@@ -199,34 +199,34 @@ def test_nearest_equals_sorting_all(seed, q, c, k, dtype, kind, cells, skipping)
 
 
 def test_nearest_among_many_blocks_of_candidates(monkeypatch):
-    """As `nearest` goes through candidates in blocks, its bound rises: sorted ones are the worst and the best case."""
+    """The bound of `TopK` rises from block to block: sorted candidates are its worst and its best case."""
     queries, candidates = unit(5, 8).float(), unit(900, 8).float()
     for direction in (1, -1):
-        turned = candidates[torch.argsort(direction * (candidates @ queries[0]))]
-        expected, _ = sorted_by_definition(queries, turned, 20, torch.full((5,), -1))
-        side = Side.of(queries, turned)
-        first = First(side, 20)
-        monkeypatch.setattr(ranking, "WAITING", 50)
-        for i, j, block, _ in blocks(side, NONE, 33):
-            first.take(block, i, j)
-        assert torch.equal(first.found()[0], expected)
+        ordered = candidates[torch.argsort(direction * (candidates @ queries[0]))]
+        expected, _ = nearest_by_sorting(queries, ordered, 20, torch.full((5,), -1))
+        operands = Operands.from_embeddings(queries, ordered)
+        top = TopK(operands, 20)
+        monkeypatch.setattr(ranking, "MAX_PENDING", 50)
+        for i, j, block, _ in score_blocks(operands, NONE, 33):
+            top.update(block, i, j)
+        assert torch.equal(top.result()[0], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_transposed_blocks_serve_the_other_direction(kind):
-    """Counts and first ones of the candidates as queries, from the same blocks, whatever their size."""
-    queries, candidates = (x.float() for x in drawn(kind, 70, 110, 12))
-    side = Side.of(queries, candidates)
+def test_transposed_blocks_serve_the_other_direction(kind):
+    """Ranks and first candidates with the candidates as queries are correct for every size of the blocks."""
+    queries, candidates = (x.float() for x in draw(kind, 70, 110, 12))
+    operands = Operands.from_embeddings(queries, candidates)
     query, candidate = torch.nonzero(torch.rand(70, 110) < 0.1).unbind(1)
     exact = (candidates.double() @ queries.double().T).index_put((candidate, query), torch.tensor(-torch.inf).double())
     threshold = exact.masked_fill(exact == -torch.inf, 0)[:, 0]
     for chunk in (5, 32, 50, 4096):
-        counter, first = Counter(side.turned(), threshold), First(side.turned(), 6)
-        for i, j, _, turned in blocks(side, QueryPairs(query, candidate), chunk):
-            counter.take(turned, j, i)
-            first.take(turned, j, i)
-        assert torch.equal(counter.number, (exact >= threshold[:, None] - TIE).sum(1))
-        index, score = first.found()
+        counter, top = RankCounter(operands.swap(), threshold), TopK(operands.swap(), 6)
+        for i, j, _, transposed in score_blocks(operands, QueryPairs(query, candidate), chunk):
+            counter.update(transposed, j, i)
+            top.update(transposed, j, i)
+        assert torch.equal(counter.counts, (exact >= threshold[:, None] - TIE).sum(1))
+        index, score = top.result()
         best = exact.topk(6).values
         assert torch.allclose(score, best, rtol=0, atol=2e-12)
         assert torch.allclose(exact.gather(1, index.clamp(min=0)).masked_fill(index < 0, -torch.inf), score)
@@ -245,7 +245,7 @@ def test_nearest_with_few_candidates():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most numbers that a tensor made under it has memory for."""
+    """A mode that measures the largest tensor storage of any operation, in numbers."""
 
     most = 0
 
@@ -258,14 +258,14 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["random", "collapsed", "near"])
-def test_no_tensor_is_near_the_whole_product(monkeypatch, kind):
+def test_no_tensor_holds_the_whole_product(monkeypatch, kind):
     monkeypatch.setattr(ranking, "CPU_SCORES", 1 << 12)
     monkeypatch.setattr(ranking, "CPU_PAIRS", 1 << 10)
-    monkeypatch.setattr(ranking, "WAITING", 1 << 12)
-    queries, candidates = (x.float() for x in drawn(kind, 600, 700, 8))
+    monkeypatch.setattr(ranking, "MAX_PENDING", 1 << 12)
+    queries, candidates = (x.float() for x in draw(kind, 600, 700, 8))
     with Largest() as whole:
         queries @ candidates.T
-    assert whole.most == 600 * 700  # the control
+    assert whole.most == 600 * 700  # control
     with Largest() as seen:
         match_ranks(queries, candidates, torch.randint(700, (600,)), chunk=128)
         nearest(queries, candidates, 7)
@@ -273,16 +273,16 @@ def test_no_tensor_is_near_the_whole_product(monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", ["collapsed", "near"])
-def test_where_all_is_too_close_to_call_few_pairs_are_gathered(monkeypatch, kind):
-    """Gathered one by one, the pairs of a collapsed model would take minutes."""
-    queries, candidates = (x.float() for x in drawn(kind, 300, 640, 8))
-    gathered, exact = [], Side.exact
+def test_few_pairs_are_gathered_where_all_scores_are_undecided(monkeypatch, kind):
+    """Gathering all pairs of a collapsed model one by one would take minutes."""
+    queries, candidates = (x.float() for x in draw(kind, 300, 640, 8))
+    gathered, exact = [], Operands.exact_scores
 
     def count(self, query, candidate):
         gathered.append(len(query))
         return exact(self, query, candidate)
 
-    monkeypatch.setattr(Side, "exact", count)
+    monkeypatch.setattr(Operands, "exact_scores", count)
     match_ranks(queries, candidates, torch.randint(640, (300,)))
     assert gathered == [300]  # the positives
     nearest(queries, candidates, 5)
@@ -291,8 +291,8 @@ def test_where_all_is_too_close_to_call_few_pairs_are_gathered(monkeypatch, kind
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", KINDS)
-def test_cuda_gives_the_same(kind):
-    queries, candidates = (x.float() for x in drawn(kind, 70, 300, 48))
+def test_cuda_equals_cpu(kind):
+    queries, candidates = (x.float() for x in draw(kind, 70, 300, 48))
     positives = several(70, 300)
     torch.set_float32_matmul_precision("medium")
     try:

@@ -27,22 +27,22 @@ from dualenc.metrics.retrieval import (
 
 
 def test_a_collapsed_model_has_the_worst_ranks():
-    """All embeddings equal: a metric that breaks ties in its own favour would call this perfect."""
+    """A metric that breaks ties in favor of the query would call equal embeddings perfect."""
     same = unit(1, 8).expand(20, -1).float()
     assert match_ranks(same, same, torch.arange(20)).tolist() == [19] * 20
     metrics = retrieval_metrics(same, same, torch.arange(20)).metrics
     assert metrics["image_retrieval_recall@10"] == metrics["text_retrieval_recall@10"] == 0
     assert metrics["image_retrieval_ndcg@10"] == metrics["text_retrieval_ndcg@10"] == 0
-    alike = group_metrics(same, torch.arange(20) // 2).metrics
-    assert alike["recall@10"] == alike["ndcg@10"] == 0
-    assert alike["mean_average_precision"] == pytest.approx(1 / 19)
+    grouped = group_metrics(same, torch.arange(20) // 2).metrics
+    assert grouped["recall@10"] == grouped["ndcg@10"] == 0
+    assert grouped["mean_average_precision"] == pytest.approx(1 / 19)
 
 
 # Both directions
 
 
 def ownership(images, texts):
-    """Which image each text belongs to: all have one at least, in no order."""
+    """Draw the image of each text, in random order; each image has at least one text."""
     return torch.cat([torch.arange(images), torch.randint(images, (texts - images,))])[torch.randperm(texts)]
 
 
@@ -78,7 +78,7 @@ def test_recall_at():
 
 
 def clip_benchmark_recalls(image, text, owner, k):
-    """CLIP_benchmark's definition (metrics/zeroshot_retrieval.py), in other words: sort, look at the first K."""
+    """Compute the recalls as in CLIP_benchmark (metrics/zeroshot_retrieval.py), by sorting."""
     scores = text.double() @ image.double().T
     hits = {"image": [], "text": []}
     for t in range(len(text)):
@@ -90,7 +90,7 @@ def clip_benchmark_recalls(image, text, owner, k):
 
 
 @pytest.mark.parametrize("images", [10, 25])
-def test_metrics_are_clip_benchmarks(images):
+def test_metrics_equal_clip_benchmark(images):
     owner = ownership(images, images * 4)
     image = unit(images, 12).float()
     text = F.normalize(image[owner] + 1.5 * unit(len(owner), 12).float(), dim=-1)
@@ -140,16 +140,16 @@ def test_the_order_of_images_and_texts_does_not_matter():
     owner = ownership(12, 30)
     image, text = unit(12, 6), unit(30, 6)
     metrics = retrieval_metrics(image, text, owner).metrics
-    turn, shuffle = torch.randperm(12), torch.randperm(30)
-    moved = retrieval_metrics(image[turn], text[shuffle], torch.argsort(turn)[owner[shuffle]]).metrics
-    assert moved == pytest.approx(metrics, abs=1e-12)
+    images, texts = torch.randperm(12), torch.randperm(30)
+    shuffled = retrieval_metrics(image[images], text[texts], torch.argsort(images)[owner[texts]]).metrics
+    assert shuffled == pytest.approx(metrics, abs=1e-12)
 
 
 # Chance
 
 
-def test_chance_over_all_orders_there_are():
-    """Three images with one, one and two captions: every joint order of the four queries, every order of the texts."""
+def test_chance_is_the_mean_over_all_orders():
+    """With one, one and two captions of three images: all joint orders of the four queries, all orders of the texts."""
     owner = torch.tensor([0, 1, 2, 2])[torch.randperm(4)]
     chance = retrieval_metrics(unit(3, 4), unit(4, 4), owner, ks=(1, 2, 3, 4), replicates=0).chance
     orders = list(permutations(range(3)))
@@ -185,7 +185,7 @@ def test_chance_over_all_orders_there_are():
 
 
 def test_chance_is_the_mean_over_random_orders(seed):
-    """Some images with many captions and some with one; 3,000 random orders, within 6 standard errors."""
+    """The chance values are within 6 standard errors of 3,000 random orders; images have one or many captions."""
     rng, images, draws = np.random.default_rng(seed), int(torch.randint(11, 16, ())), 3000
     owner = torch.cat([ownership(images, images + 12), torch.full((10,), 3)])
     chance = retrieval_metrics(unit(images, 4), unit(len(owner), 4), owner, replicates=0).chance
@@ -204,7 +204,7 @@ def test_chance_is_the_mean_over_random_orders(seed):
     ideal = np.array([sum(1 / np.log2(r + 2) for r in range(min(10, n))) for n in mine.sum(1)])
     found["text_retrieval_ndcg@10"] = ((gain * mine).sum(-1) / ideal).mean(1)
     found["image_retrieval_ndcg@10"] = np.where(by_text <= 10, 1 / np.log2(by_text + 1), 0).mean(1)
-    assert set(chance) == set(found)  # an image has more than 10 texts: no K can have all
+    assert set(chance) == set(found)  # An image has more than 10 texts, so there is no text_retrieval_all@K.
     for name, values in found.items():
         assert chance[name] == pytest.approx(values.mean(), abs=6 * values.std() / draws**0.5), name
 
@@ -213,7 +213,7 @@ def test_chance_is_the_mean_over_random_orders(seed):
 
 
 def scored(query, candidates):
-    """Scores in float64, those that tie made equal."""
+    """Compute the scores in float64, with ties made equal."""
     scores = [math.fsum((query.double() * candidate).tolist()) for candidate in candidates.double()]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     for one, after in pairwise(order):
@@ -225,8 +225,8 @@ def scored(query, candidates):
 KINDS = ["random", "twins", "coarse", "collapsed", "near"]
 
 
-def drawn(kind, images, owner):
-    """Embeddings of images and of their texts, with equal or nearly equal scores in different ways."""
+def draw(kind, images, owner):
+    """Draw embeddings of images and of their texts; most kinds have equal or nearly equal scores."""
     image = unit(images, 16)
     text = F.normalize(image[owner] + 0.8 * unit(len(owner), 16), dim=1)
     if kind == "twins":
@@ -235,14 +235,14 @@ def drawn(kind, images, owner):
         image, text = image.sign() / 4, text.sign() / 4
     elif kind == "collapsed":
         image, text = image[:1].expand(images, -1), image[:1].expand(len(text), -1)
-    elif kind == "near":  # apart by less than fp32 products can tell, and by far more or far less than a tie
+    elif kind == "near":  # differences that fp32 products cannot resolve, far above or far below a tie
         base = (image[:1] * 64).round() / 64
         image, text = (base + torch.randint(-1, 2, x.shape) * 2.0**-24 for x in (image, text))
     return image.float(), text.float()
 
 
 def orders(queries, candidates, own):
-    """Of each query all candidates, best first, a right one after those that tie with it; and their scores."""
+    """Sort the candidates of each query, the best first and positives after ties; return the orders and the scores."""
     found = []
     for query, right in zip(queries, own, strict=True):
         scores = scored(query, candidates)
@@ -254,47 +254,47 @@ def orders(queries, candidates, own):
 @pytest.mark.parametrize("cells", [64, 1 << 21])
 def test_items_equal_brute_force(monkeypatch, kind, cells):
     monkeypatch.setattr(ranking, "CPU_SCORES", cells)
-    monkeypatch.setattr(ranking, "WAITING", 16)
+    monkeypatch.setattr(ranking, "MAX_PENDING", 16)
     images = int(torch.randint(1, 14, ()))
     owner = ownership(images, images + int(torch.randint(0, 60, ())))
-    image, text = drawn(kind, images, owner)
+    image, text = draw(kind, images, owner)
     items = retrieval_metrics(image, text, owner, replicates=0).items
     assert torch.equal(items["owner"], owner)
     own = [torch.nonzero(owner == i)[:, 0].tolist() for i in range(images)]
-    for asked, queries, candidates, rights in (
+    for direction, queries, candidates, positives in (
         ("text", text, image, [[int(i)] for i in owner]),
         ("image", image, text, own),
     ):
-        best, score = items[f"best_by_{asked}"], items[f"score_by_{asked}"]
+        best, score = items[f"best_by_{direction}"], items[f"score_by_{direction}"]
         assert best.shape == score.shape == (len(queries), min(5, len(candidates)))
-        for query, (order, scores) in enumerate(orders(queries, candidates, rights)):
-            places = [place for place, i in enumerate(order) if i in rights[query]]
-            assert items[f"rank_by_{asked}"][query] == places[0]
-            assert [(scores[i], i in rights[query]) for i in best[query].tolist()] == [
-                (scores[i], i in rights[query]) for i in order[: best.shape[1]]]  # fmt: skip
+        for query, (order, scores) in enumerate(orders(queries, candidates, positives)):
+            ranks = [rank for rank, i in enumerate(order) if i in positives[query]]
+            assert items[f"rank_by_{direction}"][query] == ranks[0]
+            assert [(scores[i], i in positives[query]) for i in best[query].tolist()] == [
+                (scores[i], i in positives[query]) for i in order[: best.shape[1]]]  # fmt: skip
             assert len(set(best[query].tolist())) == best.shape[1]
             assert score[query].tolist() == pytest.approx([scores[i] for i in order[: best.shape[1]]], abs=1e-7)
-            if asked == "image":
-                # A right one stands after all wrong ones that tie with it, right ones stand by score.
-                wrong = [scores[i] for i in range(len(scores)) if i not in rights[query]]
-                mine = sorted((scores[i] for i in rights[query]), reverse=True)
-                ranks = [sum(s >= one for s in wrong) + j for j, one in enumerate(mine)]
+            if direction == "image":
+                # A positive comes after all negatives that tie with it; positives are sorted by score.
+                negative = [scores[i] for i in range(len(scores)) if i not in positives[query]]
+                positive = sorted((scores[i] for i in positives[query]), reverse=True)
+                ranks = [sum(s >= one for s in negative) + j for j, one in enumerate(positive)]
                 assert min(int(items["last_by_image"][query]), 10) == min(ranks[-1], 10)
                 gains = sum(1 / math.log2(rank + 2) for rank in ranks if rank < 10)
-                ideal = sum(1 / math.log2(rank + 2) for rank in range(min(10, len(mine))))
+                ideal = sum(1 / math.log2(rank + 2) for rank in range(min(10, len(positive))))
                 assert items["ndcg_by_image"][query] == pytest.approx(gains / ideal, abs=1e-12)
     pairs = [scored(text[t], image)[owner[t]] for t in range(len(text))]
     assert items["score_of_pair"].tolist() == pytest.approx(pairs, abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_items_do_not_depend_on_the_size_of_blocks(monkeypatch, kind):
+def test_items_do_not_depend_on_the_blocks(monkeypatch, kind):
     owner = ownership(60, 200)
-    image, text = drawn(kind, 60, owner)
+    image, text = draw(kind, 60, owner)
     whole = retrieval_metrics(image, text, owner)
-    for cells, waiting, pairs in ((100, 8, 64), (3000, 1000, 1 << 18)):
+    for cells, pending, pairs in ((100, 8, 64), (3000, 1000, 1 << 18)):
         monkeypatch.setattr(ranking, "CPU_SCORES", cells)
-        monkeypatch.setattr(ranking, "WAITING", waiting)
+        monkeypatch.setattr(ranking, "MAX_PENDING", pending)
         monkeypatch.setattr(ranking, "CPU_PAIRS", pairs)
         again = retrieval_metrics(image, text, owner)
         assert again.metrics == whole.metrics
@@ -302,8 +302,8 @@ def test_items_do_not_depend_on_the_size_of_blocks(monkeypatch, kind):
         assert all(torch.equal(again.items[name], values) for name, values in whole.items.items())
 
 
-def test_ndcg_and_all_are_those_of_the_definition():
-    """nDCG by scikit-learn, which knows no order among ties: there are none."""
+def test_ndcg_and_retrieval_all_equal_the_definition():
+    """nDCG equals scikit-learn's, which treats ties differently: there are none."""
     owner = ownership(12, 40)
     image, text = unit(12, 8), F.normalize(unit(12, 8)[owner] + unit(40, 8), dim=1)
     metrics = retrieval_metrics(image, text, owner, ks=(1, 3, 8, 10, 20), replicates=0).metrics
@@ -321,10 +321,10 @@ def test_ndcg_and_all_are_those_of_the_definition():
     assert not [name for name in alone if "_all" in name]
 
 
-def test_measures_with_weights_are_metrics_of_repeated_images():
-    """An image that counts n times is the same as n of it: the ranks stay those among the single ones."""
+def test_weights_equal_copies_of_images():
+    """An image with weight n counts like n copies of its outcome; the ranks are those of the data without copies."""
     owner = (torch.arange(51) % 15)[torch.randperm(51)]
-    items = retrieval_metrics(*drawn("random", 15, owner), owner, replicates=0).items
+    items = retrieval_metrics(*draw("random", 15, owner), owner, replicates=0).items
     weights = torch.randint(0, 4, (15,)).index_fill_(0, torch.randint(15, (1,)), 1)
     texts = torch.repeat_interleave(torch.arange(51), weights[owner])
     by_text, by_image = items["rank_by_text"][texts], items["rank_by_image"].repeat_interleave(weights)
@@ -345,8 +345,8 @@ def test_measures_with_weights_are_metrics_of_repeated_images():
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_median_of_any_weights(monkeypatch):
-    """Where the middle of the values holds the medians, and where it does not; in pieces."""
+def test_weighted_medians(monkeypatch):
+    """The medians are found inside and outside of the middle values, and with several parts of the weights."""
     monkeypatch.setattr(retrieval, "_CELLS", 600)
     values, unit_of = torch.randint(0, 50, (200,)), torch.randint(0, 30, (200,))
     unit_of[:30] = torch.arange(30)
@@ -356,22 +356,22 @@ def test_the_median_of_any_weights(monkeypatch):
     assert found.tolist() == expected
 
 
-def answered(kind):
+def draw_items(kind):
     images = int(torch.randint(2, 14, ()))
     owner = ownership(images, images + int(torch.randint(0, 20, ())))
-    image, text = drawn(kind, images, owner)
+    image, text = draw(kind, images, owner)
     return image, text, owner, retrieval_metrics(image, text, owner, replicates=0).items
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_equal_brute_force(kind):
-    image, text, owner, items = answered(kind)
+    image, text, owner, items = draw_items(kind)
     count = int(torch.randint(1, 5, ()))
     found = retrieval_answers(items, count)
     assert found == retrieval_answers(items, count)
     assert set(found) == {"text", "image"}
-    for asked, queries, candidates in (("text", text, image), ("image", image, text)):
-        answers, ranks = found[asked], items[f"rank_by_{asked}"]
+    for direction, queries, candidates in (("text", text, image), ("image", image, text)):
+        answers, ranks = found[direction], items[f"rank_by_{direction}"]
         right = [answer.rank == 0 for answer in answers]
         assert right == sorted(right, reverse=True)
         assert sum(right) == min(count, int((ranks == 0).sum()))
@@ -380,28 +380,29 @@ def test_answers_equal_brute_force(kind):
         for answer in answers:
             assert answer.rank == ranks[answer.query]
             scores = scored(queries[answer.query], candidates)
-            own = [int(owner[answer.query])] if asked == "text" else torch.nonzero(owner == answer.query)[:, 0].tolist()
+            texts = torch.nonzero(owner == answer.query)[:, 0].tolist()
+            own = [int(owner[answer.query])] if direction == "text" else texts
             order = sorted(range(len(scores)), key=lambda i: (-scores[i], i in own))
             assert len(answer.best) == min(5, len(scores))
             assert [(scores[i], i in own) for i in answer.best] == [(scores[i], i in own) for i in order[:5]]
             assert answer.scores == pytest.approx([scores[i] for i in answer.best], abs=1e-6)
             assert sorted(answer.right) == own
-            falling = [scores[i] for i in answer.right]
-            assert falling == pytest.approx(sorted(falling, reverse=True), abs=1e-7)
-            places = [place for place, i in enumerate(answer.best) if i in own]
-            assert (answer.rank < len(answer.best)) == bool(places)
-            assert not places or places[0] == answer.rank
+            positive = [scores[i] for i in answer.right]
+            assert positive == pytest.approx(sorted(positive, reverse=True), abs=1e-7)
+            shown = [rank for rank, i in enumerate(answer.best) if i in own]
+            assert (answer.rank < len(answer.best)) == bool(shown)
+            assert not shown or shown[0] == answer.rank
 
 
-def test_the_draw_of_answers_does_not_look_at_the_scores():
-    """Whoever picks the nicest answers looks at them: other scores behind the same ranks must give the same queries."""
+def test_the_draw_of_answers_does_not_depend_on_the_scores():
+    """Other scores with the same ranks give the same queries: the nicest answers are not picked."""
     owner = ownership(20, 45)
     ranks = {"rank_by_text": torch.randint(3, (45,)), "rank_by_image": torch.randint(3, (20,))}
     one, two = (
         retrieval_answers(retrieval_metrics(unit(20, 8), unit(45, 8), owner, replicates=0).items | ranks)
         for _ in range(2)
     )
-    assert all([a.query for a in one[asked]] == [b.query for b in two[asked]] for asked in one)
+    assert all([a.query for a in one[name]] == [b.query for b in two[name]] for name in one)
     items = retrieval_metrics(unit(20, 8), unit(45, 8), owner, replicates=0).items
     state = torch.get_rng_state()
     retrieval_answers(items)
@@ -416,36 +417,36 @@ def test_answers_where_all_are_right_or_all_wrong(rank):
     assert [[answer.rank for answer in answers] for answers in found.values()] == [[rank] * 4] * 2
 
 
-# Among the items of one kind
+# Among items of one kind
 
 
-def grouped(kind, count, groups):
-    """Embeddings (N, 16) and groups (N,), some items alone, one pair at least."""
+def draw_groups(kind, count, groups):
+    """Draw embeddings (N, 16) and groups (N,), with some items alone and at least one pair."""
     group = torch.cat((torch.randint(groups, (count - 2,)), torch.full((2,), groups)))[torch.randperm(count)]
-    x, _ = drawn(kind, count, torch.arange(count))
+    x, _ = draw(kind, count, torch.arange(count))
     return F.normalize(x + 0.2 * torch.randn(groups + 1, 16)[group], dim=1) if kind == "random" else x, group
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("route", ["counted", "sorted"])
-def test_groups_equal_brute_force(monkeypatch, kind, route):
-    monkeypatch.setattr(retrieval, "SEVERAL", 0 if route == "sorted" else 64)
+@pytest.mark.parametrize("method", ["counting", "sorting"])
+def test_groups_equal_brute_force(monkeypatch, kind, method):
+    monkeypatch.setattr(retrieval, "MAX_COUNTED", 0 if method == "sorting" else 64)
     monkeypatch.setattr(retrieval, "_CELLS", 200)
     monkeypatch.setattr(ranking, "CPU_SCORES", 300)
-    x, group = grouped(kind, int(torch.randint(3, 50, ())), int(torch.randint(1, 30, ())))
+    x, group = draw_groups(kind, int(torch.randint(3, 50, ())), int(torch.randint(1, 30, ())))
     metrics, intervals, chance, items = group_metrics(x, group, (1, 2, 5), replicates=20)
     ranks, ndcg, precision = [], [], []
-    asking = [i for i in range(len(x)) if int((group == group[i]).sum()) > 1]
-    assert items["query"].tolist() == asking
-    for query in asking:
+    queries = [i for i in range(len(x)) if int((group == group[i]).sum()) > 1]
+    assert items["query"].tolist() == queries
+    for query in queries:
         own = {i for i in range(len(x)) if group[i] == group[query] and i != query}
         scores = scored(x[query], x)
         order = sorted((i for i in range(len(x)) if i != query), key=lambda i: (-scores[i], i in own))
-        places = [place for place, i in enumerate(order) if i in own]
-        ranks.append(places[0])
+        found = [rank for rank, i in enumerate(order) if i in own]
+        ranks.append(found[0])
         gains = [1 / math.log2(rank + 2) for rank in range(10)]
-        ndcg.append(sum(gains[p] for p in places if p < 10) / sum(gains[: len(places)]))
-        precision.append(statistics.mean((j + 1) / (p + 1) for j, p in enumerate(places)))
+        ndcg.append(sum(gains[rank] for rank in found if rank < 10) / sum(gains[: len(found)]))
+        precision.append(statistics.mean((j + 1) / (rank + 1) for j, rank in enumerate(found)))
     assert items["rank"].tolist() == ranks
     assert items["ndcg"].tolist() == pytest.approx(ndcg, abs=1e-12)
     assert items["precision"].tolist() == pytest.approx(precision, abs=1e-12)
@@ -458,10 +459,10 @@ def test_groups_equal_brute_force(monkeypatch, kind, route):
     assert set(metrics) == set(intervals) == set(chance)
 
 
-@pytest.mark.parametrize("several", [0, 64])
-def test_groups_are_those_of_scikit_learn(monkeypatch, several):
-    monkeypatch.setattr(retrieval, "SEVERAL", several)
-    x, group = grouped("random", 80, 11)
+@pytest.mark.parametrize("max_counted", [0, 64])
+def test_groups_equal_scikit_learn(monkeypatch, max_counted):
+    monkeypatch.setattr(retrieval, "MAX_COUNTED", max_counted)
+    x, group = draw_groups("random", 80, 11)
     items = group_metrics(x.double(), group, replicates=0).items
     scores = (x.double() @ x.double().T).numpy()
     for m, query in enumerate(items["query"].tolist()):
@@ -471,13 +472,13 @@ def test_groups_are_those_of_scikit_learn(monkeypatch, several):
         assert items["ndcg"][m] == pytest.approx(ndcg_score([truth], [scores[query, others]], k=10), abs=1e-12)
 
 
-def test_groups_by_chance():
-    """Mean over random orders of 14 items in groups of 1, 2, 4 and 7; within 6 standard errors."""
+def test_chance_of_groups_is_the_mean_over_random_orders():
+    """The chance values are within 6 standard errors of random orders of 14 items in groups of 1, 2, 4 and 7."""
     group = torch.tensor([0] * 7 + [1] * 4 + [2] * 2 + [3])[torch.randperm(14)]
     chance = group_metrics(unit(14, 5), group, (1, 5, 10), replicates=0).chance
     found: dict[str, list[float]] = {name: [] for name in chance}
     for _ in range(400):
-        # Orthogonal embeddings but for a random symmetric part: no order of one query depends on its group.
+        # The order of each query is independent of its group.
         scores = torch.rand(14, 14, dtype=torch.float64)
         rows = [torch.nonzero(group == group[i])[:, 0].tolist() for i in range(14)]
         outcomes: dict[str, list[float]] = {name: [] for name in chance}
@@ -485,13 +486,13 @@ def test_groups_by_chance():
             own = [i for i in rows[query] if i != query]
             if own:
                 order = sorted((i for i in range(14) if i != query), key=lambda i: -scores[query, i])
-                places = sorted(order.index(i) for i in own)
+                ranks = sorted(order.index(i) for i in own)
                 gains = [1 / math.log2(rank + 2) for rank in range(10)]
                 for k in (1, 5, 10):
-                    outcomes[f"recall@{k}"].append(places[0] < k)
-                outcomes["ndcg@10"].append(sum(gains[p] for p in places if p < 10) / sum(gains[: len(own)]))
+                    outcomes[f"recall@{k}"].append(ranks[0] < k)
+                outcomes["ndcg@10"].append(sum(gains[rank] for rank in ranks if rank < 10) / sum(gains[: len(own)]))
                 outcomes["mean_average_precision"].append(
-                    statistics.mean((j + 1) / (p + 1) for j, p in enumerate(places))
+                    statistics.mean((j + 1) / (rank + 1) for j, rank in enumerate(ranks))
                 )
         for name, values in outcomes.items():
             found[name].append(statistics.mean(values))
@@ -501,7 +502,7 @@ def test_groups_by_chance():
 
 
 def test_intervals_of_groups_draw_units():
-    """Captions of an image go together: with 4 copies of each, the interval stays that of the single ones."""
+    """The bootstrap draws images, each with all of its captions."""
     x = F.normalize(torch.randn(60, 1, 8) + 0.7 * torch.randn(60, 2, 8), dim=2).flatten(0, 1)
     group = torch.arange(60).repeat_interleave(2)
     found = group_metrics(x, group, unit=group + 7, replicates=200)
@@ -528,7 +529,7 @@ def test_groups_that_do_not_fit_are_refused():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most numbers that a tensor made under it has memory for."""
+    """A mode that measures the largest tensor storage of any operation, in numbers."""
 
     most = 0
 
@@ -541,14 +542,14 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["random", "collapsed"])
-@pytest.mark.parametrize("several", [0, 64])
-def test_no_tensor_is_near_the_whole_product(monkeypatch, kind, several):
-    monkeypatch.setattr(retrieval, "SEVERAL", several)
+@pytest.mark.parametrize("max_counted", [0, 64])
+def test_no_tensor_holds_the_whole_product(monkeypatch, kind, max_counted):
+    monkeypatch.setattr(retrieval, "MAX_COUNTED", max_counted)
     monkeypatch.setattr(retrieval, "_CELLS", 1 << 13)
-    for name in ("CPU_SCORES", "CPU_PAIRS", "WAITING"):
+    for name in ("CPU_SCORES", "CPU_PAIRS", "MAX_PENDING"):
         monkeypatch.setattr(ranking, name, 1 << 13)
     owner = ownership(500, 1000)
-    image, text = drawn(kind, 500, owner)
+    image, text = draw(kind, 500, owner)
     with Largest() as seen:
         retrieval_metrics(image, text, owner, replicates=0)
         group_metrics(text, torch.arange(1000) // 2, replicates=0)
@@ -557,15 +558,15 @@ def test_no_tensor_is_near_the_whole_product(monkeypatch, kind, several):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("several", [0, 64])
-def test_cuda_gives_the_same(monkeypatch, kind, several):
-    monkeypatch.setattr(retrieval, "SEVERAL", several)
+@pytest.mark.parametrize("max_counted", [0, 64])
+def test_cuda_equals_cpu(monkeypatch, kind, max_counted):
+    monkeypatch.setattr(retrieval, "MAX_COUNTED", max_counted)
     owner = ownership(70, 200)
-    image, text = drawn(kind, 70, owner)
-    for here, there in (
+    image, text = draw(kind, 70, owner)
+    for cpu, cuda in (
         (retrieval_metrics(image, text, owner), retrieval_metrics(image.cuda(), text.cuda(), owner)),
         (group_metrics(text, owner), group_metrics(text.cuda(), owner)),
     ):
-        assert there.metrics == pytest.approx(here.metrics, abs=1e-12)
-        for name, values in here.items.items():
-            assert torch.allclose(there.items[name], values, rtol=0, atol=1e-6), name
+        assert cuda.metrics == pytest.approx(cpu.metrics, abs=1e-12)
+        for name, values in cpu.items.items():
+            assert torch.allclose(cuda.items[name], values, rtol=0, atol=1e-6), name

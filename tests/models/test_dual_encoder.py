@@ -79,27 +79,28 @@ def test_initial_scale_and_bias(bias, scale):
     assert shapes == {"logit_scale": (1,), "logit_bias": (1,)} if bias else {"logit_scale": (1,)}
 
 
-def test_scale_is_clamped_and_comes_back():
+def test_scale_is_clamped_and_can_decrease_again():
     logits = Logits(False, 1000.0, 0.0)
     scale, _ = logits()
     torch.testing.assert_close(scale, torch.tensor([100.0]))
-    assert torch.autograd.grad(scale.sum(), logits.logit_scale)[0] == 0  # past the bound: stuck without project()
-    logits.project()
+    # Past the bound there is no gradient; without `clamp_scale` the scale would stay there.
+    assert torch.autograd.grad(scale.sum(), logits.logit_scale)[0] == 0
+    logits.clamp_scale()
     assert logits.logit_scale.requires_grad
     scale, _ = logits()
     torch.testing.assert_close(scale, torch.tensor([100.0]), rtol=1e-4, atol=0)
-    gradient = torch.autograd.grad(scale.sum(), logits.logit_scale)[0]  # clamp's own is 0 at the bound (torch 2.15)
+    gradient = torch.autograd.grad(scale.sum(), logits.logit_scale)[0]  # 0 at the bound with clamp (torch 2.15)
     torch.testing.assert_close(gradient, torch.tensor([100.0]), rtol=1e-4, atol=0)
 
-    logits = Logits(True, 1000.0, -10.0)  # a sigmoid's has no bound
-    logits.project()
+    logits = Logits(True, 1000.0, -10.0)  # With a bias there is no bound.
+    logits.clamp_scale()
     scale, bias = logits()
     torch.testing.assert_close(scale, torch.tensor([1000.0]), rtol=1e-5, atol=0)
     assert bias == -10
 
-    logits = Logits(False, 99.0, 0.0)  # below the bound nothing happens
+    logits = Logits(False, 99.0, 0.0)  # Below the bound nothing changes.
     before = logits.logit_scale.clone()
-    logits.project()
+    logits.clamp_scale()
     assert torch.equal(logits.logit_scale, before)
     torch.testing.assert_close(logits()[0], torch.tensor([99.0]))
     assert math.isclose(before.item(), math.log(99), rel_tol=1e-6)
@@ -109,7 +110,7 @@ def test_scale_is_clamped_and_comes_back():
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("projection", ["linear", "mlp"])
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
-def test_every_parameter_is_called_and_gets_a_gradient(loss, projection, norm, pool):
+def test_every_module_is_called_and_every_parameter_gets_a_gradient(loss, projection, norm, pool):
     text = TextConfig(VOCAB, 32, layers=1, heads=2, context_length=12, types=2, norm=norm, pool=pool)
     model = DualEncoder(IMAGE, text, DIM, projection, logit_bias=loss is siglip_loss)
     called = set()
@@ -117,7 +118,7 @@ def test_every_parameter_is_called_and_gets_a_gradient(loss, projection, norm, p
         module.register_forward_pre_hook(lambda module, _: called.add(module))
     images, tokens = batch()
     loss(*model(images, tokens)).backward()
-    # FSDP2 gathers a module's own parameters when that module is called, and at no other time.
+    # FSDP2 gathers a module's own parameters only when that module is called.
     owners = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
     assert [name for name, module in owners.items() if module not in called] == []
     for name, parameter in model.named_parameters():

@@ -29,21 +29,21 @@ def images(count=3, dtype=torch.float32):
     return torch.randn(count, 3, SIZE, SIZE, dtype=dtype)
 
 
-def test_features_are_timms():
+def test_features_equal_timm():
     model, x = build().double().eval(), images(dtype=torch.float64)
     peer = timm.create_model(NAME, num_classes=0, img_size=SIZE, **SHAPE).double().eval()
     assert model(x).shape == (3, model.width) == (3, WIDTH)
-    assert (model(x) - peer(x)).abs().max() > 1e-2  # control: with its own weights
+    assert (model(x) - peer(x)).abs().max() > 1e-2  # control: with other weights
     peer.load_state_dict(model.vit.state_dict())
     torch.testing.assert_close(model(x), peer(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
-def test_patch_dropout_skips_the_work(share):
+def test_patch_dropout_saves_flops(share):
     model, plain, x = build(patch_dropout=share), build(), images()
     plain.load_state_dict(model.state_dict())
 
-    def work(module):
+    def flops(module):
         with FlopCounterMode(display=False) as counter:
             module(x)
         return counter.get_total_flops()
@@ -53,10 +53,10 @@ def test_patch_dropout_skips_the_work(share):
         block = 2 * tokens * 12 * WIDTH**2 + 4 * tokens**2 * WIDTH
         return len(x) * (2 * PATCHES * 3 * PATCH**2 * WIDTH + block)
 
-    assert work(model.train()) == pytest.approx(by_hand(PATCHES * (1 - share)), rel=0.02)
-    assert work(plain.train()) == pytest.approx(by_hand(PATCHES), rel=0.02)
-    assert not torch.equal(model(x), plain(x))  # control: in training it drops
-    assert work(model.eval()) == work(plain.eval())
+    assert flops(model.train()) == pytest.approx(by_hand(PATCHES * (1 - share)), rel=0.02)
+    assert flops(plain.train()) == pytest.approx(by_hand(PATCHES), rel=0.02)
+    assert not torch.equal(model(x), plain(x))  # control: patches are dropped in training
+    assert flops(model.eval()) == flops(plain.eval())
     assert torch.equal(model(x), plain(x))
 
 
@@ -78,7 +78,7 @@ def test_grad_checkpointing_is_bit_equal(share, seed):
     again, again_grads, again_kept = step(True)
     assert torch.equal(out, again)
     assert all(map(torch.equal, grads, again_grads))
-    assert again_kept < kept / 2  # control: it does keep less
+    assert again_kept < kept / 2  # control
 
 
 def test_load_pretrained_resamples_positions(tmp_path):
@@ -102,14 +102,14 @@ def test_load_pretrained_resamples_positions(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["tensors", "file"])
-def test_load_pretrained_takes_what_it_is_given_and_not_what_the_name_has(kind, tmp_path):
+def test_given_weights_replace_those_of_the_name(kind, tmp_path):
     folder = tmp_path / "timm"
     save_for_hf(timm.create_model(NAME, img_size=SIZE, num_classes=0, **SHAPE), folder, safe_serialization=True)
     model = ImageEncoder(ImageConfig(f"local-dir:{folder}", SIZE, SHAPE))
     state = build().vit.state_dict()
     save_file(state, tmp_path / "weights.safetensors")
     model.load_pretrained()
-    assert not torch.equal(model.vit.pos_embed, state["pos_embed"])  # control: those of the name
+    assert not torch.equal(model.vit.pos_embed, state["pos_embed"])  # control: the weights of the name
     model.load_pretrained(state if kind == "tensors" else str(tmp_path / "weights.safetensors"))
     assert all(torch.equal(x, state[name]) for name, x in model.vit.state_dict().items())
 
@@ -124,12 +124,12 @@ def test_load_pretrained_with_patch_dropout(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["shallower", "foreign", "wider", "absent"])
-def test_load_pretrained_refuses_what_does_not_fit(fault, tmp_path):
+def test_load_pretrained_refuses_weights_that_do_not_fit(fault, tmp_path):
     model, file = build(depth=2), tmp_path / "weights.safetensors"
     fits = model.vit.state_dict()
     tensors = {
-        "shallower": build(depth=1).vit.state_dict(),  # a block would keep its random weights
-        "foreign": {f"model.visual.{name}": value for name, value in fits.items()},  # all of them would
+        "shallower": build(depth=1).vit.state_dict(),  # One block would keep its random weights.
+        "foreign": {f"model.visual.{name}": value for name, value in fits.items()},  # All blocks would.
         "wider": {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in fits.items()},
     }
     if fault != "absent":
@@ -159,17 +159,17 @@ def test_data_config(name, mean):
     assert model.data_config["interpolation"] == "bicubic"
 
 
-def test_unknown_name_comes_with_close_ones():
+def test_the_error_of_an_unknown_name_lists_close_names():
     with pytest.raises(ValueError, match=r"'vit_tiny_patch16_242'.*vit_tiny_patch16_224"):
         ImageEncoder(ImageConfig("vit_tiny_patch16_242"))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
-def test_no_vision_transformer(name):
-    with pytest.raises(ValueError, match=f"'{name}' is no vision transformer"):
+def test_models_that_are_not_vision_transformers_are_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not a vision transformer"):
         ImageEncoder(ImageConfig(name, SIZE))
 
 
-def test_unknown_override_is_named():
+def test_the_error_of_an_unknown_override_names_it():
     with pytest.raises(ValueError, match="dept"):
         ImageEncoder(ImageConfig(NAME, SIZE, {"dept": 1}))

@@ -7,8 +7,8 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dualenc.models.attention import grouped_attention, grouped_attention_backward, ragged_attention, repadded_attention
-from dualenc.models.text_encoder import TextConfig, TextEncoder, rotated
+from dualenc.models.attention import grouped_attention, grouped_attention_backward, padded_attention, ragged_attention
+from dualenc.models.text_encoder import TextConfig, TextEncoder, rotate
 from dualenc.tokens import Tokens
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -18,7 +18,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 def build(dtype=torch.float64, **changes):
-    """A small encoder, every parameter moved off its start: zero biases and unit LayerNorms hide mistakes."""
+    """Build a small encoder with all parameters perturbed, since zero biases and unit LayerNorms hide mistakes."""
     settings = {"mlp_width": MLP, "context_length": CONTEXT, "layers": 2, "norm_eps": 1e-5, **changes}
     return perturb(TextEncoder(TextConfig(VOCAB, WIDTH, heads=HEADS, **settings)).to(dtype))
 
@@ -31,13 +31,13 @@ def perturb(model):
 
 
 def ragged():
-    """Lengths in no order, with the shortest, the longest and repeated ones among them."""
+    """Draw lengths in random order, including the shortest, the longest and repeated ones."""
     lengths = [1, CONTEXT, 1, 5, 5, 5, *torch.randint(1, CONTEXT + 1, (4,)).tolist()]
     return [lengths[i] for i in torch.randperm(len(lengths))]
 
 
 def draw(lengths, types=0):
-    """Different texts without the padding id 0, and segments for them."""
+    """Draw different texts without the padding id 0, and their segments."""
     texts = []
     for length in lengths:
         while (text := torch.randint(1, VOCAB, (length,)).tolist()) in texts:
@@ -53,7 +53,7 @@ def gradients(model, loss):
 
 
 def per_text(q, k, v, offsets, causal=False, window=None):
-    """Attention as its formula reads, a text at a time."""
+    """Compute attention by its formula, one text at a time."""
     outs = []
     for start, end in zip(offsets.tolist(), offsets.tolist()[1:]):
         scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
@@ -75,7 +75,7 @@ def heads(lengths, width=8, dtype=torch.float64, device="cpu"):
     return [torch.randn(sum(lengths), HEADS, width, dtype=dtype, device=device, requires_grad=True) for _ in "qkv"]
 
 
-# The encoder: packed against padded.
+# The packed encoder against the padded one
 
 
 FAMILIES = {
@@ -101,7 +101,7 @@ def test_packed_equals_padded(changes):
     texts, segments = draw(ragged(), types)
     tokens = Tokens.pack(texts, segments)
 
-    # Padded by hand, so that a mistake in Tokens shows here too.
+    # The texts are padded by hand, so that a mistake in Tokens shows here too.
     ids = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
     mask = torch.zeros(len(texts), CONTEXT, dtype=torch.bool)
     kinds = torch.zeros_like(ids) if types else None
@@ -117,7 +117,7 @@ def test_packed_equals_padded(changes):
     torch.testing.assert_close(pooled, oracle, **EXACT)
 
     weight = torch.randn_like(pooled)
-    # Rows of hidden states take part too: with cls pooling alone, one layer's gradient would see one query a text.
+    # The hidden states contribute too: with cls pooling alone, the last layer has gradients of one query a text.
     spread = torch.randn_like(padded)
     spread_packed = torch.cat([spread[i, : len(texts[i])] for i in tokens.rows.argsort()])
     got = gradients(model, (pooled * weight).sum() + (packed * spread_packed).sum())
@@ -130,7 +130,7 @@ def test_packed_equals_padded(changes):
     assert (shifted[mask.roll(1, 0)] - padded[mask]).abs().max() > 1e-2
 
 
-def test_padded_and_back():
+def test_padded_restores_the_texts():
     texts, segments = draw(ragged(), types=2)
     ids, mask, kinds = Tokens.pack(texts, segments).padded()
     assert [row[keep].tolist() for row, keep in zip(ids, mask)] == texts
@@ -140,13 +140,13 @@ def test_padded_and_back():
 
 
 @pytest.mark.parametrize("texts", [[], [[3, 4], []]])
-def test_nothing_to_pack(texts):
+def test_texts_without_tokens_are_refused(texts):
     with pytest.raises(ValueError, match=r"no texts|\[1\]"):
         Tokens.pack(texts)
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "last"])
-def test_pooled_rows_in_the_callers_order(pool):
+def test_pooled_vectors_are_in_the_callers_order(pool):
     model = build(pool=pool)
     texts, _ = draw(ragged())
     tokens = Tokens.pack(texts)
@@ -160,7 +160,7 @@ def test_pooled_rows_in_the_callers_order(pool):
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_a_text_knows_nothing_of_its_batch(pool):
+def test_an_embedding_does_not_depend_on_the_batch(pool):
     model = build(pool=pool, norm="pre", types=2)
     texts, segments = draw(ragged(), types=2)
 
@@ -187,12 +187,12 @@ def test_nan_in_the_padding_embedding_changes_nothing():
     torch.testing.assert_close(model(tokens), packed, rtol=0, atol=0)
     torch.testing.assert_close(model.forward_padded(ids, mask)[mask], padded[mask], rtol=0, atol=0)
     torch.testing.assert_close(model.pool_padded(model.forward_padded(ids, mask), mask), pooled, rtol=0, atol=0)
-    with torch.no_grad():  # control: the same in a row that is used
+    with torch.no_grad():  # control: an embedding that is used
         model.embeddings.token_embeddings.weight[tokens.ids[0]] = torch.nan
     assert model(tokens).isnan().any()
 
 
-# Work: the real tokens' alone.
+# FLOPs
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -211,12 +211,12 @@ def test_flops_are_those_of_the_real_tokens(norm):
         model.pool(hidden, tokens).sum().backward()
     assert both.get_total_flops() == pytest.approx(3 * linears + (4 + 10) * pairs, rel=0.002)
 
-    with FlopCounterMode(display=False) as padded:  # control: the padded path does the padding's work
+    with FlopCounterMode(display=False) as padded:  # control: the padded path computes the padding too
         model.forward_padded(*tokens.padded())
     assert padded.get_total_flops() > 1.1 * forward.get_total_flops()
 
 
-def test_flop_formula_is_that_of_sdpa_on_each_text():
+def test_flop_formula_equals_sdpa_on_each_text():
     lengths = ragged()
     q, k, v = heads(lengths)
     with FlopCounterMode(display=False) as packed:
@@ -233,25 +233,26 @@ def test_flop_formula_is_that_of_sdpa_on_each_text():
     assert packed.get_total_flops() == alone.get_total_flops()
 
 
-# Attention.
+# Attention
+
+MASKS = [(False, None), (True, None), (False, 0), (False, 3), (True, 2), (False, CONTEXT - 1)]  # causal, window
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "mixed"])
-@pytest.mark.parametrize("way", ["grouped", "repadded", "ragged"])
-@pytest.mark.parametrize("seen", [(False, None), (True, None), (False, 0), (False, 3), (True, 2), (False, CONTEXT - 1)])
-def test_attention_against_its_formula(way, order, seen):
+@pytest.mark.parametrize("kind", ["grouped", "padded", "ragged"])
+@pytest.mark.parametrize(("causal", "window"), MASKS)
+def test_attention_equals_its_formula(kind, order, causal, window):
     lengths = ragged()
     lengths = lengths if order == "mixed" else sorted(lengths, reverse=order == "descending")
     offsets = offsets_of(lengths)
-    # Views into one matrix, as the encoder's qkv gives them.
+    # Views into one matrix, as in the encoder.
     qkv = torch.randn(sum(lengths), 3, HEADS, 8, dtype=torch.float64, requires_grad=True)
     q, k, v = qkv.unbind(1)
-    causal, window = seen
     attend = {
         "grouped": lambda: grouped_attention(q, k, v, offsets, causal, window),
-        "repadded": lambda: repadded_attention(q, k, v, offsets, max(lengths), causal, window),
+        "padded": lambda: padded_attention(q, k, v, offsets, max(lengths), causal, window),
         "ragged": lambda: ragged_attention(q, k, v, offsets, max(lengths), causal=causal, window=window),
-    }[way]
+    }[kind]
     out, want = attend(), per_text(q, k, v, offsets, causal, window)
     torch.testing.assert_close(out, want, **EXACT)
     weight = torch.randn_like(out)
@@ -261,7 +262,7 @@ def test_attention_against_its_formula(way, order, seen):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_in_lower_precision(dtype):
-    """Forward and backward are about as near to float64 as plain SDPA on each text alone, or nearer."""
+    """Forward and backward are about as near to float64 as SDPA on each text, or nearer."""
     lengths = ragged()
     offsets = offsets_of(lengths)
     q, k, v = heads(lengths, dtype=dtype)
@@ -272,22 +273,23 @@ def test_attention_in_lower_precision(dtype):
         outs = [F.scaled_dot_product_attention(*(x[None] for x in text))[0] for text in texts]
         return torch.cat(outs, dim=1).transpose(0, 1)
 
-    def all_of(attend, dtype):
-        wide = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        out = attend(*wide, offsets)
-        return [x.double() for x in (out, *torch.autograd.grad((out * weight.to(dtype)).sum(), wide))]
+    def output_and_grads(attend, dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, offsets)
+        return [x.double() for x in (out, *torch.autograd.grad((out * weight.to(dtype)).sum(), inputs))]
 
-    exact = all_of(per_text, torch.float64)
-    for got, plain, want in zip(all_of(grouped_attention, dtype), all_of(sdpa, dtype), exact, strict=True):
-        # Sums in bf16 instead of fp32 would be at 1.4 to 1.9, this is at 0.6 to 1.0.
+    exact = output_and_grads(per_text, torch.float64)
+    pairs = zip(output_and_grads(grouped_attention, dtype), output_and_grads(sdpa, dtype), exact, strict=True)
+    for got, plain, want in pairs:
+        # The ratio is 0.6 to 1.0. With sums in bf16 instead of fp32 it would be 1.4 to 1.9.
         assert (got - want).norm() <= 1.2 * (plain - want).norm()
 
 
-@pytest.mark.parametrize("seen", [(False, None), (True, None), (False, 1)])
-def test_gradcheck(seen):
+@pytest.mark.parametrize("mask", [(False, None), (True, None), (False, 1)])
+def test_gradcheck(mask):
     lengths = [1, 3, 3, 2]
     offsets = offsets_of(lengths)
-    assert torch.autograd.gradcheck(lambda *qkv: grouped_attention(*qkv, offsets, *seen), heads(lengths, width=2))
+    assert torch.autograd.gradcheck(lambda *qkv: grouped_attention(*qkv, offsets, *mask), heads(lengths, width=2))
 
 
 @pytest.mark.long
@@ -298,32 +300,32 @@ def test_opcheck(contiguous):
     q, k, v = heads(lengths, width=4)
     if not contiguous:
         q, k, v = (x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (q, k, v))
-    for seen in ((), (True, 1)):
-        torch.library.opcheck(grouped_attention, (q, k, v, offsets_of(lengths), *seen))
+    for mask in ((), (True, 1)):
+        torch.library.opcheck(grouped_attention, (q, k, v, offsets_of(lengths), *mask))
         plain = [x.detach() for x in (torch.randn_like(q), q, k, v)]
-        torch.library.opcheck(grouped_attention_backward, (*plain, offsets_of(lengths), *seen))
+        torch.library.opcheck(grouped_attention_backward, (*plain, offsets_of(lengths), *mask))
 
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("seen", [{}, {"causal": True}, {"window": 5}])
-def test_varlen_agrees_with_repadded_fp32(seen):
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": 5}])
+def test_varlen_attention_equals_padded_fp32(mask):
     lengths = [*ragged(), 77, 63]
     offsets = offsets_of(lengths).cuda()
-    wide = heads(lengths, width=64, dtype=torch.float32, device="cuda")
+    single = heads(lengths, width=64, dtype=torch.float32, device="cuda")
     with torch.no_grad():
-        for x in wide:
-            x.copy_(x.bfloat16())  # so that both start from the same numbers
-    narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
-    weight = torch.randn_like(wide[0]).bfloat16()
+        for x in single:
+            x.copy_(x.bfloat16())  # Both start from the same numbers.
+    half = [x.detach().bfloat16().requires_grad_() for x in single]
+    weight = torch.randn_like(single[0]).bfloat16()
 
-    want = repadded_attention(*wide, offsets, max(lengths), **seen)
-    got = ragged_attention(*narrow, offsets, max(lengths), **seen)
+    want = padded_attention(*single, offsets, max(lengths), **mask)
+    got = ragged_attention(*half, offsets, max(lengths), **mask)
     assert got.dtype == torch.bfloat16
-    wants = (want, *torch.autograd.grad((want * weight.float()).sum(), wide))
-    gots = (got, *torch.autograd.grad((got * weight).sum(), narrow))
+    wants = (want, *torch.autograd.grad((want * weight.float()).sum(), single))
+    gots = (got, *torch.autograd.grad((got * weight).sum(), half))
     for a, b in zip(gots, wants, strict=True):
-        assert (a.float() - b).norm() / b.norm() < 1e-2  # bf16 keeps 8 bits: half a step is 2e-3
+        assert (a.float() - b).norm() / b.norm() < 1e-2  # bf16 has 8 bits: half a step is 2e-3
         torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
 
 
@@ -331,7 +333,7 @@ def test_varlen_agrees_with_repadded_fp32(seen):
 @needs_cuda
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_encoder_on_cuda(pool):
-    """fp32 (repadded) and bf16 autocast (varlen) on the device, both against float64 on the CPU."""
+    """fp32 (padded) and bf16 autocast (varlen) on the device equal float64 on the CPU."""
     model = build(pool=pool, types=2)
     tokens = Tokens.pack(*draw(ragged(), types=2))
     want = model.pool(model(tokens), tokens)
@@ -347,7 +349,7 @@ def test_encoder_on_cuda(pool):
             assert (got[name].double().cpu() - grad).norm() <= tolerance * grad.norm() + 1e-6, name
 
 
-# The encoder under torch's transformations.
+# torch.compile and gradient checkpointing
 
 
 @pytest.mark.long
@@ -369,7 +371,7 @@ def test_compiles_to_one_graph(changes):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(embed, fullgraph=True, dynamic=True, backend=counter)
     compilations = []
-    for lengths in (ragged(), ragged()[:5], [3, 7, 4, 4]):  # other counts, other longest text, other groups
+    for lengths in (ragged(), ragged()[:5], [3, 7, 4, 4]):  # different counts, longest texts and groups
         tokens = Tokens.pack(*draw(lengths, types=2))
         want, got = embed(tokens), compiled(tokens)
         torch.testing.assert_close(got, want, **EXACT)
@@ -379,7 +381,7 @@ def test_compiles_to_one_graph(changes):
             torch.testing.assert_close(got_grads[name], want_grads[name], **EXACT)
         compilations.append(counter.frame_count)
     assert compilations[0] > 0
-    assert compilations[-1] == compilations[0]  # later batches find the first one's graph
+    assert compilations[-1] == compilations[0]  # Later batches reuse the graph of the first.
     explained = torch._dynamo.explain(embed)(tokens)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
     torch._dynamo.reset()
@@ -403,14 +405,14 @@ def test_gradient_checkpointing_is_bit_equal(norm, seed):
     assert torch.equal(out, plain)
     for name in plain_grads:
         assert torch.equal(grads[name], plain_grads[name]), name
-    assert kept < plain_kept / 2  # control: it does keep less
+    assert kept < plain_kept / 2  # control
 
 
-# Another library's implementation.
+# Other implementations
 
 
 def from_bert(bert):
-    """Tensors by BERT's names (parameters, or their gradients) as ours."""
+    """Rename the tensors of transformers' BERT (parameters, or their gradients) as in `TextEncoder`."""
     ours = {f"embeddings.norm.{k}": bert[f"embeddings.LayerNorm.{k}"] for k in ("weight", "bias")}
     for name, theirs in {
         "token_embeddings": "word",
@@ -446,7 +448,7 @@ def test_equals_bert_of_transformers(activation, theirs):
         num_hidden_layers=2,
         num_attention_heads=HEADS,
         intermediate_size=MLP,
-        max_position_embeddings=CONTEXT + 1,  # one more than a text needs, for the control
+        max_position_embeddings=CONTEXT + 1,  # one more than the texts need, for the control
         type_vocab_size=2,
         hidden_act=theirs,
         attn_implementation="eager",
@@ -468,8 +470,8 @@ def test_equals_bert_of_transformers(activation, theirs):
     for name, grad in from_bert(gradients(bert, (want[mask] * weight).sum())).items():
         torch.testing.assert_close(grads[name], grad, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
 
-    places = torch.arange(ids.shape[1]) + 1  # control: positions off by one
-    other = bert(input_ids=ids, attention_mask=mask.long(), token_type_ids=kinds, position_ids=places[None])
+    positions = torch.arange(ids.shape[1]) + 1  # control: positions off by one
+    other = bert(input_ids=ids, attention_mask=mask.long(), token_type_ids=kinds, position_ids=positions[None])
     assert (other.last_hidden_state[mask] - got).abs().max() > 1e-2
 
 
@@ -507,7 +509,7 @@ def test_equals_transformer_encoder_of_torch(norm):
     hidden = model(tokens)
     got = torch.cat([hidden[tokens.offsets[r] : tokens.offsets[r + 1]] for r in tokens.rows])
     torch.testing.assert_close(got, want, **EXACT)
-    assert (peer(x)[mask] - got).abs().max() > 1e-3  # control: with the padding attended
+    assert (peer(x)[mask] - got).abs().max() > 1e-3  # control: with attention to the padding
 
 
 @pytest.mark.parametrize(
@@ -515,45 +517,45 @@ def test_equals_transformer_encoder_of_torch(norm):
     [
         ({"width": 30, "heads": 4}, r"text\.width 30 .* text\.heads 4"),
         ({"width": 12, "heads": 4, "positions": "rotary"}, "must be even for rotary"),
-        ({"pool": "first"}, r"text\.pool 'first' is none of cls, mean, last"),
+        ({"pool": "first"}, r"text\.pool 'first' is not one of cls, mean, last"),
         ({"groups": 13}, r"text\.groups 13 must lie between 1 and text\.layers 12"),
         ({"group_size": 2}, r"text\.group_size 2 must be 1"),
         ({"pad_to": 78}, r"text\.pad_to 78 .* context_length 77"),
         ({"window": -1}, r"text\.window"),
     ],
 )
-def test_what_cannot_be(wrong, message):
+def test_wrong_configs_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         TextConfig(**wrong)
 
 
-# What the families differ in.
+# Differences of the families
 
 
 def test_rotary_positions_are_rotations_of_complex_numbers():
     x = torch.randn(7, HEADS, 8, dtype=torch.float64)
-    places = torch.randint(0, 50, (7,))
+    positions = torch.randint(0, 50, (7,))
     pairs = torch.complex(x[..., :4], x[..., 4:])  # feature i with i + 4
-    angles = places[:, None].double() * 10.0 ** -(torch.arange(4) / 4).double()
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-    got = rotated(x, places, 10.0)
-    torch.testing.assert_close(got, torch.cat([turned.real, turned.imag], -1), rtol=1e-4, atol=1e-5)
-    # What attention sees of two tokens is how far apart they are.
+    angles = positions[:, None].double() * 10.0 ** -(torch.arange(4) / 4).double()
+    product = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    got = rotate(x, positions, 10.0)
+    torch.testing.assert_close(got, torch.cat([product.real, product.imag], -1), rtol=1e-4, atol=1e-5)
+    # The score of two tokens depends only on their distance.
     q, k = torch.randn(2, 1, HEADS, 8, dtype=torch.float64)
-    near, far = (
-        (rotated(q, torch.tensor([a]), 10.0) * rotated(k, torch.tensor([a + 3]), 10.0)).sum(-1) for a in (0, 9)
+    first, later = (
+        (rotate(q, torch.tensor([a]), 10.0) * rotate(k, torch.tensor([a + 3]), 10.0)).sum(-1) for a in (0, 9)
     )
-    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first, later, rtol=1e-4, atol=1e-5)
 
 
-def test_shared_layers_are_the_same_blocks_again():
-    """ALBERT's groups beside an encoder that has copies of them."""
+def test_shared_layers_equal_copies_of_the_blocks():
+    """ALBERT's groups equal an encoder with copies of their blocks."""
     settings = {"layers": 5, "embed_width": 10}
     model = build(groups=2, group_size=2, **settings)
     plain = build(layers=10, embed_width=10)
-    way = [0, 1, 0, 1, 0, 1, 2, 3, 2, 3]  # layers 0 to 2 are of the first group
+    schedule = [0, 1, 0, 1, 0, 1, 2, 3, 2, 3]  # layers 0 to 2 are the first group
     state = {name: x for name, x in model.state_dict().items() if not name.startswith("blocks")}
-    for i, number in enumerate(way):
+    for i, number in enumerate(schedule):
         state |= {f"blocks.{i}.{name}": x for name, x in model.blocks[number].state_dict().items()}
     plain.load_state_dict(state)
     tokens = Tokens.pack(draw(ragged())[0])
@@ -565,7 +567,7 @@ def test_shared_layers_are_the_same_blocks_again():
 @pytest.mark.parametrize(
     ("name", "change"), [("window", 6), ("theta", 49.0), ("local_theta", 8.0), ("global_every", 3)]
 )
-def test_each_setting_of_windows_and_angles_counts(name, change):
+def test_each_setting_of_windows_and_angles_has_an_effect(name, change):
     model = build(**FAMILIES["modern"])
     other = TextEncoder(replace(model.config, **{name: change + 2 if name == "window" else change})).double()
     other.load_state_dict(model.state_dict())
@@ -573,28 +575,27 @@ def test_each_setting_of_windows_and_angles_counts(name, change):
     assert (model(tokens) - other(tokens)).abs().max() > 1e-4
 
 
-def test_one_segment_for_all():
-    """Encoders with a single one take whatever segments a tokenizer numbers."""
+def test_a_single_segment_embedding_serves_all_segments():
     model = build(types=1)
     texts, segments = draw(ragged(), types=2)
     torch.testing.assert_close(model(Tokens.pack(texts, segments)), model(Tokens.pack(texts)), rtol=0, atol=0)
 
 
-def test_a_text_that_is_too_long():
+def test_a_text_longer_than_the_learned_positions_is_refused():
     text = draw([CONTEXT])[0][0] + [1]
     tokens = Tokens.pack([text])
     model = build()
     for run in (lambda: model(tokens), lambda: model.forward_padded(*tokens.padded())):
         with pytest.raises(ValueError, match=r"17 tokens.* 16 positions"):
             run()
-    assert build(positions="rotary")(tokens).isfinite().all()  # which end nowhere
+    assert build(positions="rotary")(tokens).isfinite().all()  # Rotary positions are not limited.
 
 
-def test_a_causal_tower_knows_nothing_of_what_follows():
+def test_a_causal_encoder_does_not_depend_on_later_tokens():
     model = build(**FAMILIES["causal"])
     text = draw([CONTEXT])[0][0]
     whole, part = model(Tokens.pack([text])), model(Tokens.pack([text[:6]]))
     torch.testing.assert_close(whole[:6], part, **EXACT)
-    both_ways = build(norm="pre")
-    whole, part = both_ways(Tokens.pack([text])), both_ways(Tokens.pack([text[:6]]))
+    bidirectional = build(norm="pre")
+    whole, part = bidirectional(Tokens.pack([text])), bidirectional(Tokens.pack([text[:6]]))
     assert (whole[:6] - part).abs().max() > 1e-3  # control

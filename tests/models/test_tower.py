@@ -1,4 +1,4 @@
-"""Depths of parameters, and towers that are frozen as a whole or in part."""
+"""Depths of parameters, and towers that are frozen in whole or in part."""
 
 import re
 
@@ -22,7 +22,7 @@ def text(**changes):
 
 
 def run(tower):
-    """A tower on random inputs, the same at each call."""
+    """Run a tower on random inputs, the same in each call."""
     draw = torch.Generator().manual_seed(torch.initial_seed())
     if isinstance(tower, ImageEncoder):
         return tower(torch.randn(4, 3, SIZE, SIZE, generator=draw))
@@ -34,8 +34,8 @@ def blocks(tower):
     return tower.vit.blocks if isinstance(tower, ImageEncoder) else tower.blocks
 
 
-def after(tower, number):
-    """What a block makes, counted from 1."""
+def output_of_block(tower, number):
+    """Return the output of a block, counted from 1."""
     kept = []
     hook = blocks(tower)[number - 1].register_forward_hook(lambda module, inputs, out: kept.append(out.detach()))
     run(tower)
@@ -55,14 +55,14 @@ def test_depths_of_timms_transformers(name):
         if block := re.match(r"vit\.blocks\.(\d+)\.", name):
             assert depth == int(block[1]) + 1
         else:
-            top = LAYERS if name.startswith("vit.norm.") else LAYERS + 1  # timm's last norm is of the last block
+            top = LAYERS if name.startswith("vit.norm.") else LAYERS + 1  # timm's last norm belongs to the last block
             stem = re.match(r"vit\.(patch_embed|cls_token|pos_embed|rel_pos_bias)", name)
             assert depth == (0 if stem else top), name
     assert depths["vit.patch_embed.proj.weight"] == 0
 
 
 @pytest.mark.parametrize(("changes", "above"), [({}, set()), ({"global_pool": "avg"}, {"vit.fc_norm.weight"})])
-def test_what_timm_has_above_the_blocks(changes, above):
+def test_depths_above_the_blocks_of_timms_transformers(changes, above):
     found = {name for name, depth in image(**changes).depths().items() if depth == LAYERS + 1}
     assert found == above | {name.replace("weight", "bias") for name in above}
 
@@ -77,12 +77,12 @@ def test_depths_of_the_text_encoder(norm, above):
     assert set(tower.depths()) == {name for name, _ in tower.named_parameters()} > above
 
 
-def test_a_shared_block_counts_as_the_highest_of_its_layers():
+def test_a_shared_block_has_the_depth_of_its_highest_layer():
     tower = TextEncoder(TextConfig(30, width=16, layers=6, heads=2, context_length=9, groups=2, embed_width=8))
     assert tower.layers == 6
     found = {name.split(".")[1]: depth for name, depth in tower.depths().items() if name.startswith("blocks")}
     assert found == {"0": 3, "1": 6}
-    tower.freeze(3)  # embeddings and two layers: the third still trains the first block
+    tower.freeze(3)  # embeddings and two layers; the third layer still trains the first block
     assert all(p.requires_grad for p in tower.blocks.parameters())
     assert not any(p.requires_grad for p in tower.embeddings.parameters())
     tower.freeze(4)
@@ -102,28 +102,29 @@ TOWERS = {
 def test_frozen_layers_have_neither_gradients_nor_dropout(kind, frozen):
     tower = TOWERS[kind]()
     tower.train()
-    assert not torch.equal(after(tower, 1), after(tower, 1))  # the control
+    assert not torch.equal(output_of_block(tower, 1), output_of_block(tower, 1))  # control
     tower.freeze(frozen + 1)
     depths = tower.depths()
-    for mode in (True, False, True):  # as trainers switch
+    for mode in (True, False, True):  # as a trainer switches between training and validation
         tower.train(mode)
         assert tower.training == mode
-    first = after(tower, frozen)
-    assert torch.equal(first, after(tower, frozen))
-    assert not torch.equal(after(tower, frozen + 1), after(tower, frozen + 1))  # what is trained drops
+    first = output_of_block(tower, frozen)
+    assert torch.equal(first, output_of_block(tower, frozen))
+    # Trained blocks have dropout.
+    assert not torch.equal(output_of_block(tower, frozen + 1), output_of_block(tower, frozen + 1))
     run(tower).square().sum().backward()
     for name, parameter in tower.named_parameters():
         assert parameter.requires_grad == (depths[name] > frozen) == (parameter.grad is not None), name
     tower.eval()
-    assert torch.equal(first, after(tower, frozen))
+    assert torch.equal(first, output_of_block(tower, frozen))
 
 
 @pytest.mark.parametrize("kind", [*TOWERS, "patches"])
-def test_a_locked_tower_is_as_in_evaluation(kind):
+def test_a_frozen_tower_equals_eval_mode(kind):
     tower = image(0.5) if kind == "patches" else TOWERS[kind]()
     whole = run(tower.eval())
     tower.train()
-    assert not torch.equal(run(tower), whole)  # the control
+    assert not torch.equal(run(tower), whole)  # control
     tower.freeze(LAYERS + 2)
     tower.train()
     found = run(tower)
@@ -132,19 +133,19 @@ def test_a_locked_tower_is_as_in_evaluation(kind):
     assert not any(parameter.requires_grad for parameter in tower.parameters())
 
 
-def test_patch_dropout_goes_on_above_frozen_layers():
+def test_patch_dropout_stays_active_above_frozen_layers():
     tower = image(0.5)
     tower.freeze(2)
     tower.train()
     patches = (SIZE // VIT["patch_size"]) ** 2
-    assert after(tower, 1).shape[1] == 1 + patches // 2
+    assert output_of_block(tower, 1).shape[1] == 1 + patches // 2
     tower.freeze(LAYERS + 2)
-    assert after(tower, 1).shape[1] == 1 + patches
+    assert output_of_block(tower, 1).shape[1] == 1 + patches
 
 
 @pytest.mark.parametrize("below", [2, LAYERS + 2])
 @pytest.mark.parametrize("kind", ["image", "text"])
-def test_gradient_checkpointing_of_frozen_parts(kind, below, seed):
+def test_gradient_checkpointing_of_frozen_layers(kind, below, seed):
     tower = image() if kind == "image" else text()
     tower.freeze(below)
     tower.train()

@@ -1,1 +1,1 @@
-"""What would hurt a run on shards, found before it."""
+"""The doctor: problems of shards that would hurt a run, found before it starts."""

@@ -1,6 +1,6 @@
-"""What samples are like: each read and decoded once as a run does it, in worker processes, and a few numbers kept.
+"""Surveys of samples: each sample is read and decoded once as in a run, in worker processes, and summarized.
 
-Of a sample are kept its sizes, a hash of 8 bytes of its image and one of each caption, and what is wrong with it.
+The summary of a sample is its sizes, 8-byte hashes of its image and captions, and its problems.
 """
 
 import sys
@@ -18,23 +18,30 @@ from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.data.workers import item_loader
 from dualenc.utils.errors import BadSample, DataError
 
-_CHUNK = 32  # samples that a worker hands over at once
-_DETAILS = 100  # kept of each cause
-_OTHERS = {b"GIF8": "a GIF", b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"<": "HTML or XML", b"{": "JSON"}
+_CHUNK = 32  # samples that a worker returns at a time
+_DETAILS = 100  # details kept for each cause
+_OTHER_FORMATS = {  # by the first bytes
+    b"GIF8": "a GIF",
+    b"BM": "a BMP",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"<": "HTML or XML",
+    b"{": "JSON",
+}
 
 
 class Survey(NamedTuple):
-    """What is kept of n samples with m captions."""
+    """The summary of n samples with m captions."""
 
-    image: np.ndarray  # (n,) uint64 hash of the bytes
-    size: np.ndarray  # (n,) int64 bytes; 0 where they cannot be read
-    shape: np.ndarray  # (n, 2) int64 width and height; 0 where it was not decoded
-    plain: np.ndarray  # (n,) bool, whether it has one color
-    caption: np.ndarray  # (m,) uint64 hash
-    owner: np.ndarray  # (m,) int64 row of its sample
-    length: np.ndarray  # (m,) int64 tokens, or words
-    unknown: np.ndarray  # (m,) int64 tokens among them that the vocabulary has not
-    problems: list[tuple[int, str, str]]  # row, cause, detail; the detail of the first ones of each cause
+    image: np.ndarray  # (n,) uint64 hash of the image's bytes
+    size: np.ndarray  # (n,) int64 size of the image in bytes; 0 where it cannot be read
+    shape: np.ndarray  # (n, 2) int64 width and height in pixels; 0 where the image was not decoded
+    plain: np.ndarray  # (n,) bool, true for an image of one color
+    caption: np.ndarray  # (m,) uint64 hash of the caption
+    owner: np.ndarray  # (m,) int64 row of the caption's sample
+    length: np.ndarray  # (m,) int64 number of tokens, or words
+    unknown: np.ndarray  # (m,) int64 number of unknown tokens
+    problems: list[tuple[int, str, str]]  # row, cause, detail; details only of the first problems of each cause
 
 
 def survey(
@@ -47,20 +54,20 @@ def survey(
     workers: int = 0,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Survey:
-    """Reads samples.
+    """Read and summarize samples.
 
     Args:
-        index: of the shards.
-        rows: which samples (n,).
-        captions: of a sample; absent, they are not read.
-        tokenizer: measures captions in tokens, and cuts none; absent, in words.
+        index: index of the shards.
+        rows: (n,) numbers of the samples.
+        captions: reader of the captions of a sample; absent, captions are not read.
+        tokenizer: tokenizer that measures captions in tokens, without truncation; absent, words are counted.
         decode: whether to decode the images, or only to read them.
-        workers: processes; 0 for none.
-        track: wraps the loop over chunks of samples.
+        workers: number of processes; 0 for none.
+        track: wrapper of the loop over chunks of samples.
     """
     reader = _Reader(index, captions, tokenizer, decode)
     chunks = item_loader(reader, [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)], workers)
-    parts: list[Survey] = [reader[rows[:0]]]  # has the shapes, if there is no other
+    parts: list[Survey] = [reader[rows[:0]]]  # An empty part gives the dtypes if there are no samples.
     problems: list[tuple[int, str, str]] = []
     count: Counter[str] = Counter()
     for part in track(chunks):
@@ -73,6 +80,8 @@ def survey(
 
 
 class _Reader(Dataset[Survey]):
+    """Data set of surveys, by request of rows."""
+
     def __init__(
         self,
         index: ShardIndex,
@@ -86,7 +95,7 @@ class _Reader(Dataset[Survey]):
         images, texts, owner, problems = [], [], [], []
         for row in rows.tolist():
             sample, image = self.index[row], (0, 0, 0, 0, False)
-            for read in (self._image, self._captions):  # both: a sample may have two troubles
+            for read in (self._image, self._captions):  # The captions are read even if the image is bad.
                 try:
                     found = read(sample)
                 except DataError as error:
@@ -99,9 +108,9 @@ class _Reader(Dataset[Survey]):
                     texts += found
                     owner += [row] * len(found)
             images.append(image)
-        length, unknown = self._measured(texts)
+        length, unknown = self._measure(texts)
         problems += [(row, "caption without any token", "") for row, n in zip(owner, length) if n == 0]
-        columns = [np.array([image[i] for image in images], kind) for i, kind in enumerate("Qqqq?")]
+        columns = [np.array([image[i] for image in images], dtype) for i, dtype in enumerate("Qqqq?")]
         return Survey(
             columns[0],
             columns[1],
@@ -115,28 +124,29 @@ class _Reader(Dataset[Survey]):
         )
 
     def _image(self, sample: Sample) -> tuple[int, int, int, int, bool]:
-        """Hash, bytes, width, height, and whether it has one color."""
+        """Return hash, bytes, width and height of the image, and whether it has only one color."""
         if sample.image is None:
             return 0, 0, 0, 0, False
         data = sample.read(sample.image)
         if not self.decode:
             return content_hash(data), len(data), 0, 0, False
         try:
-            picture = decode_sample(sample)  # (3, H, W)
+            image = decode_sample(sample)  # (3, H, W)
         except BadSample:
-            other = next((name for magic, name in _OTHERS.items() if data.lstrip().startswith(magic)), None)
-            other = "AVIF, HEIC or a film" if data[4:8] == b"ftyp" else other if data else "an empty file"
+            other = next((name for magic, name in _OTHER_FORMATS.items() if data.lstrip().startswith(magic)), None)
+            other = "AVIF, HEIC or a video" if data[4:8] == b"ftyp" else other if data else "an empty file"
             if other:
                 raise BadSample(sample, f".{sample.image} is {other}") from None
             raise
-        corner = picture[:, :1, :1]
-        plain = bool((picture[:, ::16, ::16] == corner).all()) and bool((picture == corner).all())
-        return content_hash(data), len(data), picture.shape[2], picture.shape[1], plain
+        corner = image[:, :1, :1]
+        plain = bool((image[:, ::16, ::16] == corner).all()) and bool((image == corner).all())
+        return content_hash(data), len(data), image.shape[2], image.shape[1], plain
 
     def _captions(self, sample: Sample) -> list[str]:
         return [text.strip() for text in self.captions(sample)] if self.captions else []
 
-    def _measured(self, texts: list[str]) -> tuple[list[int], list[int]]:
+    def _measure(self, texts: list[str]) -> tuple[list[int], list[int]]:
+        """Count the words, or the tokens and the unknown tokens, of each text."""
         if self.tokenizer is None:
             return [len(text.split()) for text in texts], [0] * len(texts)
         backend = self.tokenizer.backend

@@ -1,1 +1,1 @@
-"""Evaluation sets, in the layout of CLIP_benchmark or of loose files."""
+"""Evaluation sets in the layout of CLIP_benchmark or of loose files."""

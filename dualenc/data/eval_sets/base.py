@@ -1,4 +1,4 @@
-"""What an evaluation set holds, wherever it lies, and the text files that lie beside its images."""
+"""The content of an evaluation set, common to all layouts, and the text files next to its images."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ SPLITS = ("test", "train", "val", "valid", "validation")  # the usual names
 CLASSNAMES, TEMPLATE_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
 
 Kind = Literal["classification", "multilabel", "retrieval", "choice"]
-Problems = defaultdict[str, list[str]]  # what -> names
+Problems = defaultdict[str, list[str]]  # `Problem.what` -> `Problem.names`
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something of a set that is wrong, and left out if it cannot be used.
+    """A problem of a set. What cannot be used is left out of the set.
 
     Attributes:
-        what: is wrong, for one of them.
-        names: where, for people: one for each.
+        what: the problem, in the singular.
+        names: the places where it occurs, for display.
     """
 
     what: str
@@ -39,53 +39,57 @@ class Problem:
 
 
 class Choices(NamedTuple):
-    """n instances of one or two images and two texts: text j of an instance belongs to its image j.
+    """n instances of one or two images and two texts, where text j of an instance belongs to its image j.
 
     Winoground (Thrush et al. 2022, arXiv:2204.03162) has two images. SugarCrepe (Hsieh et al. 2023, arXiv:2306.14610)
-    has one: its first text is right, and the second wrong.
+    has one image: the first text is right, and the second wrong.
     """
 
-    images: Tensor  # (n, 2) int64 numbers of the set's images; the second is -1 where there is one alone
-    texts: Tensor  # (n, 2) int64 numbers of the set's texts
-    keys: list[str]  # n
+    images: Tensor  # (n, 2) int64 numbers of the images in the set; the second is -1 in instances of one image
+    texts: Tensor  # (n, 2) int64 numbers of the texts in the set
+    keys: list[str]  # (n,) names of the instances
 
 
-class Pictures(Protocol):
-    """Images by number, wherever they lie."""
+class ImageSource(Protocol):
+    """Images by number, in shards or in files of their own."""
 
     def __len__(self) -> int: ...
 
     def key(self, i: int) -> str:
-        """What image i is called in its set."""
+        """Return the name of image i in its set."""
         ...
 
     def decode(self, i: int) -> Tensor:
-        """Image i, uint8 (3, H, W); or `BadSample`."""
+        """Decode image i to uint8 (3, H, W).
+
+        Raises:
+            BadSample: If the image cannot be read or decoded.
+        """
         ...
 
     def hashes(self) -> np.ndarray:
-        """(N,) uint64 of the images' bytes, see `dualenc.data.shards.shard.content_hash`."""
+        """Hash the bytes of all images, (N,) uint64; see `dualenc.data.shards.shard.content_hash`."""
         ...
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Content:
-    """What a split of an evaluation set holds that can be used; what is not of its kind is empty.
+    """The usable content of a split of an evaluation set. Attributes of other kinds of sets are empty.
 
     Attributes:
-        kind: of task.
-        pictures: N images.
-        problems: all that is wrong and can be known without decoding an image.
+        kind: kind of the task.
+        source: the N images.
+        problems: all problems that are known without decoding an image.
         classnames: C names, of classification and multilabel sets.
-        templates: with {c} for the name.
-        targets: class of each image (N,) int64, or whether each class is on it (N, C) bool (multilabel).
-        captions: of a retrieval set, all T of them, and the number of the image (T,) int64 that each belongs to.
-        texts: of a set of choices, each once.
-        choices: between these texts.
+        templates: sentences with `{c}` in place of the class name.
+        targets: class of each image (N,) int64, or (N, C) bool, true where the class is on the image (multilabel).
+        captions: T captions of a retrieval set, and the number of each caption's image (T,) int64.
+        texts: texts of a set of choices, each once.
+        choices: the choices between these texts.
     """
 
     kind: Kind
-    pictures: Pictures
+    source: ImageSource
     problems: list[Problem]
     classnames: list[str] = field(default_factory=list)
     templates: list[str] = field(default_factory=list)
@@ -97,12 +101,12 @@ class Content:
     )
 
 
-class Files:
-    """Images that are files of their own.
+class ImageFiles:
+    """Images that are files of their own; see `ImageSource`.
 
     Args:
-        paths: of the files.
-        keys: what they are called.
+        paths: paths of the files.
+        keys: names of the images.
     """
 
     def __init__(self, paths: Sequence[str], keys: Sequence[str]) -> None:
@@ -112,18 +116,18 @@ class Files:
         return len(self.paths)
 
     def key(self, i: int) -> str:
-        """See `Pictures`."""
+        """See `ImageSource`."""
         return self.keys[i]
 
     def decode(self, i: int) -> Tensor:
-        """See `Pictures`."""
+        """See `ImageSource`."""
         try:
             return decode_image(self._read(i))
         except ImageError as error:
             raise BadSample(clean(self.paths[i]), error.cause, error.detail) from None
 
     def hashes(self) -> np.ndarray:
-        """See `Pictures`; 0 for a file that cannot be read."""
+        """See `ImageSource`; 0 for a file that cannot be read."""
         found = np.zeros(len(self), np.uint64)
         for i in range(len(self)):
             try:
@@ -143,19 +147,19 @@ class Files:
         return data
 
 
-def listed(problems: Problems) -> list[Problem]:
-    """Problems as a set has them."""
+def problem_list(problems: Problems) -> list[Problem]:
+    """Convert problems that were collected by name to a list."""
     return [Problem(what, names) for what, names in problems.items() if names]
 
 
-# Text files beside the images
+# Text files next to the images
 
 
 def read_text(path: str) -> str | None:
-    """A small file, here or elsewhere; None where there is none.
+    """Read a small local or remote file; None if it does not exist.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8.
+        DataError: If the file cannot be read, or is not UTF-8.
     """
     try:
         data = fetch_small(path) if is_remote(path) else Path(path).read_bytes()
@@ -170,10 +174,10 @@ def read_text(path: str) -> str | None:
 
 
 def read_classnames(path: str, problems: Problems) -> list[str] | None:
-    """One name a line; those that stand twice stay, and are a problem. None where there is no such file.
+    """Read class names, one on each line; None if the file does not exist. Duplicates are kept, and are a problem.
 
     Raises:
-        DataError: it is empty, or a line is blank.
+        DataError: If the file is empty, or a line is blank.
     """
     names = _lines(path)
     if names is not None:
@@ -182,18 +186,18 @@ def read_classnames(path: str, problems: Problems) -> list[str] | None:
 
 
 def note_duplicates(names: list[str], problems: Problems) -> None:
-    """Names of several classes are a problem: no text tells these classes apart."""
+    """Note the names that several classes share: no text distinguishes these classes."""
     for name, count in Counter(names).items():
         if count > 1:
             classes = ", ".join(str(i) for i, other in enumerate(names) if other == name)
-            problems["class name that stands twice"].append(f"{name!r} (classes {classes})")
+            problems["duplicate class name"].append(f"{name!r} (classes {classes})")
 
 
 def read_templates(path: str, problems: Problems) -> list[str] | None:
-    """One template a line; those without {c} are left out. None where there is no such file.
+    """Read templates, one on each line; None if the file does not exist. Those without `{c}` are left out.
 
     Raises:
-        DataError: it is empty, a line is blank, or none is left.
+        DataError: If the file is empty, a line is blank, or no template has `{c}`.
     """
     templates = _lines(path)
     if templates is None:
@@ -203,7 +207,7 @@ def read_templates(path: str, problems: Problems) -> list[str] | None:
             problems["template without {c}"].append(f"{shown(path)} line {number}: {template!r}")
     usable = [template for template in templates if "{c}" in template]
     if not usable:
-        raise DataError(f"{shown(path)}: {templates[0]!r} has no {{c}} for the class name, and no other line has")
+        raise DataError(f"{shown(path)}: {templates[0]!r} has no {{c}} for the class name, and no other line has one")
     return usable
 
 
@@ -215,5 +219,5 @@ def _lines(path: str) -> list[str] | None:
     if not lines:
         raise DataError(f"{shown(path)} is empty")
     if "" in lines:
-        raise DataError(f"{shown(path)}: line {lines.index('') + 1} is blank, which would shift what follows")
+        raise DataError(f"{shown(path)}: line {lines.index('') + 1} is blank, which would shift the following lines")
     return lines

@@ -1,4 +1,4 @@
-"""Evaluation sets of loose files: class folders, caption tables, and captions to choose between."""
+"""Evaluation sets of loose files: class folders, caption tables, and sets of choices."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from dualenc.data.eval_sets.base import (
     TEMPLATE_FILE,
     Choices,
     Content,
-    Files,
+    ImageFiles,
     Problems,
-    listed,
     note_duplicates,
+    problem_list,
     read_classnames,
     read_templates,
 )
@@ -40,65 +40,72 @@ from dualenc.utils.urls import join
 
 
 def class_folders(root: Path) -> dict[str, Path]:
-    """The splits of a set of class folders: its own folder as "test", or one below for each; none if it is no such."""
-    if any(map(_has_image, _below(root))):
+    """Find the splits of a set of class folders: the folder itself as "test", or one folder for each split.
+
+    Returns:
+        The folder of each split; empty if `root` has no class folders.
+    """
+    if any(map(_has_image, _subfolders(root))):
         return {"test": root}
-    below = {name: root / name for name in SPLITS if (root / name).is_dir()}
-    return {name: folder for name, folder in below.items() if any(map(_has_image, _below(folder)))}
+    folders = {name: root / name for name in SPLITS if (root / name).is_dir()}
+    return {name: folder for name, folder in folders.items() if any(map(_has_image, _subfolders(folder)))}
 
 
 def read_class_folders(root: Path, split: str) -> Content:
-    """Classification with a folder for each class: those of all splits, in sorted order.
+    """Read a classification set with a folder for each class.
+
+    The classes are the folder names of all splits, in sorted order.
 
     Raises:
-        DataError: there are fewer than two, or `classnames.txt` beside them has another number of lines.
+        DataError: If there are fewer than two class folders, or `classnames.txt` next to them has another number of
+            lines.
     """
     problems: Problems = defaultdict(list)
     splits = class_folders(root)
-    folders = sorted({folder.name for here in splits.values() for folder in _below(here)})
+    folders = sorted({folder.name for split_folder in splits.values() for folder in _subfolders(split_folder)})
     if len(folders) < 2:
         tables = ", ".join(sorted(path.name for path in root.iterdir() if path.suffix in (".json", ".jsonl", ".csv")))
-        more = f"; if a table beside it describes the images, name that: {tables}" if tables else ""
-        raise DataError(f"{root} has one folder with images, {folders[0]}: a folder for each class is wanted{more}")
+        hint = f"; if a table next to it describes the images, name the table: {tables}" if tables else ""
+        raise DataError(f"{root} has one folder with images, {folders[0]}: it needs a folder for each class{hint}")
     names = read_classnames(join(str(root), CLASSNAMES), problems)
     if names is None:
         names = list(map(class_name, folders))
         note_duplicates(names, problems)
     if len(names) != len(folders):
         raise DataError(
-            f"{root / CLASSNAMES} has {len(names)} lines for {len(folders)} class folders: one for each is wanted, "
+            f"{root / CLASSNAMES} has {len(names)} lines for {len(folders)} class folders: it needs one for each, "
             "in sorted order"
         )
     templates = read_templates(join(str(root), TEMPLATE_FILE), problems) or list(TEMPLATES)
     paths, keys, targets = [], [], []
-    for number, folder in enumerate(folders):
-        here = splits[split] / folder
-        images, others = _files(here) if here.is_dir() else ([], [])
+    for number, name in enumerate(folders):
+        folder = splits[split] / name
+        images, others = _list_files(folder) if folder.is_dir() else ([], [])
         if others:
-            problems[f"neither .{', .'.join(IMAGE_EXTENSIONS)} in a class folder"] += [
-                clean(f"{here}/{name}") for name in others
+            problems[f"not a .{', .'.join(IMAGE_EXTENSIONS)} in a class folder"] += [
+                clean(f"{folder}/{file}") for file in others
             ]
         if not images:
-            problems["class folder without images"].append(clean(str(here)))
-        paths += [f"{here}/{name}" for name in images]
-        keys += [f"{folder}/{name}" for name in images]
+            problems["class folder without images"].append(clean(str(folder)))
+        paths += [f"{folder}/{file}" for file in images]
+        keys += [f"{name}/{file}" for file in images]
         targets += [number] * len(images)
     return Content(
         kind="classification",
-        pictures=Files(paths, keys),
-        problems=listed(problems),
+        source=ImageFiles(paths, keys),
+        problems=problem_list(problems),
         classnames=names,
         templates=templates,
         targets=torch.tensor(targets, dtype=torch.int64),
     )
 
 
-def _below(folder: Path) -> list[Path]:
+def _subfolders(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
-def _files(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the images in a folder, and of all else that is not hidden."""
+def _list_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the images in a folder, and of all other entries that are not hidden."""
     with os.scandir(folder) as found:
         entries = {entry.name: _is_image(entry) for entry in found if not entry.name.startswith(".")}
     return sorted(name for name in entries if entries[name]), sorted(name for name in entries if not entries[name])
@@ -117,18 +124,18 @@ def _has_image(folder: Path) -> bool:
 
 
 def is_described(folder: Path) -> bool:
-    """Whether a folder holds a table that `read_table` takes."""
+    """Check whether a folder holds a table for `read_table`."""
     return (folder / "examples.jsonl").is_file() or bool(tables_in(folder))
 
 
 def read_table(path: Path) -> Content:
-    """A caption table as retrieval, with all captions of an image; Winoground's or SugarCrepe's as choices.
+    """Read a caption table as a retrieval set, or a table of Winoground or SugarCrepe as a set of choices.
 
     Args:
-        path: of the table, or of a folder that holds one.
+        path: path of the table, or of a folder that holds one.
 
     Raises:
-        DataError: it is not understood, or its images are not found.
+        DataError: If the table is not understood, or its images are not found.
     """
     table = path / "examples.jsonl" if (path / "examples.jsonl").is_file() else path
     if rows := _winoground(table) or _sugar_crepe(table):
@@ -149,24 +156,25 @@ def read_table(path: Path) -> Content:
         keys.append(item.image)
     return Content(
         kind="retrieval",
-        pictures=Files(files, keys),
-        problems=listed(problems),
+        source=ImageFiles(files, keys),
+        problems=problem_list(problems),
         captions=(texts, torch.tensor(owner, dtype=torch.int64)),
     )
 
 
-_Row = tuple[str, list[Any], list[Any]] | tuple[str, None, None]  # key, image names and captions; None: not understood
+# Key, image names and captions; None for rows that are not understood.
+_Row = tuple[str, list[Any], list[Any]] | tuple[str, None, None]
 
 
 def _winoground(table: Path) -> Iterator[_Row] | None:
-    """The rows of an `examples.jsonl`; None if the table is none."""
+    """Return the rows of Winoground's `examples.jsonl`; None for other tables."""
     fields = ("image_0", "image_1", "caption_0", "caption_1")
 
-    def row(place: str, record: dict[str, Any] | None) -> _Row:
+    def row(line: str, record: dict[str, Any] | None) -> _Row:
         if record is None or not record.keys() >= set(fields):
-            return place, None, None
+            return line, None, None
         values = [record[name] for name in fields]
-        return str(record.get("id", place)), values[:2], values[2:]
+        return str(record.get("id", line)), values[:2], values[2:]
 
     if table.suffix.lower() not in (".jsonl", ".ndjson"):
         return None
@@ -177,33 +185,33 @@ def _winoground(table: Path) -> Iterator[_Row] | None:
 
 
 def _sugar_crepe(table: Path) -> Iterator[_Row] | None:
-    """The rows of such a JSON, in its order; None if the table is none."""
+    """Return the rows of a JSON of SugarCrepe, in order; None for other tables."""
     fields = ("filename", "caption", "negative_caption")
 
-    def row(place: str, record: Any) -> _Row:
+    def row(key: str, record: Any) -> _Row:
         if not isinstance(record, dict) or not record.keys() >= set(fields):
-            return place, None, None
-        return place, [record["filename"]], [record["caption"], record["negative_caption"]]
+            return key, None, None
+        return key, [record["filename"]], [record["caption"], record["negative_caption"]]
 
     if table.suffix.lower() != ".json":
         return None
     try:
         content = json.loads(table.read_bytes())
-    except (ValueError, RecursionError):  # the reader of all other tables will say so
+    except (ValueError, RecursionError):  # The reader of the other tables will report the error.
         return None
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     first = next((record for _, record in items if isinstance(record, dict)), {})
     if "negative_caption" not in first:
         return None
     items = content.items() if isinstance(content, dict) else enumerate(content)
-    return (row(str(place), record) for place, record in items)
+    return (row(str(key), record) for key, record in items)
 
 
 def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
-    """Instances whose images are there and whose captions can be read; an image of several is one."""
+    """Read the instances whose images exist and whose captions can be read; each image and text is listed once."""
     problems: Problems = defaultdict(list)
-    here = os.path.dirname(os.path.abspath(table))
-    folders = [os.path.normpath(os.path.join(here, name)) for name in _IMAGE_FOLDERS]
+    root = os.path.dirname(os.path.abspath(table))
+    folders = [os.path.normpath(os.path.join(root, name)) for name in _IMAGE_FOLDERS]
     files: dict[str, tuple[int, str]] = {}  # path -> number and name
     texts: dict[str, int] = {}
     images: list[list[int]] = []
@@ -227,8 +235,8 @@ def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
         keys.append(clean(key))
     return Content(
         kind="choice",
-        pictures=Files(list(files), [name for _, name in files.values()]),
-        problems=listed(problems),
+        source=ImageFiles(list(files), [name for _, name in files.values()]),
+        problems=problem_list(problems),
         texts=list(texts),
         choices=Choices(
             torch.tensor(images, dtype=torch.int64).view(-1, 2),
@@ -238,16 +246,16 @@ def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
     )
 
 
-_IMAGE_FOLDERS = ("images", "val2017", "images/val2017", ".", "../images", "../val2017")  # from the table on
+_IMAGE_FOLDERS = ("images", "val2017", "images/val2017", ".", "../images", "../val2017")  # relative to the table
 
 
 def _locate(folders: Sequence[str], name: Any) -> str | None:
-    """The file of an image, whose name may lack its ending."""
+    """Find the file of an image, whose name may lack the extension."""
     if not isinstance(name, str) or not name.strip():
         return None
     for folder in folders:
-        for ending in ("", *(f".{extension}" for extension in IMAGE_EXTENSIONS)):
-            path = path_inside(folder, f"{name}{ending}")
+        for suffix in ("", *(f".{extension}" for extension in IMAGE_EXTENSIONS)):
+            path = path_inside(folder, f"{name}{suffix}")
             if path is not None and os.path.isfile(path):
                 return path
     return None

@@ -16,7 +16,7 @@ def folder(tmp_path, seed):
 
 
 def whole(data, rows=None, **options):
-    """The images of a set, none of which is bad."""
+    """Return all images of a set, and check that no image is bad."""
     batches = list(data.images(Preprocess(SIZE), rows, **options))
     assert not any(batch.bad for batch in batches)
     return np.concatenate([batch.images.numpy() for batch in batches]) if batches else np.zeros(0)
@@ -41,7 +41,7 @@ def test_classification(folder):
     assert np.array_equal(found, np.stack(expected))
 
 
-def test_images_by_workers_in_order(folder):
+def test_workers_keep_the_order_of_images(folder):
     data = BenchmarkSet.open(folder)
     assert np.array_equal(whole(data, batch_size=2), whole(data, batch_size=2, workers=2))
 
@@ -65,7 +65,7 @@ def test_images_of_some_rows(folder, workers):
     assert not list(data.images(Preprocess(SIZE), []))
 
 
-def test_rows_that_are_not_asked_for_are_not_decoded(folder):
+def test_only_the_requested_rows_are_decoded(folder):
     replace_sample(folder, png=b"broken", cls=b"0")  # row 3
     data = BenchmarkSet.open(folder)
     assert len(whole(data, [0, 1, 2])) == 3
@@ -123,25 +123,25 @@ def test_splits(tmp_path, seed):
 
 
 def replace_sample(folder, **members):
-    """Puts one sample with these members in place of shard 1."""
+    """Replace shard 1 by one with a single sample of these members."""
     sample = {"__key__": "x/odd one", "png": encode(np.zeros((8, 8, 3), np.uint8)), **members}
     write_tar(folder / "test" / "1.tar", [sample])
-    forget(folder)
+    remove_index(folder)
 
 
-def forget(folder):
-    """What was indexed before a test changes it."""
+def remove_index(folder):
+    """Remove the index that was made before a test changes the shards."""
     (folder / "test" / "dualenc.index").unlink(missing_ok=True)
 
 
 LAYOUT = {
     "nothing": (lambda f: [p.unlink() for p in f.glob("test/*")], r"CLIP_benchmark layout: no <split>/nshards\.txt"),
     "nshards": (lambda f: (f / "test/nshards.txt").unlink(), r"no <split>/nshards\.txt"),
-    "empty number": (lambda f: (f / "test/nshards.txt").write_text(""), r"test/nshards\.txt: '' is no number"),
-    "word": (lambda f: (f / "test/nshards.txt").write_text("two"), r"test/nshards\.txt: 'two' is no number"),
-    "superscript": (lambda f: (f / "test/nshards.txt").write_text("²"), r"test/nshards\.txt: '²' is no number"),
-    "zero": (lambda f: (f / "test/nshards.txt").write_text("0"), r"test/nshards\.txt: '0' is no number"),
-    "negative": (lambda f: (f / "test/nshards.txt").write_text("-1"), r"test/nshards\.txt: '-1' is no number"),
+    "empty number": (lambda f: (f / "test/nshards.txt").write_text(""), r"test/nshards\.txt: '' is not a number"),
+    "word": (lambda f: (f / "test/nshards.txt").write_text("two"), r"test/nshards\.txt: 'two' is not a number"),
+    "superscript": (lambda f: (f / "test/nshards.txt").write_text("²"), r"test/nshards\.txt: '²' is not a number"),
+    "zero": (lambda f: (f / "test/nshards.txt").write_text("0"), r"test/nshards\.txt: '0' is not a number"),
+    "negative": (lambda f: (f / "test/nshards.txt").write_text("-1"), r"test/nshards\.txt: '-1' is not a number"),
     "bytes": (lambda f: (f / "test/nshards.txt").write_bytes(b"\xff"), r"test/nshards\.txt cannot be read"),
     "names": (lambda f: (f / "classnames.txt").unlink(), r"classnames\.txt is missing"),
     "no names": (lambda f: (f / "classnames.txt").write_text("\n \n"), r"classnames\.txt is empty"),
@@ -152,9 +152,9 @@ LAYOUT = {
         lambda f: (f / "zeroshot_classification_templates.txt").write_text("a photo\n{d}\n"),
         r"zeroshot_classification_templates\.txt: 'a photo' has no \{c\}",
     ),
-    "type": (lambda f: (f / "dataset_type.txt").write_text("video\n"), r"dataset_type\.txt: 'video' is none of"),
-    "long type": (lambda f: (f / "dataset_type.txt").write_text("x" * 999), r"dataset_type\.txt: 'x{40}' is none of"),
-    "no type": (lambda f: (f / "dataset_type.txt").write_text(""), r"dataset_type\.txt: '' is none of"),
+    "type": (lambda f: (f / "dataset_type.txt").write_text("video\n"), r"dataset_type\.txt: 'video' is not one of"),
+    "long type": (lambda f: (f / "dataset_type.txt").write_text("x" * 999), r"dataset_type\.txt: 'x{40}' is not one"),
+    "no type": (lambda f: (f / "dataset_type.txt").write_text(""), r"dataset_type\.txt: '' is not one of"),
     "no samples": (lambda f: [write_tar(f / f"test/{i}.tar", []) for i in range(2)], r"holds no samples that"),
     "no shards": (lambda f: [(f / f"test/{i}.tar").unlink() for i in range(2)], r"no samples .*\(shard missing 2\)"),
     "a blank template": (
@@ -163,17 +163,17 @@ LAYOUT = {
     ),
     "no label in range": (
         lambda f: [write_tar(f / f"test/{i}.tar", [{"__key__": "a", "png": b"", "cls": b"9"}]) for i in range(2)],
-        r"no samples that can be used \(class out of range 2\), such as .*test/0\.tar sample 'a': .*9 is none of",
+        r"no samples that can be used \(class out of range 2\), such as .*test/0\.tar sample 'a': .*9 is not one of",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", LAYOUT)
-def test_what_is_wrong_with_the_layout_is_named(folder, case):
-    BenchmarkSet.open(folder)  # the control
+def test_the_error_of_a_wrong_layout_names_the_file(folder, case):
+    BenchmarkSet.open(folder)  # control
     breaking, message = LAYOUT[case]
     breaking(folder)
-    forget(folder)
+    remove_index(folder)
     with pytest.raises(DataError, match=message):
         BenchmarkSet.open(folder)
 
@@ -184,15 +184,15 @@ def test_no_folder(tmp_path):
         BenchmarkSet.open(tmp_path / "absent")
     with pytest.raises(DataError, match=r"file: a folder, or a table \.csv"):
         BenchmarkSet.open(tmp_path / "file")
-    with pytest.raises(DataError, match=r"is not in the CLIP_benchmark layout: no <split>/nshards\.txt in it; nor"):
+    with pytest.raises(DataError, match=r"is not in the CLIP_benchmark layout: no <split>/nshards\.txt in it"):
         BenchmarkSet.open(tmp_path)
 
 
-# What is wrong is named, and the rest is measured
+# Problems are named, and the rest of the set is measured
 
 
-def named(data):
-    """Problems as a dictionary."""
+def problems_of(data):
+    """Return the problems as a dictionary."""
     found = {problem.what: problem.names for problem in data.problems}
     assert len(found) == len(data.problems)
     assert all(found.values())
@@ -200,13 +200,13 @@ def named(data):
 
 
 def problem(data):
-    """The only name of the only problem, and what it is."""
-    ((what, (name,)),) = named(data).items()
+    """Return what the only problem is, and its only name."""
+    ((what, (name,)),) = problems_of(data).items()
     return what, name
 
 
-def rest_is_whole(data, kept=(0, 1, 2)):
-    """Whether a set has its samples of these numbers, and nothing else."""
+def check_rest(data, kept=(0, 1, 2)):
+    """Check that a set has exactly the samples of these numbers."""
     keys = [f"s{row:05d}" for row in kept]
     assert len(data) == len(keys)
     assert [data.key(i) for i in range(len(data))] == keys
@@ -215,15 +215,17 @@ def rest_is_whole(data, kept=(0, 1, 2)):
     assert len(whole(data)) == len(data.item_ids) == len(keys)
 
 
-def test_shards_that_are_not_there(folder):
+def test_missing_shards(folder):
     (folder / "test/nshards.txt").write_text("4")
     data = BenchmarkSet.open(folder)
-    assert named(data) == {"shard missing": [f"{folder}/test/{i}.tar; nshards.txt promises 4 shards" for i in (2, 3)]}
-    rest_is_whole(data, range(7))
+    assert problems_of(data) == {
+        "shard missing": [f"{folder}/test/{i}.tar; nshards.txt declares 4 shards" for i in (2, 3)]
+    }
+    check_rest(data, range(7))
     (folder / "test/0.tar").unlink()
     data = BenchmarkSet.open(folder)
-    assert len(named(data)["shard missing"]) == 3
-    rest_is_whole(data, range(3, 7))
+    assert len(problems_of(data)["shard missing"]) == 3
+    check_rest(data, range(3, 7))
 
 
 @pytest.mark.parametrize("how", ["cut", "garbage", "empty"])
@@ -236,11 +238,11 @@ def test_shards_that_cannot_be_read(folder, how, seed):
         what, name = problem(found)
         assert what == "shard cannot be read"
         assert name.startswith(f"shard {folder}/test/1.tar cannot be read: ")
-        rest_is_whole(found)
+        check_rest(found)
 
 
 @pytest.mark.parametrize("how", ["cut", "other bytes"])
-def test_a_damaged_index_is_made_anew(folder, how):
+def test_a_damaged_index_is_rebuilt(folder, how):
     before = BenchmarkSet.open(folder).fingerprint
     path = folder / "test/dualenc.index"
     data = bytearray(path.read_bytes())
@@ -251,12 +253,12 @@ def test_a_damaged_index_is_made_anew(folder, how):
     path.write_bytes(data)
     for _ in range(2):
         data = BenchmarkSet.open(folder)
-        rest_is_whole(data, range(7))
+        check_rest(data, range(7))
         assert data.fingerprint == before
         assert data.problems == []
 
 
-def test_shards_of_another_time_than_their_index(folder, seed):
+def test_shards_that_changed_after_they_were_indexed(folder, seed):
     before = BenchmarkSet.open(folder)
     rng = np.random.default_rng(seed)
     samples = [{"__key__": f"new {i}", "png": encode(pixels(rng)), "cls": b"5"} for i in range(2)]
@@ -267,7 +269,7 @@ def test_shards_of_another_time_than_their_index(folder, seed):
     assert len(whole(data)) == 5
 
 
-def test_a_shard_that_is_gone_since(folder):
+def test_a_shard_that_is_deleted_after_opening(folder):
     data = BenchmarkSet.open(folder)
     (folder / "test/1.tar").unlink()
     assert len(whole(data, range(3))) == 3
@@ -275,8 +277,8 @@ def test_a_shard_that_is_gone_since(folder):
         list(data.images(Preprocess(SIZE)))
 
 
-def test_a_shard_that_goes_while_its_labels_are_read(folder, monkeypatch):
-    """None of its samples stays, those whose label was read before neither."""
+def test_a_shard_that_fails_while_its_labels_are_read(folder, monkeypatch):
+    """All of its samples are left out, also those whose label was already read."""
     read, reads = Shard.read, []
 
     def failing(shard, offset, size):
@@ -290,31 +292,31 @@ def test_a_shard_that_goes_while_its_labels_are_read(folder, monkeypatch):
     monkeypatch.undo()
     name = f"shard {folder}/test/0.tar cannot be read: Input/output error; 3 tries"
     assert problem(data) == ("shard cannot be read", name)
-    rest_is_whole(data, range(3, 7))
+    check_rest(data, range(3, 7))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
         ("sizes.json", '{"0.tar": 3, "1.tar": 4, "2.tar": 9}', []),
-        ("sizes.json", '{"0.tar": 3, "1.tar": 6}', ["test/1.tar: 4 in place of 6 (sizes.json)"]),
-        ("sizes.json", '{"0.tar": 2}', ["test/0.tar: 3 in place of 2 (sizes.json)"]),
+        ("sizes.json", '{"0.tar": 3, "1.tar": 6}', ["test/1.tar: 4, expected 6 (sizes.json)"]),
+        ("sizes.json", '{"0.tar": 2}', ["test/0.tar: 3, expected 2 (sizes.json)"]),
         ("__len__", "7\n", []),
-        ("__len__", "1007", ["test: 7 in place of 1,007 (__len__)"]),
+        ("__len__", "1007", ["test: 7, expected 1,007 (__len__)"]),
         ("sizes.json", "[3, 4]", None),
         ("sizes.json", "{", None),
         ("sizes.json", '{"0.tar": Infinity}', None),
         ("__len__", "seven", None),
     ],
 )
-def test_other_numbers_than_promised(folder, name, text, expected):
+def test_unexpected_numbers_of_samples(folder, name, text, expected):
     (folder / "test" / name).write_text(text)
     data = BenchmarkSet.open(folder)
     if expected is None:
-        assert named(data) == {"promise of samples not understood": [f"{folder}/test/{name}"]}
+        assert problems_of(data) == {"invalid number of samples": [f"{folder}/test/{name}"]}
     else:
-        assert named(data).get("other number of samples than promised", []) == [f"{folder}/{item}" for item in expected]
-    rest_is_whole(data, range(7))
+        assert problems_of(data).get("unexpected number of samples", []) == [f"{folder}/{item}" for item in expected]
+    check_rest(data, range(7))
 
 
 @pytest.mark.parametrize("label", [b"6", b"-1", b"", b"cat", b"1.0", b"\xff", "²".encode(), b"1" * 5000])
@@ -322,11 +324,11 @@ def test_a_class_out_of_range(folder, label):
     replace_sample(folder, cls=label)
     data = BenchmarkSet.open(folder)
     what, name = problem(data)
-    assert what == ("class out of range" if label in (b"6", b"-1") else ".cls is no class number")
+    assert what == ("class out of range" if label in (b"6", b"-1") else ".cls is not a class number")
     assert name.startswith(f"{folder}/test/1.tar sample 'x/odd one': {what} (")
     assert len(name) < len(str(folder)) + 150
-    assert ("none of 0 to 5" in name) == (label in (b"6", b"-1"))
-    rest_is_whole(data)
+    assert ("not one of 0 to 5" in name) == (label in (b"6", b"-1"))
+    check_rest(data)
 
 
 def test_a_missing_label_and_a_missing_caption(folder, tmp_path, seed):
@@ -336,7 +338,7 @@ def test_a_missing_label_and_a_missing_caption(folder, tmp_path, seed):
         "no .cls among its members",
         f"{folder}/test/1.tar sample 'x/odd one': no .cls among its members (png, txt)",
     )
-    rest_is_whole(data)
+    check_rest(data)
     folder = write_benchmark(tmp_path / "r", seed, "retrieval")
     before = BenchmarkSet.open(folder).captions[0]
     for members, cause in (
@@ -349,22 +351,22 @@ def test_a_missing_label_and_a_missing_caption(folder, tmp_path, seed):
         what, name = problem(data)
         assert what == cause
         assert name.startswith(f"{folder}/test/1.tar sample 'x/odd one': {cause}")
-        rest_is_whole(data)
+        check_rest(data)
         captions, owner = data.captions
         assert (captions, owner.max()) == (before[: len(captions)], 2)
 
 
-def test_several_of_one_kind_are_one_problem(folder):
+def test_samples_with_the_same_problem_are_listed_together(folder):
     picture = encode(np.zeros((8, 8, 3), np.uint8))
     labels = [b"6", b"2", b"x", b"77", b"-3"]
     write_tar(
         folder / "test/1.tar", [{"__key__": f"k{i}", "png": picture, "cls": label} for i, label in enumerate(labels)]
     )
     data = BenchmarkSet.open(folder)
-    found = named(data)
+    found = problems_of(data)
     assert {what: len(names) for what, names in found.items()} == {
         "class out of range": 3,
-        ".cls is no class number": 1,
+        ".cls is not a class number": 1,
     }
     assert ["'k0'" in name for name in found["class out of range"]] == [True, False, False]
     assert (len(data), data.targets.tolist(), data.key(3)) == (4, [0, 1, 2, 2], "k1")
@@ -377,7 +379,7 @@ def npy(array, **options):
 
 
 def huge_npy():
-    """A header that promises 8 TB."""
+    """Build a file whose header declares 8 TB."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (10**12,)})
     return file.getvalue()
@@ -386,16 +388,16 @@ def huge_npy():
 @pytest.mark.parametrize(
     ("label", "cause"),
     [
-        pytest.param(npy(np.zeros(5)), "labels for another number of classes", id="short"),
-        pytest.param(npy(np.zeros(7)), "labels for another number of classes", id="long"),
+        pytest.param(npy(np.zeros(5)), "wrong number of labels", id="short"),
+        pytest.param(npy(np.zeros(7)), "wrong number of labels", id="long"),
         pytest.param(b"", ".npy cannot be read", id="empty"),
         pytest.param(b"garbage", ".npy cannot be read", id="garbage"),
         pytest.param(npy(np.zeros(6))[:-3], ".npy cannot be read", id="cut"),
         pytest.param(npy(np.zeros(6))[:40], ".npy cannot be read", id="cut header"),
         pytest.param(b"PK\x03\x04garbage", ".npy cannot be read", id="zip"),
         pytest.param(npy(np.array([{}] * 6), allow_pickle=True), ".npy cannot be read", id="pickle"),
-        pytest.param(npy(np.array(["a"] * 6)), ".npy holds other things than numbers", id="strings"),
-        pytest.param(npy(np.array([0, 1, np.nan, 0, 0, 0])), ".npy holds other things than numbers", id="nan"),
+        pytest.param(npy(np.array(["a"] * 6)), ".npy does not hold finite numbers", id="strings"),
+        pytest.param(npy(np.array([0, 1, np.nan, 0, 0, 0])), ".npy does not hold finite numbers", id="nan"),
         pytest.param(huge_npy(), ".npy cannot be read", id="huge"),
     ],
 )
@@ -408,28 +410,28 @@ def test_a_broken_multihot_label(tmp_path, seed, label, cause):
     assert what == cause
     assert name.startswith(f"{folder}/test/1.tar sample 'x/odd one': {cause} (")
     assert torch.equal(data.targets, before[:3])
-    rest_is_whole(data)
+    check_rest(data)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture(folder, workers):
+def test_a_broken_image(folder, workers):
     replace_sample(folder, png=b"broken", cls=b"0")
     data = BenchmarkSet.open(folder)
-    assert (len(data), data.problems) == (4, [])  # known when it is decoded
+    assert (len(data), data.problems) == (4, [])  # The problem is found in decoding.
     bad = (3, f"{folder}/test/1.tar sample 'x/odd one': .png cannot be decoded as JPEG, PNG or WebP")
     (batch,) = data.images(Preprocess(SIZE), workers=workers)
     assert (batch.rows, batch.bad, batch.images.shape) == ([0, 1, 2], [bad], (3, 3, SIZE, SIZE))
     assert list(data.images(Preprocess(SIZE), [3, 3], workers=workers)) == [([], None, [bad, bad])]
 
 
-def test_no_picture(folder):
+def test_a_sample_without_an_image(folder):
     write_tar(folder / "test/1.tar", [{"__key__": "x", "cls": b"0"}])
     data = BenchmarkSet.open(folder)
     assert problem(data) == (
         "no image among its members",
         f"{folder}/test/1.tar sample 'x': no image among its members (cls)",
     )
-    rest_is_whole(data)
+    check_rest(data)
 
 
 def test_templates_without_a_place_for_the_name(folder):
@@ -437,15 +439,15 @@ def test_templates_without_a_place_for_the_name(folder):
     path.write_text("a {c}\na photo\n{c}!\na {c}\n")
     data = BenchmarkSet.open(folder)
     assert data.templates == ["a {c}", "{c}!", "a {c}"]
-    assert named(data) == {"template without {c}": [f"{path} line 2: 'a photo'"]}
+    assert problems_of(data) == {"template without {c}": [f"{path} line 2: 'a photo'"]}
 
 
-def test_class_names_that_stand_twice(folder):
+def test_duplicate_class_names(folder):
     (folder / "classnames.txt").write_text("\ufeffcrane\ncat\ncrane\nbat\nbat\ncrane\n", "utf-8")
     data = BenchmarkSet.open(folder)
     assert data.classnames == ["crane", "cat", "crane", "bat", "bat", "crane"]
-    assert named(data) == {"class name that stands twice": ["'crane' (classes 0, 2, 5)", "'bat' (classes 3, 4)"]}
-    rest_is_whole(data, range(7))
+    assert problems_of(data) == {"duplicate class name": ["'crane' (classes 0, 2, 5)", "'bat' (classes 3, 4)"]}
+    check_rest(data, range(7))
 
 
 # Hashes of the content
@@ -459,12 +461,12 @@ def test_item_ids(tmp_path, seed, kind):
     assert data.item_ids.dtype == np.uint64
     assert data.item_ids.tolist() == expected
     again = BenchmarkSet.open(folder)
-    assert all("image" in part.arrays for part in again.index.parts)  # kept
+    assert all("image" in part.arrays for part in again.index.parts)  # stored in the index
     assert again.item_ids.tolist() == expected
 
 
 def rewrite(folder, shards, change=lambda samples: None, split="test", key="other"):
-    """The samples of a set in other shards, under other keys and names."""
+    """Write the samples of a set to other shards, under other keys and names, and return the new fingerprint."""
     data = BenchmarkSet.open(folder)
     samples = [{name: sample.read(name) for name in sample.members} for sample in data.index]
     change(samples)
@@ -484,15 +486,15 @@ def rewrite(folder, shards, change=lambda samples: None, split="test", key="othe
 def test_fingerprint(tmp_path, seed, kind):
     rng = np.random.default_rng(seed)
     folder = write_benchmark(tmp_path / "a", seed, kind)
-    mine = BenchmarkSet.open(folder).fingerprint
-    assert mine == BenchmarkSet.open(folder).fingerprint
-    assert len(mine) == 32
-    int(mine, 16)
+    fingerprint = BenchmarkSet.open(folder).fingerprint
+    assert fingerprint == BenchmarkSet.open(folder).fingerprint
+    assert len(fingerprint) == 32
+    int(fingerprint, 16)
     for shards in (1, 2, 5):
-        assert rewrite(folder, shards, split="val", key=str(shards)) == mine
+        assert rewrite(folder, shards, split="val", key=str(shards)) == fingerprint
     row, label = int(rng.integers(7)), {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}[kind]
 
-    def other_picture(samples):
+    def other_image(samples):
         samples[row]["jpg"] += b"\0"
 
     def other_label(samples):
@@ -506,25 +508,25 @@ def test_fingerprint(tmp_path, seed, kind):
     def swapped(samples):
         samples[0], samples[1] = samples[1], samples[0]
 
-    others = [rewrite(folder, 2, change) for change in (other_picture, other_label, swapped)]
+    others = [rewrite(folder, 2, change) for change in (other_image, other_label, swapped)]
     others.append(rewrite(folder, 2, lambda samples: samples.pop()))
-    assert len({mine, *others}) == 5
+    assert len({fingerprint, *others}) == 5
 
 
-def test_fingerprint_tells_whose_caption_it_is(tmp_path, seed):
-    """The same images and captions, divided otherwise."""
+def test_fingerprint_depends_on_the_owner_of_a_caption(tmp_path, seed):
+    """The same images and captions have another fingerprint if a caption belongs to another image."""
     rng = np.random.default_rng(seed)
-    pictures, found = [encode(pixels(rng)) for _ in range(2)], set()
+    images, found = [encode(pixels(rng)) for _ in range(2)], set()
     for name, texts in (("a", [b"x\ny", b"z"]), ("b", [b"x", b"y\nz"])):
         folder = write_benchmark(tmp_path / name, seed, "retrieval", counts=(1,))
-        samples = [{"__key__": str(i), "png": p, "txt": t} for i, (p, t) in enumerate(zip(pictures, texts))]
+        samples = [{"__key__": str(i), "png": p, "txt": t} for i, (p, t) in enumerate(zip(images, texts))]
         write_tar(folder / "test/0.tar", samples)
         found.add(BenchmarkSet.open(folder).fingerprint)
     assert len(found) == 2
 
 
-def test_what_webdataset_writers_give_is_read(tmp_path, seed):
-    """Names in upper case and .webp, as exports have them."""
+def test_extensions_in_upper_case(tmp_path, seed):
+    """Exports have extensions in upper case, and .webp."""
     rng = np.random.default_rng(seed)
     folder = write_benchmark(tmp_path / "w", seed, "retrieval", counts=(2,))
     (folder / "dataset_type.txt").write_text("Retrieval")

@@ -1,4 +1,4 @@
-"""Evaluation sets of loose files: class folders, caption tables, and captions to choose between."""
+"""Evaluation sets of loose files: class folders, caption tables, and sets of choices."""
 
 import csv
 import json
@@ -14,24 +14,24 @@ from dualenc.data.shards.shard import content_hash
 from dualenc.utils.errors import DataError
 
 
-def write_picture(path, rng, kind="png"):
+def write_image(path, rng, kind="png"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode(pixels(rng), kind))
     return path
 
 
-def named(data):
+def problems_of(data):
     return {problem.what: problem.names for problem in data.problems}
 
 
-def pictures(data):
-    """The images, none of which is bad."""
+def images_of(data):
+    """Return all images of a set, and check that no image is bad."""
     batches = list(data.images(Preprocess(SIZE), batch_size=3))
     assert [row for batch in batches for row in batch.rows] == list(range(len(data)))
     return torch.cat([batch.images for batch in batches])
 
 
-def as_decoded(paths):
+def decode(paths):
     return torch.stack([Preprocess(SIZE)(decode_image(path.read_bytes())) for path in paths])
 
 
@@ -40,18 +40,18 @@ def as_decoded(paths):
 
 @pytest.fixture
 def folders(tmp_path, seed):
-    """Class folders with names in no order, and different numbers of images."""
+    """Write class folders with unsorted names and different numbers of images."""
     rng = np.random.default_rng(seed)
     root = tmp_path / "my photos"
     for folder, count in (("zebra", 2), ("hot_dog", 3), ("Aero-plane", 1), ("cat", 4)):
         for i in range(count):
-            write_picture(
+            write_image(
                 root / folder / f"{9 - i}.{('png', 'JPEG', 'webp')[i % 3]}", rng, ("png", "jpeg", "webp")[i % 3]
             )
     (root / "README.md").write_text("x")
     (root / ".cache").mkdir()
-    write_picture(root / ".cache" / "a.png", rng)
-    write_picture(root / "cat" / ".hidden.png", rng)
+    write_image(root / ".cache" / "a.png", rng)
+    write_image(root / "cat" / ".hidden.png", rng)
     return root
 
 
@@ -64,7 +64,7 @@ def test_class_folders(folders):
     paths = [folders / data.key(i) for i in range(10)]
     assert [path.parent.name for path in paths] == ["Aero-plane", *["cat"] * 4, *["hot_dog"] * 3, *["zebra"] * 2]
     assert paths == sorted(paths)
-    assert torch.equal(pictures(data), as_decoded(paths))
+    assert torch.equal(images_of(data), decode(paths))
     assert data.item_ids.tolist() == [content_hash(path.read_bytes()) for path in paths]
     assert decode_image(data.thumbnail(4)).shape == decode_image(paths[4].read_bytes()).shape
     assert BenchmarkSet.splits(folders) == ["test"]
@@ -74,33 +74,33 @@ def test_class_folders(folders):
         data.index  # noqa: B018
 
 
-def test_class_folders_with_names_and_templates_beside(folders):
+def test_class_folders_with_classnames_and_templates(folders):
     (folders / "classnames.txt").write_text("plane\nkitten\nfrankfurter\nzebra\n")
     (folders / "zeroshot_classification_templates.txt").write_text("{c}\nno place\nthe {c}\n")
     data = BenchmarkSet.open(folders)
     assert data.classnames == ["plane", "kitten", "frankfurter", "zebra"]
     assert data.templates == ["{c}", "the {c}"]
-    assert list(named(data)) == ["template without {c}"]
+    assert list(problems_of(data)) == ["template without {c}"]
     assert data.fingerprint == BenchmarkSet.open(folders).fingerprint
     (folders / "classnames.txt").write_text("plane\nkitten\nfrankfurter\n")
     with pytest.raises(DataError, match=r"classnames\.txt has 3 lines for 4 class folders"):
         BenchmarkSet.open(folders)
 
 
-def test_what_is_wrong_with_class_folders(folders, seed):
+def test_problems_of_class_folders(folders, seed):
     (folders / "dingo").mkdir()
     (folders / "cat" / "notes.txt").write_text("x")
     (folders / "cat" / "more").mkdir()
     (folders / "hot-dog").mkdir()
-    write_picture(folders / "hot-dog" / "a.png", np.random.default_rng(seed))
+    write_image(folders / "hot-dog" / "a.png", np.random.default_rng(seed))
     (folders / "zebra" / "broken.jpg").write_bytes(b"x")
     (folders / "zebra" / "a pipe.jpg").mkdir()
     data = BenchmarkSet.open(folders)
     assert data.classnames == ["Aero plane", "cat", "dingo", "hot dog", "hot dog", "zebra"]
-    assert named(data) == {
-        "class name that stands twice": ["'hot dog' (classes 3, 4)"],
+    assert problems_of(data) == {
+        "duplicate class name": ["'hot dog' (classes 3, 4)"],
         "class folder without images": [f"{folders}/dingo"],
-        "neither .jpg, .jpeg, .png, .webp in a class folder": [
+        "not a .jpg, .jpeg, .png, .webp in a class folder": [
             f"{folders}/cat/{name}" for name in ("more", "notes.txt")
         ] + [f"{folders}/zebra/a pipe.jpg"],
     }  # fmt: skip
@@ -108,17 +108,17 @@ def test_what_is_wrong_with_class_folders(folders, seed):
     batches = list(data.images(Preprocess(SIZE), batch_size=7, workers=1))
     bad = [item for batch in batches for item in batch.bad]
     assert bad == [(11, f"{folders}/zebra/broken.jpg: cannot be decoded as JPEG, PNG or WebP")]
-    (folders / "Aero-plane" / "9.png").unlink()  # since it was opened
+    (folders / "Aero-plane" / "9.png").unlink()  # after the set was opened
     ((row, what),) = next(iter(data.images(Preprocess(SIZE), [0, 1]))).bad
     assert (row, what) == (0, f"{folders}/Aero-plane/9.png: cannot be read (No such file or directory)")
 
 
 def test_class_folders_by_split(tmp_path, seed):
-    """A class number means the same in all splits, whatever each of them lacks."""
+    """A class has the same number in all splits, even if a split lacks some classes."""
     rng = np.random.default_rng(seed)
     for split, classes in (("train", "bcd"), ("val", "abd"), ("elsewhere", "ab")):
         for name in classes:
-            write_picture(tmp_path / "set" / split / name / "1.png", rng)
+            write_image(tmp_path / "set" / split / name / "1.png", rng)
     root = tmp_path / "set"
     assert BenchmarkSet.splits(root) == ["train", "val"]
     with pytest.raises(DataError, match=r"train, val .* test"):
@@ -128,31 +128,30 @@ def test_class_folders_by_split(tmp_path, seed):
         data = BenchmarkSet.open(root, split)
         assert (data.name, data.split, data.classnames) == ("set", split, ["ape", "bee", "cow", "dog"])
         assert data.targets.tolist() == targets
-        assert named(data) == {"class folder without images": [f"{root}/{split}/{absent}"]}
-        assert torch.equal(pictures(data), as_decoded([root / split / "abcd"[i] / "1.png" for i in targets]))
-    write_picture(root / "test" / "a" / "1.png", rng)
+        assert problems_of(data) == {"class folder without images": [f"{root}/{split}/{absent}"]}
+        assert torch.equal(images_of(data), decode([root / split / "abcd"[i] / "1.png" for i in targets]))
+    write_image(root / "test" / "a" / "1.png", rng)
     assert len(BenchmarkSet.open(root)) == 1
 
 
-def test_one_folder_of_images_is_no_classification(tmp_path, seed):
-    write_picture(tmp_path / "set" / "val2017" / "1.png", np.random.default_rng(seed))
-    with pytest.raises(DataError, match=r"one folder with images, val2017: a folder for each class is wanted$"):
+def test_a_single_folder_of_images_is_refused(tmp_path, seed):
+    write_image(tmp_path / "set" / "val2017" / "1.png", np.random.default_rng(seed))
+    with pytest.raises(DataError, match=r"one folder with images, val2017: it needs a folder for each class$"):
         BenchmarkSet.open(tmp_path / "set")
     (tmp_path / "set" / "swap_obj.json").write_text("{}")
-    with pytest.raises(DataError, match=r"name that: swap_obj\.json"):
+    with pytest.raises(DataError, match=r"name the table: swap_obj\.json"):
         BenchmarkSet.open(tmp_path / "set")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
-def test_a_folder_that_may_not_be_read(folders):
+def test_a_folder_without_read_permission(folders):
     (folders / "cat").chmod(0)
     with pytest.raises(DataError, match=r"cat cannot be read \(Permission denied\)"):
         BenchmarkSet.open(folders)
     (folders / "cat").chmod(0o755)
 
 
-def test_the_same_images_as_shards(folders, tmp_path):
-    """What is asked and of what is the same, wherever it lies."""
+def test_class_folders_equal_shards_of_the_same_images(folders, tmp_path):
     loose = BenchmarkSet.open(folders)
     layout = tmp_path / "layout"
     samples = [
@@ -165,17 +164,17 @@ def test_the_same_images_as_shards(folders, tmp_path):
     (layout / "zeroshot_classification_templates.txt").write_text("{c}")
     data = BenchmarkSet.open(layout)
     assert data.fingerprint == loose.fingerprint
-    assert torch.equal(pictures(data), pictures(loose))
+    assert torch.equal(images_of(data), images_of(loose))
 
 
 # Caption tables
 
 
 def write_table(root, rng, kind, count=5):
-    """A table of two captions for each image; returns its path, the captions and the image paths."""
+    """Write a table of one or two captions for each image; return its path, the captions and the image paths."""
     captions = [[f"{caption(rng)} {i}" for _ in range(1 + i % 2)] for i in range(count)]
     names = [f"p{i}.jpg" for i in range(count)]
-    paths = [write_picture(root / "images" / name, rng, "jpeg") for name in names]
+    paths = [write_image(root / "images" / name, rng, "jpeg") for name in names]
     rows = [(name, text) for name, texts in zip(names, captions) for text in texts]
     if kind == "csv":
         table = root / "captions of mine.csv"
@@ -214,13 +213,13 @@ def test_caption_tables(tmp_path, seed, kind):
     assert texts == [text for those in captions for text in those]
     assert owner.tolist() == [i for i, those in enumerate(captions) for _ in those]
     assert [data.key(i) for i in range(len(data))] == [path.name for path in paths]
-    assert torch.equal(pictures(data), as_decoded(paths))
-    if kind == "token":  # a folder with a table whose name tells
+    assert torch.equal(images_of(data), decode(paths))
+    if kind == "token":  # A table of this name is found in its folder.
         assert BenchmarkSet.open(table.parent).name == "set"
         assert BenchmarkSet.open(table.parent).fingerprint == data.fingerprint
 
 
-def test_what_is_wrong_with_a_table(tmp_path, seed):
+def test_problems_of_a_caption_table(tmp_path, seed):
     table, captions, paths = write_table(tmp_path / "set", np.random.default_rng(seed), "csv")
     paths[1].unlink()
     paths[3].write_bytes(b"no picture")
@@ -229,7 +228,7 @@ def test_what_is_wrong_with_a_table(tmp_path, seed):
     data = BenchmarkSet.open(table)
     assert [data.key(i) for i in range(len(data))] == ["p0.jpg", "p2.jpg", "p3.jpg", "p4.jpg"]
     lines = 1 + sum(map(len, captions))
-    assert named(data) == {
+    assert problems_of(data) == {
         "caption empty": [f"line {lines + 1}: p0.jpg"],
         "row broken": [f"line {lines + 2}"],
         "image missing": ["p1.jpg"],
@@ -267,7 +266,7 @@ def write_winoground(root, rng, count=4, ending=".png", named_whole=False):
         words = [str(word) for word in rng.choice(WORDS, 4)] + [str(i)]
         names = [f"ex_{i}_img_{j}" for j in (0, 1)]
         for name in names:
-            write_picture(root / "images" / f"{name}{ending}", rng, ending[1:])
+            write_image(root / "images" / f"{name}{ending}", rng, ending[1:])
         names = [f"{name}{ending}" for name in names] if named_whole else names
         lines.append({
             "id": 100 + i, "image_0": names[0], "image_1": names[1], "caption_0": " ".join(words),
@@ -286,21 +285,21 @@ def test_winoground(tmp_path, seed, ending, named_whole):
     images, texts, keys = data.choices
     assert (images.shape, texts.shape, images.dtype, texts.dtype) == ((4, 2), (4, 2), torch.int64, torch.int64)
     assert keys == ["100", "101", "102", "103"]
-    decoded = pictures(data)
+    decoded = images_of(data)
     for line, pair, words in zip(lines, images, texts, strict=True):
         stem = [root / "images" / f"{line[f'image_{j}'].removesuffix(ending)}{ending}" for j in (0, 1)]
-        assert torch.equal(decoded[pair], as_decoded(stem))
+        assert torch.equal(decoded[pair], decode(stem))
         assert [data.texts[i] for i in words] == [line["caption_0"], line["caption_1"]]
     assert BenchmarkSet.open(root / "examples.jsonl").fingerprint == data.fingerprint
 
 
 def write_sugar_crepe(root, rng, folder="val2017", count=6):
-    """Two entries for each image; numbers that are not contiguous, as the set has them."""
+    """Write two entries for each image, with keys that are not consecutive, as in the original set."""
     entries = {}
     for i in range(count):
         name = f"{i // 2:012d}.jpg"
         if i % 2 == 0:
-            write_picture(root / folder / name, rng, "jpeg")
+            write_image(root / folder / name, rng, "jpeg")
         texts = {"caption": f"{caption(rng)} {i} ", "negative_caption": f"{caption(rng)} not {i}"}
         entries[str(3 * i)] = {"filename": name, **texts}
     (root / "swap_obj.json").write_text(json.dumps(entries))
@@ -313,17 +312,22 @@ def test_sugar_crepe(tmp_path, seed, folder):
     root.mkdir()
     entries = write_sugar_crepe(root, np.random.default_rng(seed), folder)
     data = BenchmarkSet.open(root / "swap_obj.json")
-    assert (data.kind, data.name, len(data), data.problems) == ("choice", "swap_obj", 3, [])  # each image once
+    assert (data.kind, data.name, len(data), data.problems) == (
+        "choice",
+        "swap_obj",
+        3,
+        [],
+    )  # Each image is listed once.
     images, texts, keys = data.choices
     assert keys == list(entries)
     assert images.tolist() == [[i // 2, -1] for i in range(6)]
     assert [data.key(i) for i in range(3)] == [f"{i:012d}.jpg" for i in range(3)]
-    assert torch.equal(pictures(data), as_decoded([root / folder / data.key(i) for i in range(3)]))
+    assert torch.equal(images_of(data), decode([root / folder / data.key(i) for i in range(3)]))
     for entry, (right, wrong) in zip(entries.values(), texts.tolist(), strict=True):
         assert (data.texts[right], data.texts[wrong]) == (entry["caption"].strip(), entry["negative_caption"])
 
 
-def test_what_is_wrong_with_choices(tmp_path, seed):
+def test_problems_of_choices(tmp_path, seed):
     rng = np.random.default_rng(seed)
     entries = write_sugar_crepe(tmp_path, rng, count=12)
     (tmp_path / "val2017" / "000000000001.jpg").unlink()  # of entries 6 and 9
@@ -337,7 +341,7 @@ def test_what_is_wrong_with_choices(tmp_path, seed):
     table = tmp_path / "swap_obj.json"
     table.write_text(json.dumps(entries))
     data = BenchmarkSet.open(table)
-    assert named(data) == {
+    assert problems_of(data) == {
         "caption empty": [f"{table} '0'"],
         "caption not text": [f"{table} '3'"],
         "image missing": [f"{table} '{i}': '{entries[i]['filename']}'" for i in ("6", "9", "15")],
@@ -362,11 +366,11 @@ def test_a_broken_line_of_winoground(tmp_path, seed):
     lines = table.read_text().splitlines()
     table.write_text("\n".join(["{broken", lines[0], '{"id": 5}', *lines[1:]]))
     data = BenchmarkSet.open(tmp_path)
-    assert named(data) == {"row broken": [f"{table} 'line 1'", f"{table} 'line 3'"]}
+    assert problems_of(data) == {"row broken": [f"{table} 'line 1'", f"{table} 'line 3'"]}
     assert data.choices.keys == ["100", "101", "102", "103"]
 
 
-def test_choices_have_a_fingerprint(tmp_path, seed):
+def test_fingerprint_of_choices(tmp_path, seed):
     def opened(name, change=lambda lines: None):
         root = tmp_path / name
         lines = write_winoground(root, np.random.default_rng(seed))
@@ -377,7 +381,7 @@ def test_choices_have_a_fingerprint(tmp_path, seed):
     def other_text(lines):
         lines[1]["caption_1"] += "s"
 
-    def turned(lines):
+    def swapped(lines):
         lines[2]["caption_0"], lines[2]["caption_1"] = lines[2]["caption_1"], lines[2]["caption_0"]
 
     def other_id(lines):
@@ -386,16 +390,16 @@ def test_choices_have_a_fingerprint(tmp_path, seed):
     def shared(lines):
         lines[1]["caption_0"], lines[1]["caption_1"] = lines[0]["caption_0"], lines[0]["caption_1"]
 
-    def shared_and_turned(lines):
+    def shared_and_swapped(lines):
         lines[1]["caption_0"], lines[1]["caption_1"] = lines[0]["caption_1"], lines[0]["caption_0"]
 
-    mine = opened("a")
-    assert opened("b") == opened("c", other_id) == mine
-    others = [opened(str(i), change) for i, change in enumerate((other_text, turned, shared, shared_and_turned))]
-    assert len({mine, *others}) == 5
+    fingerprint = opened("a")
+    assert opened("b") == opened("c", other_id) == fingerprint
+    others = [opened(str(i), change) for i, change in enumerate((other_text, swapped, shared, shared_and_swapped))]
+    assert len({fingerprint, *others}) == 5
 
 
-def test_large_pictures_are_not_read_whole(tmp_path, seed, monkeypatch):
+def test_files_that_are_too_large_are_not_read(tmp_path, seed, monkeypatch):
     rng = np.random.default_rng(seed)
     write_winoground(tmp_path, rng)
     data = BenchmarkSet.open(tmp_path)

@@ -1,4 +1,4 @@
-"""Evaluation sets by URL: what the same folder here gives, whatever the server does."""
+"""Evaluation sets by URL: they equal those of the same local folder, whatever the server does."""
 
 import random
 import string
@@ -16,8 +16,8 @@ from dualenc.utils.urls import join
 pytestmark = [
     pytest.mark.usefixtures("here"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python >= 3.12
-    pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),  # botocore's own business
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # connections that fsspec keeps
+    pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning"),  # in botocore
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # connections that fsspec keeps open
 ]
 
 
@@ -25,8 +25,8 @@ def decoded(data):
     return np.concatenate([batch.images.numpy() for batch in data.images(Preprocess(SIZE), batch_size=3)])
 
 
-def the_same(found, expected):
-    """Whether two sets are alike but for where they lie."""
+def check_equal(found, expected):
+    """Check that two sets differ only in their location."""
     assert (found.kind, found.split, found.classnames, found.templates) == (
         expected.kind, expected.split, expected.classnames, expected.templates
     )  # fmt: skip
@@ -41,25 +41,25 @@ def the_same(found, expected):
 
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("kind", ["classification", "multilabel", "retrieval"])
-def test_the_set_of_a_folder(web, seed, here, kind, indexed):
+def test_a_url_equals_the_local_folder(web, seed, here, kind, indexed):
     folder = write_benchmark(web.folder / "some" / "set", seed, kind)
     local = BenchmarkSet.open(folder)
     index = folder / "test" / "dualenc.index"
-    assert index.exists()  # made by opening it here
+    assert index.exists()  # made by opening the local folder
     if not indexed:
         index.unlink()
     for url in (f"{web.url}/some/set", f"{web.url}/some/set/"):
         found = BenchmarkSet.open(url)
         assert (found.name, found.path) == ("set", url)
-        the_same(found, local)
+        check_equal(found, local)
     shards = [f"some/set/test/{i}.tar" for i in range(2)]
-    assert [web.gets(shard) for shard in shards] == [1, 1]  # scanned and read, once for all
+    assert [web.gets(shard) for shard in shards] == [1, 1]  # one download for scanning and reading
     forget_copies(here)
     BenchmarkSet.open(f"{web.url}/some/set")
-    assert [web.gets(shard) for shard in shards] == [2, 2]  # for its labels: the index is known
+    assert [web.gets(shard) for shard in shards] == [2, 2]  # for the labels, with the known index
 
 
-def test_shards_that_are_known_are_not_scanned_again(web, seed, here, monkeypatch):
+def test_indexed_shards_are_not_scanned_again(web, seed, here, monkeypatch):
     write_benchmark(web.folder / "set", seed)
     before = BenchmarkSet.open(f"{web.url}/set")
     assert before.item_ids.shape == (7,)
@@ -72,7 +72,7 @@ def test_shards_that_are_known_are_not_scanned_again(web, seed, here, monkeypatc
 
 
 @pytest.mark.long
-def test_splits_elsewhere(web, seed):
+def test_splits_of_a_remote_set(web, seed):
     folder = write_benchmark(web.folder / "set", seed, split="train", counts=(2,))
     url = f"{web.url}/set"
     assert BenchmarkSet.open(url).split == "train"  # the only one
@@ -90,17 +90,17 @@ def test_splits_elsewhere(web, seed):
     assert not any("train" in name or "val" in name for _, name in web.log)
 
 
-def test_no_set_there(web):
+def test_urls_without_a_set(web):
     web.folder.mkdir(exist_ok=True)
     (web.folder / "page" / "test").mkdir(parents=True)
     (web.folder / "page" / "test" / "nshards.txt").write_text("<!doctype html>" + "x" * 10_000)
     for url in (f"{web.url}/set", web.url):
-        with pytest.raises(DataError, match=r"not in the CLIP_benchmark layout: no <split>/nshards\.txt there, or it"):
+        with pytest.raises(DataError, match=r"not in the CLIP_benchmark layout: no <split>/nshards\.txt there"):
             BenchmarkSet.open(url)
     with pytest.raises(DataError, match=r"classnames\.txt is missing"):
         BenchmarkSet.open(f"{web.url}/page")
     (web.folder / "page" / "dataset_type.txt").write_text("retrieval")
-    with pytest.raises(DataError, match=r"/page/test/nshards\.txt: '<!doctype html>x{25}' is no number of shards"):
+    with pytest.raises(DataError, match=r"/page/test/nshards\.txt: '<!doctype html>x{25}' is not a number of shards"):
         BenchmarkSet.open(f"{web.url}/page")
     with pytest.raises(DataError, match=r"ftp://.* s3://"):
         BenchmarkSet.open("ftp://host/set")
@@ -109,7 +109,7 @@ def test_no_set_there(web):
 
 
 @pytest.mark.parametrize("how", ["absent", "cut", "fails"])
-def test_a_shard_that_cannot_be_had(web, seed, how):
+def test_a_shard_that_cannot_be_downloaded(web, seed, how):
     folder = write_benchmark(web.folder / "set", seed)
     shard = folder / "test" / "1.tar"
     if how == "absent":
@@ -127,14 +127,14 @@ def test_a_shard_that_cannot_be_had(web, seed, how):
     assert len(decoded(data)) == len(data.item_ids) == 3
 
 
-def test_a_shard_that_goes_after_it_was_indexed(web, seed, here):
-    """The index is published: that a shard is gone shows when its labels are read."""
+def test_a_shard_that_is_deleted_after_it_was_indexed(web, seed, here):
+    """The set publishes its index, so a deleted shard is found only when its labels are read."""
     folder = write_benchmark(web.folder / "set", seed, "retrieval", counts=(2, 3, 2))
     whole = BenchmarkSet.open(folder)
     (folder / "test" / "1.tar").unlink()
     data = BenchmarkSet.open(f"{web.url}/set")
     assert [problem.what for problem in data.problems] == ["shard cannot be read"]
-    assert len(data.problems[0].names) == 1  # not once for each sample
+    assert len(data.problems[0].names) == 1  # one name for all samples
     assert [data.key(i) for i in range(len(data))] == [whole.key(i) for i in (0, 1, 5, 6)]
     texts, owner = whole.captions
     kept = [(text, [0, 1, 5, 6].index(i)) for text, i in zip(texts, owner.tolist()) if i in (0, 1, 5, 6)]
@@ -142,12 +142,12 @@ def test_a_shard_that_goes_after_it_was_indexed(web, seed, here):
     assert len(decoded(data)) == 4
 
 
-def test_promises_elsewhere(web, seed):
+def test_unexpected_numbers_of_samples_of_a_remote_set(web, seed):
     folder = write_benchmark(web.folder / "set", seed)
     (folder / "test" / "sizes.json").write_text('{"0.tar": 3, "1.tar": 5}')
     (problem,) = BenchmarkSet.open(f"{web.url}/set").problems
-    assert problem.what == "other number of samples than promised"
-    assert problem.names == [f"{web.url}/set/test/1.tar: 4 in place of 5 (sizes.json)"]
+    assert problem.what == "unexpected number of samples"
+    assert problem.names == [f"{web.url}/set/test/1.tar: 4, expected 5 (sizes.json)"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_promises_elsewhere(web, seed):
         ("s3://bucket/what?/set", "s3://bucket/what?/set/test/0.tar"),
     ],
 )
-def test_a_file_in_a_folder_elsewhere(folder, expected):
+def test_the_url_of_a_file_in_a_remote_folder(folder, expected):
     assert join(folder, "test/0.tar") == expected
 
 
@@ -168,7 +168,7 @@ def secret():
     return "".join(random.SystemRandom().choices(string.ascii_letters, k=16))
 
 
-def test_secrets_are_used_and_not_shown(web, seed):
+def test_secrets_are_used_but_not_displayed(web, seed):
     password, signature = secret(), secret()
     web.credentials = f"user:{password}"
     folder = write_benchmark(web.folder / "set", seed)
@@ -203,14 +203,14 @@ def test_secrets_are_used_and_not_shown(web, seed):
     ],
 )
 def test_pages_of_the_hub(web, seed, monkeypatch, url, path):
-    """All files of a page lie at one place."""
+    """The URL of a page is converted to the URL of its files."""
     folder = f"datasets/clip-benchmark/wds_cars/{path}"
     local = BenchmarkSet.open(write_benchmark(web.folder / folder, seed))
     (web.folder / folder / "test" / "dualenc.index").unlink()
     web_filesystem = storage._filesystem
 
-    class Here:
-        """The hub, served by this machine."""
+    class LocalHub:
+        """File system of the hub, served by this machine."""
 
         def __init__(self, url):
             assert url.startswith(f"https://huggingface.co/{folder}")
@@ -222,10 +222,10 @@ def test_pages_of_the_hub(web, seed, monkeypatch, url, path):
         def info(self, url):
             return self.inner.info(url.replace("https://huggingface.co", web.url))
 
-    monkeypatch.setattr(storage, "_filesystem", Here)
+    monkeypatch.setattr(storage, "_filesystem", LocalHub)
     found = BenchmarkSet.open(url)
     assert (found.name, found.path) == ("wds_cars", url)
-    the_same(found, local)
+    check_equal(found, local)
 
 
 @pytest.mark.long
@@ -237,12 +237,12 @@ def test_s3(s3, web, seed, here):
     bucket.put([path for path in (folder / "test").iterdir() if path.suffix != ".index"], "deep/set/test/")
     found = BenchmarkSet.open(f"{bucket.url}/deep/set")
     assert (found.name, BenchmarkSet.splits(f"{bucket.url}/deep/set")) == ("set", ["test"])
-    the_same(found, local)
+    check_equal(found, local)
     assert isinstance(found.index, ShardIndex)
 
 
 def test_names_on_the_hub(web, seed, monkeypatch):
-    from dualenc.data.eval_sets.clip_benchmark import _name
+    from dualenc.data.eval_sets.clip_benchmark import _set_name
 
     for url, name in (
         ("hf://datasets/owner/name", "name"),
@@ -251,4 +251,4 @@ def test_names_on_the_hub(web, seed, monkeypatch):
         ("s3://bucket/some/set/", "set"),
         ("gs://bucket", "bucket"),
     ):
-        assert _name(url) == name
+        assert _set_name(url) == name

@@ -1,4 +1,4 @@
-"""A batch embedded in pieces: gradients of the pieces with their graphs kept, with the memory of one."""
+"""Micro-batches: the gradients equal those with all graphs kept, with the memory of one micro-batch."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dualenc.losses as losses
 from dualenc.losses import clip_loss, siglip_loss
-from dualenc.models import DualEncoder, ImageConfig, TextConfig, embed_pieces
+from dualenc.models import DualEncoder, ImageConfig, TextConfig, embed_micro_batches
 from dualenc.tokens import Tokens
 from tools.bench.memory import Live
 
@@ -36,15 +36,15 @@ def pairs(count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor,
     return torch.randn(count, 3, SIZE, SIZE, dtype=dtype), texts
 
 
-def cut(images, texts, size):
-    """Pieces of `size` pairs, the last one smaller."""
+def split(images, texts, size):
+    """Split pairs into micro-batches of `size` pairs, the last one smaller."""
     starts = range(0, len(texts), size)
     return [(images[i : i + size], Tokens.pack(texts[i : i + size])) for i in starts]
 
 
-def kept(model, pieces):
-    """The same with all graphs kept."""
-    parts = [model(*piece) for piece in pieces]
+def keep_graphs(model, micro_batches):
+    """Embed micro-batches with all graphs kept."""
+    parts = [model(*args) for args in micro_batches]
     return torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts]), *parts[0][2:]
 
 
@@ -62,49 +62,49 @@ def close(one, other, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_equal_to_the_pieces_with_their_graphs_kept(name, seed):
-    """With dropout and patches left out; another draw of them is another gradient."""
-    model, pieces = model_of(0.3), cut(*pairs(11), 3)
+def test_equals_keeping_all_graphs(name, seed):
+    """Dropout and patch dropout are the same in both passes; another draw gives another gradient."""
+    model, micro_batches = model_of(0.3), split(*pairs(11), 3)
     found = []
-    for embed, start in ((embed_pieces, seed), (kept, seed), (kept, seed + 1)):
+    for embed, start in ((embed_micro_batches, seed), (keep_graphs, seed), (keep_graphs, seed + 1)):
         torch.manual_seed(start)
-        found.append(gradients(model, embed(model, pieces), LOSSES[name]))
+        found.append(gradients(model, embed(model, micro_batches), LOSSES[name]))
     close(found[0], found[1])
     assert not torch.allclose(found[1]["text_projection.weight"], found[2]["text_projection.weight"])
 
 
 @pytest.mark.parametrize("size", [1, 4, 11])
 @pytest.mark.parametrize("name", LOSSES)
-def test_equal_to_the_whole_batch(name, size):
+def test_equals_the_whole_batch(name, size):
     model, (images, texts) = model_of(0.0), pairs(11)
     whole = gradients(model, model(images, Tokens.pack(texts)), LOSSES[name])
-    close(gradients(model, embed_pieces(model, cut(images, texts, size)), LOSSES[name]), whole)
+    close(gradients(model, embed_micro_batches(model, split(images, texts, size)), LOSSES[name]), whole)
 
 
 @pytest.mark.long
-def test_nothing_is_added_up_in_half_precision():
-    """Beside gradient caching by hand (Gao et al. 2021), which runs backward piece by piece."""
-    model, pieces = model_of(0.0, torch.float32), cut(*pairs(192, torch.float32), 2)
+def test_gradients_are_not_summed_in_half_precision():
+    """The gradients equal gradient caching by hand (Gao et al. 2021), with one backward pass for each micro-batch."""
+    model, micro_batches = model_of(0.0, torch.float32), split(*pairs(192, torch.float32), 2)
 
     def by_hand():
         model.zero_grad()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            parts = [model(*piece) for piece in pieces]
+            parts = [model(*args) for args in micro_batches]
         image, text = (torch.cat(x).requires_grad_() for x in ([p.image for p in parts], [p.text for p in parts]))
         clip_loss(image, text, *parts[0][2:]).backward()
-        wanted = zip(image.grad.split(2), text.grad.split(2))
-        for piece, (for_image, for_text) in zip(pieces, wanted):
+        grads = zip(image.grad.split(2), text.grad.split(2))
+        for args, (grad_image, grad_text) in zip(micro_batches, grads):
             with torch.autocast("cpu", torch.bfloat16):
-                part = model(*piece)
-            torch.autograd.backward([part.image, part.text], [for_image, for_text])
+                part = model(*args)
+            torch.autograd.backward([part.image, part.text], [grad_image, grad_text])
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     def in_autocast(embed):
         with torch.autocast("cpu", torch.bfloat16):
-            out = embed(model, pieces)
+            out = embed(model, micro_batches)
         return gradients(model, out, clip_loss)
 
-    want, ours, cached = by_hand(), in_autocast(embed_pieces), in_autocast(kept)
+    want, ours, cached = by_hand(), in_autocast(embed_micro_batches), in_autocast(keep_graphs)
 
     def error(found, name):
         return float((found[name] - want[name]).norm() / want[name].norm())
@@ -117,28 +117,28 @@ def test_nothing_is_added_up_in_half_precision():
 
 
 @pytest.mark.parametrize("count", [96, pytest.param(384, marks=pytest.mark.slow)])
-def test_memory_of_one_piece(count, monkeypatch):
-    """At most 1.2 times what one piece takes, embeddings, and the gradients that are summed up, whatever the batch."""
-    monkeypatch.setattr(losses, "CPU_SCORES", 200)  # or a small batch has all of its scores at once
+def test_memory_of_one_micro_batch(count, monkeypatch):
+    """The memory is at most 1.2 times that of one micro-batch, plus embeddings and gradients, whatever the batch."""
+    monkeypatch.setattr(losses, "CPU_SCORES", 200)  # Otherwise a small batch has a single block of scores.
     model = model_of(0.1, torch.float32)
-    pieces = cut(*pairs(count, torch.float32), 8)
+    micro_batches = split(*pairs(count, torch.float32), 8)
 
-    def most(embed, some):
+    def peak(embed, micro_batches):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         with Live() as live:
-            clip_loss(*embed(model, some)).backward()
+            clip_loss(*embed(model, micro_batches)).backward()
         return live.most
 
-    one = max(most(kept, [piece]) for piece in pieces)
-    embeddings = 2 * count * 8 * 4  # bytes; in pieces, in one, their gradients, and those once more in the loss
+    one = max(peak(keep_graphs, [args]) for args in micro_batches)
+    embeddings = 2 * count * 8 * 4  # bytes; held four times: in parts, concatenated, and twice as gradients
     gradients = sum(4 * parameter.numel() for parameter in model.parameters())
-    assert most(embed_pieces, pieces) <= 1.2 * one + 4 * embeddings + gradients
-    assert most(kept, pieces) > 5 * one  # control
+    assert peak(embed_micro_batches, micro_batches) <= 1.2 * one + 4 * embeddings + gradients
+    assert peak(keep_graphs, micro_batches) > 5 * one  # control
 
 
-def ranks(folder, rank, world):
-    """Gradients after DDP, in pieces and with graphs kept, and how often gradients were summed over the ranks."""
+def run_rank(folder, rank, world):
+    """Compute gradients with DDP, with micro-batches and with graphs kept, and count the reductions over the ranks."""
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -151,57 +151,58 @@ def ranks(folder, rank, world):
             super().__init__()
             self.model, self.embed, self.loss = model, embed, loss
 
-        def forward(self, pieces):
-            return self.loss(*self.embed(self.model, pieces), group=dist.group.WORLD)
+        def forward(self, micro_batches):
+            return self.loss(*self.embed(self.model, micro_batches), group=dist.group.WORLD)
 
     for name, loss in LOSSES.items():
         for dropout in (0.3, 0.0):
-            for embed in (embed_pieces, kept):
+            for embed in (embed_micro_batches, keep_graphs):
                 torch.manual_seed(rank)
                 model = model_of(dropout)
                 model.load_state_dict(saved["model"])
-                step, sums = DistributedDataParallel(Step(model, embed, loss)), []
+                step, reductions = DistributedDataParallel(Step(model, embed, loss)), []
 
-                def hook(state, bucket, sums=sums):
-                    sums.append(bucket.index())
+                def hook(state, bucket, reductions=reductions):
+                    reductions.append(bucket.index())
                     return allreduce_hook(state, bucket)
 
                 step.register_comm_hook(None, hook)
                 torch.manual_seed(rank)
-                value = step(cut(images, texts, 3))
+                value = step(split(images, texts, 3))
                 value.backward()
                 found = {"loss": value.detach(), **{key: p.grad for key, p in model.named_parameters()}}
-                results[f"{name} {dropout} {embed.__name__}"] = {**found, "sums": torch.tensor(len(sums))}
+                found["reductions"] = torch.tensor(len(reductions))
+                results[f"{name} {dropout} {embed.__name__}"] = found
     return results
 
 
 @pytest.mark.slow
-def test_over_ranks(tmp_path):
+def test_two_ranks_equal_the_whole_batch(tmp_path):
     model, (images, texts) = model_of(0.0), pairs(22)
     torch.save({"model": model.state_dict(), "images": images, "texts": texts}, tmp_path / "inputs.pt")
-    results = in_ranks(ranks, tmp_path, 2)
+    results = in_ranks(run_rank, tmp_path, 2)
     for name, loss in LOSSES.items():
         order = [*range(0, 22, 2), *range(1, 22, 2)]  # the first rank's pairs, then the second's
         whole = model(images[order], Tokens.pack([texts[i] for i in order]))
         want = gradients(model, whole, loss)
         for result in results:
             for dropout in (0.3, 0.0):
-                ours = result[f"{name} {dropout} embed_pieces"]
-                assert ours.pop("sums") == 1  # of all of its four pieces, in one bucket
-                close(ours, {key: x for key, x in result[f"{name} {dropout} kept"].items() if key != "sums"})
-            close(result[f"{name} 0.0 embed_pieces"], want)
+                ours, other = (result[f"{name} {dropout} {embed}"] for embed in ("embed_micro_batches", "keep_graphs"))
+                assert ours.pop("reductions") == 1  # one bucket for all of its four micro-batches
+                close(ours, {key: x for key, x in other.items() if key != "reductions"})
+            close(result[f"{name} 0.0 embed_micro_batches"], want)
 
 
 @pytest.mark.long
-def test_one_graph():
-    """torch.compile sees pieces and loss as one graph without a break."""
-    model, pieces = model_of(0.0, torch.float32), cut(*pairs(6, torch.float32), 3)
-    want = gradients(model, embed_pieces(model, pieces), clip_loss)
+def test_compiles_to_one_graph():
+    """torch.compile sees the micro-batches and the loss as one graph without a break."""
+    model, micro_batches = model_of(0.0, torch.float32), split(*pairs(6, torch.float32), 3)
+    want = gradients(model, embed_micro_batches(model, micro_batches), clip_loss)
     torch._dynamo.reset()
     counter = CompileCounter()
-    step = torch.compile(lambda *some: clip_loss(*embed_pieces(model, some)), fullgraph=True, backend=counter)
+    step = torch.compile(lambda *args: clip_loss(*embed_micro_batches(model, args)), fullgraph=True, backend=counter)
     model.zero_grad()
-    value = step(*pieces)
+    value = step(*micro_batches)
     value.backward()
     got = {"loss": value.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
     close(got, want, 1e-5)
