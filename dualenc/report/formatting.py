@@ -1,24 +1,8 @@
 """How figures, names and pictures are written, in the terminal and on a page."""
 
 from base64 import b64encode
-from typing import Any
 
 from markupsafe import Markup, escape
-
-KINDS = {  # what n counts, and what is measured
-    "classification": ("images", "zero-shot classification"),
-    "multilabel": ("images", "zero-shot classification, several labels an image"),
-    "retrieval": ("images", "images found by captions and captions by images"),
-    "choice": ("instances", "images and captions to be told apart"),
-    "probe": ("images", "a linear classifier and votes of neighbors on frozen embeddings"),
-    "labels": ("texts", "labels of texts, or numbers"),
-    "mlm": ("tokens", "hidden words that are guessed"),
-    "rtd": ("tokens", "words that were replaced, and others, told apart"),
-    "text-pairs": ("pairs", "texts that belong together"),
-    "sentences": ("texts", "logistic regression and clusters on frozen sentence embeddings"),
-    "text-text": ("captions", "captions of the same image found by a caption"),
-    "image-image": ("images", "images of the same class found by an image"),
-}
 
 
 def less_is_better(name: str) -> bool:
@@ -29,12 +13,6 @@ def less_is_better(name: str) -> bool:
 def is_share(name: str) -> bool:
     """Whether a metric lies between 0 and 1, as all do but ranks, losses and correlations."""
     return not name.endswith(("median_rank", "perplexity", "mse", "loss", "matthews", "pearson", "spearman"))
-
-
-def measured(result: dict[str, Any]) -> str:
-    """How many of what, and what was done with them."""
-    unit, what = KINDS[result["kind"]]
-    return f"{result['n']:,} {unit}: {what}"
 
 
 def number(value: float) -> str:

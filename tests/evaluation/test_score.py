@@ -14,21 +14,20 @@ import dualenc
 from dualenc import BenchmarkSet, DataError
 from dualenc.data import decode_image
 from dualenc.evaluation import (
+    KINDS,
     EmbeddingCache,
     SetEmbeddings,
     compare,
     embed_set,
     evaluate,
-    measures,
-    probe,
     score,
-    score_within,
     write_results,
 )
+from dualenc.evaluation.probe import ProbeSet
 from dualenc.evaluation.results import read_results
 from dualenc.report import Section
 
-KINDS = ["classification", "multilabel", "retrieval"]
+SETS = ["classification", "multilabel", "retrieval"]
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def spoil(folder, split="test", shard=1):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SETS)
 def test_evaluate(embedder, tmp_path, seed, kind):
     folder = write_benchmark(tmp_path / "the set", seed, kind, counts=(9, 5))
     result = evaluate(embedder, folder)
@@ -70,7 +69,7 @@ def test_evaluate(embedder, tmp_path, seed, kind):
     assert dualenc.evaluate is evaluate
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SETS)
 def test_the_parts_of_the_ranks_are_the_whole(embedder, tmp_path, seed, kind):
     """In order, as equal as can be; more ranks than images or classes leave some with nothing."""
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(2, 2), classes=3))
@@ -99,7 +98,7 @@ def test_the_parts_of_the_ranks_are_the_whole(embedder, tmp_path, seed, kind):
         assert torch.cat([part.rows for part in parts]).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SETS)
 def test_evaluate_is_score_of_embed_set(embedder, tmp_path, seed, kind):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(9, 5)))
     embedded = embed_set(embedder, data)
@@ -128,7 +127,7 @@ def test_evaluate_is_score_of_embed_set(embedder, tmp_path, seed, kind):
         assert bool(right["text"]) == (recall > 0)
     if kind != "multilabel":
         assert findings.picture(3) == data.thumbnail(3)
-    assert measures(kind, items).values() == pytest.approx(section.result["metrics"], abs=1e-12)
+    assert KINDS[kind].metrics_of_items(items).values() == pytest.approx(section.result["metrics"], abs=1e-12)
 
 
 def test_it_shows_its_progress(embedder, tmp_path, seed):
@@ -159,7 +158,7 @@ def test_it_equals_the_plain_computation(embedder, tmp_path, seed):
 # What is not there
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SETS)
 def test_a_picture_that_cannot_be_decoded_is_counted_and_left_out(embedder, tmp_path, seed, kind):
     folder = write_benchmark(tmp_path / "c", seed, kind, counts=(3, 9))
     whole = BenchmarkSet.open(folder)
@@ -194,7 +193,7 @@ def test_what_the_set_says_is_wrong_comes_into_the_result(embedder, tmp_path, se
 def test_a_set_without_one_good_picture_has_no_figures(embedder, tmp_path, seed):
     folder = write_benchmark(tmp_path / "c", seed, counts=(1,))
     spoil(folder, shard=0)
-    with pytest.raises(ValueError, match=r"c: no picture can be decoded, such as .*s00000"):
+    with pytest.raises(ValueError, match=r"c: no image can be decoded, such as .*s00000"):
         evaluate(embedder, folder)
 
 
@@ -270,7 +269,7 @@ def test_the_cache_keeps_to_its_limit(embedder, tmp_path, monkeypatch):
 def test_retrieval_among_captions_and_among_pictures(embedder, tmp_path, seed):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "r", seed, "retrieval", counts=(20,)))
     embedded = embed_set(embedder, data)
-    result = score_within(data, embedded, embedder, "text-text").section.result
+    result = KINDS["text-text"].evaluate(embedder, data).section.result
     scores = (embedded.text.double() @ embedded.text.double().T).fill_diagonal_(-torch.inf)
     owner = data.captions[1]
     same = (owner[:, None] == owner).fill_diagonal_(False)
@@ -283,11 +282,11 @@ def test_retrieval_among_captions_and_among_pictures(embedder, tmp_path, seed):
     assert (result["kind"], result["n"]) == ("text-text", len(owner))
     data = BenchmarkSet.open(write_benchmark(tmp_path / "c", seed, counts=(20,)))
     embedded = embed_set(embedder, data)
-    section, items = score_within(data, embedded, embedder, "image-image")
+    section, items = KINDS["image-image"].evaluate(embedder, data)
     scores = (embedded.image.double() @ embedded.image.double().T).fill_diagonal_(-torch.inf)
     right = (data.targets[scores.argmax(1)] == data.targets).double().mean().item()
     assert section.result["metrics"]["image_image_retrieval_recall@1"] == pytest.approx(right)
-    assert measures("image-image", items).values() == pytest.approx(section.result["metrics"])
+    assert KINDS["image-image"].metrics_of_items(items).values() == pytest.approx(section.result["metrics"])
 
 
 def test_choices(embedder, tmp_path, seed):
@@ -304,7 +303,7 @@ def test_choices(embedder, tmp_path, seed):
     expected = dict(zip(("text_score", "image_score", "group_score"), np.mean(right, 0)))
     assert section.result["metrics"] == pytest.approx(expected)
     assert (section.result["n"], section.result["kind"], section.result["complete"]) == (12, "choice", True)
-    assert measures("choice", items).values() == pytest.approx(expected)
+    assert KINDS["choice"].metrics_of_items(items).values() == pytest.approx(expected)
     (tmp_path / "w" / "images" / "ex_3_img_1.png").write_bytes(b"no picture")
     data = BenchmarkSet.open(tmp_path / "w")
     section, items = score(data, embed_set(embedder, data), embedder)
@@ -326,7 +325,7 @@ def test_probe(embedder, tmp_path, seed):
     for split, count in (("train", 40), ("test", 30)):
         write_benchmark(tmp_path / "c", seed + len(split), split=split, counts=(count,), classes=3)
     data, train = (BenchmarkSet.open(tmp_path / "c", split) for split in ("test", "train"))
-    section, items = probe(embedder, data, train)
+    section, items = KINDS["probe"].evaluate(embedder, ProbeSet.of(data, train))
     result = section.result
     assert (result["kind"], result["n"], result["trained_on"]) == ("probe", 30, 40)
     names = {f"{kind}_{name}" for kind in ("linear", "knn") for name in ("acc1", "mean_per_class_recall", "ece")}
@@ -334,9 +333,10 @@ def test_probe(embedder, tmp_path, seed):
     assert set(result["intervals"]) == {name for name in names if "ece" not in name}
     assert set(result["chosen"]) >= {"linear_C", "knn_k"}
     assert json.loads(json.dumps(result)) == result
-    assert measures("probe", items).values() == pytest.approx(result["metrics"])
+    assert KINDS["probe"].metrics_of_items(items).values() == pytest.approx(result["metrics"])
     spoil(tmp_path / "c", "train", 0)
-    worse = probe(embedder, data, BenchmarkSet.open(tmp_path / "c", "train")).section.result
+    spoiled = ProbeSet.of(data, BenchmarkSet.open(tmp_path / "c", "train"))
+    worse = KINDS["probe"].evaluate(embedder, spoiled).section.result
     assert (worse["trained_on"], worse["complete"]) == (39, False)
     assert worse["problems"][0]["what"] == "image that cannot be decoded (train)"
 
@@ -350,7 +350,7 @@ def results(embedder, folder, sets):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SETS)
 def test_compare(embedder, tmp_path, seed, kind):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(20, 9)))
     other = tiny_embedder(seed + 1)
@@ -379,19 +379,19 @@ def test_other_items_are_not_compared(embedder, tmp_path, seed):
     results(embedder, tmp_path / "a", [BenchmarkSet.open(folder)])
     spoil(folder)
     results(embedder, tmp_path / "b", [BenchmarkSet.open(folder)])
-    with pytest.raises(DataError, match=r"s: .* have not measured the same items: 14 and 13 pictures"):
+    with pytest.raises(DataError, match=r"s: .* were not measured on the same items: 14 and 13 images"):
         compare(tmp_path / "a", tmp_path / "b")
     results(
         embedder, tmp_path / "c", [BenchmarkSet.open(write_benchmark(tmp_path / "x" / "s", seed + 1, counts=(9, 5)))]
     )
-    with pytest.raises(DataError, match="14 of 14 pictures are others"):
+    with pytest.raises(DataError, match="14 of 14 images differ"):
         compare(tmp_path / "a", tmp_path / "c")
     other = write_benchmark(tmp_path / "y" / "s", seed, counts=(9, 5))
     rng = np.random.default_rng(seed)
     samples = [{"__key__": "0", "jpg": encode(smooth(rng, 20, 24), "jpeg"), "cls": b"3"}]
     write_tar(other / "test" / "1.tar", samples)
     results(embedder, tmp_path / "d", [BenchmarkSet.open(other)])
-    with pytest.raises(DataError, match="14 and 10 pictures"):
+    with pytest.raises(DataError, match="14 and 10 images"):
         compare(tmp_path / "a", tmp_path / "d")
     results(embedder, tmp_path / "e", [BenchmarkSet.open(write_benchmark(tmp_path / "other", seed))])
     with pytest.raises(DataError, match=r"have no set in common: s \(classification\); and other \(classification\)"):
@@ -404,7 +404,7 @@ def test_other_groups_and_other_classes_are_not_compared(embedder, tmp_path, see
     def among(folder, between, kind, change):
         data = BenchmarkSet.open(write_benchmark(tmp_path / folder / "s", seed, kind, counts=(20,)))
         data = dataclasses.replace(data, **change(data))
-        found = [score_within(data, embed_set(embedder, data), embedder, between)]
+        found = [KINDS[between].evaluate(embedder, data)]
         write_results(tmp_path / folder, "x", found, [data], embedder.fingerprint)
 
     for between, kind, change in (
@@ -416,7 +416,7 @@ def test_other_groups_and_other_classes_are_not_compared(embedder, tmp_path, see
         among("b", between, kind, lambda data: {})
         compare(tmp_path / "a", tmp_path / "b")  # the control
         among("b", between, kind, change)
-        with pytest.raises(DataError, match=r"have not measured the same items"):
+        with pytest.raises(DataError, match=r"were not measured on the same items"):
             compare(tmp_path / "a", tmp_path / "b")
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, counts=(9,), classes=6))
     results(embedder, tmp_path / "c", [data])
@@ -426,7 +426,7 @@ def test_other_groups_and_other_classes_are_not_compared(embedder, tmp_path, see
 
 
 def test_a_folder_with_two_models_is_not_compared(embedder, tmp_path, seed):
-    sets = [BenchmarkSet.open(write_benchmark(tmp_path / kind, seed, kind)) for kind in KINDS[:2]]
+    sets = [BenchmarkSet.open(write_benchmark(tmp_path / kind, seed, kind)) for kind in SETS[:2]]
     other = dualenc.Embedder(embedder.model, embedder.tokenizer, embedder.preprocess, "another")
     for data, one in zip(sets, (embedder, other)):
         found = [score(data, embed_set(one, data), one)]
@@ -447,7 +447,7 @@ def test_a_comparison_goes_without_pictures_where_the_set_is_gone(embedder, tmp_
 
 
 def test_what_is_no_result(tmp_path):
-    with pytest.raises(DataError, match="holds no result: name a folder that --out"):
+    with pytest.raises(DataError, match="does not hold results: name a folder"):
         compare(tmp_path, tmp_path)
     (tmp_path / "zeroshot.json").write_text("[]")
     with pytest.raises(DataError, match=r"zeroshot\.json and zeroshot\.items\.safetensors cannot be read"):
@@ -455,13 +455,13 @@ def test_what_is_no_result(tmp_path):
 
 
 def test_items_are_kept_as_they_are(embedder, tmp_path, seed):
-    sets = [BenchmarkSet.open(write_benchmark(tmp_path / kind, seed, kind)) for kind in KINDS]
+    sets = [BenchmarkSet.open(write_benchmark(tmp_path / kind, seed, kind)) for kind in SETS]
     found = results(embedder, tmp_path / "a", sets)
     kept = load_file(tmp_path / "a" / "zeroshot.items.safetensors")
     assert kept.keys() == {f"{i}/{name}" for i, one in enumerate(found) for name in one.items}
     for (kind, name), (figures, items) in read_results(tmp_path / "a").items():
         assert kind == name
-        assert measures(kind, items).values() == pytest.approx(figures["metrics"], abs=1e-12)
+        assert KINDS[kind].metrics_of_items(items).values() == pytest.approx(figures["metrics"], abs=1e-12)
 
 
 def test_the_map_shows_the_directions_of_the_largest_spread(embedder, tmp_path, seed):

@@ -25,6 +25,8 @@ from dualenc.report import (
     ChoiceScores,
     Classes,
     Comparison,
+    Description,
+    Findings,
     Labels,
     Points,
     Ranked,
@@ -58,6 +60,15 @@ def result(dataset: str, metrics: dict[str, float], n: int = 100, kind: str = "c
         "metrics": metrics, "chance": dict.fromkeys(metrics, 0.01),
         "intervals": {name: [0.9 * value, min(1.0, 1.1 * value)] for name, value in metrics.items()},
     }  # fmt: skip
+
+
+DESCRIPTIONS = {
+    "classification": Description("images", "zero-shot classification", ("acc1",)),
+    "retrieval": Description("images", "retrieval", ("image_retrieval_recall@1",)),
+    "choice": Description("instances", "choice", ("text_score",)),
+    "multilabel": Description("images", "several labels", ("mean_average_precision",)),
+    "text-text": Description("captions", "captions of the same image", ("text_text_retrieval_recall@1",)),
+}
 
 
 def problem(count: int) -> dict[str, Any]:
@@ -111,6 +122,10 @@ def pictures_of(rng: np.random.Generator, count: int) -> Callable[[int], bytes]:
     return [encode(smooth(rng, *rng.integers(30, 90, 2)), "jpeg") for _ in range(count)].__getitem__
 
 
+def section(result: dict[str, Any], findings: Findings | None = None, points: Points | None = None) -> Section:
+    return Section(result, findings, points, DESCRIPTIONS[result["kind"]])
+
+
 def sections(seed: int, count: int = 12, images: int = 60) -> list[Section]:
     """One set of each kind, with pictures, and with something the matter with one of them."""
     rng = np.random.default_rng(seed)
@@ -136,11 +151,11 @@ def sections(seed: int, count: int = 12, images: int = 60) -> list[Section]:
     scores = dict(zip(("text_score", "image_score", "group_score"), (0.5, 0.4, 0.3)))
     within = result("captions", {"text_text_retrieval_recall@1": 0.3}, images, "text-text")
     return [
-        Section(zeroshot, found, points(rng, found.truth, list(found.names))),
-        Section(retrieval, answers(ranked(rng, 2 * images, images), captions, picture), pairs),
-        Section(result("labels", {"mean_average_precision": 0.4}, images, "multilabel"), precision),
-        Section(result("orders", scores, images // 2, "choice"), choices),
-        Section(within, None),
+        section(zeroshot, found, points(rng, found.truth, list(found.names))),
+        section(retrieval, answers(ranked(rng, 2 * images, images), captions, picture), pairs),
+        section(result("labels", {"mean_average_precision": 0.4}, images, "multilabel"), precision),
+        section(result("orders", scores, images // 2, "choice"), choices),
+        section(within),
     ]
 
 
@@ -166,7 +181,8 @@ def comparisons(seed: int, images: int = 60) -> list[Comparison]:
     taken = TwoAnswers(first.names, first.truth, (both[0], both[1]), (rng.random(images), rng.random(images)), picture)
     found = ranked(rng, 2 * images, images), ranked(rng, 2 * images, images)
     ranks = TwoRankings(captions, np.arange(2 * images) // 2, found, picture)
-    return [Comparison(results[0], taken), Comparison(results[1], ranks), Comparison(results[2])]
+    findings = (taken, ranks, None)
+    return [Comparison(one, found, DESCRIPTIONS[one["kind"]]) for one, found in zip(results, findings, strict=True)]
 
 
 def examination(folder: Path, seed: int) -> Path:
@@ -265,33 +281,33 @@ def test_nothing_in_the_doctors_page_runs_or_loads(tmp_path: Path, seed: int) ->
     assert found.tags.count("img") > 20
     assert found.tags.count("svg") > 4
     assert found.text.count("onerror=alert(1)") > 4  # in keys and captions, shown as they were written
-    for title in ("The smallest images", "Equal images", "In other too", "The most frequent captions", "cut at 5"):
+    for title in ("The smallest images", "Equal images", "In other too", "Most frequent captions", "cut at 5"):
         assert title in found.text
 
 
 def test_figures_stand_in_it(tmp_path: Path, curves: Path, seed: int) -> None:
     given = sections(seed)
     page = write_report(tmp_path, "A run", given, None, curves).read_text("utf-8")
-    assert re.findall(r'<h2 id="set-\d">(.*)</h2>', page) == [section.result["dataset"] for section in given]
+    assert re.findall(r'<h2 id="set-\d">(.*)</h2>', page) == [one.result["dataset"] for one in given]
     text = " ".join(Elements(page).text.split())
-    for section in given:
-        for name, value in section.result["metrics"].items():
+    for one in given:
+        for name, value in one.result["metrics"].items():
             digits = 1 if name == "median_rank" else 3
-            bounds = section.result["intervals"][name]
+            bounds = one.result["intervals"][name]
             numbers = [f"{x:.{digits}f}" for x in (value, *bounds)]
-            row = [name, "(less is better)?", *numbers[:2], "to", numbers[2]]
-            row += [f"{x:.3f}" for x in [section.result["chance"].get(name)] if x is not None]
+            row = [name, "(lower is better)?", *numbers[:2], "to", numbers[2]]
+            row += [f"{x:.3f}" for x in [one.result["chance"].get(name)] if x is not None]
             assert re.search(r"\s*".join(row), text), row
     assert "held-out pairs" in text  # a plot's title
-    write_json(tmp_path / "zeroshot.json", [section.result for section in given])
-    assert json.loads((tmp_path / "zeroshot.json").read_text()) == [section.result for section in given]
+    write_json(tmp_path / "zeroshot.json", [one.result for one in given])
+    assert json.loads((tmp_path / "zeroshot.json").read_text()) == [one.result for one in given]
 
 
 def test_what_is_not_known_by_chance_has_no_mark(tmp_path: Path) -> None:
     known, unknown = (result("pets", {name: 0.5}, 6) for name in ("acc1", "ece"))
     unknown["chance"] = {}
     marks = [
-        write_report(tmp_path, "Pets", [Section(one, None)]).read_text("utf-8").count('class="chance"')
+        write_report(tmp_path, "Pets", [section(one)]).read_text("utf-8").count('class="chance"')
         for one in (known, unknown)
     ]
     assert marks == [2, 0]  # on a card and in the table; ece has no card, and no mark
@@ -303,20 +319,20 @@ def test_problems_stand_under_the_name_of_their_set(
     given = sections(seed)
     page = write_report(tmp_path, "A run", given).read_text("utf-8")
     cards, *parts = page.split("<h2 ")
-    assert cards.count("not complete") == 1  # on the card of acc1
-    assert [part.count("not complete") for part in parts] == [1, 0, 0, 0, 0]
+    assert cards.count("incomplete") == 1  # on the card of acc1
+    assert [part.count("incomplete") for part in parts] == [1, 0, 0, 0, 0]
     head = parts[0][: parts[0].index("<table")]
     shown, folded = head.split("<details>")
     assert "images that cannot be decoded" in shown
     assert re.search(r"\b31\b", shown)
     assert folded.count("<li>") == 20
     assert "0.tar" not in shown
-    assert "the first 20 by name" in folded
+    assert "first 20 names" in folded
 
     given[0].result["problems"][0]["names"][1] = "0.tar: \x1b[2J"
-    print_table([section.result for section in given])
+    print_table([one.result for one in given])
     printed = capsys.readouterr().out
-    assert printed.count("not complete") == 1
+    assert printed.count("incomplete") == 1
     last = printed.splitlines()[-1]
     assert last.startswith("photos: images that cannot be decoded")
     assert ": 31 (" in last
@@ -326,17 +342,17 @@ def test_problems_stand_under_the_name_of_their_set(
 
 
 def test_one_table_of_all_sets(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [section.result for section in sections(seed)]
+    given = [one.result for one in sections(seed)]
     print_table(given)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["set", "n", "metric", "value", "95%", "interval", "by", "chance"]
+    assert lines[0] == ["set", "n", "metric", "value", "95%", "interval", "chance"]
     wanted = []
     for number, one in enumerate(given):
         wanted += [[]] * (number > 0)
         for row, (name, value) in enumerate(one["metrics"].items()):
             digits = 1 if name == "median_rank" else 3
             low, high = one["intervals"][name]
-            head = {0: [one["dataset"], str(one["n"])], 1: ["not", "complete"] * (not one["complete"])}.get(row, [])
+            head = {0: [one["dataset"], str(one["n"])], 1: ["incomplete"] * (not one["complete"])}.get(row, [])
             cells = [name, f"{value:.{digits}f}", f"{low:.{digits}f}", "to", f"{high:.{digits}f}"]
             chance = [f"{x:.3f}" for x in [one["chance"].get(name)] if x is not None]
             wanted.append([*head, *cells, *chance])
@@ -348,9 +364,9 @@ def test_confusions_are_counted(tmp_path: Path) -> None:
     picture = encode(np.zeros((8, 8, 3), np.uint8))
     truth, taken = np.array([0, 0, 0, 0, 1, 1]), np.array([1, 1, 1, 0, 0, 1])
     found = Classes(["cat", "dog", "yak"], truth, taken, lambda i: picture)
-    page = write_report(tmp_path, "Pets", [Section(result("pets", {"acc1": 1 / 3}, 6), found)])
+    page = write_report(tmp_path, "Pets", [section(result("pets", {"acc1": 1 / 3}, 6), found)])
     text = re.sub(r"\s", "", Elements(page.read_text("utf-8")).text)
-    first, second = text.index("cattakenfordog3of4images"), text.index("dogtakenforcat1of2images")
+    first, second = text.index("catpredictedasdog3of4images"), text.index("dogpredictedascat1of2images")
     assert first < second
     assert "1classhasnoimages" in text
     assert "cat0.250of4" in text
@@ -421,7 +437,7 @@ def test_choices_are_judged(tmp_path: Path, seed: int, pictures: int) -> None:
     images = np.arange(40 * pictures).reshape(40, pictures)
     captions = [[f"caption {i} {place}" for place in "ab"] for i in range(40)]
     found = ChoiceScores(captions, images, scores, picture_of)
-    page = write_report(tmp_path, "Orders", [Section(result("orders", {"text_score": 0.5}, 40, "choice"), found)])
+    page = write_report(tmp_path, "Orders", [section(result("orders", {"text_score": 0.5}, 40, "choice"), found)])
     shown = page.read_text("utf-8").split('<span class="verdict')[1:]
     assert len(shown) == min(4, right.sum()) + min(4, (~right).sum())
     for part in shown:
@@ -435,7 +451,7 @@ def test_differences_are_told(tmp_path: Path, seed: int, capsys: pytest.CaptureF
     """Which of the two is better stands where the interval leaves out 0, and of errors and ranks less is better."""
     given = comparisons(seed)
     text = " ".join(Elements(write_comparison(tmp_path, "Two", given).read_text("utf-8")).text.split())
-    print_comparison([one.result for one in given])
+    print_comparison(given)
     printed = " ".join(capsys.readouterr().out.split())
     for row in (
         "acc1 0.612 0.655 +0.043 +0.011 to +0.075 B better",
@@ -444,12 +460,12 @@ def test_differences_are_told(tmp_path: Path, seed: int, capsys: pytest.CaptureF
         "median_rank {}2.0 3.0 +1.0 +0.500 to +2.0 A better",
         "mean_average_precision 0.400 0.400 0 0 to 0 {}",
     ):
-        on_page = row.format("less is better " if "k {" in row or row.startswith("ece") else "unclear")
+        on_page = row.format("lower is better " if "k {" in row or row.startswith("ece") else "unclear")
         assert re.sub(r"\s", "", on_page) in re.sub(r"\s", "", text)
         assert row.format("").strip() in printed
     assert printed.count("better") == 3
     assert printed.startswith(f"A runs/{EVIL} B runs/y")
-    assert printed.count("not complete") == 1
+    assert printed.count("incomplete") == 1
 
 
 def test_cases_of_a_difference(tmp_path: Path, seed: int) -> None:

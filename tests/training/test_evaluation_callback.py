@@ -195,4 +195,4 @@ def test_bad_pictures_on_two_ranks(shards: Path, seed: int, bad: list[int]) -> N
     else:
         assert done.returncode == 1, done.stderr
         assert len(errors) == 1, done.stderr
-        assert "photos: no picture" in errors[0]
+        assert "photos: no image" in errors[0]
