@@ -24,8 +24,8 @@ def evaluate(
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
         data: folders or URLs of evaluation sets.
-        kind: classification, multilabel, retrieval, choice, probe, text-text, image-image, or the import path of a
-            subclass of dualenc.evaluation.EvaluationKind; absent, the kind of each set.
+        kind: name of an evaluation kind, such as text-text, or import path of your own subclass of
+            dualenc.evaluation.EvaluationKind; absent, the kind of each set.
         split: absent, "test" or the only split there is.
         out: folder for evaluate.json and report.html.
         workers: number of worker processes that decode images.

@@ -34,7 +34,7 @@ class SetEmbeddings(NamedTuple):
 
     @staticmethod
     def join(parts: Sequence["SetEmbeddings"]) -> "SetEmbeddings":
-        """Concatenate the shares of all ranks, in their order."""
+        """Join the shares of all ranks, in their order."""
         image, text, rows = (torch.cat([part[i] for part in parts]) for i in range(3))
         bad = [sample for part in parts for sample in part.bad]
         others = {name: SetEmbeddings.join([part.others[name] for part in parts]) for name in parts[0].others}

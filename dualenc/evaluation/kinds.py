@@ -62,7 +62,7 @@ def find_kind(name: str) -> EvaluationKind:
         found: Any = getattr(import_module(module), attribute)
         kind = found() if isinstance(found, type) and issubclass(found, EvaluationKind) else found
     except (ImportError, AttributeError, TypeError) as error:
-        raise DataError(f"evaluation kind {name} cannot be imported: {error}") from None
+        raise DataError(f"evaluation kind {name} cannot be used: {error}") from None
     if not isinstance(kind, EvaluationKind) or not isinstance(getattr(kind, "name", None), str):
         raise DataError(
             f"evaluation kind {name} must be a subclass of dualenc.evaluation.EvaluationKind with a name, or an "

@@ -81,7 +81,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[tuple[str, str], SavedRes
 def compare(
     first: str | os.PathLike[str], second: str | os.PathLike[str], kinds: Sequence[EvaluationKind] = ()
 ) -> list[Comparison]:
-    """Subtract the metrics of one result from those of another on the same items, with paired bootstrap intervals.
+    """Compare two results on the same items: differences of the metrics with paired bootstrap intervals.
 
     Args:
         first: folder that an evaluation wrote by `--out`, or one `.json` in it.

@@ -51,7 +51,7 @@ class TwoAnswers:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Ranks and first candidates that one model gives T captions and I images.
+    """Ranking by one model: ranks and first candidates for T captions and I images.
 
     Attributes:
         rank_by_text: (T,) rank of each caption's image, 0-based.

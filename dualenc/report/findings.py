@@ -169,7 +169,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """Scores of instances of a few images and captions that a model must match; the page shows some of them.
+    """Instances of a few images and captions that a model must match, with their scores; the page shows some of them.
 
     Attributes:
         captions: captions of each instance; caption i belongs to image i, captions after the last image to no image.
