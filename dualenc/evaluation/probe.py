@@ -63,7 +63,9 @@ class FrozenProbes(EvaluationKind):
     title = "Probes on frozen embeddings"
     sets = ("classification",)
     description = Description(
-        "images", "logistic regression and nearest neighbors on frozen embeddings", ("linear_acc1", "knn_acc1")
+        "images",
+        "logistic regression, shown in detail, and nearest neighbors on frozen embeddings",
+        ("linear_acc1", "knn_acc1"),
     )
     hub_task = "image-classification"
     task_name = "probes on frozen embeddings"

@@ -102,7 +102,7 @@ def spread(values: Sequence[float]) -> Markup:
 
     def draw(axes: Any) -> None:
         axes.hist(values, bins=20, range=(0, 1), color=LINES[0])
-        axes.set_xlabel("share right")
+        axes.set_xlabel("accuracy")
         axes.set_ylabel("classes")
 
     return _svg(draw, 4.4, 1.9)
@@ -120,7 +120,7 @@ def reliability(bins: Sequence[Sequence[float]]) -> Markup:
         axes.plot((0, 1), (0, 1), color=INK, alpha=0.5, linewidth=1, linestyle=(0, (4, 3)))
         axes.vlines(confidence, confidence, accuracy, color=LINES[1], linewidth=1.4)
         axes.scatter(confidence, accuracy, s=10 + 110 * count / count.max(), color=LINES[0], zorder=3, clip_on=False)
-        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="share right")
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="accuracy")
         axes.set_xticks(np.linspace(0, 1, 6))
         axes.set_yticks(np.linspace(0, 1, 6))
 

@@ -168,7 +168,7 @@ def test_files_of_data_sets_and_results_name_no_code(
     path = tmp_path / "out" / "evaluate.json"
     results = json.loads(path.read_text())
     path.write_text(json.dumps([{**one, "kind": kind} for one in results]))
-    with pytest.raises(DataError, match="evaluation kind '.*Spread' is unknown"):
+    with pytest.raises(DataError, match=r"evaluation kind '.*Spread' is unknown"):
         compare(tmp_path / "out", tmp_path / "out")
     (photos / "dataset_type.txt").write_text(kind)
     assert "dataset_type.txt" in fails(capsys, command)
