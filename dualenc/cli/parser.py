@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         data.doctor,
         data.shrink,
         data.tokenizer,
+        evaluate.evaluate,
         evaluate.zeroshot,
         evaluate.retrieval,
         evaluate.choice,

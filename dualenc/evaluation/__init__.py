@@ -1,20 +1,30 @@
-"""One evaluator, in training and offline: a model and an evaluation set in, figures with intervals out."""
+"""Evaluation of a model on evaluation sets, in training and offline: metrics with intervals."""
 
-from dualenc.evaluation.embed import EmbeddingCache, SetEmbeddings, embed_set
+from dualenc.evaluation.base import Evaluated, EvaluationKind, SavedResult, Scored, image_ids, text_ids
+from dualenc.evaluation.embed import EmbeddingCache, SetEmbedder, SetEmbeddings
+from dualenc.evaluation.kinds import KINDS, find_kind, kinds_of_command, open_sets
 from dualenc.evaluation.results import compare, write_results
-from dualenc.evaluation.score import Evaluated, evaluate, measures, probe, score, score_retrieval, score_within
+from dualenc.evaluation.retrieval import score_retrieval
+from dualenc.evaluation.score import embed_set, evaluate, score
 
 __all__ = [
+    "KINDS",
     "EmbeddingCache",
     "Evaluated",
+    "EvaluationKind",
+    "SavedResult",
+    "Scored",
+    "SetEmbedder",
     "SetEmbeddings",
     "compare",
     "embed_set",
     "evaluate",
-    "measures",
-    "probe",
+    "find_kind",
+    "image_ids",
+    "kinds_of_command",
+    "open_sets",
     "score",
     "score_retrieval",
-    "score_within",
+    "text_ids",
     "write_results",
 ]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,45 +24,57 @@ Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class SetEmbeddings(NamedTuple):
-    """An evaluation set, or the share of a rank, in the common space; on the CPU."""
+    """Embeddings of an evaluation set, or of the share of one rank, on the CPU."""
 
     image: Tensor  # (n, E)
-    text: Tensor  # (T, E), the captions; or (C, E), the zero-shot classifier
-    rows: Tensor  # (n,) numbers of the samples that the images are of, ascending
-    bad: list[tuple[int, str]]  # numbers of samples whose picture cannot be decoded; name and cause
+    text: Tensor  # (T, E) captions, or (C, E) the zero-shot classifier; (0, E) where the kind needs no text
+    rows: Tensor  # (n,) numbers of the images' samples, ascending
+    bad: list[tuple[int, str]]  # number and error message of each sample whose image cannot be decoded
+    others: Mapping[str, "SetEmbeddings"] = {}  # further sets, such as the one a probe learns from
+
+    @staticmethod
+    def join(parts: Sequence["SetEmbeddings"]) -> "SetEmbeddings":
+        """Join the shares of all ranks, in their order."""
+        image, text, rows = (torch.cat([part[i] for part in parts]) for i in range(3))
+        bad = [sample for part in parts for sample in part.bad]
+        others = {name: SetEmbeddings.join([part.others[name] for part in parts]) for name in parts[0].others}
+        return SetEmbeddings(image, text, rows, bad, others)
 
 
 class EmbeddingCache:
-    """Embeddings that were made before, found by all that they depend on and never by a name.
+    """Cache of embeddings; the key is a hash of everything that they depend on, never a name.
 
     Args:
-        embedder: whose weights stay as they are.
-        folder: absent, `embeddings` among the user's cached files.
-        limit: bytes; the files that were not used for longest go first.
+        embedder: model, whose weights must not change while the cache is in use.
+        folder: folder of the cache; None for `embeddings` among the user's cached files.
+        limit: size in bytes; the least recently used files are removed first.
+
+    Attributes:
+        reused: label of each entry that was found, in order.
     """
 
     def __init__(self, embedder: Embedder, folder: str | os.PathLike[str] | None = None, limit: int = 20 << 30) -> None:
         self.folder, self.limit = Path(folder or cache_folder() / "embeddings"), limit
         weight = next(embedder.model.parameters())
         self._made_by = [embedder.fingerprint, weight.device.type, str(weight.dtype)]
-        self.reused: list[str] = []  # what was found
+        self.reused: list[str] = []
 
     def get(
         self,
-        what: str,
+        label: str,
         depends_on: Any,
         make: Callable[[], dict[str, Tensor]],
         keep: Callable[[], bool] = lambda: True,
     ) -> dict[str, Tensor]:
-        """Tensors by name, made if they are not there.
+        """Return tensors by name, from the cache or newly made.
 
         Args:
-            what: for people.
-            depends_on: all that they depend on beside the embedder; goes into JSON.
-            make: makes them.
-            keep: whether what was made is to be kept.
+            label: name of the entry for the user; part of the key.
+            depends_on: everything that the tensors depend on besides the model, as JSON.
+            make: computes the tensors.
+            keep: decides after `make` if the cache keeps them.
         """
-        key = hashlib.blake2b(json.dumps([self._made_by, what, depends_on]).encode(), digest_size=16).hexdigest()
+        key = hashlib.blake2b(json.dumps([self._made_by, label, depends_on]).encode(), digest_size=16).hexdigest()
         path = self.folder / f"{key}.safetensors"
         try:
             with safe_open(path, "pt") as file:
@@ -70,19 +82,19 @@ class EmbeddingCache:
         except (OSError, SafetensorError):
             found = make()
         else:
-            with suppress(OSError):  # another user's
+            with suppress(OSError):  # The file may belong to another user.
                 os.utime(path)
-            self.reused.append(what)
+            self.reused.append(label)
             return found
         if keep():
             self._write(path, found)
         return found
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        with suppress(OSError, SafetensorError):  # a cache that cannot be written is none
+        with suppress(OSError, SafetensorError):  # The evaluation does not fail where the cache cannot be written.
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as beside:
-                save_file({name: x.contiguous() for name, x in tensors.items()}, beside)
+            with atomic_write(path) as temporary:
+                save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
             self._make_room()
 
     def _make_room(self) -> None:
@@ -94,81 +106,82 @@ class EmbeddingCache:
                 total -= status.st_size
 
 
-def embed_set(
-    embedder: Embedder,
-    data: BenchmarkSet,
-    workers: int = 0,
-    track: Track = iter,
-    cache: EmbeddingCache | None = None,
-    rank: int = 0,
-    world: int = 1,
-) -> SetEmbeddings:
-    """Embeddings of an evaluation set, or of the share of one rank; `score` takes those of the whole set.
+class SetEmbedder:
+    """A model that embeds the images and texts of evaluation sets, or the share of one rank.
 
     Args:
-        embedder: the model.
-        data: the set.
-        workers: processes that decode.
+        embedder: model.
+        workers: number of worker processes that decode images.
         track: wraps the image batches, for a progress bar.
-        cache: of embeddings; for whole sets.
-        rank, world: which of how many parts, in order and as equal as they can be.
+        cache: cache for whole sets.
+        rank: number of the share, from 0.
+        world: number of shares, in order and as equal as possible.
     """
 
-    def part(count: int) -> range:
-        share = np.array_split(np.arange(count), world)[rank]
+    def __init__(
+        self,
+        embedder: Embedder,
+        workers: int = 0,
+        track: Track = iter,
+        cache: EmbeddingCache | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.embedder, self.workers, self.track, self.cache = embedder, workers, track, cache
+        self.rank, self.world = rank, world
+
+    @property
+    def no_text(self) -> Tensor:
+        """Text embeddings (0, E) for kinds that need none."""
+        return torch.empty(0, self.embedder.model.embed_dim)
+
+    def images(self, data: BenchmarkSet) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        """Embed the images of a set.
+
+        Returns:
+            Embeddings (n, E) of the images that can be decoded, the numbers (n,) of their samples, and number and error
+            message of each other sample.
+        """
+        rows, good, bad = self._share(len(data)), [], []
+
+        def make() -> dict[str, Tensor]:
+            images = [torch.empty(0, self.embedder.model.embed_dim)]
+            batches = self.track(data.images(self.embedder.preprocess, rows, workers=self.workers)) if rows else []
+            for batch in batches:
+                good.extend(batch.rows)
+                bad.extend(batch.bad)
+                if batch.images is not None:
+                    images.append(self.embedder.embed_images(batch.images, len(batch.images)))
+            return {"image": torch.cat(images)}
+
+        # A set with bad images is not kept: the failure may pass, and its message names the place of this copy.
+        key = [data.fingerprint, rows.start, rows.stop] if self.cache is not None else None
+        image = self._cached("images", key, make, keep=lambda: not bad)["image"]
+        return image, torch.tensor(good if good or bad else list(rows), dtype=torch.int64), bad
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts, (T, E)."""
+        own = self._own(texts)
+        if not own:
+            return self.no_text
+        return self._cached("captions", own, lambda: {"text": self.embedder.embed_texts(own)})["text"]
+
+    def classifier(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Embed classes, (C, E), each as the mean of its prompts; see `dualenc.zero_shot_classifier`."""
+        own = self._own(names)
+        if not own:
+            return self.no_text
+        return self._cached(
+            "classifier", [own, templates], lambda: {"text": zero_shot_classifier(self.embedder, own, templates)}
+        )["text"]
+
+    def _share(self, count: int) -> range:
+        share = np.array_split(np.arange(count), self.world)[self.rank]
         return range(share[0], share[-1] + 1) if len(share) else range(0)
 
-    text = torch.empty(0, embedder.model.embed_dim)
-    if data.kind in ("retrieval", "choice"):
-        texts = data.texts or data.captions[0]
-        if own := part(len(texts)):
-            text = _embed_texts(embedder, texts[own.start : own.stop], cache)
-    elif own := part(len(data.classnames)):
-        text = _classifier(embedder, data.classnames[own.start : own.stop], data.templates, cache)
-    image, rows, bad = embed_pictures(embedder, data, part(len(data)), workers, track, cache)
-    return SetEmbeddings(image, text, rows, bad)
+    def _own(self, items: Sequence[str]) -> Sequence[str]:
+        share = self._share(len(items))
+        return items[share.start : share.stop]
 
-
-def embed_pictures(
-    embedder: Embedder,
-    data: BenchmarkSet,
-    rows: range,
-    workers: int = 0,
-    track: Track = iter,
-    cache: EmbeddingCache | None = None,
-) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
-    """Embeddings (n, E) of the pictures that can be decoded, their numbers (n,), and the others with their causes."""
-
-    good, bad = [], []
-
-    def make() -> dict[str, Tensor]:
-        images = [torch.empty(0, embedder.model.embed_dim)]
-        for batch in track(data.images(embedder.preprocess, rows, workers=workers)) if rows else []:
-            good.extend(batch.rows)
-            bad.extend(batch.bad)
-            if batch.images is not None:
-                images.append(embedder.embed_images(batch.images, len(batch.images)))
-        return {"image": torch.cat(images)}
-
-    if cache is None:
-        image = make()["image"]
-    else:  # what failed now may do so no more, and is called something else elsewhere: only whole sets are kept
-        image = cache.get("images", [data.fingerprint, rows.start, rows.stop], make, keep=lambda: not bad)["image"]
-    return image, torch.tensor(good if good or bad else list(rows), dtype=torch.int64), bad
-
-
-def _embed_texts(embedder: Embedder, texts: Sequence[str], cache: EmbeddingCache | None) -> Tensor:
-    if cache is None:
-        return embedder.embed_texts(texts)
-    return cache.get("captions", texts, lambda: {"text": embedder.embed_texts(texts)})["text"]
-
-
-def _classifier(
-    embedder: Embedder, names: Sequence[str], templates: Sequence[str], cache: EmbeddingCache | None
-) -> Tensor:
-    if cache is None:
-        return zero_shot_classifier(embedder, names, templates)
-    made = cache.get(
-        "classifier", [names, templates], lambda: {"text": zero_shot_classifier(embedder, names, templates)}
-    )
-    return made["text"]
+    def _cached(self, label: str, key: Any, make: Callable[[], dict[str, Tensor]], **options: Any) -> dict[str, Tensor]:
+        return make() if self.cache is None else self.cache.get(label, key, make, **options)

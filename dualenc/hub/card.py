@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from dualenc.evaluation import KINDS
 from dualenc.report.card import EXPORTS, Card, Published, program, render_card
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json
@@ -19,16 +20,6 @@ from dualenc.utils.text import one_line
 
 TITLES = {"dualenc": "A model directory of dualenc", "text": "A text model of dualenc"} | {
     name: f"An export of dualenc in the format of {name}" for name in EXPORTS
-}
-# The hub's names of tasks, and ours of kinds of evaluation.
-TASKS = {
-    "classification": ("zero-shot-image-classification", "zero-shot classification"),
-    "multilabel": ("zero-shot-image-classification", "zero-shot classification with several labels"),
-    "retrieval": ("image-text-retrieval", "retrieval"),
-    "choice": ("image-text-matching", "compositional choice"),
-    "probe": ("image-classification", "probes on frozen embeddings"),
-    "text-text": ("text-retrieval", "retrieval among captions"),
-    "image-image": ("image-to-image-retrieval", "retrieval among images"),
 }
 # What a key calls a secret, and where a value names one itself.
 _SECRET = re.compile(
@@ -234,7 +225,7 @@ def card(
 
 def _rows(one: SetResult) -> list[tuple[str, ...]]:
     """Return the figures of a set as rows of a table."""
-    name, task = one.dataset + (f" ({one.split})" if one.split else ""), TASKS.get(one.kind, ("", one.kind))[1]
+    name, task = one.dataset + (f" ({one.split})" if one.split else ""), _task(one.kind)[1]
     bounds = {metric: "{:.4g} to {:.4g}".format(*interval) for metric, interval in one.intervals.items()}
     return [
         (name, task, metric, f"{value:.4g}", bounds.get(metric, ""), f"{one.n:,}")
@@ -244,7 +235,7 @@ def _rows(one: SetResult) -> list[tuple[str, ...]]:
 
 def _results(one: SetResult) -> list[dict[str, Any]]:
     """Return the figures of a set as arguments of `EvalResult`; intervals are `metric_args`, which have any keys."""
-    task, words = TASKS.get(one.kind, (one.kind, one.kind))
+    task, words = _task(one.kind)
     return [
         {
             "task_type": task,
@@ -259,6 +250,12 @@ def _results(one: SetResult) -> list[dict[str, Any]]:
         for name, value in one.metrics.items()
         if math.isfinite(value)
     ]
+
+
+def _task(kind: str) -> tuple[str, str]:
+    """Return the hub's name and the plain name of what an evaluation kind measures; of an unknown kind its own name."""
+    known = KINDS.get(kind)
+    return (kind, kind) if known is None else (known.hub_task, known.task_name)
 
 
 def _record(run: Path) -> tuple[list[tuple[str, Any]], dict[str, Any]]:

@@ -1,20 +1,10 @@
 """Results as a table in the terminal, as JSON and as a self-contained HTML page."""
 
+from dualenc.report.comparison import Ranked, TwoAnswers, TwoRankings
 from dualenc.report.doctor import print_examination, write_examination
+from dualenc.report.findings import Answers, ChoiceScores, Classes, Labels
 from dualenc.report.html import write_comparison, write_report
-from dualenc.report.model import (
-    Answers,
-    ChoiceScores,
-    Classes,
-    Comparison,
-    Labels,
-    Points,
-    Ranked,
-    Result,
-    Section,
-    TwoAnswers,
-    TwoRankings,
-)
+from dualenc.report.model import Comparison, Description, Findings, Points, Result, Section
 from dualenc.report.terminal import print_comparison, print_table
 
 __all__ = [
@@ -22,6 +12,8 @@ __all__ = [
     "ChoiceScores",
     "Classes",
     "Comparison",
+    "Description",
+    "Findings",
     "Labels",
     "Points",
     "Ranked",

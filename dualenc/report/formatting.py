@@ -1,25 +1,8 @@
 """Formatting of numbers, names and images, in the terminal and on a page."""
 
 from base64 import b64encode
-from typing import Any
 
 from markupsafe import Markup, escape
-
-# Kind of evaluation -> the unit that n counts, and a description of the measurement.
-KINDS = {
-    "classification": ("images", "zero-shot classification"),
-    "multilabel": ("images", "zero-shot classification, several labels an image"),
-    "retrieval": ("images", "images found by captions and captions by images"),
-    "choice": ("instances", "choice of the image and the caption that belong together"),
-    "probe": ("images", "a linear classifier and nearest neighbors on frozen embeddings"),
-    "labels": ("texts", "classification or regression of texts"),
-    "mlm": ("tokens", "prediction of masked tokens"),
-    "rtd": ("tokens", "detection of replaced tokens"),
-    "text-pairs": ("pairs", "texts found by texts that belong together"),
-    "sentences": ("texts", "logistic regression and clusters on frozen sentence embeddings"),
-    "text-text": ("captions", "captions of the same image found by a caption"),
-    "image-image": ("images", "images of the same class found by an image"),
-}
 
 
 def less_is_better(name: str) -> bool:
@@ -30,12 +13,6 @@ def less_is_better(name: str) -> bool:
 def is_share(name: str) -> bool:
     """Return True if a metric lies between 0 and 1, as all do except ranks, losses and correlations."""
     return not name.endswith(("median_rank", "perplexity", "mse", "loss", "matthews", "pearson", "spearman"))
-
-
-def measured(result: dict[str, Any]) -> str:
-    """Return the size of an evaluation set and a description of its measurement."""
-    unit, description = KINDS[result["kind"]]
-    return f"{result['n']:,} {unit}: {description}"
 
 
 def number(value: float) -> str:

@@ -1,72 +1,46 @@
-"""What a caller hands over for the page: results as they go to JSON, and the findings behind them."""
+"""The input of a report: results as they stand in JSON, and the findings behind them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
+from markupsafe import Markup
 
-# dataset, kind, n (units), complete, problems (a list of {"what", "count", "names"}). Of one model: model, and by name
-# metrics, intervals, chance (of some). Of two: first and second, their names, and differences, by name the figure of
-# the first, of the second, second less first, and the interval of that. As `dualenc.evaluation` makes them.
+# dataset, kind, n (units), complete, problems (a list of {"what", "count", "names"}). A result of one model also holds
+# model, and by metric: metrics, intervals, chance (for some). A comparison holds first and second, the models' names,
+# and differences, by metric: the value of the first, of the second, second minus first, and the interval of that.
+# `dualenc.evaluation` makes both.
 Result = dict[str, Any]
 
-Picture = Callable[[int], bytes]  # picture i as JPEG or PNG, small
+Picture = Callable[[int], bytes]  # number of an image -> a small JPEG or PNG
+
+
+class Findings(Protocol):
+    """Evidence behind the metrics of a set, such as the most frequent mistakes; it renders itself."""
+
+    def html(self) -> Markup:
+        """Return the part of the page that shows the findings; a class outside this package may bring its own."""
+        ...
 
 
 @dataclass(frozen=True)
-class Classes:
-    """What each image was taken for.
+class Description:
+    """Explanation of a result: what it counts, what it measures, and how to read its metrics.
 
     Attributes:
-        names: of the classes.
-        truth, predicted: (N,) class of each image.
-        picture: of image i.
-        confidence: (N,) probability of the answer.
-        calibration: confidence, share right and number of images of each bin.
+        unit: what `n` counts, in the plural.
+        measures: what was measured, for the line below the name of the set.
+        headlines: metrics that stand at the top of the page, the primary one first.
+        lower_is_better: metrics whose smaller value is better, besides those of `formatting.less_is_better`.
+        unbounded: metrics that may lie outside 0 to 1, besides those that `formatting.is_share` excludes.
     """
 
-    names: Sequence[str]
-    truth: np.ndarray
-    predicted: np.ndarray
-    picture: Picture
-    confidence: np.ndarray | None = None
-    calibration: Sequence[Sequence[float]] = ()
-
-
-@dataclass(frozen=True)
-class Labels:
-    """One figure for each label, where an image has several."""
-
-    names: Sequence[str]
-    counts: np.ndarray  # (C,) images that have the label
-    precision: np.ndarray  # (C,) average precision
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Some queries and what they found, by "text" (which look for an image) and by "image"."""
-
-    captions: Sequence[str]
-    answers: Mapping[str, Sequence[Any]]  # see dualenc.metrics.Answer
-    picture: Picture
-
-
-@dataclass(frozen=True)
-class ChoiceScores:
-    """Instances of a few images and captions to be told apart; the page draws some of them.
-
-    Attributes:
-        captions: of each instance; caption i belongs to image i, those after the last image belong to none.
-        images: of each instance the numbers of its images.
-        scores: of each instance (images, captions).
-        picture: of image i.
-    """
-
-    captions: Sequence[Sequence[str]]
-    images: Sequence[Sequence[int]] | np.ndarray
-    scores: Sequence[np.ndarray] | np.ndarray
-    picture: Picture
+    unit: str = "images"
+    measures: str = ""
+    headlines: tuple[str, ...] = ()
+    lower_is_better: tuple[str, ...] = ()
+    unbounded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,10 +50,10 @@ class Points:
     Attributes:
         xy: (M, 2), both axes in the same unit.
         label: (M,) index into the names.
-        names: of the classes; or ("images", "captions").
-        explained: share of the variance that each axis holds.
-        pairs: (P, 2) rows of `xy` to be joined by a line.
-        note: one sentence on what was drawn and how.
+        names: names of the classes; or ("images", "captions").
+        explained: share of the variance along each axis.
+        pairs: (P, 2) rows of `xy` that a line joins.
+        note: one sentence on the choice of the points and of the plane.
     """
 
     xy: np.ndarray
@@ -92,69 +66,31 @@ class Points:
 
 @dataclass(frozen=True)
 class Section:
-    """One evaluation set: its figures, and what stands behind them."""
+    """One evaluation set on the page: its metrics, and the evidence behind them.
+
+    Attributes:
+        result: metrics of the set.
+        findings: evidence; None shows the metrics alone.
+        points: map of the embeddings.
+        description: explanation of the metrics.
+    """
 
     result: Result
-    findings: Classes | Labels | Answers | ChoiceScores | None  # none: the page has the figures only
+    findings: Findings | None = None
     points: Points | None = None
-
-
-@dataclass(frozen=True)
-class TwoAnswers:
-    """What two models took each image for.
-
-    Attributes:
-        names: of the classes.
-        truth: (N,) class of each image.
-        answers: of the first and of the second model, (N,) each.
-        confidence: of both, (N,) each: probability of the answer.
-        picture: of image i.
-    """
-
-    names: Sequence[str]
-    truth: np.ndarray
-    answers: tuple[np.ndarray, np.ndarray]
-    confidence: tuple[np.ndarray, np.ndarray]
-    picture: Picture
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """What one model found for T captions and I images.
-
-    Attributes:
-        rank_by_text: (T,) rank of its image for each caption, 0-based.
-        best_by_text: (T, K) the images that each caption found first.
-        rank_by_image: (I,) rank of its best caption for each image, 0-based.
-        best_by_image: (I, K) the captions that each image found first.
-    """
-
-    rank_by_text: np.ndarray
-    best_by_text: np.ndarray
-    rank_by_image: np.ndarray
-    best_by_image: np.ndarray
-
-
-@dataclass(frozen=True)
-class TwoRankings:
-    """What two models found in a retrieval set.
-
-    Attributes:
-        captions: (T,).
-        owner: (T,) the image that each caption belongs to.
-        found: by the first and by the second model.
-        picture: of image i.
-    """
-
-    captions: Sequence[str]
-    owner: np.ndarray
-    found: tuple[Ranked, Ranked]
-    picture: Picture
+    description: Description = field(default_factory=Description)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on one evaluation set, the first as A and the second as B; without findings the figures only."""
+    """Two models on one evaluation set, the first called A and the second B.
+
+    Attributes:
+        result: metrics of both, and their differences.
+        findings: answers of both; None shows the metrics alone.
+        description: explanation of the metrics.
+    """
 
     result: Result
-    findings: TwoAnswers | TwoRankings | None = None
+    findings: Findings | None = None
+    description: Description = field(default_factory=Description)

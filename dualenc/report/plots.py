@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,14 @@ PAIRS = 200  # Most lines between pairs on a map; more would blur into a gray ar
 ROUNDS = 8  # The points of a map are drawn in rounds over all classes, so that no class covers the others.
 
 
-def curves(path: Path) -> list[dict[str, Any]]:
-    """Plot a run's `metrics.csv`: the loss, then the metrics of each evaluation set, then the rest of training.
+def curves(path: Path, metrics: Mapping[str, bool] = MappingProxyType({})) -> list[dict[str, Any]]:
+    """Plot a run's `metrics.csv`: the loss, then the metrics of each set, then the rest of training.
 
     Args:
         path: Path of `metrics.csv`.
-
-    Returns:
-        A title and an SVG for each plot.
+        metrics: metrics of the sets to plot besides `CURVES`; the value is False for one that needs its own plot.
     """
+    drawn = {"perplexity": False, **metrics, **dict.fromkeys(CURVES, True)}
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -44,8 +44,9 @@ def curves(path: Path) -> list[dict[str, Any]]:
     for name in sets:
         of_set = [metric for metric in series if metric.rpartition("/")[0] == name]
         title = "held-out pairs" if name == "val" else f"{name[4:]}, held out" if name.startswith("val/") else name
-        groups[title] = [metric for metric in of_set if metric.rpartition("/")[2] in CURVES]
-        groups[f"{title}: perplexity"] = [metric for metric in of_set if metric.endswith("/perplexity")]
+        groups[title] = [m for m in of_set if drawn.get(m.rpartition("/")[2])]
+        for metric in (metric for metric, together in drawn.items() if not together):
+            groups[f"{title}: {metric}"] = [m for m in of_set if m.endswith(f"/{metric}")]
         groups["loss"] += [m for m in of_set if m.endswith("/loss") and m not in groups["loss"]]
     groups["learning rate"] = ["train/lr"]
     groups["temperature (logit scale)"] = ["train/logit_scale"]

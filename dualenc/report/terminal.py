@@ -1,38 +1,43 @@
 """Results as tables in the terminal."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 from dualenc.report.comparison import differences
 from dualenc.report.formatting import change, number
-from dualenc.report.model import Result
-from dualenc.report.sections import rows
+from dualenc.report.model import Comparison, Result
 from dualenc.utils.text import printable
 
 
 def print_table(results: Sequence[Result]) -> None:
-    """Prints the metrics of all sets in one table, and below it what was wrong with the sets.
+    """Print the metrics of all sets as one table, and below it the problems of the sets.
 
     Args:
-        results: of one model.
+        results: results of one model.
     """
     lines = [
         [
-            (row["name"], number(row["value"]), _interval(row["interval"], number), _maybe(row["chance"]))
-            for row in rows(result)
+            (
+                name,
+                number(value),
+                _interval(result["intervals"].get(name), number),
+                "" if (chance := result["chance"].get(name)) is None else number(chance),
+            )
+            for name, value in result["metrics"].items()
         ]
         for result in results
     ]
-    _print_sets(results, ("metric", "value", "95% interval", "by chance"), lines)
+    _print_sets(results, ("metric", "value", "95% interval", "chance"), lines)
 
 
-def print_comparison(results: Sequence[Result]) -> None:
-    """Prints the metrics of two models on all sets in one table, their differences, and which of them are clear.
+def print_comparison(comparisons: Sequence[Comparison]) -> None:
+    """Print the metrics of two models on all sets as one table, with their differences and the better model.
 
     Args:
-        results: of the same two models.
+        comparisons: evaluation sets, all of the same two models.
     """
+    results = [comparison.result for comparison in comparisons]
     if results:
         from rich.text import Text
 
@@ -43,9 +48,9 @@ def print_comparison(results: Sequence[Result]) -> None:
                 row["name"], number(row["a"]), number(row["b"]), change(row["difference"]),
                 _interval(row["interval"], change), row["better"] and f"{row['better']} better",
             )
-            for row in differences(result)
+            for row in differences(comparison)
         ]
-        for result in results
+        for comparison in comparisons
     ]  # fmt: skip
     _print_sets(results, ("metric", "A", "B", "B - A", "95% interval", ""), lines)
 
@@ -64,9 +69,9 @@ def _print_sets(results: Sequence[Result], head: Sequence[str], lines: Sequence[
             table.add_row()
         first = [(Text(printable(result["dataset"]), style="bold"), Text(f"{result['n']:,}"))]
         if result.get("problems") or not result["complete"]:
-            first.append((Text("not complete", style="bold yellow"), Text()))
-        for place, cells in zip_longest(first, metrics):
-            table.add_row(*(place or ("", "")), *map(Text, cells or ()))
+            first.append((Text("incomplete", style="bold yellow"), Text()))
+        for left, cells in zip_longest(first, metrics):
+            table.add_row(*(left or ("", "")), *map(Text, cells or ()))
     console = _console()
     console.print(table)
     for name, problem in _problems(results):
@@ -80,24 +85,20 @@ def _problems(results: Sequence[Result]) -> Iterator[tuple[str, Mapping[str, Any
 
 
 def _problem(problem: Mapping[str, Any]) -> str:
-    """One line: what, how many, and the first names."""
+    """Return one line with the problem, its count, and the first names."""
     names = [printable(name) for name in problem["names"][:3]]
     more = ", ..." if problem["count"] > len(names) else ""
     return f"{printable(problem['what'])}: {problem['count']:,}" + (f" ({', '.join(names)}{more})" if names else "")
 
 
-def _interval(bounds: Sequence[float] | None, write: Any) -> str:
+def _interval(bounds: Sequence[float] | None, write: Callable[[float], str]) -> str:
     return "{} to {}".format(*map(write, bounds)) if bounds else ""
-
-
-def _maybe(value: float | None) -> str:
-    return "" if value is None else number(value)
 
 
 def _console() -> Any:
     from rich.console import Console
 
     console = Console(highlight=False)
-    if not console.is_terminal:  # lines stay whole for those who search in them
+    if not console.is_terminal:  # A pipe or file gets whole lines, which can be searched.
         console.width = 100_000
     return console

@@ -1,4 +1,4 @@
-"""Metrics that keep their state across ranks: thin shells around `dualenc.metrics`."""
+"""Metrics that collect their state from all ranks: thin shells around `dualenc.metrics`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class PairEmbeddings(Metric):
-    """Embeddings of held-out pairs, from all ranks, in the order of the index."""
+    """Embeddings of held-out pairs from all ranks, in the order of the index."""
 
     full_state_update = False
     image: list[Tensor]
@@ -22,14 +22,21 @@ class PairEmbeddings(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, image: Tensor, text: Tensor, rows: Tensor, ids: Tensor) -> None:
-        """Takes (B, E) embeddings of pairs, their numbers (B,) in the index, and (B, 2) hashes of image and text."""
+        """Add the pairs of a batch.
+
+        Args:
+            image: (B, E) embeddings of the images.
+            text: (B, E) embeddings of the texts.
+            rows: (B,) numbers of the pairs in the index.
+            ids: (B, 2) hashes of image and text.
+        """
         self.image.append(image.float())
         self.text.append(text.float())
         self.rows.append(rows.to(image.device))
         self.ids.append(ids.to(image.device))
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows (N,) in ascending order, (N, E) embeddings of images and of texts, (N, 2) hashes."""
+        """Return rows (N,) in ascending order, embeddings of images and of texts (N, E), and hashes (N, 2)."""
         states = (self.rows, self.image, self.text, self.ids)
         rows, image, text, ids = (torch.cat(x) if isinstance(x, list) else x for x in states)
         order = torch.argsort(rows)

@@ -33,7 +33,7 @@ from dualenc.metrics.text import (
 )
 from dualenc.models import HeadConfig, TextConfig, TextModel
 from dualenc.models.heads import answers
-from dualenc.report import Section
+from dualenc.report import Description, Section
 from dualenc.tokens import Tokens
 from dualenc.training.contrastive import BASE, PLAIN, adamw
 from dualenc.training.optim import Tuning, WarmupCosine
@@ -45,6 +45,18 @@ from dualenc.utils.text import millions
 
 NEGATIVES = 20.0  # scale of the cosines (Reimers and Gurevych 2019, as their library has it)
 PREDICTIONS = "predictions.jsonl"
+
+
+HEADLINES = ("accuracy", "spearman", "perplexity", "auroc")  # metrics of heads at the top of the report
+DESCRIPTIONS = {
+    kind: Description(unit, measures, HEADLINES)
+    for kind, unit, measures in (
+        ("labels", "texts", "labels of texts, or numbers"),
+        ("mlm", "tokens", "prediction of masked tokens"),
+        ("rtd", "tokens", "detection of replaced tokens"),
+        ("text-pairs", "pairs", "texts that belong together"),
+    )
+}
 
 
 class Measured(NamedTuple):
@@ -199,7 +211,7 @@ class LanguageTask(Task):
             "intervals": measured.intervals,
             "chance": measured.chance,
         }
-        return Section(result, None)
+        return Section(result, description=DESCRIPTIONS[kind])
 
     def about(self) -> dict[str, str]:
         """See `Task.about`."""

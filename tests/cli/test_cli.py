@@ -227,19 +227,19 @@ def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.Capt
     assert all(name in printed for name in ("linear_acc1", "group_score", "image_image_retrieval_recall@1"))
     assert len(json.loads((tmp_path / "both" / "compare.json").read_text())) == 3
     assert "linear_acc1" in (tmp_path / "both" / "report.html").read_text().replace("<wbr>", "")
-    assert "is the split that is measured" in fails(capsys, ["probe", model, data, "--train", "test"])
+    assert "cannot be both learned from and measured on" in fails(capsys, ["probe", model, data, "--train", "test"])
     assert "no split 'val'" in fails(capsys, ["probe", model, data, "--train", "val"])
     assert "dualenc zeroshot" in fails(capsys, ["retrieval", model, data])
     pairs = str(write_benchmark(tmp_path / "pairs", seed, "retrieval"))
     wrong = fails(capsys, ["retrieval", model, pairs, "--between", "image-image"])
-    assert "another kind is wanted: classification" in wrong
+    assert "name a set of another kind: classification" in wrong
     assert "dualenc retrieval" in fails(capsys, ["probe", model, pairs])
     (tmp_path / "taken" / "zeroshot.json").mkdir(parents=True)
     assert "taken/zeroshot.json: Is a directory" in fails(
         capsys, ["zeroshot", model, data, "--out", str(tmp_path / "taken")], 1
     )
-    assert "two sets are called 'set'" in fails(capsys, ["zeroshot", model, data, data])
-    assert "holds no result" in fails(capsys, ["compare", out, str(tmp_path)])
+    assert "two evaluation sets are called 'set'" in fails(capsys, ["zeroshot", model, data, data])
+    assert "does not hold results" in fails(capsys, ["compare", out, str(tmp_path)])
     assert "has no architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])
 
 

@@ -1,4 +1,4 @@
-"""The figures of CLIP_benchmark: its definitions written down again, and what the package itself has printed.
+"""Metrics of CLIP_benchmark: a second implementation of its definitions, and the values that the package printed.
 
 The package (1.6.2, with numpy 2.2.6, in an environment of its own; `tools/clip_benchmark.py`) gave the figures below
 for `open_clip:ViT-B-32` with its random weights. The definitions are those of its metrics `zeroshot_classification` and
@@ -41,7 +41,7 @@ PRINTED = {
 
 @torch.no_grad()
 def restated(embedder: dualenc.Embedder, folder: Path) -> dict[str, float]:
-    """What CLIP_benchmark's definitions give for a model on a set."""
+    """Compute the metrics by CLIP_benchmark's definitions."""
     model, tokenizer, preprocess = embedder.dual_encoder.eval(), embedder.tokenizer, embedder.preprocess
     shards = [str(folder / "test" / f"{i}.tar") for i in range(int((folder / "test" / "nshards.txt").read_text()))]
     with warnings.catch_warnings():
@@ -94,9 +94,9 @@ def same(found: dict[str, float], expected: dict[str, float], within: float = 1e
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true:UserWarning")
 @pytest.mark.parametrize(("kind", "classes"), [("classification", 3), ("classification", 9), ("retrieval", 0)])
-def test_made_sets(tmp_path, seed, kind, classes):
+def test_generated_sets_equal_the_definitions(tmp_path, seed, kind, classes):
     folder = write_benchmark(tmp_path / "s", seed, kind, counts=(30, 21), classes=classes)
-    if kind == "retrieval":  # equal captions tie, and ties are told apart otherwise
+    if kind == "retrieval":  # Equal captions tie, and the definitions treat ties differently.
         rng = np.random.default_rng(seed)
         for i, count in enumerate((30, 21)):
             samples = [
@@ -112,14 +112,14 @@ def test_made_sets(tmp_path, seed, kind, classes):
     expected = restated(embedder, folder)
     result = dualenc.evaluate(embedder, folder)["metrics"]
     same(result, expected)
-    worse = {name: value + 1 / 51 for name, value in expected.items()}  # the control: one image more
+    worse = {name: value + 1 / 51 for name, value in expected.items()}  # control: one image more
     with pytest.raises(AssertionError):
         same(result, worse)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model of ours that has seen some of Flickr8k: a hundred steps on two cores take a minute."""
+    """Train a model on Flickr8k for a hundred steps, a minute on two cores."""
     folder = tmp_path_factory.mktemp("trained")
     config = ROOT / "configs" / "flickr8k.yaml"
     with pytest.MonkeyPatch.context() as patch:
@@ -137,7 +137,7 @@ def trained(tmp_path_factory):
 @needs_data
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true:UserWarning")
 @pytest.mark.parametrize("name", PRINTED)
-def test_a_trained_model_on_real_sets(trained, name):
+def test_real_sets_equal_the_definitions(trained, name):
     result = dualenc.evaluate(trained, DATA / name)
     assert result["complete"]
     same(result["metrics"], restated(trained, DATA / name))
@@ -146,10 +146,10 @@ def test_a_trained_model_on_real_sets(trained, name):
 @pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", ["zeroshot_flowers5"])
-def test_the_printed_figures(name):
-    """Of the four sets the one that does not take minutes; the others are compared by hand, see docs/benchmarks.md.
+def test_real_set_equals_printed_values(name):
+    """Check the one of the four sets that takes less than a minute; see docs/benchmarks.md for the others.
 
-    Another processor rounds otherwise, and may turn an image that stands between two classes: two are allowed.
+    Another processor rounds differently, and may change the class of an image between two classes: two are allowed.
     """
     result = dualenc.evaluate(dualenc.load("open_clip:ViT-B-32", "cpu"), DATA / name)
     same(result["metrics"], PRINTED[name], within=2.5 / result["n"])

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import pickle
 import random
 
 import numpy as np
@@ -14,21 +15,22 @@ import dualenc
 from dualenc import BenchmarkSet, DataError
 from dualenc.data import decode_image
 from dualenc.evaluation import (
+    KINDS,
     EmbeddingCache,
+    SetEmbedder,
     SetEmbeddings,
     compare,
     embed_set,
     evaluate,
-    measures,
-    probe,
+    open_sets,
     score,
-    score_within,
     write_results,
 )
+from dualenc.evaluation.probe import ProbeSet
 from dualenc.evaluation.results import read_results
 from dualenc.report import Section
 
-KINDS = ["classification", "multilabel", "retrieval"]
+SETS = ["classification", "multilabel", "retrieval"]
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def embedder(seed):
 
 
 def spoil(folder, split="test", shard=1):
-    """Makes the first picture of a shard undecodable."""
+    """Make the first image of a shard undecodable."""
     path = folder / split / f"{shard}.tar"
     data = bytearray(path.read_bytes())
     place = data.index(b"\xff\xd8\xff")
@@ -45,8 +47,8 @@ def spoil(folder, split="test", shard=1):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluate(embedder, tmp_path, seed, kind):
+@pytest.mark.parametrize("kind", SETS)
+def test_evaluate_returns_metrics_with_intervals(embedder, tmp_path, seed, kind):
     folder = write_benchmark(tmp_path / "the set", seed, kind, counts=(9, 5))
     result = evaluate(embedder, folder)
     assert json.loads(json.dumps(result)) == result
@@ -70,9 +72,9 @@ def test_evaluate(embedder, tmp_path, seed, kind):
     assert dualenc.evaluate is evaluate
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_parts_of_the_ranks_are_the_whole(embedder, tmp_path, seed, kind):
-    """In order, as equal as can be; more ranks than images or classes leave some with nothing."""
+@pytest.mark.parametrize("kind", SETS)
+def test_shares_of_ranks_equal_the_whole(embedder, tmp_path, seed, kind):
+    """Check that shares keep the order and are as equal as possible; with more ranks than images, some are empty."""
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(2, 2), classes=3))
     whole = embed_set(embedder, data)
     texts = len(data.captions[0]) if kind == "retrieval" else 3
@@ -85,7 +87,7 @@ def test_the_parts_of_the_ranks_are_the_whole(embedder, tmp_path, seed, kind):
     else:
         text = dualenc.zero_shot_classifier(embedder, data.classnames, data.templates)
     assert (whole.text - text).abs().max() < 1e-6
-    assert (whole.image[0] - whole.image[1]).abs().max() > 1e-3  # the control: rows differ
+    assert (whole.image[0] - whole.image[1]).abs().max() > 1e-3  # control: rows differ
     assert (whole.text[0] - whole.text[1]).abs().max() > 1e-3
     for world in range(1, 6):
         parts = [embed_set(embedder, data, rank=rank, world=world) for rank in range(world)]
@@ -99,8 +101,28 @@ def test_the_parts_of_the_ranks_are_the_whole(embedder, tmp_path, seed, kind):
         assert torch.cat([part.rows for part in parts]).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluate_is_score_of_embed_set(embedder, tmp_path, seed, kind):
+@pytest.mark.parametrize("name", KINDS)
+def test_joined_shares_of_ranks_give_the_same_result(embedder, tmp_path, seed, name):
+    """Check every kind, with shares that travel between processes."""
+    kind = KINDS[name]
+    if kind.sets == ("choice",):
+        write_choices(tmp_path / "s", seed)
+    else:
+        for split in ("train", "test"):
+            write_benchmark(tmp_path / "s", seed + len(split), kind.sets[0], counts=(20,), split=split, classes=3)
+    (_, data), *_ = open_sets([str(tmp_path / "s")], [kind])
+    expected = kind.evaluate(embedder, data)
+    for world in (1, 2, 5):
+        shares = [kind.embed(data, SetEmbedder(embedder, rank=rank, world=world)) for rank in range(world)]
+        whole = SetEmbeddings.join([pickle.loads(pickle.dumps(share)) for share in shares])
+        found = kind.evaluated(data, whole, embedder)
+        assert found.section.result["metrics"] == pytest.approx(expected.section.result["metrics"], abs=1e-6)
+        assert found.section.result["n"] == expected.section.result["n"]
+        assert found.items.keys() == expected.items.keys()
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_evaluate_equals_embed_set_and_score(embedder, tmp_path, seed, kind):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(9, 5)))
     embedded = embed_set(embedder, data)
     section, items = score(data, embedded, embedder)
@@ -128,10 +150,10 @@ def test_evaluate_is_score_of_embed_set(embedder, tmp_path, seed, kind):
         assert bool(right["text"]) == (recall > 0)
     if kind != "multilabel":
         assert findings.picture(3) == data.thumbnail(3)
-    assert measures(kind, items).values() == pytest.approx(section.result["metrics"], abs=1e-12)
+    assert KINDS[kind].metrics_of_items(items).values() == pytest.approx(section.result["metrics"], abs=1e-12)
 
 
-def test_it_shows_its_progress(embedder, tmp_path, seed):
+def test_progress_is_tracked_by_batches(embedder, tmp_path, seed):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, counts=(70,)))
     seen = []
 
@@ -145,7 +167,7 @@ def test_it_shows_its_progress(embedder, tmp_path, seed):
     assert seen == [64, 6]
 
 
-def test_it_equals_the_plain_computation(embedder, tmp_path, seed):
+def test_accuracy_equals_plain_computation(embedder, tmp_path, seed):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "c", seed, counts=(20,)))
     images = embedder.embed_images([decode_image(sample.read("jpg")) for sample in data.index]).double()
     rows = []
@@ -156,11 +178,11 @@ def test_it_equals_the_plain_computation(embedder, tmp_path, seed):
     assert evaluate(embedder, data)["metrics"]["acc1"] == pytest.approx(right)
 
 
-# What is not there
+# Incomplete sets
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_that_cannot_be_decoded_is_counted_and_left_out(embedder, tmp_path, seed, kind):
+@pytest.mark.parametrize("kind", SETS)
+def test_undecodable_image_is_counted_and_left_out(embedder, tmp_path, seed, kind):
     folder = write_benchmark(tmp_path / "c", seed, kind, counts=(3, 9))
     whole = BenchmarkSet.open(folder)
     found = embed_set(embedder, whole)
@@ -170,7 +192,7 @@ def test_a_picture_that_cannot_be_decoded_is_counted_and_left_out(embedder, tmp_
     (problem,) = result["problems"]
     assert (problem["what"], problem["count"]) == ("image that cannot be decoded", 1)
     assert "s00003" in problem["names"][0]
-    # The same as if the sample had never been there.
+    # The metrics equal those of a set without the sample.
     rows = torch.tensor([i for i in range(12) if i != 3])
     without = score(whole, SetEmbeddings(found.image[rows], found.text, rows, []), embedder).section.result
     assert result["metrics"] == pytest.approx(without["metrics"], abs=1e-6)
@@ -179,7 +201,7 @@ def test_a_picture_that_cannot_be_decoded_is_counted_and_left_out(embedder, tmp_
     )
 
 
-def test_what_the_set_says_is_wrong_comes_into_the_result(embedder, tmp_path, seed):
+def test_problems_of_set_are_in_result(embedder, tmp_path, seed):
     folder = write_benchmark(tmp_path / "c", seed, counts=(9, 5, 4))
     (folder / "test" / "1.tar").unlink()
     names = (folder / "classnames.txt").read_text().splitlines()
@@ -191,17 +213,17 @@ def test_what_the_set_says_is_wrong_comes_into_the_result(embedder, tmp_path, se
     assert any("class 0" in problem["names"][0] for problem in result["problems"])
 
 
-def test_a_set_without_one_good_picture_has_no_figures(embedder, tmp_path, seed):
+def test_set_without_decodable_image_is_refused(embedder, tmp_path, seed):
     folder = write_benchmark(tmp_path / "c", seed, counts=(1,))
     spoil(folder, shard=0)
-    with pytest.raises(ValueError, match=r"c: no picture can be decoded, such as .*s00000"):
+    with pytest.raises(ValueError, match=r"c: no image can be decoded, such as .*s00000"):
         evaluate(embedder, folder)
 
 
 # The cache
 
 
-def test_embeddings_are_found_by_what_they_depend_on(embedder, tmp_path, seed):
+def test_cache_key_is_everything_that_embeddings_depend_on(embedder, tmp_path, seed):
     folder = write_benchmark(tmp_path / "c", seed, counts=(5, 4))
     data = BenchmarkSet.open(folder)
     plain = embed_set(embedder, data)
@@ -216,11 +238,11 @@ def test_embeddings_are_found_by_what_they_depend_on(embedder, tmp_path, seed):
         assert was == reused
         assert all(torch.equal(x, y) for x, y in zip(found[:3], plain[:3]))
         assert found.rows.tolist() == list(range(9))
-    # Elsewhere, under another name: the same images. But not if one picture is another one.
+    # The same images are found under another name, but not if one image differs.
     other = write_benchmark(tmp_path / "elsewhere", seed, counts=(5, 4))
     assert again(embedder, BenchmarkSet.open(other))[0] == ["classifier", "images"]
     spoil(other)
-    for _ in range(2):  # and what failed is tried again, since it may have been the disk
+    for _ in range(2):  # A failure is tried again, since it may have been a passing one of the disk.
         reused, found = again(embedder, BenchmarkSet.open(other))
         assert reused == ["classifier"]
         assert [row for row, _ in found.bad] == [5]
@@ -234,7 +256,7 @@ def test_embeddings_are_found_by_what_they_depend_on(embedder, tmp_path, seed):
     assert again(dualenc.Embedder(embedder.model, embedder.tokenizer, changed), data)[0] == []
 
 
-def test_a_damaged_file_of_the_cache_is_made_anew(embedder, tmp_path, seed):
+def test_damaged_cache_file_is_replaced(embedder, tmp_path, seed):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "c", seed))
     plain = embed_set(embedder, data, cache=EmbeddingCache(embedder, tmp_path / "cache"))
     for path in (tmp_path / "cache").iterdir():
@@ -249,13 +271,13 @@ def full(*_):
     raise SafetensorError("No space left on device")
 
 
-def test_the_cache_keeps_to_its_limit(embedder, tmp_path, monkeypatch):
+def test_cache_keeps_to_its_limit(embedder, tmp_path, monkeypatch):
     cache = EmbeddingCache(embedder, tmp_path / "cache", limit=3000)
     for i in range(6):
         cache.get("x", i, lambda: {"x": torch.zeros(200)})
         cache.get("x", 0, lambda: {"x": torch.zeros(200)})
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 3000
-    assert cache.reused == ["x"] * 6  # what is used stays
+    assert cache.reused == ["x"] * 6  # an entry in use stays
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("dualenc.evaluation.embed.save_file", full)
     assert cache.get("y", 0, lambda: {"x": torch.ones(2)})["x"].tolist() == [1, 1]
@@ -264,13 +286,13 @@ def test_the_cache_keeps_to_its_limit(embedder, tmp_path, monkeypatch):
     assert blocked.get("x", 0, lambda: {"x": torch.ones(2)})["x"].tolist() == [1, 1]
 
 
-# Among things of one kind, choices, probes
+# Retrieval within a modality, choices, probes
 
 
-def test_retrieval_among_captions_and_among_pictures(embedder, tmp_path, seed):
+def test_retrieval_within_captions_and_within_images(embedder, tmp_path, seed):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "r", seed, "retrieval", counts=(20,)))
     embedded = embed_set(embedder, data)
-    result = score_within(data, embedded, embedder, "text-text").section.result
+    result = KINDS["text-text"].evaluate(embedder, data).section.result
     scores = (embedded.text.double() @ embedded.text.double().T).fill_diagonal_(-torch.inf)
     owner = data.captions[1]
     same = (owner[:, None] == owner).fill_diagonal_(False)
@@ -283,14 +305,14 @@ def test_retrieval_among_captions_and_among_pictures(embedder, tmp_path, seed):
     assert (result["kind"], result["n"]) == ("text-text", len(owner))
     data = BenchmarkSet.open(write_benchmark(tmp_path / "c", seed, counts=(20,)))
     embedded = embed_set(embedder, data)
-    section, items = score_within(data, embedded, embedder, "image-image")
+    section, items = KINDS["image-image"].evaluate(embedder, data)
     scores = (embedded.image.double() @ embedded.image.double().T).fill_diagonal_(-torch.inf)
     right = (data.targets[scores.argmax(1)] == data.targets).double().mean().item()
     assert section.result["metrics"]["image_image_retrieval_recall@1"] == pytest.approx(right)
-    assert measures("image-image", items).values() == pytest.approx(section.result["metrics"])
+    assert KINDS["image-image"].metrics_of_items(items).values() == pytest.approx(section.result["metrics"])
 
 
-def test_choices(embedder, tmp_path, seed):
+def test_choices_equal_plain_computation(embedder, tmp_path, seed):
     lines = write_choices(tmp_path / "w", seed)
     data = BenchmarkSet.open(tmp_path / "w")
     section, items = score(data, embed_set(embedder, data), embedder)
@@ -304,7 +326,7 @@ def test_choices(embedder, tmp_path, seed):
     expected = dict(zip(("text_score", "image_score", "group_score"), np.mean(right, 0)))
     assert section.result["metrics"] == pytest.approx(expected)
     assert (section.result["n"], section.result["kind"], section.result["complete"]) == (12, "choice", True)
-    assert measures("choice", items).values() == pytest.approx(expected)
+    assert KINDS["choice"].metrics_of_items(items).values() == pytest.approx(expected)
     (tmp_path / "w" / "images" / "ex_3_img_1.png").write_bytes(b"no picture")
     data = BenchmarkSet.open(tmp_path / "w")
     section, items = score(data, embed_set(embedder, data), embedder)
@@ -314,7 +336,7 @@ def test_choices(embedder, tmp_path, seed):
     )
 
 
-def test_choices_without_one_whole_instance(embedder, tmp_path, seed):
+def test_choices_without_complete_instance_are_refused(embedder, tmp_path, seed):
     write_choices(tmp_path / "w", seed, 3)
     for i in range(3):
         (tmp_path / "w" / "images" / f"ex_{i}_img_1.png").write_bytes(b"no picture")
@@ -322,11 +344,11 @@ def test_choices_without_one_whole_instance(embedder, tmp_path, seed):
         evaluate(embedder, tmp_path / "w")
 
 
-def test_probe(embedder, tmp_path, seed):
+def test_probe_reports_both_classifiers(embedder, tmp_path, seed):
     for split, count in (("train", 40), ("test", 30)):
         write_benchmark(tmp_path / "c", seed + len(split), split=split, counts=(count,), classes=3)
     data, train = (BenchmarkSet.open(tmp_path / "c", split) for split in ("test", "train"))
-    section, items = probe(embedder, data, train)
+    section, items = KINDS["probe"].evaluate(embedder, ProbeSet.of(data, train))
     result = section.result
     assert (result["kind"], result["n"], result["trained_on"]) == ("probe", 30, 40)
     names = {f"{kind}_{name}" for kind in ("linear", "knn") for name in ("acc1", "mean_per_class_recall", "ece")}
@@ -334,14 +356,15 @@ def test_probe(embedder, tmp_path, seed):
     assert set(result["intervals"]) == {name for name in names if "ece" not in name}
     assert set(result["chosen"]) >= {"linear_C", "knn_k"}
     assert json.loads(json.dumps(result)) == result
-    assert measures("probe", items).values() == pytest.approx(result["metrics"])
+    assert KINDS["probe"].metrics_of_items(items).values() == pytest.approx(result["metrics"])
     spoil(tmp_path / "c", "train", 0)
-    worse = probe(embedder, data, BenchmarkSet.open(tmp_path / "c", "train")).section.result
+    spoiled = ProbeSet.of(data, BenchmarkSet.open(tmp_path / "c", "train"))
+    worse = KINDS["probe"].evaluate(embedder, spoiled).section.result
     assert (worse["trained_on"], worse["complete"]) == (39, False)
     assert worse["problems"][0]["what"] == "image that cannot be decoded (train)"
 
 
-# Two results
+# Comparisons
 
 
 def results(embedder, folder, sets):
@@ -350,8 +373,8 @@ def results(embedder, folder, sets):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_compare(embedder, tmp_path, seed, kind):
+@pytest.mark.parametrize("kind", SETS)
+def test_comparison_has_paired_differences(embedder, tmp_path, seed, kind):
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, kind, counts=(20, 9)))
     other = tiny_embedder(seed + 1)
     first, second = results(embedder, tmp_path / "a", [data]), results(other, tmp_path / "b", [data])
@@ -374,37 +397,37 @@ def test_compare(embedder, tmp_path, seed, kind):
         assert change[2:] == pytest.approx([-result["differences"][name][i] for i in (2, 4, 3)])
 
 
-def test_other_items_are_not_compared(embedder, tmp_path, seed):
+def test_different_items_are_not_compared(embedder, tmp_path, seed):
     folder = write_benchmark(tmp_path / "s", seed, counts=(9, 5))
     results(embedder, tmp_path / "a", [BenchmarkSet.open(folder)])
     spoil(folder)
     results(embedder, tmp_path / "b", [BenchmarkSet.open(folder)])
-    with pytest.raises(DataError, match=r"s: .* have not measured the same items: 14 and 13 pictures"):
+    with pytest.raises(DataError, match=r"s: .* were not measured on the same items: 14 and 13 images"):
         compare(tmp_path / "a", tmp_path / "b")
     results(
         embedder, tmp_path / "c", [BenchmarkSet.open(write_benchmark(tmp_path / "x" / "s", seed + 1, counts=(9, 5)))]
     )
-    with pytest.raises(DataError, match="14 of 14 pictures are others"):
+    with pytest.raises(DataError, match="14 of 14 images differ"):
         compare(tmp_path / "a", tmp_path / "c")
     other = write_benchmark(tmp_path / "y" / "s", seed, counts=(9, 5))
     rng = np.random.default_rng(seed)
     samples = [{"__key__": "0", "jpg": encode(smooth(rng, 20, 24), "jpeg"), "cls": b"3"}]
     write_tar(other / "test" / "1.tar", samples)
     results(embedder, tmp_path / "d", [BenchmarkSet.open(other)])
-    with pytest.raises(DataError, match="14 and 10 pictures"):
+    with pytest.raises(DataError, match="14 and 10 images"):
         compare(tmp_path / "a", tmp_path / "d")
     results(embedder, tmp_path / "e", [BenchmarkSet.open(write_benchmark(tmp_path / "other", seed))])
     with pytest.raises(DataError, match=r"have no set in common: s \(classification\); and other \(classification\)"):
         compare(tmp_path / "a", tmp_path / "e")
 
 
-def test_other_groups_and_other_classes_are_not_compared(embedder, tmp_path, seed):
-    """The same pictures and captions, put together otherwise."""
+def test_different_groups_and_classes_are_not_compared(embedder, tmp_path, seed):
+    """Check that the same images and captions in other groups are refused."""
 
     def among(folder, between, kind, change):
         data = BenchmarkSet.open(write_benchmark(tmp_path / folder / "s", seed, kind, counts=(20,)))
         data = dataclasses.replace(data, **change(data))
-        found = [score_within(data, embed_set(embedder, data), embedder, between)]
+        found = [KINDS[between].evaluate(embedder, data)]
         write_results(tmp_path / folder, "x", found, [data], embedder.fingerprint)
 
     for between, kind, change in (
@@ -414,9 +437,9 @@ def test_other_groups_and_other_classes_are_not_compared(embedder, tmp_path, see
     ):
         among("a", between, kind, lambda data: {})
         among("b", between, kind, lambda data: {})
-        compare(tmp_path / "a", tmp_path / "b")  # the control
+        compare(tmp_path / "a", tmp_path / "b")  # control
         among("b", between, kind, change)
-        with pytest.raises(DataError, match=r"have not measured the same items"):
+        with pytest.raises(DataError, match=r"were not measured on the same items"):
             compare(tmp_path / "a", tmp_path / "b")
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, counts=(9,), classes=6))
     results(embedder, tmp_path / "c", [data])
@@ -425,8 +448,8 @@ def test_other_groups_and_other_classes_are_not_compared(embedder, tmp_path, see
         compare(tmp_path / "c", tmp_path / "d")
 
 
-def test_a_folder_with_two_models_is_not_compared(embedder, tmp_path, seed):
-    sets = [BenchmarkSet.open(write_benchmark(tmp_path / kind, seed, kind)) for kind in KINDS[:2]]
+def test_folder_with_two_models_is_not_compared(embedder, tmp_path, seed):
+    sets = [BenchmarkSet.open(write_benchmark(tmp_path / kind, seed, kind)) for kind in SETS[:2]]
     other = dualenc.Embedder(embedder.model, embedder.tokenizer, embedder.preprocess, "another")
     for data, one in zip(sets, (embedder, other)):
         found = [score(data, embed_set(one, data), one)]
@@ -436,7 +459,7 @@ def test_a_folder_with_two_models_is_not_compared(embedder, tmp_path, seed):
     compare(tmp_path / "a" / "multilabel.json", tmp_path / "a")
 
 
-def test_a_comparison_goes_without_pictures_where_the_set_is_gone(embedder, tmp_path, seed):
+def test_comparison_omits_images_of_missing_set(embedder, tmp_path, seed):
     folder = write_benchmark(tmp_path / "s", seed, "retrieval", counts=(9, 5))
     results(embedder, tmp_path / "a", [BenchmarkSet.open(folder)])
     assert compare(tmp_path / "a", tmp_path / "a")[0].findings is not None
@@ -446,26 +469,26 @@ def test_a_comparison_goes_without_pictures_where_the_set_is_gone(embedder, tmp_
     assert comparison.result["differences"]
 
 
-def test_what_is_no_result(tmp_path):
-    with pytest.raises(DataError, match="holds no result: name a folder that --out"):
+def test_unreadable_results_are_refused(tmp_path):
+    with pytest.raises(DataError, match="does not hold results: name a folder"):
         compare(tmp_path, tmp_path)
     (tmp_path / "zeroshot.json").write_text("[]")
     with pytest.raises(DataError, match=r"zeroshot\.json and zeroshot\.items\.safetensors cannot be read"):
         read_results(tmp_path / "zeroshot.json")
 
 
-def test_items_are_kept_as_they_are(embedder, tmp_path, seed):
-    sets = [BenchmarkSet.open(write_benchmark(tmp_path / kind, seed, kind)) for kind in KINDS]
+def test_saved_items_give_the_metrics_again(embedder, tmp_path, seed):
+    sets = [BenchmarkSet.open(write_benchmark(tmp_path / kind, seed, kind)) for kind in SETS]
     found = results(embedder, tmp_path / "a", sets)
     kept = load_file(tmp_path / "a" / "zeroshot.items.safetensors")
     assert kept.keys() == {f"{i}/{name}" for i, one in enumerate(found) for name in one.items}
     for (kind, name), (figures, items) in read_results(tmp_path / "a").items():
         assert kind == name
-        assert measures(kind, items).values() == pytest.approx(figures["metrics"], abs=1e-12)
+        assert KINDS[kind].metrics_of_items(items).values() == pytest.approx(figures["metrics"], abs=1e-12)
 
 
-def test_the_map_shows_the_directions_of_the_largest_spread(embedder, tmp_path, seed):
-    """Beside scikit-learn's PCA, whose axes may point the other way."""
+def test_map_shows_principal_components(embedder, tmp_path, seed):
+    """Compare with scikit-learn's PCA, whose axes may point the other way."""
     from sklearn.decomposition import PCA
 
     data = BenchmarkSet.open(write_benchmark(tmp_path / "s", seed, counts=(40,)))

@@ -1,4 +1,4 @@
-"""The report: what stands in it, that nothing in it can run, and how it looks in a real browser."""
+"""Reports: their contents, that nothing in them can run, and their looks in a real browser."""
 
 import base64
 import dataclasses
@@ -25,6 +25,8 @@ from dualenc.report import (
     ChoiceScores,
     Classes,
     Comparison,
+    Description,
+    Findings,
     Labels,
     Points,
     Ranked,
@@ -60,13 +62,22 @@ def result(dataset: str, metrics: dict[str, float], n: int = 100, kind: str = "c
     }  # fmt: skip
 
 
+DESCRIPTIONS = {
+    "classification": Description("images", "zero-shot classification", ("acc1",)),
+    "retrieval": Description("images", "retrieval", ("image_retrieval_recall@1",)),
+    "choice": Description("instances", "choice", ("text_score",)),
+    "multilabel": Description("images", "several labels", ("mean_average_precision",)),
+    "text-text": Description("captions", "captions of the same image", ("text_text_retrieval_recall@1",)),
+}
+
+
 def problem(count: int) -> dict[str, Any]:
     names = [f"0.tar: {EVIL} {i}" for i in range(count)][:20]
     return {"what": f"images that cannot be decoded {EVIL}", "count": count, "names": names}
 
 
 def classes(rng: np.random.Generator, count: int, images: int, picture: Callable[[int], bytes]) -> Classes:
-    """Answers that are right most of the time, the more so the surer, and names that are out for harm."""
+    """Return predictions whose accuracy grows with their confidence, and malicious class names."""
     names = [EVIL if i % 2 == 0 else f"class {i} with a long name" for i in range(count)]
     truth, confidence = rng.integers(count, size=images), rng.random(images)
     predicted = np.where(rng.random(images) < confidence, truth, (truth + 1 + rng.integers(2, size=images)) % count)
@@ -111,8 +122,12 @@ def pictures_of(rng: np.random.Generator, count: int) -> Callable[[int], bytes]:
     return [encode(smooth(rng, *rng.integers(30, 90, 2)), "jpeg") for _ in range(count)].__getitem__
 
 
+def section(result: dict[str, Any], findings: Findings | None = None, points: Points | None = None) -> Section:
+    return Section(result, findings, points, DESCRIPTIONS[result["kind"]])
+
+
 def sections(seed: int, count: int = 12, images: int = 60) -> list[Section]:
-    """One set of each kind, with pictures, and with something the matter with one of them."""
+    """Return a section of each kind, with pictures; the first has a problem."""
     rng = np.random.default_rng(seed)
     picture = pictures_of(rng, images)
     found = classes(rng, count, images, picture)
@@ -136,16 +151,16 @@ def sections(seed: int, count: int = 12, images: int = 60) -> list[Section]:
     scores = dict(zip(("text_score", "image_score", "group_score"), (0.5, 0.4, 0.3)))
     within = result("captions", {"text_text_retrieval_recall@1": 0.3}, images, "text-text")
     return [
-        Section(zeroshot, found, points(rng, found.truth, list(found.names))),
-        Section(retrieval, answers(ranked(rng, 2 * images, images), captions, picture), pairs),
-        Section(result("labels", {"mean_average_precision": 0.4}, images, "multilabel"), precision),
-        Section(result("orders", scores, images // 2, "choice"), choices),
-        Section(within, None),
+        section(zeroshot, found, points(rng, found.truth, list(found.names))),
+        section(retrieval, answers(ranked(rng, 2 * images, images), captions, picture), pairs),
+        section(result("labels", {"mean_average_precision": 0.4}, images, "multilabel"), precision),
+        section(result("orders", scores, images // 2, "choice"), choices),
+        section(within),
     ]
 
 
 def comparisons(seed: int, images: int = 60) -> list[Comparison]:
-    """Two models on a set of each kind that has galleries, and on one that has none."""
+    """Return comparisons of two models, on two sets with galleries and one without."""
     rng = np.random.default_rng(seed)
     picture = pictures_of(rng, images)
     first, second = (classes(rng, 12, images, picture) for _ in range(2))
@@ -166,11 +181,12 @@ def comparisons(seed: int, images: int = 60) -> list[Comparison]:
     taken = TwoAnswers(first.names, first.truth, (both[0], both[1]), (rng.random(images), rng.random(images)), picture)
     found = ranked(rng, 2 * images, images), ranked(rng, 2 * images, images)
     ranks = TwoRankings(captions, np.arange(2 * images) // 2, found, picture)
-    return [Comparison(results[0], taken), Comparison(results[1], ranks), Comparison(results[2])]
+    findings = (taken, ranks, None)
+    return [Comparison(one, found, DESCRIPTIONS[one["kind"]]) for one, found in zip(results, findings, strict=True)]
 
 
 def examination(folder: Path, seed: int) -> Path:
-    """The page on shards with something of everything, keys and captions that are out for harm, and a leak."""
+    """Write the page on shards with every kind of problem, malicious keys and captions, and a leak."""
     rng = np.random.default_rng(seed)
     other = write_benchmark(folder / "other", seed, "retrieval", counts=(9,))
     with open(other / "test" / "0.tar", "rb") as file, tarfile.open(fileobj=file) as tar:
@@ -218,7 +234,7 @@ def curves(tmp_path: Path) -> Path:
 
 
 class Elements(HTMLParser):
-    """What a browser would build of the page."""
+    """Elements of a page as a browser would parse them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -238,7 +254,7 @@ class Elements(HTMLParser):
 
 
 @pytest.mark.parametrize("kind", ["sets", "comparison"])
-def test_nothing_in_it_runs_or_loads(tmp_path: Path, curves: Path, seed: int, kind: str) -> None:
+def test_page_runs_and_loads_nothing(tmp_path: Path, curves: Path, seed: int, kind: str) -> None:
     if kind == "sets":
         path = write_report(tmp_path, f"A run {EVIL}", sections(seed), {"data": EVIL}, curves)
     else:
@@ -249,7 +265,7 @@ def test_nothing_in_it_runs_or_loads(tmp_path: Path, curves: Path, seed: int, ki
     assert not found.handlers
     assert all(source.startswith(("data:image/", "#")) for source in found.sources)
     assert found.tags.count("img") > 20
-    assert "onerror=alert(1)" in found.text  # shown as it was written
+    assert "onerror=alert(1)" in found.text  # shown as text
     assert "49" not in re.findall(r"quotes&#34; &#39; (.*?)<", page)
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
     assert policy is not None
@@ -257,66 +273,64 @@ def test_nothing_in_it_runs_or_loads(tmp_path: Path, curves: Path, seed: int, ki
     assert "script" not in policy[1]
 
 
-def test_nothing_in_the_doctors_page_runs_or_loads(tmp_path: Path, seed: int) -> None:
+def test_page_of_doctor_runs_and_loads_nothing(tmp_path: Path, seed: int) -> None:
     found = Elements(examination(tmp_path / "data", seed).read_text("utf-8"))
     assert not {"script", "iframe", "object", "embed", "link", "form", "base"} & set(found.tags)
     assert not found.handlers
     assert all(source.startswith(("data:image/", "#")) for source in found.sources)
     assert found.tags.count("img") > 20
     assert found.tags.count("svg") > 4
-    assert found.text.count("onerror=alert(1)") > 4  # in keys and captions, shown as they were written
-    for title in ("The smallest images", "Equal images", "In other too", "The most frequent captions", "cut at 5"):
+    assert found.text.count("onerror=alert(1)") > 4  # in keys and captions, shown as text
+    for title in ("The smallest images", "Equal images", "In other too", "Most frequent captions", "cut at 5"):
         assert title in found.text
 
 
-def test_figures_stand_in_it(tmp_path: Path, curves: Path, seed: int) -> None:
+def test_page_shows_every_metric(tmp_path: Path, curves: Path, seed: int) -> None:
     given = sections(seed)
     page = write_report(tmp_path, "A run", given, None, curves).read_text("utf-8")
-    assert re.findall(r'<h2 id="set-\d">(.*)</h2>', page) == [section.result["dataset"] for section in given]
+    assert re.findall(r'<h2 id="set-\d">(.*)</h2>', page) == [one.result["dataset"] for one in given]
     text = " ".join(Elements(page).text.split())
-    for section in given:
-        for name, value in section.result["metrics"].items():
+    for one in given:
+        for name, value in one.result["metrics"].items():
             digits = 1 if name == "median_rank" else 3
-            bounds = section.result["intervals"][name]
+            bounds = one.result["intervals"][name]
             numbers = [f"{x:.{digits}f}" for x in (value, *bounds)]
-            row = [name, "(less is better)?", *numbers[:2], "to", numbers[2]]
-            row += [f"{x:.3f}" for x in [section.result["chance"].get(name)] if x is not None]
+            row = [name, "(lower is better)?", *numbers[:2], "to", numbers[2]]
+            row += [f"{x:.3f}" for x in [one.result["chance"].get(name)] if x is not None]
             assert re.search(r"\s*".join(row), text), row
     assert "held-out pairs" in text  # a plot's title
-    write_json(tmp_path / "zeroshot.json", [section.result for section in given])
-    assert json.loads((tmp_path / "zeroshot.json").read_text()) == [section.result for section in given]
+    write_json(tmp_path / "zeroshot.json", [one.result for one in given])
+    assert json.loads((tmp_path / "zeroshot.json").read_text()) == [one.result for one in given]
 
 
-def test_what_is_not_known_by_chance_has_no_mark(tmp_path: Path) -> None:
+def test_unknown_chance_has_no_mark(tmp_path: Path) -> None:
     known, unknown = (result("pets", {name: 0.5}, 6) for name in ("acc1", "ece"))
     unknown["chance"] = {}
     marks = [
-        write_report(tmp_path, "Pets", [Section(one, None)]).read_text("utf-8").count('class="chance"')
+        write_report(tmp_path, "Pets", [section(one)]).read_text("utf-8").count('class="chance"')
         for one in (known, unknown)
     ]
-    assert marks == [2, 0]  # on a card and in the table; ece has no card, and no mark
+    assert marks == [2, 0]  # on a card and in the table; ece has neither
 
 
-def test_problems_stand_under_the_name_of_their_set(
-    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_problems_are_shown_with_their_set(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     given = sections(seed)
     page = write_report(tmp_path, "A run", given).read_text("utf-8")
     cards, *parts = page.split("<h2 ")
-    assert cards.count("not complete") == 1  # on the card of acc1
-    assert [part.count("not complete") for part in parts] == [1, 0, 0, 0, 0]
+    assert cards.count("incomplete") == 1  # on the card of acc1
+    assert [part.count("incomplete") for part in parts] == [1, 0, 0, 0, 0]
     head = parts[0][: parts[0].index("<table")]
     shown, folded = head.split("<details>")
     assert "images that cannot be decoded" in shown
     assert re.search(r"\b31\b", shown)
     assert folded.count("<li>") == 20
     assert "0.tar" not in shown
-    assert "the first 20 by name" in folded
+    assert "first 20 names" in folded
 
     given[0].result["problems"][0]["names"][1] = "0.tar: \x1b[2J"
-    print_table([section.result for section in given])
+    print_table([one.result for one in given])
     printed = capsys.readouterr().out
-    assert printed.count("not complete") == 1
+    assert printed.count("incomplete") == 1
     last = printed.splitlines()[-1]
     assert last.startswith("photos: images that cannot be decoded")
     assert ": 31 (" in last
@@ -325,18 +339,18 @@ def test_problems_stand_under_the_name_of_their_set(
     assert "\x1b" not in printed
 
 
-def test_one_table_of_all_sets(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [section.result for section in sections(seed)]
+def test_all_sets_are_in_one_table(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [one.result for one in sections(seed)]
     print_table(given)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["set", "n", "metric", "value", "95%", "interval", "by", "chance"]
+    assert lines[0] == ["set", "n", "metric", "value", "95%", "interval", "chance"]
     wanted = []
     for number, one in enumerate(given):
         wanted += [[]] * (number > 0)
         for row, (name, value) in enumerate(one["metrics"].items()):
             digits = 1 if name == "median_rank" else 3
             low, high = one["intervals"][name]
-            head = {0: [one["dataset"], str(one["n"])], 1: ["not", "complete"] * (not one["complete"])}.get(row, [])
+            head = {0: [one["dataset"], str(one["n"])], 1: ["incomplete"] * (not one["complete"])}.get(row, [])
             cells = [name, f"{value:.{digits}f}", f"{low:.{digits}f}", "to", f"{high:.{digits}f}"]
             chance = [f"{x:.3f}" for x in [one["chance"].get(name)] if x is not None]
             wanted.append([*head, *cells, *chance])
@@ -344,13 +358,13 @@ def test_one_table_of_all_sets(seed: int, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_confusions_are_counted(tmp_path: Path) -> None:
-    """Three cats taken for dogs and one dog for a cat, of four and two; and a class without images."""
+    """Check three of four cats predicted as dogs, one of two dogs as a cat, and a class without images."""
     picture = encode(np.zeros((8, 8, 3), np.uint8))
     truth, taken = np.array([0, 0, 0, 0, 1, 1]), np.array([1, 1, 1, 0, 0, 1])
     found = Classes(["cat", "dog", "yak"], truth, taken, lambda i: picture)
-    page = write_report(tmp_path, "Pets", [Section(result("pets", {"acc1": 1 / 3}, 6), found)])
+    page = write_report(tmp_path, "Pets", [section(result("pets", {"acc1": 1 / 3}, 6), found)])
     text = re.sub(r"\s", "", Elements(page.read_text("utf-8")).text)
-    first, second = text.index("cattakenfordog3of4images"), text.index("dogtakenforcat1of2images")
+    first, second = text.index("catpredictedasdog3of4images"), text.index("dogpredictedascat1of2images")
     assert first < second
     assert "1classhasnoimages" in text
     assert "cat0.250of4" in text
@@ -358,7 +372,7 @@ def test_confusions_are_counted(tmp_path: Path) -> None:
 
 
 def test_calibration_is_drawn_to_scale(seed: int) -> None:
-    """Each bin's dot at its confidence and its share right, its area by its count; empty ones have none."""
+    """Check that each bin has a dot at its confidence and accuracy, its area its count; empty bins have none."""
     rng = np.random.default_rng(seed)
     bins = np.array([*rng.random((4, 2)), [0.5, 0.1]])
     count = [*(rng.choice(1000, 4, replace=False) + 1).tolist(), 0]
@@ -378,8 +392,8 @@ def test_calibration_is_drawn_to_scale(seed: int) -> None:
     assert np.argsort(sizes).tolist() == np.argsort(count[:4]).tolist()
 
 
-def test_a_map_is_the_plane(seed: int) -> None:
-    """Points in the colors of their classes, where they are but for one shift and one scale for both axes."""
+def test_map_is_drawn_to_scale(seed: int) -> None:
+    """Check that points are in the color of their class, shifted and scaled alike in both axes."""
     rng = np.random.default_rng(seed)
     label = np.repeat(np.arange(14), rng.permutation(np.arange(5, 19)))
     given = points(rng, label, [f"{EVIL} {i}" for i in range(14)])
@@ -411,9 +425,9 @@ def test_a_map_is_the_plane(seed: int) -> None:
 
 @pytest.mark.parametrize("pictures", [1, 2])
 def test_choices_are_judged(tmp_path: Path, seed: int, pictures: int) -> None:
-    """An instance is right where every image has its own caption first and, of several, every caption its image."""
+    """Check that an instance is right if each image ranks its caption first, and each caption its image."""
     rng = np.random.default_rng(seed)
-    scores = rng.integers(4, size=(40, pictures, 2)) / 4  # ties are many, and count against
+    scores = rng.integers(4, size=(40, pictures, 2)) / 4  # many ties, which count as wrong
     own = scores[:, np.arange(pictures), np.arange(pictures)]
     right = (own > scores[:, np.arange(pictures), 1 - np.arange(pictures)]).all(1)
     if pictures == 2:
@@ -421,7 +435,7 @@ def test_choices_are_judged(tmp_path: Path, seed: int, pictures: int) -> None:
     images = np.arange(40 * pictures).reshape(40, pictures)
     captions = [[f"caption {i} {place}" for place in "ab"] for i in range(40)]
     found = ChoiceScores(captions, images, scores, picture_of)
-    page = write_report(tmp_path, "Orders", [Section(result("orders", {"text_score": 0.5}, 40, "choice"), found)])
+    page = write_report(tmp_path, "Orders", [section(result("orders", {"text_score": 0.5}, 40, "choice"), found)])
     shown = page.read_text("utf-8").split('<span class="verdict')[1:]
     assert len(shown) == min(4, right.sum()) + min(4, (~right).sum())
     for part in shown:
@@ -431,11 +445,11 @@ def test_choices_are_judged(tmp_path: Path, seed: int, pictures: int) -> None:
         assert [base64.b64encode(picture_of(int(image))).decode() in part for image in images[i]] == [True] * pictures
 
 
-def test_differences_are_told(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Which of the two is better stands where the interval leaves out 0, and of errors and ranks less is better."""
+def test_clear_differences_name_the_better_model(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that a model is better if the interval excludes 0; of errors and ranks, lower is better."""
     given = comparisons(seed)
     text = " ".join(Elements(write_comparison(tmp_path, "Two", given).read_text("utf-8")).text.split())
-    print_comparison([one.result for one in given])
+    print_comparison(given)
     printed = " ".join(capsys.readouterr().out.split())
     for row in (
         "acc1 0.612 0.655 +0.043 +0.011 to +0.075 B better",
@@ -444,16 +458,16 @@ def test_differences_are_told(tmp_path: Path, seed: int, capsys: pytest.CaptureF
         "median_rank {}2.0 3.0 +1.0 +0.500 to +2.0 A better",
         "mean_average_precision 0.400 0.400 0 0 to 0 {}",
     ):
-        on_page = row.format("less is better " if "k {" in row or row.startswith("ece") else "unclear")
+        on_page = row.format("lower is better " if "k {" in row or row.startswith("ece") else "unclear")
         assert re.sub(r"\s", "", on_page) in re.sub(r"\s", "", text)
         assert row.format("").strip() in printed
     assert printed.count("better") == 3
     assert printed.startswith(f"A runs/{EVIL} B runs/y")
-    assert printed.count("not complete") == 1
+    assert printed.count("incomplete") == 1
 
 
-def test_cases_of_a_difference(tmp_path: Path, seed: int) -> None:
-    """How often which of the two was right, and cases of each kind only."""
+def test_comparison_counts_right_answers_and_shows_examples(tmp_path: Path, seed: int) -> None:
+    """Check the counts of right answers, and that each gallery holds its own cases only."""
     rng = np.random.default_rng(seed)
     images = 50
     truth, *answers = rng.integers(3, size=(3, images))
@@ -495,7 +509,7 @@ def picture_of(i: int) -> bytes:
 
 
 def case_of(text: str) -> int:
-    """The number of the picture, or of the caption, that stands in a piece of a page."""
+    """Return the number of the picture, or of the caption, in a piece of a page."""
     if found := re.search(r"caption (\d+)\.", text):
         return int(found[1])
     data = base64.b64decode(re.search(r"base64,([^\"]*)", text)[1])  # type: ignore[index]
@@ -503,8 +517,8 @@ def case_of(text: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["1000 classes", "30 classes", "doctor", "comparison"])
-def test_in_a_browser(tmp_path: Path, curves: Path, seed: int, kind: str) -> None:
-    """No console error, every picture loaded, nothing wider than a phone; looked at by day and by night."""
+def test_page_in_a_browser(tmp_path: Path, curves: Path, seed: int, kind: str) -> None:
+    """Check for console errors, missing pictures and overflow, on a screen and a phone, in light and dark."""
     if CHROMIUM is None:
         pytest.skip("no Chromium here to open the report in")
     from playwright.sync_api import sync_playwright
@@ -534,7 +548,7 @@ def test_in_a_browser(tmp_path: Path, curves: Path, seed: int, kind: str) -> Non
         assert not problems
         page.emulate_media(media="print")
         assert page.evaluate(GROUND) == "rgb(255, 255, 255)"
-        # The control: what the checks above look for is found where it is, and the page's policy still holds.
+        # Control: the checks above find such faults, and the policy of the page still holds.
         page.set_content("<img src='data:image/png;base64,AAAA'><script>document.title = 'run'</script>")
         page.wait_for_function("document.images[0].complete")
         assert page.evaluate("document.images[0].naturalWidth") == 0
@@ -544,7 +558,7 @@ def test_in_a_browser(tmp_path: Path, curves: Path, seed: int, kind: str) -> Non
         browser.close()
 
 
-# Names on a map that cover one another, or stand beside it.
+# Names on a map that cover each other or lie outside of it.
 COVERED = """() => [...document.querySelectorAll(".map")].flatMap(map => {
   const boxes = [...map.querySelectorAll("span")].map(e => [e.textContent, e.getBoundingClientRect()]);
   const whole = map.getBoundingClientRect();

@@ -1,4 +1,4 @@
-"""What is measured during training: when, on what, and that it does not depend on how the batches were cut."""
+"""Evaluation during training: its schedule, its sets, and its independence of the batch size."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def rows(run: Path) -> list[tuple[int, str, float]]:
 
 
 def validated(capsys: pytest.CaptureFixture[str], run: Path, *more: str) -> dict[str, float]:
-    """What `dualenc validate` prints of a run's checkpoint."""
+    """Return the metrics that `dualenc validate` prints for a run's checkpoint."""
     capsys.readouterr()
     main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", "last", *more])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -39,10 +39,10 @@ def validated(capsys: pytest.CaptureFixture[str], run: Path, *more: str) -> dict
 
 
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
-def test_the_validation_loss_is_that_of_all_pairs_at_once(
+def test_validation_loss_equals_that_of_all_pairs_at_once(
     tmp_path: Path, seed: int, loss: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever the batch: equal to the loss of the held-out pairs' embeddings, which `last/` gives, in one call."""
+    """Check it for several batch sizes against the loss of the held-out pairs' embeddings in one call."""
     other = ["--model.loss", "dualenc.losses.siglip_loss", "--model.logit_bias", "true", "--model.init_bias", "-3"]
     run = small_fit(SMOKE, tmp_path, seed, "--trainer.max_steps", "6", *(other if loss is siglip_loss else []))
     embedder = dualenc.load(run / "last", "cpu")
@@ -56,7 +56,7 @@ def test_the_validation_loss_is_that_of_all_pairs_at_once(
     assert step == 6
     assert found == pytest.approx(expected, rel=1e-5)
     parts = [loss(a, b, scale, bias) for a, b in zip(image.split(2), text.split(2), strict=True)]  # type: ignore[operator]
-    assert abs(float(torch.stack(parts).mean()) - expected) > 1e-3  # the control: in batches it is another
+    assert abs(float(torch.stack(parts).mean()) - expected) > 1e-3  # control: in batches it differs
     for size in ("3", "48"):
         values = validated(capsys, run, "--data.batch_size", size)
         assert values["val/loss"] == pytest.approx(expected, rel=2e-3)  # printed with four digits
@@ -64,8 +64,8 @@ def test_the_validation_loss_is_that_of_all_pairs_at_once(
         assert values["set/mrr"] == pytest.approx(metrics(run, "set/mrr")[-1], rel=2e-3)
 
 
-def test_sets_are_measured_when_they_should_be(tmp_path: Path, seed: int) -> None:
-    """At exactly these steps, and at none of them twice; 48 pairs in batches of 16 are three steps an epoch."""
+def test_sets_are_measured_on_schedule(tmp_path: Path, seed: int) -> None:
+    """Check that each scheduled step is measured once; 48 pairs in batches of 16 are three steps per epoch."""
     schedules = [
         (1, 0, range(3, 25, 3)),
         (0, 5, [5, 10, 15, 20]),
@@ -87,8 +87,8 @@ def test_sets_are_measured_when_they_should_be(tmp_path: Path, seed: int) -> Non
     assert [step for step, name, _ in found if name == "val/loss"] == list(range(3, 25, 3))
 
 
-def test_the_best_may_lie_inside_an_epoch(tmp_path: Path, seed: int) -> None:
-    """One epoch of 12 steps, measured at each but the last: `best/` is the model of the step with the largest value."""
+def test_best_may_lie_inside_an_epoch(tmp_path: Path, seed: int) -> None:
+    """Measure every step of a run that ends inside an epoch: `best/` is the model of the largest value."""
     sets = write_benchmark(tmp_path / "pairs", seed, "retrieval", counts=(20,))
     more = ["--data.batch_size", "3", "--data.val", "null", "--trainer.max_steps", "11", "--run.monitor", "pairs/mrr"]
     run = small_fit(SMOKE, tmp_path, seed, *more, *evaluation(sets, every_n_epochs=0, every_n_steps=1))
@@ -101,7 +101,7 @@ def test_the_best_may_lie_inside_an_epoch(tmp_path: Path, seed: int) -> None:
     assert len(set(values)) > 1
 
 
-def test_the_run_writes_its_report(tmp_path: Path, seed: int) -> None:
+def test_run_writes_report(tmp_path: Path, seed: int) -> None:
     sets = [
         write_benchmark(tmp_path / f"the {kind}", seed, kind) for kind in ("classification", "multilabel", "retrieval")
     ]
@@ -112,7 +112,7 @@ def test_the_run_writes_its_report(tmp_path: Path, seed: int) -> None:
     assert "<svg" in page
 
 
-def test_two_sets_of_one_name_are_refused(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_sets_with_the_same_name_are_refused(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     sets = [write_benchmark(tmp_path / folder / "photos", seed) for folder in "ab"]
     with pytest.raises(SystemExit):
         small_fit(SMOKE, tmp_path, seed, *evaluation(sets))
@@ -141,8 +141,8 @@ def shards(tmp_path: Path, seed: int) -> Path:
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_what_one_does(shards: Path, seed: int) -> None:
-    """Sets and classes that two do not divide, and a set of one image: each sample counts once, in its own place."""
+def test_two_ranks_measure_the_same_as_one(shards: Path, seed: int) -> None:
+    """Check that each sample counts once, for sets whose sizes are odd or one."""
     sets = [
         write_benchmark(shards / "photos", seed, counts=(5, 6), classes=5),
         write_benchmark(shards / "pairs", seed, "retrieval", counts=(4, 5)),
@@ -166,14 +166,14 @@ def test_two_ranks_measure_what_one_does(shards: Path, seed: int) -> None:
     }
     for key, value in one.items():
         assert two[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
-    assert len(rows(runs[0])) == len(rows(runs[1])) == len({row[:2] for row in rows(runs[1])})  # nothing twice
+    assert len(rows(runs[0])) == len(rows(runs[1])) == len({row[:2] for row in rows(runs[1])})  # no row occurs twice
     assert (runs[1] / "report.html").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [[0], [4], range(5)], ids=["of the first rank", "of the second", "all"])
-def test_bad_pictures_on_two_ranks(shards: Path, seed: int, bad: list[int]) -> None:
-    """Said once, whichever rank met it; where nothing is left, both ranks stop, rather than one waiting."""
+def test_bad_images_on_two_ranks(shards: Path, seed: int, bad: list[int]) -> None:
+    """Check that a bad image is reported once, and that both ranks stop if no image is left."""
     sets = write_benchmark(shards / "photos", seed, counts=(5,))
     samples = [{"__key__": f"s{i}", "jpg": sample.read("jpg"), "cls": b"0"} for i, sample in
                enumerate(dualenc.BenchmarkSet.open(sets).index)]  # fmt: skip
@@ -195,4 +195,4 @@ def test_bad_pictures_on_two_ranks(shards: Path, seed: int, bad: list[int]) -> N
     else:
         assert done.returncode == 1, done.stderr
         assert len(errors) == 1, done.stderr
-        assert "photos: no picture" in errors[0]
+        assert "photos: no image" in errors[0]

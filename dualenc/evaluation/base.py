@@ -1,0 +1,232 @@
+"""The interface of an evaluation kind, and what several kinds share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualenc.data.eval_sets.base import Kind, Problem
+from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
+from dualenc.data.shards.shard import content_hash
+from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
+from dualenc.inference.embedder import Embedder
+from dualenc.metrics import BootstrapMetrics
+from dualenc.report import Description, Findings, Section
+from dualenc.utils.errors import DataError
+
+NAMES = 20  # names of bad samples that a result lists for each problem
+UNDECODABLE = "image that cannot be decoded"
+
+
+class Evaluated(NamedTuple):
+    """Outcome of an evaluation."""
+
+    section: Section  # the result, and the evidence that a report shows
+    items: dict[str, Tensor]  # outcomes of single items, from which `metrics_of_items` computes the metrics again
+
+
+class Scored(NamedTuple):
+    """Outcome of `EvaluationKind.score`."""
+
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]  # 95% bootstrap intervals of the metrics that have one
+    chance: Mapping[str, float]  # expected values of a random order, where they are known
+    items: dict[str, Tensor]  # outcomes of single items, from which `metrics_of_items` computes the metrics again
+    facts: Mapping[str, Any] = MappingProxyType({})  # further entries of the result, ready for JSON
+    problems: Sequence[Problem] = ()  # problems found while scoring
+
+
+class SavedResult(NamedTuple):
+    """Outcome of an evaluation as read from a file."""
+
+    result: dict[str, Any]
+    items: dict[str, Tensor]
+
+
+class EvaluationKind(ABC):
+    """An evaluation kind: how a model is measured on a set, and how the outcome is shown and compared.
+
+    A subclass sets `name` and defines `score` and `metrics_of_items`; the defaults do for the rest. `KINDS` lists the
+    kinds of this package. Any other one is named by its import path: `--kind my_module.MyKind` on the command line, or
+    `kind: my_module.MyKind` under `dualenc.training.Evaluation` in a YAML file.
+
+    Attributes:
+        name: unique name, `kind` in the results.
+        command: `dualenc` command that measures it.
+        title: title of the report.
+        sets: kinds of the evaluation sets that it can measure.
+        description: explanation of the result for the report; its first headline is the primary metric.
+        hub_task: task by the names of the Hugging Face Hub, for the model card.
+        task_name: the task in plain words, for the model card.
+        identity: items that must be equal where two results are compared, with the noun that a message uses.
+    """
+
+    name: ClassVar[str]
+    command: ClassVar[str] = "evaluate"
+    title: ClassVar[str] = "Evaluation"
+    sets: ClassVar[tuple[str, ...]] = get_args(Kind)
+    description: ClassVar[Description] = Description()
+    hub_task: ClassVar[str] = ""
+    task_name: ClassVar[str] = ""
+    identity: ClassVar[Mapping[str, str]] = {"ids": "images"}
+
+    def prepare(self, data: BenchmarkSet, source: str) -> BenchmarkSet:
+        """Return the set with everything else that the evaluation needs, such as a set to learn from.
+
+        Args:
+            data: evaluation set.
+            source: path or URL that the set was opened from.
+
+        Raises:
+            DataError: If something is missing.
+        """
+        return data
+
+    def embed(self, data: BenchmarkSet, embedder: SetEmbedder) -> SetEmbeddings:
+        """Embed what the evaluation needs of a set, or the share of one rank; by default its images."""
+        image, rows, bad = embedder.images(data)
+        return SetEmbeddings(image, embedder.no_text, rows, bad)
+
+    @abstractmethod
+    def score(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Scored:
+        """Compute the metrics from the embeddings of a whole set.
+
+        Returns:
+            Metrics, intervals, chance, and the items that `metrics_of_items` takes. An item `ids` lets `compare` know
+            that two results belong to the same images; see `image_ids`.
+
+        Raises:
+            ValueError: If nothing is left to measure, or the embeddings are not finite.
+        """
+
+    @abstractmethod
+    def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
+        """Return the metrics as functions of the weights of the items, as `compare` needs them.
+
+        Args:
+            items: items of `score`.
+        """
+
+    def section(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder, scores: Scored) -> Section:
+        """Return what the report shows; by default the metrics alone.
+
+        Args:
+            data: evaluation set.
+            embedded: embeddings of the whole set.
+            embedder: model.
+            scores: outcome of `score`.
+        """
+        result = self.result(data.name, embedder.name, len(embedded.rows), scores, problems(data, embedded.bad))
+        return Section(result, description=self.description)
+
+    def compared(self, first: SavedResult, second: SavedResult) -> Findings | None:
+        """Return the evidence that the comparison of two results shows; by default None, which shows the metrics."""
+        return None
+
+    def evaluate(self, embedder: Embedder, data: BenchmarkSet, **options: Any) -> Evaluated:
+        """Embed and score a set.
+
+        Args:
+            embedder: model.
+            data: evaluation set, as `prepare` returns it.
+            options: see `SetEmbedder`.
+        """
+        return self.evaluated(data, self.embed(data, SetEmbedder(embedder, **options)), embedder)
+
+    def evaluated(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Evaluated:
+        """Score the embeddings of a whole set.
+
+        Raises:
+            ValueError: See `score`.
+        """
+        scores = self.score(data, embedded, embedder)
+        return Evaluated(self.section(data, embedded, embedder, scores), scores.items)
+
+    def result(
+        self, dataset: str, model: str, count: int, scores: Scored, problems: Sequence[Problem] = ()
+    ) -> dict[str, Any]:
+        """Return the result as it goes to JSON.
+
+        Args:
+            dataset: name of the set.
+            model: name of the model.
+            count: number of units.
+            scores: outcome of `score`.
+            problems: problems of the set.
+        """
+        every = [*problems, *scores.problems]
+        return {
+            "dataset": dataset,
+            "kind": self.name,
+            "model": model,
+            "n": count,
+            "complete": not every,
+            "problems": [
+                {"what": problem.what, "count": len(problem.names), "names": problem.names[:NAMES]} for problem in every
+            ],
+            "metrics": dict(scores.metrics),
+            "intervals": {name: list(bounds) for name, bounds in scores.intervals.items()},
+            "chance": dict(scores.chance),
+            **scores.facts,
+        }
+
+
+def problems(data: BenchmarkSet, bad: Sequence[tuple[int, str]], suffix: str = "") -> list[Problem]:
+    """Return the problems of a set, with its images that cannot be decoded.
+
+    Args:
+        data: evaluation set.
+        bad: `bad` of its embeddings.
+        suffix: end of each description, such as the name of the split.
+    """
+    found = [*data.problems]
+    if bad:
+        found.append(Problem(UNDECODABLE, [cause for _, cause in bad]))
+    return [Problem(problem.what + suffix, problem.names) for problem in found]
+
+
+def require_images(data: BenchmarkSet, embedded: SetEmbeddings) -> None:
+    """Raise ValueError if no image of a set could be embedded."""
+    if not len(embedded.image):
+        bad = embedded.bad
+        raise ValueError(
+            f"{data.name}: no image can be decoded, such as {bad[0][1]}" if bad else f"{data.name} holds no images"
+        )
+
+
+def image_ids(data: BenchmarkSet, rows: Tensor) -> Tensor:
+    """Return a hash of the bytes of some images, (n,) int64.
+
+    Args:
+        data: evaluation set.
+        rows: (n,) numbers of the samples.
+    """
+    return torch.from_numpy(data.item_ids.view(np.int64))[rows]
+
+
+def text_ids(texts: Sequence[str]) -> Tensor:
+    """Return a hash of each text, (T,) int64."""
+    return torch.tensor([content_hash(text.encode()) >> 1 for text in texts])
+
+
+def number_of_rows(data: BenchmarkSet, rows: Tensor) -> Tensor:
+    """Return for each sample of a set its place among some rows, (N,) int64; -1 where it is missing."""
+    return torch.full((len(data),), -1).index_put((rows,), torch.arange(len(rows)))
+
+
+def reopen(saved: SavedResult) -> tuple[BenchmarkSet, list[int]] | None:
+    """Open the set that a result was measured on.
+
+    Returns:
+        The set, and the number of each measured image in it; None if the set is gone or holds other images.
+    """
+    try:
+        data = BenchmarkSet.open(saved.result["data"], saved.result["split"])
+        row_of = {int(x): i for i, x in enumerate(data.item_ids.view(np.int64))}
+        return data, [row_of[int(x)] for x in saved.items["ids"]]
+    except (DataError, KeyError):
+        return None

@@ -1,0 +1,118 @@
+"""The table of evaluation kinds, and how a kind and its sets are found."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
+
+from dualenc.data.eval_sets.base import Kind
+from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
+from dualenc.evaluation.base import EvaluationKind
+from dualenc.evaluation.choice import CompositionalChoice
+from dualenc.evaluation.classification import ZeroShotClassification
+from dualenc.evaluation.multilabel import MultilabelClassification
+from dualenc.evaluation.probe import FrozenProbes
+from dualenc.evaluation.retrieval import CrossModalRetrieval
+from dualenc.evaluation.within import CaptionRetrieval, ImageRetrieval
+from dualenc.utils.errors import DataError
+
+KINDS: Mapping[str, EvaluationKind] = MappingProxyType(
+    {
+        kind.name: kind
+        for kind in (
+            ZeroShotClassification(),
+            MultilabelClassification(),
+            CrossModalRetrieval(),
+            CompositionalChoice(),
+            FrozenProbes(),
+            CaptionRetrieval(),
+            ImageRetrieval(),
+        )
+    }
+)
+
+
+class OpenSet(NamedTuple):
+    """An evaluation set with the kind that measures it."""
+
+    kind: EvaluationKind
+    data: BenchmarkSet
+
+
+def find_kind(name: str) -> EvaluationKind:
+    """Return an evaluation kind of this package by its name, or any other by its import path.
+
+    Importing a module runs its code: the name must come from the user, never from a file of a data set or result.
+
+    Args:
+        name: key of `KINDS`, or `package.module.Name` of a subclass of `EvaluationKind` or of an instance of one.
+
+    Raises:
+        DataError: If there is no such kind, or its name is taken.
+    """
+    if name in KINDS:
+        return KINDS[name]
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise DataError(
+            f"evaluation kind {name!r} is unknown: name one of {', '.join(KINDS)}, or the import path of a class, such "
+            "as my_module.MyKind"
+        )
+    try:
+        found: Any = getattr(import_module(module), attribute)
+        kind = found() if isinstance(found, type) and issubclass(found, EvaluationKind) else found
+    except (ImportError, AttributeError, TypeError) as error:
+        raise DataError(f"evaluation kind {name} cannot be used: {error}") from None
+    if not isinstance(kind, EvaluationKind) or not isinstance(getattr(kind, "name", None), str):
+        raise DataError(
+            f"evaluation kind {name} must be a subclass of dualenc.evaluation.EvaluationKind with a name, or an "
+            "instance of one"
+        )
+    if type(KINDS.get(kind.name, kind)) is not type(kind):
+        raise DataError(f"evaluation kind {name} has the name {kind.name!r} of one of dualenc's kinds: rename it")
+    return kind
+
+
+def own_kinds() -> list[EvaluationKind]:
+    """Return the kinds by which sets are measured if no other is asked for, one for each kind of set."""
+    return [KINDS[name] for name in get_args(Kind)]
+
+
+def kinds_of_command(command: str) -> list[EvaluationKind]:
+    """Return the kinds that are measured by a command of `dualenc`."""
+    return [kind for kind in KINDS.values() if kind.command == command]
+
+
+def open_sets(
+    sources: Iterable[str], kinds: Sequence[EvaluationKind] | None = None, split: str | None = None
+) -> list[OpenSet]:
+    """Open evaluation sets, each with the first kind that can measure it.
+
+    Args:
+        sources: what `BenchmarkSet.open` takes.
+        kinds: kinds to choose from; None for `own_kinds`.
+        split: split of all sets; None for "test", or the only one.
+
+    Raises:
+        DataError: If a set cannot be opened, no kind can measure it, or two sets have the same name.
+    """
+    kinds = own_kinds() if kinds is None else kinds
+    found: list[OpenSet] = []
+    for source in sources:
+        data = BenchmarkSet.open(source, split)
+        kind = next((kind for kind in kinds if data.kind in kind.sets), None)
+        if kind is None:
+            raise DataError(f"{data.path} is a {data.kind} set: {_way_out(data, kinds)}")
+        if any(data.name == other.name for _, other in found):
+            raise DataError(
+                f"two evaluation sets are called {data.name!r}, so their results would be mixed up: rename a folder"
+            )
+        found.append(OpenSet(kind, kind.prepare(data, source)))
+    return found
+
+
+def _way_out(data: BenchmarkSet, kinds: Sequence[EvaluationKind]) -> str:
+    own = KINDS[data.kind]
+    if own.command not in {kind.command for kind in kinds}:
+        return f"use `dualenc {own.command}`"
+    return f"name a set of another kind: {', '.join(dict.fromkeys(name for kind in kinds for name in kind.sets))}"
