@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dualenc.cli.common import UsageError, WorkError, progress, writing
 
 if TYPE_CHECKING:
     from dualenc import Embedder
-    from dualenc.interop.verify import Inputs
+    from dualenc.interop.inputs import Inputs
 
 
 def import_(
@@ -23,17 +23,17 @@ def import_(
     data: tuple[str, ...] = (),
     captions: str = "txt",
 ) -> None:
-    """Reads a model that another library wrote, checks it with that library, and writes a model directory.
+    """Read a model that another library wrote, check it with that library, and write a model directory.
 
     Args:
-        spec: open_clip:ARCH/WEIGHTS (a tag or a file); a folder of open_clip's or Hugging Face's (CLIP, SigLIP,
+        spec: open_clip:ARCH/WEIGHTS (a tag or a file); a folder of open_clip or Hugging Face (CLIP, SigLIP,
             VisionTextDualEncoder); hf-hub:owner/name[@revision] with one; or timm:NAME[/FILE] with --text.
         out: model directory to write.
-        text: text checkpoint to join with a tower of timm's: a folder, or hf-hub:owner/name[@revision].
-        embed_dim: dimensions of the space in which they are joined.
-        seed: of the projections that join them.
-        data: shards, of which some pairs are compared beside what is drawn.
-        captions: of these, "txt" or "json.FIELD".
+        text: text checkpoint to join with a tower of timm: a folder, or hf-hub:owner/name[@revision].
+        embed_dim: dimensions of the space that joins both towers.
+        seed: random seed of the projections that join them.
+        data: shards, some of whose pairs are compared in addition to drawn inputs.
+        captions: captions of these shards, "txt" or "json.FIELD".
     """
     from dualenc.formats.model_folder import OWN_FILES
     from dualenc.interop.importing import import_model
@@ -54,34 +54,33 @@ def import_(
 def export(
     model: str,
     out: Path,
-    format: Literal["open_clip", "transformers", "sentence-transformers", "onnx"] | None = None,
+    format: str = "",
     data: tuple[str, ...] = (),
     captions: str = "txt",
 ) -> None:
-    """Writes a model in the format of another library, and checks it with that library in a fresh process.
+    """Write a model in the format of another library, and check it with that library in a fresh process.
 
     Args:
         model: model directory, run directory, text model, or hf-hub:owner/name[@revision].
         out: folder to write.
-        format: open_clip, transformers, sentence-transformers or onnx.
-        data: shards, of which some pairs are compared beside what is drawn.
-        captions: of these, "txt" or "json.FIELD".
+        format: open_clip, transformers, sentence-transformers, onnx, or the import path of an ExportFormat of your own,
+            such as my_package.my_module.MyFormat.
+        data: shards, some of whose pairs are compared in addition to drawn inputs.
+        captions: captions of these shards, "txt" or "json.FIELD".
     """
     from dualenc.interop import exporting
 
-    if format is None:
-        raise UsageError("--format must be open_clip, transformers, sentence-transformers or onnx")
     with writing(out):
         print("\n".join(exporting.export(model, out, format, _inputs(data, captions)).lines()))
 
 
 def _inputs(data: tuple[str, ...], captions: str) -> "Callable[[Embedder], Inputs]":
-    """What both sides are given: drawn, and the first pairs of shards."""
+    """Return a function that draws inputs for both libraries, and adds the first pairs of the shards."""
     from torchvision.transforms.v2.functional import to_pil_image
 
     from dualenc import ShardIndex
     from dualenc.data.pairs import captions_of, decode_sample, only_pairs
-    from dualenc.interop.verify import make_inputs
+    from dualenc.interop.inputs import make_inputs
 
     if not data:
         return make_inputs
@@ -99,37 +98,39 @@ def push(
     results: tuple[Path, ...] = (),
     license: str | None = None,
     message: str | None = None,
+    format: str | None = None,
 ) -> None:
-    """Uploads a model to the hub, with a card that says what it is, how good, and how to load it.
+    """Upload a model to the hub, with a card that has its metrics, its training data and programs that load it.
 
     Args:
         model: model directory, run directory (its best/, or else last/), text model, or a folder that `dualenc export`
             wrote.
-        repo: owner/name; made where there is none.
-        revision: a branch, made where there is none; absent, main.
-        private: make the repository a private one; refused where it is there and public.
+        repo: owner/name; created if it does not exist.
+        revision: a branch, created if it does not exist; main by default.
+        private: create a private repository; refused if it exists and is public.
         results: .json files that `--out` of evaluations of this model wrote, for the card.
-        license: the hub's name of it, such as apache-2.0; absent, the card says that none was named.
-        message: of the commit.
+        license: the hub's name of the license, such as apache-2.0; by default the card says that none was given.
+        message: message of the commit.
+        format: for an export in a format of your own, the import path of its ExportFormat.
     """
     from dualenc.hub.push import HubError, push
 
     try:
         with writing(Path(tempfile.gettempdir())):
-            pushed = push(model, repo, revision, private, results, license, message)
+            pushed = push(model, repo, revision, private, results, license, message, format)
     except HubError as error:
         raise WorkError(error) from error
     print(f"{pushed.url}\n{pushed.spec}")
 
 
 def interpolate(first: str, second: str, out: Path, alpha: float = 0.5) -> None:
-    """Writes a model between two of one architecture, such as one before and after fine-tuning.
+    """Write the interpolation of two models of one architecture, such as those before and after fine-tuning.
 
     Args:
         first: model directory, run directory, or hf-hub:owner/name[@revision].
         second: likewise.
         out: model directory to write.
-        alpha: share of the second's weights; 0 for those of the first alone, 1 for those of the second.
+        alpha: weight of the second model; 0 gives the first, 1 the second.
     """
     from dualenc.inference.embedder import interpolate, load
 
@@ -150,18 +151,18 @@ def embed(
     workers: int = 2,
     batch_size: int = 64,
 ) -> None:
-    """Writes the embeddings of all images and captions of shards, or image features to train from; or of texts.
+    """Write the embeddings of all images and captions of shards, image features to train from, or embeddings of texts.
 
     Args:
         model: model directory, run directory, or hf-hub:owner/name[@revision]; with --features also the .yaml of a
-            `dualenc fit`, for the image tower that this run begins with; for files of texts, a text model.
-        shards: paths, globs, brace patterns or folders; or files of texts, .txt, .tsv, .csv or .jsonl.
-        out: folder for a .safetensors of each shard or file, and embed.json of shards; the same command again continues
-            a stopped one.
-        features: what the image tower gives before the projection, in place of embeddings; for `data.features`.
+            `dualenc fit`, for the image tower with which this run starts; for text files, a text model.
+        shards: paths, globs, brace patterns or folders; or text files, .txt, .tsv, .csv or .jsonl.
+        out: folder for a .safetensors of each shard or file, and embed.json of shards; the same command continues a
+            stopped one.
+        features: write the output of the image tower before the projection instead of embeddings; for `data.features`.
         captions: "txt", or "json.FIELD" for a field of the .json that may list several.
-        column: of the texts in their files.
-        tokens: of texts, the vector of each token in place of one for all.
+        column: column of the texts in text files.
+        tokens: write one embedding for each token of a text instead of one for the text.
         workers: processes that decode images.
         batch_size: images or texts embedded at once.
     """
@@ -169,11 +170,11 @@ def embed(
 
     if texts := [name for name in shards if name.lower().endswith(KINDS)]:
         if len(texts) < len(shards) or features:
-            raise UsageError(f"{texts[0]} is a file of texts: embed those by themselves, without --features")
-        _embed_texts(model, texts, out, column, tokens, batch_size)
+            raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
+        _embed_text_files(model, texts, out, column, tokens, batch_size)
         return
     if tokens:
-        raise UsageError(f"--tokens is of texts: {shards[0]} is no file in {', '.join(KINDS)}")
+        raise UsageError(f"--tokens is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
     from dualenc import ShardIndex
     from dualenc.inference.embed_files import embed_shards
 
@@ -186,7 +187,7 @@ def embed(
 
 
 def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple[dict[str, Any], Any, Any, Any]:
-    """Return what `embed_shards` is given of a model: about it, preprocessing, functions of images and of texts."""
+    """Return arguments of `embed_shards`: facts about the model, its preprocessing, and functions that embed."""
     import torch
 
     from dualenc import Preprocess, load
@@ -202,7 +203,7 @@ def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple
         tower, preprocess = image_tower(model)
         tower.to("cuda" if torch.cuda.is_available() else "cpu")
     else:
-        raise UsageError(f"{model} is a configuration, whose towers are not trained: it is for --features alone")
+        raise UsageError(f"{model} is a configuration, whose towers are not trained: use it with --features only")
     about: dict[str, Any] = {"model": model, "what": "features" if features else "embeddings"}
     if embedder is None or features:
         of_images, of_texts = partial(image_features, tower, preprocess), None
@@ -214,11 +215,12 @@ def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple
     return about, preprocess, of_images, of_texts
 
 
-def _embed_texts(model: str, files: list[str], out: Path, column: str, tokens: bool, batch_size: int) -> None:
+def _embed_text_files(model: str, files: list[str], out: Path, column: str, tokens: bool, batch_size: int) -> None:
+    """Write the embeddings of text files."""
     from dualenc import load_text
-    from dualenc.inference.embed_files import embed_texts
+    from dualenc.inference.embed_files import embed_text_files
 
     with writing(out):
         options: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "track": progress("texts")}
-        made = embed_texts(load_text(model), files, out, column, **options)
+        made = embed_text_files(load_text(model), files, out, column, **options)
     print("\n".join(made.lines()))

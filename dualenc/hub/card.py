@@ -1,11 +1,11 @@
-"""The card of a model that is pushed: what evaluations measured of it, and what its run says of data and settings."""
+"""The card of a model on the hub: results of evaluations, and the data and configuration of its run."""
 
 import csv
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,13 @@ from typing import Any
 import yaml
 
 from dualenc.evaluation import KINDS
-from dualenc.report.card import EXPORTS, Card, Published, program, render_card
+from dualenc.interop.export_format import IMAGES_AND_TEXTS, ExportFormat
+from dualenc.report.card import Card, Published, Source, render_card
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json
 from dualenc.utils.text import one_line
 
-TITLES = {"dualenc": "A model directory of dualenc", "text": "A text model of dualenc"} | {
-    name: f"An export of dualenc in the format of {name}" for name in EXPORTS
-}
-# What a key calls a secret, and where a value names one itself.
+# Keys whose values are secrets, and values that hold a secret themselves.
 _SECRET = re.compile(
     r"(?:^|[\W_])(?:key|pass|pw|sig)$|(?:(?:api|access|account|private|secret)_?key(?:_?id)?|token|passw(?:or)?d|pwd|"
     r"passphrase|secret|credential|auth(?:entication|orization)?|cookie|bearer)s?$",
@@ -32,7 +30,7 @@ _BEARER = re.compile(r"\b(bearer\s+|authorization\s*[:=]\s*(?:\w+\s+)?)\S+", re.
 
 @dataclass(frozen=True)
 class SetResult:
-    """One set's figures, as an evaluation wrote them."""
+    """Metrics of one evaluation set, as an evaluation wrote them."""
 
     dataset: str
     kind: str
@@ -47,39 +45,47 @@ class SetResult:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is pushed.
+    """Model to push.
 
     Attributes:
-        kind: a key of `TITLES`.
-        folder: where its files are.
-        run: the run directory that it is of, if any.
-        facts: what it is, as pairs of a word and its value.
-        fingerprint: of the model; of an export, that of the model which was exported.
-        task: the hub's name of what it is for.
-        readers: the libraries that read the folder.
-        pinned: whether all that they read is of the commit that is asked for; else some of it is of the branch main.
-        notes: what an export could not keep.
+        title: description of the folder, such as "A model directory of dualenc".
+        library: the hub's name of the library that reads the folder.
+        folder: folder of its files.
+        run: run directory of the model, if any.
+        facts: pairs of a label and a value.
+        fingerprint: fingerprint of the model; of an export, that of the exported model.
+        task: the hub's name of the task that the model is for.
+        programs: for each library that reads the folder, a function that returns the program for the card.
+        uploaded: patterns of the files that go up.
+        weights: patterns of the files with weights.
+        notes: differences from the model that was exported.
+        offers: formats that the card shows how to export to.
+        format: format of an export; None for a model of dualenc.
     """
 
-    kind: str
+    title: str
+    library: str
     folder: Path
     run: Path | None
     facts: Sequence[tuple[str, Any]]
     fingerprint: str
     task: str
-    readers: Sequence[str]
-    pinned: bool = True
+    programs: Mapping[str, Callable[[Source], str]]
+    uploaded: Sequence[str]
+    weights: Sequence[str] = ("*.safetensors",)
     notes: Sequence[str] = ()
+    offers: Sequence[ExportFormat] = ()
+    format: ExportFormat | None = None
 
 
-# What was measured
+# Results of evaluations
 
 
 def read_measured(path: str | os.PathLike[str]) -> list[SetResult]:
-    """Reads a `<command>.json` of an evaluation.
+    """Read a `<command>.json` of an evaluation.
 
     Raises:
-        ModelError: it is none.
+        ModelError: If the file is something else.
     """
     path = Path(path)
     found = []
@@ -87,36 +93,36 @@ def read_measured(path: str | os.PathLike[str]) -> list[SetResult]:
         for one in json.loads(path.read_text("utf-8")):
             words = [one[key] for key in ("dataset", "kind", "model", "fingerprint")]
             if not all(isinstance(word, str) for word in words):
-                raise ValueError(f"{words!r} should be texts")
-            dataset, kind, model, mark = map(one_line, words)
+                raise ValueError(f"{words!r} must be strings")
+            dataset, kind, model, fingerprint = map(one_line, words)
             metrics = {one_line(name): float(x) for name, x in one["metrics"].items() if x is not None}
             intervals = {one_line(name): [float(low), float(high)] for name, (low, high) in one["intervals"].items()}
             problems = tuple(f"{problem['what']}: {problem['count']}" for problem in one["problems"])
             split, n = one_line(one.get("split") or ""), int(one["n"])
-            found.append(SetResult(dataset, kind, model, mark, split, n, problems, metrics, intervals))
+            found.append(SetResult(dataset, kind, model, fingerprint, split, n, problems, metrics, intervals))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        reason = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise ModelError(
-            f"{path} cannot be read as a result ({why}): name a .json that --out of an evaluation wrote, or measure "
-            "anew"
+            f"{path} cannot be read as a result ({reason}): name a .json that --out of an evaluation wrote, or "
+            "evaluate again"
         ) from None
     if not found:
-        raise ModelError(f"{path} holds no result: name another one")
+        raise ModelError(f"{path} does not hold a result: name another one")
     return found
 
 
 def check_measured(subject: Subject, measured: Sequence[SetResult]) -> None:
-    """Refuses figures of another model: names and paths may be reused, fingerprints are of the weights themselves.
+    """Refuse results of another model, which the fingerprint shows even where a name or path was reused.
 
     Raises:
-        ModelError: names the set and the model that was measured.
+        ModelError: If there is one, or two results of one set; the message names the set and the model.
     """
     seen = set()
     for one in measured:
         if one.fingerprint != subject.fingerprint:
             raise ModelError(
                 f"the result for {one.dataset} is of another model, {one.model} (fingerprint {one.fingerprint}, not "
-                f"{subject.fingerprint}): leave it out, or measure this one"
+                f"{subject.fingerprint}): leave it out, or evaluate this model"
             )
         if (one.dataset, one.kind, one.split) in seen:
             raise ModelError(f"there are two results for {one.dataset} ({one.kind}): leave one out")
@@ -124,12 +130,16 @@ def check_measured(subject: Subject, measured: Sequence[SetResult]) -> None:
 
 
 def measured_in_training(run: Path, name: str) -> tuple[int, dict[str, float]]:
-    """The step and the figures of a run's `best` or `last` from its `metrics.csv`; those of training are left out.
+    """Return the step and the metrics of a run's `best` or `last` from its `metrics.csv`, without those of training.
 
-    Those of `best` are of the step at which the monitored metric was largest.
+    The step of `best` is that at which the monitored metric was largest.
+
+    Args:
+        run: the run directory.
+        name: "best" or "last".
 
     Raises:
-        ModelError: a file of the run cannot be read.
+        ModelError: If a file of the run cannot be read.
     """
     path = run / "metrics.csv"
     if not path.is_file():
@@ -151,16 +161,16 @@ def measured_in_training(run: Path, name: str) -> tuple[int, dict[str, float]]:
 
 
 def _object(value: Any, path: Path, what: str = "it") -> dict[str, Any]:
-    """What must be an object in the record of a run."""
+    """Return a part of the record of a run, which must be an object."""
     if not isinstance(value, dict):
         raise ModelError(
-            f"{path} is no record of a run ({what} must be an object): restore it, or push a copy of the model"
+            f"{path} is not the record of a run ({what} must be an object): restore it, or push a copy of the model"
         )
     return value
 
 
 def _part(fields: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
-    """An object in another one; an empty one, where there is none."""
+    """Return an object in another one, or an empty one if the key is missing."""
     return _object({} if fields.get(key) is None else fields[key], path, key)
 
 
@@ -177,25 +187,19 @@ def card(
     """Return the model card, `README.md`; see `dualenc.report.card`.
 
     Args:
-        subject: what it is about.
-        repo: where it will be.
-        measured: figures of the model.
-        license: the hub's name of it.
-        revision: the branch; absent, main.
+        subject: the model.
+        repo: `owner/name` on the hub.
+        measured: results of the model.
+        license: the hub's name of the license.
+        revision: the branch; None for main.
 
     Raises:
-        ModelError: a file of the run cannot be read.
+        ModelError: If a file of the run cannot be read.
     """
-    branch, images = revision or "main", subject.task.startswith("zero-shot-image")
+    source, images = Source(repo=repo, revision=revision or "main"), subject.task == IMAGES_AND_TEXTS
     step, in_training = measured_in_training(subject.run, subject.folder.name) if subject.run is not None else (0, {})
     data, config = _record(subject.run) if subject.run is not None else ([], {})
-    spec = f"hf-hub:{repo}" + (f"@{branch}" if branch != "main" else "")
-    programs = [
-        (reader, program(subject.kind if reader == "dualenc" else reader, images, repo=repo, revision=branch))
-        for reader in subject.readers
-    ]
-    formats = {"dualenc": EXPORTS, "text": ("sentence-transformers", "onnx")}.get(subject.kind, ())
-    pin = f"hf-hub:{repo}@HASH" if "dualenc" in subject.readers else 'revision="HASH"'
+    own, exported = subject.format is None, Source("OUT")
     published = Published(
         results=[result for one in measured for result in _results(one)],
         figures=[row for one in measured for row in _rows(one)],
@@ -206,16 +210,19 @@ def card(
         sources=_yaml(_sources(config)),
         config=_yaml(config),
         license=license,
-        branch=branch,
-        pin=pin if subject.pinned else "",
-        others=[(f"dualenc export {spec} OUT --format {name}", program(name, images, "OUT")) for name in formats],
+        branch=source.revision,
+        pin="" if not _is_pinned(subject) else f"hf-hub:{repo}@HASH" if own else 'revision="HASH"',
+        others=[
+            (f"dualenc export {source.spec} OUT --format {one.name}", one.snippet(exported, images))
+            for one in subject.offers
+        ],
     )
     about = Card(
         title=repo.partition("/")[2],
-        library="dualenc" if subject.kind == "text" else subject.kind,
-        summary=f"{TITLES[subject.kind]}.",
+        library=subject.library,
+        summary=f"{subject.title}.",
         facts=subject.facts,
-        programs=programs,
+        programs=[(library, program(source)) for library, program in subject.programs.items()],
         notes=subject.notes,
         task=subject.task,
         images=images,
@@ -223,8 +230,13 @@ def card(
     return render_card(about, published)
 
 
+def _is_pinned(subject: Subject) -> bool:
+    """Return whether a commit hash fixes all files that the reading library loads."""
+    return subject.format is None or subject.format.is_pinned(subject.folder)
+
+
 def _rows(one: SetResult) -> list[tuple[str, ...]]:
-    """Return the figures of a set as rows of a table."""
+    """Return the metrics of a set as rows of a table."""
     name, task = one.dataset + (f" ({one.split})" if one.split else ""), _task(one.kind)[1]
     bounds = {metric: "{:.4g} to {:.4g}".format(*interval) for metric, interval in one.intervals.items()}
     return [
@@ -234,12 +246,12 @@ def _rows(one: SetResult) -> list[tuple[str, ...]]:
 
 
 def _results(one: SetResult) -> list[dict[str, Any]]:
-    """Return the figures of a set as arguments of `EvalResult`; intervals are `metric_args`, which have any keys."""
-    task, words = _task(one.kind)
+    """Return the metrics of a set as arguments of `EvalResult`; `metric_args`, whose keys are free, has intervals."""
+    task, label = _task(one.kind)
     return [
         {
             "task_type": task,
-            "task_name": words,
+            "task_name": label,
             "dataset_type": re.sub(r"[^a-z0-9_.]+", "-", one.dataset.lower()).strip("-") or "set",
             "dataset_name": one.dataset,
             "dataset_split": one.split or None,
@@ -259,26 +271,26 @@ def _task(kind: str) -> tuple[str, str]:
 
 
 def _record(run: Path) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
-    """Return what a run says of its data, as pairs of a word and its value, and its configuration without secrets."""
+    """Return facts about the data of a run, as pairs of a label and a value, and its configuration without secrets."""
     path = run / "run.json"
     record = _object(read_json(path), path)
-    told = {
-        "train_pairs": "pairs to train on",
-        "train_texts": "texts to train on",
-        "held_out_pairs": "pairs held out",
-        "held_out_texts": "texts held out",
-        "bad_samples": "samples that could not be used",
+    labels = {
+        "train_pairs": "training pairs",
+        "train_texts": "training texts",
+        "held_out_pairs": "held-out pairs",
+        "held_out_texts": "held-out texts",
+        "bad_samples": "bad samples",
         "samples_seen": "samples seen",
         "step": "steps",
         "fingerprint": "fingerprint of the data",
     }
-    facts = [(words, record[key]) for key, words in told.items() if key in record]
-    facts = [(words, f"{x:,}" if isinstance(x, int) else x) for words, x in facts]
-    return facts or [("the record of the run", "says nothing of it")], _public(_part(record, "config", path))
+    facts = [(label, record[key]) for key, label in labels.items() if key in record]
+    facts = [(label, f"{x:,}" if isinstance(x, int) else x) for label, x in facts]
+    return facts or [("record of the run", "without facts about the data")], _public(_part(record, "config", path))
 
 
 def _sources(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says of the training data."""
+    """Return the settings of the training data in a configuration."""
     data = config.get("data")
     data = data.get("init_args", data) if isinstance(data, dict) else {}
     data = data if isinstance(data, dict) else {}
@@ -286,13 +298,14 @@ def _sources(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yaml(value: Any) -> str:
+    """Return a value as YAML, or an empty string for an empty one."""
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120).rstrip("\n") if value else ""
 
 
 def _public(value: Any, key: str = "") -> Any:
-    """A configuration without secrets: those of URLs, and what a key calls one, whatever is in it.
+    """Return a configuration without secrets: those of URLs, and all content of a key whose name means a secret.
 
-    What is true, false or nothing is none, and a number of `tokens` is a size.
+    A boolean or None is not a secret, and a number under a key that ends with `tokens` is a size.
     """
     number = isinstance(value, int | float) and key.lower().endswith("tokens")
     if _SECRET.search(key) and value is not None and not isinstance(value, bool) and not number:

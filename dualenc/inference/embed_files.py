@@ -49,7 +49,7 @@ Track = Callable[..., Iterable[Any]]  # wraps an iterable, of which `total` says
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `embed_shards` or `embed_texts` wrote.
+    """Files that `embed_shards` or `embed_text_files` wrote.
 
     Attributes:
         out: the folder.
@@ -374,7 +374,7 @@ def _write_shard(out: Path, shard: Shard, about: Mapping[str, Any], parts: list[
 # Files of texts
 
 
-def embed_texts(
+def embed_text_files(
     predictor: TextPredictor,
     files: Sequence[str],
     out: str | os.PathLike[str],

@@ -27,7 +27,7 @@ from dualenc.models.dual_encoder import DualConfig, DualEncoder
 from dualenc.models.heads import TextModel
 from dualenc.models.image_encoder import ImageEncoder
 from dualenc.models.tower import evaluating
-from dualenc.report.card import Card, program, write_card
+from dualenc.report.card import Card, dual_encoder_program, write_card
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import FORMAT, atomic_folder, from_dict, read_json, take_format, write_json
 from dualenc.utils.text import millions, plural
@@ -150,7 +150,7 @@ class Embedder:
             library="dualenc",
             summary=f"A dual encoder of images and texts with {config.embed_dim} dimensions in common.",
             facts=facts_of(self),
-            programs=[("dualenc", program("dualenc", images=True))],
+            programs=[("dualenc", dual_encoder_program())],
             task="zero-shot-image-classification",
             images=True,
         )
@@ -243,7 +243,7 @@ def read_config(spec: str | os.PathLike[str]) -> tuple[Path, DualConfig, Preproc
     Raises:
         ModelError: there is none, or a file of it is missing or says what it should not.
     """
-    path = model_folder(spec)
+    path = model_directory(spec)
     fields = read_json(path / "config.json")
     take_format(fields, path / "config.json")
     config: DualConfig = from_dict(DualConfig, fields, str(path / "config.json"))
@@ -251,7 +251,7 @@ def read_config(spec: str | os.PathLike[str]) -> tuple[Path, DualConfig, Preproc
     return path, config, from_dict(Preprocess, read_json(where), str(where))
 
 
-def model_folder(spec: str | os.PathLike[str]) -> Path:
+def model_directory(spec: str | os.PathLike[str]) -> Path:
     """The model directory that `load` reads for a spec, fetched where it is on the hub.
 
     Raises:

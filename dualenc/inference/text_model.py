@@ -24,7 +24,7 @@ from dualenc.inference.embedder import fingerprint
 from dualenc.models.heads import HeadConfig, TextModel, answers
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
-from dualenc.report.card import Card, program, write_card
+from dualenc.report.card import Card, text_model_program, write_card
 from dualenc.tokens import Tokens
 from dualenc.utils.files import FORMAT, atomic_folder, write_json
 from dualenc.utils.text import millions, plural
@@ -193,7 +193,7 @@ class TextPredictor:
             own = [name for name in heads if name not in slots_of(family, text, heads)]
             if own := [name for name in own if heads[name].kind != "embedding"]:
                 facts.append(("heads that only dualenc reads", ", ".join(own)))
-        return Card(self.name, library, summary, facts, [("dualenc", program("text", images=False))])
+        return Card(self.name, library, summary, facts, [("dualenc", text_model_program())])
 
     def _head(self, kind: str, name: str | None) -> str:
         heads = [key for key, head in self.model.head_configs.items() if head.kind == kind]

@@ -1,61 +1,44 @@
-"""Models out: written in a format of others, loaded again by those in a process of their own, and compared.
+"""Export of models: a format writes the model, its library checks the folder, and the card describes it."""
 
-What open_clip and transformers are given is written by the rules that theirs is read by.
-"""
-
-import dataclasses
 import os
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-from safetensors.torch import save_file
-
-from dualenc.data.images import Preprocess
-from dualenc.data.text.tokenizer import Tokenizer
-from dualenc.formats.huggingface import dual as hugging_face
-from dualenc.formats.huggingface.architecture import choose_family, family_of, fitted, slots_of, with_segment
-from dualenc.formats.huggingface.tokenizers import tokenizer_config
-from dualenc.formats.model_folder import CONFIG, EXPORT, OPEN_CLIP, TEXT_MODEL, detect, open_folder
-from dualenc.formats.open_clip import config as open_clip
-from dualenc.formats.open_clip.tokenizer import open_clip_tokenizer_config
-from dualenc.formats.state_dict import write_state
+from dualenc.formats.model_folder import CONFIG, EXPORT, TEXT_MODEL, detect, open_folder
 from dualenc.inference.embedder import Embedder, facts_of, load
-from dualenc.inference.text_model import TextPredictor, counts_positions, facts_of_text, hub_config, load_text
-from dualenc.interop.onnx import FILES as ONNX_FILES
-from dualenc.interop.onnx import describe_onnx, text_outputs, verify_text_onnx, write_onnx, write_text_onnx
-from dualenc.interop.references import SHORT
-from dualenc.interop.sentence_transformers import write_sentence_transformer
-from dualenc.interop.verify import TEXTS, Inputs, Verified, make_inputs, outputs_of, random_ids, verify
-from dualenc.models.heads import TextModel
-from dualenc.models.tower import evaluating
-from dualenc.report.card import Card, program, write_card
-from dualenc.tokens import Tokens, padding_index
+from dualenc.inference.text_model import TextPredictor, facts_of_text, load_text
+from dualenc.interop.export_format import IMAGES_AND_TEXTS, ExportFormat
+from dualenc.interop.inputs import Inputs, make_inputs, make_text_inputs
+from dualenc.interop.onnx import OnnxFormat
+from dualenc.interop.open_clip import OpenClipFormat
+from dualenc.interop.sentence_transformers import SentenceTransformersFormat
+from dualenc.interop.transformers import TransformersFormat
+from dualenc.interop.verify import Verified, verify
+from dualenc.report.card import Card, Source, write_card
 from dualenc.utils.errors import ModelError
-from dualenc.utils.files import atomic_folder, read_json, write_json
+from dualenc.utils.files import atomic_folder, write_json
+from dualenc.utils.text import one_line
 
-Format = Literal["open_clip", "transformers", "sentence-transformers", "onnx"]
-TOLERANCE = 1e-5
-ONNX_TOLERANCE = 1e-4
-# What a folder that was exported may hold: one with anything else is not replaced.
-FILES = (
-    "README.md", EXPORT, *ONNX_FILES, "config.json", TEXT_MODEL, "model.safetensors", "modules.json", OPEN_CLIP,
-    "open_clip_model.safetensors", "preprocessor_config.json", "sentence_bert_config.json", "text",
-    "tokenizer_config.json", "config_sentence_transformers.json", "1_Pooling",
-    *(f"{i}_{kind}" for i in range(2, 6) for kind in ("Dense", "Normalize")),
-)  # fmt: skip
+# All export formats of dualenc; a new one is listed here.
+FORMATS: dict[str, ExportFormat] = {
+    one.name: one for one in (OpenClipFormat(), TransformersFormat(), SentenceTransformersFormat(), OnnxFormat())
+}
+CARD = "README.md"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Attributes:
-        folder: where.
-        verified: what was compared.
-        notes: what is not as it was, in words.
+        folder: the folder that was written.
+        verified: the comparisons with other libraries.
+        notes: differences from the model that was exported.
     """
 
     folder: Path
@@ -63,267 +46,142 @@ class Exported:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """For the screen."""
+        """Return a summary for the terminal."""
         files = [path for path in self.folder.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files) / 1e6
         lines = [f"{self.folder}: {len(files)} files, {size:,.1f} MB"]
         lines += [line for one in self.verified for line in one.lines()]
-        return lines + [f"not as it was: {note}" for note in self.notes]
+        return lines + [f"changed by the export: {note}" for note in self.notes]
+
+
+def find_format(name: str | ExportFormat) -> ExportFormat:
+    """Return an export format.
+
+    Args:
+        name: a key of `FORMATS`, or the import path of an `ExportFormat`, object or class. The module is imported, so
+            the path must come from the user and never from a file.
+
+    Raises:
+        ModelError: If there is no such format, or it lacks an attribute.
+    """
+    if isinstance(name, ExportFormat):
+        return _check_format(name, type(name).__name__)
+    if name in FORMATS:
+        return FORMATS[name]
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise ModelError(
+            f"--format must be {', '.join(FORMATS)}, or the import path of an ExportFormat such as "
+            f"my_package.my_module.MyFormat, found {name!r}"
+        )
+    try:
+        found = getattr(import_module(module), attribute)
+        found = found() if isinstance(found, type) and issubclass(found, ExportFormat) else found
+    except Exception as error:  # code of the user, which may raise anything
+        raise ModelError(
+            f"--format {name} cannot be imported ({type(error).__name__}: {one_line(error)}): correct the path, or add "
+            "its folder to PYTHONPATH"
+        ) from error
+    if not isinstance(found, ExportFormat):
+        raise ModelError(f"--format {name} must be an ExportFormat, object or class, found {type(found).__name__}")
+    return _check_format(found, name)
+
+
+def _check_format(found: ExportFormat, where: str) -> ExportFormat:
+    """Return a format of a user if it is complete and has a name of its own."""
+    if missing := [name for name in ("name", "files", "reference") if not hasattr(found, name)]:
+        raise ModelError(f"{where} does not set {', '.join(missing)}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", found.name, re.ASCII):
+        raise ModelError(f"{where}: name must consist of letters, digits, -, _ and ., found {found.name!r}")
+    if found.name in FORMATS and type(found) is not type(FORMATS[found.name]):
+        raise ModelError(f"{where}: name {found.name!r} is that of a format of dualenc: choose another one")
+    return found
 
 
 def open_model(spec: str) -> Embedder | TextPredictor:
-    """A dual encoder or a text model of ours, or a text model that `dualenc.load_text` reads."""
+    """Load a dual encoder or a text model of dualenc, or a text model that `dualenc.load_text` reads.
+
+    Raises:
+        ModelError: If the spec names something else, or it cannot be loaded.
+    """
     if spec.startswith("open_clip:"):
-        raise ModelError(f"{spec} is a model of open_clip: dualenc import {spec} OUT makes it one of ours")
+        raise ModelError(f"{spec} is a model of open_clip: import it first, with dualenc import {spec} OUT")
     found = open_folder(spec, [CONFIG, TEXT_MODEL])
     kind = found.first("text_model", "dual_encoder", "transformers")
     return load_text(spec, "cpu") if kind in ("text_model", "transformers") else load(spec, "cpu")
 
 
 def export(
-    spec: str, out: str | os.PathLike[str], form: Format, more: Callable[[Embedder], Inputs] = make_inputs
+    spec: str,
+    out: str | os.PathLike[str],
+    format: str | ExportFormat,
+    draw: Callable[[Embedder], Inputs] = make_inputs,
 ) -> Exported:
-    """Writes a model in a format of others, and checks it with the library whose format it is.
+    """Write a model in the format of another library, and check it with that library.
 
     Args:
         spec: a model directory, run directory, text model, or hf-hub:owner/name[@revision].
-        out: folder to write; one that was exported before is replaced.
-        form: the format.
-        more: what both sides are given, of a dual encoder.
+        out: folder to write; an earlier export is replaced.
+        format: an export format, its name, or its import path; see `find_format`.
+        draw: makes the inputs that both libraries get for a dual encoder.
 
     Raises:
-        ModelError: the format has no such model; the library is not installed; or it makes something else of the
-            inputs, by more than 1e-5, or 1e-4 in ONNX. Nothing is written.
+        ModelError: If there is no such format, it cannot express the model, its library is not installed, or the
+            outputs differ by more than the format's tolerance. Nothing is written then.
     """
-    _check_place(spec, Path(out))
+    chosen, out = find_format(format), Path(out)
+    _check_place(spec, out)
     model = open_model(spec)
-    with atomic_folder(out, FILES) as folder:
-        if isinstance(model, TextPredictor):
-            found = _export_text(model, folder, form)
-        else:
-            found = _export_dual(model, folder, form, Path(out), more)
-        about = {"format": form, "fingerprint": model.fingerprint, "notes": found.notes, "dualenc": version("dualenc")}
+    with atomic_folder(out, _replaceable(out, chosen)) as folder:
+        notes = chosen.write(model, folder)
+        _check_files(folder, chosen)
+        inputs = draw(model) if isinstance(model, Embedder) else make_text_inputs(model)
+        verified = [verify(check, chosen.tolerance) for check in chosen.checks(model, folder, inputs)]
+        if not verified:
+            raise ModelError(f"the format {chosen.name} checks nothing: nothing was written")
+        chosen.finish(folder, out)
+        about = {"format": chosen.name, "fingerprint": model.fingerprint, "notes": notes, "dualenc": version("dualenc")}
         write_json(folder / EXPORT, about)
-        write_card(folder, _card(model, form, found))
-    return dataclasses.replace(found, folder=Path(out))
+        write_card(folder, _card(model, chosen, folder, notes))
+    return Exported(out, verified, notes)
 
 
-def _card(model: Embedder | TextPredictor, form: Format, found: Exported) -> Card:
-    images = isinstance(model, Embedder) and form != "sentence-transformers"
-    what = "A dual encoder of images and texts" if images else "A text encoder"
-    facts = facts_of(model) if isinstance(model, Embedder) else facts_of_text(model)
+def _card(model: Embedder | TextPredictor, chosen: ExportFormat, folder: Path, notes: list[str]) -> Card:
+    """Return the card of an exported folder."""
+    task = chosen.task(folder)
+    images = task == IMAGES_AND_TEXTS
+    kind = "A dual encoder of images and texts" if images else "A text encoder"
     return Card(
         title=model.name,
-        library=form,
-        summary=f"{what} in the format of {form}.",
-        facts=facts,
-        programs=[(form, program(form, images))],
-        notes=found.notes,
-        more=describe_onnx(found.folder) if form == "onnx" else "",
-        task="sentence-similarity" if form == "sentence-transformers" else None,
+        library=chosen.library or chosen.name,
+        summary=f"{kind} in the format of {chosen.name}.",
+        facts=facts_of(model) if isinstance(model, Embedder) else facts_of_text(model),
+        programs=[(chosen.name, chosen.snippet(Source(), images))],
+        notes=notes,
+        more=chosen.describe(folder),
+        task=task,
         images=images,
     )
 
 
 def _check_place(spec: str, out: Path) -> None:
-    """Refuses to write over a model of ours, whose files have the names of some that are exported."""
+    """Refuse to replace a model of dualenc, some of whose files have the same names as those of an export."""
     found = detect(out)
     if (found.ours and found.path == out) or any(
         out.resolve() == (Path(spec) / inside).resolve() for inside in ("", "best", "last")
     ):
-        raise ModelError(f"{out} is a model of dualenc, and an export would take its place: choose another path")
+        raise ModelError(f"{out} is a model of dualenc, which the export would replace: choose another path")
 
 
-def _export_dual(
-    model: Embedder, folder: Path, form: Format, out: Path, more: Callable[[Embedder], Inputs]
-) -> Exported:
-    inputs = more(model)
-    ours, (tokenizer, _) = outputs_of(model, inputs), parts_of(model)
-    notes: list[str] = []
-    if form == "open_clip":
-        write_open_clip(model, folder, str(folder))
-        verified = [verify("open_clip", f"local-dir:{folder}", inputs, ours, TOLERANCE, tokenizer=tokenizer)]
-        fields = read_json(folder / OPEN_CLIP)
-        if "hf_tokenizer_name" in fields["model_cfg"]["text_cfg"]:
-            notes.append(
-                "open_clip cleans texts (blanks, entities, curly quotes) and takes the name of a special token in a "
-                "text for the token: such texts may get other ids there"
-            )
-        if "hf_model_name" in fields["model_cfg"]["text_cfg"]:  # this folder, which is going to have another name
-            fields["model_cfg"]["text_cfg"]["hf_model_name"] = str(out.resolve())
-            write_json(folder / OPEN_CLIP, fields)
-            notes.append(
-                "open_clip finds the text encoder by the folder or repository that hf_model_name in "
-                f"{OPEN_CLIP} names: change it where the folder is moved"
-            )
-    elif form == "transformers":
-        notes = write_transformers(model, folder)
-        without = {name: x for name, x in ours.items() if name != "bias" or not notes}
-        verified = [verify("transformers", str(folder), inputs, without, TOLERANCE, tokenizer=tokenizer)]
-        if (folder / "text" / "config.json").is_file():
-            verified.append(verify_text(load_text(folder / "text", "cpu"), folder / "text"))
-        else:
-            notes.append("text/: of no family that transformers knows, only dualenc reads it")
-    elif form == "sentence-transformers":
-        write_sentence_transformer(model, folder)
-        texts = {name: ours[name] for name in ("ids", "texts")}
-        verified = [verify("sentence_transformers", str(folder), inputs, texts, TOLERANCE, tokenizer=tokenizer)]
-    else:
-        write_onnx(model, folder)
-        verified = [verify("onnx", str(folder), inputs, ours, ONNX_TOLERANCE, tokenizer=tokenizer)]
-    return Exported(folder, verified, notes)
+def _replaceable(out: Path, chosen: ExportFormat) -> list[str]:
+    """Return the names in a folder that an earlier export may have written, in any format."""
+    patterns = [EXPORT, CARD, *(name.split("/")[0] for one in (*FORMATS.values(), chosen) for name in one.files)]
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _export_text(model: TextPredictor, folder: Path, form: Format) -> Exported:
-    if form == "open_clip":
-        raise ModelError(f"{model.name} is a text model alone, and open_clip takes image and text together")
-    if form == "onnx":
-        write_text_onnx(model, folder)
-        return Exported(folder, [verify_text_onnx(model, folder)], [])
-    if form == "sentence-transformers":
-        write_sentence_transformer(model, folder)
-        inputs = Inputs(random_ids(model.tokenizer, model.model.config, np.random.default_rng(0)), list(TEXTS))
-        ours = {name: x for name, x in text_outputs(model, inputs).items() if name in ("ids", "texts")}
-        verified = verify("sentence_transformers", str(folder), inputs, ours, TOLERANCE, tokenizer=model.tokenizer)
-        return Exported(folder, [verified], [])
-    if choose_family(model.model.config, model.model.head_configs) is None:
-        raise ModelError(
-            f"transformers has no text encoder like this one ({open_clip.in_words(model.model.config)}): export to onnx"
-        )
-    family = choose_family(model.model.config, model.model.head_configs)
-    kept = slots_of(family, model.model.config, model.model.head_configs) if family is not None else {}
-    notes = [f"head {name}: the format has no place for it" for name in model.model.head_configs if name not in kept]
-    encoder = TextModel(model.model.config, {name: model.model.head_configs[name] for name in kept})
-    encoder.load_state_dict({name: x for name, x in model.model.state_dict().items() if name in encoder.state_dict()})
-    model, inner = TextPredictor(encoder.eval(), model.tokenizer, model.name), folder / "text"
-    model.save(inner)
-    (inner / TEXT_MODEL).unlink()  # by which a folder is known as one of ours
-    for path in inner.iterdir():
-        path.rename(folder / path.name)
-    inner.rmdir()
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"transformers counts positions by another padding token than {model.name}: export to onnx")
-    named = read_json(folder / "config.json")["architectures"]
-    notes += [
-        f"head {name}: read by {family.stem}{slot.architecture}, which was not compared"
-        for name, slot in kept.items()
-        if family is not None and slot.architecture and f"{family.stem}{slot.architecture}" not in named
-    ]
-    return Exported(folder, [verify_text(model, folder)], notes)
-
-
-def verify_text(model: TextPredictor, folder: Path) -> Verified:
-    """Compares what transformers makes of a text model's folder: hidden states, and the head that its config names.
-
-    They are compared by their asinh: to the tolerance where they are small, to a share of it where not.
-    """
-    text, heads = model.model.config, model.model.head_configs
-    inputs = Inputs(random_ids(model.tokenizer, text, np.random.default_rng(0)), list(TEXTS))
-    ours = {"hidden": text_outputs(model, inputs)["hidden"]}
-    config = read_json(folder / "config.json")
-    family, _ = family_of(config, str(folder / "config.json"))
-    for name, slot in slots_of(family, text, heads).items():
-        if slot.architecture in ("ForMaskedLM", "ForSequenceClassification") and any(
-            architecture.endswith(slot.architecture) for architecture in config["architectures"]
-        ):
-            ours["logits"] = _logits(model, name, inputs)
-    return verify("transformers_text", str(folder), inputs, ours, TOLERANCE, tokenizer=model.tokenizer)
-
-
-def _logits(model: TextPredictor, name: str, inputs: Inputs) -> np.ndarray:
-    types = None
-    if model.model.config.types > 1:
-        types = [[int(2 * i >= len(ids)) for i in range(len(ids))][:SHORT] for ids in inputs.ids]
-    tokens = Tokens.pack([ids[:SHORT] for ids in inputs.ids], types).to(model.device)
-    with evaluating(model.model):
-        hidden = model.model.encoder(tokens)
-        logits = model.model.head(name, hidden, tokens).asinh()
-    if model.model.head_configs[name].kind == "mlm":
-        index, mask = padding_index(tokens.offsets, tokens.max_len)
-        logits = (logits[index] * mask[..., None])[tokens.rows]
-    return logits.float().cpu().numpy()
-
-
-def parts_of(embedder: Embedder) -> tuple[Tokenizer, Preprocess]:
-    """The tokenizer and the preprocessing of a model of ours."""
-    assert isinstance(embedder.tokenizer, Tokenizer)
-    assert isinstance(embedder.preprocess, Preprocess)
-    return embedder.tokenizer, embedder.preprocess
-
-
-def write_open_clip(embedder: Embedder, folder: Path, name: str) -> None:
-    """What `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads.
-
-    Args:
-        embedder: the model.
-        folder: empty.
-        name: under which open_clip finds a text encoder of Hugging Face's: this folder, or a repository of the hub.
-
-    Raises:
-        ModelError: open_clip has no such model; says which part.
-    """
-    model, (tokenizer, preprocess) = embedder.dual_encoder, parts_of(embedder)
-    ids = tokenizer.backend.encode("").ids
-    model_cfg = open_clip.write_config(model.config, ids[-1] if ids else None, name)
-    text_cfg, config = model_cfg["text_cfg"], model.config
-    found = fitted(config.text, open_clip.HUGGING_FACE) if "hf_model_name" in text_cfg else None
-    if found is not None:
-        config = dataclasses.replace(config, text=found[1])
-        write_json(folder / "config.json", hub_config(*found, {}, tokenizer))
-    text_cfg |= open_clip_tokenizer_config(tokenizer, config.text)
-    state = with_segment(model.state_dict(), config.text)
-    if "timm_model_name" not in model_cfg["vision_cfg"]:
-        state = open_clip.fold(state)
-    save_file(write_state(state, open_clip.rules_of(model_cfg, config)), folder / "open_clip_model.safetensors")
-    preprocess_cfg = {
-        "size": preprocess.size,
-        "mean": list(preprocess.mean),
-        "std": list(preprocess.std),
-        "interpolation": preprocess.interpolation,
-        "resize_mode": preprocess.resize,
-    }
-    write_json(folder / OPEN_CLIP, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-    tokenizer.save(folder / "tokenizer.json")
-    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config.text))
-
-
-def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
-    """What `AutoModel.from_pretrained(FOLDER)` loads, and the text tower alone in FOLDER/text.
-
-    Args:
-        embedder: the model.
-        folder: empty.
-
-    Returns:
-        What is not kept, in words.
-
-    Raises:
-        ModelError: transformers has no such model; says which part.
-    """
-    model, (tokenizer, preprocess) = embedder.dual_encoder, parts_of(embedder)
-    form = hugging_face.choose_format(model.config)
-    if not counts_positions(form.text, tokenizer):
-        raise ModelError(
-            f"transformers counts positions by another padding token than {embedder.name}: export to open_clip or onnx"
-        )
-    config = dataclasses.replace(model.config, text=form.text)
-    state, config = hugging_face.add_identity_pooler(with_segment(model.state_dict(), form.text), form, config)
-    tensors = write_state(state, hugging_face.rules_of(form, config))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    written = hugging_face.write_config(form, config)
-    if ids := tokenizer.backend.encode("").ids:
-        written["text_config"] |= {"bos_token_id": ids[0], "eos_token_id": ids[-1]}
-    write_json(folder / "config.json", written)
-    write_json(folder / "preprocessor_config.json", hugging_face.write_preprocess(preprocess))
-    tokenizer.save(folder / "tokenizer.json")
-    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, form.text))
-    notes = ["logit_bias: the format has no place for it"] if config.logit_bias and form.kind != "siglip" else []
-    if form.identity_pooler:
-        notes.append(
-            "the text's features pass through BERT's pooler nearly unchanged (times 2^-16 before its tanh, times 2^16 "
-            "after): in float16 this loses digits, in bfloat16 and float32 it does not"
-        )
-    encoder = TextModel(model.config.text)
-    encoder.encoder.load_state_dict(model.text.state_dict())
-    TextPredictor(encoder.eval(), tokenizer, f"the text tower of {embedder.name}").save(folder / "text")
-    return notes
+def _check_files(folder: Path, chosen: ExportFormat) -> None:
+    """Refuse an export with files that its format does not list, which could not be replaced or pushed later."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if unknown := [name for name in names if not any(fnmatchcase(name, pattern) for pattern in chosen.files)]:
+        raise ModelError(f"the format {chosen.name} wrote {unknown[0]}, which its attribute files does not list")

@@ -1,4 +1,4 @@
-"""Models in: read, compared with what their own library makes of the same inputs, and only then given out."""
+"""Import of models: each is read and compared with its own library before it is returned."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor
-from dualenc.interop.exporting import verify_text
+from dualenc.interop import references
+from dualenc.interop.inputs import UNCLEAN, Inputs, make_inputs, make_text_inputs, outputs_of, parts_of
 from dualenc.interop.reading import DualCheckpoint, join, open_dual
-from dualenc.interop.verify import UNCLEAN, Inputs, Verified, make_inputs, outputs_of, verify
+from dualenc.interop.transformers import check_text
+from dualenc.interop.verify import Check, Verified, verify
 from dualenc.models.dual_encoder import MAX_SCALE, unit
 from dualenc.models.heads import TextModel
 from dualenc.models.tower import evaluating
@@ -22,12 +23,12 @@ TOLERANCE = 2e-5
 
 @dataclass(frozen=True)
 class Imported:
-    """A model of another library as one of ours.
+    """Result of an import.
 
     Attributes:
         embedder: the model.
-        verified: what was compared.
-        notes: what is not as it was, in words.
+        verified: the comparisons with other libraries.
+        notes: differences from the model that was imported.
     """
 
     embedder: Embedder
@@ -35,9 +36,9 @@ class Imported:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """For the screen."""
+        """Return a summary for the terminal."""
         lines = [line for one in self.verified for line in one.lines()]
-        return lines + [f"not as it was: {note}" for note in self.notes]
+        return lines + [f"changed by the import: {note}" for note in self.notes]
 
 
 def import_model(
@@ -45,55 +46,57 @@ def import_model(
     text: str | None = None,
     embed_dim: int = 512,
     seed: int = 0,
-    more: Callable[[Embedder], Inputs] = make_inputs,
+    draw: Callable[[Embedder], Inputs] = make_inputs,
 ) -> Imported:
-    """Reads a dual encoder of another library, and checks it with that library.
+    """Read a dual encoder of another library, and check it with that library.
 
     Args:
-        spec: see `dualenc.interop.reading.open_dual`; or `timm:NAME[/FILE]` for an image tower to be joined
-            with a text.
-        text: a text checkpoint, see `dualenc.load_text`, to be joined with that tower.
-        embed_dim, seed: of the projections that join them.
-        more: what both sides are given.
+        spec: see `dualenc.interop.reading.open_dual`; or `timm:NAME[/FILE]` for an image tower to join with `text`.
+        text: a text checkpoint to join with the image tower; see `dualenc.load_text`.
+        embed_dim, seed: dimensions and random seed of the projections that join them.
+        draw: makes the inputs that both libraries get.
 
     Raises:
-        ModelError: it cannot be read, or not be checked; or the library makes something else of the inputs.
+        ModelError: If the model cannot be read or checked, or the outputs of the library differ.
     """
     if spec.startswith("timm:") != (text is not None):
-        raise ModelError(f"{spec}: timm:NAME is joined with the text tower that --text names, others have their own")
+        raise ModelError(
+            f"{spec}: timm:NAME needs --text with a text tower to join, and other models do not take --text"
+        )
     if text is not None:
-        return _joined(join(spec, text, embed_dim, seed), text, more)
+        return _joined(join(spec, text, embed_dim, seed), text, draw)
     checkpoint = open_dual(spec)
     embedder = checkpoint.embedder()
-    assert isinstance(embedder.tokenizer, Tokenizer)
+    tokenizer, _ = parts_of(embedder)
     notes, logits = list(checkpoint.notes), embedder.dual_encoder.logits
     factor = logits.logit_scale.exp().item()
     logits.clamp_scale()
-    inputs = more(embedder)
+    inputs = draw(embedder)
     inputs = replace(inputs, texts=[*inputs.texts, *UNCLEAN])
     ours = outputs_of(embedder, inputs)
-    if factor > MAX_SCALE * (1 + TOLERANCE) and ours["scale"].item() < factor:  # as CLIP's own is in half precision
-        notes.append(f"the temperature's factor is {ours.pop('scale').item():.4g}, dualenc's largest, not {factor:.6g}")
+    if factor > MAX_SCALE * (1 + TOLERANCE) and ours["scale"].item() < factor:  # the scale of CLIP in half precision
+        notes.append(f"the logit scale is {ours.pop('scale').item():.4g}, dualenc's largest, not {factor:.6g}")
     verified = [
-        verify(library, model, inputs, ours, TOLERANCE, tokenizer=embedder.tokenizer)
-        for library, model in checkpoint.peers
+        verify(Check(reference, model, inputs, ours, tokenizer), TOLERANCE) for reference, model in checkpoint.peers
     ]
     return Imported(embedder, verified, notes)
 
 
-def _joined(checkpoint: DualCheckpoint, text: str, more: Callable[[Embedder], Inputs]) -> Imported:
-    """Each tower by itself: what is above them is nobody's yet."""
+def _joined(checkpoint: DualCheckpoint, text: str, draw: Callable[[Embedder], Inputs]) -> Imported:
+    """Check each tower with its own library; the projections above them are new."""
     embedder = checkpoint.embedder()
-    inputs, verified = more(embedder), []
-    for library, model in checkpoint.peers:
-        if library == "timm":
+    tokenizer, _ = parts_of(embedder)
+    inputs, verified = draw(embedder), []
+    for reference, model in checkpoint.peers:
+        if reference is references.TIMM:
             with evaluating(embedder.model), torch.no_grad():
                 features = unit(embedder.dual_encoder.image(inputs.pixels)).numpy()
-            verified.append(verify(library, model, inputs, {"features": features}, TOLERANCE))
+            check = Check(reference, model, inputs, {"features": features})
         else:
             encoder = TextModel(embedder.dual_encoder.config.text)
             encoder.encoder.load_state_dict(embedder.dual_encoder.text.state_dict())
-            assert isinstance(embedder.tokenizer, Tokenizer)
-            verified.append(verify_text(TextPredictor(encoder.eval(), embedder.tokenizer, text), Path(model)))
+            predictor = TextPredictor(encoder.eval(), tokenizer, text)
+            check = check_text(predictor, Path(model), make_text_inputs(predictor))
+        verified.append(verify(check, TOLERANCE))
     notes = ["the projections are random: train them before the embeddings mean anything"]
     return Imported(embedder, verified, [*notes, *checkpoint.notes])

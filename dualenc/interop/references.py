@@ -1,51 +1,94 @@
-"""What another library makes of a model: a program of its own, which knows nothing of dualenc.
+"""Functions that run a model with another library, in a process of their own that knows nothing of dualenc.
 
-    python -I references.py LIBRARY MODEL INPUTS OUTPUTS
+    python -I references.py FUNCTION MODEL INPUTS OUTPUTS [PATH ...]
 
-`verify.run` starts it in a fresh process. MODEL is what the library loads, INPUTS and OUTPUTS are folders:
+`verify.run` starts this program in a fresh process. FUNCTION is a function of this file, or `module:function` for one
+of another module, which is imported with PATH as `sys.path`. MODEL is what the library loads; INPUTS and OUTPUTS are
+folders:
 
-- `INPUTS/inputs.npz`: `pixels` (N, 3, S, S) float32, normalized; `ids` and `mask` (M, L) int64, padded on the right;
-- `INPUTS/inputs.json`: `pictures`, names of files of S x S pixels beside it, `photos`, of other sizes, and `texts`;
-- `OUTPUTS/outputs.npz`: for each of these that the library has a tower for, the embeddings (., E) under its name;
-  `pictures_pixels` and `photos_pixels` (., 3, S, S), what goes into the image tower; `scale` and `bias`; and
-  `text_ids` with `text_mask`, what the library's tokenizer makes of the texts.
+- `INPUTS/inputs.npz`: `pixels` (N, 3, S, S) float32, normalized; `ids` and `mask` (M, L) int64, padded on the right.
+- `INPUTS/inputs.json`: `texts`; `pictures`, names of image files of S x S pixels in INPUTS; and `photos`, the same of
+  other sizes.
+- `OUTPUTS/outputs.npz`: the embeddings (., E) of each input that the library has a tower for, under its name;
+  `pictures_pixels` and `photos_pixels` (., 3, S, S), the input of the image tower; `scale` and `bias`; and `text_ids`
+  with `text_mask`, which the library's tokenizer makes of the texts.
 
-`pixels` and `ids` go into the model as they are; pictures, photos and texts through the library's own preprocessing.
+`pixels` and `ids` are given to the model unchanged; pictures, photos and texts pass through the library's own
+preprocessing.
 """
 
+import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SHORT = 64  # tokens: of more, the logits of a large vocabulary would not fit into memory
-Inputs = dict[str, Any]
+SHORT = 64  # tokens; logits over a large vocabulary for longer texts would not fit into memory
+Arguments = dict[str, Any]
 Outputs = dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A function or a program that loads a model with another library, run in a process of its own.
+
+    Args:
+        library: name of the library in messages.
+        program: function `(model, inputs) -> outputs` at the top level of a module, or a command, such as
+            `["node", "/path/of/reference.mjs"]`, to which MODEL INPUTS OUTPUTS are appended. The function gets the
+            content of INPUTS as a dict, with the path of INPUTS under "folder", and returns the arrays of OUTPUTS.
+
+    Raises:
+        ValueError: If the function cannot be imported by its name: a method, a lambda or a function in a function.
+    """
+
+    library: str
+    program: Callable[[str, Arguments], Outputs] | Sequence[str]
+
+    def __post_init__(self) -> None:
+        if callable(self.program) and (inspect.ismethod(self.program) or "<" in self.program.__qualname__):
+            raise ValueError(f"the reference of {self.library} must be a function at the top level of a module")
+
+    def command(self, model: str, folder: str) -> list[str]:
+        """Return the command that reads inputs from a folder and writes outputs into it.
+
+        Args:
+            model: what the library loads.
+            folder: INPUTS and OUTPUTS.
+        """
+        if not callable(self.program):
+            return [*self.program, model, folder, folder]
+        module, name = self.program.__module__, self.program.__qualname__
+        if module == __name__:
+            return [sys.executable, "-I", __file__, name, model, folder, folder]
+        return [sys.executable, "-I", __file__, f"{module}:{name}", model, folder, folder, *sys.path]
+
+
 def unit(x: Any) -> np.ndarray:
-    """Rows of unit length, float32, of a tensor or an array."""
+    """Return the rows of a tensor or an array scaled to unit length, in float32."""
     x = np.asarray(x.detach().float().cpu() if hasattr(x, "detach") else x, np.float32)
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def images_of(inputs: Inputs, name: str) -> list[Any]:
-    """The files of this name, as RGB."""
+def images_of(inputs: Arguments, name: str) -> list[Any]:
+    """Return the images that an entry of the inputs lists, as RGB."""
     from PIL import Image
 
     return [Image.open(Path(inputs["folder"]) / file).convert("RGB") for file in inputs[name]]
 
 
-def open_clip(model: str, inputs: Inputs) -> Outputs:
-    """MODEL is what `open_clip.create_model_and_transforms` takes: `local-dir:FOLDER`, or `ARCH/WEIGHTS`."""
+def open_clip(model: str, inputs: Arguments) -> Outputs:
+    """Load what `open_clip.create_model_and_transforms` takes: `local-dir:FOLDER`, or `ARCH/WEIGHTS`."""
     import open_clip
     import torch
 
     architecture, _, weights = (model, "", "") if ":" in model else model.partition("/")
-    torch.manual_seed(0)  # of an architecture without weights
+    torch.manual_seed(0)  # for the random weights of an architecture without a checkpoint
     made: Any = open_clip.create_model_and_transforms(architecture, pretrained=weights or None)
     net, _, preprocess = made
     pixels: Outputs = {}
@@ -72,14 +115,14 @@ def open_clip(model: str, inputs: Inputs) -> Outputs:
 
 
 def logits_of(net: Any) -> Outputs:
-    """What scales and shifts the products of embeddings."""
+    """Return the scale and the bias of the logits."""
     bias = getattr(net, "logit_bias", None)
     parts = {"scale": net.logit_scale.detach().exp(), **({} if bias is None else {"bias": bias.detach()})}
     return {name: x.float().reshape(1, 1).numpy() for name, x in parts.items()}
 
 
-def transformers(model: str, inputs: Inputs) -> Outputs:
-    """MODEL is a folder of Hugging Face's with images and texts."""
+def transformers(model: str, inputs: Arguments) -> Outputs:
+    """Load a folder of Hugging Face with an image and a text tower."""
     import torch
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -87,11 +130,11 @@ def transformers(model: str, inputs: Inputs) -> Outputs:
     tokenizer = AutoTokenizer.from_pretrained(model)
     processor = AutoImageProcessor.from_pretrained(model)
     pixels: Outputs = {}
-    filled = net.config.model_type == "siglip"  # which sees its padding
+    padded = net.config.model_type == "siglip"  # SigLIP attends to its padding
     longest = min(tokenizer.model_max_length, inputs["ids"].shape[1])
     texts: Any = tokenizer(
         inputs["texts"],
-        padding="max_length" if filled else True,
+        padding="max_length" if padded else True,
         truncation=True,
         max_length=longest,
         return_tensors="pt",
@@ -100,7 +143,7 @@ def transformers(model: str, inputs: Inputs) -> Outputs:
     def of(images: Any = None, ids: Any = None, mask: Any = None) -> Any:
         images = torch.from_numpy(inputs["pixels"][:1]) if images is None else images
         ids, mask = (texts["input_ids"][:1], texts["attention_mask"][:1]) if ids is None else (ids, mask)
-        more = {} if filled else {"attention_mask": mask}
+        more = {} if padded else {"attention_mask": mask}
         return net(pixel_values=images, input_ids=ids, **more)
 
     with torch.no_grad():
@@ -115,15 +158,15 @@ def transformers(model: str, inputs: Inputs) -> Outputs:
                 outputs[name] = of(batch["pixel_values"]).image_embeds
                 pixels[f"{name}_pixels"] = batch["pixel_values"].numpy()
     made = {name: unit(x) for name, x in outputs.items()}
-    masks = {} if filled else {"text_mask": texts["attention_mask"].numpy()}
+    masks = {} if padded else {"text_mask": texts["attention_mask"].numpy()}
     return {**made, **pixels, **logits_of(net), "text_ids": texts["input_ids"].numpy(), **masks}
 
 
-def transformers_text(model: str, inputs: Inputs) -> Outputs:
-    """MODEL is a folder of Hugging Face's with a text encoder, alone or under the head that its config names.
+def transformers_text(model: str, inputs: Arguments) -> Outputs:
+    """Load a folder of Hugging Face with a text encoder, alone or with the head that its config names.
 
-    `ids` as in `onnx`; hidden states, and the head's logits of the first `SHORT` tokens of each text as a text, come by
-    their asinh.
+    Segments of `ids` are as in `onnx`. Hidden states, and the head's logits for the first `SHORT` tokens of each text,
+    are given as their asinh.
     """
     import torch
     import transformers as library
@@ -131,7 +174,7 @@ def transformers_text(model: str, inputs: Inputs) -> Outputs:
     config: Any = library.AutoConfig.from_pretrained(model)
     tokenizer = library.AutoTokenizer.from_pretrained(model)
     ids, mask = torch.from_numpy(inputs["ids"]), torch.from_numpy(inputs["mask"])
-    # AutoModel has no name for SigLIP's text encoder alone, and takes CLIP for both towers.
+    # AutoModel does not know SigLIP's text encoder alone, and loads both towers for CLIP.
     nested = {"clip": "CLIPTextModel", "siglip": "SiglipTextModel", "siglip_text_model": "SiglipTextModel"}
     encoder: Any = getattr(library, nested.get(config.model_type, "AutoModel"))
     net: Any = encoder.from_pretrained(model, dtype=torch.float32).eval()
@@ -154,8 +197,8 @@ def transformers_text(model: str, inputs: Inputs) -> Outputs:
     return {**found, "text_ids": np.array(texts["input_ids"]), "text_mask": np.array(texts["attention_mask"])}
 
 
-def timm(model: str, inputs: Inputs) -> Outputs:
-    """MODEL is `NAME` or `NAME/FILE` of timm's; gives the features of images, before any projection."""
+def timm(model: str, inputs: Arguments) -> Outputs:
+    """Load `NAME` or `NAME/FILE` of timm; return the features of images before any projection."""
     import timm
     import torch
 
@@ -166,11 +209,11 @@ def timm(model: str, inputs: Inputs) -> Outputs:
         return {"features": unit(net(torch.from_numpy(inputs["pixels"])))}
 
 
-def onnx(model: str, inputs: Inputs) -> Outputs:
-    """MODEL is a folder that `dualenc.interop.onnx` wrote; by onnxruntime, Pillow and tokenizers, without torch.
+def onnx(model: str, inputs: Arguments) -> Outputs:
+    """Load a folder that `dualenc.interop.onnx` wrote with onnxruntime, Pillow and tokenizers, without torch.
 
-    Of a text model alone `ids` has a second segment from the middle of each text on, where there are segments, and its
-    hidden states and logits come by their asinh, `hidden` and `logits_NAME`.
+    The second half of each text of `ids` is its second segment, where the encoder has segments. The hidden states and
+    logits of a text model are given as their asinh, under `hidden` and `logits_NAME`.
     """
     import onnxruntime
     from tokenizers import Tokenizer
@@ -209,12 +252,12 @@ def onnx(model: str, inputs: Inputs) -> Outputs:
         numbers = {"scale": about["logit_scale"], "bias": about["logit_bias"]}
         outputs |= {name: np.full((1, 1), x, np.float32) for name, x in numbers.items() if x is not None}
     if "torch" in sys.modules:
-        raise RuntimeError("torch was imported: nothing is shown of programs that have none")
+        raise RuntimeError("torch was imported: the check must run without it")
     return {**outputs, "text_ids": text_ids, "text_mask": text_mask}
 
 
 def resized(image: Any, how: dict[str, Any]) -> np.ndarray:
-    """An RGB image (3, S, S) float32 as `preprocess.json` says, with Pillow's resizing."""
+    """Preprocess an RGB image to (3, S, S) float32 as `preprocess.json` says, with Pillow's resizing."""
     from PIL import Image, ImageOps
 
     size, method = how["size"], Image.Resampling[how["interpolation"].upper()]
@@ -231,8 +274,8 @@ def resized(image: Any, how: dict[str, Any]) -> np.ndarray:
     return ((pixels - np.array(how["mean"])) / np.array(how["std"])).transpose(2, 0, 1).astype(np.float32)
 
 
-def sentence_transformers(model: str, inputs: Inputs) -> Outputs:
-    """MODEL is a folder that `SentenceTransformer` loads; texts and ids only."""
+def sentence_transformers(model: str, inputs: Arguments) -> Outputs:
+    """Load a folder of sentence-transformers; return embeddings of texts and ids only."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -245,22 +288,34 @@ def sentence_transformers(model: str, inputs: Inputs) -> Outputs:
     return {**outputs, "text_ids": made["input_ids"].numpy(), "text_mask": made["attention_mask"].numpy()}
 
 
-LIBRARIES: dict[str, Callable[[str, Inputs], Outputs]] = {
-    "open_clip": open_clip,
-    "transformers": transformers,
-    "transformers_text": transformers_text,
-    "sentence_transformers": sentence_transformers,
-    "timm": timm,
-    "onnx": onnx,
-}
+OPEN_CLIP = Reference("open_clip", open_clip)
+TRANSFORMERS = Reference("transformers", transformers)
+TRANSFORMERS_TEXT = Reference("transformers (text tower alone)", transformers_text)
+SENTENCE_TRANSFORMERS = Reference("sentence-transformers", sentence_transformers)
+TIMM = Reference("timm", timm)
+ONNXRUNTIME = Reference("onnxruntime", onnx)
 
 
-def main(library: str, model: str, folder: str, out: str) -> None:
-    """See the module."""
-    inputs: Inputs = json.loads((Path(folder) / "inputs.json").read_text("utf-8"))
+def main(function: str, model: str, folder: str, out: str, *path: str) -> None:
+    """Read inputs, call a function on them and write its outputs.
+
+    Args:
+        function: name of a function of this file, or `module:function`.
+        model: what the function loads.
+        folder: INPUTS.
+        out: OUTPUTS.
+        *path: the `sys.path` with which another module is imported.
+    """
+    module, _, name = function.rpartition(":")
+    if module:
+        sys.path[:] = path
+    found: Any = import_module(module) if module else sys.modules[__name__]
+    for part in name.split("."):
+        found = getattr(found, part)
+    inputs: Arguments = json.loads((Path(folder) / "inputs.json").read_text("utf-8"))
     with np.load(Path(folder) / "inputs.npz", allow_pickle=False) as arrays:
         inputs |= dict(arrays)
-    outputs = LIBRARIES[library](model, {**inputs, "folder": folder})
+    outputs = found(model, {**inputs, "folder": folder})
     np.savez(Path(out) / "outputs.npz", **outputs)  # type: ignore[arg-type]
 
 

@@ -1,6 +1,6 @@
-"""The model card, `README.md`: what a model is, how good, of what data, under which license, and how it is loaded.
+"""The model card, `README.md`: the model, its metrics, its training data, its license, and programs that load it.
 
-Whatever users wrote stands in it as text, never as markup or a link, and without the secrets of its URLs.
+Text of users stays text on the card, never markup or a link, and loses the secrets of its URLs.
 """
 
 import re
@@ -18,25 +18,65 @@ from dualenc.utils.files import write_text
 from dualenc.utils.text import one_line
 
 LOCAL = "path/of/this/folder"
-EXPORTS = ("open_clip", "transformers", "sentence-transformers", "onnx")  # formats of other libraries
-# What renderers make links of, and GitHub mentions, in the midst of a text.
+# Text that renderers turn into links, or GitHub into mentions.
 _LINK = re.compile(r"\w://|\bwww\.|\b(?:mailto|xmpp):|@[\w-]+\.[a-z]|(?<!\w)@\w", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
+class Source:
+    """Place from which a program on a card loads a model: a folder, or a repository on the hub.
+
+    Attributes:
+        folder: the folder, where no repository is named.
+        repo: `owner/name` on the hub, or empty.
+        revision: branch of the repository.
+    """
+
+    folder: str = LOCAL
+    repo: str = ""
+    revision: str = "main"
+
+    @property
+    def spec(self) -> str:
+        """The model spec of dualenc."""
+        branch = f"@{self.revision}" if self.revision != "main" else ""
+        return f"hf-hub:{self.repo}{branch}" if self.repo else self.folder
+
+    @property
+    def arguments(self) -> str:
+        """The arguments of a function that loads a folder or downloads a repository, as Python code."""
+        return f'"{self.repo}", revision="{self.revision}"' if self.repo else f'"{self.folder}"'
+
+    def with_folder(self, imports: str, body: str) -> str:
+        """Return a program for a library that loads local folders only.
+
+        Args:
+            imports: import statements.
+            body: statements that follow the definition of the variable `folder`.
+        """
+        if not self.repo:
+            return f"{imports}\n\nfolder = {self.arguments}\n{body}"
+        download = f"folder = huggingface_hub.snapshot_download({self.arguments})"
+        return f"import huggingface_hub\n{imports}\n\n{download}\n{body}"
+
+
+LOCAL_FOLDER = Source()
+
+
+@dataclass(frozen=True)
 class Card:
-    """What the card of every model says.
+    """Content of the card of every model.
 
     Attributes:
         title: name of the model.
         library: the hub's name of the library that reads the folder.
-        summary: what it is, in Markdown.
-        facts: pairs of a word and its value.
-        programs: libraries that read the folder, each with a program that does so.
-        notes: what is not as it was in the model that was exported.
-        more: what else there is to say, in Markdown.
-        task: the hub's name of what the model is for.
-        images: whether it embeds images too.
+        summary: one sentence about the model, in Markdown.
+        facts: pairs of a label and a value.
+        programs: pairs of a library and a program that loads the folder with it.
+        notes: differences from the model that was exported.
+        more: further text, in Markdown.
+        task: the hub's name of the task that the model is for.
+        images: whether the model embeds images and texts.
     """
 
     title: str
@@ -52,20 +92,21 @@ class Card:
 
 @dataclass(frozen=True)
 class Published:
-    """What the card of a model on the hub says besides.
+    """Further content of the card of a model on the hub.
 
     Attributes:
         results: metrics of evaluation sets as arguments of the hub's `EvalResult`.
-        figures: the same for people: set, task, metric, value, interval and number.
-        incomplete: pairs of a set and what was wrong with it.
-        step: at which the run measured `in_training`.
+        figures: the same metrics as rows of a table: set, task, metric, value, interval and number of samples.
+        incomplete: pairs of an evaluation set and its problems.
+        step: step at which the run measured `in_training`.
         in_training: pairs of a metric and its value.
-        data: pairs of a word and its value on the training data; empty where there is no record of a run.
-        sources, config: of the run's configuration, in YAML; empty where there is none.
-        license: the hub's name of it.
-        branch: of the repository.
-        pin: how a reader names one commit, with HASH in its place; empty where some of it is always of the branch.
-        others: pairs of a command that exports the model and a program that loads what it writes.
+        data: pairs of a label and a value about the training data; empty without the record of a run.
+        sources: training data in the run's configuration, in YAML; empty without one.
+        config: the run's configuration, in YAML; empty without one.
+        license: the hub's name of the license.
+        branch: branch of the repository.
+        pin: code that names one commit, with HASH in place of its hash; empty if a hash does not fix all files.
+        others: pairs of a command that exports the model and a program that loads the export.
     """
 
     results: Sequence[Mapping[str, Any]]
@@ -85,11 +126,11 @@ class Published:
 def render_card(card: Card, published: Published | None = None) -> str:
     """Return the text of a card.
 
-    Its metadata are as the hub has them (https://github.com/huggingface/hub-docs/blob/main/modelcard.md).
+    Its metadata follow the hub (https://github.com/huggingface/hub-docs/blob/main/modelcard.md).
 
     Args:
-        card: what it says.
-        published: what it says besides, on the hub.
+        card: content of the card.
+        published: further content, for a model on the hub.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -115,46 +156,39 @@ def write_card(folder: Path, card: Card) -> None:
     write_text(folder / "README.md", render_card(card))
 
 
-def program(library: str, images: bool, folder: str = LOCAL, repo: str = "", revision: str = "main") -> str:
-    """Return a program that loads a model with a library.
+def dual_encoder_program(source: Source = LOCAL_FOLDER) -> str:
+    """Return a program that loads a model directory of dualenc."""
+    return f"""import dualenc
 
-    Args:
-        library: "dualenc", "text" for a text model of dualenc, or one of `EXPORTS`.
-        images: whether the model embeds images too.
-        folder: that is loaded where no repository is named.
-        repo, revision: on the hub.
-    """
-    where = f'"{repo}", revision="{revision}"' if repo else f'"{folder}"'
-    return (
-        _templates()
-        .get_template("program.jinja")
-        .render(
-            library=library,
-            images=images,
-            spec=f"hf-hub:{repo}" + (f"@{revision}" if revision != "main" else "") if repo else folder,
-            where=where,
-            folder=f"folder = huggingface_hub.snapshot_download({where})" if repo else f"folder = {where}",
-            fetch=bool(repo) and library in ("open_clip", "onnx"),  # the others fetch by themselves
-        )
-        .rstrip("\n")
-    )
+embedder = dualenc.load("{source.spec}")
+images = embedder.embed_images(["photo.jpg"])  # (1, E), unit length
+texts = embedder.embed_texts(["a dog on a beach"])
+print(images @ texts.T)"""
+
+
+def text_model_program(source: Source = LOCAL_FOLDER) -> str:
+    """Return a program that loads a text model of dualenc."""
+    return f"""import dualenc
+
+model = dualenc.load_text("{source.spec}")
+print(model.embed(["a sentence"]))"""
 
 
 @cache
 def _templates() -> Environment:
-    environment = templates(autoescape=False)  # it is Markdown and Python: `text` escapes
+    environment = templates(autoescape=False)  # The card is Markdown and Python; the filter `text` escapes.
     environment.filters |= {"text": _text, "fenced": _fenced}
     return environment
 
 
 def _fenced(text: str, language: str) -> str:
-    """Return a fenced block, with a fence that is not in the text."""
+    """Return a fenced block whose fence does not occur in the text."""
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _text(value: Any) -> str:
-    """Return anybody's words in one line with everything escaped that would be markup; a link becomes code."""
+    """Return the text of a user in one line, with markup escaped and links turned into code."""
     words = re.split(r"([`|\s]+)", one_line(value))
     return "".join(f"`{word}`" if _LINK.search(word) else _escaped(word) for word in words)
 

@@ -24,7 +24,7 @@ from dualenc.data.pairs import captions_of, decode_sample
 from dualenc.data.text.masking import Masked
 from dualenc.evaluation import score_retrieval
 from dualenc.formats.huggingface.text_checkpoint import TextCheckpoint, open_text
-from dualenc.inference.embedder import Embedder, difference, fingerprint, load, model_folder, read_config
+from dualenc.inference.embedder import Embedder, difference, fingerprint, load, model_directory, read_config
 from dualenc.losses import Duplicates, clip_loss
 from dualenc.metrics import retrieval_metrics
 from dualenc.models import (
@@ -259,7 +259,7 @@ class ContrastiveTask(Task):
         Raises:
             ModelError: it is another one than this run's; says in what.
         """
-        folder = model_folder(spec)
+        folder = model_directory(spec)
         given = load(folder, "cpu")
         own = Embedder(self.model, self.trainer.datamodule.tokenizer, self.preprocess)
         apart = ["image.img_size", "preprocess.size", "text.dropout"]

@@ -185,7 +185,7 @@ def test_missing_and_wrong_labels(tmp_path: Path, seed: int) -> None:
 
 def test_folders_without_a_checkpoint(peer: BertForMaskedLM, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for spec, message in {"nowhere": "is no folder", "empty": "neither config.json nor"}.items():
+    for spec, message in {"nowhere": "must be a folder", "empty": "neither config.json nor"}.items():
         with pytest.raises(ModelError, match=message):
             open_text(tmp_path / spec)
     (tmp_path / "peer" / "tokenizer.json").unlink()

@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from dualenc import ModelError, load, load_text
 from dualenc.cli import main
 from dualenc.formats.download import hub_folder
 from dualenc.formats.model_folder import OWN_FILES
-from dualenc.hub.card import TITLES, SetResult, Subject, card, check_measured, read_measured
+from dualenc.hub.card import SetResult, Subject, card, check_measured, read_measured
 from dualenc.hub.push import open_subject, push, stage
 from dualenc.inference.text_model import TextPredictor
+from dualenc.interop.exporting import FORMATS
 from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig, TextModel
 
@@ -307,7 +308,7 @@ def test_of_a_run_the_best_goes_there_and_only_what_it_needs(
     assert "after step 6, without intervals" in text  # the first of the largest
     assert "| val/loss | 1.5 |" in text
     assert "train/lr" not in text
-    assert "| pairs to train on | 6,000 |" in text
+    assert "| training pairs | 6,000 |" in text
     for secret in ("user", "pass", "sig=abc", "hush", "not for others"):
         assert secret not in text
     for kept in ("https://host/a.tar", "tokenizer: kept"):
@@ -381,9 +382,9 @@ def measured(**changes: Any) -> dict[str, Any]:
     ("content", "message"),
     [
         ("nothing", "cannot be read"),
-        ("[]", "holds no result"),
+        ("[]", "does not hold a result"),
         ('{"findings": []}', "cannot be read"),
-        (json.dumps([measured(fingerprint=...)]), "no 'fingerprint'.*or measure anew"),
+        (json.dumps([measured(fingerprint=...)]), "no 'fingerprint'.*or evaluate again"),
         (json.dumps([measured(metrics={"acc1": "high"})]), "cannot be read"),
         (json.dumps([measured(intervals={"acc1": [1]})]), "cannot be read"),
         (json.dumps([measured(dataset=3)]), "cannot be read"),
@@ -424,10 +425,8 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
         inside = [child for token in tokens for child in token.children or () if child.type == "text"]
         return [child.content for child in inside if re.search("(?i)://|www[.]|@[a-z]", child.content)]
 
-    facts = [("head", NASTY), (NASTY, 3)]
-    task = "zero-shot-image-classification"
-    nasty = Subject("open_clip", tmp_path, None, facts, "f", task, ["open_clip"], notes=[NASTY])
-    plain = Subject("open_clip", tmp_path, None, [("head", "x"), ("y", 3)], "f", task, ["open_clip"], notes=["z"])
+    nasty = subject_of("transformers", tmp_path, [("head", NASTY), (NASTY, 3)], [NASTY])
+    plain = subject_of("transformers", tmp_path, [("head", "x"), ("y", 3)], ["z"])
     found = read_measured(tmp_path / "r.json")
     (tmp_path / "r.json").write_text(
         json.dumps(
@@ -448,13 +447,13 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
         "x|https://a.b|`y",
         "@me",
     ):
-        there = card(Subject("onnx", tmp_path, None, [("x", f"a {link} b")], "f", "", ["onnx"]), REPO)
+        there = card(subject_of("onnx", tmp_path, [("x", f"a {link} b")]), REPO)
         assert outline(re.sub(r"(?i)`[^`|\n]*(//|www|me)[^`|\n]*`", "l", there)) == outline(
-            card(Subject("onnx", tmp_path, None, [("x", "y")], "f", "", ["onnx"]), REPO)
+            card(subject_of("onnx", tmp_path, [("x", "y")]), REPO)
         )
         assert links(there) == []
         assert links(there.replace("`", "")) != []  # the control
-    assert "| recall@5 |" in card(Subject("onnx", tmp_path, None, [("x", "recall@5")], "f", "", ["onnx"]), REPO)
+    assert "| recall@5 |" in card(subject_of("onnx", tmp_path, [("x", "recall@5")]), REPO)
     assert ":p@" not in text
     assert "token=t" not in text
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
@@ -463,8 +462,8 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
     assert about["model-index"][0]["results"][0]["dataset"]["name"].startswith("a|b `c` **d** <script>")
     assert len(about["model-index"][0]["results"][0]["metrics"]) == 1  # what is not finite has no place there
     assert "license" not in about
-    assert "No license was named." in text
-    assert "was not complete" in text
+    assert "No license was given." in text
+    assert "was incomplete" in text
     # The control: without escapes the outline is another one.
     assert outline(re.sub(r"`\S+//\S+`", "l", text).replace("\\", "")) != outline(calm)
 
@@ -478,12 +477,22 @@ def test_a_hostile_configuration_stays_in_its_block(tmp_path: Path, seed: int) -
     assert config["trainer"]["logger"] == {"api_key": "...", "tokenizer": "kept", "name": "``` </details>"}
     assert config["run"] == {"monitor": "val/mrr"}
     assert [token.content.strip() for token in tokens if token.type == "html_block"] == [
-        "<details><summary>of the run</summary>", "</details>",
+        "<details><summary>Configuration of the training run</summary>", "</details>",
     ]  # fmt: skip
 
 
+def subject_of(kind: str, folder: Path, facts: list[tuple[str, Any]], notes: Sequence[str] = ()) -> Subject:
+    """Return an export to push, without its files."""
+    chosen = FORMATS[kind]
+    return Subject(
+        title="An export", library=kind, folder=folder, run=None, facts=facts, fingerprint="f",
+        task="zero-shot-image-classification", programs={kind: lambda source: chosen.snippet(source, images=True)},
+        uploaded=chosen.uploaded, notes=notes, format=chosen,
+    )  # fmt: skip
+
+
 def export(folder: Path, kind: str) -> Path:
-    """A folder with the files by which an export is known."""
+    """Write the files by which an export is known."""
     folder.mkdir()
     clip = {"embed_dim": 8, "vision_cfg": {"image_size": 16}, "text_cfg": {"width": 16, "hf_model_name": str(folder)}}
     own = {
@@ -517,7 +526,7 @@ def export(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["open_clip", "transformers", "sentence-transformers", "onnx"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_exports_are_known_by_their_files(hub: Hub, tmp_path: Path, kind: str) -> None:
     folder = export(tmp_path / "out", kind)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -529,7 +538,7 @@ def test_exports_are_known_by_their_files(hub: Hub, tmp_path: Path, kind: str) -
     text = there["README.md"].decode()
     assert ModelCard(text).data.library_name == kind
     assert REPO in text.partition("## How to load it")[2]
-    assert "Not as it was: the bias\\|es" in text
+    assert "Changed by the export: the bias\\|es" in text
     assert "| fingerprint | f00 |" in text
     assert ("image_size 16" in text) == (kind in ("open_clip", "transformers"))
     assert "dualenc export" not in text.partition("## How to load it")[2]
@@ -545,7 +554,7 @@ def test_exports_are_known_by_their_files(hub: Hub, tmp_path: Path, kind: str) -
     for path in folder.glob("*.safetensors"):
         path.unlink()
     (folder / "text.onnx").unlink(missing_ok=True)
-    with pytest.raises(ModelError, match="has no weights"):
+    with pytest.raises(ModelError, match="does not have weights"):
         push(folder, REPO)
 
 
@@ -575,10 +584,10 @@ def test_a_name_in_an_open_clip_folder_is_of_that_folder_or_of_the_hub(
         push(folder, REPO, revision="try")
     assert hub.log == []
     push(folder, REPO, revision="main")
-    assert "the same for good" not in card(open_subject(folder), REPO)
+    assert "always loads the same files" not in card(open_subject(folder), REPO)
     told(hf_tokenizer_name="tokenizer.json")
     push(folder, REPO, revision="try")  # the tokenizer is of the branch
-    assert "the same for good" in card(open_subject(folder), REPO)
+    assert "always loads the same files" in card(open_subject(folder), REPO)
     for wrong in (None, [], "x"):
         whole["model_cfg"]["text_cfg"] = wrong
         path.write_text(json.dumps(whole))
@@ -609,17 +618,35 @@ def test_a_push_leaves_nothing_of_a_model_of_another_kind(hub: Hub, tmp_path: Pa
     assert there() == {"export.json", "onnx.json", "text.onnx", "preprocess.json", *kept}
 
 
-@pytest.mark.parametrize("kind", ["open_clip", "transformers", "sentence-transformers", "onnx"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_what_others_wrote_is_no_export(tmp_path: Path, kind: str) -> None:
     folder = export(tmp_path / "out", kind)
     open_subject(folder)  # the control
-    for wrong in ({"format": "another", "fingerprint": "f00"}, {"format": kind}, [], None):
+    for wrong in ({"format": kind}, {"format": [kind], "fingerprint": "f00"}, [], None):
         (folder / "export.json").write_text(json.dumps(wrong))
-        with pytest.raises(ModelError, match="is no export of dualenc"):
+        with pytest.raises(ModelError, match=r"export\.json must name a format and a fingerprint: repeat the export"):
             open_subject(folder)
     (folder / "export.json").unlink()
-    with pytest.raises(ModelError, match=r"is no export of dualenc.* `dualenc import` wrote"):
+    with pytest.raises(ModelError, match=r"out is not a model: .* import a model of another library first"):
         open_subject(folder)
+
+
+def test_no_code_is_imported_that_a_folder_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders come from strangers: a format that dualenc does not have must be named by the user."""
+    (tmp_path / "trap.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'sprung')!r}).touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = export(tmp_path / "out", "onnx")
+    for name in ("trap", "trap.Format", "dualenc.interop.onnx.OnnxFormat"):
+        (folder / "export.json").write_text(json.dumps({"format": name, "fingerprint": "f00"}))
+        with pytest.raises(ModelError, match=rf"in the format '{name}', .* name the class .* with --format"):
+            open_subject(folder)
+    assert not (tmp_path / "sprung").exists()
+    (folder / "export.json").write_text(json.dumps({"format": "transformers", "fingerprint": "f00"}))
+    with pytest.raises(ModelError, match="in the format 'transformers', and --format names onnx"):
+        open_subject(folder, "onnx")
+    with pytest.raises(ModelError, match=r"trap.* cannot be imported"):  # the control: now the user names it
+        open_subject(folder, "trap.Format")
+    assert (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize(
@@ -629,12 +656,12 @@ def test_what_others_wrote_is_no_export(tmp_path: Path, kind: str) -> None:
 def test_the_record_of_a_run_that_is_none_is_said_in_one_line(tmp_path: Path, seed: int, record: str) -> None:
     folder = run_directory(tmp_path / "run", seed)
     (folder / "run.json").write_text(record)
-    with pytest.raises(ModelError, match=r"run\.json is no record of a run .* must be an object") as error:
+    with pytest.raises(ModelError, match=r"run\.json is not the record of a run .* must be an object") as error:
         card(open_subject(folder), REPO)
     assert "\n" not in str(error.value)
     (folder / "metrics.csv").unlink()
     if "run" not in record:
-        with pytest.raises(ModelError, match="is no record of a run"):
+        with pytest.raises(ModelError, match="is not the record of a run"):
             card(open_subject(folder), REPO)
     for calm in (
         '{"config": null}',
@@ -693,8 +720,7 @@ def test_what_the_card_says_to_paste_knows_all_its_names(tmp_path: Path, seed: i
 
     tiny_embedder(seed).save(tmp_path / "model")
     tiny_text_model(seed).save(tmp_path / "text")
-    folders = [tmp_path / "model", tmp_path / "text", *(export(tmp_path / kind, kind) for kind in TITLES if kind in
-               ("open_clip", "transformers", "sentence-transformers", "onnx"))]  # fmt: skip
+    folders = [tmp_path / "model", tmp_path / "text", *(export(tmp_path / kind, kind) for kind in FORMATS)]
     (tmp_path / "onnx" / "image.onnx").write_bytes(b"a graph")
     found = 0
     for folder in folders:
@@ -713,7 +739,7 @@ def test_what_the_card_says_to_paste_knows_all_its_names(tmp_path: Path, seed: i
 
 
 def test_figures_of_an_export_are_of_the_model_that_was_exported() -> None:
-    subject = Subject("onnx", Path(), None, [], "f", "feature-extraction", ["onnx"])
+    subject = subject_of("onnx", Path(), [])
 
     def of(mark: str, dataset: str) -> SetResult:
         return SetResult(dataset, "retrieval", "runs/x", mark, "", 3, (), {"mrr": 0.5}, {})
@@ -721,7 +747,6 @@ def test_figures_of_an_export_are_of_the_model_that_was_exported() -> None:
     check_measured(subject, [of("f", "a"), of("f", "b")])
     with pytest.raises(ModelError, match="the result for b is of another model"):
         check_measured(subject, [of("f", "a"), of("g", "b")])
-    assert set(TITLES) == {"dualenc", "text", "open_clip", "transformers", "sentence-transformers", "onnx"}
 
 
 def test_a_push_that_fails_says_why_in_one_line(
@@ -743,17 +768,18 @@ def test_a_push_that_fails_says_why_in_one_line(
         refused([*command, name], 2, "must be owner/name")
     refused([*command, REPO, "--license", "my own!"], 2, "license 'my own!'")
     refused([*command, REPO, "--revision", "0" * 40], 2, "must be the name of a branch")
-    refused(["push", str(tmp_path), REPO], 2, "is no model: name a model directory")
-    refused(["push", str(tmp_path / "gone"), REPO], 2, "is no model")
+    refused(["push", str(tmp_path), REPO], 2, "is not a model: name a model directory")
+    refused(["push", str(tmp_path / "gone"), REPO], 2, "is not a model")
+    refused([*command, REPO, "--format", "onnx"], 2, "--format is for exports only")
     monkeypatch.delenv("HF_TOKEN")
     refused([*command, REPO], 2, "hf auth login")
     assert hub.log == []  # so far nobody was asked
     monkeypatch.setenv("HF_TOKEN", "token-of-nobody")
-    refused([*command, REPO], 1, "does not take this token for owner/model: `hf auth login`")
+    refused([*command, REPO], 1, "does not accept this token for owner/model: run `hf auth login`")
     monkeypatch.setenv("HF_TOKEN", "token-of-other")
-    refused([*command, REPO], 1, "may not write to owner/model: `hf auth login`")
+    refused([*command, REPO], 1, "may not write to owner/model: run `hf auth login`")
     monkeypatch.setenv("HF_TOKEN", "token-of-owner")
-    refused([*command, REPO, "--license", "unheard-of"], 1, 'does not take the card .*"license" must be one of a list')
+    refused([*command, REPO, "--license", "unheard-of"], 1, 'refuses the card .*"license" must be one of a list')
     assert not hub.repos  # nothing is made for a card that is not taken
     main([*command, REPO])
     capsys.readouterr()
@@ -763,14 +789,14 @@ def test_a_push_that_fails_says_why_in_one_line(
     hub.spoil = "loud"
     refused([*command, REPO], 1, "failed")
     hub.spoil = "quiet"
-    refused([*command, REPO], 1, r"has another model\.safetensors at commit [0-9a-f]{40} than was sent: push again")
+    refused([*command, REPO], 1, r"has another model\.safetensors at commit [0-9a-f]{40} than the one sent: push again")
     hub.spoil = ""
     hub.objects.clear()
     main([*command, REPO])
     url, spec = capsys.readouterr().out.split()
     assert url.startswith(hub.url)
     assert same(load(spec, "cpu"), load(tmp_path / "model", "cpu"))
-    refused([*command, REPO, "--private"], 1, "is there and public")
+    refused([*command, REPO, "--private"], 1, "exists and is public")
     main([*command, "owner/hidden", "--private"])
     assert hub.repos["owner/hidden"].private
     main([*command, "owner/hidden", "--private"])

@@ -1,4 +1,4 @@
-"""What the tests of exchange share."""
+"""Fixtures of the tests of import and export."""
 
 from pathlib import Path
 
@@ -7,18 +7,19 @@ import pytest
 
 from dualenc.interop import references
 from dualenc.interop import verify as verify_module
-from dualenc.interop.verify import Inputs
+from dualenc.interop.inputs import Inputs
+from dualenc.interop.references import Reference
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The peer's program without a process of its own, which takes seconds to start."""
+    """Run references in this process: a process of their own takes seconds to start."""
 
-    def run(library: str, model: str, inputs: Inputs) -> dict[str, np.ndarray]:
+    def run(reference: Reference, model: str, inputs: Inputs) -> dict[str, np.ndarray]:
         folder = tmp_path / "between"
         folder.mkdir(exist_ok=True)
         inputs.write(folder)
-        references.main(library, model, str(folder), str(folder))
+        references.main(reference.program.__name__, model, str(folder), str(folder))  # type: ignore[union-attr]
         with np.load(folder / "outputs.npz") as arrays:
             return dict(arrays)
 

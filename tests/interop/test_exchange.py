@@ -25,11 +25,13 @@ from helpers import perturb
 from safetensors.torch import load_file, save_file
 
 from dualenc import Embedder, ModelError
+from dualenc.interop import references
 from dualenc.interop import verify as verify_module
 from dualenc.interop.exporting import export
 from dualenc.interop.importing import TOLERANCE, import_model
+from dualenc.interop.inputs import Inputs, make_inputs
 from dualenc.interop.reading import open_dual
-from dualenc.interop.verify import Inputs, make_inputs, verify
+from dualenc.interop.verify import Check, verify
 from dualenc.models import DualConfig, DualEncoder
 from dualenc.tokens import Tokens
 
@@ -85,7 +87,10 @@ def test_hugging_face_in_and_out_and_in(name: str, tmp_path: Path, seed: int) ->
     assert found.notes == []
     found.embedder.save(tmp_path / "ours")
     made = export(str(tmp_path / "ours"), tmp_path / "again", "transformers")
-    assert [one.library for one in made.verified] == ["transformers", "transformers_text"]
+    assert [one.library for one in made.verified] == [
+        references.TRANSFORMERS.library,
+        references.TRANSFORMERS_TEXT.library,
+    ]
     assert same(found.embedder, import_model(str(tmp_path / "again")).embedder)
     theirs, again = (load_file(tmp_path / one / "model.safetensors") for one in ("theirs", "again"))
     assert theirs.keys() == again.keys()
@@ -138,10 +143,10 @@ def test_no_tensor_and_no_setting_can_be_wrong(
 ) -> None:
     checkpoint = open_dual(str(of_peer(tmp_path / "theirs", name)))
     it = checkpoint.embedder()
-    ((library, model),) = checkpoint.peers
+    ((reference, model),) = checkpoint.peers
     inputs = make_inputs(it)
     inputs = Inputs(inputs.ids[-4:], inputs.texts[:1], inputs.pixels[:3])
-    theirs = verify_module.run(library, model, inputs)
+    theirs = verify_module.run(reference, model, inputs)
     for one in ("pixels", "ids"):  # vectors that are all alike would hide much
         apart = np.linalg.norm(theirs[one][:, None] - theirs[one][None], axis=-1)
         assert apart[~np.eye(len(apart), dtype=bool)].min() > 1e-2, one
@@ -155,7 +160,7 @@ def test_no_tensor_and_no_setting_can_be_wrong(
         made |= {} if part.startswith("text") else {"pixels": dual.encode_image(inputs.pixels)}
         made |= {} if part.startswith("image") else {"ids": dual.encode_text(Tokens.pack(inputs.ids))}
         try:
-            verify(library, model, inputs, {one: x.numpy() for one, x in made.items()}, TOLERANCE)
+            verify(Check(reference, model, inputs, {one: x.numpy() for one, x in made.items()}), TOLERANCE)
         except ModelError:
             return True
         return False
@@ -280,7 +285,7 @@ def test_a_tower_of_timms_and_one_of_berts_are_joined(tmp_path: Path, seed: int)
     perturb(hf.BertModel(hf.BertConfig(**SMALL))).save_pretrained(tmp_path / "bert")
     save_tokenizer(tmp_path / "bert")
     found = import_model(f"timm:test_vit/{tmp_path / 'vit.pth'}", str(tmp_path / "bert"), 16, seed=3)
-    assert [one.library for one in found.verified] == ["timm", "transformers_text"]
+    assert [one.library for one in found.verified] == [references.TIMM.library, references.TRANSFORMERS_TEXT.library]
     assert max(one.largest for one in found.verified) < TOLERANCE
     assert "random" in found.notes[0]
     again = import_model(f"timm:test_vit/{tmp_path / 'vit.pth'}", str(tmp_path / "bert"), 16, seed=3)
@@ -290,7 +295,7 @@ def test_a_tower_of_timms_and_one_of_berts_are_joined(tmp_path: Path, seed: int)
     found.embedder.save(tmp_path / "ours")  # whose text tower can be joined with another in turn
     once_more = import_model(f"timm:test_vit/{tmp_path / 'vit.pth'}", str(tmp_path / "ours"), 16, seed=3)
     assert same(found.embedder, once_more.embedder)
-    assert [one.library for one in once_more.verified] == ["timm"]
+    assert [one.library for one in once_more.verified] == [references.TIMM.library]
 
 
 @pytest.mark.usefixtures("in_process")

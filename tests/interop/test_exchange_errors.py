@@ -14,9 +14,11 @@ from fits import fails
 from safetensors.torch import load_file, save_file
 
 from dualenc import ModelError
+from dualenc.interop import references
 from dualenc.interop import verify as verify_module
+from dualenc.interop.inputs import Inputs
 from dualenc.interop.reading import open_dual
-from dualenc.interop.verify import Inputs
+from dualenc.interop.references import Reference
 
 BERT = {"types": 2, "pool": "cls"}
 
@@ -73,9 +75,9 @@ SPECS = {
     "open_clip:RN50": "a ResNet is no vision transformer",
     "open_clip:coca_ViT-B-32": "CoCa's decoder",
     "open_clip:ViT-B-32/nothing": "'nothing' is no file",
-    "open_clip:ViT-B-32/openai": "name open_clip:ViT-B-32-quickgelu/openai",
+    "open_clip:ViT-B-32/openai": "write open_clip:ViT-B-32-quickgelu/openai",
     "open_clip:ViT-B-32-quickgelu/laion2b_s34b_b79k": "no weights that open_clip has for ViT-B-32-quickgelu",
-    "nowhere": "is no folder",
+    "nowhere": "must be a folder",
     "timm:vit_tiny_patch16_224": "--text",
 }
 
@@ -95,7 +97,7 @@ def test_weights_that_cannot_be_fetched(refused: Callable[..., str], monkeypatch
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(open_clip, "download_pretrained", download)
-    assert refused("import", "open_clip:ViT-B-32/laion2b_s34b_b79k").endswith("cannot be had (no network)")
+    assert refused("import", "open_clip:ViT-B-32/laion2b_s34b_b79k").endswith("cannot be downloaded (no network)")
 
 
 def test_options(
@@ -175,7 +177,9 @@ def test_tensors_that_do_not_fit(name: str, copy_of: Callable[[str], Path], refu
         file.write_bytes(broken)
         assert "cannot be read" in refused("import", str(folder))
     file.unlink()
-    assert "holds no weights" in refused("import", str(folder))
+    line = refused("import", str(folder))
+    assert f"{folder} " in line
+    assert "weights" in line
 
 
 @pytest.mark.usefixtures("in_process")
@@ -255,7 +259,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "qk_norm": ("open_clip", in_open_clip("text_cfg", "qk_norm", True), "qk_norm True"),
     "resize": ("open_clip", in_open_clip("preprocess_cfg", "resize_mode", "random"), "resize_mode 'random'"),
     "interpolation": ("open_clip", in_open_clip("preprocess_cfg", "interpolation", "random"), "interpolation"),
-    "no model_cfg": ("open_clip", lambda f: (f / "open_clip_config.json").write_text("{}"), "has no model_cfg"),
+    "no model_cfg": ("open_clip", lambda f: (f / "open_clip_config.json").write_text("{}"), "a model_cfg"),
     "proj": ("hf text", in_open_clip("text_cfg", "hf_proj_type", "cube"), "hf_proj_type 'cube'"),
     "max": ("hf text", in_open_clip("text_cfg", "hf_pooler_type", "max_pooler"), "hf_pooler_type 'max_pooler'"),
     "mt5": ("hf text", in_config(lambda c: c.update(model_type="mt5")), "model_type 'mt5'"),
@@ -292,8 +296,8 @@ def test_what_cannot_be_checked_is_not_written(
 ) -> None:
     hidden = "import sys\nsys.modules['transformers'] = None\n"  # as where it is not installed
     program = tmp_path / "peers.py"
-    program.write_text(hidden + Path(str(verify_module.references.__file__)).read_text())
-    monkeypatch.setattr(verify_module.references, "__file__", str(program))
+    program.write_text(hidden + Path(str(references.__file__)).read_text())
+    monkeypatch.setattr(references, "__file__", str(program))
     line = refused("export", str(kept["ours"]), "--format", "transformers")
     assert "transformers" in line
     assert "what cannot be checked is not written" in line
@@ -307,8 +311,8 @@ def test_a_result_above_the_tolerance(
 ) -> None:
     run = verify_module.run
 
-    def off(library: str, model: str, inputs: Inputs) -> dict[str, np.ndarray]:
-        found = run(library, model, inputs)
+    def off(reference: Reference, model: str, inputs: Inputs) -> dict[str, np.ndarray]:
+        found = run(reference, model, inputs)
         found[name] = found[name].copy()
         found[name].flat[0] += 3e-5 * max(1, abs(found[name].flat[0]))
         return found

@@ -13,8 +13,8 @@ from dualenc import ModelError
 from dualenc.formats.huggingface.dual import SMALL
 from dualenc.inference.text_model import TextPredictor
 from dualenc.interop.exporting import export
+from dualenc.interop.inputs import make_inputs, outputs_of
 from dualenc.interop.reading import open_dual
-from dualenc.interop.verify import make_inputs, outputs_of
 from dualenc.models import HeadConfig, Projection, TextConfig, TextModel
 from dualenc.utils.files import read_json
 

@@ -21,12 +21,15 @@ from dualenc.data import Preprocess, Tokenizer
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor
 from dualenc.interop import onnx, references
-from dualenc.interop.verify import TEXTS, make_inputs, outputs_of, verify
+from dualenc.interop.exporting import FORMATS
+from dualenc.interop.inputs import TEXTS, make_inputs, make_text_inputs, outputs_of
+from dualenc.interop.verify import Check, Verified, verify
 from dualenc.models import DualEncoder, HeadConfig, ImageConfig, TextConfig, TextModel
 from dualenc.tokens import Tokens
 from dualenc.utils.errors import ModelError
 
 CONTEXT = 16
+FORMAT = FORMATS["onnx"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 HEADS = {
     "mlm": HeadConfig("mlm"),
@@ -80,6 +83,12 @@ def dual(vit: dict[str, Any] | None = None, text: dict[str, Any] | None = None, 
     )
     preprocess = Preprocess(24, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
     return Embedder(perturb(model, 0.1).eval(), it.tokenizer, preprocess, "it")
+
+
+def verified(it: TextPredictor, folder: Path, seed: int) -> Verified:
+    """Compare a text model with its files."""
+    (check,) = FORMAT.checks(it, folder, make_text_inputs(it, seed))
+    return verify(check, FORMAT.tolerance)
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
@@ -197,10 +206,11 @@ def test_a_dual_encoder_beside_onnxruntime(text: str, tmp_path: Path, seed: int)
     (tmp_path / "written").mkdir()
     onnx.write_onnx(it, tmp_path / "written")
     folder = (tmp_path / "written").rename(tmp_path / "moved")
-    assert {file.name for file in folder.iterdir()} <= set(onnx.FILES)
+    assert {file.name for file in folder.iterdir()} <= set(FORMAT.files)
     inputs = make_inputs(it, texts=["a [SEP] on the [MASK] [PAD]"], seed=seed)  # names of tokens in a text are text
     ours = outputs_of(it, inputs)
-    found = verify("onnx", str(folder), inputs, ours, onnx.TOLERANCE, tokenizer=it.tokenizer)  # type: ignore[arg-type]
+    check = Check(FORMAT.reference, str(folder), inputs, ours, it.tokenizer)  # type: ignore[arg-type]
+    found = verify(check, FORMAT.tolerance)
     assert set(found.differences) == {
         *("pixels", "ids", "pictures", "photos", "texts", "scale"),
         *(["bias"] if "siglip" in text else []),
@@ -218,11 +228,11 @@ def test_a_dual_encoder_beside_onnxruntime(text: str, tmp_path: Path, seed: int)
     if text != "bert":
         return
     # The controls: other weights, and another tokenizer.
-    with pytest.raises(ModelError, match=r"onnx and dualenc differ by .* on texts of random tokens"):
-        verify("onnx", str(folder), inputs, {**ours, "ids": -ours["ids"]}, onnx.TOLERANCE)
+    with pytest.raises(ModelError, match=r"onnxruntime and dualenc differ by .* on texts of random tokens"):
+        verify(check._replace(expected={**ours, "ids": -ours["ids"]}), FORMAT.tolerance)
     other = Tokenizer.train([" ".join(WORDS[::-1])], 60, CONTEXT)
     with pytest.raises(ModelError, match="the tokenizer does not match"):
-        verify("onnx", str(folder), inputs, ours, onnx.TOLERANCE, tokenizer=other)
+        verify(check._replace(tokenizer=other), FORMAT.tolerance)
 
 
 @pytest.mark.slow
@@ -230,18 +240,18 @@ def test_a_dual_encoder_beside_onnxruntime(text: str, tmp_path: Path, seed: int)
 def test_a_text_model_beside_onnxruntime(family: str, tmp_path: Path, seed: int) -> None:
     it = predictor(HEADS, **FAMILIES[family])
     onnx.write_text_onnx(it, tmp_path)
-    found = onnx.verify_text_onnx(it, tmp_path, seed)
+    found = verified(it, tmp_path, seed)
     assert set(found.differences) == {"ids", "hidden", "logits_mood", "logits_tags", "logits_stars", "texts"}
     with torch.no_grad():
         it.model.heads["stars"].out.bias.add_(0.01)  # type: ignore[union-attr,operator]
     with pytest.raises(ModelError, match=r"differ by .* on logits_stars"):
-        onnx.verify_text_onnx(it, tmp_path, seed)
+        verified(it, tmp_path, seed)
     if family == "electra":
         with torch.no_grad():
             it.model.heads["stars"].out.bias.sub_(0.01)  # type: ignore[union-attr,operator]
             it.model.encoder.embeddings.segment_embeddings.weight[1].add_(torch.randn(10))  # type: ignore[union-attr]
         with pytest.raises(ModelError, match=r"differ by .* on"):
-            onnx.verify_text_onnx(it, tmp_path, seed)
+            verified(it, tmp_path, seed)
 
 
 def test_the_tokenizer_alone_makes_the_ids(tmp_path: Path, seed: int) -> None:
@@ -299,7 +309,7 @@ def test_weights_beside_the_file(tmp_path: Path, monkeypatch: Any, seed: int) ->
     monkeypatch.setattr(onnx, "ONE_FILE", 1000)
     onnx.write_onnx(it, tmp_path / "a")
     folder = (tmp_path / "a").rename(tmp_path / "b")
-    assert {file.name for file in folder.iterdir()} == set(onnx.FILES)
+    assert {file.name for file in folder.iterdir()} == set(FORMAT.files)
     assert (folder / "image.onnx.data").stat().st_size > 10_000
     pixels = torch.randn(3, 3, 16, 16)
     found = run(folder / "image.onnx", pixels=pixels)["embeddings"]

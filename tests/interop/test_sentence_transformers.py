@@ -14,10 +14,10 @@ from dualenc.data import Preprocess, Tokenizer
 from dualenc.formats.open_clip.tokenizer import clip_backend
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor, load_text
-from dualenc.interop import references
-from dualenc.interop import verify as verify_module
+from dualenc.interop.inputs import TEXTS, Inputs, make_inputs, outputs_of, random_ids
+from dualenc.interop.references import SENTENCE_TRANSFORMERS
 from dualenc.interop.sentence_transformers import write_sentence_transformer
-from dualenc.interop.verify import TEXTS, Inputs, make_inputs, outputs_of, random_ids, verify
+from dualenc.interop.verify import Check, verify
 from dualenc.models import DualEncoder, HeadConfig, ImageConfig, TextConfig, TextModel
 from dualenc.models.dual_encoder import Projection
 from dualenc.models.text_encoder import ACTIVATIONS
@@ -28,18 +28,10 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def here_and_now(request: pytest.FixtureRequest, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peer's program in this process, where a test does not ask for a fresh one: that takes ten times as long."""
-
-    def run(library: str, model: str, inputs: Inputs) -> dict[str, np.ndarray]:
-        folder = tmp_path_factory.mktemp("peer")
-        inputs.write(folder)
-        references.main(library, model, str(folder), str(folder))
-        with np.load(folder / "outputs.npz") as arrays:
-            return dict(arrays)
-
+def in_process_unless_fresh(request: pytest.FixtureRequest) -> None:
+    """Run references in this process, unless the test asks for a fresh one, which takes ten times as long."""
     if "fresh" not in request.node.name:
-        monkeypatch.setattr(verify_module, "run", run)
+        request.getfixturevalue("in_process")
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -90,7 +82,7 @@ def test_every_family(family: str, tmp_path: Path, seed: int) -> None:
     found = json.loads((tmp_path / "config.json").read_text())["model_type"]
     assert found == ("bert" if family == "no segments" else family)
     inputs, ours = inputs_of(it)
-    verified = verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+    verified = verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
     assert verified.counts == {"ids": 6, "texts": 10}
     again = load_text(tmp_path, "cpu")
     assert again.tokenizer.encode(inputs.texts) == it.tokenizer.encode(inputs.texts)
@@ -102,7 +94,7 @@ def test_in_a_fresh_process(tmp_path: Path, seed: int) -> None:
     it = text_model(tiny_tokenizer(), **FAMILIES["bert"])
     write_sentence_transformer(it, tmp_path)
     inputs, ours = inputs_of(it)
-    verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+    verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
 
 
 @pytest.mark.slow
@@ -114,7 +106,7 @@ def test_every_pooling(pool: Any, family: str, tmp_path: Path, seed: int) -> Non
     it = text_model(tiny_tokenizer(), **{**FAMILIES[family], "pool": pool})
     write_sentence_transformer(it, tmp_path)
     inputs, ours = inputs_of(it)
-    verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+    verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
 
 
 def test_the_pooling_of_an_embedding_head_goes_out_and_no_other_head(tmp_path: Path, seed: int) -> None:
@@ -126,7 +118,7 @@ def test_the_pooling_of_an_embedding_head_goes_out_and_no_other_head(tmp_path: P
     it = text_model(tiny_tokenizer(), heads, types=2, pool="cls")
     write_sentence_transformer(it, tmp_path)
     inputs, ours = inputs_of(it)
-    verify("sentence_transformers", str(tmp_path), inputs, {"texts": ours["texts"]}, TOLERANCE)
+    verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, {"texts": ours["texts"]}), TOLERANCE)
     assert not [name for name in load_file(tmp_path / "model.safetensors") if "classif" in name or "cls." in name]
 
 
@@ -146,7 +138,7 @@ def test_projections_of_a_dual_encoder(name: str, tmp_path: Path, seed: int) -> 
     inputs = make_inputs(it)
     ours = {name: x for name, x in outputs_of(it, inputs).items() if name in ("ids", "texts")}
     assert isinstance(it.tokenizer, Tokenizer)
-    verified = verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+    verified = verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
     assert set(verified.differences) == {"ids", "texts"}
     dense = sorted(tmp_path.glob("*_Dense"))
     assert len(dense) == {"linear": 1, "mlp": 2, "none": 0, "tanh": 3}[name]
@@ -185,14 +177,14 @@ def test_what_is_wrong_is_found(part: str, tmp_path: Path, seed: int) -> None:
     ours = {name: x for name, x in outputs_of(it, inputs).items() if name in ("ids", "texts")}
     assert isinstance(it.tokenizer, Tokenizer)
     with pytest.raises(ModelError, match=r"differ by|does not match"):
-        verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+        verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
 
 
 def test_the_tokenizer_of_clip(tmp_path: Path, seed: int) -> None:
     it = text_model(Tokenizer(clip_backend(), 20), **FAMILIES["clip_text_model"])
     write_sentence_transformer(it, tmp_path)
     inputs, ours = inputs_of(it)
-    verify("sentence_transformers", str(tmp_path), inputs, ours, TOLERANCE, tokenizer=it.tokenizer)
+    verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
 
 
 def test_what_is_refused(tmp_path: Path, seed: int) -> None:
@@ -201,8 +193,8 @@ def test_what_is_refused(tmp_path: Path, seed: int) -> None:
     bare = json.loads(tokenizer.backend.to_str().replace("[PAD]", "[FILL]"))
     nothing = Tokenizer(type(tokenizer.backend).from_str(json.dumps(bare)), tokenizer.context_length)
     for it, message in (
-        (text_model(tokenizer, pad_to=8), r"sees the padding of a text \(text\.pad_to 8\).*--format onnx"),
-        (text_model(tokenizer, positions="rotary", activation=odd), "is of no family .*--format onnx"),
+        (text_model(tokenizer, pad_to=8), r"attends to padding \(text\.pad_to 8\).*--format onnx"),
+        (text_model(tokenizer, positions="rotary", activation=odd), "no family of transformers .*--format onnx"),
         (text_model(tokenizer, types=1, position_offset=3), "counts positions by its padding token, number 2"),
         (text_model(nothing, types=2), "has no padding token"),
     ):

@@ -81,7 +81,7 @@ def test_wrong_use(tmp_path, model, capsys):
     assert "two files are called a.txt" in error(first, second, out)
     assert "by themselves" in error(first, tmp_path / "shards", out)
     assert "no column 'said'" in error(first, out, "--column", "said")
-    assert "--tokens is of texts" in error(tmp_path / "shards", out, "--tokens")
+    assert "--tokens is for text files" in error(tmp_path / "shards", out, "--tokens")
     main(["embed", str(model), str(first), str(out)])
     assert "another choice" in error(first, out, "--tokens")
     (out / "a.txt.safetensors").write_text("nothing")
