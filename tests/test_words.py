@@ -19,7 +19,7 @@ VERBS = frozenset(
     Augment Average Backpropagate Begin Block Broadcast Build Cache Call Cast Catch Check Choose Classify Clean Clear
     Clip Close Collect Combine Compare Compile Compute Configure Connect Consume Continue Convert Copy Count Create
     Crop Cut Decide Declare Decode Decompress Delete Describe Detach Detect Determine Disable Discard Display Divide
-    Download Draw Drop Embed Enable Encode End Ensure Enter Enumerate Escape Estimate Evaluate Examine Exit Expand
+    Distribute Download Draw Drop Embed Enable Encode End Ensure Enter Enumerate Escape Estimate Evaluate Examine Exit Expand
     Export Extend Extract Fail Feed Fetch Fill Filter Find Finish Fit Fix Flatten Flush Fold Follow Format Forward
     Freeze Gather Generate Get Give Group Guess Handle Hash Hide Ignore Import Increment Index Infer Initialize Insert
     Inspect Install Instantiate Interpolate Interrupt Iterate Join Keep Kill Label Launch Leave Let Limit List Load Locate

@@ -96,12 +96,6 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._where)
 
-    def rows(self, name: str) -> int:
-        """Length of a tensor's first dimension, without reading it."""
-        tensors, there = self._where[name]
-        shape = tensors[there].shape if isinstance(tensors, dict) else tensors.get_slice(there).get_shape()
-        return shape[0] if shape else 0
-
     def close(self) -> None:
         """Lets go of the files."""
         self._stack.close()

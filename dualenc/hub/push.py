@@ -280,8 +280,8 @@ def open_subject(model: str | os.PathLike[str]) -> Subject:
     if kind == "text":
         predictor = load_text(folder, "cpu")
         mark = predictor.fingerprint
-        kinds = {one.kind for one in predictor.model.head_configs.values()}
-        task = "text-classification" if "classification" in kinds else "fill-mask" if "mlm" in kinds else ""
+        tasks = [task for task in ("text-classification", "fill-mask") if predictor.model.heads_for(task)]
+        task = tasks[0] if tasks else ""
         readers = ["dualenc", *(["transformers"] if found.config else [])]
         facts = [*facts_of_text(predictor), ("fingerprint", mark)]
         return Subject(kind, folder, found.run, facts, mark, task or "feature-extraction", readers)

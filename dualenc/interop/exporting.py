@@ -238,7 +238,7 @@ def _logits(model: TextPredictor, name: str, inputs: Inputs) -> np.ndarray:
     with evaluating(model.model):
         hidden = model.model.encoder(tokens)
         logits = model.model.head(name, hidden, tokens).asinh()
-    if model.model.head_configs[name].kind == "mlm":
+    if model.model.kinds[name].masking is not None:  # logits of tokens
         index, mask = padding_index(tokens.offsets, tokens.max_len)
         logits = (logits[index] * mask[..., None])[tokens.rows]
     return logits.float().cpu().numpy()

@@ -90,8 +90,7 @@ def _parts(model: Embedder | TextPredictor) -> tuple[TextEncoder, Tokenizer, Poo
     """The encoder, its tokenizer, how to pool, and the maps after that, each with its activation."""
     if isinstance(model, TextPredictor):
         encoder: Any = model.model.encoder
-        heads = [head for head in model.model.head_configs.values() if head.kind == "embedding"]
-        return encoder, model.tokenizer, (heads[0].pool if heads else None) or encoder.config.pool, []
+        return encoder, model.tokenizer, model.model.embedding_pool or encoder.config.pool, []
     dual = model.dual_encoder
     assert isinstance(model.tokenizer, Tokenizer)
     projection = dual.text_projection

@@ -1,9 +1,14 @@
 """What a family of text encoders on Hugging Face is: how its config and its tensors stand for ours."""
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
+from torch import Tensor
+
+from dualenc.models.heads import HeadConfig
 from dualenc.models.text_encoder import Activation, Pool, TextConfig
 
 # Hugging Face's names of activations; of two that mean the same the first is the one that is written.
@@ -28,24 +33,51 @@ PROBLEMS = {
 Config = dict[str, Any]
 
 
+def activation_name(activation: Activation, usual: str = "gelu") -> str:
+    """Return Hugging Face's name of an activation: the usual one of a family, where it means the same."""
+    if ACTIVATION_NAMES[usual] == activation:
+        return usual
+    return next(theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == activation)
+
+
+class FoundHead(NamedTuple):
+    """A checkpoint of Hugging Face's that has a head.
+
+    Attributes:
+        text: architecture of its encoder.
+        config: the parsed `config.json`.
+        path: path of that file, for errors.
+        weights: tensors by name.
+        outer: prefix of the tensors of heads.
+        token_embeddings: name of the tensor of token embeddings.
+    """
+
+    text: TextConfig
+    config: Config
+    path: Path
+    weights: Mapping[str, Tensor]
+    outer: str
+    token_embeddings: str
+
+
 @dataclass(frozen=True)
-class Slot:
+class Slot(ABC):
     """A place for a head in a family's own format.
 
     Attributes:
-        name: of the head that a checkpoint is read as.
-        kind: of the head.
-        marker: the tensor that tells that a checkpoint has it.
-        modules: module of the head -> module of the checkpoint; one with a dot before it is inside the encoder.
-        parameters: parameter of the head -> names that it has in a checkpoint, the first being the one written.
-        activation: what the format always has; None for what the encoder has.
+        name: name of the head that is read from a checkpoint.
+        marker: name of a tensor that is there if the checkpoint has the head.
+        modules: module of the head -> module of the checkpoint; a dot at its front means inside the encoder.
+        parameters: parameter of the head -> its names in a checkpoint, of which the first is written.
+        activation: activation that the format always has; None for the encoder's.
         norm: see `HeadConfig`.
-        labels: of a head whose labels are always these.
-        architecture: what Hugging Face calls an encoder with this head.
+        labels: labels that the format always has; empty where the config names them.
+        architecture: suffix of Hugging Face's class of an encoder with this head.
+        kind: kind of the head.
+        yields: another head that uses the same modules takes precedence in reading.
     """
 
     name: str
-    kind: str
     marker: str
     modules: Mapping[str, str]
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -53,6 +85,51 @@ class Slot:
     norm: bool = False
     labels: tuple[str, ...] = ()
     architecture: str = ""
+
+    kind: ClassVar[str]
+    yields: ClassVar[bool] = False
+
+    def fits(self, name: str, text: TextConfig, head: HeadConfig) -> bool:
+        """Return whether a head is what the format has in this slot.
+
+        Args:
+            name: name of the head.
+            text: architecture of the encoder.
+            head: configuration of the head.
+        """
+        return head.kind == self.kind and self.activation in (None, text.activation)
+
+    def precedence(self, name: str) -> int:
+        """Return the order in which a head of this kind may take a slot: 0 for first."""
+        return int(name == "nsp")
+
+    @abstractmethod
+    def read(self, found: FoundHead) -> HeadConfig:
+        """Return the configuration of a checkpoint's head.
+
+        Raises:
+            ModelError: If dualenc cannot compute the head; the message names the file and the key.
+        """
+
+    def settings(self, text: TextConfig, head: HeadConfig | None) -> Config:
+        """Return the keys of `config.json` that describe the head in this slot, or that there is none."""
+        return {}
+
+    def copied(self, head: HeadConfig) -> Collection[str]:
+        """Return the parameters that are written under all of their names."""
+        return ()
+
+    def stored(self, head: HeadConfig, names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+        """Return the parameters that a checkpoint has under another name than the first, and tensors without a use.
+
+        Args:
+            head: configuration of the head.
+            names: names of tensors without the prefix of heads.
+
+        Returns:
+            Name by parameter, and names of tensors that are passed over.
+        """
+        return {}, []
 
 
 @dataclass(frozen=True)
