@@ -1,4 +1,4 @@
-"""What a family of text encoders on Hugging Face is: how its config and its tensors stand for ours."""
+"""Description of a family of Hugging Face's text encoders: its config, its tensors and its slots for heads."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 from dualenc.models.heads import HeadConfig
 from dualenc.models.text_encoder import Activation, Pool, TextConfig
 
-# Hugging Face's names of activations; of two that mean the same the first is the one that is written.
+# Hugging Face's names of activations; of two names with one meaning the first is written.
 ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -134,25 +134,26 @@ class Slot(ABC):
 
 @dataclass(frozen=True)
 class Family:
-    """How one `model_type` is written.
+    """The format of one `model_type`.
 
     Attributes:
         name: the `model_type`.
-        stem: what its classes' names begin with.
-        prefix: of the encoder's tensors beside a head's.
-        keys: field of `TextConfig` -> key of the config and the value that an absent key means.
-        always: fields of `TextConfig` that all of the family have.
-        refused: key -> the values that can be computed, the first being the one that is written.
-        outside: module of the encoder -> module of the checkpoint, but for the blocks.
-        block: where the tensors of block i are, {i}; or {group} and {member}.
+        stem: prefix of the names of its classes.
+        prefix: prefix of the encoder's tensors in a checkpoint with a head.
+        keys: field of `TextConfig` -> key of the config and the value of an absent key.
+        always: values of fields of `TextConfig` that the whole family has.
+        refused: key -> the values that can be computed, of which the first is written.
+        outside: module of the encoder -> module of the checkpoint, except for the blocks.
+        block: module of block i in the checkpoint, with {i}; or with {group} and {member}.
         inside: module of a block -> module of the checkpoint, or the three that are joined to one.
-        slots: for heads.
-        dropouts: keys that the dropout is written to; it is read from the first.
+        slots: slots for heads.
+        dropouts: keys to which the dropout is written; it is read from the first.
         token_embeddings: module of the token embeddings in the checkpoint.
-        ignored: patterns of tensors, besides those that every family may have, that stand for no part of the encoder.
-        nested: key of the config, and `model_type`, in which the family stands inside a bigger model.
-        pool: of a text's vector, where the checkpoint does not say.
-        read, write: what is left to say of a config.
+        ignored: patterns of tensors outside the encoder, in addition to those that every family may have.
+        nested: `model_type` of a larger model whose config contains the family's.
+        pool: pooling of a text's vector, where the checkpoint does not name one.
+        read: function that completes the fields of a config that is read.
+        write: function that completes a config that is written.
     """
 
     name: str
