@@ -178,7 +178,7 @@ def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, 
         "mood": {"files": str(data / "labels.tsv")},
         "near": {"files": str(data / "pairs.jsonl"), "pair": "other", "label": "score"},
     }
-    sources = {name: files[name] for name in heads}
+    sources = {name: files[name.split()[-1]] for name in heads}
     settings = {
         "seed_everything": seed,
         "trainer": {
@@ -383,6 +383,21 @@ def big_vocabulary(folder: Path) -> Path:
         "".join(f"{word}\n" for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(500))))
     )
     return path
+
+
+def test_a_head_of_two_words_is_said_to_be_loaded(tmp_path, seed, capsys):
+    write_texts(tmp_path, seed)
+    heads = {"film mood": {"kind": "classification", "labels": ["bad", "good"]}}
+    more = ("--run.monitor", "val/film mood/accuracy", "--trainer.max_steps", "1")
+    first = fit(tmp_path / "first", tmp_path, seed, *more, heads=heads)
+    capsys.readouterr()
+    fit(tmp_path / "second", tmp_path, seed, *more, heads=heads, text_from=str(first / "last"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("weights of")]
+    assert "head film mood" in line
+    assert "random" not in line
+    other = {"film mood": {"kind": "classification", "labels": ["bad", "good"], "activation": None}}  # control
+    fit(tmp_path / "third", tmp_path, seed, *more, heads=other, text_from=str(first / "last"))
+    assert "random at first: head film mood" in capsys.readouterr().err
 
 
 def test_what_is_taken_of_another_model(seed):
