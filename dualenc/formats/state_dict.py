@@ -100,12 +100,6 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._where)
 
-    def rows(self, name: str) -> int:
-        """Return the length of a tensor's first dimension without reading the tensor."""
-        tensors, stored = self._where[name]
-        shape = tensors[stored].shape if isinstance(tensors, dict) else tensors.get_slice(stored).get_shape()
-        return shape[0] if shape else 0
-
     def close(self) -> None:
         """Close the files."""
         self._stack.close()

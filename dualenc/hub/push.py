@@ -286,8 +286,7 @@ def _open_dual_encoder(found: ModelFolder) -> Subject:
 def _open_text_model(found: ModelFolder) -> Subject:
     """Load a text model."""
     predictor = load_text(found.path, "cpu")
-    kinds = {one.kind for one in predictor.model.head_configs.values()}
-    task = "text-classification" if "classification" in kinds else "fill-mask" if "mlm" in kinds else None
+    task = next((task for task in ("text-classification", "fill-mask") if predictor.model.heads_for(task)), None)
     programs: dict[str, Callable[[Source], str]] = {"dualenc": text_model_program}
     if found.config:  # of a family that transformers reads from the same folder
         programs["transformers"] = partial(FORMATS["transformers"].snippet, images=False)

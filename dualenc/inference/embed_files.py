@@ -444,7 +444,7 @@ def _write_texts(
     bad, here = [], []
     for n, first in track(chunks, total=len(chunks)):
         file, path, about = todo[n]
-        tokens, use = about["what"] == "tokens", Use("", "embedding", about["column"])
+        tokens, use = about["what"] == "tokens", Use("", about["column"])
         rows, texts = _read_lines(file, use, range(first, min(first + CHUNK, len(file))), here)
         parts.append(_vectors(predictor, rows, texts, min(CHUNK, len(file) - first), tokens, batch_size))
         if first + CHUNK >= len(file):

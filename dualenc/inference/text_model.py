@@ -1,4 +1,4 @@
-"""What a text model is used for, and how it is written so that others can read it."""
+"""The text predictor: labels, masked tokens and vectors of texts; loading and saving of text models."""
 
 import dataclasses
 import os
@@ -14,14 +14,14 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from dualenc.data.text.tokenizer import Tokenizer
-from dualenc.formats.huggingface.architecture import activation_name, choose_family, family_config, slots_of
-from dualenc.formats.huggingface.family import PROBLEMS, Family
+from dualenc.formats.huggingface.architecture import choose_family, family_config, slots_of
+from dualenc.formats.huggingface.family import Family
 from dualenc.formats.huggingface.text_checkpoint import open_text, own_rules
 from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import fingerprint
-from dualenc.models.heads import HeadConfig, TextModel, answers
+from dualenc.models.heads import HeadConfig, TextModel
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, text_model_program, write_card
@@ -30,28 +30,28 @@ from dualenc.utils.files import FORMAT, atomic_folder, write_json
 from dualenc.utils.text import millions, plural
 
 FILES = (TEXT_MODEL, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
-MASK = "[MASK]"  # in a text that is to be filled, whatever the tokenizer calls it
+MASK = "[MASK]"  # mask in a text to fill, whatever the tokenizer calls it
 Texts = Sequence[str] | Sequence[tuple[str, str]]
 
 
 class Filling(TypedDict):
-    """A guess at a hidden word."""
+    """A guess at a masked token."""
 
     token: str
     probability: float
-    text: str  # with the token in its place; other hidden words stay hidden
+    text: str  # with the token in its place; other masks stay
 
 
 class TextPredictor:
-    """A text model with its tokenizer: labels, hidden words, vectors.
+    """A text model with its tokenizer: labels, masked tokens, vectors.
 
     Args:
         model: encoder and heads.
-        tokenizer: whose ids fit the encoder's vocabulary.
-        name: for people.
+        tokenizer: tokenizer whose ids fit the encoder's vocabulary.
+        name: name for messages and the model card.
 
     Raises:
-        ModelError: the two do not fit together.
+        ModelError: If model and tokenizer do not fit together.
     """
 
     def __init__(self, model: TextModel, tokenizer: Tokenizer, name: str = "model") -> None:
@@ -60,94 +60,97 @@ class TextPredictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where it computes."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that the model computes depends on: architecture, weights to the bit, tokenizer."""
+        """A hash of architecture, weights and tokenizer."""
         return fingerprint(self.model, None, self.tokenizer.fingerprint)
 
     def classify(self, texts: Texts, head: str | None = None, batch_size: int = 64) -> list[dict[str, Any]]:
-        """What a classification head says of N texts.
+        """Return the predictions of a classification head for N texts.
 
         Args:
-            texts: strings; or pairs of them, which the head sees together.
-            head: its name; may be left away where there is one.
-            batch_size: texts a forward pass.
+            texts: strings; or pairs of strings, which the head reads together.
+            head: name of the head; None where the model has one.
+            batch_size: number of texts in a forward pass.
 
         Returns:
-            For each what `dualenc.models.heads.answers` says.
+            For one label a text "label", its "score" and the "scores" of all labels, which sum to 1; for several
+            "labels" of a score of 0.5 or more, and "scores"; for a regression "value".
 
         Raises:
-            ValueError: there is no such head, or it must be named.
+            ValueError: If there is no such head, or it must be named.
         """
-        name = self._head("classification", head)
-        config = self.model.head_configs[name]
+        name = self._head("text-classification", head)
+        kind = self.model.kinds[name]
         texts = [texts] if isinstance(texts, str) else texts
         out: list[dict[str, Any]] = [{} for _ in texts]
         with evaluating(self.model):
             for part, tokens in self._batches(texts, batch_size):
-                for i, answer in zip(part, answers(config, self.model(tokens, name)), strict=True):
+                for i, answer in zip(part, kind.answers(self.model(tokens, name)), strict=True):
                     out[i] = answer
         return out
 
     def fill(self, text: str, k: int = 5) -> list[list[Filling]]:
-        """The likeliest words for each place of a text that is hidden by "[MASK]", or the tokenizer's own such token.
+        """Return the likeliest tokens for each "[MASK]", or the tokenizer's own mask token, of a text.
 
         Args:
-            text: with one such place or more.
-            k: guesses a place.
+            text: text with one mask or more.
+            k: number of guesses for each mask.
 
         Returns:
-            For each place, in order, its k guesses, the likeliest first.
+            For each mask, in order, its k guesses, the likeliest first.
 
         Raises:
-            ValueError: nothing is hidden, or it lies past the longest text; or the model has no head for it.
+            ValueError: If the text has no mask or one past the longest text, or the model lacks a head of kind "mlm".
         """
-        name = self._head("mlm", None)
+        name = self._head("fill-mask", None)
         mask_id = self.tokenizer.mask_id
         if mask_id is None:
-            raise ValueError(f"the tokenizer of {self.name} has no token that hides words")
+            raise ValueError(f"the tokenizer of {self.name} does not have a mask token")
         token = self.tokenizer.backend.id_to_token(mask_id) or MASK
         segments = text.replace(token, MASK).split(MASK)
         if len(segments) < 2:
-            raise ValueError(f"{text!r} hides no word: write {MASK} in its place")
+            raise ValueError(f"{text!r} does not contain {MASK}: write it in place of a word")
         ids = self._spliced(segments, mask_id, token)
         tokens = Tokens.pack([ids])
-        places = [i for i, one in enumerate(ids) if one == mask_id]
-        if len(places) < len(segments) - 1:
+        positions = [i for i, one in enumerate(ids) if one == mask_id]
+        if len(positions) < len(segments) - 1:
             raise ValueError(f"{text!r} is longer than {self.tokenizer.context_length} tokens, and a {MASK} is cut off")
         with evaluating(self.model):
             tokens = tokens.to(self.device)
-            logits = self.model(tokens, name, torch.tensor(places, device=self.device)).float().cpu()
+            logits = self.model(tokens, name, torch.tensor(positions, device=self.device)).float().cpu()
         found = logits.softmax(-1)[:, : self.tokenizer.vocab_size].topk(min(k, self.tokenizer.vocab_size))
         return [
-            [self._filling(segments, place, one, p) for one, p in zip(best.tolist(), values.tolist(), strict=True)]
-            for place, (best, values) in enumerate(zip(found.indices, found.values, strict=True))
+            [self._filling(segments, number, one, p) for one, p in zip(best.tolist(), values.tolist(), strict=True)]
+            for number, (best, values) in enumerate(zip(found.indices, found.values, strict=True))
         ]
 
     def embed(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Vectors (N, D) of unit length, on the CPU: by the encoder's `pool`, or that of an embedding head.
+        """Return vectors (N, D) of unit length, on the CPU, by the pooling of an embedding head or else the encoder's.
 
         Args:
             texts: N strings.
-            batch_size: texts a forward pass.
+            batch_size: number of texts in a forward pass.
+
+        Raises:
+            ValueError: If there are no texts.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("there are no texts to embed")
-        heads = [head for head in self.model.head_configs.values() if head.kind == "embedding"]
         out = torch.empty(len(texts), self.model.config.width)
         with evaluating(self.model):
             for part, tokens in self._batches(texts, batch_size):
                 hidden = self.model.encoder(tokens)
-                pooled = self.model.encoder.pool(hidden, tokens, heads[0].pool if heads else None)
+                pooled = self.model.encoder.pool(hidden, tokens, self.model.embedding_pool)
                 out[part] = F.normalize(pooled.float(), dim=-1).cpu()
         return out
 
     def embed_tokens(self, texts: Sequence[str]) -> list[tuple[list[str], Tensor]]:
-        """The tokens of each text, special ones among them, and their vectors (T, D), on the CPU."""
+        """Return the tokens of each text, special tokens included, and their vectors (T, D), on the CPU."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(texts)
         with evaluating(self.model):
@@ -161,17 +164,17 @@ class TextPredictor:
         return out
 
     def save(self, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the model in its family's own format, that `transformers` reads too; an older one is replaced.
+        """Write the model in its family's own format, which `transformers` reads too, and replace an older one.
 
-        `dualenc.json` beside it keeps what that format cannot say, and heads that it has no place for keep their own
-        names in `model.safetensors`: what `load_text` reads is the same to the bit.
+        `dualenc.json` keeps what that format cannot express, and heads without a slot keep their own names in
+        `model.safetensors`: the model that `load_text` reads is bit-equal.
 
         Args:
             path: name of the folder.
-            weights: in place of the model's own, such as those that lie spread over several processes.
+            weights: weights in place of the model's own, such as those gathered from several processes.
 
         Raises:
-            ModelError: the path is taken by something else.
+            ModelError: If something else is at the path.
         """
         text, heads = self.model.config, self.model.head_configs
         state = self.model.state_dict() if weights is None else weights
@@ -186,26 +189,27 @@ class TextPredictor:
         text, heads = self.model.config, self.model.head_configs
         facts = facts_of_text(self)
         if family is None:
-            library, summary = "dualenc", "A text encoder of no family that transformers knows: only dualenc reads it."
+            library, summary = "dualenc", "A text encoder that transformers does not know: only dualenc reads it."
         else:
             library = "transformers"
             summary = f"A text encoder in the format of transformers ({family.name}); `{TEXT_MODEL}` is dualenc's."
             own = [name for name in heads if name not in slots_of(family, text, heads)]
-            if own := [name for name in own if heads[name].kind != "embedding"]:
+            if own := [name for name in own if list(self.model.heads[name].parameters())]:
                 facts.append(("heads that only dualenc reads", ", ".join(own)))
         return Card(self.name, library, summary, facts, [("dualenc", text_model_program())])
 
-    def _head(self, kind: str, name: str | None) -> str:
-        heads = [key for key, head in self.model.head_configs.items() if head.kind == kind]
+    def _head(self, task: str, name: str | None) -> str:
+        """Return the name of the head for a task, see `Head.task`."""
+        heads = self.model.heads_for(task)
         if name is None and len(heads) == 1:
             return heads[0]
         if name not in heads:
-            what = f"no head {name!r} for {kind}" if name is not None else f"{len(heads) or 'no'} heads for {kind}"
+            what = f"no head {name!r} for {task}" if name is not None else f"{len(heads) or 'no'} heads for {task}"
             raise ValueError(f"{self.name} has {what}" + (f": name one of {', '.join(heads)}" if heads else ""))
         return name
 
     def _batches(self, texts: Texts, batch_size: int) -> Iterator[tuple[list[int], Tokens]]:
-        """Places of texts in the caller's list, and their tokens; equal lengths together: less to compute."""
+        """Yield indices of texts in the caller's list, and their tokens, texts of similar lengths together."""
         pairs = [not isinstance(text, str) for text in texts]
         if any(pairs) and not all(pairs):
             raise ValueError("texts must be all strings or all pairs of strings")
@@ -217,11 +221,11 @@ class TextPredictor:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            kinds = None if types is None else [types[i] for i in part]
-            yield part, Tokens.pack([ids[i] for i in part], kinds).to(self.device)
+            segments = None if types is None else [types[i] for i in part]
+            yield part, Tokens.pack([ids[i] for i in part], segments).to(self.device)
 
     def _spliced(self, segments: Sequence[str], mask_id: int, token: str) -> list[int]:
-        """Ids of a text whose hidden words stand between the segments: in these "[SEP]" is text, as ever."""
+        """Return the ids of a text that has masks between its segments; a "[SEP]" inside a segment is plain text."""
         backend = Backend.from_str(self.tokenizer.backend.to_str())
         backend.no_truncation()
         backend.encode_special_tokens = False
@@ -238,18 +242,19 @@ class TextPredictor:
         ids = backend.post_process(Encoding.merge(parts)).ids
         return ids + [self.tokenizer.pad_id] * ((self.tokenizer.pad_to or 0) - len(ids))
 
-    def _filling(self, segments: Sequence[str], place: int, token_id: int, probability: float) -> Filling:
+    def _filling(self, segments: Sequence[str], number: int, token_id: int, probability: float) -> Filling:
+        """Return a guess for the mask between segments `number` and `number + 1`."""
         backend = self.tokenizer.backend
         token = backend.id_to_token(token_id) or ""
-        before, after = MASK.join(segments[: place + 1]), MASK.join(segments[place + 1 :])
+        before, after = MASK.join(segments[: number + 1]), MASK.join(segments[number + 1 :])
         word = backend.decode([token_id], skip_special_tokens=False).strip()
-        if token.startswith("##"):  # goes on with the word before it
+        if token.startswith("##"):  # continues the word before it
             before, word = before.rstrip(), token[2:]
         return {"token": token, "probability": probability, "text": before + word + after}
 
 
 def facts_of_text(predictor: TextPredictor) -> list[tuple[str, str]]:
-    """Return what a text model is, as pairs of a word and its value, for people."""
+    """Return facts about a text model as pairs of name and value, for display."""
     text = predictor.model.config
     heads = predictor.model.head_configs.items()
     return [
@@ -261,9 +266,10 @@ def facts_of_text(predictor: TextPredictor) -> list[tuple[str, str]]:
 
 
 def counts_positions(text: TextConfig, tokenizer: Tokenizer) -> bool:
-    """Whether transformers gives the tokens of a text the positions that we give them.
+    """Return whether transformers numbers the positions of a text as the encoder does.
 
-    Where the first is not 0 it counts by what is not the token before it, which so must be the one that pads.
+    Where the first position is not 0, transformers counts the tokens that are not padding, and takes the number before
+    the first position for the padding token.
     """
     padding = tokenizer.backend.id_to_token(text.position_offset - 1) if text.position_offset else "<pad>"
     return padding in ("<pad>", "[PAD]")
@@ -277,20 +283,21 @@ def write_text_model(
     tokenizer: Tokenizer,
     state: Mapping[str, Tensor],
 ) -> None:
-    """Writes config.json, where there is a family, model.safetensors, and the tokenizer's files.
+    """Write config.json, where there is a family, model.safetensors, and the tokenizer's files.
 
     Args:
-        folder: that is there.
-        family: whose format it is; absent, tensors keep their own names.
-        text, heads: of the model.
-        tokenizer: its.
-        state: of a `TextModel`.
+        folder: an existing folder.
+        family: family of the format; None for a model whose tensors keep their own names.
+        text: architecture of the encoder.
+        heads: configurations of the heads by name.
+        tokenizer: tokenizer of the model.
+        state: tensors of a `TextModel` by name.
     """
     if family is not None:
         write_json(folder / "config.json", hub_config(family, text, heads, tokenizer))
     tensors = write_state(state, own_rules(family, text, heads, state))
     if family is not None and family.name == "siglip_text_model":
-        # The format has a map after pooling, which the encoder has not: one that changes nothing.
+        # The format has a linear map after pooling, which the encoder lacks: the identity is written.
         head = {"weight": torch.eye(text.width), "bias": torch.zeros(text.width)}
         tensors |= {f"{family.prefix}head.{name}": x for name, x in head.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -301,14 +308,16 @@ def write_text_model(
 def hub_config(
     family: Family, text: TextConfig, heads: Mapping[str, HeadConfig], tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """A family's `config.json`, heads and special tokens included.
+    """Return a family's `config.json`, heads and special tokens included.
 
     Args:
         family: the family.
-        text, heads: of the model.
-        tokenizer: whose opening and closing tokens are named.
+        text: architecture of the encoder.
+        heads: configurations of the heads by name.
+        tokenizer: tokenizer whose opening and closing tokens are named.
     """
     slots = slots_of(family, text, heads)
+    written = {slot.name: heads[name] for name, slot in slots.items()}
     named = {slot.name: slot.architecture for slot in slots.values()}
     first = next((architecture for architecture in named.values() if architecture), "Model")
     config = family_config(family, text)
@@ -316,31 +325,23 @@ def hub_config(
     ids = tokenizer.backend.encode("").ids
     if len(ids) > 1:
         config |= {"bos_token_id": ids[0], "eos_token_id": ids[-1]}
-    mlm = [heads[name] for name, slot in slots.items() if slot.kind == "mlm"]
-    config["tie_word_embeddings"] = all(head.tied for head in mlm)
-    shown = [heads[name] for name, slot in slots.items() if slot.name == "classification"]
-    for head in shown:
-        config["id2label"] = {str(i): label for i, label in enumerate(head.labels)}
-        config["label2id"] = {label: i for i, label in enumerate(head.labels)}
-        config["problem_type"] = PROBLEMS[head.problem]
-    if family.name == "modernbert":
-        activation = shown[0].activation if shown else None
-        config["classifier_activation"] = activation_name(activation or text.activation)
-        config["classifier_pooling"] = (shown[0].pool or text.pool) if shown else "cls"
-        if len(ids) > 1:
-            config |= {"cls_token_id": ids[0], "sep_token_id": ids[-1]}
+    config["tie_word_embeddings"] = True
+    for slot in family.slots:
+        config |= slot.settings(text, written.get(slot.name))
+    if family.name == "modernbert" and len(ids) > 1:
+        config |= {"cls_token_id": ids[0], "sep_token_id": ids[-1]}
     return {**config, "dtype": "float32"}
 
 
 def load_text(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> TextPredictor:
-    """Loads a text model.
+    """Load a text model.
 
     Args:
         spec: see `open_text`.
-        device: absent, CUDA if there is one, else the CPU.
+        device: device of the weights; None for CUDA where it is available, else the CPU.
 
     Raises:
-        ModelError: it cannot be read, or computed; names the file and the key.
+        ModelError: If the model cannot be read or computed; the message names the file and the key.
     """
     checkpoint = open_text(spec)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

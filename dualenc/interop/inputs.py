@@ -16,8 +16,7 @@ from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor
 from dualenc.models.dual_encoder import unit
-from dualenc.models.heads import TextModel
-from dualenc.models.text_encoder import Pool, TextConfig
+from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.tokens import Tokens, padding_index
 
@@ -178,19 +177,12 @@ def _text_outputs(predictor: TextPredictor, inputs: Inputs) -> dict[str, np.ndar
     tokens = Tokens.pack(inputs.ids, types).to(predictor.device)
     with evaluating(model):
         packed = model.encoder(tokens)
-        outputs = {f"logits_{name}": model.head(name, packed, tokens).asinh() for name in classifier_pools(model)}
-        outputs["ids"] = unit(model.encoder.pool(packed, tokens, embedding_pool(model)))
+        outputs = {
+            f"logits_{name}": model.head(name, packed, tokens).asinh()
+            for name in model.heads_for("text-classification")
+        }
+        outputs["ids"] = unit(model.encoder.pool(packed, tokens, model.embedding_pool))
     index, mask = padding_index(tokens.offsets, tokens.max_len)
     outputs["hidden"] = (packed[index] * mask[..., None])[tokens.rows].asinh()  # (M, L, D)
     outputs["texts"] = predictor.embed(inputs.texts)
     return {name: x.float().cpu().numpy() for name, x in outputs.items()}
-
-
-def embedding_pool(model: TextModel) -> Pool | None:
-    """Return the pooling of the first embedding head; None without such a head, for the encoder's own."""
-    return next((head.pool for head in model.head_configs.values() if head.kind == "embedding"), None)
-
-
-def classifier_pools(model: TextModel) -> dict[str, Pool | None]:
-    """Return the pooling of each classification head, by name."""
-    return {name: head.pool for name, head in model.head_configs.items() if head.kind == "classification"}

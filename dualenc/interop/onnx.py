@@ -21,7 +21,7 @@ from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor
 from dualenc.interop import references
 from dualenc.interop.export_format import ExportFormat, read_object
-from dualenc.interop.inputs import classifier_pools, embedding_pool, parts_of
+from dualenc.interop.inputs import parts_of
 from dualenc.models.dual_encoder import DualEncoder, unit
 from dualenc.models.heads import TextModel
 from dualenc.models.text_encoder import Pool, TextConfig
@@ -111,8 +111,10 @@ class WholeText(nn.Module):
     def __init__(self, model: TextModel) -> None:
         super().__init__()
         self.encoder, self.heads = model.encoder, model.heads
-        self.pool: Pool | None = embedding_pool(model)
-        self.classifiers: dict[str, Pool | None] = classifier_pools(model)
+        self.pool: Pool | None = model.embedding_pool
+        self.classifiers: dict[str, Pool | None] = {
+            name: model.head_configs[name].pool for name in model.heads_for("text-classification")
+        }
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, ...]:
         """Compute hidden states (B, T, D), embeddings (B, D) of unit length, and logits (B, C) of each head."""

@@ -18,7 +18,6 @@ from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor, counts_positions, write_text_model
 from dualenc.interop import references
 from dualenc.interop.export_format import ExportFormat
-from dualenc.interop.inputs import embedding_pool, parts_of
 from dualenc.models.text_encoder import Pool, TextEncoder
 from dualenc.report.card import Source
 from dualenc.utils.errors import ModelError
@@ -127,15 +126,16 @@ def _parts(model: Embedder | TextPredictor) -> tuple[TextEncoder, Tokenizer, Poo
     """Return the encoder, its tokenizer, its pooling, and the linear maps after pooling, each with its activation."""
     if isinstance(model, TextPredictor):
         encoder: Any = model.model.encoder
-        return encoder, model.tokenizer, embedding_pool(model.model) or encoder.config.pool, []
-    dual, (tokenizer, _) = model.dual_encoder, parts_of(model)
+        return encoder, model.tokenizer, model.model.embedding_pool or encoder.config.pool, []
+    dual = model.dual_encoder
+    assert isinstance(model.tokenizer, Tokenizer)
     projection = dual.text_projection
     maps = list(projection) if isinstance(projection, nn.Sequential) else [projection]
     layers: list[tuple[nn.Linear, nn.Module]] = []
     for i, one in enumerate(maps):
         if isinstance(one, nn.Linear):
             layers.append((one, maps[i + 1] if i + 1 < len(maps) else nn.Identity()))
-    return dual.text, tokenizer, dual.config.text.pool, layers
+    return dual.text, model.tokenizer, dual.config.text.pool, layers
 
 
 def _write_dense(folder: Path, linear: nn.Linear, activation: nn.Module) -> None:

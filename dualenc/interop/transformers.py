@@ -178,7 +178,7 @@ def _logits(predictor: TextPredictor, name: str, inputs: Inputs) -> np.ndarray:
     with evaluating(predictor.model):
         hidden = predictor.model.encoder(tokens)
         logits = predictor.model.head(name, hidden, tokens).asinh()
-    if predictor.model.head_configs[name].kind == "mlm":
+    if predictor.model.kinds[name].masking is not None:  # The logits are those of tokens.
         index, mask = padding_index(tokens.offsets, tokens.max_len)
         logits = (logits[index] * mask[..., None])[tokens.rows]
     return logits.float().cpu().numpy()

@@ -1,42 +1,42 @@
-"""Replaced-token detection: a small encoder puts words in place of others, a larger one tells which (ELECTRA)."""
+"""Replaced-token detection (ELECTRA): a small generator replaces tokens, a larger discriminator detects them."""
 
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualenc.models.heads import HeadConfig, TextModel
+from dualenc.models.heads.base import HeadConfig, make_head
+from dualenc.models.heads.text_model import TextModel
 from dualenc.models.text_encoder import TextConfig
 from dualenc.tokens import Tokens
 
-SHARED = (
-    "token_embeddings",
-    "position_embeddings",
-    "segment_embeddings",
-    "norm",
-)  # of the embeddings; the way to the encoder's width is its own
+# Parts of the embeddings that both encoders share; each has its own projection to the encoder's width.
+SHARED = ("token_embeddings", "position_embeddings", "segment_embeddings", "norm")
+GENERATOR, DISCRIMINATOR = HeadConfig("mlm"), HeadConfig("rtd")
 
 
 class Replaced(NamedTuple):
-    """A step of replaced-token detection on N tokens, M of which the generator had to guess."""
+    """Outputs of a step of replaced-token detection on N tokens, M of which the generator guesses."""
 
     guesses: Tensor  # (M, V) logits of the generator
-    ids: Tensor  # (N,) int64, what the discriminator read
-    replaced: Tensor  # (N,) bool, where that is not what stood there
+    ids: Tensor  # (N,) int64, input of the discriminator
+    replaced: Tensor  # (N,) bool, whether the input differs from the original token
     logits: Tensor  # (N,) of the discriminator, above 0 for "replaced"
 
 
 def generator_config(text: TextConfig, size: float) -> TextConfig:
-    """The architecture of a generator (Clark et al. 2020, section 3.2): as deep as the discriminator, and narrower.
+    """Return the architecture of a generator: as deep as the discriminator, and narrower.
+
+    See Clark et al. 2020, section 3.2.
 
     Args:
         text: architecture of the discriminator.
-        size: heads and widths of its blocks, times those of the discriminator; the paper found 1/4 to 1/2 best.
+        size: heads and widths of the generator's blocks, as a factor of the discriminator's; the paper found 1/4 to 1/2
+            best.
 
     Raises:
-        ValueError: the size is not between 0 and 1.
+        ValueError: If the size does not lie between 0 and 1.
     """
     if not 0 < size <= 1:
         raise ValueError(f"model.generator_size {size} must lie between 0 and 1")
@@ -53,11 +53,11 @@ class ReplacedTokenModel(nn.Module):
     """A generator with a masked-language head and a discriminator that share their embeddings (Clark et al. 2020).
 
     Args:
-        text: architecture of the discriminator, which is the encoder that people go on with.
+        text: architecture of the discriminator, which is the encoder to use after pretraining.
         generator: architecture of the generator; see `generator_config`.
 
     Raises:
-        ValueError: the embeddings of the two cannot be the same.
+        ValueError: If the two cannot share their embeddings.
     """
 
     def __init__(self, text: TextConfig, generator: TextConfig) -> None:
@@ -70,18 +70,18 @@ class ReplacedTokenModel(nn.Module):
                 )
         if (text.embed_width or text.width) != (generator.embed_width or generator.width):
             raise ValueError("generator and discriminator share embeddings: embed_width must be the same")
-        self.discriminator = TextModel(text, {"rtd": HeadConfig("rtd")})
-        self.generator = TextModel(generator, {"mlm": HeadConfig("mlm")})
+        self.discriminator = TextModel(text, {"rtd": DISCRIMINATOR})
+        self.generator = TextModel(generator, {"mlm": GENERATOR})
         own, other = self.generator.encoder.embeddings, self.discriminator.encoder.embeddings
         for name in SHARED:
             setattr(own, name, getattr(other, name))
 
     @classmethod
     def join(cls, discriminator: TextModel, generator: TextModel) -> "ReplacedTokenModel":
-        """A model of two that were saved apart.
+        """Return a model of two parts that were saved separately.
 
         Raises:
-            ValueError: their embeddings are not the same to the bit, or a head is missing.
+            ValueError: If their embeddings are not bit-equal, or a head is missing.
         """
         model = cls(discriminator.config, generator.config)
         first, second = (part.encoder.embeddings.state_dict() for part in (discriminator, generator))
@@ -89,19 +89,19 @@ class ReplacedTokenModel(nn.Module):
             if name.split(".")[0] in SHARED and not torch.equal(first[name], second[name]):
                 raise ValueError(f"generator and discriminator were not trained together: embeddings.{name} differs")
         for mine, given, head in ((model.generator, generator, "mlm"), (model.discriminator, discriminator, "rtd")):
-            if f"head {head}" not in mine.load_pretrained(given):
-                raise ValueError(f"one of generator and discriminator has no head of kind {head}")
+            if head not in mine.load_pretrained(given).whole:
+                raise ValueError(f"generator or discriminator lacks a head of kind {head}")
         return model
 
     def forward(self, tokens: Tokens, ids: Tensor, masked_positions: Tensor) -> Replaced:
-        """Guesses, draws from the guesses, and judges.
+        """Guess masked tokens, draw replacements from the guesses, and judge every token.
 
-        What stands at a hidden place is drawn from the generator's softmax, by the largest of its logits plus Gumbel
-        noise of torch's generator; no gradient passes it. A draw that is the original token counts as original.
+        A replacement is drawn from the generator's softmax, as the argmax of its logits plus Gumbel noise of torch's
+        generator; no gradient passes through the draw. A draw that equals the original token counts as original.
 
         Args:
             tokens: B texts of N tokens.
-            ids: (N,), with tokens hidden at `masked_positions`.
+            ids: (N,), with masked tokens at `masked_positions`.
             masked_positions: (M,).
         """
         generator = self.generator
@@ -116,11 +116,11 @@ class ReplacedTokenModel(nn.Module):
 
 
 def replaced_token_losses(out: Replaced, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of the generator's cross entropy over M masked positions and of the discriminator's over all N tokens.
+    """Return the sums of the generator's loss over M masked positions and of the discriminator's over all N tokens.
 
     Args:
-        out: of the model.
-        labels: (M,), what stood at the masked positions.
+        out: outputs of the model.
+        labels: (M,) original tokens at the masked positions.
     """
-    guessed = F.cross_entropy(out.guesses.float(), labels, reduction="sum")
-    return guessed, F.binary_cross_entropy_with_logits(out.logits.float(), out.replaced.float(), reduction="sum")
+    guessed = make_head(GENERATOR).loss(out.guesses, labels)
+    return guessed, make_head(DISCRIMINATOR).loss(out.logits, out.replaced)

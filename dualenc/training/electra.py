@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,32 +13,33 @@ from dualenc.data.loading.epoch_plan import derive_seed
 from dualenc.data.text.dataset import Texts
 from dualenc.inference.text_model import TextPredictor
 from dualenc.metrics.text import replaced_metrics
-from dualenc.models import HeadConfig, TextConfig
-from dualenc.models.electra import ReplacedTokenModel, generator_config, replaced_token_losses
+from dualenc.models import TextConfig
+from dualenc.models.electra import DISCRIMINATOR, ReplacedTokenModel, generator_config, replaced_token_losses
+from dualenc.models.heads import HEADS, Measured
 from dualenc.report import Section
 from dualenc.training.contrastive import adamw
 from dualenc.training.optim import WarmupCosine
 from dualenc.training.ranks import mean_over_ranks
-from dualenc.training.text import LanguageTask, Measured
+from dualenc.training.text import LanguageTask
 from dualenc.utils.errors import DataError
 
-HELD_OUT = 7  # keeps the draws of validation apart from those of training
+HELD_OUT = 7  # separates the draws of validation from those of training
 
 
 class ReplacedTokenTask(LanguageTask):
-    """Pretrains a text encoder by telling which tokens a small generator has replaced.
+    """Pretraining of a text encoder that detects which tokens a small generator has replaced.
 
-    The data have one head, `rtd`. `best/` and `last/` are the discriminator, which is the encoder to go on with;
-    `best-generator/` and `last-generator/` lie beside them.
+    The data have one head, `rtd`. `best/` and `last/` are the discriminator, which is the encoder to use after
+    pretraining; the generator is next to them, in `best-generator/` and `last-generator/`.
 
     Args:
         text: architecture of the discriminator.
-        generator_size: of the generator's heads and widths, as a share of the discriminator's; see `generator_config`.
-        discriminator_weight: of the discriminator's loss beside the generator's; 50 in the paper (section 3.1).
-        optimizer: from parameter groups, see `parameter_groups`.
-        scheduler: from the optimizer and the number of steps; a class.
-        max_skipped: steps in a row whose loss or gradient is not finite, which are skipped, that end the run.
-        seed: of dropout and of the generator's draws; the command line gives it `seed_everything`.
+        generator_size: heads and widths of the generator, as a share of the discriminator's; see `generator_config`.
+        discriminator_weight: factor of the discriminator's loss; the generator's has 1; 50 in the paper (section 3.1).
+        optimizer: function of parameter groups, see `parameter_groups`.
+        scheduler: class of the schedule, from the optimizer and the number of steps.
+        max_skipped: number of consecutive steps with a non-finite loss or gradient that ends the run.
+        seed: seed of dropout and of the generator's draws; the command line passes `seed_everything`.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class ReplacedTokenTask(LanguageTask):
         seed: int = 0,
     ) -> None:
         model = ReplacedTokenModel(text, generator_config(text, generator_size))
-        super().__init__(model, {"rtd": HeadConfig("rtd")}, text, optimizer, scheduler, seed, max_skipped)
+        super().__init__(model, {"rtd": DISCRIMINATOR}, text, optimizer, scheduler, seed, max_skipped)
         self.discriminator_weight = discriminator_weight
         self._frequent: Tensor | None = None  # (V,)
 
@@ -67,29 +68,35 @@ class ReplacedTokenTask(LanguageTask):
         return {"generator": guessed, "discriminator": judged}, weights, len(batch.tokens.rows)
 
     def validation_step(self, batch: Texts, batch_idx: int) -> None:
-        """Looks at held-out texts, with the same draws each time."""
+        """Keep the states of held-out texts, with the same draws each time."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.seed, HELD_OUT, batch_idx, self.global_rank))
             super().validation_step(batch, batch_idx)
 
     test_step = validation_step
 
-    def look(self, batch: Texts) -> dict[str, Any]:
-        """See `LanguageTask.look`."""
-        if batch.masked is None:  # all of its lines are bad
+    def observe(self, batch: Texts) -> dict[str, Any]:
+        """See `LanguageTask.observe`."""
+        if batch.masked is None:  # All lines of the batch are bad.
             return {}
         out = self.model(batch.tokens, batch.masked.ids, batch.masked.masked_positions)
         guessed, judged = replaced_token_losses(out, batch.masked.labels)
         right = (out.guesses.argmax(-1) == batch.masked.labels).sum()
-        kept = (out.logits.float(), out.replaced, out.ids, guessed, judged, right, len(out.guesses))
-        return {"rtd": tuple(x.cpu() if isinstance(x, Tensor) else x for x in kept)}
+        state = (out.logits.float(), out.replaced, out.ids, guessed, judged, right, len(out.guesses))
+        return {"rtd": tuple(x.cpu() if isinstance(x, Tensor) else x for x in state)}
 
-    def measure(self, found: dict[str, list[Any]], stage: str) -> tuple[dict[str, float], list[Section]]:
-        """See `LanguageTask.measure`; frequent are the tokens that make up half of the training texts."""
-        if "rtd" not in found:
+    def measure(
+        self, states: dict[str, list[Any]], stage: Literal["val", "test"]
+    ) -> tuple[dict[str, float], list[Section]]:
+        """Return metrics and sections, see `LanguageTask.measure`.
+
+        Frequent tokens are those that make up half of the training texts.
+        """
+        if "rtd" not in states:
             raise DataError("not one of them can be read")
-        logits, replaced, ids = (torch.cat(column) for column in list(zip(*found["rtd"]))[:3])
-        guessed, judged, right, number = (float(sum(column)) for column in list(zip(*found["rtd"]))[3:])
+        columns = list(zip(*states["rtd"]))
+        logits, replaced, ids = (torch.cat(column) for column in columns[:3])
+        guessed, judged, right, number = (float(sum(column)) for column in columns[3:])
         if self._frequent is None:
             data = self.trainer.datamodule
             counts = torch.zeros(self.text_config.vocab_size, dtype=torch.int64)
@@ -100,10 +107,13 @@ class ReplacedTokenTask(LanguageTask):
         metrics["loss"] = judged / max(1, len(logits))
         metrics |= {"generator_loss": guessed / max(1.0, number), "generator_accuracy": right / max(1.0, number)}
         measured = Measured(metrics, {}, {"accuracy": metrics["always_original"]}, len(logits))
-        return {f"rtd/{name}": value for name, value in metrics.items()}, [self.section("rtd", "rtd", measured)]
+        return {f"rtd/{name}": value for name, value in metrics.items()}, [self.section("rtd", HEADS["rtd"], measured)]
 
     def save_model(self, path: Path, weights: Mapping[str, Tensor]) -> None:
-        """See `Task.save_model`: the generator first, so that where there is a model there are both."""
+        """Write generator and discriminator, see `Task.save_model`.
+
+        The generator is first, so that a discriminator is never without its generator.
+        """
         tokenizer, name = self.trainer.datamodule.tokenizer, str(self.trainer.default_root_dir)
         for part, folder in (("generator", path.with_name(f"{path.name}-generator")), ("discriminator", path)):
             own = {key.removeprefix(f"{part}."): x for key, x in weights.items() if key.startswith(f"{part}.")}
@@ -111,10 +121,10 @@ class ReplacedTokenTask(LanguageTask):
 
 
 def frequent_tokens(counts: Tensor) -> Tensor:
-    """Of each token (V,) whether it is among the most frequent ones that make up half of a text.
+    """Return a mask (V,) of the most frequent tokens, which make up half of the texts.
 
     Args:
-        counts: (V,) how often each is there.
+        counts: (V,) number of occurrences of each token.
     """
     order = torch.argsort(counts, descending=True, stable=True)
     before = counts[order].cumsum(0) - counts[order]

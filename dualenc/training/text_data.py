@@ -1,4 +1,4 @@
-"""Texts for a trainer: files, columns, heads, tokenizer and loaders from one set of arguments."""
+"""The data module of texts: files, columns, heads, tokenizer and loaders from one set of arguments."""
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -14,7 +14,7 @@ from dualenc.data.text.dataset import TextDataset, Texts, Use, all_labels, all_t
 from dualenc.data.text.files import TextIndex
 from dualenc.data.text.masking import Masking
 from dualenc.models import TextConfig
-from dualenc.models.heads import HeadConfig
+from dualenc.models.heads import HeadConfig, make_head
 from dualenc.training.pair_data import Source, TokenData, stage_name
 from dualenc.training.task import rank_zero_print
 from dualenc.utils.errors import DataError
@@ -27,11 +27,11 @@ class TextSource(TypedDict):
 
     Attributes:
         files: a path, glob, brace pattern, or a list of these: `.txt`, `.tsv`, `.csv`, `.jsonl`.
-        text: column of the text, "text" where it is absent; that of plain text is called so.
+        text: column of the text; default "text", which is the column of plain text.
         pair: column of the second text of a pair.
-        label: column of the label, "label" where it is absent and the head needs one. For "multi_label" a list in
-            a `.jsonl`, or labels joined by `|`.
-        weight: how often an epoch goes through the files, 1 where it is absent.
+        label: column of the label; default "label" where the head needs one. For "multi_label" a list in a `.jsonl`,
+            or labels joined by `|`.
+        weight: number of times that an epoch reads the files; default 1.
     """
 
     files: str | list[str]
@@ -45,26 +45,26 @@ class TextData(TokenData):
     """Texts for the heads of a text encoder, from files of lines.
 
     Args:
-        train: files by the head that they are for.
-        text: architecture that the tokens are for; the command line takes it from the task.
-        heads: what the heads are; the command line takes them from the task.
+        train: files by head.
+        text: architecture of the encoder; the command line takes it from the task.
+        heads: configurations of the heads; the command line takes them from the task.
         val: files by head, which have the columns of `train` where they do not name others; or share of the training
             lines held out, by their content; or null for none.
-        test: files by head that `test` measures; absent, those of `val`.
-        predict: files by head that `predict` answers; their labels are not read.
-        tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; absent, that of the checkpoint which the task
-            begins from, or else one of `text.vocab_size` entries is trained on the training texts and kept in the run
+        test: files by head for `test`; null for those of `val`.
+        predict: files by head for `predict`; their labels are not read.
+        tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; null for the tokenizer of the task's text
+            checkpoint, or else one of `text.vocab_size` entries is trained on the training texts and kept in the run
             directory.
-        batch_size: samples, over all ranks together.
-        mix: of several heads, "together" for batches with lines of all of them, in proportion to their weights, or
+        batch_size: number of samples, over all ranks together.
+        mix: for several heads, "together" for batches with lines of all of them, in proportion to their weights, or
             "round_robin" for batches of one head each.
-        mask: share of the tokens to hide for a head that guesses them.
-        whole_words: hides all tokens of a word, or none.
-        workers: processes a rank that read and tokenise.
-        timeout: seconds that the next batch may take with workers; then the run ends and names what they are at.
+        mask: share of the tokens to mask for a head that guesses them.
+        whole_words: mask all tokens of a word, or none.
+        workers: number of processes a rank that read and tokenize.
+        timeout: seconds that the next batch may take with workers; then the run ends and names what the workers do.
         bad_samples: share of the lines that may be bad, 10 at least; they are replaced and named in
             `bad_samples.jsonl`. More end the run.
-        seed: of order and hidden words; the command line gives it `seed_everything`.
+        seed: seed of order and masked tokens; the command line passes `seed_everything`.
     """
 
     def __init__(
@@ -91,12 +91,13 @@ class TextData(TokenData):
         if isinstance(val, float | int) and not 0 < val < 1:
             raise DataError(f"data.val {val} must lie between 0 and 1, or be files, or null")
         if mix not in ("together", "round_robin"):
-            raise DataError(f"data.mix {mix!r} is neither together nor round_robin")
+            raise DataError(f"data.mix {mix!r} must be together or round_robin")
         if not train:
             raise DataError("data.train is empty: name files for a head")
-        if len(hiding := [name for name, head in heads.items() if head.kind in ("mlm", "rtd")]) > 1:
-            raise DataError(f"heads {' and '.join(hiding)} both have words hidden: one may")
-        self.heads, self.batch_size, self.seed = heads, batch_size, seed
+        self.heads = {name: make_head(head) for name, head in heads.items()}
+        if len(masking := [name for name, head in self.heads.items() if head.masking is not None]) > 1:
+            raise DataError(f"heads {' and '.join(masking)} read masked tokens: keep one of them")
+        self.batch_size, self.seed = batch_size, seed
         self.mix: Mix = mix
         self.mask, self.whole_words = mask, whole_words
         self.workers, self.timeout, self.bad_samples = workers, timeout, bad_samples
@@ -111,36 +112,39 @@ class TextData(TokenData):
         for part, sources in self.given.items():
             self.uses[part] = {name: self._use(part, name, source) for name, source in sources.items()}
         self.sources = [Source(shards=source["files"], weight=source.get("weight", 1.0)) for source in train.values()]
-        self._raw: dict[Split, dict[str, TextIndex]] = {}  # lines as they are, by head
-        self._cut: dict[Split, dict[str, TextIndex]] = {}  # those that the tokens fit
+        self._raw: dict[Split, dict[str, TextIndex]] = {}  # whole lines, by head
+        self._cut: dict[Split, dict[str, TextIndex]] = {}  # lines in pieces that fit the encoder, by head
         self._whole: dict[Split, TextIndex] = {}
         self._labels: dict[str, list[Any]] = {}
 
     def _use(self, part: Split, name: str, source: TextSource) -> Use:
-        """What the lines of a source are for."""
+        """Return the use of a source's lines.
+
+        Raises:
+            DataError: If the source does not fit the head.
+        """
         where = f"data.{part}.{name}"
         if name not in self.heads:
-            raise DataError(f"{where}: there is no such head; model.heads has {', '.join(self.heads) or 'none'}")
-        head = self.heads[name]
-        if head.kind == "pooler":
-            raise DataError(f"{where}: a head of kind pooler has nothing to learn or to answer: name another")
+            raise DataError(f"{where} names an unknown head; model.heads has {', '.join(self.heads) or 'none'}")
+        head, needs = self.heads[name], self.heads[name].needs
+        if head.trained_by is None:
+            raise DataError(f"{where}: a head of kind {head.config.kind} cannot be trained or measured: name another")
         asked: dict[str, Any] = {**self.given["train"].get(name, {}), **source}
-        needs = head.kind == "classification" or head.problem == "cosine"
         pair = asked.get("pair")
-        if part in ("val", "test") and name not in self.given["train"] and head.kind != "embedding":
+        if part in ("val", "test") and name not in self.given["train"] and head.needs_training_data:
             raise DataError(f"{where}: data.train has no files for this head, and the baselines need them")
-        if head.kind == "embedding" and pair is None:
+        if needs.pairs == "apart" and pair is None:
             raise DataError(f"{where} has no pair: name the column of the second text, {where}.pair")
-        if head.kind in ("mlm", "rtd") and pair is not None:
-            raise DataError(f"{where}.pair {pair!r}: a head of kind {head.kind} takes single texts; leave it out")
-        label = asked.get("label", "label") if needs and part != "predict" else None
-        return Use(name, head.kind, asked.get("text", "text"), pair, label, head.labels, head.problem)
+        if needs.pairs == "none" and pair is not None:
+            raise DataError(f"{where}.pair {pair!r}: {head.config.kind} heads read single texts; leave it out")
+        label = asked.get("label", "label") if needs.labels is not None and part != "predict" else None
+        return Use(name, asked.get("text", "text"), pair, label, needs)
 
     # Data
 
     @property
     def train_index(self) -> TextIndex | None:
-        """The lines to train on, of all heads one after the other."""
+        """The training lines of all heads, one head after the other."""
         return self._joined("train")
 
     @property
@@ -150,12 +154,12 @@ class TextData(TokenData):
 
     @property
     def test_index(self) -> TextIndex | None:
-        """The lines that `test` measures."""
+        """The lines for `test`."""
         return self._joined("test") if self.given["test"] else self.val_index
 
     @property
     def predict_index(self) -> TextIndex | None:
-        """The lines that `predict` answers."""
+        """The lines for `predict`."""
         return self._joined("predict")
 
     def _joined(self, part: Split) -> TextIndex | None:
@@ -167,29 +171,30 @@ class TextData(TokenData):
         return self._whole[part]
 
     def labels(self, head: str) -> Tensor:
-        """The labels that a head is trained on, see `dualenc.data.text.dataset.Part`."""
+        """Return the training labels of a head, see `dualenc.data.text.dataset.Part`."""
         if head not in self._labels:
             self._read("train")
             self._labels[head] = all_labels(self._raw["train"][head], self.uses["train"][head])
-        kind = torch.int64 if self.heads[head].problem == "single_label" else torch.float32
-        return torch.tensor(self._labels[head], dtype=kind)
+        reader = self.uses["train"][head].needs.labels
+        assert reader is not None
+        return torch.tensor(self._labels[head], dtype=reader.dtype)
 
     def all_texts(self) -> Iterable[str]:
-        """The training texts."""
+        """Return the training texts."""
         found = self._raw["train"]
         return chain.from_iterable(all_texts(index, self.uses["train"][name]) for name, index in found.items())
 
     def prepare_data(self) -> None:
-        """Finds the lines and trains the tokenizer, on one process of each machine."""
+        """Index the lines and train the tokenizer, in one process of each machine."""
         if self.trainer.state.fn == "fit":
             self._read("train")
             self._train_tokenizer("texts")
 
     def setup(self, stage: str) -> None:
-        """Finds the lines, splits them, reads the tokenizer, cuts plain text into pieces, looks at the labels.
+        """Index and split the lines, read the tokenizer, cut plain text into pieces, check the labels.
 
         Raises:
-            DataError: files, columns, labels or tokenizer are missing or do not fit.
+            DataError: If files, columns, labels or tokenizer are missing or do not fit.
         """
         part: Split = "test" if stage == "test" and self.given["test"] else "val" if stage != "predict" else "predict"
         if stage != "fit" and not self.given[part]:
@@ -198,29 +203,29 @@ class TextData(TokenData):
         self.tokenizer = self._read_tokenizer()
         for part in parts:
             self._read(part)
-            self._look_at_labels(part)
+            self._check_labels(part)
             self._cut_up(part)
         indexes: dict[Split, TextIndex] = {part: index for part in parts if (index := self._joined(part)) is not None}
         self._check_ranks([index.fingerprint for index in indexes.values()], "files")
         if stage == "fit" and "val" not in indexes:
-            self.trainer.limit_val_batches = 0  # no validation at all, rather than one without data
+            self.trainer.limit_val_batches = 0  # skips validation, which would have no data
         root = Path(self.trainer.default_root_dir)
         path = root / "bad_samples.jsonl" if stage == "fit" else None
         self.bad_sample_log = BadSampleLog(sum(map(len, indexes.values())), path, self.bad_samples)
-        said: dict[Split, str] = {
+        purposes: dict[Split, str] = {
             "train": "to train on",
             "val": "held out",
             "test": "to test on",
-            "predict": "to answer",
+            "predict": "to predict",
         }
         counts = []
         for one, index in indexes.items():
             heads = ", ".join(f"{len(own):,} for {head}" for head, own in self._cut[one].items())
-            counts.append(f"{len(index):,} {said[one]} ({heads})")
+            counts.append(f"{len(index):,} {purposes[one]} ({heads})")
         rank_zero_print(f"samples: {'; '.join(counts)}")
 
     def _read(self, part: Split) -> None:
-        """Finds the lines of a part, once."""
+        """Index the lines of a part, once."""
         if part in self._raw:
             return
         if part == "val" and self.share is not None:
@@ -240,21 +245,21 @@ class TextData(TokenData):
         self._raw[part] = found
 
     def _cut_up(self, part: Split) -> None:
-        """Cuts plain text into pieces that the encoder takes, once."""
+        """Cut plain text into pieces that fit the encoder, once."""
         assert self.tokenizer is not None
         if part not in self._cut:
             self._cut[part] = {
-                name: index.cut(self.tokenizer) if self.uses[part][name].hides else index
+                name: index.cut(self.tokenizer) if self.heads[name].masking is not None else index
                 for name, index in self._raw[part].items()
             }
 
     def texts(self, part: Split, head: str) -> Iterable[str]:
-        """The texts of one head, plain text in its pieces."""
+        """Return the texts of one head, plain text in pieces."""
         self._read(part)
         self._cut_up(part)
         return all_texts(self._cut[part][head], self.uses[part][head])
 
-    def _look_at_labels(self, part: Split) -> None:
+    def _check_labels(self, part: Split) -> None:
         for name, index in self._raw[part].items():
             use = self.uses[part][name]
             if use.label is not None:
@@ -265,23 +270,23 @@ class TextData(TokenData):
     # Loaders
 
     def train_dataloader(self) -> Loader:
-        """This rank's part of each training batch."""
+        """Return the loader of this rank's part of each training batch."""
         return self._loader("train")
 
     def val_dataloader(self) -> Loader:
-        """This rank's part of the held-out lines."""
+        """Return the loader of this rank's part of the held-out lines."""
         return self._loader("val")
 
     def test_dataloader(self) -> Loader:
-        """This rank's part of the lines to test on; where none are named, the held-out ones."""
+        """Return the loader of this rank's part of the test lines, which default to the held-out lines."""
         return self._loader("test" if self.given["test"] else "val")
 
     def predict_dataloader(self) -> Loader:
-        """This rank's part of the lines to answer."""
+        """Return the loader of this rank's part of the lines to predict."""
         return self._loader("predict")
 
     def transfer_batch_to_device(self, batch: Texts, device: torch.device, dataloader_idx: int) -> Texts:
-        """Without waiting for the copies; what only names the samples stays on the host."""
+        """Copy a batch to a device without waiting; rows and bad samples stay on the host."""
         return batch.to(device, non_blocking=True)
 
     def _loader(self, part: Split) -> Loader:
@@ -295,10 +300,8 @@ class TextData(TokenData):
             lines = round(weight * sum(own[head].counts()))
             if number and lines < self.batch_size:
                 raise DataError(f"data.train.{head} gives {lines:,} lines an epoch, data.batch_size {self.batch_size}")
-        hides = part != "predict" and any(use.hides for _, use in uses)
-        # A generator's guesses stand in all of the places: ELECTRA has 85% hidden from it, and no other words.
-        shares = (0.85, 0.0) if any(use.kind == "rtd" for _, use in uses) else (0.8, 0.1)
-        masking = Masking(self.tokenizer, self.mask, *shares) if hides else None
+        shares = [use.needs.masking for _, use in uses if use.needs.masking is not None and part != "predict"]
+        masking = Masking(self.tokenizer, self.mask, *shares[0]) if shares else None
         return self._make_loader(
             TextDataset(index, uses, self.tokenizer, self.seed if train else None, masking, self.whole_words),
             self.batch_size,

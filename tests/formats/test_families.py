@@ -484,7 +484,7 @@ REFUSED = [
     ("bert", {"hidden_act": "mish"}, "hidden_act"),
     ("bert", {"hidden_size": "wide"}, "hidden_size must be a number"),
     ("bert", {"num_attention_heads": 5}, "not divisible"),
-    ("bert", {"architectures": ["BertForTokenClassification"]}, "no such head"),
+    ("bert", {"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification"),
     ("bert", {"model_type": "gpt2"}, "model_type 'gpt2'"),
     ("bert", {"model_type": "t5"}, "model_type 't5'"),
     ("bert", {"num_hidden_layers": 4}, r"encoder.layer.3.attention.self.query.weight is missing; .* and 6 more"),

@@ -16,7 +16,8 @@ from dualenc.data import Pairs
 from dualenc.data.text.masking import Masking
 from dualenc.losses import clip_loss
 from dualenc.models import ImageConfig, TextConfig
-from dualenc.training import ContrastiveTask
+from dualenc.training import ContrastiveTask, contrastive
+from dualenc.training.auxiliary import AuxiliaryLoss, MaskedLanguageLoss
 
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 WEIGHT = 0.7
@@ -94,6 +95,40 @@ def test_nothing_is_hidden(seed):
     got = task.training_step(piece, 0)
     torch.testing.assert_close(got, clip_loss(*task.model(*images_and_tokens(task, 0, 6))))
     assert all(grad.isfinite().all() for grad in gradients(task, got).values())
+
+
+class TextNorm(AuxiliaryLoss):
+    """A second auxiliary loss: the squared norm of a learned map of the texts' vectors."""
+
+    name = "text_norm"
+    option = "model.text_norm_weight"
+
+    def __init__(self):
+        super().__init__(torch.nn.Linear(8, 1), 3.0)
+
+    def compute(self, model, pieces, world):
+        vectors = torch.cat([model.encode_text(piece.tokens) for piece in pieces])
+        mean = self.module(vectors).square().mean()
+        self.latest = mean.detach()
+        return mean
+
+
+def test_a_second_auxiliary_loss_is_one_object(seed, monkeypatch):
+    torch.manual_seed(seed)
+    monkeypatch.setattr(
+        contrastive, "auxiliary_losses", lambda text, *_: [MaskedLanguageLoss(text, WEIGHT), TextNorm()]
+    )
+    task, piece = task_of(), piece_of(0, 20)
+    added = task.text_norm(task.model.encode_text(piece.tokens)).square().mean()
+    want = by_hand(task, piece) + 3 * added
+    got = task.training_step(piece, 0)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    close(gradients(task, got), gradients(task, want))
+    assert {"mlm.bias", "mlm.dense.weight", "text_norm.weight", "text_norm.bias"} <= task.state_dict().keys()
+    logged = task.more_metrics()
+    assert logged["train/text_norm_loss"] == pytest.approx(added.item())
+    assert logged["train/mlm_loss"] > 0
+    assert task.masked == MaskedLanguageLoss.masked
 
 
 def test_wrong_use(tmp_path, seed, capsys):

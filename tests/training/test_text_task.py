@@ -20,8 +20,9 @@ from dualenc.data.text.masking import Masking
 from dualenc.formats.huggingface.text_checkpoint import open_text
 from dualenc.losses import clip_loss
 from dualenc.models import HeadConfig, TextConfig, TextModel
+from dualenc.models.heads import LoadedHeads
+from dualenc.models.heads.embedding import NEGATIVES
 from dualenc.training import TextTask
-from dualenc.training.text import NEGATIVES
 
 HEADS = {
     "words": HeadConfig("mlm", weight=0.5),
@@ -177,7 +178,7 @@ def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, 
         "mood": {"files": str(data / "labels.tsv")},
         "near": {"files": str(data / "pairs.jsonl"), "pair": "other", "label": "score"},
     }
-    sources = {name: files[name] for name in heads}
+    sources = {name: files[name.split()[-1]] for name in heads}
     settings = {
         "seed_everything": seed,
         "trainer": {
@@ -338,9 +339,9 @@ def test_what_the_logits_mean_stays(tmp_path, seed, capsys):
     ("heads", "message"),
     [
         ({}, "names no head"),
-        ({"type": HeadConfig("mlm")}, r"model\.heads\.type: a head cannot be called so"),
-        ({"a": HeadConfig("rtd")}, "ReplacedTokenTask does rtd"),
-        ({"a": HeadConfig("mlm"), "b": HeadConfig("mlm")}, "two of kind mlm"),
+        ({"type": HeadConfig("mlm")}, r"model\.heads\.type: a head cannot be called"),
+        ({"a": HeadConfig("rtd")}, "rtd, which TextTask cannot train: use ReplacedTokenTask"),
+        ({"a": HeadConfig("mlm"), "b": HeadConfig("mlm")}, "a and b read masked tokens"),
     ],
 )
 def test_heads_that_cannot_be(heads, message):
@@ -384,6 +385,21 @@ def big_vocabulary(folder: Path) -> Path:
     return path
 
 
+def test_a_head_of_two_words_is_said_to_be_loaded(tmp_path, seed, capsys):
+    write_texts(tmp_path, seed)
+    heads = {"film mood": {"kind": "classification", "labels": ["bad", "good"]}}
+    more = ("--run.monitor", "val/film mood/accuracy", "--trainer.max_steps", "1")
+    first = fit(tmp_path / "first", tmp_path, seed, *more, heads=heads)
+    capsys.readouterr()
+    fit(tmp_path / "second", tmp_path, seed, *more, heads=heads, text_from=str(first / "last"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("weights of")]
+    assert "head film mood" in line
+    assert "random" not in line
+    other = {"film mood": {"kind": "classification", "labels": ["bad", "good"], "activation": None}}  # control
+    fit(tmp_path / "third", tmp_path, seed, *more, heads=other, text_from=str(first / "last"))
+    assert "random at first: head film mood" in capsys.readouterr().err
+
+
 def test_what_is_taken_of_another_model(seed):
     two = HeadConfig("classification", labels=("a", "b"))
     given = TextModel(config(), {"words": HeadConfig("mlm"), "pooler": HeadConfig("pooler"), "one": two})
@@ -391,10 +407,10 @@ def test_what_is_taken_of_another_model(seed):
         for parameter in given.parameters():
             parameter.add_(torch.randn_like(parameter))
     apart = TextModel(config(), {"guess": HeadConfig("mlm", tied=False)})
-    assert apart.load_pretrained(given) == ["head guess"]
+    assert apart.load_pretrained(given) == LoadedHeads(whole=("guess",))
     assert torch.equal(apart.heads["guess"].output_embeddings, given.encoder.embeddings.token_embeddings.weight)
     joined = TextModel(config(), {"words": HeadConfig("mlm")})
-    assert joined.load_pretrained(apart) == ["head words"]
+    assert joined.load_pretrained(apart) == LoadedHeads(whole=("words",))
     assert torch.equal(joined.heads["words"].dense.weight, given.heads["words"].dense.weight)
     mine = TextModel(config(), {
         "guess": HeadConfig("mlm", weight=2.0), "one": two,
@@ -402,7 +418,7 @@ def test_what_is_taken_of_another_model(seed):
         "flat": HeadConfig("classification", labels=("a", "b"), activation=None),
     })  # fmt: skip
     before = {name: x.clone() for name, x in mine.state_dict().items()}
-    assert mine.load_pretrained(given) == ["head guess", "head one", "the first layer of head two"]
+    assert mine.load_pretrained(given) == LoadedHeads(("guess", "one"), ("two",), ("flat",))
     after, theirs = mine.state_dict(), given.state_dict()
     for name, x in after.items():
         if name.startswith("encoder."):

@@ -1,8 +1,7 @@
-"""Lines and plan to batches of texts, for one head or several."""
+"""Batches of texts from lines of files, for one head or several."""
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,44 +12,43 @@ from torch.utils.data import Dataset
 from dualenc.data.loading.bad_samples import BadRecord, SampleReader
 from dualenc.data.loading.loader import Request
 from dualenc.data.text.files import Line, TextIndex
+from dualenc.data.text.labels import Label, LabelReader
 from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
 from dualenc.utils.errors import BadSample, DataError
 
-SEPARATOR = "|"  # of several labels in one field
+Pairs = Literal["joined", "apart", "none"]
 
 
 class Part(NamedTuple):
-    """What one head has of a batch. A sample that is bad and measured has no part in it."""
+    """The samples of a batch that belong to one head. A sample that is bad and measured belongs to no head."""
 
-    texts: (
-        Tensor  # (b,) int64, which of the batch's texts, in the caller's order; `Texts.rows[texts]` are their numbers
-    )
-    others: Tensor | None  # (b,) int64, the second texts of an embedding head's pairs
-    # Single: (b,) int64; several: (b, C) float32, 0 or 1; regression, cosine: (b,) float32. None where there are none.
-    labels: Tensor | None
+    # (b,) int64, index of each sample's text in the batch, in the caller's order; `Texts.rows[texts]` are their rows.
+    texts: Tensor
+    others: Tensor | None  # (b,) int64, index of each second text, where the head reads the texts of a pair apart
+    labels: Tensor | None  # (b, ...) of the dtype of the head's `LabelReader`; None for a head without labels
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Part":
-        """The same on another device."""
+        """Return a copy on another device."""
         moved = {k: x.to(device, non_blocking=non_blocking) for k, x in self._asdict().items() if x is not None}
         return self._replace(**moved)
 
 
 class Texts(NamedTuple):
-    """A batch of B samples: their texts, and after those the second texts of pairs whose sides are texts of their own.
+    """Batch of B samples: their texts, followed by the second texts of pairs that are read apart.
 
-    So text i is of sample i for i < B.
+    So text i belongs to sample i for i < B.
     """
 
-    tokens: Tokens  # with segments where a classification head takes pairs
-    rows: Tensor  # (B,) int64, number of each sample in the index; -1 for a bad one where it is measured
-    parts: dict[str, Part]  # of the heads that have samples in it
-    masked: Masked | None  # the texts with words hidden, where the head that guesses them has samples in it
-    bad: Sequence[BadRecord] = ()  # samples that were met and could not be used
+    tokens: Tokens  # with segments where the texts of a pair are joined
+    rows: Tensor  # (B,) int64, row of each sample in the index; -1 for a bad one where it is measured
+    parts: dict[str, Part]  # by the heads that have samples in the batch
+    masked: Masked | None  # the texts with masked tokens, where the head that reads them has samples in the batch
+    bad: Sequence[BadRecord] = ()  # bad samples that were met
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Texts":
-        """The same on another device; what only names the samples stays."""
+        """Return a copy on another device; rows and bad samples stay on the host."""
         return self._replace(
             tokens=self.tokens.to(device, non_blocking),
             parts={head: part.to(device, non_blocking) for head, part in self.parts.items()},
@@ -58,55 +56,66 @@ class Texts(NamedTuple):
         )
 
 
-class Use(NamedTuple):
-    """What the lines of a source are for.
+@dataclass(frozen=True)
+class Needs:
+    """The data that a head needs.
 
     Attributes:
-        head: its name.
-        kind: "mlm" and "rtd" have words hidden; of "classification" both texts of a pair are one, joined by the
-            tokenizer; of "embedding" they are two.
-        text, pair, label: columns; absent where there are none.
-        labels: of a classification, in the order of the logits.
-        problem: see `dualenc.models.heads.HeadConfig`.
+        labels: reader of its labels; None for a head without labels.
+        pairs: "joined", a line has one text, or two that the tokenizer joins; "apart", a line has two texts, each by
+            itself; "none", a line has one text.
+        masking: of the tokens that are chosen to be guessed, the share that the mask token replaces and the share that
+            a random token replaces, see `Masking`; None for a head that reads all tokens.
+        meaning: kind, problem and labels of the head, which a resumed run must have again.
+    """
+
+    labels: LabelReader | None = None
+    pairs: Pairs = "joined"
+    masking: tuple[float, float] | None = None
+    meaning: tuple[str, str, tuple[str, ...]] = ("", "", ())
+
+
+class Use(NamedTuple):
+    """The use of a source's lines: columns that are read for a head.
+
+    Attributes:
+        head: name of the head.
+        text: column of the text.
+        pair: column of the second text of a pair; None for single texts.
+        label: column of the label; None where no label is read.
+        needs: data that the head needs.
     """
 
     head: str
-    kind: Literal["mlm", "rtd", "classification", "embedding"]
     text: str = "text"
     pair: str | None = None
     label: str | None = None
-    labels: tuple[str, ...] = ()
-    problem: str = "single_label"
+    needs: Needs = Needs()
 
     @property
     def columns(self) -> list[str]:
-        """Those that it reads."""
+        """The columns that are read."""
         return [name for name in (self.text, self.pair, self.label) if name is not None]
-
-    @property
-    def hides(self) -> bool:
-        """Whether words are hidden."""
-        return self.kind in ("mlm", "rtd")
 
 
 class LabeledText(NamedTuple):
-    """What a line holds for a head."""
+    """Content of a line for a head."""
 
     text: str
     other: str | None
-    label: int | list[float] | float | None
+    label: Label | None
 
 
 def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) -> list[str]:
-    """The text of a line, or both.
+    """Return the text of a line, or both texts of a pair.
 
     Args:
         sample: the line.
-        use: what it is for.
-        fields: what it holds, where that has been read.
+        use: columns to read.
+        fields: content of the line by column, where it has been read already.
 
     Raises:
-        BadSample: one is missing, empty, or no text.
+        BadSample: If a text is missing, empty, or not a string.
     """
     fields = sample.read() if fields is None else fields
     found = []
@@ -118,77 +127,56 @@ def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) ->
             raise BadSample(sample, f"its column {name!r} holds no text")
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a character
-            raise BadSample(sample, f"its column {name!r} holds what is no Unicode", error.reason) from None
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair.
+            raise BadSample(sample, f"its column {name!r} holds text that is not Unicode", error.reason) from None
         found.append(text)
     return found
 
 
 def field(sample: Line, fields: Mapping[str, Any], name: str) -> Any:
-    """One field of a line.
+    """Return one field of a line.
 
     Raises:
-        BadSample: there is none.
+        BadSample: If the line lacks the field.
     """
     if name not in fields:
         raise BadSample(sample, f"it has no field {name!r}")
     return fields[name]
 
 
-def label_of(sample: Line, use: Use, fields: Mapping[str, Any]) -> int | list[float] | float | None:
-    """The label of a line that holds these fields, as numbers; None where it has none.
+def label_of(sample: Line, use: Use, fields: Mapping[str, Any]) -> Label | None:
+    """Return the label of a line, or None where no label is read.
+
+    Args:
+        sample: the line.
+        use: columns to read.
+        fields: content of the line by column.
 
     Raises:
-        BadSample: it is no number, or none of the head's labels.
+        BadSample: If the field does not hold a label of the head.
     """
-    if use.label is None:
+    reader = use.needs.labels
+    if use.label is None or reader is None:
         return None
     value = field(sample, fields, use.label)
-    if use.problem in ("regression", "cosine"):
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise BadSample(sample, f"its column {use.label!r} is not a number", repr(value)[:80])
-        return number
-    names = _names(value, use.problem)
-    if unknown := [name for name in names if name not in use.labels]:
-        raise BadSample(sample, f"its column {use.label!r} is no label of head {use.head!r}", repr(unknown[0])[:80])
-    if use.problem == "single_label":
-        return use.labels.index(names[0])
-    return [float(label in names) for label in use.labels]
+    try:
+        return reader.read(value)
+    except ValueError as error:
+        cause = f"its column {use.label!r} does not hold {reader.expected} for head {use.head!r}"
+        raise BadSample(sample, cause, str(error)) from None
 
 
-def _names(value: Any, problem: str) -> list[str]:
-    """The labels that a field names."""
-    if problem == "multi_label" and isinstance(value, str):
-        items = [name for name in value.split(SEPARATOR) if name.strip()]
-    elif problem == "multi_label" and isinstance(value, list):
-        items = value
-    else:
-        items = [value]
-    return [item.strip() if isinstance(item, str) else json.dumps(item) for item in items]
-
-
-def all_labels(index: TextIndex, use: Use) -> list[int | list[float] | float]:
-    """The label of every line that has a good one.
+def all_labels(index: TextIndex, use: Use) -> list[Label]:
+    """Return the label of every line that has a readable one.
 
     Raises:
-        DataError: a line has a label that the head does not know; names both.
+        DataError: If a line has a label that the head does not know; the message names both.
     """
     found = []
     for sample in index:
         try:
             fields = sample.read()
-            if use.label is not None and use.problem in ("single_label", "multi_label") and use.label in fields:
-                for name in _names(fields[use.label], use.problem):
-                    if name not in use.labels:
-                        known = ", ".join(use.labels[:20]) + (", ..." if len(use.labels) > 20 else "")
-                        raise DataError(
-                            f"{sample}: label {name[:80]!r} in column {use.label!r} is none of head {use.head!r}, "
-                            f"which has {known}: add it to model.heads.{use.head}.labels, or mend the line"
-                        )
+            _check_names(sample, use, fields)
             label = label_of(sample, use, fields)
         except BadSample:
             continue
@@ -197,8 +185,21 @@ def all_labels(index: TextIndex, use: Use) -> list[int | list[float] | float]:
     return found
 
 
+def _check_names(sample: Line, use: Use, fields: Mapping[str, Any]) -> None:
+    """Raise DataError if a line names a label that the head does not know."""
+    reader = use.needs.labels
+    if reader is None or use.label is None or use.label not in fields:
+        return
+    for name in reader.unknown(fields[use.label]):
+        known = ", ".join(reader.names[:20]) + (", ..." if len(reader.names) > 20 else "")
+        raise DataError(
+            f"{sample}: label {name[:80]!r} in column {use.label!r} is not a label of head {use.head!r}, which has "
+            f"{known}: add it to model.heads.{use.head}.labels, or correct the line"
+        )
+
+
 def all_texts(index: TextIndex, use: Use) -> Iterator[str]:
-    """Every text of the lines; those that have no readable one are passed over."""
+    """Yield every text of the lines; lines without a readable text are passed over."""
     for sample in index:
         try:
             yield from texts_of(sample, use)
@@ -207,15 +208,15 @@ def all_texts(index: TextIndex, use: Use) -> Iterator[str]:
 
 
 class TextDataset(Dataset[Texts]):
-    """Batches of texts, by request; see `dualenc.data.loading.loader.BatchDataset`.
+    """Batches of texts on request; see `dualenc.data.loading.loader.BatchDataset`.
 
     Args:
         index: the lines.
-        uses: (number of files, what their lines are for) of each source, in the order of the index.
-        tokenizer: texts to `Tokens`.
-        seed: of the hidden words; None where it is measured: then the same are hidden each time.
-        masking: hides words of the heads that guess them; absent, none are.
-        whole_words: hides words whole.
+        uses: (number of files, use of their lines) of each source, in the order of the index.
+        tokenizer: conversion of texts into `Tokens`.
+        seed: seed of the masked tokens; None where lines are measured: then the same tokens are masked each time.
+        masking: masks tokens for the head that guesses them; None masks no tokens.
+        whole_words: mask whole words.
     """
 
     def __init__(
@@ -234,13 +235,13 @@ class TextDataset(Dataset[Texts]):
         lines = np.cumsum([0, *index.counts()])
         files = np.cumsum([0, *(number for number, _ in uses)])
         self._bounds = lines[files]  # (U+1,) first line of each source
-        self._segments = any(use.kind == "classification" and use.pair is not None for _, use in uses)
+        self._segments = any(use.needs.pairs == "joined" and use.pair is not None for _, use in uses)
 
     def _source(self, row: int) -> int:
         return int(np.searchsorted(self._bounds, row, side="right")) - 1
 
     def _source_range(self, row: int) -> tuple[int, int]:
-        """The lines of the same source: the first, and the first after them."""
+        """Return the bounds of the source of a line: its first line, and the first line after it."""
         source = self._source(row)
         return int(self._bounds[source]), int(self._bounds[source + 1])
 
@@ -251,10 +252,10 @@ class TextDataset(Dataset[Texts]):
         return LabeledText(text, other[0] if other else None, label_of(sample, use, fields))
 
     def __getitem__(self, request: Request) -> Texts:
-        """The batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch.
+        """Return the batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch.
 
         Raises:
-            DataError: too many samples one after the other are bad.
+            DataError: If too many consecutive samples are bad.
         """
         epoch, position, rows = request
         items: list[LabeledText] = []
@@ -265,15 +266,18 @@ class TextDataset(Dataset[Texts]):
             items.append(item)
             used.append(number)
         uses = [self.uses[self._source(row)][1] for row in rows.tolist()]
-        joined = [i for i, use in enumerate(uses) if use.kind == "classification" and items[i].other is not None]
-        apart = [i for i, use in enumerate(uses) if use.kind == "embedding" and items[i].other is not None]
-        second = {i: len(items) + place for place, i in enumerate(apart)}
-        hidden = [i for i, use in enumerate(uses) if use.hides and used[i] >= 0] if self.masking is not None else []
-        tokens, words = self._tokens(items, joined, apart, hidden if self.whole_words else [])
+        paired = {
+            how: [i for i, use in enumerate(uses) if use.needs.pairs == how and items[i].other is not None]
+            for how in ("joined", "apart")
+        }
+        second = {i: len(items) + number for number, i in enumerate(paired["apart"])}
+        guessing = [i for i, use in enumerate(uses) if use.needs.masking is not None and used[i] >= 0]
+        hidden = guessing if self.masking is not None else []
+        tokens, words = self._tokens(items, paired["joined"], paired["apart"], hidden if self.whole_words else [])
         masked = None
         if hidden:
             assert self.masking is not None
-            # In training by the place in the epoch, so that each epoch hides others; else by the line.
+            # In training the draws depend on the place in the epoch, so that each epoch masks others; else on the line.
             numbers = {i: position + i if self.seed is not None else used[i] for i in hidden}
             key = (0,) if self.seed is None else (self.seed, epoch)
             masked = self.masking(tokens, key, numbers=numbers, words=words if self.whole_words else None)
@@ -288,7 +292,7 @@ class TextDataset(Dataset[Texts]):
     def _tokens(
         self, items: list[LabeledText], joined: list[int], apart: list[int], whole: list[int]
     ) -> tuple[Tokens, dict[int, list[int]]]:
-        """The texts of a batch, and of those in `whole` the word of each token."""
+        """Tokenize the texts of a batch; return also the word of each token for the texts in `whole`."""
         texts: list[list[int]] = [[]] * (len(items) + len(apart))
         types: dict[int, list[int]] = {}
         words: dict[int, list[int]] = {}
@@ -309,9 +313,10 @@ class TextDataset(Dataset[Texts]):
 
     def facts(self) -> dict[str, Any]:
         """See `BatchDataset.facts`."""
+        meanings = [use.needs.meaning for _, use in self.uses]
         return {
             "columns": [[use.head, use.text, use.pair, use.label] for _, use in self.uses],
-            "labels": [[use.kind, use.problem, list(use.labels)] for _, use in self.uses],
+            "labels": [[kind, problem, list(labels)] for kind, problem, labels in meanings],
             "tokenizer": self.tokenizer.fingerprint,
             "fingerprint": self.index.fingerprint,
             "mask": self.masking.share if self.masking else None,
@@ -322,6 +327,6 @@ class TextDataset(Dataset[Texts]):
 def _part(own: list[int], second: dict[int, int], labels: list[Any], use: Use) -> Part:
     others = torch.tensor([second[i] for i in own]) if own[0] in second else None
     found = None
-    if use.label is not None:
-        found = torch.tensor(labels, dtype=torch.int64 if use.problem == "single_label" else torch.float32)
+    if use.label is not None and use.needs.labels is not None:
+        found = torch.tensor(labels, dtype=use.needs.labels.dtype)
     return Part(torch.tensor(own), others, found)

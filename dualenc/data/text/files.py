@@ -1,8 +1,8 @@
-"""Lines of text files as samples, without loading them: where each begins, read when it is asked for.
+"""Lines of text files as samples: an index of their bounds; a line is read when it is requested.
 
-Plain text (`.txt`); tables whose first line names the columns (`.tsv`: a tab always ends a field, quotes mean nothing;
-`.csv`: RFC 4180, a quoted field may hold line ends); and `.jsonl`, one object a line. All are UTF-8; what ends a line
-is "\\n" or "\\r\\n". Lines with nothing in them are no samples.
+Plain text (`.txt`); tables whose first line names the columns (`.tsv`: a tab always ends a field, quotes are letters;
+`.csv`: RFC 4180, a quoted field may hold line ends); and `.jsonl`, one object a line. All are UTF-8; lines end with
+"\\n" or "\\r\\n". Empty lines are skipped.
 """
 
 import csv
@@ -29,26 +29,27 @@ from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.urls import is_remote, shown
 
 KINDS = (".txt", ".tsv", ".csv", ".jsonl")
-TEXT = "text"  # the one column of plain text
-CHUNK = 1 << 24  # bytes that are looked through at a time
-AT_ONCE = 256  # lines that are cut
-LONGEST = 1 << 24  # bytes of a line that are read
-csv.field_size_limit(max(csv.field_size_limit(), LONGEST))  # of 128 KiB otherwise, beyond which it makes up records
-MARK = b"\xef\xbb\xbf"  # that some programs write at the beginning of UTF-8
+TEXT = "text"  # name of the column of plain text
+CHUNK = 1 << 24  # bytes to scan at a time
+AT_ONCE = 256  # lines to cut at a time
+LONGEST = 1 << 24  # largest line to read, in bytes
+# Beyond the default limit of 128 KiB the csv module would split a field into records.
+csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+MARK = b"\xef\xbb\xbf"  # byte order mark, which some programs write at the beginning of UTF-8
 
 
 @dataclass(frozen=True, eq=False)
 class TextFile:
-    """Where the lines of one file are."""
+    """Index of the lines of one file."""
 
     url: str  # a local path
-    size: int  # bytes
-    mtime: int
-    digest: str  # of its content
-    columns: tuple[str, ...]  # of a `.jsonl`, the fields of its first line
+    size: int  # of the file, in bytes
+    mtime: int  # time of the last change, in ns
+    digest: str  # hash of the content
+    columns: tuple[str, ...]  # for a `.jsonl` the fields of its first line
     starts: np.ndarray  # (S,) int64, first byte of each sample
-    sizes: np.ndarray  # (S,) int64, bytes, line end not included
-    numbers: np.ndarray  # (S,) int64, of the line that it begins in, from 1
+    sizes: np.ndarray  # (S,) int64, bytes of each sample, without the line end
+    numbers: np.ndarray  # (S,) int64, number of the line in which each sample begins, from 1
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -58,62 +59,62 @@ class TextFile:
 
     @property
     def kind(self) -> str:
-        """The end of its name, with the dot."""
+        """The suffix of the file's name, with the dot."""
         return os.path.splitext(self.url)[1].lower()
 
     def key(self, i: int) -> str:
-        """What people find sample i by."""
+        """Return the name of sample i for messages: its line."""
         name = f"line {self.numbers[i]}"
-        if i and self.numbers[i] == self.numbers[i - 1]:  # a further piece of it
+        if i and self.numbers[i] == self.numbers[i - 1]:  # a further piece of the same line
             name += f" from byte {self.starts[i]}"
         return name
 
     def bytes(self, i: int) -> bytes:
-        """Sample i as it stands in the file.
+        """Return the bytes of sample i.
 
         Raises:
-            DataError: the file is gone or was changed.
+            DataError: If the file has been changed or removed.
         """
         try:
             status = os.stat(self.url)
             if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime):
-                raise DataError(f"{self.url} changed since it was indexed: start the run again")
+                raise DataError(f"{self.url} has changed since it was indexed: start the run again")
             return os.pread(open_cached(self.url, status.st_ino).descriptor, int(self.sizes[i]), int(self.starts[i]))
         except OSError as error:
             raise DataError(f"{self.url} cannot be read: {error.strerror}") from None
 
     def take(self, chosen: np.ndarray) -> "TextFile":
-        """Some of the samples, given by a mask (S,)."""
+        """Select samples by a mask (S,)."""
         return replace(self, starts=self.starts[chosen], sizes=self.sizes[chosen], numbers=self.numbers[chosen])
 
 
 @dataclass(frozen=True)
 class Line:
-    """One sample: a line of a file, or a piece of it."""
+    """One sample: a line of a file, or a piece of a line."""
 
     source: TextFile
-    number: int  # among the file's samples
+    number: int  # index among the file's samples
 
     @property
     def shard(self) -> str:
-        """The file's path."""
+        """The path of the file."""
         return self.source.url
 
     @property
     def key(self) -> str:
-        """The line, for people."""
+        """The name of the line for messages."""
         return self.source.key(self.number)
 
     def __str__(self) -> str:
         return f"{self.shard} {self.key}"
 
     def read(self) -> dict[str, Any]:
-        """Its fields by column; of plain text, one.
+        """Return the fields of the line by column; plain text has one.
 
         Raises:
-            BadSample: it is no UTF-8, no JSON object, not quoted well, or has another number of fields than the header;
-                or it is larger than any line should be.
-            DataError: the file is gone or was changed.
+            BadSample: If the line is not UTF-8, not a JSON object, wrongly quoted, has another number of fields than
+                the header, or is larger than `LONGEST`.
+            DataError: If the file has been changed or removed.
         """
         size = int(self.source.sizes[self.number])
         if size > LONGEST:
@@ -129,16 +130,16 @@ class Line:
             try:
                 found = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise BadSample(self, "it is no JSON", str(error)) from None
+                raise BadSample(self, "it is not JSON", str(error)) from None
             if not isinstance(found, dict):
-                raise BadSample(self, "it is no JSON object")
+                raise BadSample(self, "it is not a JSON object")
             return found
         try:
             fields = text.split("\t") if kind == ".tsv" else _record(text)
         except csv.Error as error:
-            raise BadSample(self, "its quotes are not those of a CSV", str(error)) from None
+            raise BadSample(self, "its quotes are not valid in CSV", str(error)) from None
         if len(fields) != len(columns):
-            raise BadSample(self, "its number of columns is not that of the header", f"{len(fields)}, {len(columns)}")
+            raise BadSample(self, "its number of columns differs from the header's", f"{len(fields)}, {len(columns)}")
         return dict(zip(columns, fields))
 
 
@@ -147,16 +148,19 @@ def _record(text: str) -> list[str]:
 
 
 def expand_files(files: Shards) -> list[str]:
-    """Paths of what users write: a path, a glob, a brace pattern, or a list of these.
+    """Expand what users write into paths.
+
+    Args:
+        files: a path, a glob, a brace pattern, or a list of these.
 
     Raises:
-        DataError: a part names no file, or none that is read here; or a file is named twice.
+        DataError: If a part does not name a file of a known kind, or a file is named twice.
     """
     parts = [files] if isinstance(files, str | os.PathLike) else list(files)
     paths: list[str] = []
     for part in (os.fspath(part) for part in parts):
         if is_remote(part) or part.startswith("pipe:"):
-            raise DataError(f"{shown(part)!r}: text is read from local files only: copy it")
+            raise DataError(f"{shown(part)!r}: text is read from local files only: copy it to a local file")
         try:
             found = [part] if os.path.isfile(part) else [p for x in braceexpand(part) for p in sorted(glob(x))]
         except ValueError as error:
@@ -168,14 +172,18 @@ def expand_files(files: Shards) -> list[str]:
         raise DataError("the list of files is empty")
     for path in paths:
         if os.path.isdir(path) or os.path.splitext(path)[1].lower() not in KINDS:
-            raise DataError(f"{path} is none of {', '.join(KINDS)}: name such files")
+            raise DataError(f"{path} must be one of {', '.join(KINDS)}")
     if twice := distinct(paths)[1]:
         raise DataError(f"{twice[0]} is named twice: name it once")
     return paths
 
 
 class TextIndex:
-    """The lines of several files, or some of them. Make one with `build`."""
+    """Index of the lines of several files, or of some of them; made by `build`.
+
+    Args:
+        parts: indexes of single files.
+    """
 
     def __init__(self, parts: Sequence[TextFile]) -> None:
         self.parts = list(parts)
@@ -183,25 +191,25 @@ class TextIndex:
 
     @classmethod
     def build(cls, files: Shards, columns: Sequence[str] = ()) -> "TextIndex":
-        """The index of files, each looked through once.
+        """Build the index of files, each of which is scanned once.
 
         Args:
             files: see `expand_files`.
-            columns: that each must have.
+            columns: columns that each file must have.
 
         Raises:
-            DataError: a file is missing or empty, cannot be read, or lacks a column; names it.
+            DataError: If a file is missing, empty or unreadable, or lacks a column; the message names it.
         """
         parts = [_scan(path) for path in expand_files(files)]
         for part in parts:
             for name in columns:
                 if name not in part.columns:
-                    raise DataError(f"{part} has no column {name!r}, but {', '.join(map(repr, part.columns))}")
+                    raise DataError(f"{part} has no column {name!r}, only {', '.join(map(repr, part.columns))}")
         return cls(parts)
 
     @classmethod
     def join(cls, indexes: Sequence["TextIndex"]) -> "TextIndex":
-        """The samples of several indexes, one after the other."""
+        """Join the samples of several indexes, one index after the other."""
         return cls([part for index in indexes for part in index.parts])
 
     def __len__(self) -> int:
@@ -218,16 +226,16 @@ class TextIndex:
 
     @property
     def shards(self) -> list[str]:
-        """The files' paths, for people."""
+        """The paths of the files."""
         return list(map(str, self.parts))
 
     def counts(self) -> list[int]:
-        """Samples in each file."""
+        """Return the number of samples in each file."""
         return [len(part) for part in self.parts]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the files' names without their folders, of their content, and of which parts of it are meant."""
+        """A hash of the files' names without folders, their content, and the choice of samples."""
         digest = hashlib.blake2b(digest_size=16)
         for part in self.parts:
             digest.update(json.dumps([os.path.basename(part.url), part.digest, len(part)]).encode())
@@ -236,13 +244,13 @@ class TextIndex:
         return digest.hexdigest()
 
     def split(self, share: float) -> tuple["TextIndex", "TextIndex"]:
-        """Two parts by content: about `1 - share` and `share` of the samples.
+        """Split the samples by content into two parts, about `1 - share` and `share` of them.
 
-        Which part a line falls into depends on its bytes alone, so that equal lines never stand in both, and adding
-        some moves none.
+        The part of a line depends only on its bytes, so that equal lines are in the same part, and added lines do not
+        move others.
 
         Raises:
-            DataError: one of the parts would be empty.
+            DataError: If one of the parts would be empty.
         """
         limit = min(int(share * 2**64), 2**64 - 1)
         held = [
@@ -251,17 +259,17 @@ class TextIndex:
         number = sum(int(mask.sum()) for mask in held)
         if not 0 < number < len(self):
             raise DataError(
-                f"val: {share} of {len(self)} lines of {self.parts[0]} leaves one side empty; give another share, or "
+                f"val: {share} of {len(self)} lines of {self.parts[0]} leaves one side empty: set another share, or "
                 "files"
             )
         pairs = list(zip(self.parts, held))
         return TextIndex([part.take(~mask) for part, mask in pairs]), TextIndex([part.take(m) for part, m in pairs])
 
     def cut(self, tokenizer: Tokenizer) -> "TextIndex":
-        """The same text in pieces that fit a context: of plain text, lines that are longer are several samples.
+        """Cut lines of plain text that are longer than the context into several samples.
 
-        Nothing but blanks is left out, and pieces end between words where that is possible. Lines of tables and of
-        `.jsonl` stay as they are.
+        Only white space is left out, and pieces end between words where that is possible. Lines of tables and of
+        `.jsonl` stay whole.
         """
         return TextIndex([_cut(part, tokenizer) if part.kind == ".txt" else part for part in self.parts])
 
@@ -291,14 +299,14 @@ def _scan(path: str) -> TextFile:
     stops = stops - ((stops > starts) & (whole[stops - 1] == 13))
     full = stops > starts
     head = whole[np.minimum(starts, len(whole) - 1)]
-    # Spaces of Unicode begin with one of these bytes, and a short line may be nothing but them.
-    odd = np.isin(head, (0xC2, 0xE1, 0xE2, 0xE3)) & (stops - starts <= 64)
-    for i in np.flatnonzero(full & ((head <= 32) | odd)).tolist() if kind != ".csv" else ():
+    # Unicode's white space begins with one of these bytes, and a short line may consist of it.
+    maybe_blank = np.isin(head, (0xC2, 0xE1, 0xE2, 0xE3)) & (stops - starts <= 64)
+    for i in np.flatnonzero(full & ((head <= 32) | maybe_blank)).tolist() if kind != ".csv" else ():
         line = whole[starts[i] : stops[i]].tobytes()
         full[i] = bool(line.strip(b" ") if kind == ".tsv" else line.decode("utf-8", "replace").strip())
     starts, sizes, numbers = starts[full], (stops - starts)[full], numbers[full]
     if not len(starts):
-        raise DataError(f"{path} has nothing but empty lines")
+        raise DataError(f"{path} has only empty lines")
     file = TextFile(path, status.st_size, status.st_mtime_ns, digest.hexdigest(), (), starts, sizes, numbers)
     if kind == ".txt":
         return replace(file, columns=(TEXT,))
@@ -313,7 +321,7 @@ def _scan(path: str) -> TextFile:
         except (ValueError, RecursionError):
             fields = None
         if not isinstance(fields, dict):
-            raise DataError(f"{path}: its first line is no JSON object: each line must be one")
+            raise DataError(f"{path}: every line must be a JSON object, but the first is not")
         return replace(file, columns=tuple(fields))
     try:
         columns = text.split("\t") if kind == ".tsv" else _record(text)
@@ -328,15 +336,23 @@ def _scan(path: str) -> TextFile:
 
 
 def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where the records of a CSV begin and end, and their lines: a quoted field may hold line ends.
+    """Find the bounds of the records of a CSV, and their line numbers: a quoted field may hold line ends.
 
-    The csv module says where; a byte is a letter to it, since those that it looks for are ASCII. A record that it
-    cannot read, such as one whose quotes do not end, is its first line alone, a bad sample for whoever reads it; the
-    next one begins in the next line.
+    The csv module finds them; it gets each byte as a letter, since its special characters are ASCII. A record that it
+    cannot read, such as one whose quotes do not end, is cut to its first line, which is a bad sample when it is read;
+    the next record begins in the next line.
+
+    Args:
+        whole: bytes of the file.
+        starts: (L,) first byte of each line.
+        stops: (L,) end of each line.
+
+    Returns:
+        Starts (R,), stops (R,) and line numbers (R,) of the records.
     """
     if not any((whole[at : at + CHUNK] == 34).any() for at in range(0, len(whole), CHUNK)):
         return starts, stops, np.arange(1, len(starts) + 1)
-    at, line = 0, 0  # lines given to the reader
+    at, line = 0, 0  # number of lines that the reader has taken, and first line of the present record
 
     def lines() -> Iterator[str]:
         nonlocal at
@@ -362,31 +378,32 @@ def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[
 
 
 def _cut(file: TextFile, tokenizer: Tokenizer) -> TextFile:
-    # A token is of one byte at least, or of a sixth where a normal form makes one letter many; one may be put before.
+    # A token has at least one byte, or a sixth of one where normalization makes several letters of one; the tokenizer
+    # may also put a token in front.
     room = tokenizer.context_length - tokenizer.backend.num_special_tokens_to_add(False) - 1
     long = np.flatnonzero(file.sizes * 6 > room).tolist()
-    places: dict[int, list[tuple[int, int]]] = {}  # of the lines that are cut: pieces, in bytes
-    for some in (long[i : i + AT_ONCE] for i in range(0, len(long), AT_ONCE)):
+    cuts: dict[int, list[tuple[int, int]]] = {}  # bounds of the pieces of each line that is cut, in bytes
+    for batch in (long[i : i + AT_ONCE] for i in range(0, len(long), AT_ONCE)):
         texts: dict[int, str] = {}
-        for i in some:
-            if file.sizes[i] > LONGEST:  # a bad sample, when it is read
+        for i in batch:
+            if file.sizes[i] > LONGEST:  # It becomes a bad sample when it is read.
                 continue
             data = file.bytes(i)
             if len(data) > room or not data.isascii():
-                with suppress(UnicodeDecodeError):  # a bad sample, when it is read
+                with suppress(UnicodeDecodeError):  # It becomes a bad sample when it is read.
                     texts[i] = data.decode("utf-8")
         for (i, text), letters in zip(texts.items(), tokenizer.cut(list(texts.values()))):
             if len(letters) > 1:
                 pieces = [text[a:b] for a, b in pairwise([0, *letters])]
                 bounds = pairwise(np.cumsum([0, *(len(piece.encode()) for piece in pieces)]).tolist())
-                places[i] = [bound for bound, piece in zip(bounds, pieces) if piece.strip()]
-    if not places:
+                cuts[i] = [bound for bound, piece in zip(bounds, pieces) if piece.strip()]
+    if not cuts:
         return file
     counts = np.ones(len(file), dtype=np.int64)
-    counts[list(places)] = [len(pieces) for pieces in places.values()]
+    counts[list(cuts)] = [len(pieces) for pieces in cuts.values()]
     first = np.cumsum(counts) - counts
     starts, sizes = np.repeat(file.starts, counts), np.repeat(file.sizes, counts)
-    for i, pieces in places.items():
+    for i, pieces in cuts.items():
         here = slice(first[i], first[i] + counts[i])
         begins, ends = np.array(pieces, dtype=np.int64).reshape(-1, 2).T
         starts[here] += begins

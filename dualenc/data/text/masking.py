@@ -1,4 +1,4 @@
-"""Words to guess: the masked-language-model task on packed texts."""
+"""Masking of tokens for masked language modeling, on packed texts."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,40 +12,40 @@ from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
 from dualenc.utils.errors import DataError
 
-_MASK = 4  # keeps these draws apart from those of the plan
+_MASK = 4  # separates these draws from those of the epoch plan
 
 
 class Masked(NamedTuple):
-    """A packed batch of texts some of whose tokens are hidden."""
+    """A packed batch of texts with some tokens masked."""
 
-    ids: Tensor  # (N,) int64, as `Tokens.ids`, with other tokens where some are hidden
-    masked_positions: Tensor  # (M,) int64, of the tokens to guess among the N
-    labels: Tensor  # (M,) int64, what stood there
+    ids: Tensor  # (N,) int64, `Tokens.ids` with other tokens at some of the masked positions
+    masked_positions: Tensor  # (M,) int64, positions of the tokens to guess among the N
+    labels: Tensor  # (M,) int64, original tokens at these positions
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Masked":
-        """The same on another device."""
+        """Return a copy on another device."""
         return Masked(*(x.to(device, non_blocking=non_blocking) for x in self))
 
 
 class Masking:
-    """Hides tokens as BERT does (Devlin et al. 2019, section 3.1 and appendix A.1).
+    """Masking of BERT (Devlin et al. 2019, section 3.1 and appendix A.1).
 
-    Each token but the special ones is to be guessed with probability `share`; of those, 80% are replaced by the mask
-    token, 10% by any token of the vocabulary but the special ones, and 10% stay, unless other shares are given.
+    Each token except the special ones is chosen with probability `share`; of the chosen ones, 80% are replaced by the
+    mask token, 10% by a random token that is not special, and 10% stay, unless other shares are given.
 
     Args:
-        tokenizer: whose special tokens are never chosen.
-        share: of the tokens, between 0 and 1.
-        hidden: share of those to be guessed in whose place the mask token stands.
-        swapped: share of those in whose place any token stands; the others stay.
+        tokenizer: tokenizer whose special tokens are never chosen.
+        share: share of the tokens to choose, between 0 and 1.
+        hidden: share of the chosen tokens that the mask token replaces.
+        swapped: share of the chosen tokens that a random token replaces; the others stay.
 
     Raises:
-        DataError: the tokenizer has no mask token, or the share is none.
+        DataError: If the tokenizer lacks a mask token, or the share is not between 0 and 1.
     """
 
     def __init__(self, tokenizer: Tokenizer, share: float, hidden: float = 0.8, swapped: float = 0.1) -> None:
         if not 0 < share < 1:
-            raise DataError(f"data.mask {share}: the share of tokens to guess must lie between 0 and 1")
+            raise DataError(f"data.mask {share}: the share of masked tokens must lie between 0 and 1")
         if tokenizer.mask_id is None:
             raise DataError(
                 "the tokenizer has neither [MASK] nor <mask>: model.mlm_weight, or a head of kind mlm, needs one"
@@ -61,33 +61,33 @@ class Masking:
         numbers: Mapping[int, int] | None = None,
         words: Mapping[int, Sequence[int]] | None = None,
     ) -> Masked:
-        """Hides tokens of a batch.
+        """Mask tokens of a batch.
 
         Args:
             tokens: B texts.
-            key: of the draws.
-            first: number of the first text. What is hidden of a text depends on its number and the key alone.
-            numbers: of the texts in which tokens are hidden, by their places in the batch; absent, all of them have
-                numbers from `first` on.
-            words: of the same texts, the word of each token, -1 for none, see `Tokenizer.encode_words`: words are then
-                hidden whole (whole word masking, of BERT's authors), each with probability `share`.
+            key: key of the random draws.
+            first: number of the first text. The masked tokens of a text depend only on its number and the key.
+            numbers: numbers of the texts to mask, by their indices in the batch; None for all texts, with numbers
+                that start at `first`.
+            words: for the same texts the word of each token, -1 for no word, see `Tokenizer.encode_words`: words are
+                then masked whole (whole word masking, by BERT's authors), each with probability `share`.
         """
         ids, offsets, rows = tokens.ids.numpy().copy(), tokens.offsets.tolist(), tokens.rows.tolist()
-        can_be = np.isin(ids, self.ordinary)
+        ordinary = np.isin(ids, self.ordinary)
         chosen = np.zeros(len(ids), dtype=bool)
         labels = ids.copy()
-        for place, number in (dict(enumerate(range(first, first + len(rows)))) if numbers is None else numbers).items():
-            text = slice(offsets[rows[place]], offsets[rows[place] + 1])
+        for index, number in (dict(enumerate(range(first, first + len(rows)))) if numbers is None else numbers).items():
+            text = slice(offsets[rows[index]], offsets[rows[index] + 1])
             generator = np.random.Generator(philox(*key, _MASK, number))
             draws = generator.random((3, text.stop - text.start))
-            decides = draws[0]
-            if words is not None:  # the draw of a word's first token is that of all of them
-                _, begins, of = np.unique(words[place], return_index=True, return_inverse=True)
-                decides = draws[0][begins][of]
-            chosen[text] = here = can_be[text] & (decides < self.share)
-            other = self.ordinary[(draws[2] * len(self.ordinary)).astype(np.int64)]
+            choice = draws[0]
+            if words is not None:  # All tokens of a word take the draw of its first one.
+                _, starts, inverse = np.unique(words[index], return_index=True, return_inverse=True)
+                choice = draws[0][starts][inverse]
+            chosen[text] = here = ordinary[text] & (choice < self.share)
+            random = self.ordinary[(draws[2] * len(self.ordinary)).astype(np.int64)]
             swaps = draws[1] < self.hidden + self.swapped
-            new = np.where(draws[1] < self.hidden, self.mask, np.where(swaps, other, ids[text]))
+            new = np.where(draws[1] < self.hidden, self.mask, np.where(swaps, random, ids[text]))
             ids[text] = np.where(here, new, ids[text])
         masked_positions = np.flatnonzero(chosen)
         return Masked(

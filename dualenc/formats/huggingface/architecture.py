@@ -1,4 +1,4 @@
-"""From a family's config to an architecture and back, and which heads have a place in a family's own format."""
+"""Conversion of a family's config to an architecture and back, and the slots of heads in a family's format."""
 
 import dataclasses
 import json
@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from dualenc.formats.huggingface.families import FAMILIES
-from dualenc.formats.huggingface.family import ACTIVATION_NAMES, Config, Family, Slot
+from dualenc.formats.huggingface.family import ACTIVATION_NAMES, Config, Family, Slot, activation_name
 from dualenc.models.heads import HeadConfig
-from dualenc.models.text_encoder import Activation, TextConfig
+from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError
 
 WIDTHS = ("vocab_size", "width", "layers", "heads", "mlp_width", "context_length")
 
 
 def family_of(config: Any, where: str) -> tuple[Family, Config]:
-    """The family that a `config.json` of Hugging Face is of, and the part of it that speaks of the text encoder.
+    """Return the family of a `config.json` of Hugging Face, and the part of it that describes the text encoder.
+
+    Args:
+        config: the parsed JSON.
+        where: path of the file, for errors.
 
     Raises:
-        ModelError: there is none such.
+        ModelError: If dualenc does not read the family.
     """
     kind = config.get("model_type") if isinstance(config, dict) else None
     for family in FAMILIES.values():
@@ -30,41 +34,42 @@ def family_of(config: Any, where: str) -> tuple[Family, Config]:
         if kind is not None and kind == family.nested:
             inside = config.get("text_config_dict") or {}
             return family, {**(config.get("text_config") or {}), **inside}
-    raise ModelError(f"{where}: model_type {kind!r} is no text encoder that dualenc reads ({', '.join(FAMILIES)})")
+    raise ModelError(f"{where}: model_type {kind!r} must be one of {', '.join(FAMILIES)}")
 
 
 def text_config(family: Family, config: Config, where: str) -> TextConfig:
-    """The architecture that a family's config says.
+    """Return the architecture of a family's config.
 
     Args:
         family: the family.
         config: the parsed JSON.
-        where: its file, for errors.
+        where: path of the file, for errors.
 
     Raises:
-        ModelError: a value cannot be computed, or makes no sense; names the key.
+        ModelError: If a value cannot be computed or is not valid; the message names the key.
     """
     for key, known in family.refused.items():
         if (value := config.get(key, known[0])) not in known and value is not None:
-            raise ModelError(f"{where}: {key} {json.dumps(value)} is none that dualenc computes")
+            raise ModelError(f"{where}: {key} {json.dumps(value)} cannot be computed by dualenc")
     fields: Config = {**family.always, "pool": family.pool, "family": family.name}
     for name, (key, usual) in family.keys.items():
         value = config.get(key)
         value = usual if value is None else value
         if name == "activation":
             if value not in ACTIVATION_NAMES:
-                raise ModelError(f"{where}: {key} {json.dumps(value)} is none that dualenc computes")
+                raise ModelError(f"{where}: {key} {json.dumps(value)} cannot be computed by dualenc")
             value = ACTIVATION_NAMES[value]
         elif not isinstance(value, (int, float) if name == "norm_eps" else int) or isinstance(value, bool):
-            raise ModelError(f"{where}: {key} must be a number, not {json.dumps(value)}")
+            raise ModelError(f"{where}: {key} must be a number, found {json.dumps(value)}")
         fields[name] = value
     if fields["types"] == 0 and "types" in family.keys:
-        raise ModelError(f"{where}: type_vocab_size 0 leaves the family's segments without an embedding")
+        raise ModelError(f"{where}: type_vocab_size must be positive, found 0")
     if family.dropouts and isinstance(dropout := config.get(family.dropouts[0], 0.1), int | float):
         fields["dropout"] = float(dropout)
-    # Before anything is built: so many layers take minutes even without memory.
+    # Checked before anything is built: thousands of layers take minutes even without memory.
     if fields["layers"] > 1000 or any(fields[name] < 1 for name in WIDTHS if name in fields):
-        raise ModelError(f"{where}: {', '.join(f'{family.keys[n][0]} {fields[n]}' for n in WIDTHS)}: no such encoder")
+        sizes = ", ".join(f"{family.keys[name][0]} {fields[name]}" for name in WIDTHS)
+        raise ModelError(f"{where}: {sizes} must be positive, with at most 1000 layers")
     try:
         if family.read is not None:
             family.read(config, fields)
@@ -73,15 +78,8 @@ def text_config(family: Family, config: Config, where: str) -> TextConfig:
         raise ModelError(f"{where}: {error}") from None
 
 
-def activation_name(activation: Activation, usual: str = "gelu") -> str:
-    """Hugging Face's name of an activation: the usual one of a family, where it is the same."""
-    if ACTIVATION_NAMES[usual] == activation:
-        return usual
-    return next(theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == activation)
-
-
 def family_config(family: Family, text: TextConfig) -> Config:
-    """What a family's `config.json` says of an architecture that is one of its own."""
+    """Return a family's `config.json` for an architecture that it expresses."""
     config: Config = {"model_type": family.name}
     for name, (key, usual) in family.keys.items():
         value = getattr(text, name)
@@ -91,16 +89,24 @@ def family_config(family: Family, text: TextConfig) -> Config:
     config |= dict.fromkeys(family.dropouts, text.dropout)
     config |= {key: known[0] for key, known in family.refused.items()}
     if "hidden_dropout_prob" in family.dropouts:
-        config["attention_probs_dropout_prob"] = 0.0  # which the encoder has not
+        config["attention_probs_dropout_prob"] = 0.0  # The encoder has no dropout there.
     if family.write is not None:
         family.write(text, config)
     return config
 
 
 def fitted(text: TextConfig, names: Sequence[str]) -> tuple[Family, TextConfig] | None:
-    """The first of some families that has an architecture, its own before the others, and it as that family has it.
+    """Return the first family that expresses an architecture, and the architecture as the family writes it.
 
-    Where a family has segments and the encoder none, there is one, whose embedding `with_segment` adds: zeros.
+    The architecture's own family is tried first. Where a family has segments and the encoder has none, the result has
+    one segment, whose embedding `with_segment` adds as zeros.
+
+    Args:
+        text: the architecture.
+        names: names of families.
+
+    Returns:
+        None if no family expresses it.
     """
     for name in dict.fromkeys([text.family, *names]):
         for one in (text, dataclasses.replace(text, types=1)) if not text.types else (text,):
@@ -110,7 +116,7 @@ def fitted(text: TextConfig, names: Sequence[str]) -> tuple[Family, TextConfig] 
 
 
 def with_segment(state: Mapping[str, Tensor], text: TextConfig) -> dict[str, Tensor]:
-    """The state of a dual encoder whose text tower is to be as `fitted` says."""
+    """Return the state of a dual encoder whose text tower has the architecture that `fitted` returned."""
     name = "text.embeddings.segment_embeddings.weight"
     missing = text.types and name not in state
     width = text.embed_width or text.width
@@ -118,7 +124,7 @@ def with_segment(state: Mapping[str, Tensor], text: TextConfig) -> dict[str, Ten
 
 
 def expresses(family: Family, text: TextConfig) -> bool:
-    """Whether a family has exactly this architecture: what is written is read as the same."""
+    """Return whether a family expresses exactly this architecture: written and read again it is the same."""
     try:
         again = text_config(family, family_config(family, text), "")
     except (ModelError, ArithmeticError, TypeError):
@@ -127,7 +133,7 @@ def expresses(family: Family, text: TextConfig) -> bool:
 
 
 def _plain(text: TextConfig) -> TextConfig:
-    """The architecture as such: one way to say what can be said in several, and nothing that is no part of it."""
+    """Return an architecture in one normal form, without the fields that are not part of it."""
     plain = dataclasses.replace(
         text,
         mlp_width=text.mlp_width or 4 * text.width,
@@ -139,7 +145,7 @@ def _plain(text: TextConfig) -> TextConfig:
         family=None,
         pad_id=0,
     )
-    if plain.window is None or plain.global_every == 1:  # no layer sees a window
+    if plain.window is None or plain.global_every == 1:  # Every layer sees the whole text.
         plain = dataclasses.replace(plain, window=None, global_every=1, local_theta=None)
     else:
         local = plain.theta if plain.local_theta is None else plain.local_theta
@@ -148,44 +154,43 @@ def _plain(text: TextConfig) -> TextConfig:
 
 
 def slots_of(family: Family, text: TextConfig, heads: Mapping[str, HeadConfig]) -> dict[str, Slot]:
-    """Which heads stand under the family's own names, and in which slot.
+    """Return the slots of the heads that have the family's own names, by head.
 
-    Of two that would have the same names the first has them; one that is called as a pretraining head comes after the
-    others, a pooler last. The same for writing and reading.
+    If two heads would have the same names, the first has them; poolers and heads that are called as a pretraining head
+    come after the others. Reading and writing use the same order.
+
+    Args:
+        family: the family.
+        text: architecture of the encoder.
+        heads: configurations of the heads by name.
     """
 
     def order(name: str) -> int:
-        return 2 if heads[name].kind == "pooler" else name == "nsp"
+        return max((slot.precedence(name) for slot in family.slots if slot.kind == heads[name].kind), default=0)
 
     slots: dict[str, Slot] = {}
     taken: set[str] = set()
     for name in sorted(heads, key=order):
         for slot in family.slots:
             modules = {*slot.modules.values(), *(names[0] for names in slot.parameters.values())}
-            if not modules & taken and _fits(slot, name, text, heads[name]):
+            if not modules & taken and slot.fits(name, text, heads[name]):
                 slots[name] = slot
                 taken |= modules
                 break
     return slots
 
 
-def _fits(slot: Slot, name: str, text: TextConfig, head: HeadConfig) -> bool:
-    """Whether a head is what the format has in this slot."""
-    if head.kind != slot.kind or (slot.labels and (name != slot.name or head.labels != slot.labels)):
-        return False
-    if head.kind in ("mlm", "rtd"):
-        return slot.activation in (None, text.activation)
-    pool = head.pool or text.pool
-    if head.kind == "classification" and slot.norm:  # ModernBERT: its config says the rest
-        return head.norm and head.activation is not None and pool in ("cls", "mean")
-    return head.activation == slot.activation and not head.norm and pool == "cls"
-
-
 def choose_family(text: TextConfig, heads: Mapping[str, HeadConfig]) -> Family | None:
-    """The family that a model is written as: its own; or of those with its architecture one with its heads.
+    """Return the family that a model is written as.
+
+    It is the model's own family, or else of those that express the architecture the one with slots for most heads.
+
+    Args:
+        text: architecture of the encoder.
+        heads: configurations of the heads by name.
 
     Returns:
-        None where no family has it.
+        None if no family expresses the architecture.
     """
     own = FAMILIES.get(text.family or "")
     if own is not None and expresses(own, text):

@@ -1,13 +1,20 @@
-"""The families of text encoders that Hugging Face knows, as data: fields of `config.json` and names of tensors.
+"""The families of text encoders of Hugging Face, as data: fields of `config.json` and names of tensors.
 
-A family says how its config stands for a `TextConfig` and back, and what its tensors are called; no code runs that is
-a family's alone, but for ModernBERT's config, which has had two forms. What a config says and the encoder cannot
-compute is refused by name.
+A family maps its config to a `TextConfig` and back, and names its tensors. A config that asks for something that the
+encoder cannot compute is refused by name.
 """
 
 import dataclasses
 
-from dualenc.formats.huggingface.family import ACTIVATION_NAMES, Config, Family, Slot
+from dualenc.formats.huggingface.family import ACTIVATION_NAMES, Config, Family
+from dualenc.formats.huggingface.slots import (
+    ClassificationSlot,
+    MaskedLanguageSlot,
+    ModernClassificationSlot,
+    ModernMaskedLanguageSlot,
+    PoolerSlot,
+    ReplacedTokenSlot,
+)
 from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError
 
@@ -44,9 +51,8 @@ BERT_INSIDE = {
     "mlp_norm": "output.LayerNorm",
 }
 DROPOUTS = ("hidden_dropout_prob",)
-POOLER = Slot("pooler", "pooler", ".pooler.dense.weight", {"dense": ".pooler.dense"}, activation="tanh")
-TOP_CLASSIFIER = Slot(  # as RoBERTa and ELECTRA have it: two layers above the encoder
-    "classification",
+POOLER = PoolerSlot("pooler", ".pooler.dense.weight", {"dense": ".pooler.dense"}, activation="tanh")
+TOP_CLASSIFIER = ClassificationSlot(  # two layers above the encoder (RoBERTa, ELECTRA)
     "classification",
     "classifier.out_proj.weight",
     {"dense": "classifier.dense", "out": "classifier.out_proj"},
@@ -66,8 +72,7 @@ BERT = Family(
     inside=BERT_INSIDE,
     dropouts=DROPOUTS,
     slots=(
-        Slot(
-            "mlm",
+        MaskedLanguageSlot(
             "mlm",
             "cls.predictions.transform.dense.weight",
             {"dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm"},
@@ -77,17 +82,15 @@ BERT = Family(
             },
             architecture="ForMaskedLM",
         ),
-        Slot(
+        ClassificationSlot(
             "nsp",
-            "classification",
             "cls.seq_relationship.weight",
             {"dense": ".pooler.dense", "out": "cls.seq_relationship"},
             activation="tanh",
             labels=("IsNext", "NotNext"),
             architecture="ForNextSentencePrediction",
         ),
-        Slot(
-            "classification",
+        ClassificationSlot(
             "classification",
             "classifier.weight",
             {"dense": ".pooler.dense", "out": "classifier"},
@@ -100,9 +103,9 @@ BERT = Family(
 
 
 def _roberta_read(config: Config, fields: Config) -> None:
-    """Positions begin after the number of the padding token, which is one of theirs."""
+    """Set the offset of positions, which begin after the number of the padding token."""
     if fields["pad_id"] < 0:
-        raise ModelError(f"pad_token_id {fields['pad_id']} is no place after which positions could begin")
+        raise ModelError(f"pad_token_id {fields['pad_id']} must not be negative: positions begin after it")
     fields["position_offset"] = fields["pad_id"] + 1
     fields["context_length"] -= fields["position_offset"]
 
@@ -119,8 +122,7 @@ ROBERTA = dataclasses.replace(
     prefix="roberta.",
     keys={**WIDTHS, "vocab_size": ("vocab_size", 50265), "pad_id": ("pad_token_id", 1)},
     slots=(
-        Slot(
-            "mlm",
+        MaskedLanguageSlot(
             "mlm",
             "lm_head.dense.weight",
             {"dense": "lm_head.dense", "norm": "lm_head.layer_norm"},
@@ -137,10 +139,10 @@ ROBERTA = dataclasses.replace(
 
 
 def _albert_read(config: Config, fields: Config) -> None:
-    """Which group a layer is of is a quotient of floats there, and in odd cases another than ours."""
+    """Check the groups of layers, which transformers computes by a quotient of floats and the encoder by integers."""
     layers, groups = fields["layers"], fields["groups"]
     if [int(i / (layers / groups)) for i in range(layers)] != [i * groups // layers for i in range(layers)]:
-        raise ModelError(f"num_hidden_groups {groups} of {layers} layers is none that dualenc computes")
+        raise ModelError(f"num_hidden_groups {groups} of {layers} layers: dualenc cannot compute these groups")
 
 
 ALBERT = dataclasses.replace(
@@ -170,8 +172,7 @@ ALBERT = dataclasses.replace(
         "mlp_norm": "full_layer_layer_norm",
     },
     slots=(
-        Slot(
-            "mlm",
+        MaskedLanguageSlot(
             "mlm",
             "predictions.dense.weight",
             {"dense": "predictions.dense", "norm": "predictions.LayerNorm"},
@@ -181,24 +182,22 @@ ALBERT = dataclasses.replace(
             },
             architecture="ForMaskedLM",
         ),
-        Slot(
-            "nsp",  # the order of two sentences, in truth
-            "classification",
+        ClassificationSlot(
+            "nsp",  # ALBERT predicts the order of two sentences.
             "sop_classifier.classifier.weight",
             {"dense": ".pooler", "out": "sop_classifier.classifier"},
             activation="tanh",
             labels=("InOrder", "Swapped"),
             architecture="ForPreTraining",
         ),
-        Slot(
-            "classification",
+        ClassificationSlot(
             "classification",
             "classifier.weight",
             {"dense": ".pooler", "out": "classifier"},
             activation="tanh",
             architecture="ForSequenceClassification",
         ),
-        Slot("pooler", "pooler", ".pooler.weight", {"dense": ".pooler"}, activation="tanh"),
+        PoolerSlot("pooler", ".pooler.weight", {"dense": ".pooler"}, activation="tanh"),
     ),
     read=_albert_read,
 )
@@ -230,16 +229,14 @@ DISTILBERT = Family(
     },
     dropouts=("dropout",),
     slots=(
-        Slot(
-            "mlm",
+        MaskedLanguageSlot(
             "mlm",
             "vocab_transform.weight",
             {"dense": "vocab_transform", "norm": "vocab_layer_norm"},
             {"output_embeddings": ("vocab_projector.weight",), "bias": ("vocab_projector.bias",)},
             architecture="ForMaskedLM",
         ),
-        Slot(
-            "classification",
+        ClassificationSlot(
             "classification",
             "pre_classifier.weight",
             {"dense": "pre_classifier", "out": "classifier"},
@@ -251,7 +248,7 @@ DISTILBERT = Family(
 
 
 def _electra_read(config: Config, fields: Config) -> None:
-    """A map after the embeddings only where they have another width."""
+    """Remove the width of the embeddings where it is the encoder's: then there is no projection."""
     if fields["embed_width"] == fields["width"]:
         fields["embed_width"] = None
 
@@ -274,15 +271,13 @@ ELECTRA = dataclasses.replace(
     },
     outside={**BERT_OUTSIDE, "embeddings.projection": "embeddings_project"},
     slots=(
-        Slot(
-            "rtd",
+        ReplacedTokenSlot(
             "rtd",
             "discriminator_predictions.dense.weight",
             {"dense": "discriminator_predictions.dense", "out": "discriminator_predictions.dense_prediction"},
             architecture="ForPreTraining",
         ),
-        Slot(
-            "mlm",
+        MaskedLanguageSlot(
             "mlm",
             "generator_predictions.dense.weight",
             {"dense": "generator_predictions.dense", "norm": "generator_predictions.LayerNorm"},
@@ -298,36 +293,37 @@ ELECTRA = dataclasses.replace(
 
 
 def _modernbert_read(config: Config, fields: Config) -> None:
-    """Which layers see a window, by a list or by a number; angles and biases of several kinds."""
+    """Set windows, by a list of layers or a number; rotary angles; and biases."""
     layers = fields["layers"]
     every = config.get("global_attn_every_n_layers") or 3
     kinds = config.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     whole = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ModelError(f"layer_types {kinds} are not {layers} of full_attention and sliding_attention")
+        raise ModelError(f"layer_types {kinds} must be {layers} of full_attention and sliding_attention")
     every = whole[1] if len(whole) > 1 else layers
     if whole != list(range(0, layers, every)):
-        raise ModelError(f"layer_types {kinds}: the full ones must be the first and every so many-th from it on")
+        raise ModelError(f"layer_types {kinds}: full_attention must be at the first layer and at every n-th after it")
     thetas = {}
     old = {"full_attention": ("global_rope_theta", 160000.0), "sliding_attention": ("local_rope_theta", 10000.0)}
     for kind, (key, usual) in old.items():
         rope = (config.get("rope_parameters") or {}).get(kind) or {}
         if rope.get("rope_type", "default") != "default":
-            raise ModelError(f"rope_parameters.{kind}.rope_type {rope['rope_type']!r} is none that dualenc computes")
+            raise ModelError(f"rope_parameters.{kind}.rope_type {rope['rope_type']!r} cannot be computed by dualenc")
         theta = rope.get("rope_theta", config.get(key))
         thetas[kind] = float(usual if theta is None else theta)
     if config.get("rope_scaling"):
-        raise ModelError(f"rope_scaling {config['rope_scaling']!r} is none that dualenc computes")
+        raise ModelError(f"rope_scaling {config['rope_scaling']!r} cannot be computed by dualenc")
     fields["theta"] = thetas["full_attention"]
     if len(whole) < layers:
-        fields["window"] = config.get("local_attention", 128) // 2 * 2  # an odd one is halved to the same
+        # transformers halves the window, so that an odd one means the same as the even one below it.
+        fields["window"] = config.get("local_attention", 128) // 2 * 2
         fields["local_theta"], fields["global_every"] = thetas["sliding_attention"], every
     biases = {key: bool(config.get(key, False)) for key in BIASES}
     if len(set(biases.values())) > 1:
-        raise ModelError(f"{', '.join(f'{key} {value}' for key, value in biases.items())}: they must be all alike")
+        raise ModelError(f"{', '.join(f'{key} {value}' for key, value in biases.items())}: they must be equal")
     fields["bias"] = any(biases.values())
     if config.get("classifier_activation", "gelu") not in ACTIVATION_NAMES:
-        raise ModelError(f"classifier_activation {config['classifier_activation']!r} is none that dualenc computes")
+        raise ModelError(f"classifier_activation {config['classifier_activation']!r} cannot be computed by dualenc")
 
 
 def _modernbert_write(text: TextConfig, config: Config) -> None:
@@ -337,7 +333,7 @@ def _modernbert_write(text: TextConfig, config: Config) -> None:
     config["rope_parameters"] = {
         kind: {"rope_type": "default", "rope_theta": float(theta)} for kind, theta in thetas.items()
     }
-    # Beside the names of today those of the versions before 5, which know no others.
+    # Versions of transformers before 5 read only these older names.
     config |= {"global_rope_theta": float(text.theta), "local_rope_theta": float(local)}
     config["global_attn_every_n_layers"] = 1 if text.window is None else text.global_every
     config["local_attention"] = 128 if text.window is None else text.window
@@ -379,16 +375,14 @@ MODERNBERT = Family(
     },
     dropouts=("mlp_dropout", "embedding_dropout"),
     slots=(
-        Slot(
-            "mlm",
+        ModernMaskedLanguageSlot(
             "mlm",
             "decoder.bias",
             {"dense": "head.dense", "norm": "head.norm"},
             {"output_embeddings": ("decoder.weight",), "bias": ("decoder.bias",)},
             architecture="ForMaskedLM",
         ),
-        Slot(
-            "classification",
+        ModernClassificationSlot(
             "classification",
             "classifier.weight",
             {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
@@ -407,8 +401,8 @@ CLIP_INSIDE = {
     "mlp.2": "mlp.fc2",
     "mlp_norm": "layer_norm2",
 }
-# What a model of images and texts has beside its text encoder.
-BESIDE_TEXT = (r"vision_model\..*", r"visual_projection\..*", r"text_projection\..*", "logit_scale", "logit_bias")
+# Tensors of a model of images and texts that are outside its text encoder.
+OUTSIDE_TEXT = (r"vision_model\..*", r"visual_projection\..*", r"text_projection\..*", "logit_scale", "logit_bias")
 CLIP = Family(
     name="clip_text_model",
     stem="CLIPText",
@@ -434,14 +428,14 @@ CLIP = Family(
     token_embeddings="embeddings.token_embedding",
     block="encoder.layers.{i}",
     inside=CLIP_INSIDE,
-    ignored=BESIDE_TEXT,
+    ignored=OUTSIDE_TEXT,
     nested="clip",
     pool="last",
 )
 
 
 def _siglip_read(config: Config, fields: Config) -> None:
-    """The tower sees its padding: all texts are of one length."""
+    """Set the length to which texts are padded: the tower attends to its padding."""
     fields["pad_to"] = fields["context_length"]
 
 
@@ -460,7 +454,7 @@ SIGLIP = dataclasses.replace(
         "norm_eps": ("layer_norm_eps", 1e-6),
     },
     always={**CLIP.always, "causal": False},
-    ignored=(*BESIDE_TEXT, r"(text_model\.)?head\..*"),  # a linear map after pooling, which is no part of the encoder
+    ignored=(*OUTSIDE_TEXT, r"(text_model\.)?head\..*"),  # a linear map after pooling, outside the encoder
     nested="siglip",
     read=_siglip_read,
 )

@@ -17,8 +17,9 @@ from transformers import BertTokenizerFast, RobertaTokenizerFast
 
 from dualenc.data import BadSampleLog, Loader, Tokenizer
 from dualenc.data.loading.epoch_plan import RoundRobinPlan
-from dualenc.data.text.dataset import TextDataset, Use, all_labels, all_texts, label_of, texts_of
+from dualenc.data.text.dataset import Needs, TextDataset, Use, all_labels, all_texts, label_of, texts_of
 from dualenc.data.text.files import TextIndex
+from dualenc.data.text.labels import ManyLabelsReader, NumberReader, OneLabelReader
 from dualenc.data.text.masking import Masking
 from dualenc.tokens import Tokens
 from dualenc.utils.errors import BadSample, DataError
@@ -64,11 +65,13 @@ def sentence(rng, most=9):
     return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
 
 
-CLASS = Use("topic", "classification", "one", None, "y", ("0", "1", "2"))
-PAIR = Use("entails", "classification", "one", "two", "y", ("0", "1", "2"))
-NEAR = Use("near", "embedding", "one", "two", problem="negatives")
-SCORE = Use("score", "embedding", "one", "two", "number", problem="cosine")
-GUESS = Use("guess", "mlm")
+LABELS = ("0", "1", "2")
+MEANING = ("classification", "single_label", LABELS)
+CLASS = Use("topic", "one", None, "y", Needs(OneLabelReader(LABELS), meaning=MEANING))
+PAIR = Use("entails", "one", "two", "y", Needs(OneLabelReader(LABELS), meaning=MEANING))
+NEAR = Use("near", "one", "two", needs=Needs(None, "apart"))
+SCORE = Use("score", "one", "two", "number", Needs(NumberReader(), "apart"))
+GUESS = Use("guess", needs=Needs(None, "none", (0.8, 0.1)))
 USES = {use.head: use for use in (CLASS, PAIR, NEAR, SCORE, GUESS)}
 
 
@@ -123,7 +126,7 @@ def make(data, tokenizer, batch=7, *, seed=0, whole_words=False, dataset_seed=0,
 
 def expected(sample, use, tokenizer):
     texts = texts_of(sample, use)
-    if use.kind == "classification" and len(texts) > 1:
+    if use.needs.pairs == "joined" and len(texts) > 1:
         item = tokenizer.backend.encode(*texts)
         return [(item.ids, item.type_ids)]
     return [(ids, [0] * len(ids)) for ids in tokenizer.encode(texts)]
@@ -147,7 +150,7 @@ def test_a_batch_has_the_texts_and_labels_of_its_lines(data, tokenizer, seed, wh
             seen += own
             assert [uses[np.searchsorted(bounds, row, "right") - 1][1] for row in own] == [use] * len(own)
             others = part.others.tolist() if part.others is not None else [None] * len(own)
-            assert (part.others is not None) == (use.kind == "embedding")
+            assert (part.others is not None) == (use.needs.pairs == "apart")
             for row, text, other in zip(own, part.texts.tolist(), others, strict=True):
                 want = expected(index[row], use, tokenizer)
                 assert [texts[i] for i in (text, other) if i is not None] == want
@@ -238,16 +241,16 @@ def test_measured_words_are_hidden_alike_each_time(data, tokenizer):
 
 
 def test_labels_of_several_kinds(tmp_path):
-    several = Use("tags", "classification", "t", None, "y", ("a", "b b", "c"), "multi_label")
+    several = Use("tags", "t", None, "y", Needs(ManyLabelsReader(("a", "b b", "c"))))
     rows = [["a", "c"], "b b|a", "", [], "c", 'a| "b'][:5]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"t": "x", "y": y}) + "\n" for y in rows))
     index = TextIndex.build(str(tmp_path / "a.jsonl"))
     want = [[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0] * 3, [0.0] * 3, [0.0, 0.0, 1.0]]
     assert [label_of(sample, several, sample.read()) for sample in index] == want == all_labels(index, several)
-    single = several._replace(problem="single_label", labels=("1", "true", "x"))
+    single = several._replace(needs=Needs(OneLabelReader(("1", "true", "x"))))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"t": "x", "y": y}) + "\n" for y in (1, True, " x ", "1")))
     assert all_labels(TextIndex.build(str(tmp_path / "b.jsonl")), single) == [0, 1, 2, 0]
-    number = several._replace(problem="regression", labels=("n",))
+    number = several._replace(needs=Needs(NumberReader()))
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"t": "x", "y": y}) + "\n" for y in (1, "-2.5", 1e3)))
     index = TextIndex.build(str(tmp_path / "c.jsonl"))
     assert [label_of(sample, number, sample.read()) for sample in index] == [1.0, -2.5, 1000.0]
@@ -257,12 +260,10 @@ def test_labels_of_several_kinds(tmp_path):
 def test_what_is_no_number_is_a_bad_sample(tmp_path, value):
     (tmp_path / "a.jsonl").write_text(json.dumps({"t": "x", "y": value}))
     (sample,) = TextIndex.build(str(tmp_path / "a.jsonl"))
-    for use in (
-        Use("h", "embedding", "t", "t", "y", (), "cosine"),
-        Use("h", "classification", "t", None, "y", ("n",), "regression"),
-    ):
-        with pytest.raises(BadSample, match="line 1: its column 'y' is not a number"):
-            label_of(sample, use, sample.read())
+    use = Use("h", "t", None, "y", Needs(NumberReader()))
+    with pytest.raises(BadSample, match="line 1: its column 'y' does not hold a number for head 'h'") as error:
+        label_of(sample, use, sample.read())
+    assert error.value.detail == repr(value)
 
 
 @pytest.mark.parametrize(
@@ -272,13 +273,13 @@ def test_what_is_no_number_is_a_bad_sample(tmp_path, value):
         ({"t": "x", "u": " "}, "its column 'u' holds no text"),
         ({"t": 3, "u": "x"}, "its column 't' holds no text"),
         ({"t": "x"}, "it has no field 'u'"),
-        ({"t": "\ud800", "u": "x"}, "its column 't' holds what is no Unicode"),
+        ({"t": "\ud800", "u": "x"}, "its column 't' holds text that is not Unicode"),
     ],
 )
 def test_lines_without_a_text(tmp_path, line, cause):
     (tmp_path / "a.jsonl").write_text(json.dumps({"t": "x", "u": "y"}) + "\n" + json.dumps(line))
     index = TextIndex.build(str(tmp_path / "a.jsonl"))
-    use = Use("h", "embedding", "t", "u")
+    use = Use("h", "t", "u")
     with pytest.raises(BadSample, match=cause) as error:
         texts_of(index[1], use)
     assert error.value.cause == cause
@@ -288,9 +289,9 @@ def test_lines_without_a_text(tmp_path, line, cause):
 def test_a_label_that_the_head_does_not_know(tmp_path):
     (tmp_path / "a.tsv").write_text("one\ty\nx\t0\nx\tmaybe\n")
     index = TextIndex.build(str(tmp_path / "a.tsv"))
-    with pytest.raises(DataError, match=r"a\.tsv line 3: label 'maybe' in column 'y' is none of head 'topic'.*0, 1, 2"):
+    with pytest.raises(DataError, match=r"a\.tsv line 3: label 'maybe' in column 'y' .* head 'topic'.*0, 1, 2"):
         all_labels(index, CLASS)
-    with pytest.raises(BadSample, match="no label of head 'topic'"):
+    with pytest.raises(BadSample, match="does not hold a label for head 'topic'"):
         label_of(index[1], CLASS, index[1].read())
 
 

@@ -107,32 +107,32 @@ def test_bad_rows_are_bad_samples(tmp_path):
 
     assert causes("a.tsv", b"a\tb\n1\t2\n1\n1\t2\t3\n\xff\t1\n3\t4\n") == [
         "",
-        "line 3: its number of columns is not that of the header",
-        "line 4: its number of columns is not that of the header",
+        "line 3: its number of columns differs from the header's",
+        "line 4: its number of columns differs from the header's",
         "line 5: it is not UTF-8",
         "",
     ]
     found = causes("a.csv", b'a,b\n1,2\n"x"y,1\n"1\n2",3\n4\n7,"no end\n8,9\n')
     assert found == [
         "",
-        "line 3: its quotes are not those of a CSV",
+        "line 3: its quotes are not valid in CSV",
         "",
-        "line 6: its number of columns is not that of the header",
-        "line 7: its quotes are not those of a CSV",
+        "line 6: its number of columns differs from the header's",
+        "line 7: its quotes are not valid in CSV",
         "",
     ]
     many = b"".join(b"row %d,1\n" % i for i in range(300))  # a quote that does not end is one bad line, and no more
     found = causes("a.csv", b'a,b\n"oh no,1\n' + many + b'"fine",2\n' + many)
-    assert found == ["line 2: its quotes are not those of a CSV", *[""] * 601]
+    assert found == ["line 2: its quotes are not valid in CSV", *[""] * 601]
     found = causes("a.csv", b'a,b\n"' + b"some line, of text\n" * 10_000 + b'",1\n' + many)  # a field of 190 KB
     assert found == [""] * 301
     found = causes("a.jsonl", b'{"a": 1}\n[1]\n{\n{"a": "\xff"}\n' + b"[" * 100_000 + b"\n{}\n")
     assert [line[8:] for line in found] == [
         "",
-        "it is no JSON object",
-        "it is no JSON",
+        "it is not a JSON object",
+        "it is not JSON",
         "it is not UTF-8",
-        "it is no JSON",
+        "it is not JSON",
         "",
     ]
     assert causes("a.txt", b"a\n\xe9\n") == ["", "line 2: it is not UTF-8"]
@@ -150,17 +150,17 @@ def test_a_line_too_large(tmp_path, monkeypatch):
     ("name", "data", "columns", "message"),
     [
         ("a.txt", b"", [], r"a\.txt is empty"),
-        ("a.txt", b"\n \n\n", [], "nothing but empty lines"),
+        ("a.txt", b"\n \n\n", [], "only empty lines"),
         ("a.tsv", b"a\tb\n", [], "has a header and no lines"),
-        ("a.tsv", b"a\tb\n1\t2\n", ["c"], "has no column 'c', but 'a', 'b'"),
-        ("a.csv", b'a,"b c"\n1,2\n', ["b"], "has no column 'b', but 'a', 'b c'"),
+        ("a.tsv", b"a\tb\n1\t2\n", ["c"], "has no column 'c', only 'a', 'b'"),
+        ("a.csv", b'a,"b c"\n1,2\n', ["b"], "has no column 'b', only 'a', 'b c'"),
         ("a.csv", b'"a,b\n1,2\n', [], "header cannot be read"),
         ("a.tsv", b"a\ta\n1\t2\n", [], "two columns are called 'a'"),
-        ("a.jsonl", b'{"x": 1}\n', ["text"], "has no column 'text', but 'x'"),
-        ("a.jsonl", b"[]\n", [], "first line is no JSON object"),
-        ("a.txt", b"a\n", ["label"], "has no column 'label', but 'text'"),
+        ("a.jsonl", b'{"x": 1}\n', ["text"], "has no column 'text', only 'x'"),
+        ("a.jsonl", b"[]\n", [], "every line must be a JSON object"),
+        ("a.txt", b"a\n", ["label"], "has no column 'label', only 'text'"),
         ("a.tsv", "a\tb\n".encode("utf-16"), [], "first line is not UTF-8"),
-        ("a.json", b"{}", [], r"is none of \.txt, \.tsv, \.csv, \.jsonl"),
+        ("a.json", b"{}", [], r"must be one of \.txt, \.tsv, \.csv, \.jsonl"),
     ],
 )
 def test_files_of_no_use_are_named(tmp_path, name, data, columns, message):
@@ -179,7 +179,7 @@ def test_which_files(tmp_path):
         ([a, a], r"a\.txt is named twice"),
         ("https://example.org/a.txt", "local files only"),
         ("pipe:cat a.txt", "local files only"),
-        (str(tmp_path), "match no file|is none of"),
+        (str(tmp_path), "match no file|must be one of"),
     ):
         with pytest.raises(DataError, match=message):
             expand_files(files)
@@ -191,7 +191,7 @@ def test_a_file_that_changes_is_refused(tmp_path):
     again = pickle.loads(pickle.dumps(index))  # as for a worker
     assert again[1].read() == index[1].read() == {"text": "two"}
     write(tmp_path / "a.txt", "one\ntwo, three\n")
-    with pytest.raises(DataError, match=r"a\.txt changed since it was indexed"):
+    with pytest.raises(DataError, match=r"a\.txt has changed since it was indexed"):
         index[0].read()
     os.unlink(path)
     with pytest.raises(DataError, match=r"a\.txt cannot be read: No such file"):

@@ -1,0 +1,208 @@
+"""Classification of texts and of pairs: one label, any number of labels, or a number; and what a pooler keeps of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualenc.data.text.labels import LabelReader, ManyLabelsReader, NumberReader, OneLabelReader
+from dualenc.metrics.text import label_bootstrap, label_metrics, majority_baseline, mean_baseline
+from dualenc.models.heads.base import Head, HeldOut, Measured, concatenated, linear
+from dualenc.models.text_encoder import ACTIVATIONS, Activation, TextConfig, layer_norm
+
+
+class ClassificationHead(nn.Module):
+    """Layers from a text's vector to logits: one, or two with an activation between (BERT's pooler and classifier).
+
+    Args:
+        config: architecture of the text encoder.
+        outputs: number of logits; 0 for the hidden layer alone.
+        activation: activation of the hidden layer; None for no hidden layer.
+        norm: LayerNorm after the activation.
+    """
+
+    def __init__(self, config: TextConfig, outputs: int, activation: Activation | None = "tanh", norm: bool = False):
+        super().__init__()
+        hidden = activation is not None
+        self.dense = linear(config.width, config.width, config.bias) if hidden else nn.Identity()
+        self.activation = ACTIVATIONS[activation]() if activation is not None else nn.Identity()
+        self.norm = layer_norm(config) if norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = linear(config.width, outputs) if outputs else nn.Identity()
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return logits (B, C) of vectors (B, D)."""
+        return self.out(self.dropout(self.norm(self.activation(self.dense(pooled)))))
+
+
+class LabelProblem(ABC):
+    """The meaning of the logits of a classification.
+
+    Attributes:
+        name: see `HeadConfig.problem`.
+    """
+
+    name: ClassVar[Literal["single_label", "multi_label", "regression"]]
+
+    def check(self, labels: Sequence[str]) -> None:
+        """Raise ValueError if there are too few labels or too many."""
+        if len(labels) < 2:
+            raise ValueError(f"a head for {self.name} classification needs 2 or more labels")
+
+    @abstractmethod
+    def reader(self, names: tuple[str, ...]) -> LabelReader:
+        """Return the reader of the labels."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the loss over n texts, of logits (n, C)."""
+
+    def baseline(self, train: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return the metric of always giving the most frequent answer of the training labels."""
+        return {"accuracy": majority_baseline(train, labels)}
+
+    @abstractmethod
+    def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the predictions of logits (n, C)."""
+
+
+class SingleLabel(LabelProblem):
+    """One label a text."""
+
+    name = "single_label"
+
+    def reader(self, names: tuple[str, ...]) -> LabelReader:
+        """See `LabelProblem.reader`."""
+        return OneLabelReader(names)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the cross entropy, of labels (n,)."""
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return "label", its "score" and the "scores" of all labels, which sum to 1."""
+        found = []
+        for row in logits.softmax(-1).tolist():
+            scores = dict(zip(names, row, strict=True))
+            best = max(scores, key=scores.__getitem__)
+            found.append({"label": best, "score": scores[best], "scores": scores})
+        return found
+
+
+class MultiLabel(LabelProblem):
+    """Any number of labels a text."""
+
+    name = "multi_label"
+
+    def reader(self, names: tuple[str, ...]) -> LabelReader:
+        """See `LabelProblem.reader`."""
+        return ManyLabelsReader(names)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum over the texts of the mean binary cross entropy, of labels (n, C)."""
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1).sum()
+
+    def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return "labels", those of a score of 0.5 or more, and the "scores" of all labels."""
+        found = []
+        for row in logits.sigmoid().tolist():
+            scores = dict(zip(names, row, strict=True))
+            found.append({"labels": [name for name, score in scores.items() if score >= 0.5], "scores": scores})
+        return found
+
+
+class Regression(LabelProblem):
+    """A number."""
+
+    name = "regression"
+
+    def check(self, labels: Sequence[str]) -> None:
+        """Raise ValueError if there is not exactly one label."""
+        if len(labels) != 1:
+            raise ValueError("a head for regression has one label, the name of its number")
+
+    def reader(self, names: tuple[str, ...]) -> LabelReader:
+        """See `LabelProblem.reader`."""
+        return NumberReader()
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the squared errors, of labels (n,)."""
+        return (logits[:, 0] - labels).square().sum()
+
+    def baseline(self, train: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return the error of always giving the mean of the training labels."""
+        return {"mse": mean_baseline(train, labels)}
+
+    def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return "value"."""
+        return [{"value": value} for value in logits[:, 0].tolist()]
+
+
+class Classification(Head):
+    """Classification of a text, or of a pair of texts."""
+
+    problems: ClassVar[Mapping[str, LabelProblem]] = {
+        one.name: one for one in (SingleLabel(), MultiLabel(), Regression())
+    }
+
+    @property
+    def problem(self) -> LabelProblem:
+        """The meaning of the logits."""
+        return self.problems[self.config.problem]
+
+    def check(self) -> None:
+        """See `Head.check`."""
+        super().check()
+        self.problem.check(self.config.labels)
+
+    def label_reader(self) -> LabelReader:
+        """See `Head.label_reader`."""
+        return self.problem.reader(self.config.labels)
+
+    def build(self, text: TextConfig) -> nn.Module:
+        """See `Head.build`."""
+        return ClassificationHead(text, len(self.config.labels), self.config.activation, self.config.norm)
+
+    def loss(self, logits: Tensor, labels: Tensor | None, group: Any = None) -> Tensor:
+        """See `Head.loss`."""
+        assert labels is not None
+        return self.problem.loss(logits.float(), labels)
+
+    def metrics(self, states: Sequence[tuple[Tensor, Tensor]], held_out: HeldOut) -> Measured:
+        """Compute `label_metrics` with intervals, and the baseline of always giving one answer; see `Head.metrics`."""
+        logits, labels = concatenated(states)
+        names, problem = self.config.labels, self.problem
+        found = label_metrics(logits, labels, names, problem.name)
+        intervals = label_bootstrap(logits, labels, names, problem.name).intervals()
+        chance = problem.baseline(held_out.train_labels(), labels)
+        found["loss"] = float(problem.loss(logits, labels)) / len(labels)
+        return Measured(found, intervals, chance, len(labels))
+
+    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+        """Return a prediction for each text: "label", "labels" or "value", by the problem; see `LabelProblem`."""
+        return self.problem.answers(logits.detach().float().cpu(), self.config.labels)
+
+    def copy_first_layer(self, module: nn.Module, other: Head, source: nn.Module) -> bool:
+        """Copy the hidden layer of a pooler, or of a classification with other labels."""
+        mine, theirs = self.config, other.config
+        alike = (theirs.activation, theirs.norm) == (mine.activation, mine.norm)
+        if mine.activation is None or not alike or not isinstance(source, ClassificationHead):
+            return False
+        assert isinstance(module, ClassificationHead)
+        module.dense.load_state_dict(source.dense.state_dict())
+        module.norm.load_state_dict(source.norm.state_dict())
+        return True
+
+
+class Pooler(Head):
+    """The hidden layer of a classification, as pretrained models have it: nothing trains or measures it."""
+
+    labeled = False
+    task = ""
+    trained_by = None
+
+    def build(self, text: TextConfig) -> nn.Module:
+        """See `Head.build`."""
+        return ClassificationHead(text, 0, self.config.activation, self.config.norm)

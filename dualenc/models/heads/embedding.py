@@ -1,0 +1,159 @@
+"""Embeddings of texts: a head without weights, trained on pairs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualenc.data.text.dataset import Part, Texts
+from dualenc.data.text.labels import LabelReader, NumberReader
+from dualenc.losses import clip_loss
+from dualenc.metrics.retrieval import retrieval_metrics
+from dualenc.metrics.text import label_bootstrap, label_metrics
+from dualenc.models.heads.base import HEADLINES, Examples, Head, HeldOut, Measured
+from dualenc.models.text_encoder import TextConfig, TextEncoder
+from dualenc.report import Description
+from dualenc.tokens import Tokens
+
+NEGATIVES = 20.0  # scale of the cosines in sentence-transformers (Reimers and Gurevych 2019)
+
+
+class PairProblem(ABC):
+    """The supervision of pairs of texts.
+
+    Attributes:
+        name: see `HeadConfig.problem`.
+        reader: reader of the labels; None for pairs without labels.
+        compares_ranks: see `Head.compares_ranks`.
+        scale: scale where `HeadConfig.scale` is None.
+    """
+
+    name: ClassVar[str]
+    reader: ClassVar[LabelReader | None]
+    compares_ranks: ClassVar[bool]
+    scale: ClassVar[float]
+
+    @abstractmethod
+    def loss(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float, group: Any) -> Tensor:
+        """Return the sum of the loss over n pairs of unit vectors (n, D)."""
+
+    @abstractmethod
+    def metrics(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float) -> Measured:
+        """Compute metrics of n pairs of unit vectors (n, D)."""
+
+
+class Negatives(PairProblem):
+    """Pairs that belong together; the other texts of the batch are negatives."""
+
+    name = "negatives"
+    reader = None
+    compares_ranks = True
+    scale = NEGATIVES
+
+    def loss(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float, group: Any) -> Tensor:
+        """Return the sum of the contrastive loss over the pairs, compared with the texts of all ranks."""
+        return clip_loss(first, second, first.new_tensor(scale), group=group) * len(first)
+
+    def metrics(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float) -> Measured:
+        """Compute retrieval metrics: "first_..." finds the first texts by the second ones, "second_..." the reverse."""
+        found = retrieval_metrics(first, second, torch.arange(len(first)), replicates=0).metrics
+        names = {"image_retrieval": "first", "text_retrieval": "second"}  # what is looked for
+        own = {}
+        for key, value in found.items():
+            for old, new in names.items():
+                key = key.replace(old, new)
+            own[key] = value
+        return Measured(own, {}, {}, len(first))
+
+
+class Cosine(PairProblem):
+    """Pairs with the cosine that their vectors should have, times a scale."""
+
+    name = "cosine"
+    reader = NumberReader()
+    compares_ranks = False
+    scale = 1.0
+
+    def loss(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float, group: Any) -> Tensor:
+        """Return the sum of the squared errors of the cosines."""
+        assert labels is not None
+        return ((first * second).sum(-1) - labels / scale).square().sum()
+
+    def metrics(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float) -> Measured:
+        """Compute correlations and errors of the cosines, with intervals."""
+        assert labels is not None
+        cosines, labels = (first * second).sum(-1), labels / scale
+        found = label_metrics(cosines, labels, ["cosine"], "regression")
+        intervals = label_bootstrap(cosines, labels, ["cosine"], "regression").intervals()
+        return Measured(found, intervals, {}, len(labels))
+
+
+class Embedding(Head):
+    """Unit vectors of texts, compared in pairs."""
+
+    pairs = "apart"
+    labeled = False
+    task = "sentence-similarity"
+    result_kind = "text-pairs"
+    description = Description("pairs", "texts that belong together", HEADLINES)
+    needs_training_data = False
+    problems: ClassVar[Mapping[str, PairProblem]] = {one.name: one for one in (Negatives(), Cosine())}
+
+    @property
+    def problem(self) -> PairProblem:
+        """The supervision of the pairs."""
+        return self.problems[self.config.problem]
+
+    @property
+    def scale(self) -> float:
+        """The scale of the cosines."""
+        return self.config.scale or self.problem.scale
+
+    @property
+    def compares_ranks(self) -> bool:
+        """See `Head.compares_ranks`."""
+        return self.problem.compares_ranks
+
+    def label_reader(self) -> LabelReader | None:
+        """See `Head.label_reader`."""
+        return self.problem.reader
+
+    def build(self, text: TextConfig) -> nn.Module:
+        """See `Head.build`."""
+        return nn.Identity()
+
+    def logits(
+        self, module: nn.Module, encoder: TextEncoder, hidden: Tensor, tokens: Tokens, positions: Tensor | None
+    ) -> Tensor:
+        """Return unit vectors (B, D), see `Head.logits`."""
+        pooled = encoder.pool(hidden, tokens, self.config.pool)
+        return F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
+
+    def examples(self, logits: Tensor, batch: Texts, part: Part) -> Examples:
+        """See `Head.examples`."""
+        assert part.others is not None
+        return Examples(torch.stack([logits[part.texts], logits[part.others]]), part.labels, len(part.texts))
+
+    def loss(self, logits: Tensor, labels: Tensor | None, group: Any = None) -> Tensor:
+        """Return the sum of the loss over n pairs of vectors (2, n, D), see `Head.loss`."""
+        first, second = logits
+        return self.problem.loss(first, second, labels, self.scale, group)
+
+    def observe(self, examples: Examples) -> tuple[Tensor, Tensor | None]:
+        """Return vectors (2, n, D) and labels, on the CPU."""
+        labels = None if examples.labels is None else examples.labels.cpu()
+        return examples.logits.cpu(), labels
+
+    def metrics(self, states: Sequence[tuple[Tensor, Tensor | None]], held_out: HeldOut) -> Measured:
+        """See `Head.metrics`."""
+        first, second = torch.cat([vectors for vectors, _ in states], 1)
+        labels = [labels for _, labels in states if labels is not None]
+        return self.problem.metrics(first, second, torch.cat(labels) if labels else None, self.scale)
+
+    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+        """Return "cosine" of each pair of vectors (2, n, D)."""
+        first, second = logits
+        return [{"cosine": value} for value in (first * second).sum(-1).tolist()]

@@ -1,0 +1,106 @@
+"""A text encoder with heads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dualenc.models.heads.base import HeadConfig, make_head
+from dualenc.models.text_encoder import Pool, TextConfig, TextEncoder
+from dualenc.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class LoadedHeads:
+    """Result of `TextModel.load_pretrained`, as names of heads.
+
+    Attributes:
+        whole: heads that have all weights of the other model's.
+        first_layer: heads that have its first layer; the rest is random.
+        random: heads whose weights are all random.
+    """
+
+    whole: tuple[str, ...] = ()
+    first_layer: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
+
+
+class TextModel(nn.Module):
+    """A text encoder and heads by name.
+
+    Args:
+        config: architecture of the encoder.
+        heads: configurations of the heads; one encoder may have none or many.
+
+    Attributes:
+        head_configs: the configurations.
+        kinds: behavior of each head, see `Head`.
+        heads: layers of each head.
+    """
+
+    def __init__(self, config: TextConfig, heads: Mapping[str, HeadConfig] | None = None) -> None:
+        super().__init__()
+        for name in heads or {}:
+            if not name or "." in name or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"model.heads.{name}: a head cannot be called {name!r}")
+        self.config, self.head_configs = config, dict(heads or {})
+        self.kinds = {name: make_head(head) for name, head in self.head_configs.items()}
+        self.encoder = TextEncoder(config)
+        self.heads = nn.ModuleDict({name: kind.build(config) for name, kind in self.kinds.items()})
+
+    def forward(self, tokens: Tokens, head: str, masked_positions: Tensor | None = None) -> Tensor:
+        """Return the logits of one head, see `head`."""
+        return self.head(head, self.encoder(tokens), tokens, masked_positions)
+
+    def head(self, name: str, hidden: Tensor, tokens: Tokens, masked_positions: Tensor | None = None) -> Tensor:
+        """Return the logits of a head.
+
+        Args:
+            name: name of the head.
+            hidden: (N, D) hidden states of the encoder.
+            tokens: B texts.
+            masked_positions: (M,) positions of the tokens that "mlm" guesses and "rtd" judges; None for all N.
+
+        Returns:
+            "mlm": logits (M, V); "rtd": logits (M,); "classification": logits (B, C) in the caller's order;
+            "embedding": unit vectors (B, D); "pooler": (B, D).
+        """
+        return self.kinds[name].logits(self.heads[name], self.encoder, hidden, tokens, masked_positions)
+
+    def heads_for(self, task: str) -> list[str]:
+        """Return the names of the heads for a task, see `Head.task`."""
+        return [name for name, kind in self.kinds.items() if kind.task == task]
+
+    @property
+    def embedding_pool(self) -> Pool | None:
+        """The pooling of the first embedding head; None for the encoder's own."""
+        names = self.heads_for("sentence-similarity")
+        return self.head_configs[names[0]].pool if names else None
+
+    @torch.no_grad()
+    def load_pretrained(self, other: "TextModel") -> LoadedHeads:
+        """Copy the weights of an encoder of the same architecture, and those of its heads that fit.
+
+        Heads for the same task, and of the same name where they have labels, are copied whole; of a pooler, or a
+        classification with other labels, the hidden layer.
+
+        Args:
+            other: model to copy from.
+
+        Returns:
+            Which heads have weights of the other model.
+        """
+        self.encoder.load_state_dict(other.encoder.state_dict())
+        whole, first_layer, random = [], [], []
+        for name, kind in self.kinds.items():
+            module = self.heads[name]
+            same = next((key for key, theirs in other.kinds.items() if kind.matches(theirs, key == name)), None)
+            if same is not None:
+                kind.copy_weights(module, other.heads[same], other.encoder)
+                whole.append(name)
+            elif any(kind.copy_first_layer(module, theirs, other.heads[key]) for key, theirs in other.kinds.items()):
+                first_layer.append(name)
+            elif list(module.parameters()):
+                random.append(name)
+        return LoadedHeads(tuple(whole), tuple(first_layer), tuple(random))
