@@ -194,8 +194,8 @@ def test_every_bad_shard_is_named(tmp_path: Path, seed: int) -> None:
         "gzip": (gzip.compress(whole), "compressed (gzip)"),
         "bzip2": (bz2.compress(whole), "compressed (bzip2)"),
         "zero": (b"", "empty"),
-        "noise": (b"no tar" + rng.bytes(5000), "no tar"),
-        "html": (b"<html>404", "no tar"),
+        "noise": (b"no tar" + rng.bytes(5000), "not a tar"),
+        "html": (b"<html>404", "not a tar"),
     }
     for name, (data, _) in bad.items():
         (tmp_path / f"{name}.tar").write_bytes(data)

@@ -182,7 +182,7 @@ def test_no_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="absent does not exist"):
         BenchmarkSet.open(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"file: a folder, or a table \.csv"):
+    with pytest.raises(DataError, match=r"file must be a folder, or a table \.csv"):
         BenchmarkSet.open(tmp_path / "file")
     with pytest.raises(DataError, match=r"is not in the CLIP_benchmark layout: no <split>/nshards\.txt in it"):
         BenchmarkSet.open(tmp_path)

@@ -245,10 +245,10 @@ def test_tables_that_are_not_understood(tmp_path, seed):
     table, _, paths = write_table(tmp_path / "set", np.random.default_rng(seed), "csv")
     for path in paths:
         path.unlink()
-    with pytest.raises(DataError, match=r"captions of mine\.csv: 'p0\.jpg' are not in"):
+    with pytest.raises(DataError, match=r"captions of mine\.csv: .*'p0\.jpg' are not in"):
         BenchmarkSet.open(table)
     table.write_text("picture of it,words\na.jpg,b\n")
-    with pytest.raises(DataError, match=r"captions of mine\.csv has no column that is known to hold the images"):
+    with pytest.raises(DataError, match=r"captions of mine\.csv .* column with a usual name for images"):
         BenchmarkSet.open(table)
     broken = tmp_path / "set" / "t.json"
     for text, message in (("{", "read as JSON"), ("{}", "neither a list of objects nor COCO's"), ("3", "COCO's")):
