@@ -35,7 +35,9 @@ class SetEmbeddings(NamedTuple):
     @staticmethod
     def join(parts: Sequence["SetEmbeddings"]) -> "SetEmbeddings":
         """Join the shares of all ranks, in their order."""
-        image, text, rows = (torch.cat([part[i] for part in parts]) for i in range(3))
+        image = torch.cat([part.image for part in parts])
+        text = torch.cat([part.text for part in parts])
+        rows = torch.cat([part.rows for part in parts])
         bad = [sample for part in parts for sample in part.bad]
         others = {name: SetEmbeddings.join([part.others[name] for part in parts]) for name in parts[0].others}
         return SetEmbeddings(image, text, rows, bad, others)

@@ -96,7 +96,7 @@ def compare(
     Raises:
         DataError: If they have no set in common, its items differ, or its kind is unknown.
     """
-    known = KINDS | {kind.name: kind for kind in kinds}
+    known = {**KINDS, **{kind.name: kind for kind in kinds}}
     one, other = read_results(first), read_results(second)
     common = [key for key in one if key in other]
     if not common:

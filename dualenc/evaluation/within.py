@@ -1,6 +1,7 @@
 """Retrieval within one modality: captions of the same image, or images of the same class."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,5 +85,5 @@ class ImageRetrieval(_Within):
 
 def prefixed(scores: Scores, prefix: str) -> Scores:
     """Return scores in which the names of all metrics and items begin with a prefix."""
-    metrics, intervals, chance, items = ({f"{prefix}{name}": x for name, x in part.items()} for part in scores)
-    return Scores(metrics, intervals, chance, items)
+    parts: list[Any] = [{f"{prefix}{name}": x for name, x in part.items()} for part in scores]
+    return Scores(*parts)

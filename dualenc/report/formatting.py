@@ -5,7 +5,7 @@ from base64 import b64encode
 from markupsafe import Markup, escape
 
 
-def less_is_better(name: str) -> bool:
+def lower_is_better(name: str) -> bool:
     """Return True if lower values of a metric are better; its name may have any prefix."""
     return name.endswith(("median_rank", "ece", "perplexity", "mse", "loss"))
 

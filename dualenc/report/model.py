@@ -32,7 +32,7 @@ class Description:
         unit: what `n` counts, in the plural.
         measures: what was measured, for the line below the name of the set.
         headlines: metrics that stand at the top of the page, the primary one first.
-        lower_is_better: metrics whose smaller value is better, besides those of `formatting.less_is_better`.
+        lower_is_better: metrics whose smaller value is better, besides those of `formatting.lower_is_better`.
         unbounded: metrics that may lie outside 0 to 1, besides those that `formatting.is_share` excludes.
     """
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from dualenc.report.formatting import is_share, less_is_better
+from dualenc.report.formatting import is_share, lower_is_better
 from dualenc.report.model import Description, Points, Result, Section
 from dualenc.report.plots import COLORS, embedding_map
 
@@ -48,7 +48,7 @@ def reading(name: str, description: Description) -> dict[str, bool]:
     """
     return {
         "share": is_share(name) and name not in description.unbounded,
-        "lower": less_is_better(name) or name in description.lower_is_better,
+        "lower": lower_is_better(name) or name in description.lower_is_better,
         "headline": name in description.headlines,
     }
 
