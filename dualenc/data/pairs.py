@@ -15,7 +15,7 @@ from dualenc.data.loading.bad_samples import Bad, SampleReader
 from dualenc.data.loading.epoch_plan import draw
 from dualenc.data.loading.loader import Request
 from dualenc.data.shards.index import Sample, ShardIndex
-from dualenc.data.shards.shard import content_hash, piece_hash
+from dualenc.data.shards.shard import content_hash, partial_hash
 from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
@@ -158,7 +158,7 @@ class PairDataset(Dataset[Pairs]):
         bad: list[Bad] = []
         with _preserve_rng_state():
             for position, row in enumerate(rows.tolist(), start):
-                number, (image, captions, image_hash) = self.samples.first_good(row, bad)
+                number, (image, captions, image_hash) = self.samples.read_next_good(row, bad)
                 choice = 0
                 if self.seed is not None:
                     key = draw(self.seed, epoch, position)
@@ -220,13 +220,13 @@ def decode_sample(sample: Sample) -> Tensor:
 
 
 def decode_and_hash(sample: Sample) -> tuple[Tensor, int]:
-    """Decode the image of a sample, and hash its bytes by `piece_hash`; see `decode_sample`."""
+    """Decode the image of a sample, and hash its bytes by `partial_hash`; see `decode_sample`."""
     extension = sample.image
     if extension is None:
         raise BadSample(sample, "no image among its members", ", ".join(sorted(sample.members)))
     data = sample.read(extension)
     try:
-        return decode_image(data), piece_hash(data)
+        return decode_image(data), partial_hash(data)
     except ImageError as error:
         raise BadSample(sample, f".{extension} {error.cause}", error.detail) from None
 

@@ -60,7 +60,7 @@ class SampleReader:
         self.index, self.read, self.measured, self.alike = index, read, measured, alike
         self.progress = Progress()
 
-    def first_good(self, row: int, bad: list[Bad]) -> tuple[int, Any]:
+    def read_next_good(self, row: int, bad: list[Bad]) -> tuple[int, Any]:
         """Return the number of the first sample from `row` on that can be used, and what it holds.
 
         The number is -1 where another one stands for a sample that is measured. `bad` takes those that were met before.

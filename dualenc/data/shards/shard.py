@@ -214,7 +214,7 @@ def _middle(size: int) -> range:
     return range((size - piece) // 2, (size + piece) // 2)
 
 
-def piece_hash(data: bytes) -> int:
+def partial_hash(data: bytes) -> int:
     """The `piece` of an image's bytes, see `DTYPES`."""
     piece = _middle(len(data))
     return content_hash(data[piece.start : piece.stop], len(data))
