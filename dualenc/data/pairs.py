@@ -103,9 +103,11 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     where = f"{index.shards[0]}{f' and {len(index.shards) - 1} more shards' if len(index.shards) > 1 else ''}"
     image, text = index.having(IMAGE_EXTENSIONS), index.having([source.partition(".")[0]])
     if not image.any():
-        raise DataError(f"{where}: no images among {len(index)} samples; wanted: .{', .'.join(IMAGE_EXTENSIONS)}")
+        raise DataError(f"{where}: no images among {len(index)} samples; expected .{', .'.join(IMAGE_EXTENSIONS)}")
     if not text.any():
-        raise DataError(f"{where}: no captions among {len(index)} samples; wanted: .{source.partition('.')[0]} members")
+        raise DataError(
+            f"{where}: no captions among {len(index)} samples; expected .{source.partition('.')[0]} members"
+        )
     both = image & text
     if not both.any():
         raise DataError(f"{where}: no sample of {len(index)} has an image and a caption")
@@ -186,7 +188,9 @@ class PairDataset(Dataset[Pairs]):
         if self.features is not None:
             image, image_hash = self.features.read(*self.index.find(row), sample)
         else:
-            image, image_hash = decode_and_hash(sample)
+            extension, data = read_image_bytes(sample)
+            with _as_bad_sample(sample, extension):
+                image, image_hash = decode_image(data), partial_hash(data)
         return image, captions_of(sample, self.captions), image_hash
 
     def facts(self) -> dict[str, Any]:
@@ -221,12 +225,28 @@ def decode_sample(sample: Sample) -> Tensor:
 
 def decode_and_hash(sample: Sample) -> tuple[Tensor, int]:
     """Decode the image of a sample, and hash its bytes by `partial_hash`; see `decode_sample`."""
+    extension, data = read_image_bytes(sample)
+    with _as_bad_sample(sample, extension):
+        return decode_image(data), partial_hash(data)
+
+
+def read_image_bytes(sample: Sample) -> tuple[str, bytes]:
+    """Read the extension and the bytes of a sample's image.
+
+    Raises:
+        BadSample: If the sample has no image.
+    """
     extension = sample.image
     if extension is None:
         raise BadSample(sample, "no image among its members", ", ".join(sorted(sample.members)))
-    data = sample.read(extension)
+    return extension, sample.read(extension)
+
+
+@contextmanager
+def _as_bad_sample(sample: Sample, extension: str) -> Iterator[None]:
+    """Translate an `ImageError` of a sample's image into a `BadSample`."""
     try:
-        return decode_image(data), partial_hash(data)
+        yield
     except ImageError as error:
         raise BadSample(sample, f".{extension} {error.cause}", error.detail) from None
 
