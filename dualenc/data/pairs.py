@@ -101,13 +101,12 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     """
     check_captions(source)
     where = f"{index.shards[0]}{f' and {len(index.shards) - 1} more shards' if len(index.shards) > 1 else ''}"
-    image, text = index.having(IMAGE_EXTENSIONS), index.having([source.partition(".")[0]])
+    member = source.partition(".")[0]
+    image, text = index.having(IMAGE_EXTENSIONS), index.having([member])
     if not image.any():
         raise DataError(f"{where}: no images among {len(index)} samples; expected .{', .'.join(IMAGE_EXTENSIONS)}")
     if not text.any():
-        raise DataError(
-            f"{where}: no captions among {len(index)} samples; expected .{source.partition('.')[0]} members"
-        )
+        raise DataError(f"{where}: no captions among {len(index)} samples; expected .{member} members")
     both = image & text
     if not both.any():
         raise DataError(f"{where}: no sample of {len(index)} has an image and a caption")
