@@ -15,7 +15,7 @@ from dualenc.data.loading.bad_samples import BadRecord, SampleReader
 from dualenc.data.loading.epoch_plan import derive_seed
 from dualenc.data.loading.loader import Request
 from dualenc.data.shards.index import Sample, ShardIndex
-from dualenc.data.shards.shard import content_hash, piece_hash
+from dualenc.data.shards.shard import content_hash, partial_hash
 from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
@@ -101,11 +101,12 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     """
     check_captions(source)
     where = f"{index.shards[0]}{f' and {len(index.shards) - 1} more shards' if len(index.shards) > 1 else ''}"
-    image, text = index.having(IMAGE_EXTENSIONS), index.having([source.partition(".")[0]])
+    member = source.partition(".")[0]
+    image, text = index.having(IMAGE_EXTENSIONS), index.having([member])
     if not image.any():
-        raise DataError(f"{where}: no images among {len(index)} samples; wanted: .{', .'.join(IMAGE_EXTENSIONS)}")
+        raise DataError(f"{where}: no images among {len(index)} samples; expected .{', .'.join(IMAGE_EXTENSIONS)}")
     if not text.any():
-        raise DataError(f"{where}: no captions among {len(index)} samples; wanted: .{source.partition('.')[0]} members")
+        raise DataError(f"{where}: no captions among {len(index)} samples; expected .{member} members")
     both = image & text
     if not both.any():
         raise DataError(f"{where}: no sample of {len(index)} has an image and a caption")
@@ -158,7 +159,7 @@ class PairDataset(Dataset[Pairs]):
         bad: list[BadRecord] = []
         with _preserve_rng_state():
             for position, row in enumerate(rows.tolist(), start):
-                number, (image, captions, image_hash) = self.samples.first_good(row, bad)
+                number, (image, captions, image_hash) = self.samples.read_next_good(row, bad)
                 choice = 0
                 if self.seed is not None:
                     key = derive_seed(self.seed, epoch, position)
@@ -186,7 +187,9 @@ class PairDataset(Dataset[Pairs]):
         if self.features is not None:
             image, image_hash = self.features.read(*self.index.find(row), sample)
         else:
-            image, image_hash = decode_and_hash(sample)
+            extension, data = read_image_bytes(sample)
+            with _as_bad_sample(sample, extension):
+                image, image_hash = decode_image(data), partial_hash(data)
         return image, captions_of(sample, self.captions), image_hash
 
     def facts(self) -> dict[str, Any]:
@@ -220,13 +223,29 @@ def decode_sample(sample: Sample) -> Tensor:
 
 
 def decode_and_hash(sample: Sample) -> tuple[Tensor, int]:
-    """Decode the image of a sample, and hash its bytes by `piece_hash`; see `decode_sample`."""
+    """Decode the image of a sample, and hash its bytes by `partial_hash`; see `decode_sample`."""
+    extension, data = read_image_bytes(sample)
+    with _as_bad_sample(sample, extension):
+        return decode_image(data), partial_hash(data)
+
+
+def read_image_bytes(sample: Sample) -> tuple[str, bytes]:
+    """Read the extension and the bytes of a sample's image.
+
+    Raises:
+        BadSample: If the sample has no image.
+    """
     extension = sample.image
     if extension is None:
         raise BadSample(sample, "no image among its members", ", ".join(sorted(sample.members)))
-    data = sample.read(extension)
+    return extension, sample.read(extension)
+
+
+@contextmanager
+def _as_bad_sample(sample: Sample, extension: str) -> Iterator[None]:
+    """Translate an `ImageError` of a sample's image into a `BadSample`."""
     try:
-        return decode_image(data), piece_hash(data)
+        yield
     except ImageError as error:
         raise BadSample(sample, f".{extension} {error.cause}", error.detail) from None
 

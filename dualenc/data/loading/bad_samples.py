@@ -61,7 +61,7 @@ class SampleReader:
         self.index, self.read, self.evaluation, self.replacements = index, read, evaluation, replacements
         self.current_sample = CurrentSample()
 
-    def first_good(self, row: int, bad: list[BadRecord]) -> tuple[int, Any]:
+    def read_next_good(self, row: int, bad: list[BadRecord]) -> tuple[int, Any]:
         """Return the number and the content of the first good sample, beginning at `row`.
 
         The search wraps around at the end of the range of replacements. In an evaluation, the number of a replacement

@@ -216,7 +216,7 @@ def _piece(size: int) -> range:
     return range((size - length) // 2, (size + length) // 2)
 
 
-def piece_hash(data: bytes) -> int:
+def partial_hash(data: bytes) -> int:
     """Return the hash `piece` of an image's bytes; see `DTYPES`."""
     piece = _piece(len(data))
     return content_hash(data[piece.start : piece.stop], len(data))

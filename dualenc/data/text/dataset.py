@@ -262,7 +262,7 @@ class TextDataset(Dataset[Texts]):
         used: list[int] = []
         bad: list[BadRecord] = []
         for row in rows.tolist():
-            number, item = self.samples.first_good(row, bad)
+            number, item = self.samples.read_next_good(row, bad)
             items.append(item)
             used.append(number)
         uses = [self.uses[self._source(row)][1] for row in rows.tolist()]

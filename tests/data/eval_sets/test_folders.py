@@ -312,12 +312,8 @@ def test_sugar_crepe(tmp_path, seed, folder):
     root.mkdir()
     entries = write_sugar_crepe(root, np.random.default_rng(seed), folder)
     data = BenchmarkSet.open(root / "swap_obj.json")
-    assert (data.kind, data.name, len(data), data.problems) == (
-        "choice",
-        "swap_obj",
-        3,
-        [],
-    )  # Each image is listed once.
+    assert (data.kind, data.name, data.problems) == ("choice", "swap_obj", [])
+    assert len(data) == 3  # Each image is listed once.
     images, texts, keys = data.choices
     assert keys == list(entries)
     assert images.tolist() == [[i // 2, -1] for i in range(6)]

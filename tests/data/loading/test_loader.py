@@ -353,7 +353,7 @@ def test_samples_without_image_or_caption_are_named(tmp_path, seed):
     assert [sample.key for sample in pairs] == ["both", "both2"]
     assert without == ["image", "text"]
     assert only_pairs(pairs, "txt") == (pairs, [])
-    with pytest.raises(DataError, match=r"no captions among 4 samples; wanted: \.json"):
+    with pytest.raises(DataError, match=r"no captions among 4 samples; expected \.json"):
         only_pairs(index, "json.caption")
     with pytest.raises(DataError, match="'caption' must be 'txt' or"):
         only_pairs(index, "caption")
