@@ -28,7 +28,7 @@ from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines
 
 SKIPPED_STEPS = "skipped_steps.jsonl"
-SPIKE = 5.0  # ratio of a gradient norm to the median of the last ones from which it is a spike
+SPIKE = 5.0  # a gradient norm above this multiple of the median of the last norms is a spike
 MIN_NORMS = NORMS // 5  # norms needed before a spike can be detected
 
 
@@ -98,7 +98,7 @@ class Task(LightningModule):
         self._clock_start: float | None = None  # None while the clock is paused
 
     def setup(self, stage: str) -> None:
-        """Refuse gradient accumulation, which would compute another loss than its name says."""
+        """Refuse gradient accumulation: the sum over small batches is not the gradient of a large batch."""
         if stage == "fit" and self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 "trainer.accumulate_grad_batches must be 1: the loss compares the pairs of one batch, so summing "
@@ -124,13 +124,13 @@ class Task(LightningModule):
     # The clock of samples/s, which counts training time only.
 
     def start_clock(self) -> None:
-        """Start to count time for samples/s."""
+        """Start counting time for samples/s."""
         self._clock_start = time.monotonic()
         if self.watchdog is not None:
             self.watchdog.report(self.global_step, "loading")
 
     def pause_clock(self, phase: str = "evaluating") -> None:
-        """Stop to count time until `start_clock`.
+        """Stop counting time for samples/s until `start_clock`.
 
         Args:
             phase: what the rank does in the meantime, for the watchdog.
