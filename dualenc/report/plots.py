@@ -27,14 +27,7 @@ ROUNDS = 8  # The points of a map are drawn in rounds over all classes, so that 
 
 
 def curves(path: Path) -> list[dict[str, Any]]:
-    """Plot a run's `metrics.csv`: the loss, then the metrics of each evaluation set, then the rest of training.
-
-    Args:
-        path: Path of `metrics.csv`.
-
-    Returns:
-        A title and an SVG for each plot.
-    """
+    """Plot a run's `metrics.csv`: the loss, then the metrics of each set, then the rest of training."""
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -42,11 +35,11 @@ def curves(path: Path) -> list[dict[str, Any]]:
     sets = dict.fromkeys(name.rpartition("/")[0] for name in series if not name.startswith(("train/", "test/")))
     groups = {"loss": ["train/loss", "val/loss"]}
     for name in sets:
-        of_set = [metric for metric in series if metric.rpartition("/")[0] == name]
+        own = [m for m in series if m.rpartition("/")[0] == name]
         title = "held-out pairs" if name == "val" else f"{name[4:]}, held out" if name.startswith("val/") else name
-        groups[title] = [metric for metric in of_set if metric.rpartition("/")[2] in CURVES]
-        groups[f"{title}: perplexity"] = [metric for metric in of_set if metric.endswith("/perplexity")]
-        groups["loss"] += [m for m in of_set if m.endswith("/loss") and m not in groups["loss"]]
+        groups[title] = [m for m in own if m.rpartition("/")[2] in CURVES]
+        groups[f"{title}: perplexity"] = [m for m in own if m.endswith("/perplexity")]
+        groups["loss"] += [m for m in own if m.endswith("/loss") and m not in groups["loss"]]
     groups["learning rate"] = ["train/lr"]
     groups["temperature (logit scale)"] = ["train/logit_scale"]
     groups["gradient norm before clipping"] = ["train/grad_norm"]

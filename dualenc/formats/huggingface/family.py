@@ -1,4 +1,4 @@
-"""Definition of a family of text encoders on Hugging Face: how its config and tensors map to ours."""
+"""Description of a family of Hugging Face's text encoders: its config, its tensors and its slots for heads."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from dualenc.models.text_encoder import Activation, Pool, TextConfig
 
-# Hugging Face's names of activations. If several names mean the same activation, the first is written.
+# Hugging Face's names of activations; of two names with one meaning the first is written.
 ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -30,18 +30,18 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Slot:
-    """Place for a head in a family's own format.
+    """A place for a head in a family's own format.
 
     Attributes:
-        name: Name that the head gets when a checkpoint is read.
-        kind: Kind of the head.
-        marker: Tensor whose presence shows that a checkpoint has the head.
-        modules: Module of the head -> module of the checkpoint; a leading dot marks a module inside the encoder.
-        parameters: Parameter of the head -> its names in checkpoints, of which the first is written.
-        activation: Activation that the format fixes; None for the encoder's activation.
-        norm: See `HeadConfig`.
-        labels: Labels that the format fixes; empty if a checkpoint names them.
-        architecture: Hugging Face's class for an encoder with this head.
+        name: name of the head that is read from a checkpoint.
+        kind: kind of the head.
+        marker: name of a tensor that is there if the checkpoint has the head.
+        modules: module of the head -> module of the checkpoint; a dot at its front means inside the encoder.
+        parameters: parameter of the head -> its names in a checkpoint, of which the first is written.
+        activation: activation that the format always has; None for the encoder's.
+        norm: see `HeadConfig`.
+        labels: labels that the format always has; empty where the config names them.
+        architecture: suffix of Hugging Face's class of an encoder with this head.
     """
 
     name: str
@@ -57,26 +57,26 @@ class Slot:
 
 @dataclass(frozen=True)
 class Family:
-    """Format of one `model_type` as data.
+    """The format of one `model_type`.
 
     Attributes:
-        name: The `model_type`.
-        stem: Beginning of its classes' names.
-        prefix: Prefix of the encoder's tensors in a checkpoint that also holds a head.
-        keys: Field of `TextConfig` -> key of the config, and the value that a missing key means.
-        always: Fields of `TextConfig` that are the same for the whole family.
-        refused: Key of the config -> the values that dualenc can compute, of which the first is written; any other
-            value is refused.
-        outside: Module of the encoder outside its blocks -> module of the checkpoint.
-        block: Prefix of the tensors of a block, a template with {i}, or with {group} and {member}.
-        inside: Module of a block -> module of the checkpoint, or the three that are concatenated to one.
-        slots: Places for heads.
-        dropouts: Keys that the dropout is written to; it is read from the first.
-        token_embeddings: Module of the token embeddings in the checkpoint.
-        ignored: Patterns of tensors that are not part of the encoder, in addition to those that any family may have.
-        nested: `model_type` of a larger model whose `text_config` is of this family.
-        pool: Pooling of a text's vector if the checkpoint does not say.
-        read, write: Functions for the rest of a config that no table expresses.
+        name: the `model_type`.
+        stem: prefix of the names of its classes.
+        prefix: prefix of the encoder's tensors in a checkpoint with a head.
+        keys: field of `TextConfig` -> key of the config and the value of an absent key.
+        always: values of fields of `TextConfig` that the whole family has.
+        refused: key -> the values that can be computed, of which the first is written.
+        outside: module of the encoder -> module of the checkpoint, except for the blocks.
+        block: module of block i in the checkpoint, with {i}; or with {group} and {member}.
+        inside: module of a block -> module of the checkpoint, or the three that are joined to one.
+        slots: slots for heads.
+        dropouts: keys to which the dropout is written; it is read from the first.
+        token_embeddings: module of the token embeddings in the checkpoint.
+        ignored: patterns of tensors outside the encoder, in addition to those that every family may have.
+        nested: `model_type` of a larger model whose config contains the family's.
+        pool: pooling of a text's vector, where the checkpoint does not name one.
+        read: function that completes the fields of a config that is read.
+        write: function that completes a config that is written.
     """
 
     name: str
