@@ -31,7 +31,7 @@ def test_links_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("contents", "folder"), [("README.md", "docs"), ("docs/decisions/README.md", "docs/decisions")]
 )
-def test_the_contents_list_every_page(contents: str, folder: str) -> None:
+def test_the_contents_list_every_page(folder: str, contents: str) -> None:
     page = ROOT / contents
     listed = {(page.parent / link).resolve() for link in links(page)}
     assert {found.resolve() for found in (ROOT / folder).glob("*.md")} - {page.resolve()} - listed == set()

@@ -67,8 +67,8 @@ def histogram(values: np.ndarray, mark: float | None) -> Markup:
     """Plot the histogram of some values, on a logarithmic axis if they span more than a factor of 100.
 
     Args:
-        values: The values (N,).
-        mark: Value at which a vertical line is drawn; None for no line.
+        values: the values (N,).
+        mark: value at which a vertical line is drawn; None for no line.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -109,7 +109,7 @@ def reliability(bins: Sequence[Sequence[float]]) -> Markup:
     """Plot accuracy over confidence (Guo et al. 2017, figure 1); a calibrated model lies on the diagonal.
 
     Args:
-        bins: Confidence, accuracy and count of each bin; the area of a dot shows the count.
+        bins: confidence, accuracy and count of each bin; the area of a dot shows the count.
     """
     confidence, accuracy, count = np.array([row for row in bins if row[2]], dtype=float).T
 
@@ -201,9 +201,9 @@ def _svg(draw: Callable[[Any], None], width: float, height: float) -> Markup:
     """Return a plot as inline SVG, its text and axes in the color of the page's text.
 
     Args:
-        draw: Function that draws on the axes.
-        width: Width in inches.
-        height: Height in inches.
+        draw: function that draws on the axes.
+        width: width in inches.
+        height: height in inches.
     """
     import matplotlib
     from matplotlib.figure import Figure

@@ -59,8 +59,8 @@ class Format:
     Attributes:
         kind: `model_type` of the model.
         vision: `model_type` of the image tower.
-        family: Family of the text tower.
-        text: Architecture of the text tower, as one of its family.
+        family: family of the text tower.
+        text: architecture of the text tower, as one of its family.
         identity_pooler: True if the format requires a pooler and the model has none, so that one that changes nothing
             is added (see `add_identity_pooler`).
     """
@@ -81,9 +81,9 @@ def read_config(config: Any, where: str, length: Callable[[int], int]) -> tuple[
     """Return the architecture and the format that a `config.json` describes.
 
     Args:
-        config: The parsed JSON.
-        where: File of the config, for errors.
-        length: Function from the tower's number of positions to the length of the longest text in tokens.
+        config: the parsed JSON.
+        where: file of the config, for errors.
+        length: function from the tower's number of positions to the length of the longest text in tokens.
 
     Raises:
         ModelError: If the model is not one of `KINDS`, or a key asks for something that dualenc does not compute.
@@ -182,9 +182,9 @@ def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = N
     """Return the rules between a model's tensors and those of its format.
 
     Args:
-        form: Format of the model.
-        config: Architecture of the model.
-        names: Names of a checkpoint's tensors, from which the prefixes are found; None for the prefixes that are
+        form: format of the model.
+        config: architecture of the model.
+        names: names of a checkpoint's tensors, from which the prefixes are found; None for the prefixes that are
             written.
     """
     with torch.device("meta"):
@@ -239,8 +239,8 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
     """Return the evaluation transform of a folder's image processor.
 
     Args:
-        folder: Folder with preprocessor_config.json or processor_config.json.
-        size: Side of the image tower's input in pixels.
+        folder: folder with preprocessor_config.json or processor_config.json.
+        size: side of the image tower's input in pixels.
 
     Raises:
         ModelError: If the folder has no image processor, or dualenc cannot compute the same.
@@ -418,9 +418,9 @@ def add_identity_pooler(
     """Add a pooler that changes nothing to a model without one, if its format requires a pooler.
 
     Args:
-        state: State of the `DualEncoder`.
-        form: Format of the model.
-        config: Architecture of the model.
+        state: state of the `DualEncoder`.
+        form: format of the model.
+        config: architecture of the model.
 
     Returns:
         The state and the architecture, with the pooler as part of the text projection.
