@@ -15,9 +15,9 @@ def in_ranks(function: Callable[[Path, int, int], Any], folder: Path, world: int
     """Run `function(folder, rank, world)` on each rank and return the values by rank.
 
     Args:
-        function: Function at the top level of a module; its value must be loadable by `torch.load(weights_only=True)`.
-        folder: Folder for the values.
-        world: Number of ranks.
+        function: function at the top level of a module; its value must be loadable by `torch.load(weights_only=True)`.
+        folder: folder for the values.
+        world: number of ranks.
     """
     import torch
 

@@ -95,8 +95,8 @@ def mutate(rng: np.random.Generator, data: bytes, headers: bool = False) -> byte
     """Apply one to five random changes: flipped bits, other bytes, deletions, repeats.
 
     Args:
-        rng: Generator of the changes.
-        data: Bytes of the file.
+        rng: generator of the changes.
+        data: bytes of the file.
         headers: True to change fields of tar headers too, with or without a correct checksum.
     """
     out = bytearray(data)
@@ -201,10 +201,10 @@ def run(seed: int, start: int, folder: str, results: "multiprocessing.Queue[tupl
     """Run `CASES` cases in this process and report each to the parent before and after, so that a crash has a number.
 
     Args:
-        seed: Seed of all cases.
-        start: Number of the first case.
-        folder: Folder for shards and for the cache.
-        results: Queue of the case's number, the outcome and the traceback of a failure.
+        seed: seed of all cases.
+        start: number of the first case.
+        folder: folder for shards and for the cache.
+        results: queue of the case's number, the outcome and the traceback of a failure.
     """
     os.environ["DUALENC_CACHE"] = folder
     began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

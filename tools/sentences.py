@@ -39,11 +39,11 @@ def sentences(
     """Evaluate embeddings of texts by logistic regression and k-means.
 
     Args:
-        embed: Function from N texts to embeddings (N, D).
-        train: Training texts and their labels.
-        dev: Texts to evaluate on, and their labels.
-        dataset: Name of the data set.
-        model: Name of the model.
+        embed: function from N texts to embeddings (N, D).
+        train: training texts and their labels.
+        dev: texts to evaluate on, and their labels.
+        dataset: name of the data set.
+        model: name of the model.
 
     Returns:
         The result and the points of its map.
@@ -85,8 +85,8 @@ def regression(x: np.ndarray, targets: np.ndarray) -> LogisticRegression:
     """Fit a logistic regression with the C that is most accurate on every fifth text after training on the others.
 
     Args:
-        x: Embeddings (N, D).
-        targets: Classes (N,).
+        x: embeddings (N, D).
+        targets: classes (N,).
     """
 
     def fit(rows: np.ndarray, c: float) -> LogisticRegression:

@@ -95,10 +95,10 @@ def soak(out: Path, minutes: float, seed: int, longest: float) -> bool:
     """Run the test and write `soak.json`.
 
     Args:
-        out: Folder of the runs, which is emptied first.
-        minutes: Time after which no further run is started.
-        seed: Seed of signals, times and numbers of workers.
-        longest: Largest time in seconds until an attempt is killed.
+        out: folder of the runs, which is emptied first.
+        minutes: time after which no further run is started.
+        seed: seed of signals, times and numbers of workers.
+        longest: largest time in seconds until an attempt is killed.
 
     Returns:
         True if every run equals the unbroken one.

@@ -18,8 +18,8 @@ def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
     looked up. If the hub cannot be reached, its last known commit is taken from the cache, and a warning names it.
 
     Args:
-        spec: The model spec, `hf-hub:owner/name[@revision]`.
-        patterns: Glob patterns of the files' names.
+        spec: the model spec, `hf-hub:owner/name[@revision]`.
+        patterns: glob patterns of the files' names.
 
     Raises:
         ModelError: If the hub does not have the files, if it cannot be reached and files are missing in the cache, or

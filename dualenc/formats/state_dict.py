@@ -30,7 +30,7 @@ class Weights(Mapping[str, Tensor]):
     TensorFlow's names "gamma" and "beta" of LayerNorm's parameters become "weight" and "bias".
 
     Args:
-        folder: A folder with model.safetensors or pytorch_model.bin, in one file or in several with an index; or the
+        folder: a folder with model.safetensors or pytorch_model.bin, in one file or in several with an index; or the
             path of such a file.
 
     Raises:
@@ -114,9 +114,9 @@ def prefixes(family: Family, names: Collection[str], path: Path) -> tuple[str, s
     """Find the prefixes of the encoder's and the heads' tensors in a checkpoint.
 
     Args:
-        family: The family of the text encoder.
-        names: Names of the checkpoint's tensors.
-        path: File of the checkpoint, for errors.
+        family: the family of the text encoder.
+        names: names of the checkpoint's tensors.
+        path: file of the checkpoint, for errors.
 
     Returns:
         The prefix of the encoder's tensors and that of the heads' tensors.
@@ -141,11 +141,11 @@ class Rule(NamedTuple):
     Each group is concatenated along the first dimension. Leading dimensions of length 1 may differ.
 
     Attributes:
-        ours: Names of our tensors.
-        theirs: Names of their tensors, under which they are written.
+        ours: names of our tensors.
+        theirs: names of their tensors, under which they are written.
         transposed: True if their tensors are the transposes of ours.
         flat: True if their tensors lack the leading dimensions of length 1 that ours have.
-        aliases: For each of `theirs`, further names under which it may be read.
+        aliases: for each of `theirs`, further names under which it may be read.
         copied: True if their tensors are written under the aliases too.
     """
 
@@ -169,12 +169,12 @@ def family_rules(
     """Return the rules between the tensors of a `TextModel` and those of a family's checkpoint.
 
     Args:
-        family: The family.
-        text: The architecture.
-        slots: Slots of the family by name of the head; the tensors of other heads keep their names.
-        ours: Names of the tensors in the model's state.
-        prefix: Prefix of the encoder's tensors in the checkpoint.
-        outer: Prefix of the heads' tensors in the checkpoint.
+        family: the family.
+        text: the architecture.
+        slots: slots of the family by name of the head; the tensors of other heads keep their names.
+        ours: names of the tensors in the model's state.
+        prefix: prefix of the encoder's tensors in the checkpoint.
+        outer: prefix of the heads' tensors in the checkpoint.
 
     Returns:
         A rule for each of our names.
@@ -225,11 +225,11 @@ def read_state(
     """Return the state of a model from a checkpoint, in single precision; every tensor of both is accounted for.
 
     Args:
-        weights: Tensors of the checkpoint.
-        rules: Rules that cover all tensors of our model.
-        shapes: Shapes of our tensors.
-        where: File of the checkpoint, for errors.
-        ignored: Patterns of the names in the checkpoint that are skipped.
+        weights: tensors of the checkpoint.
+        rules: rules that cover all tensors of our model.
+        shapes: shapes of our tensors.
+        where: file of the checkpoint, for errors.
+        ignored: patterns of the names in the checkpoint that are skipped.
 
     Raises:
         ModelError: If a tensor is missing, unknown or of another shape (leading dimensions of length 1 aside), or
@@ -291,8 +291,8 @@ def write_state(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str,
     """Return a state under another library's names.
 
     Args:
-        state: State of our model.
-        rules: Rules that cover all of the state.
+        state: state of our model.
+        rules: rules that cover all of the state.
     """
     out: dict[str, Tensor] = {}
     for rule in rules:

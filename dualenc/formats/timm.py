@@ -29,17 +29,17 @@ class Shape:
     """Architecture of a plain vision transformer: pre-norm blocks on patches of a square image, learned positions.
 
     Attributes:
-        size: Side of the image in pixels.
-        patch: Side of a patch in pixels.
-        width: Features of a token.
-        layers: Number of blocks.
-        heads: Attention heads of a block.
-        mlp_width: Hidden features of a block's MLP.
-        activation: Activation of the MLPs.
-        norm_eps: Epsilon of every LayerNorm.
+        size: side of the image in pixels.
+        patch: side of a patch in pixels.
+        width: features of a token.
+        layers: number of blocks.
+        heads: attention heads of a block.
+        mlp_width: hidden features of a block's MLP.
+        activation: activation of the MLPs.
+        norm_eps: epsilon of every LayerNorm.
         pre_norm: True for a LayerNorm before the first block and a patch embedding without bias (CLIP).
         class_token: True for a class token with its own position embedding.
-        pool: The class token ("token"), the mean of the patches ("avg"), or attention with a learned query ("map").
+        pool: the class token ("token"), the mean of the patches ("avg"), or attention with a learned query ("map").
         norm_last: True if the last LayerNorm comes after pooling.
         layer_scale: True if both branches of a block end in a learned factor per feature.
     """
@@ -72,8 +72,8 @@ def check_numbers(numbers: Mapping[str, Any], layers: Any) -> None:
     """Refuse sizes that no transformer has, before a model is built: 100,000 layers take minutes even on "meta".
 
     Args:
-        numbers: Sizes by name.
-        layers: Number of layers.
+        numbers: sizes by name.
+        layers: number of layers.
 
     Raises:
         ValueError: If a size is not a whole number or out of range; names it.
@@ -89,7 +89,7 @@ def check_timm(name: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -
 
     Args:
         name: timm's name of the model.
-        arguments: Arguments of the model.
+        arguments: arguments of the model.
 
     Raises:
         ValueError: If timm does not have the model, or a size is out of range; names it.
@@ -251,8 +251,8 @@ def vision_rules(layout: str, shape: Shape, prefix: str) -> list[Rule]:
 
     Args:
         layout: "open_clip", or Hugging Face's "clip", "siglip" or "vit".
-        shape: Shape of the tower.
-        prefix: Prefix of the layout's tensors.
+        shape: shape of the tower.
+        prefix: prefix of the layout's tensors.
     """
     outside, block, inside = LAYOUTS[layout]
     last = "fc_norm" if shape.norm_last else "norm"

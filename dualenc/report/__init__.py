@@ -1,4 +1,4 @@
-"""Results as a table in the terminal, as JSON and as a self-contained HTML page."""
+"""Results as a table, as JSON, and as a page of one file."""
 
 from dualenc.report.comparison import Ranked, TwoAnswers, TwoRankings
 from dualenc.report.doctor import print_examination, write_examination

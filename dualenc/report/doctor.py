@@ -18,7 +18,7 @@ def print_examination(result: Mapping[str, Any]) -> None:
     """Print the result of `dualenc.data.doctor.checks`: facts about the data, then the problems found.
 
     Args:
-        result: Facts and findings.
+        result: facts and findings.
     """
     from rich.console import Console
     from rich.padding import Padding
@@ -63,13 +63,13 @@ def write_examination(
     """Write `report.html` with the result of `dualenc.data.doctor.checks`; see `write_report`.
 
     Args:
-        folder: Folder of the page.
-        title: Title of the page.
-        result: Facts and findings.
-        distributions: Values of each plot, by name.
-        galleries: Groups of images that are shown side by side, by title; each image with its caption.
-        about: Further facts of the run, by name.
-        marks: Value that is marked in a plot, by the plot's name.
+        folder: folder of the page.
+        title: title of the page.
+        result: facts and findings.
+        distributions: values of each plot, by name.
+        galleries: groups of images that are shown side by side, by title; each image with its caption.
+        about: further facts of the run, by name.
+        marks: value that is marked in a plot, by the plot's name.
     """
     facts = result["facts"]
     severities = Counter(finding["severity"] for finding in result["findings"])

@@ -42,7 +42,7 @@ def curves(path: Path, metrics: Mapping[str, bool] = MappingProxyType({})) -> li
     sets = dict.fromkeys(name.rpartition("/")[0] for name in series if not name.startswith(("train/", "test/")))
     groups = {"loss": ["train/loss", "val/loss"]}
     for name in sets:
-        of_set = [metric for metric in series if metric.rpartition("/")[0] == name]
+        own = [m for m in series if m.rpartition("/")[0] == name]
         title = "held-out pairs" if name == "val" else f"{name[4:]}, held out" if name.startswith("val/") else name
         groups[title] = [m for m in of_set if drawn.get(m.rpartition("/")[2])]
         for metric in (metric for metric, together in drawn.items() if not together):
@@ -75,8 +75,8 @@ def histogram(values: np.ndarray, mark: float | None) -> Markup:
     """Plot the histogram of some values, on a logarithmic axis if they span more than a factor of 100.
 
     Args:
-        values: The values (N,).
-        mark: Value at which a vertical line is drawn; None for no line.
+        values: the values (N,).
+        mark: value at which a vertical line is drawn; None for no line.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -117,7 +117,7 @@ def reliability(bins: Sequence[Sequence[float]]) -> Markup:
     """Plot accuracy over confidence (Guo et al. 2017, figure 1); a calibrated model lies on the diagonal.
 
     Args:
-        bins: Confidence, accuracy and count of each bin; the area of a dot shows the count.
+        bins: confidence, accuracy and count of each bin; the area of a dot shows the count.
     """
     confidence, accuracy, count = np.array([row for row in bins if row[2]], dtype=float).T
 
@@ -209,9 +209,9 @@ def _svg(draw: Callable[[Any], None], width: float, height: float) -> Markup:
     """Return a plot as inline SVG, its text and axes in the color of the page's text.
 
     Args:
-        draw: Function that draws on the axes.
-        width: Width in inches.
-        height: Height in inches.
+        draw: function that draws on the axes.
+        width: width in inches.
+        height: height in inches.
     """
     import matplotlib
     from matplotlib.figure import Figure

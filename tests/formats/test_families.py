@@ -188,9 +188,9 @@ def equal(one: Any, other: Any, apart: tuple[str, ...] = ("?",)) -> None:
     """Assert that two models of transformers have the same class and the same tensors, to the bit.
 
     Args:
-        one: A model.
-        other: A model.
-        apart: Prefixes of tensors that no output depends on, which are not compared.
+        one: a model.
+        other: a model.
+        apart: prefixes of tensors that no output depends on, which are not compared.
     """
     assert type(one) is type(other)
     mine, its = one.state_dict(), other.state_dict()

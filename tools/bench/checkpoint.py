@@ -20,10 +20,10 @@ def checkpoint(millions: int = 200, minutes: float = 15.0, rounds: int = 5, out:
     """Measure the gigabytes written per second, and the share of a run's time that saving takes.
 
     Args:
-        millions: Parameters in millions, in fp32; each has AdamW's two moments.
-        minutes: Minutes between two saves; the default is that of `run.every_n_minutes`.
-        rounds: Timed rounds of each side.
-        out: Folder for checkpoint.json and checkpoint.md.
+        millions: parameters in millions, in fp32; each has AdamW's two moments.
+        minutes: minutes between two saves; the default is that of `run.every_n_minutes`.
+        rounds: timed rounds of each side.
+        out: folder for checkpoint.json and checkpoint.md.
     """
     with TemporaryDirectory(dir=".") as folder:
         writers = {"torch.save": _plain, "lightning": _lightning, "dualenc": _ours}

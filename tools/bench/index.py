@@ -16,10 +16,10 @@ def index(samples: int = 10_000, image: int = 30_000, rounds: int = 5, out: Path
     """Measure the samples indexed per second, from a tar on disk to an index file; the peers only read the tar.
 
     Args:
-        samples: Samples in the shard, each with an image, a caption and a JSON.
-        image: Bytes of each image.
-        rounds: Timed rounds of each side.
-        out: Folder for index.json and index.md.
+        samples: samples in the shard, each with an image, a caption and a JSON.
+        image: bytes of each image.
+        rounds: timed rounds of each side.
+        out: folder for index.json and index.md.
     """
     with TemporaryDirectory() as folder:
         shard = Path(folder) / "shard.tar"

@@ -48,14 +48,14 @@ def loader(
     interpolation and tokenize. The pixels of the same crops are then compared.
 
     Args:
-        shards: A path, a glob, a brace pattern or a folder.
-        peer_shards: Other shards for open_clip, such as the originals of shards made by `dualenc shrink`.
-        size: Height and width of the output in pixels.
-        batch: Images in a batch.
-        rounds: Timed epochs of each side.
-        workers: Worker processes, on as many cores; 0 to decode in the main process on one core.
-        memory: Epochs after which the memory of our loader with 2 workers is measured; 0 for no measurement.
-        out: Folder for loader.json and loader.md.
+        shards: a path, a glob, a brace pattern or a folder.
+        peer_shards: other shards for open_clip, such as the originals of shards made by `dualenc shrink`.
+        size: height and width of the output in pixels.
+        batch: images in a batch.
+        rounds: timed epochs of each side.
+        workers: worker processes, on as many cores; 0 to decode in the main process on one core.
+        memory: epochs after which the memory of our loader with 2 workers is measured; 0 for no measurement.
+        out: folder for loader.json and loader.md.
     """
     index, _ = only_pairs(ShardIndex.build(shards), "txt")
     peer_index, _ = only_pairs(ShardIndex.build(peer_shards or shards), "txt")

@@ -31,14 +31,14 @@ def loss(
     """Measure the steps per second of a contrastive loss, forward and backward in fp32, and of its matrix products.
 
     Args:
-        name: Name of the loss.
-        batch: Pairs in the batch, B.
-        dim: Width of the embeddings, E.
+        name: name of the loss.
+        batch: pairs in the batch, B.
+        dim: width of the embeddings, E.
         device: "cpu" or "cuda".
-        rounds: Timed rounds of each side.
+        rounds: timed rounds of each side.
         cores: CPU cores of each side.
         peer: True to run open_clip's loss too, whose memory grows with B x B.
-        out: Folder for loss.json and loss.md.
+        out: folder for loss.json and loss.md.
     """
     makers = {"dualenc": _ours, "products": _products, **({"open_clip": _peer} if peer else {})}
     sides = [Side(side, partial(_side, make, name, batch, dim, device)) for side, make in makers.items()]

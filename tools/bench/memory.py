@@ -18,8 +18,8 @@ class PeakMemory(TorchDispatchMode):
     """Counter of the bytes of all tensors made within the mode; a storage counts once.
 
     Attributes:
-        now: Bytes of the tensors that are alive.
-        peak: Largest value of `now` so far.
+        now: bytes of the tensors that are alive.
+        peak: largest value of `now` so far.
     """
 
     def __init__(self) -> None:
@@ -55,12 +55,12 @@ def memory(
 
     Args:
         image: timm's name of the image tower.
-        img_size: Side of the image in pixels.
-        layers: Layers of the text tower.
-        width: Width of the text tower.
-        embed_dim: Width of the embeddings, E.
-        tokens: Tokens of a caption.
-        precision: Precision of the trainer.
+        img_size: side of the image in pixels.
+        layers: layers of the text tower.
+        width: width of the text tower.
+        embed_dim: width of the embeddings, E.
+        tokens: tokens of a caption.
+        precision: precision of the trainer.
     """
     text = TextConfig(layers=layers, width=width, heads=width // 64, norm="pre", pool="mean")
     model = DualEncoder(ImageConfig(image, img_size), text, embed_dim)

@@ -18,9 +18,9 @@ def precision(batch: int = 2048, dim: int = 512, draws: int = 5) -> None:
     """Print the relative error of the embeddings' gradients at scale 100, the median and the largest of some draws.
 
     Args:
-        batch: Pairs in the batch, B.
-        dim: Width of the embeddings, E.
-        draws: Draws of embeddings.
+        batch: pairs in the batch, B.
+        dim: width of the embeddings, E.
+        draws: draws of embeddings.
     """
     from open_clip.loss import ClipLoss, SigLipLoss
 
@@ -66,9 +66,9 @@ def error(
     """Compute the relative error in norm of the gradients of image and text, and return the larger.
 
     Args:
-        loss: The loss to test.
-        exact: Definition of the loss, which is computed in float64.
-        inputs: Embeddings of images and texts (B, E), scale and bias.
+        loss: the loss to test.
+        exact: definition of the loss, which is computed in float64.
+        inputs: embeddings of images and texts (B, E), scale and bias.
         mixed: True to compute the loss under autocast to bf16.
     """
 

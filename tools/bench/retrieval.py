@@ -37,15 +37,15 @@ def retrieval(
     recall at 1, 5 and 10.
 
     Args:
-        images: Number of images, I.
-        captions: Texts of each image.
-        dim: Width of the embeddings, E.
-        noise: Length of the random vector that is added to an image to make a text; 0 simulates a perfect model.
-        rounds: Timed rounds of each side.
+        images: number of images, I.
+        captions: texts of each image.
+        dim: width of the embeddings, E.
+        noise: length of the random vector that is added to an image to make a text; 0 simulates a perfect model.
+        rounds: timed rounds of each side.
         cores: CPU cores of each side.
-        peer: Folder with the package clip_benchmark, which is not a dependency; None to leave it out. Its memory grows
+        peer: folder with the package clip_benchmark, which is not a dependency; None to leave it out. Its memory grows
             with the number of images times the number of texts.
-        out: Folder for retrieval.json and retrieval.md.
+        out: folder for retrieval.json and retrieval.md.
     """
     makers: dict[str, Callable[..., Callable[[], Any]]] = {
         "dualenc": _ours,

@@ -29,8 +29,8 @@ class Side:
     """One of the implementations that are compared.
 
     Attributes:
-        name: Name of its row in the table.
-        make: Function that is called once in the side's process and returns a function that runs a round and returns
+        name: name of its row in the table.
+        make: function that is called once in the side's process and returns a function that runs a round and returns
             the units done. `make` must be picklable, since it is sent to a new process.
     """
 
@@ -62,17 +62,17 @@ class Result:
     """Measurements of a comparison, and their tables.
 
     Attributes:
-        name: Name of the benchmark and of its files.
-        unit: Name of the unit that a round counts, in the plural.
-        seconds: By side, the seconds of each round.
-        cpu: By side, the CPU seconds of its processes in each round, which other work on the machine affects less.
-        units: By side, the units done in each round.
-        peak_mib: By side, the largest sum in MiB of the peak resident sizes of its process and that process's children.
-        reference: Side that the ratios compare with.
+        name: name of the benchmark and of its files.
+        unit: name of the unit that a round counts, in the plural.
+        seconds: by side, the seconds of each round.
+        cpu: by side, the CPU seconds of its processes in each round, which other work on the machine affects less.
+        units: by side, the units done in each round.
+        peak_mib: by side, the largest sum in MiB of the peak resident sizes of its process and that process's children.
+        reference: side that the ratios compare with.
         cores: CPU cores of each side.
-        settings: Arguments of the benchmark.
-        notes: Further lines of the page.
-        facts: Further results by name.
+        settings: arguments of the benchmark.
+        notes: further lines of the page.
+        facts: further results by name.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Result:
         """Return the rate of a side divided by the reference's, of each round.
 
         Args:
-            side: Name of the side.
+            side: name of the side.
             cpu: True for units per CPU second instead of units per second.
         """
         times = self.cpu if cpu else self.seconds
@@ -172,12 +172,12 @@ def compare(
     """Run the sides in turns, each in its own process on the same cores, and time every round.
 
     Args:
-        name: Name of the benchmark.
-        unit: Name of the unit that a round counts, in the plural.
-        sides: The sides.
-        reference: Name of the side that the ratios compare with.
-        rounds: Timed rounds of each side.
-        warmup: Rounds of each side that are not timed.
+        name: name of the benchmark.
+        unit: name of the unit that a round counts, in the plural.
+        sides: the sides.
+        reference: name of the side that the ratios compare with.
+        rounds: timed rounds of each side.
+        warmup: rounds of each side that are not timed.
         cores: CPU cores of each side.
     """
     chosen = sorted(os.sched_getaffinity(0))[-cores:]
@@ -281,8 +281,8 @@ def process_memory(pid: int, field: str) -> int:
     """Return one of the kernel's figures of a process in bytes, or 0 if the process has ended.
 
     Args:
-        pid: The process id.
-        field: Name in /proc/PID/status, such as VmRSS.
+        pid: the process id.
+        field: name in /proc/PID/status, such as VmRSS.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

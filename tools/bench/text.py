@@ -39,14 +39,14 @@ def text(
     The encoder is BERT-base with random weights, the same for all sides, in fp32; on CUDA also in bf16 under autocast.
 
     Args:
-        layers: Layers of the encoder.
-        width: Width of the encoder, with 64 features per head.
-        batch: Captions in a batch.
-        batches: Batches in a round.
+        layers: layers of the encoder.
+        width: width of the encoder, with 64 features per head.
+        batch: captions in a batch.
+        batches: batches in a round.
         device: "cpu" or "cuda".
-        rounds: Timed rounds of each side.
+        rounds: timed rounds of each side.
         cores: CPU cores of each side.
-        out: Folder for text-forward.json, text-training.json and their .md.
+        out: folder for text-forward.json, text-training.json and their .md.
     """
     texts = captions(batch, batches)
     lengths = [len(ids) for captions_of_batch in texts for ids in captions_of_batch]
@@ -97,9 +97,9 @@ def _speedup(result: Result, side: str, dtype: str) -> float:
     """Return the rate of packed text divided by a side's, the median over rounds.
 
     Args:
-        result: Result of the benchmark.
-        side: The other side.
-        dtype: Suffix of the sides' names, "" for fp32.
+        result: result of the benchmark.
+        side: the other side.
+        dtype: suffix of the sides' names, "" for fp32.
     """
     rates = zip(result.rates(PACKED + dtype), result.rates(side + dtype))
     return median(mine / other for mine, other in rates)
@@ -130,15 +130,15 @@ def make(
     """Build the round of a side; the first round saves the vectors of the first batch in the folder.
 
     Args:
-        side: Name of the side.
-        layers: Layers of the encoder.
-        width: Width of the encoder.
-        batch: Captions in a batch.
-        batches: Batches in a round.
+        side: name of the side.
+        layers: layers of the encoder.
+        width: width of the encoder.
+        batch: captions in a batch.
+        batches: batches in a round.
         backward: True to run backward too.
         device: "cpu" or "cuda".
         dtype: "fp32" or "bf16".
-        folder: Folder of the saved vectors.
+        folder: folder of the saved vectors.
 
     Returns:
         Function that runs a round and returns the number of tokens.

@@ -28,12 +28,12 @@ def zeroshot(
     Args:
         tower: "open_clip" for open_clip's text tower of CLIP; "dualenc" for our BERT-style one, padded to 77 for
             open_clip's builder.
-        classes: How many of ImageNet's 1,000 classes, each with 80 templates.
-        width: Width of the tower.
-        layers: Layers of the tower.
-        rounds: Timed rounds of each side.
+        classes: how many of ImageNet's 1,000 classes, each with 80 templates.
+        width: width of the tower.
+        layers: layers of the tower.
+        rounds: timed rounds of each side.
         cores: CPU cores of each side.
-        out: Folder for zeroshot.json and zeroshot.md.
+        out: folder for zeroshot.json and zeroshot.md.
     """
     with tempfile.TemporaryDirectory() as folder:
         sides = [

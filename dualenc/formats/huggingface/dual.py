@@ -59,8 +59,8 @@ class Format:
     Attributes:
         kind: `model_type` of the model.
         vision: `model_type` of the image tower.
-        family: Family of the text tower.
-        text: Architecture of the text tower, as one of its family.
+        family: family of the text tower.
+        text: architecture of the text tower, as one of its family.
         identity_pooler: True if the format requires a pooler and the model has none, so that one that changes nothing
             is added (see `add_identity_pooler`).
     """
@@ -81,9 +81,9 @@ def read_config(config: Any, where: str, length: Callable[[int], int]) -> tuple[
     """Return the architecture and the format that a `config.json` describes.
 
     Args:
-        config: The parsed JSON.
-        where: File of the config, for errors.
-        length: Function from the tower's number of positions to the length of the longest text in tokens.
+        config: the parsed JSON.
+        where: file of the config, for errors.
+        length: function from the tower's number of positions to the length of the longest text in tokens.
 
     Raises:
         ModelError: If the model is not one of `KINDS`, or a key asks for something that dualenc does not compute.
@@ -91,42 +91,49 @@ def read_config(config: Any, where: str, length: Callable[[int], int]) -> tuple[
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in KINDS:
         raise ModelError(f"{where}: model_type {kind!r} is not a supported dual encoder ({', '.join(KINDS)})")
-    vision: Config = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
-    inside: Config = {**(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
-    of_vision = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind) or vision.get("model_type")
+    vision_fields: Config = {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+    text_fields: Config = {**(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
+    vision_kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind)
+    vision_kind = vision_kind or vision_fields.get("model_type")
     if kind == JOINED:
-        known = {"clip": "clip_text_model", "siglip": "siglip_text_model"}
-        family, inside = family_of(
-            {**inside, "model_type": known.get(inside.get("model_type", ""), inside.get("model_type"))}, where
-        )
+        towers = {"clip": "clip_text_model", "siglip": "siglip_text_model"}
+        text_kind = text_fields.get("model_type")
+        text_kind = towers.get(text_kind or "", text_kind)
+        family, text_fields = family_of({**text_fields, "model_type": text_kind}, where)
     else:
         family = family_of(config, where)[0]
-    image = _read_vision(str(of_vision), vision, f"{where}: vision_config")
-    text = text_config(family, inside, f"{where}: text_config")
+    image = _read_vision(str(vision_kind), vision_fields, f"{where}: vision_config")
+    text = text_config(family, text_fields, f"{where}: text_config")
     text = dataclasses.replace(text, context_length=length(text.context_length))
     with torch.device("meta"):
         width = ImageEncoder(image).width
     if kind == "siglip":
-        embed_dim = inside.get("projection_size") or text.width
-        own, other = Projection(bias=()), Projection(bias=(True,))
+        embed_dim = text_fields.get("projection_size") or text.width
+        image_projection, text_projection = Projection(bias=()), Projection(bias=(True,))
     else:
         embed_dim = config.get("projection_dim") or 512
-        own = Projection((width,), (True, False), "tanh") if of_vision == "vit" else Projection()
-        other = Projection()
+        image_projection = Projection((width,), (True, False), "tanh") if vision_kind == "vit" else Projection()
+        text_projection = Projection()
     if kind == JOINED and family.name != "clip_text_model":
         if not any(slot.kind == "pooler" for slot in family.slots):
             raise ModelError(f"{where}: text_config.model_type {family.name!r} has no pooler, which {JOINED} requires")
-        other = Projection((text.width,), (True, False), "tanh")
+        text_projection = Projection((text.width,), (True, False), "tanh")
     try:
         dual = DualConfig(
-            image, text, embed_dim, logit_bias=kind == "siglip", image_projection=own, text_projection=other
+            image,
+            text,
+            embed_dim,
+            logit_bias=kind == "siglip",
+            image_projection=image_projection,
+            text_projection=text_projection,
         )
     except (ValueError, TypeError) as error:
         raise ModelError(f"{where}: {error}") from None
-    return dual, Format(kind, str(of_vision), family, text)
+    return dual, Format(kind, str(vision_kind), family, text)
 
 
 def _read_vision(kind: str, config: Config, where: str) -> ImageConfig:
+    """Return the architecture of an image tower from its part of a `config.json`."""
     if kind == WRAPPED:
         arguments = dict(config.get("model_args") or {})
         size = arguments.pop("img_size", None)
@@ -175,9 +182,9 @@ def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = N
     """Return the rules between a model's tensors and those of its format.
 
     Args:
-        form: Format of the model.
-        config: Architecture of the model.
-        names: Names of a checkpoint's tensors, from which the prefixes are found; None for the prefixes that are
+        form: format of the model.
+        config: architecture of the model.
+        names: names of a checkpoint's tensors, from which the prefixes are found; None for the prefixes that are
             written.
     """
     with torch.device("meta"):
@@ -193,19 +200,23 @@ def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = N
         flat = (f"{vision}embeddings.class_embedding", f"{vision}embeddings.position_embedding.weight")
         found = vision_rules(VISION[form.vision], shape, vision)
         rules += [rule._replace(flat=rule.theirs[0] in flat) for rule in found]
-    own = config.projection_of(config.image_projection, tower.width)
-    other = config.projection_of(config.text_projection, config.text.width)
-    rules += projection_rules("image_projection", own, (f"{vision}pooler.dense", "visual_projection")[not own.hidden :])
+    image_projection = config.projection_of(config.image_projection, tower.width)
+    text_projection = config.projection_of(config.text_projection, config.text.width)
+    rules += projection_rules(
+        "image_projection",
+        image_projection,
+        (f"{vision}pooler.dense", "visual_projection")[not image_projection.hidden :],
+    )
     text = _prefix("text_model.", f"{form.family.token_embeddings}.weight", names)
     rules += text_rules(form.family, form.text, text)
     head = (f"{text}head",) if form.kind == "siglip" else ("text_projection",)
-    if other.hidden:
+    if text_projection.hidden:
         slot = next(slot for slot in form.family.slots if slot.kind == "pooler")
         head = (text + slot.modules["dense"][1:], *head)
-    return rules + projection_rules("text_projection", other, head)
+    return rules + projection_rules("text_projection", text_projection, head)
 
 
-# A tensor by which the prefix of an image tower is found.
+# model_type of the image tower -> a tensor by which its prefix is found.
 VISION_MARK = {
     "clip_vision_model": "embeddings.patch_embedding.weight",
     "siglip_vision_model": "embeddings.patch_embedding.weight",
@@ -228,8 +239,8 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
     """Return the evaluation transform of a folder's image processor.
 
     Args:
-        folder: Folder with preprocessor_config.json or processor_config.json.
-        size: Side of the image tower's input in pixels.
+        folder: folder with preprocessor_config.json or processor_config.json.
+        size: side of the image tower's input in pixels.
 
     Raises:
         ModelError: If the folder has no image processor, or dualenc cannot compute the same.
@@ -320,38 +331,40 @@ def choose_format(config: DualConfig) -> Format:
         tower = ImageEncoder(config.image)
     shape = shape_of(tower.vit)
     text = config.text
-    own = config.projection_of(config.image_projection, tower.width)
-    other = config.projection_of(config.text_projection, text.width)
+    image_projection = config.projection_of(config.image_projection, tower.width)
+    text_projection = config.projection_of(config.text_projection, text.width)
     layouts = {kind: layout for kind, layout in VISION.items() if shape is not None and fits(layout, shape)}
     clip, siglip = FAMILIES["clip_text_model"], FAMILIES["siglip_text_model"]
     is_clip = expresses(clip, text) and text.pool == "last"
-    if "clip_vision_model" in layouts and is_clip and own == other == Projection() and not config.logit_bias:
+    projections = (image_projection, text_projection)
+    as_clip = projections == (Projection(), Projection())
+    if "clip_vision_model" in layouts and is_clip and as_clip and not config.logit_bias:
         return Format("clip", "clip_vision_model", clip, text)
     is_siglip = expresses(siglip, text) and text.pool == "last"
-    as_siglip = (own, other) == (Projection(bias=()), Projection(bias=(True,)))
+    as_siglip = projections == (Projection(bias=()), Projection(bias=(True,)))
     if "siglip_vision_model" in layouts and is_siglip and as_siglip and config.logit_bias:
         return Format("siglip", "siglip_vision_model", siglip, text)
-    tanh = own == Projection((tower.width,), (True, False), "tanh")
+    tanh = image_projection == Projection((tower.width,), (True, False), "tanh")
     if tanh and "vit" in layouts:
         vision = "vit"
-    elif own == Projection() and ("clip_vision_model" in layouts or "siglip_vision_model" in layouts):
+    elif image_projection == Projection() and ("clip_vision_model" in layouts or "siglip_vision_model" in layouts):
         vision = next(kind for kind in layouts if kind != "vit")
-    elif own == Projection() and config.image.norm_eps is None:
+    elif image_projection == Projection() and config.image.norm_eps is None:
         vision = WRAPPED
     else:
         raise ModelError(
-            f"transformers has no image tower like this one ({config.image.name} with the projection {own}): its "
-            "joined models have one linear map without bias; export to onnx"
+            f"transformers has no image tower like this one ({config.image.name} with the projection "
+            f"{image_projection}): its joined models have one linear map without bias; export to onnx"
         )
-    if is_clip and other == Projection():
+    if is_clip and text_projection == Projection():
         return Format(JOINED, vision, clip, text)
     found = fitted(text, POOLED)
-    pooled = other == Projection((text.width,), (True, False), "tanh")
-    if found is None or text.pool != "cls" or not (pooled or other == Projection()):
+    pooled = text_projection == Projection((text.width,), (True, False), "tanh")
+    if found is None or text.pool != "cls" or not (pooled or text_projection == Projection()):
         raise ModelError(
-            f"transformers' joined models have no text tower like this one ({in_words(text)}, projection {other}): "
-            "they take the first token of BERT, RoBERTa or ALBERT, or CLIP's text encoder; export to open_clip, "
-            "sentence-transformers or onnx"
+            f"transformers' joined models have no text tower like this one ({in_words(text)}, projection "
+            f"{text_projection}): they take the first token of BERT, RoBERTa or ALBERT, or CLIP's text encoder; export "
+            "to open_clip, sentence-transformers or onnx"
         )
     return Format(JOINED, vision, *found, identity_pooler=not pooled)
 
@@ -405,9 +418,9 @@ def add_identity_pooler(
     """Add a pooler that changes nothing to a model without one, if its format requires a pooler.
 
     Args:
-        state: State of the `DualEncoder`.
-        form: Format of the model.
-        config: Architecture of the model.
+        state: state of the `DualEncoder`.
+        form: format of the model.
+        config: architecture of the model.
 
     Returns:
         The state and the architecture, with the pooler as part of the text projection.

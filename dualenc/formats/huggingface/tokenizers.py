@@ -54,9 +54,9 @@ def read_tokenizer(folder: Path, text: TextConfig, length: int, lowercase: bool 
     """Read the tokenizer of a checkpoint.
 
     Args:
-        folder: Folder with tokenizer.json; or BERT's vocab.txt; or vocab.json and merges.txt of RoBERTa or CLIP.
-        text: Architecture of the encoder.
-        length: Length of the longest text in tokens.
+        folder: folder with tokenizer.json; or BERT's vocab.txt; or vocab.json and merges.txt of RoBERTa or CLIP.
+        text: architecture of the encoder.
+        length: length of the longest text in tokens.
         lowercase: True to convert texts to lower case before all other steps.
 
     Raises:
@@ -158,11 +158,11 @@ def clip_bpe(
     """Build CLIP's tokenizer: byte-level BPE with marked ends of words, between two special tokens.
 
     Args:
-        vocab: Ids of the entries; an entry that ends a word has the suffix "</w>".
-        merges: Pairs of entries that are merged, in order.
-        steps: Normalizers that are applied first.
-        words: Regular expression of the words; the text between matches is dropped.
-        ends: First and last token of every text, entries of the vocabulary.
+        vocab: ids of the entries; an entry that ends a word has the suffix "</w>".
+        merges: pairs of entries that are merged, in order.
+        steps: normalizers that are applied first.
+        words: regular expression of the words; the text between matches is dropped.
+        ends: first and last token of every text, entries of the vocabulary.
     """
     backend = Backend(models.BPE(vocab, merges, unk_token=ends[1], end_of_word_suffix="</w>"))
     backend.normalizer = normalizers.Sequence(list(steps))  # type: ignore[assignment]
@@ -204,8 +204,8 @@ def tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[str, Any]:
     """Return the fields of a `tokenizer_config.json` with which AutoTokenizer reads tokenizer.json unchanged.
 
     Args:
-        tokenizer: The tokenizer.
-        text: Architecture of the encoder.
+        tokenizer: the tokenizer.
+        text: architecture of the encoder.
     """
     vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
     special = tokenizer.special
