@@ -33,6 +33,8 @@ class ExportFormat(ABC):
         tolerance: largest difference between dualenc and the reference that is allowed.
         compared: names of the outputs that are compared; None for all that dualenc computes. See
             `dualenc.interop.references`.
+        segments: whether the reference takes the second half of each text of `ids` as its second segment, for a text
+            model with segments.
         library: the hub's name of the library that reads the folder; empty for `name`.
         uploaded: patterns of the files that `dualenc push` uploads, with `export.json`; empty for `files`.
         weights: patterns of the files with weights, at least one of which a push needs.
@@ -44,6 +46,7 @@ class ExportFormat(ABC):
     reference: Reference
     tolerance: float = 1e-5
     compared: tuple[str, ...] | None = None
+    segments: bool = True
     library: str = ""
     uploaded: tuple[str, ...] = ()
     weights: tuple[str, ...] = ("*.safetensors",)
@@ -84,7 +87,7 @@ class ExportFormat(ABC):
         from dualenc.interop.inputs import outputs_of
         from dualenc.interop.verify import Check
 
-        outputs = outputs_of(model, inputs)
+        outputs = outputs_of(model, inputs, self.segments)
         if self.compared is not None:
             outputs = {name: x for name, x in outputs.items() if name in self.compared}
         tokenizer: Any = model.tokenizer if "texts" in outputs else None

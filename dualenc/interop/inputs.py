@@ -141,9 +141,15 @@ def parts_of(embedder: Embedder) -> tuple[Tokenizer, Preprocess]:
     return embedder.tokenizer, embedder.preprocess
 
 
-def outputs_of(model: Embedder | TextPredictor, inputs: Inputs) -> dict[str, np.ndarray]:
-    """Compute the outputs of dualenc, under the names of `dualenc.interop.references`."""
-    return _dual_outputs(model, inputs) if isinstance(model, Embedder) else _text_outputs(model, inputs)
+def outputs_of(model: Embedder | TextPredictor, inputs: Inputs, segments: bool = True) -> dict[str, np.ndarray]:
+    """Compute the outputs of dualenc, under the names of `dualenc.interop.references`.
+
+    Args:
+        model: a dual encoder or a text model.
+        inputs: the inputs.
+        segments: let the second half of each text of `ids` be its second segment, for a text model with segments.
+    """
+    return _dual_outputs(model, inputs) if isinstance(model, Embedder) else _text_outputs(model, inputs, segments)
 
 
 def _dual_outputs(embedder: Embedder, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -166,13 +172,13 @@ def _dual_outputs(embedder: Embedder, inputs: Inputs) -> dict[str, np.ndarray]:
     }
 
 
-def _text_outputs(predictor: TextPredictor, inputs: Inputs) -> dict[str, np.ndarray]:
+def _text_outputs(predictor: TextPredictor, inputs: Inputs, segments: bool) -> dict[str, np.ndarray]:
     """Compute embeddings, and hidden states and logits as their asinh, from packed texts without any padding.
 
     A difference of two asinh is absolute where the values are small, and relative where they are large.
     """
     model, types = predictor.model, None
-    if model.config.types > 1:  # as in the reference, the second half of a text is its second segment
+    if segments and model.config.types > 1:
         types = [[int(2 * i >= len(ids)) for i in range(len(ids))] for ids in inputs.ids]
     tokens = Tokens.pack(inputs.ids, types).to(predictor.device)
     with evaluating(model):

@@ -50,6 +50,7 @@ class SentenceTransformersFormat(ExportFormat):
     )  # fmt: skip
     reference = references.SENTENCE_TRANSFORMERS
     compared = ("ids", "texts")
+    segments = False
 
     def write(self, model: Embedder | TextPredictor, folder: Path) -> list[str]:
         """Write the text tower of a dual encoder, or a text model; see `ExportFormat.write`."""

@@ -14,6 +14,7 @@ from dualenc.data import Preprocess, Tokenizer
 from dualenc.formats.open_clip.tokenizer import clip_backend
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor, load_text
+from dualenc.interop.exporting import export
 from dualenc.interop.inputs import TEXTS, Inputs, make_inputs, outputs_of, random_ids
 from dualenc.interop.references import SENTENCE_TRANSFORMERS
 from dualenc.interop.sentence_transformers import write_sentence_transformer
@@ -120,6 +121,13 @@ def test_the_pooling_of_an_embedding_head_goes_out_and_no_other_head(tmp_path: P
     inputs, ours = inputs_of(it)
     verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, {"texts": ours["texts"]}), TOLERANCE)
     assert not [name for name in load_file(tmp_path / "model.safetensors") if "classif" in name or "cls." in name]
+
+
+def test_a_text_model_with_segments_is_exported(tmp_path: Path, seed: int) -> None:
+    """The library takes a text as one segment, and so does the comparison."""
+    text_model(tiny_tokenizer(), {"mlm": HeadConfig("mlm")}, **FAMILIES["bert"]).save(tmp_path / "ours")
+    (verified,) = export(str(tmp_path / "ours"), tmp_path / "out", "sentence-transformers").verified
+    assert verified.differences.keys() == {"ids", "texts"}
 
 
 PROJECTIONS: dict[str, dict[str, Any]] = {
