@@ -44,10 +44,10 @@ def curves(path: Path, metrics: Mapping[str, bool] = MappingProxyType({})) -> li
     for name in sets:
         own = [m for m in series if m.rpartition("/")[0] == name]
         title = "held-out pairs" if name == "val" else f"{name[4:]}, held out" if name.startswith("val/") else name
-        groups[title] = [m for m in of_set if drawn.get(m.rpartition("/")[2])]
+        groups[title] = [m for m in own if drawn.get(m.rpartition("/")[2])]
         for metric in (metric for metric, together in drawn.items() if not together):
-            groups[f"{title}: {metric}"] = [m for m in of_set if m.endswith(f"/{metric}")]
-        groups["loss"] += [m for m in of_set if m.endswith("/loss") and m not in groups["loss"]]
+            groups[f"{title}: {metric}"] = [m for m in own if m.endswith(f"/{metric}")]
+        groups["loss"] += [m for m in own if m.endswith("/loss") and m not in groups["loss"]]
     groups["learning rate"] = ["train/lr"]
     groups["temperature (logit scale)"] = ["train/logit_scale"]
     groups["gradient norm before clipping"] = ["train/grad_norm"]
