@@ -73,9 +73,9 @@ def test_a_saved_model_can_be_saved_over_and_saved_again(seed, saved, tmp_path):
     assert load(tmp_path / "empty")
 
 
-def test_the_config_is_of_format_one_and_plain(saved):
+def test_the_config_is_of_format_two_and_plain(saved):
     fields = json.loads((saved / "config.json").read_text())
-    assert fields["format"] == 1
+    assert fields["format"] == 2
     first = {"format", "image", "text", "embed_dim", "projection", "logit_bias"}
     assert set(fields) == {*first, "image_projection", "text_projection"}
     (saved / "config.json").write_text(json.dumps({key: fields[key] for key in first}))
@@ -261,7 +261,7 @@ def change(path, **values):
 
 
 CONFIGS = {
-    "newer": ({"format": 2}, r"config\.json has format 2, dualenc .* reads up to 1: upgrade"),
+    "newer": ({"format": 3}, r"config\.json has format 3, dualenc .* reads up to 2: upgrade"),
     "no format": ({"format": ...}, r"config\.json does not have the key 'format'"),
     "format word": ({"format": "1"}, r"config\.json does not have the key 'format'"),
     "unknown": ({"color": 1}, r"config\.json has the unknown key 'color'"),
