@@ -224,7 +224,7 @@ def tokenizer(
     shards: list[str],
     out: Path,
     captions: str = "txt",
-    kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece",
+    kind: Literal["wordpiece", "bpe"] = "wordpiece",
     vocab_size: int = 30_000,
 ) -> None:
     """Trains a vocabulary on the captions of shards, and says how long they are in its tokens.
@@ -233,7 +233,7 @@ def tokenizer(
         shards: paths, globs, brace patterns or folders.
         out: file to write, a .json.
         captions: "txt", or "json.FIELD" for a field of the .json that may list several.
-        kind: "wordpiece" as BERT has it, "bpe" on bytes as GPT-2 has it, or "unigram" as SentencePiece has it.
+        kind: "wordpiece" as in BERT, or "bpe" on bytes as in GPT-2.
         vocab_size: the most entries.
     """
     import numpy as np

@@ -15,7 +15,7 @@ import ftfy
 import open_clip
 import pytest
 import torch
-from helpers import WORDS
+from helpers import WORDS, tokenizer_of
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -224,8 +224,8 @@ def test_folders_that_are_no_clip(tmp_path: Path) -> None:
 
 def unigram(folder: Path, **config: Any) -> int:
     """A tokenizer as SigLIP's (T5's: </s> after each text, which is the padding too), and its folder."""
-    trained = Tokenizer.train([*PIECES, " ".join(WORDS)], 400, 16, "unigram").backend
-    pieces = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"][5:]]
+    built = tokenizer_of("unigram", [*PIECES, " ".join(WORDS)], 400, 16).backend
+    pieces = [(piece, score) for piece, score in json.loads(built.to_str())["model"]["vocab"][5:]]
     backend = Backend(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces], unk_id=2))
     backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
         [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -311,7 +311,7 @@ def write_for_open_clip(folder: Path, tokenizer: Tokenizer, text: TextConfig) ->
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
 def test_our_tokenizers_in_open_clip(kind: Any, tmp_path: Path, seed: int) -> None:
     """Clean texts have the same ids; one that is read back, all of them."""
-    tokenizer = Tokenizer.train([*PIECES, " ".join(WORDS)], 500, 24, kind)
+    tokenizer = tokenizer_of(kind, [*PIECES, " ".join(WORDS)], 500, 24)
     text = TextConfig(tokenizer.vocab_size, context_length=24)
     peer = write_for_open_clip(tmp_path, tokenizer, text)
     texts = clean_texts(seed)
