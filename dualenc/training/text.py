@@ -22,8 +22,6 @@ from dualenc.inference.text_model import TextPredictor
 from dualenc.losses import clip_loss
 from dualenc.metrics import retrieval_metrics
 from dualenc.metrics.text import (
-    bigram_both_sides,
-    bigram_perplexity,
     label_bootstrap,
     label_metrics,
     majority_baseline,
@@ -372,7 +370,7 @@ class TextTask(LanguageTask):
         return metrics, sections
 
     def _beside_ngrams(self, name: str, measured: "Measured") -> "Measured":
-        """The pseudo-perplexity of some held-out texts, and what n-grams of the training texts make of them."""
+        """The pseudo-perplexity of some held-out texts, and the perplexity of unigrams of the training texts."""
         data = self.trainer.datamodule
         tokenizer, special = data.tokenizer, list(data.tokenizer.special.values())
         measured_part = "test" if data.given["test"] else "val"
@@ -386,9 +384,7 @@ class TextTask(LanguageTask):
             return self.model(tokens.to(self.device), name, masked_positions.to(self.device))
 
         found = {"pseudo_perplexity": pseudo_perplexity(guess, some, tokenizer.mask_id, special)}
-        for baseline in (unigram_perplexity, bigram_perplexity, bigram_both_sides):
-            short = baseline.__name__.removesuffix("_perplexity")
-            found[f"{short}_perplexity"] = baseline(train, some, tokenizer.vocab_size, special)
+        found["unigram_perplexity"] = unigram_perplexity(train, some, tokenizer.vocab_size, special)
         return measured._replace(metrics={**measured.metrics, **found})
 
     # Prediction
