@@ -65,7 +65,8 @@ def tokenizer_of(kind: Any, texts: Sequence[str], vocab_size: int, context_lengt
         word[i:j] for word in words for i in range(len(word)) for j in range(i + 1, min(len(word), i + 9) + 1)
     )
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces = sorted(counts, key=lambda piece: (len(piece) > 1, -len(piece) * counts[piece], piece))
+    repeated = [piece for piece in counts if len(piece) == 1 or counts[piece] > 1]
+    pieces = sorted(repeated, key=lambda piece: (len(piece) > 1, -len(piece) * counts[piece], piece))
     scores = [(piece, math.log(counts[piece] / counts.total())) for piece in pieces[: vocab_size - len(special)]]
     backend = Backend(models.Unigram([*((token, 0.0) for token in special), *scores], unk_id=1))
     backend.normalizer, backend.pre_tokenizer, backend.decoder = clean, split, decoders.Metaspace()  # type: ignore[assignment]
