@@ -116,7 +116,9 @@ class BenchmarkSet(Content):
             where = shown(join(place, split)) if len(splits) > 1 or split != "test" else shown(place)
             causes = ", ".join(f"{problem.what} {len(problem.names):,}" for problem in content.problems)
             some = next((problem.names[0] for problem in content.problems), "")
-            raise DataError(f"{where} holds no samples that can be used{f' ({causes}), such as {some}' * bool(some)}")
+            raise DataError(
+                f"{where} holds no samples that can be used{f' ({causes}), such as {some}' if some else ''}"
+            )
         return cls(path=shown(place), name=_name(place), split=split, **vars(content))
 
     @staticmethod
