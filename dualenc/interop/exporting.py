@@ -16,7 +16,16 @@ from safetensors.torch import save_file
 from dualenc.data.images import Preprocess
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats.huggingface import dual as hugging_face
-from dualenc.formats.huggingface.architecture import choose_family, family_of, fitted, slots_of, with_segment
+from dualenc.formats.huggingface.architecture import (
+    choose_family,
+    family_of,
+    fitted,
+    no_place,
+    slots_of,
+    unlike,
+    with_segment,
+)
+from dualenc.formats.huggingface.families import FAMILIES
 from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import CONFIG, EXPORT, OPEN_CLIP, TEXT_MODEL, detect, open_folder
 from dualenc.formats.open_clip import config as open_clip
@@ -186,13 +195,16 @@ def _export_text(model: TextPredictor, folder: Path, form: Format) -> Exported:
         ours = {name: x for name, x in text_outputs(model, inputs).items() if name in ("ids", "texts")}
         verified = verify("sentence_transformers", str(folder), inputs, ours, TOLERANCE, tokenizer=model.tokenizer)
         return Exported(folder, [verified], [])
-    if choose_family(model.model.config, model.model.head_configs) is None:
-        raise ModelError(
-            f"transformers has no text encoder like this one ({open_clip.in_words(model.model.config)}): export to onnx"
-        )
     family = choose_family(model.model.config, model.model.head_configs)
-    kept = slots_of(family, model.model.config, model.model.head_configs) if family is not None else {}
-    notes = [f"head {name}: the format has no place for it" for name in model.model.head_configs if name not in kept]
+    if family is None:
+        reason = unlike(model.model.config, FAMILIES)
+        raise ModelError(f"transformers has no text encoder like this one: {reason}; export to onnx")
+    kept = slots_of(family, model.model.config, model.model.head_configs)
+    notes = [
+        f"head {name}: the format has no place for it ({no_place(family, model.model.config, name, head)})"
+        for name, head in model.model.head_configs.items()
+        if name not in kept
+    ]
     encoder = TextModel(model.model.config, {name: model.model.head_configs[name] for name in kept})
     encoder.load_state_dict({name: x for name, x in model.model.state_dict().items() if name in encoder.state_dict()})
     model, inner = TextPredictor(encoder.eval(), model.tokenizer, model.name), folder / "text"
@@ -207,7 +219,7 @@ def _export_text(model: TextPredictor, folder: Path, form: Format) -> Exported:
     notes += [
         f"head {name}: read by {family.stem}{slot.architecture}, which was not compared"
         for name, slot in kept.items()
-        if family is not None and slot.architecture and f"{family.stem}{slot.architecture}" not in named
+        if slot.architecture and f"{family.stem}{slot.architecture}" not in named
     ]
     return Exported(folder, [verify_text(model, folder)], notes)
 

@@ -144,8 +144,8 @@ def _architecture(spec: str, name: str) -> DualCheckpoint:
     if quick != bool(model_cfg.get("quick_gelu")) and known:
         better = f"{architecture}-quickgelu" if quick else architecture.removesuffix("-quickgelu")
         raise ModelError(
-            f"{spec}: these weights were trained {'with' if quick else 'without'} quick_gelu, which {architecture} has "
-            f"{'not' if quick else ''}: name open_clip:{better}/{weights}".replace("has :", "has:")
+            f"{spec}: these weights were trained {'with' if quick else 'without'} quick_gelu, which {architecture} "
+            f"{'does not have' if quick else 'has'}: name open_clip:{better}/{weights}"
         )
     if known:
         try:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from dualenc.formats.huggingface.families import FAMILIES
 from dualenc.formats.huggingface.family import ACTIVATION_NAMES, Config, Family, Slot
 from dualenc.models.heads import HeadConfig
 from dualenc.models.text_encoder import Activation, TextConfig
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import ModelError, first_failure
 
 WIDTHS = ("vocab_size", "width", "layers", "heads", "mlp_width", "context_length")
 
@@ -63,8 +63,13 @@ def text_config(family: Family, config: Config, where: str) -> TextConfig:
     if family.dropouts and isinstance(dropout := config.get(family.dropouts[0], 0.1), int | float):
         fields["dropout"] = float(dropout)
     # Before anything is built: so many layers take minutes even without memory.
-    if fields["layers"] > 1000 or any(fields[name] < 1 for name in WIDTHS if name in fields):
-        raise ModelError(f"{where}: {', '.join(f'{family.keys[n][0]} {fields[n]}' for n in WIDTHS)}: no such encoder")
+    sizes = {family.keys[name][0]: fields[name] for name in WIDTHS}
+    checks = [(size >= 1, f"{key} must be at least 1, not {size}") for key, size in sizes.items()]
+    checks.append(
+        (fields["layers"] <= 1000, f"{family.keys['layers'][0]} must be at most 1000, not {fields['layers']}")
+    )
+    if reason := first_failure(checks):
+        raise ModelError(f"{where}: {reason}")
     try:
         if family.read is not None:
             family.read(config, fields)
@@ -102,11 +107,21 @@ def fitted(text: TextConfig, names: Sequence[str]) -> tuple[Family, TextConfig] 
 
     Where a family has segments and the encoder none, there is one, whose embedding `with_segment` adds: zeros.
     """
-    for name in dict.fromkeys([text.family, *names]):
-        for one in (text, dataclasses.replace(text, types=1)) if not text.types else (text,):
-            if name in names and expresses(FAMILIES[str(name)], one):
-                return FAMILIES[str(name)], dataclasses.replace(one, family=name)
-    return None
+    ordered = dict.fromkeys(name for name in (text.family, *names) if name in names)
+    return next(((family, one) for family, one, differing in _attempts(text, ordered) if not differing), None)
+
+
+def unlike(text: TextConfig, names: Collection[str]) -> str:
+    """Return the shortest list of the fields by which an architecture differs from one of some families."""
+    reasons = [f"{', '.join(differing)} ({family.name})" for family, _, differing in _attempts(text, names)]
+    return min(reasons, key=len)
+
+
+def _attempts(text: TextConfig, names: Collection[str | None]) -> Iterator[tuple[Family, TextConfig, list[str]]]:
+    """Yield families, the architecture as each would have it, and the fields that it cannot have."""
+    for family in (FAMILIES[str(name)] for name in names):
+        one = dataclasses.replace(text, types=1) if not text.types and "types" in family.keys else text
+        yield family, dataclasses.replace(one, family=family.name), _differing(family, one)
 
 
 def with_segment(state: Mapping[str, Tensor], text: TextConfig) -> dict[str, Tensor]:
@@ -119,11 +134,22 @@ def with_segment(state: Mapping[str, Tensor], text: TextConfig) -> dict[str, Ten
 
 def expresses(family: Family, text: TextConfig) -> bool:
     """Whether a family has exactly this architecture: what is written is read as the same."""
+    return not _differing(family, text)
+
+
+def _differing(family: Family, text: TextConfig) -> list[str]:
+    """Return the fields of an architecture that are read otherwise than they are written, or why none can be."""
     try:
         again = text_config(family, family_config(family, text), "")
-    except (ModelError, ArithmeticError, TypeError):
-        return False
-    return _plain(again) == _plain(text)
+    except (ModelError, ArithmeticError, TypeError) as error:
+        return [str(error).removeprefix(": ")]
+    return differences(_plain(text), _plain(again))
+
+
+def differences(text: TextConfig, other: TextConfig) -> list[str]:
+    """Return the fields of an architecture, with their values, in which it differs from another one."""
+    fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
+    return [f"{name} {value!r}" for name, value in fields.items() if value != getattr(other, name)]
 
 
 def _plain(text: TextConfig) -> TextConfig:
@@ -162,23 +188,36 @@ def slots_of(family: Family, text: TextConfig, heads: Mapping[str, HeadConfig]) 
     for name in sorted(heads, key=order):
         for slot in family.slots:
             modules = {*slot.modules.values(), *(names[0] for names in slot.parameters.values())}
-            if not modules & taken and _fits(slot, name, text, heads[name]):
+            if not modules & taken and _misfit(slot, name, text, heads[name]) is None:
                 slots[name] = slot
                 taken |= modules
                 break
     return slots
 
 
-def _fits(slot: Slot, name: str, text: TextConfig, head: HeadConfig) -> bool:
-    """Whether a head is what the format has in this slot."""
-    if head.kind != slot.kind or (slot.labels and (name != slot.name or head.labels != slot.labels)):
-        return False
+def no_place(family: Family, text: TextConfig, name: str, head: HeadConfig) -> str:
+    """Return why a family's format does not hold a head that `slots_of` leaves out."""
+    misfits = [_misfit(slot, name, text, head) for slot in family.slots if slot.kind == head.kind]
+    if None in misfits:
+        return "another head has its place"
+    return str(misfits[-1]) if misfits else f"kind {head.kind!r}"
+
+
+def _misfit(slot: Slot, name: str, text: TextConfig, head: HeadConfig) -> str | None:
+    """Return what a head has that its format's slot does not have; None if it fits."""
+    pool, pools = head.pool or text.pool, ("cls", "mean") if slot.norm else ("cls",)
+    checks = [
+        (head.kind == slot.kind, f"kind {head.kind!r}"),
+        (not slot.labels or name == slot.name, f"name {name}"),
+        (not slot.labels or head.labels == slot.labels, f"labels {head.labels}"),
+    ]
     if head.kind in ("mlm", "rtd"):
-        return slot.activation in (None, text.activation)
-    pool = head.pool or text.pool
-    if head.kind == "classification" and slot.norm:  # ModernBERT: its config says the rest
-        return head.norm and head.activation is not None and pool in ("cls", "mean")
-    return head.activation == slot.activation and not head.norm and pool == "cls"
+        return first_failure([*checks, (slot.activation in (None, text.activation), f"activation {text.activation!r}")])
+    if slot.norm:  # ModernBERT's classification: its config names the activation
+        checks.append((head.activation is not None, "activation None"))
+    else:
+        checks.append((head.activation == slot.activation, f"activation {head.activation!r}"))
+    return first_failure([*checks, (head.norm == slot.norm, f"norm {head.norm}"), (pool in pools, f"pool {pool!r}")])
 
 
 def choose_family(text: TextConfig, heads: Mapping[str, HeadConfig]) -> Family | None:
