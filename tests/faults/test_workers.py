@@ -1,4 +1,4 @@
-"""Workers that hang, die or are signalled: one line that names where, and nothing stays behind."""
+"""Workers that hang, die or are signaled: one line that names where, and nothing stays behind."""
 
 import gc
 import multiprocessing
@@ -179,13 +179,13 @@ def test_signals_for_the_trainer_do_not_reach_workers(index, seed, monkeypatch, 
     expected = [prints(batch) for each in [loader(index, seed)] for _ in range(2) for batch in each]
     real = torch.utils.data._utils.worker._worker_loop
 
-    def signalled(*arguments):
+    def signaled(*arguments):
         for number in SIGNALS:
             os.kill(os.getpid(), number)
         real(*arguments)
 
     if starting:
-        monkeypatch.setattr(torch.utils.data._utils.worker, "_worker_loop", signalled)
+        monkeypatch.setattr(torch.utils.data._utils.worker, "_worker_loop", signaled)
     each = loader(index, seed, workers=2)
     found, first = [], []
     for _ in range(2):
