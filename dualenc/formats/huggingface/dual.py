@@ -268,8 +268,8 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
     checks: list[tuple[object, str]] = [
         (fields.get(key, True), f"{key} must be true") for key in ("do_resize", "do_rescale", "do_normalize")
     ]
-    checks.append((kind is not None, f"resample must be 2 (bilinear) or 3 (bicubic), found {fields.get('resample')}"))
-    checks.append((abs(scale * 255 - 1) <= 1e-6, f"rescale_factor must be 1/255, found {scale}"))
+    checks.append((kind is not None, f"resample {fields.get('resample')} must be 2 (bilinear) or 3 (bicubic)"))
+    checks.append((abs(scale * 255 - 1) <= 1e-6, f"rescale_factor {scale} must be 1/255"))
     if isinstance(resized, int):
         resized = {"shortest_edge": resized} if usual[0] == "shortest" else {"height": resized, "width": resized}
     resized = resized or {}
