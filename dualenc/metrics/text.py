@@ -1,8 +1,7 @@
-"""Metrics of text models: labels and numbers of texts, masked tokens and replaced tokens, each with a baseline.
+"""Text models: labels and numbers of texts, words behind masks, replaced words; each beside what needs no model.
 
-torchmetrics has the usual metrics as pure functions. It is imported inside of functions, because it imports
-`transformers` where that is installed. Where a metric is undefined, such as the correlation with a constant, its value
-is defined here, without a warning.
+torchmetrics has the usual metrics as pure functions; it is imported inside, as it imports `transformers` where that is
+installed. Where it has no answer, such as the correlation with a constant, one is defined here and no warning given.
 """
 
 import math
@@ -19,32 +18,33 @@ from dualenc.tokens import Tokens
 Problem = Literal["single_label", "multi_label", "regression"]
 Texts = Sequence[Sequence[int] | np.ndarray]  # token ids of each text, special ones included
 
-SMOOTHING = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # pseudo-counts to try for the unigrams
-HELD = 10  # every HELD-th training text is held out to choose the pseudo-count
+SMOOTHING = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # tried for the unigrams
+HELD = 10  # every so many-th training text is left out to choose by
 
 
 def label_metrics(
     logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single_label"
 ) -> dict[str, float]:
-    """Compute the metrics of a classification or a regression of texts.
+    """The metrics of a classification of texts, or of numbers given to them.
 
     Args:
-        logits: logits (N, C); for a regression the predicted numbers (N,) or (N, 1).
-        labels: class of each text (N,) ("single_label"), booleans (N, C) ("multi_label"), or numbers (N,)
+        logits: (N, C); of a regression (N,) or (N, 1), the numbers themselves.
+        labels: (N,) the class of each text ("single_label"), (N, C) booleans ("multi_label"), or (N,) numbers
             ("regression").
-        names: names of the C classes.
-        problem: kind of problem, as in the configuration of a classification head.
+        names: of the C classes.
+        problem: as a classification head has it.
 
     Returns:
-        "single_label": `accuracy`; `f1` of the last class if there are two, else the mean over the classes that occur
-        among labels or predictions; `matthews` (Gorodkin 2004), 0 if all labels or all predictions are of one class.
-        "multi_label": a label is predicted if its logit is positive. `accuracy`, the share of texts with exactly their
-        labels; `f1_micro` over all decisions; `f1_macro`, the mean over the labels, in which a label counts as 0 if no
-        text has it and it is never predicted.
-        "regression": `pearson` and `spearman`, nan if all numbers, or all predictions, are the same; `mse`.
+        "single_label": `accuracy`; `f1` of the last class where there are two, else the mean over the classes that
+        occur among labels or predictions; `matthews` (Gorodkin 2004), 0 where all labels or all predictions are of one
+        class.
+        "multi_label": a label is given where its logit is positive. `accuracy`, of texts with exactly their labels;
+        `f1_micro` over all decisions; `f1_macro`, the mean over the labels, where one that no text has and none is
+        given counts as 0.
+        "regression": `pearson` and `spearman`, nan where all numbers, or all predictions, are the same; `mse`.
 
     Raises:
-        ValueError: If the shapes do not fit, a label is not a class, logits are not finite, or there is no text.
+        ValueError: shapes do not fit, a label is no class, logits are not finite, or there is no text.
     """
     logits, labels = _checked(logits, labels, names, problem)
     if problem == "regression":
@@ -84,13 +84,13 @@ def label_metrics(
 def label_bootstrap(
     logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single_label"
 ) -> BootstrapMetrics:
-    """Return `accuracy`, or `mse`, of `label_metrics` as a function of the texts' weights, for bootstrap intervals.
+    """`accuracy`, or `mse`, of `label_metrics` as a function of the texts' weights, for intervals and differences.
 
     Args:
         logits, labels, names, problem: see `label_metrics`.
 
     Raises:
-        ValueError: If `label_metrics` raises it.
+        ValueError: see `label_metrics`.
     """
     logits, labels = _checked(logits, labels, names, problem)
     if problem == "regression":
@@ -99,11 +99,11 @@ def label_bootstrap(
 
 
 def majority_baseline(train_labels: Tensor, labels: Tensor) -> float:
-    """Compute the accuracy of always predicting the most frequent training label; the first one of a tie.
+    """Accuracy of always giving the answer most frequent in training, of equally frequent ones the first.
 
     Args:
-        train_labels: classes (M,), or booleans (M, C) if texts have several labels.
-        labels: classes (N,) or booleans (N, C) of the evaluated texts.
+        train_labels: (M,) classes, or (M, C) truths where texts have several labels.
+        labels: (N,) or (N, C), of the texts that are measured.
     """
     answers, counts = torch.unique(train_labels.long(), dim=0, return_counts=True)
     right = labels.long() == answers[int(counts.argmax())]
@@ -111,12 +111,12 @@ def majority_baseline(train_labels: Tensor, labels: Tensor) -> float:
 
 
 def mean_baseline(train_labels: Tensor, labels: Tensor) -> float:
-    """Compute the mean squared error of always predicting the mean of the training numbers (M,), on numbers (N,)."""
+    """Mean squared error of always giving the mean of the training numbers (M,), on numbers (N,)."""
     return float((labels.double() - train_labels.double().mean()).square().mean())
 
 
 def _checked(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return logits float64 (N, C) or (N,) and labels int64 (N,) or (N, C), or float64 (N,), on the CPU."""
+    """Logits float64 (N, C) or (N,), labels int64 (N,), (N, C) or float64 (N,), on the CPU."""
     logits = logits.detach().double().cpu()
     labels = labels.detach().cpu()
     if problem == "regression":
@@ -140,20 +140,20 @@ def _checked(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Prob
 
 
 def _right(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
-    """Return 1 for each text whose prediction is exactly its label or labels, else 0: (N,) float64."""
+    """(N,) float64, one where a text has been given exactly what it has."""
     right = ((logits > 0) == labels.bool()).all(1) if problem == "multi_label" else logits.argmax(1) == labels
     return right.double()
 
 
-# Masked tokens
+# Words
 
 
 def perplexity(losses: Tensor, counts: Tensor) -> float:
-    """Compute exp of the mean loss of all tokens.
+    """exp of the mean loss of all tokens.
 
     Args:
-        losses: mean loss of each batch's tokens (K,), in nats.
-        counts: number of tokens in each mean (K,); a batch without tokens is ignored, whatever its loss.
+        losses: (K,) mean loss of each batch's tokens, in nats.
+        counts: (K,) number of tokens that each mean is over; a batch of none does not count, whatever its loss.
     """
     losses, counts = losses.detach().double().cpu(), counts.detach().double().cpu()
     if not float(counts.sum()) > 0:
@@ -169,47 +169,47 @@ def pseudo_perplexity(
     *,
     batch_tokens: int = 8192,
 ) -> float:
-    """Compute the pseudo-perplexity of a masked-language model (Salazar et al. 2020, section 2).
+    """Perplexity of a masked-language model (Salazar et al. 2020, section 2).
 
-    Each token except the special ones is masked once, alone, and predicted from all others of its text. The result is
-    exp of the mean negative log-probability over the tokens of all texts. It is not a probability of the texts, and
-    cannot be compared with the perplexity of a model that sees only the left side.
+    Each token but the special ones is hidden once, alone, and guessed from all others of its text: exp of the mean
+    negative log-probability over the tokens of all texts. The figure is not a probability of the texts, and does not
+    compare with the perplexity of a model that sees the left side only.
 
     Args:
-        guess: function from a packed batch of copies and the positions (M,) of the masked tokens in `Tokens.ids` to
-            logits (M, V), such as `lambda tokens, positions: model(tokens, "mlm", positions)` in evaluation mode.
-        texts: token ids of each text, with the special ones.
-        mask_id: id of the mask token.
-        special_ids: ids of the tokens that are not scored.
-        batch_tokens: maximum number of tokens in a batch, which a single longer text may exceed.
+        guess: from a packed batch of copies and the positions (M,) in `Tokens.ids` of what is hidden, to logits (M, V);
+            such as `lambda tokens, positions: model(tokens, "mlm", positions)`, of a model in evaluation mode.
+        texts: token ids, special ones included.
+        mask_id: of the mask token.
+        special_ids: of the tokens that are seen and not scored.
+        batch_tokens: in a batch at most, but for a text that is longer by itself.
 
     Raises:
-        ValueError: If there is no token to score.
+        ValueError: there is no token to score.
     """
     special, total, count = frozenset(special_ids), 0.0, 0
     copies: list[list[int]] = []
-    masked: list[tuple[int, int]] = []  # position in the copy, and the original token
+    hidden: list[tuple[int, int]] = []  # place in the copy, what stood there
     room = 0
 
     def score() -> float:
         tokens = Tokens.pack(copies)
-        position, target = torch.tensor(masked).T
+        place, target = torch.tensor(hidden).T
         with torch.no_grad():
-            logits = guess(tokens, tokens.offsets[:-1].long()[tokens.rows] + position)
+            logits = guess(tokens, tokens.offsets[:-1].long()[tokens.rows] + place)
             chosen = logits.double().log_softmax(1).gather(1, target.to(logits.device)[:, None])
         copies.clear()
-        masked.clear()
+        hidden.clear()
         return float(chosen.sum())
 
-    for text in sorted(texts, key=len):  # Texts of equal lengths share batches.
+    for text in sorted(texts, key=len):  # equal lengths together
         ids = [int(i) for i in text]
-        for position, target in enumerate(ids):
+        for place, target in enumerate(ids):
             if target in special:
                 continue
             if copies and room + len(ids) > batch_tokens:
                 total, room = total + score(), 0
-            copies.append([*ids[:position], mask_id, *ids[position + 1 :]])
-            masked.append((position, target))
+            copies.append([*ids[:place], mask_id, *ids[place + 1 :]])
+            hidden.append((place, target))
             count, room = count + 1, room + len(ids)
     if not count:
         raise ValueError("the texts have no token to score")
@@ -217,19 +217,19 @@ def pseudo_perplexity(
 
 
 def unigram_perplexity(train: Texts, held_out: Texts, vocab_size: int, special_ids: Iterable[int] = ()) -> float:
-    """Compute the perplexity of token frequencies, for the tokens that `pseudo_perplexity` scores.
+    """Perplexity of guessing each token by how frequent it is, for the tokens that `pseudo_perplexity` scores.
 
-    k is added to each count (Chen and Goodman 1999, section 2.1). Of `SMOOTHING`, k is the value with which the other
-    training texts predict every tenth one best.
+    k is added to each count (Chen and Goodman 1999, section 2.1); of `SMOOTHING`, the k that guesses every tenth
+    training text best from the others.
 
     Args:
         train: token ids of the texts to count.
-        held_out: token ids of the texts to predict.
-        vocab_size: number of ids in the vocabulary.
-        special_ids: ids of the tokens that are neither counted nor scored.
+        held_out: of the texts to guess.
+        vocab_size: ids lie below it.
+        special_ids: of the tokens that are neither counted nor scored.
 
     Raises:
-        ValueError: If an id is outside the vocabulary, or there is no token to count or to score.
+        ValueError: an id is none of the vocabulary, or there is no token to count or to score.
     """
     ordinary = _ordinary(vocab_size, special_ids)
     parts = [_ids(texts, vocab_size) for texts in (train, held_out)]
@@ -255,33 +255,33 @@ def _ordinary(vocab_size: int, special_ids: Iterable[int]) -> np.ndarray:
 
 
 def _ids(texts: Texts, vocab_size: int) -> np.ndarray:
-    """Return the tokens of all texts, one after another."""
+    """All tokens of some texts."""
     ids = np.concatenate([np.empty(0, np.int64), *(np.asarray(text, dtype=np.int64) for text in texts)])
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(f"token ids between {ids.min()} and {ids.max()} must lie in the vocabulary of {vocab_size}")
+        raise ValueError(f"token ids between {ids.min()} and {ids.max()} are no vocabulary of {vocab_size}")
     return ids
 
 
-# Replaced tokens
+# Replaced words
 
 
 def replaced_metrics(logits: Tensor, replaced: Tensor, frequent: Tensor | None = None) -> dict[str, float]:
-    """Compute the metrics of replaced-token detection, in which a positive logit predicts "replaced".
+    """The metrics of telling which tokens were replaced; "replaced" is said where a logit is positive.
 
     Args:
-        logits: logits (N,) of the tokens.
-        replaced: booleans (N,), true for replaced tokens.
-        frequent: booleans (N,), true if the token in the text is a frequent one.
+        logits: (N,) of the tokens that are judged.
+        replaced: (N,) truths.
+        frequent: (N,) whether the token that is seen is a frequent one.
 
     Returns:
-        `accuracy`; `always_original`, its baseline, which never predicts "replaced"; `balanced_accuracy`, the mean of
-        the shares of replaced and of original tokens that are right; `auroc`, the share of pairs of a replaced and an
-        original token in which the replaced one has the higher logit, a tie as half; `precision`, `recall` and `f1` of
-        "replaced". The same metrics of the frequent tokens and of the others, as `NAME_frequent` and `NAME_rare`. A
-        metric is nan if its denominator is 0.
+        `accuracy`; `always_original`, that of never saying "replaced", which it must be compared with;
+        `balanced_accuracy`, the mean of the shares of replaced and of original tokens that are right; `auroc`, the
+        share of pairs of both in which the replaced one has the higher logit, a tie as half; `precision`, `recall` and
+        `f1` of "replaced". The same of the frequent tokens and of the others, as `NAME_frequent` and `NAME_rare`. nan
+        where there is nothing to divide by.
 
     Raises:
-        ValueError: If the shapes differ, or logits are not finite.
+        ValueError: shapes differ, or logits are not finite.
     """
     logits, replaced = logits.detach().double().cpu(), replaced.detach().bool().cpu()
     frequent = None if frequent is None else frequent.detach().bool().cpu()
@@ -297,10 +297,10 @@ def replaced_metrics(logits: Tensor, replaced: Tensor, frequent: Tensor | None =
 
 
 def _replaced(logits: Tensor, replaced: Tensor) -> dict[str, float]:
-    predicted, n, positives = logits > 0, len(logits), int(replaced.sum())
-    tp, fp, negatives = int((predicted & replaced).sum()), int((predicted & ~replaced).sum()), n - positives
-    _, group, counts = torch.unique(logits, return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[group]  # from 1; equal logits share the mean of their ranks
+    said, n, positives = logits > 0, len(logits), int(replaced.sum())
+    tp, fp, negatives = int((said & replaced).sum()), int((said & ~replaced).sum()), n - positives
+    _, place, counts = torch.unique(logits, return_inverse=True, return_counts=True)
+    rank = (counts.cumsum(0) - (counts - 1) / 2)[place]  # from 1; equal logits share the mean of their places
     above = float(rank[replaced].sum()) - positives * (positives + 1) / 2  # Mann and Whitney's U
     recall = _over(tp, positives)
     return {

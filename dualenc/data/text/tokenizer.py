@@ -1,4 +1,4 @@
-"""Tokenizers of captions and texts, on the Hugging Face `tokenizers` library."""
+"""Captions to packed tokens, by the Hugging Face `tokenizers` library."""
 
 import hashlib
 import os
@@ -16,42 +16,40 @@ from dualenc.tokens import Tokens
 from dualenc.utils.errors import DataError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_LETTERS = 1000  # A trained WordPiece vocabulary has this many letters; rarer ones are unknown to it.
+MAX_LETTERS = 1000  # rarer characters are unknown to a trained vocabulary, but not to a byte-level one
 
-Kind = Literal["wordpiece", "bpe"]  # kinds to train; a tokenizer.json of any kind can be read
+Kind = Literal["wordpiece", "bpe"]  # that are trained; tokenizer.json files of any kind are read
 
 
 class Tokenizer:
-    """Tokenizer of texts, which packs them as `Tokens`.
+    """Turns texts into `Tokens`.
 
     Args:
         backend: a tokenizer of the `tokenizers` library with its post-processor.
-        context_length: maximum number of tokens; a longer text loses its end, but keeps its closing token.
-        pad_to: length to which shorter texts are padded, for an encoder that sees its padding (SigLIP); None for no
-            padding.
-        pad_id: id of the padding token.
+        context_length: longest text in tokens; what is longer loses its end, but keeps its closing token.
+        pad_to: fills shorter texts up to this length, for an encoder that sees its padding (SigLIP); absent, none are.
+        pad_id: of the token that does.
     """
 
     def __init__(self, backend: Backend, context_length: int, pad_to: int | None = None, pad_id: int = 0) -> None:
-        # A copy: the truncation below must not change the caller's tokenizer.
-        self.backend = Backend.from_str(backend.to_str())
+        self.backend = Backend.from_str(backend.to_str())  # truncation below must not reach the caller's
         self.context_length, self.pad_to, self.pad_id = context_length, pad_to, pad_id
         self.backend.no_padding()
         self.backend.enable_truncation(context_length)
-        self.backend.encode_special_tokens = True  # "[SEP]" in a caption is text, never the token.
+        self.backend.encode_special_tokens = True  # "[SEP]" in a caption is four pieces of text, never the token
 
     @classmethod
     def from_file(
         cls, path: str | os.PathLike[str], context_length: int, pad_to: int | None = None, pad_id: int = 0
     ) -> "Tokenizer":
-        """Read `tokenizer.json` or BERT's `vocab.txt`, or the folder that holds one of them.
+        """Reads `tokenizer.json` or BERT's `vocab.txt`, or the folder that holds one of them.
 
         Args:
-            path: path of the file or the folder.
+            path: of the file or the folder.
             context_length, pad_to, pad_id: see the class.
 
         Raises:
-            DataError: If the file does not exist, or is neither of them.
+            DataError: there is no such file, or it is neither.
         """
         path = Path(path)
         if path.is_dir():
@@ -62,34 +60,34 @@ class Tokenizer:
         if not path.is_file():
             raise DataError(f"tokenizer {path} does not exist")
         try:
-            if path.suffix == ".txt":  # Only "\n" ends an entry: characters like U+2028 are entries.
+            if path.suffix == ".txt":  # only "\n" ends an entry: U+2028 and its like are entries
                 backend = _wordpiece(path.read_text("utf-8").removesuffix("\n").split("\n"))
             else:
                 backend = Backend.from_file(str(path))
             return cls(backend, context_length, pad_to, pad_id)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
-        except Exception as error:  # The library raises plain Exception.
-            raise DataError(f"{path} cannot be read by the tokenizers library ({error})") from None
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{path} is no tokenizer that the tokenizers library reads ({error})") from None
 
     @classmethod
     def train(
         cls, captions: Iterable[str], vocab_size: int, context_length: int, kind: Kind = "wordpiece"
     ) -> "Tokenizer":
-        """Train a lower-casing tokenizer with at most `vocab_size` entries.
+        """Learns a lower-casing vocabulary of at most `vocab_size` entries.
 
         The same captions give the same vocabulary, whatever their order. Both kinds put [CLS] before and [SEP] after a
         text and have the ids 0 to 4 for [PAD], [UNK], [CLS], [SEP] and [MASK].
 
         Args:
-            captions: texts to train on.
-            vocab_size: maximum number of entries, with the special tokens and the single letters (or bytes).
+            captions: what to learn from.
+            vocab_size: entries, special tokens and single letters (or bytes) among them.
             context_length: see the class.
-            kind: "wordpiece" as in BERT (Wu et al. 2016, section 4.1), or "bpe" on bytes as in GPT-2 (Radford et al.
-                2019, section 2.2), which knows every character.
+            kind: "wordpiece" as BERT has it (Wu et al. 2016, section 4.1); "bpe" on bytes as GPT-2 has it (Radford et
+                al. 2019, section 2.2), to which no character is unknown.
 
         Raises:
-            DataError: If `kind` is another one, or `vocab_size` is too small for the special tokens and the letters.
+            DataError: `kind` is another one, or `vocab_size` has no room for the special tokens and the letters.
         """
         train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}.get(kind)
         if train is None:
@@ -97,25 +95,25 @@ class Tokenizer:
         return cls(train(captions, vocab_size), context_length)
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Tokenize and pack B texts; an empty one is its opening and closing tokens."""
+        """Packs B texts; an empty one is its opening and closing tokens."""
         return self.pack(self.encode(texts))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, with opening and closing tokens."""
+        """Ids of each text, opening and closing tokens among them."""
         return [self._filled(item.ids) for item in self.backend.encode_batch_fast(list(texts))]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
-        """Return the ids of each pair of texts, joined by the tokenizer, and the segment of each token.
+        """Ids of each pair of texts in one, and the segment of each token, as the tokenizer joins pairs.
 
-        A pair longer than `context_length` loses tokens at the end of the longer of its two texts.
+        What is longer than `context_length` loses tokens at the end of the longer of the two.
         """
         found = self.backend.encode_batch_fast([(one, other) for one, other in pairs])
         return [self._filled(item.ids) for item in found], [self._filled(item.type_ids, 0) for item in found]
 
     def encode_words(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Return the ids of each text, and for each token the number of its word in the text, -1 for special tokens.
+        """Ids of each text, and for each token the number of its word in the text, -1 for the special ones.
 
-        Words are the parts into which the tokenizer's pre-tokenizer splits a text.
+        Words are what the tokenizer cuts a text into before it looks for pieces in its vocabulary.
         """
         found = self.backend.encode_batch(list(texts))
         words = [
@@ -132,20 +130,19 @@ class Tokenizer:
         return items + [self.pad_id if by is None else by] * missing
 
     def cut(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ends (in letters) of the pieces of each text, which have at most `context_length` tokens each.
+        """Where to cut each text (in letters) so that no piece has more than `context_length` tokens, special ones too.
 
-        The number includes the special tokens. Texts are cut at a blank if possible, or else between words; the end of
-        the text is the last one.
+        Where there is a blank if possible, or else between words; the end of the text is the last place.
 
         Raises:
-            DataError: If `context_length` leaves no room for a text.
+            DataError: there is no room for a text in so few tokens.
         """
         room = self.context_length - self.backend.num_special_tokens_to_add(False)
         if room < 1:
             raise DataError(f"context_length {self.context_length} has no room for a text: raise it")
         found = self._whole.encode_batch(list(texts), add_special_tokens=False)
         places = [_places(text, item, room) for text, item in zip(texts, found)]
-        # A piece alone may need more tokens than within the text, for example if a word is cut.
+        # A piece that stands alone may need more tokens than it did in the text, as where a word is cut.
         pieces = [(i, text[a:b]) for i, text in enumerate(texts) for a, b in pairwise([0, *places[i]])]
         alone = self._whole.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False)
         for i in sorted({i for (i, _), item in zip(pieces, alone) if len(item) > room}):
@@ -178,18 +175,18 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int | None:
-        """The id of the mask token; None if the tokenizer does not have one."""
+        """Of the token that hides another; None where there is none."""
         special = self.special
         return special.get("[MASK]", special.get("<mask>"))
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the tokenizer: the same for tokenizers that give the same tokens."""
+        """Of what it makes of texts."""
         padding = "" if self.pad_to is None else f" filled to {self.pad_to} with {self.pad_id}"
         return hashlib.blake2b((self.backend.to_str() + padding).encode(), digest_size=16).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json` without the truncation, whose length belongs to the text encoder."""
+        """Writes `tokenizer.json`, without this run's truncation: the length belongs to the text encoder."""
         plain = Backend.from_str(self.backend.to_str())
         plain.no_truncation()
         plain.encode_special_tokens = False
@@ -208,10 +205,10 @@ class Tokenizer:
 
 
 def _places(text: str, item: Encoding, room: int, count: Callable[[str], int] | None = None) -> list[int]:
-    """Return the ends of pieces of at most `room` tokens; `count` returns the number of tokens of a piece alone."""
+    """Where to cut a text into pieces of `room` tokens, and its end; `count` says how many a piece has alone."""
     ends, words = [stop for _, stop in item.offsets], item.word_ids
     places: list[int] = []
-    first = start = 0  # token and letter at which the next piece begins
+    first = start = 0  # token and letter with which the next piece begins
 
     def fits(stop: int) -> bool:
         return count is None or count(text[start:stop]) <= room
@@ -224,7 +221,7 @@ def _places(text: str, item: Encoding, room: int, count: Callable[[str], int] | 
         found = next((i for i in chain(blank, between, can_be) if fits(ends[i - 1])), None)
         if found is not None:
             first, stop = found, ends[found - 1]
-        else:  # A part of the token, alone, has several tokens.
+        else:  # alone, even a part of the token is several
             stop = next((stop for stop in range(ends[first] - 1, start, -1) if fits(stop)), start + 1)
             first += stop >= ends[first]
         if start < stop < len(text):
@@ -234,10 +231,10 @@ def _places(text: str, item: Encoding, room: int, count: Callable[[str], int] | 
 
 
 def _wordpiece(tokens: list[str]) -> Backend:
-    """Return BERT's tokenizer for a vocabulary, lower-casing unless an ordinary entry has a capital letter."""
+    """BERT's tokenizer from its vocabulary; lower-casing unless an ordinary entry has a capital letter."""
     vocab = {token: i for i, token in enumerate(tokens)}
     if missing := [token for token in SPECIAL[1:4] if token not in vocab]:
-        raise DataError(f"a BERT vocabulary must have the entries {', '.join(missing)}, which this one lacks")
+        raise DataError(f"a BERT vocabulary has the entries {', '.join(missing)}, this one has not")
     cased = any(token != token.lower() for token in tokens if token not in SPECIAL and not token.startswith("["))
     backend = _backend(models.WordPiece(vocab, unk_token="[UNK]"), lowercase=not cased)
     backend.add_special_tokens([token for token in SPECIAL if token in vocab])
@@ -254,7 +251,7 @@ def _backend(model: Any, lowercase: bool) -> Backend:
 
 
 def _bracket(backend: Backend) -> None:
-    """Let the tokenizer put [CLS] before and [SEP] after every text."""
+    """[CLS] before and [SEP] after every text."""
     ends = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
@@ -266,7 +263,7 @@ def _train_wordpiece(captions: Iterable[str], vocab_size: int) -> Backend:
     words = _words(backend, captions)
     alphabet = _alphabet(words)
     inside = {letter for word in words for letter in word[1:]}
-    # The trainer numbers the pieces "##a" in a hash map's order; as given entries they have fixed ids and ties.
+    # The trainer would number the pieces "##a" in a hash map's order; given beforehand, ids and ties are fixed.
     given = [*SPECIAL, *alphabet, *(f"##{letter}" for letter in alphabet if letter in inside)]
     _has_room(vocab_size, len(given), "single letters")
     trainer = trainers.WordPieceTrainer(
@@ -287,7 +284,7 @@ def _train_bpe(captions: Iterable[str], vocab_size: int) -> Backend:
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # type: ignore[assignment]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     _has_room(vocab_size, len(SPECIAL) + len(letters), "bytes")
-    # The trainer breaks ties by the numbers of the letters, which are the bytes in order, so no hash map matters.
+    # Its letters are the bytes in order, and it breaks ties by their numbers: nothing of a hash map is left to see.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=letters, show_progress=False
     )
@@ -305,7 +302,7 @@ def _words(backend: Backend, captions: Iterable[str]) -> Counter[str]:
 
 
 def _alphabet(words: Counter[str]) -> list[str]:
-    """Return the letters that occur in most words, in the order of their code points."""
+    """The letters that most words have, in the order of their code points."""
     letters: Counter[str] = Counter()
     for word, count in words.items():
         letters.update(dict.fromkeys(word, count))

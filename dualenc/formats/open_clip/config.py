@@ -1,7 +1,7 @@
-"""Models in the format of open_clip: `open_clip_config.json` to `DualConfig` and back, and the names of tensors.
+"""Models in the format of open_clip: what `open_clip_config.json` says as a `DualConfig`, and back.
 
-The fields are those of `CLIPVisionCfg` and `CLIPTextCfg` (open_clip 3.3, model.py). A setting that a `DualEncoder`
-cannot compute is refused by name.
+The fields are those of `CLIPVisionCfg` and `CLIPTextCfg` (open_clip 3.3, model.py). What a field asks for and a
+`DualEncoder` does not compute is refused by name.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from dualenc.utils.errors import ModelError, first_failure
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
-# Values that open_clip takes for missing fields.
+# What open_clip takes for a field that is not there.
 VISION: Config = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
     "no_ln_pre": False, "final_ln_after_pool": False, "pool_type": "tok", "ls_init_value": None,
@@ -36,7 +36,7 @@ TEXT: Config = {
     "no_causal_mask": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear", "pad_id": 0,
     "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler",
 }  # fmt: skip
-# Fields whose values change the computation, unless they are empty.
+# Of these a value that is not empty changes what is computed.
 REFUSED_VISION = ("attentional_pool", "block_type", *CUSTOM)
 REFUSED_TEXT = ("embed_cls", "ls_init_value", "final_ln_after_pool", "block_type", *CUSTOM)
 HUGGING_FACE = ("bert", "roberta", "xlm-roberta")  # the encoders whose width open_clip finds in their config
@@ -44,25 +44,25 @@ EPS = 1e-5  # of LayerNorms, unless norm_kwargs says otherwise
 
 
 def read_config(model_cfg: Config, where: str, hugging_face: Callable[[str], Config]) -> DualConfig:
-    """Return the architecture that a model's config describes.
+    """The architecture that a model's config says.
 
     Args:
-        model_cfg: config of open_clip.
-        where: file or name of the config, for errors.
-        hugging_face: function from open_clip's name of a text encoder to its `config.json`.
+        model_cfg: open_clip's.
+        where: its file or name, for errors.
+        hugging_face: gives the `config.json` of a text encoder by the name that open_clip calls it by.
 
     Raises:
-        ModelError: If it is not a config of open_clip, or dualenc cannot compute a setting; the message names the key.
+        ModelError: it is no config of open_clip, or asks for what dualenc does not compute; names the key.
     """
     if "multimodal_cfg" in model_cfg:
-        raise ModelError(f"{where}: multimodal_cfg: CoCa's decoder cannot be computed by dualenc")
+        raise ModelError(f"{where}: multimodal_cfg: CoCa's decoder is none that dualenc computes")
     try:
         vision, text, embed_dim = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"]), model_cfg["embed_dim"]
     except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{where} is not a model of open_clip: it needs embed_dim, vision_cfg and text_cfg") from None
+        raise ModelError(f"{where} is no model of open_clip: it needs embed_dim, vision_cfg and text_cfg") from None
     for name, part, refused in (("vision_cfg", vision, REFUSED_VISION), ("text_cfg", text, REFUSED_TEXT)):
         if wrong := [key for key in refused if part.get(key)]:
-            raise ModelError(f"{where}: {name}.{wrong[0]} {part[wrong[0]]!r} cannot be computed by dualenc")
+            raise ModelError(f"{where}: {name}.{wrong[0]} {part[wrong[0]]!r} is none that dualenc computes")
     vision, text = VISION | vision, TEXT | text
     quick = bool(model_cfg.get("quick_gelu", False))
     try:
@@ -91,13 +91,13 @@ def _activation(part: Config, quick: bool, where: str) -> Any:
         return "gelu"
     if not quick and kwargs == {"approximate": "tanh"}:
         return "gelu_tanh"
-    raise ModelError(f"{where}.act_kwargs {kwargs} cannot be computed by dualenc")
+    raise ModelError(f"{where}.act_kwargs {kwargs} is none that dualenc computes")
 
 
 def _eps(part: Config, where: str) -> float:
     kwargs = part.get("norm_kwargs") or {}
     if set(kwargs) - {"eps"}:
-        raise ModelError(f"{where}.norm_kwargs {kwargs} cannot be computed by dualenc")
+        raise ModelError(f"{where}.norm_kwargs {kwargs} is none that dualenc computes")
     return kwargs.get("eps", EPS)
 
 
@@ -118,16 +118,16 @@ def _read_vision(vision: Config, embed_dim: int, quick: bool, where: str) -> tup
         norm_eps=_eps(vision, where),
         pre_norm=not vision["no_ln_pre"],
         pool="avg" if average else "token",
-        norm_last=average and bool(vision["final_ln_after_pool"]),  # for a single token the order does not matter
+        norm_last=average and bool(vision["final_ln_after_pool"]),  # of one token it is all the same
         layer_scale=vision["ls_init_value"] is not None,
     )
     return image_config(shape), Projection()
 
 
 def _vision_checks(vision: Config) -> Iterator[tuple[bool, str]]:
-    """Yield what must hold for open_clip's own vision transformers, each with the field that differs."""
+    """Yield what must hold for a vision transformer of open_clip's own, each with the field that says otherwise."""
     yield isinstance(vision["layers"], int), f"layers {vision['layers']}: a ResNet is not a vision transformer"
-    yield vision["pool_type"] in ("tok", "avg"), f"pool_type {vision['pool_type']!r} cannot be computed by dualenc"
+    yield vision["pool_type"] in ("tok", "avg"), f"pool_type {vision['pool_type']!r} cannot be computed"
     for key in ("image_size", "patch_size"):
         height, width = _sides(vision[key])
         yield height == width, f"{key} {vision[key]} is not square"
@@ -138,7 +138,7 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[ImageConfig, Projection]:
-    """Return a tower of timm by its name; its size is that of timm, whatever `image_size` is."""
+    """A tower of timm by its name; its size is what timm says, whatever `image_size` is."""
     from timm.models import get_pretrained_cfg
 
     check_timm(name)
@@ -150,7 +150,7 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
     overrides: Config = {}
     if pool and pool != getattr(vit, "global_pool", None):
         overrides["global_pool"] = pool
-        if kind in ("linear", "mlp"):  # open_clip changes the pool after timm has placed the last LayerNorm.
+        if kind in ("linear", "mlp"):  # open_clip changes it after timm has decided where the last LayerNorm stands
             overrides["fc_norm"] = not isinstance(vit.fc_norm, nn.Identity)
     if kind == "none":
         projection = Projection(bias=())
@@ -161,17 +161,17 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
     elif not kind:  # the tower's own classifier
         projection = Projection(bias=(True,))
     else:
-        raise ModelError(f"{where}.timm_proj {kind!r} cannot be computed by dualenc")
+        raise ModelError(f"{where}.timm_proj {kind!r} is none that dualenc computes")
     return ImageConfig(name, size, overrides), projection
 
 
 def _read_text(text: Config, quick: bool, where: str) -> tuple[TextConfig, Projection]:
     check_numbers({key: text[key] for key in ("vocab_size", "width", "heads", "context_length")}, text["layers"])
     causal, pool, length = not text["no_causal_mask"], text["pool_type"], text["context_length"]
-    # A tower that sees the tokens after the closing one gets padded texts, as in open_clip.
+    # Of a tower that sees what follows the closing token the texts are filled up, as there.
     ends = {"argmax": "last", "eos": "last", "last": "last", "first": "cls"}
     checks = [
-        (pool in ends, f"pool_type {pool!r} cannot be computed by dualenc"),
+        (pool in ends, f"pool_type {pool!r} cannot be computed"),
         (causal or pool not in ("argmax", "eos"), f"no_causal_mask true cannot be computed with pool_type {pool!r}"),
     ]
     if reason := first_failure(checks):
@@ -205,9 +205,9 @@ def _read_hugging_face(
     pools = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "cls", "cls_pooler": "cls"}
     pooler, kind = text["hf_pooler_type"], text["hf_proj_type"]
     if pooler not in pools:
-        raise ModelError(f"{where}.hf_pooler_type {pooler!r} cannot be computed by dualenc")
+        raise ModelError(f"{where}.hf_pooler_type {pooler!r} is none that dualenc computes")
     config = text_config(family, inside, f"{where}.hf_model_name {name}")
-    length = min(text["context_length"], config.context_length)  # later positions are never used
+    length = min(text["context_length"], config.context_length)  # later positions are never used, and not taken
     config = dataclasses.replace(config, pool=pools[pooler], context_length=length)  # type: ignore[arg-type]
     projection = {
         None: Projection(bias=()),
@@ -215,24 +215,24 @@ def _read_hugging_face(
         "mlp": Projection(((config.width + embed_dim) // 2,), (False, False)),
     }.get(kind)
     if projection is None:
-        raise ModelError(f"{where}.hf_proj_type {kind!r} cannot be computed by dualenc")
+        raise ModelError(f"{where}.hf_proj_type {kind!r} is none that dualenc computes")
     if pooler == "cls_pooler" and any(slot.kind == "pooler" for slot in family.slots):
         if kind == "mlp":
-            raise ModelError(f"{where}: hf_proj_type 'mlp' with hf_pooler_type 'cls_pooler' cannot be computed")
+            raise ModelError(f"{where}: hf_pooler_type 'cls_pooler' before hf_proj_type 'mlp' is not computed")
         projection = Projection((config.width,), (True, False), "tanh")
     return config, projection
 
 
 def read_preprocess(fields: Config, size: int, where: str) -> Preprocess:
-    """Return the evaluation transform that `preprocess_cfg` describes.
+    """The evaluation transform that `preprocess_cfg` says.
 
     Args:
-        fields: fields of `preprocess_cfg`; missing ones have open_clip's values.
-        size: image size of the image tower.
+        fields: of the config; what is missing is as open_clip has it.
+        size: of the image tower.
         where: the file, for errors.
 
     Raises:
-        ModelError: If dualenc does not have such a transform; the message names the key.
+        ModelError: it is none that dualenc does.
     """
     mode, fill = fields.get("resize_mode") or "shortest", fields.get("fill_color", 0)
     interpolation = fields.get("interpolation") or "bicubic"
@@ -249,10 +249,10 @@ def read_preprocess(fields: Config, size: int, where: str) -> Preprocess:
 
 
 def moments(mean: Any, std: Any, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and the standard deviation by which pixels are normalized, three numbers each.
+    """By which pixels are normalized, three numbers each.
 
     Raises:
-        ModelError: If they are not three finite numbers each, or a standard deviation is not positive.
+        ModelError: they are not.
     """
     try:
         found = tuple(map(float, mean)), tuple(map(float, std))
@@ -268,11 +268,11 @@ MOMENTS = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
 
 
 def rules_of(model_cfg: Config, config: DualConfig) -> list[Rule]:
-    """Return the names of the tensors of a model of open_clip.
+    """Names of the tensors of a model of open_clip.
 
     Args:
-        model_cfg: config of open_clip.
-        config: its architecture, from `read_config`.
+        model_cfg: open_clip's config.
+        config: what it says, by `read_config`.
     """
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     with torch.device("meta"):
@@ -340,7 +340,7 @@ NATIVE_TEXT = {
 
 
 def projection_rules(ours: str, projection: Projection, theirs: tuple[str, ...]) -> list[Rule]:
-    """Return the names of a projection's linear maps, each of which is a module of the other library."""
+    """Names of a projection's linear maps, each a module of theirs."""
     names = [ours] if len(projection.bias) == 1 else [f"{ours}.{2 * i}" for i in range(len(projection.bias))]
     return [
         Rule((f"{name}.{kind}",), (f"{there}.{kind}",))
@@ -350,7 +350,7 @@ def projection_rules(ours: str, projection: Projection, theirs: tuple[str, ...])
 
 
 def text_rules(family: Family, text: TextConfig, prefix: str) -> list[Rule]:
-    """Return a family's names of a text encoder's tensors, for those in the state of a `DualEncoder`."""
+    """Names of a text encoder's tensors by a family, ours as in the state of a `DualEncoder`."""
     from dualenc.models.text_encoder import TextEncoder
 
     with torch.device("meta"):
@@ -359,31 +359,31 @@ def text_rules(family: Family, text: TextConfig, prefix: str) -> list[Rule]:
 
 
 def complete(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Add the bias of the patch embedding, which open_clip's towers do not have, as zeros."""
+    """What open_clip's towers have not and ours have: a bias of zeros in the map of the patches."""
     name = "image.vit.patch_embed.proj.bias"
     return {**state, **({name: torch.zeros(shapes[name])} if name in shapes and name not in state else {})}
 
 
 def fold(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the bias of the patch embedding to the position embeddings, since open_clip does not have it."""
-    bias, positions = state.get("image.vit.patch_embed.proj.bias"), state["image.vit.pos_embed"]
+    """The other way: the bias of the patches' map is added to their positions, where open_clip has none for it."""
+    bias, places = state.get("image.vit.patch_embed.proj.bias"), state["image.vit.pos_embed"]
     if bias is None:
         return dict(state)
-    moved = positions.clone()
+    moved = places.clone()
     moved[:, 1:] += bias
     return {**state, "image.vit.pos_embed": moved}
 
 
 def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
-    """Return the `model_cfg` of a model that open_clip can express.
+    """What `model_cfg` says of a model, where open_clip has its like.
 
     Args:
         config: the architecture.
-        eos_id: id of the token that closes a text; None if there is none.
-        name: name by which open_clip finds the `config.json` of a text encoder of Hugging Face.
+        eos_id: of the token that closes a text.
+        name: under which open_clip finds the text encoder's `config.json`, where it is one of Hugging Face's.
 
     Raises:
-        ModelError: If open_clip cannot express the model; the message names the fields.
+        ModelError: open_clip has no such model; says which part.
     """
     with torch.device("meta"):
         tower = ImageEncoder(config.image)
@@ -420,7 +420,7 @@ def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
 
 
 def _write_vision(shape: Shape) -> Config:
-    """Return the `vision_cfg` of open_clip's own vision transformer."""
+    """Of open_clip's own vision transformer."""
     vision: Config = {
         "image_size": shape.size,
         "layers": shape.layers,
@@ -447,7 +447,7 @@ def _kwargs(activation: Activation, eps: float) -> Config:
 
 
 def _write_timm(image: ImageConfig, tower: ImageEncoder, projection: Projection, embed_dim: int) -> Config | None:
-    """Return the `vision_cfg` of a tower of timm, or None if its name does not describe it completely."""
+    """By the name that timm has for it, if that says all."""
     from timm.models import get_pretrained_cfg
 
     name = image.name.split(".")[0]
@@ -461,10 +461,10 @@ def _write_timm(image: ImageConfig, tower: ImageEncoder, projection: Projection,
 
 
 def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) -> Config:
-    """Return the `text_cfg` of open_clip's own text transformer.
+    """Return what open_clip says of its own text transformer.
 
     Raises:
-        ModelError: If open_clip does not have such a text transformer; the message is the field.
+        ModelError: It has no such text transformer; the message is the field.
     """
     filled, ended = text.pad_to == text.context_length, eos_id is not None
     checks = [
@@ -479,7 +479,7 @@ def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) ->
         raise ModelError(reason)
     ends: Config = {"pool_type": "first" if text.pool == "cls" else "last"}
     if text.pool == "last" and not filled:
-        # CLIP's closing token has the largest id; any other id must be written.
+        # The largest id is the closing one's where it is CLIP's; the name of any other is said.
         ends = {} if eos_id == text.vocab_size - 1 else {"pool_type": "eos", "eos_id": eos_id}
     written: Config = {
         "context_length": text.context_length,
@@ -502,16 +502,16 @@ def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) ->
 
 
 def _plain(text: TextConfig) -> TextConfig:
-    """Return an architecture in one normal form, without the fields of training."""
+    """Return an architecture in which what can be said in several ways is said in one, without training choices."""
     hidden = text.mlp_width or 4 * text.width
     return dataclasses.replace(text, mlp_width=hidden, dropout=0.0, family=None, embed_norm=text.normalizes_embeddings)
 
 
 def _write_hugging_face(text: TextConfig, projection: Projection, embed_dim: int, name: str) -> Config:
-    """Return the `text_cfg` of an encoder that open_clip loads from transformers.
+    """Return what open_clip says of an encoder that it takes from transformers.
 
     Raises:
-        ModelError: If open_clip does not load such an encoder; the message is the field.
+        ModelError: It takes no such encoder; the message is the field.
     """
     pools = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
     kinds = {

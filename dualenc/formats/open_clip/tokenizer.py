@@ -60,28 +60,28 @@ PROBES = (
 
 
 def clip_backend(clean: Clean = "lower") -> Backend:
-    """Return CLIP's tokenizer (Radford et al. 2021, section 2.4), with the ids of open_clip's SimpleTokenizer.
+    """CLIP's tokenizer (Radford et al. 2021, section 2.4), as open_clip's SimpleTokenizer: ids are the same.
 
-    Ids differ for texts that this module does not clean. They differ also for "<start_of_text>" and "<end_of_text>" in
-    a caption: SimpleTokenizer makes the tokens that open and close a text of them, and this tokenizer ordinary text, as
-    of "<|endoftext|>".
+    But for what this module does not clean; and for "<start_of_text>" and "<end_of_text>" in a caption, of which
+    SimpleTokenizer makes the tokens that open and close a text, and this one what they are made of, as of
+    "<|endoftext|>".
 
     Args:
-        clean: cleaning of texts, see `cleaning`.
+        clean: what is done to a text before.
 
     Raises:
-        ModelError: If open_clip, which has the vocabulary, is not installed.
+        ModelError: open_clip, which has the vocabulary, is not installed.
     """
     return clip_bpe(*_clip_vocabulary(), cleaning(clean), f"(?i:{SUFFIXES})|{WORDS}")
 
 
 @cache
 def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Read vocabulary and merges from open_clip's file, without the slow import of the library."""
+    """From the merges that open_clip ships; the library itself, which takes its time, is not imported."""
     found = importlib.util.find_spec("open_clip")
     path = Path(found.origin or "").parent / "bpe_simple_vocab_16e6.txt.gz" if found else Path()
     if not path.is_file():
-        raise ModelError("CLIP's vocabulary comes with open_clip, which is not installed: pip install open_clip_torch")
+        raise ModelError("CLIP's vocabulary comes with open_clip, which is not here: pip install open_clip_torch")
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     merges = [(one, other) for one, other in map(str.split, lines[1 : 49152 - 256 - 2 + 1])]
     letters = _byte_letters()
@@ -90,17 +90,17 @@ def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _byte_letters() -> list[str]:
-    """Return the letter of each byte (Radford et al. 2019): itself if it is printable, else a letter from U+0100 on."""
+    """What stands for a byte (Radford et al. 2019): itself where it prints, or else a letter from U+0100 on."""
     prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [*map(chr, prints), *(chr(256 + i) for i in range(256 - len(prints)))]
 
 
 def cleaning(clean: Clean) -> list[normalizers.Normalizer]:
-    """Return the steps that clean a text as open_clip does.
+    """Steps that clean a text as open_clip does.
 
     Args:
-        clean: "whitespace" leaves one blank between words; "lower" also converts to lower case; "canonicalize" also
-            removes the punctuation of ASCII, with "_" as a blank.
+        clean: "whitespace", one blank between words; "lower", that and small letters; "canonicalize", that and no
+            punctuation (of ASCII), where "_" is a blank.
     """
     steps: list[normalizers.Normalizer] = [normalizers.Replace(Regex("&(?:(?:amp|AMP|#0*38|#[xX]0*26);)+"), "&")]
     steps += [normalizers.Replace(Regex(_entity(char)), QUOTES.get(char, char)) for char in ENTITIES]
@@ -116,7 +116,7 @@ def cleaning(clean: Clean) -> list[normalizers.Normalizer]:
 
 
 def _entity(char: str) -> str:
-    """Return a pattern of a character's entities in HTML; numbers may be those of Windows-1252."""
+    """A pattern of the ways in which HTML writes a character; numbers may be those of Windows-1252."""
     names = [name for name, meant in html5.items() if meant == char and name.endswith(";")]
     codes = {ord(char), char.encode("cp1252", "ignore")[0] if char.encode("cp1252", "ignore") else ord(char)}
     numbers = [f"#0*{code};|#[xX]0*(?i:{code:x});" for code in sorted(codes)]
@@ -131,38 +131,37 @@ def tokenizer_folder(folder: Path | None, name: str) -> Path:
 
 
 def open_clip_tokenizer(text_cfg: Mapping[str, Any], folder: Path | None, text: TextConfig) -> Tokenizer:
-    """Return the tokenizer of a model of open_clip, which cleans texts like open_clip within the limits of this module.
+    """The tokenizer of a model of open_clip, that cleans texts as open_clip does as far as `clip_tokens` can.
 
-    Ids and padding are those of its `SimpleTokenizer` or `HFTokenizer`. A special token that is written in a text stays
-    text.
+    Ids, padding among them, are those of its `SimpleTokenizer` or `HFTokenizer`; but a special token that is written in
+    a text is text, and makes no token.
 
     Args:
-        text_cfg: `text_cfg` of the config, with `hf_tokenizer_name` and `tokenizer_kwargs`; without a name the
-            tokenizer is CLIP's.
-        folder: folder of the model with tokenizer files; if absent or without them, the named repository has them.
-        text: architecture of the text encoder.
+        text_cfg: of its config: `hf_tokenizer_name`, `tokenizer_kwargs`; CLIP's byte pairs without a name.
+        folder: of the model, whose tokenizer files are taken; absent, or without such, those of the named repository.
+        text: the encoder's architecture.
 
     Raises:
-        ModelError: If dualenc cannot compute a setting, the padding is not `text.pad_id`, or files are missing; the
-            message names the key or the file.
+        ModelError: a setting is none that dualenc computes, another token fills texts than `text.pad_id`, or files are
+            missing; names the key or the file.
     """
     name, options = text_cfg.get("hf_tokenizer_name") or "", dict(text_cfg.get("tokenizer_kwargs") or {})
     clean = options.pop("clean", "whitespace" if name else "lower")
     options |= {"tokenizer_mode": text_cfg.get("tokenizer_mode")}
     if refused := [key for key, value in options.items() if value]:
         raise ModelError(
-            f"text_cfg: {refused[0]} {options[refused[0]]!r} cannot be computed by dualenc: such a model can be "
-            "evaluated with the spec open_clip:ARCH/PRETRAINED, but not imported"
+            f"text_cfg: {refused[0]} {options[refused[0]]!r} is none that dualenc computes: such a model can be "
+            "measured with the spec open_clip:ARCH/PRETRAINED, not imported"
         )
     if clean not in CLEANS:
-        raise ModelError(f"text_cfg: tokenizer_kwargs: clean {clean!r} must be one of {', '.join(CLEANS)}")
+        raise ModelError(f"text_cfg: tokenizer_kwargs: clean {clean!r} is none of {', '.join(CLEANS)}")
     if not name:
         _fills_with(0, text, "open_clip's SimpleTokenizer")
         return tokenizer_of(clip_backend(clean), text, text.context_length)
     folder = tokenizer_folder(folder, name)
     for side in ("padding_side", "truncation_side"):
         if (value := read_tokenizer_config(folder).get(side, "right")) != "right":
-            raise ModelError(f"{folder / 'tokenizer_config.json'}: {side} {value!r} cannot be computed by dualenc")
+            raise ModelError(f"{folder / 'tokenizer_config.json'}: {side} {value!r} is none that dualenc computes")
     backend = read_tokenizer(folder, text, text.context_length).backend
     _fills_with(padding_token(folder), text, str(folder))
     steps = [*cleaning(clean), *([backend.normalizer] if backend.normalizer is not None else [])]
@@ -171,24 +170,24 @@ def open_clip_tokenizer(text_cfg: Mapping[str, Any], folder: Path | None, text: 
 
 
 def _fills_with(pad_id: int | None, text: TextConfig, where: str) -> None:
-    """Refuse another padding than that of an encoder that sees its padding."""
+    """Refuses another padding than an encoder that sees it has known."""
     if text.pad_to is not None and pad_id != text.pad_id:
         raise ModelError(f"{where} pads with the id {pad_id}, text.pad_id is {text.pad_id}")
 
 
 def open_clip_tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[str, Any]:
-    """Return the fields of `text_cfg` for a tokenizer whose tokenizer.json is in the same folder.
+    """What `text_cfg` of an open_clip config says of a tokenizer whose tokenizer.json lies in the same folder.
 
-    open_clip has no setting that leaves texts unchanged. "whitespace" changes least: entities, curly quotes and runs of
-    blanks are cleaned before the tokenizer, as this module describes; texts without these have the same ids. A special
-    token that is written in a text becomes the token there.
+    open_clip has no setting that leaves texts alone. "whitespace" does least: entities, curly quotes and runs of blanks
+    are cleaned before the tokenizer sees them, see `clip_tokens`; texts without these have the same ids. And where a
+    special token is written in a text, its tokenizer takes it for one.
 
     Args:
-        tokenizer: the tokenizer; CLIP's needs no fields, because open_clip has it.
-        text: architecture of the text encoder.
+        tokenizer: the tokenizer; nothing is said of CLIP's, which open_clip has itself.
+        text: the architecture that it is for.
 
     Raises:
-        ModelError: If the tokenizer has no padding token, which open_clip always needs.
+        ModelError: it has no token to pad with, as open_clip always does.
     """
     if _is_clip(tokenizer) and (text.pad_to is None or text.pad_id == 0):
         return {}
@@ -198,7 +197,7 @@ def open_clip_tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[s
 
 
 def _is_clip(tokenizer: Tokenizer) -> bool:
-    """Return whether a tokenizer gives the ids of open_clip's SimpleTokenizer for some clean texts."""
+    """Whether it makes the ids of open_clip's SimpleTokenizer of clean texts, as far as some tell."""
     if tokenizer.vocab_size != 49408 or tokenizer.special.get(END) != 49407:
         return False
     plain, own = (Tokenizer(backend, tokenizer.context_length) for backend in (clip_backend(), tokenizer.backend))
