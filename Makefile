@@ -20,11 +20,12 @@ test: $(READY)  ## the tests, in under 7 minutes on two cores
 slow: $(READY)  ## the tests that need longer
 	.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m slow
 
-lint: $(READY)  ## style, types, import contracts
+lint: $(READY)  ## style, types, import contracts, spelling
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
 	.venv/bin/lint-imports
+	.venv/bin/codespell dualenc configs tests tools docs *.md Makefile pyproject.toml
 
 format: $(READY)
 	.venv/bin/ruff check --fix .

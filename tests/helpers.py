@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 import webdataset as wds
 from lightning.pytorch import Callback
 from PIL import Image
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 import dualenc.data.shards.shard as index_module
@@ -48,6 +51,30 @@ SIZE = 16
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"  # real data next to the checkout, which may be missing
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data next to the checkout")
+
+
+def tokenizer_of(kind: Any, texts: Sequence[str], vocab_size: int, context_length: int) -> Tokenizer:
+    """Train a tokenizer; a Unigram model (Kudo 2018), which dualenc only reads, is built of frequent substrings."""
+    if kind != "unigram":
+        return Tokenizer.train(texts, vocab_size, context_length, kind)
+    space = normalizers.Replace(Regex(r"\s+"), " ")
+    clean = normalizers.Sequence([normalizers.NFKC(), space, normalizers.Strip(), normalizers.Lowercase()])
+    split = pre_tokenizers.Metaspace()
+    words = [word for text in texts for word, _ in split.pre_tokenize_str(clean.normalize_str(text))]
+    counts = Counter(
+        word[i:j] for word in words for i in range(len(word)) for j in range(i + 1, min(len(word), i + 9) + 1)
+    )
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    repeated = [piece for piece in counts if len(piece) == 1 or counts[piece] > 1]
+    pieces = sorted(repeated, key=lambda piece: (len(piece) > 1, -len(piece) * counts[piece], piece))
+    scores = [(piece, math.log(counts[piece] / counts.total())) for piece in pieces[: vocab_size - len(special)]]
+    backend = Backend(models.Unigram([*((token, 0.0) for token in special), *scores], unk_id=1))
+    backend.normalizer, backend.pre_tokenizer, backend.decoder = clean, split, decoders.Metaspace()  # type: ignore[assignment]
+    backend.add_special_tokens(special)
+    backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return Tokenizer(backend, context_length)
 
 
 def pixels(rng: np.random.Generator, height: int = 8, width: int = 8, channels: int = 3) -> np.ndarray:

@@ -73,29 +73,40 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, send: bool) -> None:
         name = unquote(urlsplit(self.path).path).lstrip("/")
-        fault = None
+        fault, path = self._fault(name, send), self.server.folder / name
+        if not self._may_read():
+            self._status(401)
+        elif isinstance(fault, int):
+            self._status(fault)
+        elif not path.is_file():
+            self._status(404)
+        elif fault == "reset":
+            self._reset()
+        else:
+            self._file(path.read_bytes(), fault, send)
+
+    def _fault(self, name: str, send: bool) -> Any:
         with self.server.lock:
             self.server.log.append((self.command, name))
-            if send and self.server.faults[name]:
-                fault = self.server.faults[name].pop(0)
-            elif send:
-                fault = self.server.always.get(name)
-        if self.server.credentials is not None:
-            wanted = "Basic " + base64.b64encode(self.server.credentials.encode()).decode()
-            if self.headers.get("Authorization") != wanted:
-                return self._status(401)
-        path = self.server.folder / name
-        if isinstance(fault, int):
-            return self._status(fault)
-        if not path.is_file():
-            return self._status(404)
-        if fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.shutdown(socket.SHUT_RDWR)  # closing is not enough if a forked process has it open, too
-            self.connection.close()
-            self.close_connection = True
-            return None
-        data = path.read_bytes()
+            if not send:
+                return None
+            if self.server.faults[name]:
+                return self.server.faults[name].pop(0)
+            return self.server.always.get(name)
+
+    def _may_read(self) -> bool:
+        if self.server.credentials is None:
+            return True
+        wanted = "Basic " + base64.b64encode(self.server.credentials.encode()).decode()
+        return self.headers.get("Authorization") == wanted
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.shutdown(socket.SHUT_RDWR)  # closing is not enough if a forked process has it open, too
+        self.connection.close()
+        self.close_connection = True
+
+    def _file(self, data: bytes, fault: Any, send: bool) -> None:
         etag = hashlib.md5(data).hexdigest()
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked:
@@ -111,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if not send:
-            return None
+            return
         if fault in ("short", "short unsized"):
             data = data[: len(data) // 2]
             self.close_connection = True
@@ -121,7 +132,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[start : start + size])
             if fault == "slow":
                 time.sleep(SLOW)
-        return None
 
     def _status(self, status: int) -> None:
         body = b"no"

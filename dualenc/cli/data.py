@@ -224,7 +224,7 @@ def tokenizer(
     shards: list[str],
     out: Path,
     captions: str = "txt",
-    kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece",
+    kind: Literal["wordpiece", "bpe"] = "wordpiece",
     vocab_size: int = 30_000,
 ) -> None:
     """Train a tokenizer on the captions of shards, and print the lengths of the captions in tokens.
@@ -233,7 +233,7 @@ def tokenizer(
         shards: paths, globs, brace patterns or folders.
         out: .json file to write.
         captions: "txt", or "json.FIELD" for a field of the .json, which may be a list of captions.
-        kind: "wordpiece" as in BERT, "bpe" on bytes as in GPT-2, or "unigram" as in SentencePiece.
+        kind: "wordpiece" as in BERT, or "bpe" on bytes as in GPT-2.
         vocab_size: maximum number of entries.
     """
     import numpy as np

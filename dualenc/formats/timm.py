@@ -5,7 +5,7 @@ finds a timm model with it. A layout is a library's table of tensor names. Other
 exported by their timm name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -13,15 +13,17 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import GELUTanh, LayerScale, QuickGELU
+from timm.layers import GELUTanh, LayerScale, PatchEmbed, QuickGELU
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from dualenc.formats.state_dict import Rule
 from dualenc.models.image_encoder import ImageConfig, ImageEncoder
+from dualenc.utils.errors import first_failure
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu"]
+ACTS: dict[type[nn.Module], Act] = {nn.GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 
 
 @dataclass(frozen=True)
@@ -129,70 +131,84 @@ def _meta(config: ImageConfig) -> Any:
 
 def shape_of(vit: Any) -> Shape | None:
     """Return the shape of a timm model, or None if it is not a plain vision transformer."""
-    if type(vit) is not VisionTransformer or not all(type(block) is Block for block in vit.blocks):
-        return None
-    norms = [module for module in vit.modules() if isinstance(module, nn.LayerNorm)]
-    blocks: Any = vit.blocks
-    first, patches = blocks[0], vit.patch_embed
-    acts: dict[type[nn.Module], Act] = {nn.GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
-    pre_norm, scaled = not isinstance(vit.norm_pre, nn.Identity), isinstance(first.ls1, LayerScale)
+    return None if first_failure(_plain(vit)) else _shape(vit)
+
+
+def _shape(vit: Any) -> Shape:
+    first, patches = vit.blocks[0], vit.patch_embed
     act = first.mlp.act
     tanh = isinstance(act, nn.GELU) and act.approximate == "tanh"
-    shape = Shape(
+    return Shape(
         size=patches.img_size[0],
         patch=patches.patch_size[0],
         width=vit.embed_dim,
         layers=len(vit.blocks),
         heads=first.attn.num_heads,
         mlp_width=first.mlp.fc1.out_features,
-        activation="gelu_tanh" if tanh else acts.get(type(act), "gelu"),
-        norm_eps=norms[0].eps,
-        pre_norm=pre_norm,
+        activation="gelu_tanh" if tanh else ACTS[type(act)],
+        norm_eps=_norms(vit)[0].eps,
+        pre_norm=not isinstance(vit.norm_pre, nn.Identity),
         class_token=vit.has_class_token,
-        pool=vit.global_pool,  # type: ignore[arg-type]
+        pool=vit.global_pool,
         norm_last=not isinstance(vit.fc_norm, nn.Identity),
-        layer_scale=scaled,
+        layer_scale=isinstance(first.ls1, LayerScale),
     )
-    attention = vit.attn_pool
-    plain = (
-        type(act) in acts
-        and shape.pool in ("token", "avg", "map")
-        and len({norm.eps for norm in norms}) == 1
-        and all(norm.elementwise_affine for norm in norms)
-        and len(set(patches.img_size)) == len(set(patches.patch_size)) == 1
-        and isinstance(patches.norm, nn.Identity)
-        and (patches.proj.bias is None) == pre_norm
-        and vit.num_reg_tokens == 0
-        and not vit.no_embed_class
-        and not vit.pool_include_prefix
-        and isinstance(vit.pos_embed, nn.Parameter)
-        and isinstance(vit.norm, nn.Identity) != isinstance(vit.fc_norm, nn.Identity)
-        and all(type(block.attn) is Attention and block.attn.num_heads == shape.heads for block in blocks)
-        and first.attn.qkv.bias is not None
-        and first.attn.proj.bias is not None
-        and isinstance(first.attn.q_norm, nn.Identity)
-        and isinstance(getattr(first.attn, "norm", nn.Identity()), nn.Identity)
-        and isinstance(getattr(first.mlp, "norm", nn.Identity()), nn.Identity)
-        and isinstance(first.ls2, LayerScale) == scaled
-        and (shape.pool == "map") == (attention is not None)
-        and (attention is None or _plain_pool(attention, shape))
-    )
-    return shape if plain else None
 
 
-def _plain_pool(attention: Any, shape: Shape) -> bool:
-    """Return True if attention pooling is SigLIP's: one query, biases, and the blocks' heads and hidden width."""
-    return (
-        attention.num_heads == shape.heads
-        and attention.latent_len == 1
-        and attention.mlp is not None
-        and attention.mlp.fc1.out_features == shape.mlp_width
-        and type(attention.mlp.act).__name__.lower().replace("_", "") == shape.activation.replace("_", "")
-        and isinstance(attention.q, nn.Linear)
-        and attention.q.bias is not None
-        and isinstance(attention.q_norm, nn.Identity)
-        and attention.pos_embed is None
+def _norms(vit: nn.Module) -> list[nn.LayerNorm]:
+    return [module for module in vit.modules() if isinstance(module, nn.LayerNorm)]
+
+
+def _plain(vit: Any) -> Iterator[tuple[bool, str]]:
+    """Yield what must hold for a plain vision transformer, each with what the model has instead."""
+    yield type(vit) is VisionTransformer, f"class {type(vit).__name__}"
+    yield all(type(block) is Block for block in vit.blocks), f"blocks of class {type(vit.blocks[0]).__name__}"
+    first, patches, norms, pool = vit.blocks[0], vit.patch_embed, _norms(vit), vit.attn_pool
+    yield type(first.mlp.act) in ACTS, f"activation {type(first.mlp.act).__name__}"
+    yield vit.global_pool in ("token", "avg", "map"), f"global_pool {vit.global_pool!r}"
+    yield len({norm.eps for norm in norms}) == 1, "LayerNorms with different epsilons"
+    yield all(norm.elementwise_affine for norm in norms), "LayerNorms without weights"
+    yield isinstance(patches, PatchEmbed), f"patch_embed {type(patches).__name__}"
+    yield len(set(patches.img_size)) == 1, f"img_size {patches.img_size}"
+    yield len(set(patches.patch_size)) == 1, f"patch_size {patches.patch_size}"
+    yield isinstance(patches.norm, nn.Identity), "a LayerNorm of the patches"
+    pre_norm = not isinstance(vit.norm_pre, nn.Identity)
+    yield (
+        (patches.proj.bias is None) == pre_norm,
+        f"pre_norm {pre_norm} {'with' if pre_norm else 'without'} a patch bias",
     )
+    yield vit.num_reg_tokens == 0, f"reg_tokens {vit.num_reg_tokens}"
+    yield not vit.no_embed_class, "no_embed_class True"
+    yield not vit.pool_include_prefix, "pool_include_prefix True"
+    yield isinstance(vit.pos_embed, nn.Parameter), "no learned positions"
+    yield (
+        isinstance(vit.norm, nn.Identity) != isinstance(vit.fc_norm, nn.Identity),
+        "not exactly one of norm and fc_norm",
+    )
+    yield all(type(block.attn) is Attention for block in vit.blocks), f"attention {type(first.attn).__name__}"
+    yield len({block.attn.num_heads for block in vit.blocks}) == 1, "blocks with different numbers of heads"
+    yield first.attn.qkv.bias is not None, "qkv_bias False"
+    yield first.attn.proj.bias is not None, "proj_bias False"
+    yield isinstance(first.attn.q_norm, nn.Identity), "qk_norm True"
+    yield isinstance(getattr(first.attn, "norm", nn.Identity()), nn.Identity), "scale_attn_norm True"
+    yield isinstance(getattr(first.mlp, "norm", nn.Identity()), nn.Identity), "scale_mlp_norm True"
+    yield isinstance(first.ls1, LayerScale) == isinstance(first.ls2, LayerScale), "a layer scale in one branch only"
+    yield (vit.global_pool == "map") == (pool is not None), f"global_pool {vit.global_pool!r} and attn_pool {pool}"
+    if pool is not None:
+        yield from _plain_pool(pool, _shape(vit))
+
+
+def _plain_pool(pool: Any, shape: Shape) -> Iterator[tuple[bool, str]]:
+    """Yield what must hold for SigLIP's pooling: one query, maps with a bias, heads and hidden width of the blocks."""
+    yield pool.num_heads == shape.heads, f"attn_pool.num_heads {pool.num_heads}"
+    yield pool.latent_len == 1, f"attn_pool.latent_len {pool.latent_len}"
+    yield pool.mlp is not None, "attn_pool.mlp None"
+    yield pool.mlp.fc1.out_features == shape.mlp_width, f"attn_pool.mlp of width {pool.mlp.fc1.out_features}"
+    act = type(pool.mlp.act).__name__
+    yield act.lower().replace("_", "") == shape.activation.replace("_", ""), f"attn_pool.mlp.act {act}"
+    yield isinstance(pool.q, nn.Linear) and pool.q.bias is not None, "attn_pool.q without a bias"
+    yield isinstance(pool.q_norm, nn.Identity), "attn_pool.q_norm"
+    yield pool.pos_embed is None, "attn_pool.pos_embed"
 
 
 @lru_cache(maxsize=64)
@@ -366,15 +382,20 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def fits(layout: str, shape: Shape) -> bool:
-    """Return True if a layout can express towers of this shape."""
+def unfit(layout: str, vit: nn.Module) -> str | None:
+    """Return what a timm model has that towers of a layout do not have; None if the layout can express it."""
+    if reason := first_failure(_plain(vit)):
+        return reason
+    shape, siglip = _shape(vit), layout == "siglip"
     if layout == "open_clip":
         # open_clip's patch embedding has no bias; the export adds the bias to the position embeddings.
-        return shape.class_token and shape.pool != "map"
-    if layout == "clip":
-        plain = shape.class_token and shape.pool == "token" and shape.pre_norm
-    elif layout == "siglip":
-        plain = not shape.class_token and shape.pool == "map" and not shape.pre_norm
-    else:
-        plain = shape.class_token and shape.pool == "token" and not shape.pre_norm and shape.activation != "quick_gelu"
-    return plain and not shape.layer_scale and not shape.norm_last
+        return first_failure([(shape.class_token, "class_token False"), (shape.pool != "map", "global_pool 'map'")])
+    checks = [
+        (shape.class_token != siglip, f"class_token {shape.class_token}"),
+        (shape.pool == ("map" if siglip else "token"), f"global_pool {shape.pool!r}"),
+        (shape.pre_norm == (layout == "clip"), f"pre_norm {shape.pre_norm}"),
+        (layout != "vit" or shape.activation != "quick_gelu", f"activation {shape.activation!r}"),
+        (not shape.layer_scale, "a layer scale"),
+        (not shape.norm_last, "fc_norm True"),
+    ]
+    return first_failure(checks)

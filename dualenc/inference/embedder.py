@@ -260,7 +260,7 @@ def model_directory(spec: str | os.PathLike[str]) -> Path:
     folder = open_folder(spec, [*OWN_FILES, "README.md"])
     if missing := [name for name in OWN_FILES if not (folder.path / name).is_file()]:
         foreign = folder.first("open_clip", "transformers", "dual_encoder") is not None
-        hint = f"; if it is another library's, dualenc import {os.fspath(spec)} OUT" * foreign
+        hint = f"; if it is another library's, dualenc import {os.fspath(spec)} OUT" if foreign else ""
         raise ModelError(f"{folder.path} is no whole model directory: {', '.join(missing)} missing{hint}")
     return folder.path
 

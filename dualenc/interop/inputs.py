@@ -31,8 +31,8 @@ TEXTS = (
     "👍🏽 emoji 🐕‍🦺 and flags 🇳🇱",
     "word " * 100,
 )
-# Curly quotes, entities and ligatures, which some libraries replace before they tokenize a text.
-UNCLEAN = ("the dog\u2019s \u201cbed\u201d", "cats &amp; dogs", "a \ufb01ne \uff34\uff36")
+# Curly quotes, entities and full-width letters, which some libraries replace before they tokenize a text.
+UNCLEAN = ("the dog\u2019s \u201cbed\u201d", "cats &amp; dogs", "a fine \uff34\uff36")
 LONG = 1024  # tokens of the longest random text, for an encoder that takes more
 
 

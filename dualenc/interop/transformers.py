@@ -7,10 +7,17 @@ import numpy as np
 from safetensors.torch import save_file
 
 from dualenc.formats.huggingface import dual as hugging_face
-from dualenc.formats.huggingface.architecture import choose_family, family_of, slots_of, with_segment
+from dualenc.formats.huggingface.architecture import (
+    choose_family,
+    family_of,
+    no_place,
+    slots_of,
+    unlike,
+    with_segment,
+)
+from dualenc.formats.huggingface.families import FAMILIES
 from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, tokenizer_config
 from dualenc.formats.model_folder import CONFIG
-from dualenc.formats.open_clip.config import in_words
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import FILES as TEXT_FILES
@@ -129,7 +136,8 @@ def _write_text(predictor: TextPredictor, folder: Path) -> list[str]:
     text, heads = model.config, model.head_configs
     family = choose_family(text, heads)
     if family is None:
-        raise ModelError(f"transformers has no text encoder like this one ({in_words(text)}): export to onnx")
+        reason = unlike(text, FAMILIES)
+        raise ModelError(f"transformers has no text encoder like this one: {reason}; export to onnx")
     if not counts_positions(text, tokenizer):
         raise ModelError(
             f"transformers counts positions by another padding token than {predictor.name}: export to onnx"
@@ -139,7 +147,11 @@ def _write_text(predictor: TextPredictor, folder: Path) -> list[str]:
     kept.load_state_dict({name: x for name, x in model.state_dict().items() if name in kept.state_dict()})
     write_text_model(folder, family, text, kept.head_configs, tokenizer, kept.state_dict())
     named = read_json(folder / CONFIG)["architectures"]
-    notes = [f"head {name}: the format has no place for it" for name in heads if name not in slots]
+    notes = [
+        f"head {name}: the format has no place for it ({no_place(family, text, name, head)})"
+        for name, head in heads.items()
+        if name not in slots
+    ]
     return notes + [
         f"head {name}: read by {family.stem}{slot.architecture}, which was not compared"
         for name, slot in slots.items()

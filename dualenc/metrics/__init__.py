@@ -26,8 +26,6 @@ from dualenc.metrics.retrieval import (
     retrieval_ranks,
 )
 from dualenc.metrics.text import (
-    bigram_both_sides,
-    bigram_perplexity,
     label_bootstrap,
     label_metrics,
     majority_baseline,
@@ -44,8 +42,6 @@ __all__ = [
     "Probe",
     "Scores",
     "average_precision",
-    "bigram_both_sides",
-    "bigram_perplexity",
     "calibration",
     "choice_bootstrap",
     "choice_metrics",

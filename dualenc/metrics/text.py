@@ -172,8 +172,8 @@ def pseudo_perplexity(
     """Perplexity of a masked-language model (Salazar et al. 2020, section 2).
 
     Each token but the special ones is hidden once, alone, and guessed from all others of its text: exp of the mean
-    negative log-probability over the tokens of all texts. It is no probability of the texts, and does not compare with
-    the perplexity of a model that sees the left side only; `bigram_both_sides` sees both.
+    negative log-probability over the tokens of all texts. The figure is not a probability of the texts, and does not
+    compare with the perplexity of a model that sees the left side only.
 
     Args:
         guess: from a packed batch of copies and the positions (M,) in `Tokens.ids` of what is hidden, to logits (M, V);
@@ -247,121 +247,10 @@ def unigram_perplexity(train: Texts, held_out: Texts, vocab_size: int, special_i
     return math.exp(loss(counted, scored, k))
 
 
-def bigram_perplexity(train: Texts, held_out: Texts, vocab_size: int, special_ids: Iterable[int] = ()) -> float:
-    """Perplexity of guessing each token from the one before it, for the tokens that `pseudo_perplexity` scores.
-
-    Interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999, section 2.7), whose discount follows from the
-    training counts: n1 / (n1 + 2 n2) of those seen once and twice (Ney, Essen and Kneser 1994). The lower order is
-    discounted alike, towards equal shares. The opening token is seen; only tokens that are scored are guessed.
-
-    Args:
-        train, held_out, vocab_size, special_ids: see `unigram_perplexity`.
-
-    Raises:
-        ValueError: see `unigram_perplexity`.
-    """
-    ordinary = _ordinary(vocab_size, special_ids)
-    (left, right), (before, asked, _) = _pairs(train, vocab_size), _triples(held_out, vocab_size, ordinary)
-    words = _Bigrams(left[ordinary[right]], right[ordinary[right]], ordinary)
-    return math.exp(-float(np.log(words.probability(before, asked)).mean()))
-
-
-def bigram_both_sides(train: Texts, held_out: Texts, vocab_size: int, special_ids: Iterable[int] = ()) -> float:
-    """Perplexity of guessing each token from the one before and the one after it: the n-grams' `pseudo_perplexity`.
-
-    In a chain in which each token depends on the one before it alone, the share of w between two tokens is
-    proportional to p(w | before) p(after | w); both factors as in `bigram_perplexity`.
-
-    Args:
-        train, held_out, vocab_size, special_ids: see `unigram_perplexity`.
-
-    Raises:
-        ValueError: see `unigram_perplexity`.
-    """
-    ordinary = _ordinary(vocab_size, special_ids)
-    (left, right), (before, asked, after) = _pairs(train, vocab_size), _triples(held_out, vocab_size, ordinary)
-    first = _Bigrams(left[ordinary[right]], right[ordinary[right]], ordinary)
-    second = _Bigrams(left, right, np.ones(vocab_size + 2, dtype=bool))
-    joint = first.probability(before, asked) * second.probability(asked, after)
-    # The sum over w of (s1(before, w) + l1(before) c1(w)) (s2(w, after) + l2(w) c2(after)), multiplied out: only the
-    # product of the two sparse parts is of both neighbors.
-    rest1, c1, rest2, c2 = first.rest, first.lower, second.rest, second.lower
-    by_before = first.summed_over_next(rest2)  # sum over w of s1(before, w) l2(w)
-    by_after = second.summed_over_previous(c1)  # sum over w of c1(w) s2(w, after)
-    total = (
-        c2[after] * by_before[before]
-        + rest1[before] * by_after[after]
-        + rest1[before] * c2[after] * float(c1 @ rest2)
-        + first.common(second, before, after)
-    )
-    return math.exp(-float(np.log(joint / total).mean()))
-
-
-class _Bigrams:
-    """p(w | v) = s(v, w) + rest(v) lower(w), with s zero but for the pairs that were seen.
-
-    Args:
-        left, right: (P,) the pairs; ids below L.
-        possible: (L,) which ids can follow.
-    """
-
-    def __init__(self, left: np.ndarray, right: np.ndarray, possible: np.ndarray) -> None:
-        self.size = len(possible)
-        codes, counts = np.unique(left * self.size + right, return_counts=True)
-        if not len(codes):
-            raise ValueError("the texts have no token to count, or none to score")
-        self.codes, self.left, self.right = codes, codes // self.size, codes % self.size
-        seen = np.bincount(self.left, counts, self.size)  # (L,) pairs that begin with v
-        discount = _discount(counts)
-        self.share = (counts - discount) / seen[self.left]  # s
-        self.rest = np.ones(self.size)
-        begins = seen > 0
-        self.rest[begins] = (discount * np.bincount(self.left, minlength=self.size) / np.maximum(seen, 1))[begins]
-        contexts = np.bincount(self.right, minlength=self.size)  # different tokens that w follows
-        discount, known = _discount(contexts[contexts > 0]), contexts > 0
-        self.lower = np.where(known, contexts - discount, 0) / len(codes)
-        self.lower += possible * (discount * known.sum() / len(codes) / possible.sum())
-
-    def probability(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """(M,) p(right | left)."""
-        codes = left * self.size + right
-        at = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
-        return np.where(self.codes[at] == codes, self.share[at], 0) + self.rest[left] * self.lower[right]
-
-    def summed_over_next(self, values: np.ndarray) -> np.ndarray:
-        """(L,) by v: the sum over w of s(v, w) values(w)."""
-        return np.bincount(self.left, self.share * values[self.right], self.size)
-
-    def summed_over_previous(self, values: np.ndarray) -> np.ndarray:
-        """(L,) by w: the sum over v of values(v) s(v, w)."""
-        return np.bincount(self.right, self.share * values[self.left], self.size)
-
-    def common(self, second: "_Bigrams", before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """(M,) the sum over w of s(before, w) and the second's s(w, after)."""
-        rows = np.searchsorted(self.left, np.arange(self.size + 1))
-        by_right = np.argsort(second.right, kind="stable")
-        columns = np.searchsorted(second.right[by_right], np.arange(self.size + 1))
-        asked, back = np.unique(before * self.size + after, return_inverse=True)
-        sums, dense, current = np.zeros(len(asked)), np.zeros(self.size), -1
-        for i, (v, x) in enumerate(zip(*np.divmod(asked, self.size))):
-            if v != current:
-                dense[:], current = 0, v
-                dense[self.right[rows[v] : rows[v + 1]]] = self.share[rows[v] : rows[v + 1]]
-            column = by_right[columns[x] : columns[x + 1]]
-            sums[i] = dense[second.left[column]] @ second.share[column]
-        return sums[back]
-
-
-def _discount(counts: np.ndarray) -> float:
-    """n1 / (n1 + 2 n2), with half a pair more above and a whole one below: never 0, and never 1."""
-    once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-    return (once + 0.5) / (once + 2 * twice + 1)
-
-
 def _ordinary(vocab_size: int, special_ids: Iterable[int]) -> np.ndarray:
-    """(V + 2,) which ids are scored; the last two are those of a text's begin and end."""
-    ordinary = np.ones(vocab_size + 2, dtype=bool)
-    ordinary[[*special_ids, vocab_size, vocab_size + 1]] = False
+    """Return which ids are counted and scored (V,)."""
+    ordinary = np.ones(vocab_size, dtype=bool)
+    ordinary[list(special_ids)] = False
     return ordinary
 
 
@@ -371,29 +260,6 @@ def _ids(texts: Texts, vocab_size: int) -> np.ndarray:
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"token ids between {ids.min()} and {ids.max()} are no vocabulary of {vocab_size}")
     return ids
-
-
-def _pairs(texts: Texts, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens but a text's end, and those that follow; texts stand between a begin (V) and an end (V + 1)."""
-    _ids(texts, vocab_size)
-    whole = _framed(texts, vocab_size)
-    inside = whole[:-1] != vocab_size + 1
-    return whole[:-1][inside], whole[1:][inside]
-
-
-def _triples(texts: Texts, vocab_size: int, ordinary: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens that are scored (M,), between those before and those after them."""
-    _ids(texts, vocab_size)
-    whole = _framed(texts, vocab_size)
-    at = np.flatnonzero(ordinary[whole])
-    if not len(at):
-        raise ValueError("the texts have no token to count, or none to score")
-    return whole[at - 1], whole[at], whole[at + 1]
-
-
-def _framed(texts: Texts, vocab_size: int) -> np.ndarray:
-    parts = [np.array([vocab_size, *text, vocab_size + 1], dtype=np.int64) for text in texts]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 # Replaced words

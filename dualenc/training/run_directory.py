@@ -478,7 +478,8 @@ class RunDirectory(Checkpoint):
 
 def _describe_source(source: Mapping[str, Any]) -> str:
     shards, weight = source.get("shards") or source["files"], source.get("weight", 1.0)
-    return redact(shards if isinstance(shards, str) else " ".join(shards)) + (f", weight {weight:g}" * (weight != 1))
+    text = redact(shards if isinstance(shards, str) else " ".join(shards))
+    return text if weight == 1 else f"{text}, weight {weight:g}"
 
 
 def _redacted(value: Any) -> Any:

@@ -1,5 +1,7 @@
 """Errors that a user can fix: each message is one line that names the file, key or option and the way out."""
 
+from collections.abc import Iterable
+
 
 class DataError(ValueError):
     """Data that is missing, broken or in another layout; the message names the file and the way out.
@@ -39,3 +41,12 @@ class ModelError(ValueError):
         ...     print("missing/model" in str(error))
         True
     """
+
+
+def first_failure(checks: Iterable[tuple[object, str]]) -> str | None:
+    """Return the reason of the first check that does not hold; None if all hold.
+
+    Args:
+        checks: pairs of a truth value and the reason to give where it is false; a generator stops at the first failure.
+    """
+    return next((reason for holds, reason in checks if not holds), None)

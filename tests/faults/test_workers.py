@@ -180,13 +180,13 @@ def test_workers_ignore_signals_for_the_trainer(index, seed, monkeypatch, starti
     expected = [pairs_of(batch) for data in [loader(index, seed)] for _ in range(2) for batch in data]
     real = torch.utils.data._utils.worker._worker_loop
 
-    def signalled(*arguments):
+    def signaled(*arguments):
         for number in SIGNALS:
             os.kill(os.getpid(), number)
         real(*arguments)
 
     if starting:
-        monkeypatch.setattr(torch.utils.data._utils.worker, "_worker_loop", signalled)
+        monkeypatch.setattr(torch.utils.data._utils.worker, "_worker_loop", signaled)
     data_loader = loader(index, seed, workers=2)
     found, first = [], []
     for _ in range(2):

@@ -15,7 +15,7 @@ import ftfy
 import open_clip
 import pytest
 import torch
-from helpers import WORDS
+from helpers import WORDS, tokenizer_of
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -26,7 +26,6 @@ from dualenc.formats.huggingface.tokenizers import read_tokenizer, tokenizer_con
 from dualenc.formats.open_clip import tokenizer as clip_tokens
 from dualenc.formats.open_clip.tokenizer import (
     CLEANS,
-    charsmap,
     cleaning,
     clip_backend,
     open_clip_tokenizer,
@@ -37,18 +36,19 @@ from dualenc.utils.errors import ModelError
 from dualenc.utils.files import write_json
 
 PIECES = (
-    "a photo of a cat", "isn't", "WE'LL go", "they'RE", "'s", "’s", "I’ve", "“quoted”", "ﬁsh & ﬂowers", "Ĳssel ŉ ǆ ﬅ",
-    "&amp;", "&amp;amp;quot;", "&quot;it&#39;s&quot;", "&#x27;", "&#039;", "&#146;", "&nbsp;", "&rsquo;", "&hellip;",
-    "caf&eacute; &Eacute;t&eacute;", "&copy; 2021", "R&D", "AT&T", "&", "&;", "#fun @home", "100%", "3.50 €", "1234567",
-    "٣٤٥", "½ ² Ⅷ", "👍🏽", "🐕‍🦺", "🇳🇱", "☃︎", "漢字とかな", "ｶﾞｷﾞ", "ＦＵＬＬ　ｗｉｄｔｈ，！", "한국어", "русский язык",
+    "a photo of a cat", "isn't", "WE'LL go", "they'RE", "'s", "’s", "I’ve", "“quoted”", "fish & flowers",
+    "&amp;", "&amp;amp;quot;", "&quot;it&#39;s&quot;", "&#x27;", "&#039;", "&#146;", "&rsquo;", "&hellip;",
+    "caf&eacute; &Eacute;t&eacute;", "R&D", "AT&T", "&", "&;", "#fun @home", "100%", "3.50 €", "1234567",
+    "٣٤٥", "½ ² Ⅷ", "👍🏽", "🐕‍🦺", "🇳🇱", "☃︎", "漢字とかな", "ＦＵＬＬ　ｗｉｄｔｈ，！", "한국어", "русский язык",
     "ΟΔΥΣΣΕΥΣ ΣΑΣ Σ 'Σ ΑΣ' Α.Σ ΣΣ", "İstanbul ISIL", "Straße ẞ",
     "naı̈ve e\u0301 e\u0323\u0302", "हिन्दी", "العربية", "ไทย",
-    "\x00", "\x07\x1b[31mred\x1b[0m", "\x7f", "\ufeff", "\u200b", "\u200d", "\u2028", "\u00a0", "\u3000", "\t", "\r\n",
-    "it\x92s", "<b>bold</b>", "<|endoftext|>", "<|startoftext|>", "[SEP]", "</w>", "'ſ", "ſ", "...", "!!!'t", "_",
+    "\x00", "\x07red\x1b.", "\x7f", "\ufeff", "\u200b", "\u200d", "\u2028", "\u00a0", "\u3000", "\t", "\r\n",
+    "’\u0301", "Ａ\u0301 ，\u0323",
+    "<b>bold</b>", "<|endoftext|>", "<|startoftext|>", "[SEP]", "</w>", "'ſ", "ſ", "...", "!!!'t", "_",
     "a_b", "--", "—", "‘", "(x)", "{y}", "\\n", "^_^", "K", "word " * 30, "x" * 90, "",
 )  # fmt: skip
 BLOCKS = ((0x20, 0x7F), (0x370, 0x530), (0x900, 0x980), (0x2010, 0x2060), (0x2190, 0x2400), (0x3040, 0x30FF),
-          (0x4E00, 0x4F00), (0xAC00, 0xAD00), (0xFF01, 0xFFA0), (0x1F300, 0x1F700), (0x10400, 0x10450))  # fmt: skip
+          (0x4E00, 0x4F00), (0xAC00, 0xAD00), (0xFF01, 0xFF5F), (0x1F300, 0x1F700), (0x10400, 0x10450))  # fmt: skip
 
 
 def nasty(rng: random.Random) -> str:
@@ -59,8 +59,7 @@ def nasty(rng: random.Random) -> str:
             parts.append(rng.choice(PIECES))
         else:
             letters = (chr(rng.randrange(*rng.choice(BLOCKS))) for _ in range(rng.randrange(6)))
-            # A combining mark after what is replaced is lost, as the module says; so say newer letters.
-            parts.append("".join(x for x in letters if unicodedata.category(x) not in ("Mn", "Mc", "Me", "Cn")))
+            parts.append("".join(x for x in letters if unicodedata.category(x) != "Cn"))  # no letter that is too new
     return rng.choice(("", " ", " ", "  ")).join(parts)
 
 
@@ -73,6 +72,7 @@ def texts_of(seed: int, count: int, keep: Any = lambda text: True) -> list[str]:
     return kept
 
 
+NOT_DONE = ("&nbsp;", "&copy; 2021", "ﬁsh", "Ĳssel", "ｶﾞｷﾞ", "it\x92s", "\x1b[31mred")
 UNFINISHED = re.compile(
     r"&(?:amp;)*(?:(?:#\d+|#[xX][0-9a-fA-F]+)(?![0-9a-fA-F;])"
     rf"|(?:{'|'.join(name for name in html5 if name[-1] != ';')})(?!;))"
@@ -104,11 +104,11 @@ def test_ids_of_clip_are_those_of_open_clip(clean: Any, length: int, seed: int) 
     assert (theirs == 49407).sum(1).eq(1).all()
 
 
-@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("step", range(3))
 def test_a_step_less_and_ids_differ(step: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The texts of the test above tell: of each kind of step one is left away."""
     whole = cleaning("lower")
-    kinds = [normalizers.Precompiled, normalizers.NFC, normalizers.Lowercase, normalizers.Replace]
+    kinds = [normalizers.NFC, normalizers.Lowercase, normalizers.Replace]
     less = [one for one in whole if not isinstance(one, kinds[step])]
     assert len(less) < len(whole)
     monkeypatch.setattr(clip_tokens, "cleaning", lambda clean: less)
@@ -120,7 +120,7 @@ def test_a_step_less_and_ids_differ(step: int, seed: int, monkeypatch: pytest.Mo
 def test_what_the_module_says_is_not_done() -> None:
     """Where these become equal, the docstring has to say so."""
     ours, theirs = Tokenizer(clip_backend(), 20), SimpleTokenizer(context_length=20)
-    for text in ("cafÃ©", "&lang;", "a &amp b", "<b>&rsquo;", "<b>&amp;amp;amp;", "Ａ\u0301"):
+    for text in ("cafÃ©", "&lang;", "a &amp b", "<b>&rsquo;", "<b>&amp;amp;amp;", *NOT_DONE):
         assert rows(ours, [text], 20, 0) != theirs([text]).tolist(), text
     (ids,) = ours.encode(["an <end_of_text> in <start_of_text> text <|endoftext|>"])
     assert ids.count(49407) == ids.count(49406) == 1
@@ -137,11 +137,13 @@ def test_cleaning_is_that_of_open_clip(clean: Any, seed: int) -> None:
 
 @pytest.mark.long
 def test_every_character_alone() -> None:
-    """All of Unicode that both know: as ftfy makes it, in one pass."""
+    """Of all characters that both libraries know, only those that the module names are cleaned otherwise by ftfy."""
     step = normalizers.Sequence(cleaning("whitespace"))
+    half_width = {code for code in ftfy.chardata.WIDTH_MAP if code > 0xFF5E}
+    left = {*ftfy.chardata.LIGATURES, *half_width, *range(0x80, 0xA0)}
     for code in (*range(0xD800), *range(0xE000, 0x11000), *range(0x1F000, 0x1FB00)):
         text = chr(code)
-        if unicodedata.category(text) != "Cn":
+        if unicodedata.category(text) != "Cn" and code not in left:
             assert step.normalize_str(text) == get_clean_fn("whitespace")(text), hex(code)
 
 
@@ -156,19 +158,6 @@ def test_every_entity_of_the_list_in_every_way(seed: int) -> None:
                 assert step.normalize_str(text) == expected, text
     for near in ("&quo;", "&eacut;", "&#3;9", "quot;", "& quot;", "&eacutes;"):
         assert step.normalize_str(near) == near
-
-
-def test_a_map_of_random_characters(seed: int) -> None:
-    rng = random.Random(seed)
-    letters = [chr(code) for code in rng.sample(range(0x80, 0xD800), 300)] + list("aZ~") + ["👍", "𐐀"]
-    # a format character joins its neighbor into one grapheme, which is looked up as a whole
-    letters = [x for x in letters if unicodedata.category(x) not in ("Mn", "Mc", "Me", "Cn", "Lo", "Cf")]
-    table = {x: "".join(rng.choice(letters) for _ in range(rng.randrange(1, 4))) for x in letters[::2]}
-    step = normalizers.Precompiled(charsmap(table))
-    for _ in range(200):
-        text = "".join(rng.choice(letters) for _ in range(5))
-        assert step.normalize_str(text) == "".join(table.get(x, x) for x in text)
-    assert step.normalize_str("") == ""
 
 
 @pytest.mark.long
@@ -224,8 +213,8 @@ def test_folders_that_are_no_clip(tmp_path: Path) -> None:
 
 def unigram(folder: Path, **config: Any) -> int:
     """A tokenizer as SigLIP's (T5's: </s> after each text, which is the padding too), and its folder."""
-    trained = Tokenizer.train([*PIECES, " ".join(WORDS)], 400, 16, "unigram").backend
-    pieces = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"][5:]]
+    built = tokenizer_of("unigram", [*PIECES, " ".join(WORDS)], 400, 16).backend
+    pieces = [(piece, score) for piece, score in json.loads(built.to_str())["model"]["vocab"][5:]]
     backend = Backend(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces], unk_id=2))
     backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
         [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -311,7 +300,7 @@ def write_for_open_clip(folder: Path, tokenizer: Tokenizer, text: TextConfig) ->
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
 def test_our_tokenizers_in_open_clip(kind: Any, tmp_path: Path, seed: int) -> None:
     """Clean texts have the same ids; one that is read back, all of them."""
-    tokenizer = Tokenizer.train([*PIECES, " ".join(WORDS)], 500, 24, kind)
+    tokenizer = tokenizer_of(kind, [*PIECES, " ".join(WORDS)], 500, 24)
     text = TextConfig(tokenizer.vocab_size, context_length=24)
     peer = write_for_open_clip(tmp_path, tokenizer, text)
     texts = clean_texts(seed)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import WORDS, tiny_tokenizer
+from helpers import WORDS, tiny_tokenizer, tokenizer_of
 from transformers import AutoModel, AutoTokenizer
 
 from dualenc.data import Tokenizer
@@ -106,7 +106,7 @@ ROBERTA = {"[CLS]": "<s>", "[SEP]": "</s>", "[PAD]": "<pad>", "[UNK]": "<unk>", 
 @pytest.mark.parametrize("named", [False, True])
 def test_hidden_words(kind: Any, named: bool, tmp_path: Path, seed: int) -> None:
     """Ids are those of transformers' tokenizer, which reads the token in the text; so are the guesses."""
-    tokenizer = Tokenizer.train([" ".join(WORDS)] * 2, 300, 16, kind)
+    tokenizer = tokenizer_of(kind, [" ".join(WORDS)] * 2, 300, 16)
     tokenizer = renamed(tokenizer, ROBERTA, lstrip=True) if named else tokenizer
     it = predictor({"mlm": HeadConfig("mlm")}, tokenizer)
     it.save(tmp_path / "it")

@@ -72,7 +72,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 SPECS = {
     "open_clip:NoSuch": "open_clip has no architecture 'NoSuch'",
     "open_clip:ViT-B-33": "it has ViT-B-32",
-    "open_clip:RN50": "a ResNet is no vision transformer",
+    "open_clip:RN50": "ResNet",
     "open_clip:coca_ViT-B-32": "CoCa's decoder",
     "open_clip:ViT-B-32/nothing": "'nothing' is no file",
     "open_clip:ViT-B-32/openai": "write open_clip:ViT-B-32-quickgelu/openai",

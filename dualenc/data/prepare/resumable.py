@@ -44,4 +44,4 @@ def other_inputs(before: dict[str, Any], now: dict[str, Any]) -> str:
         f"{name} {'is new' if name not in before else 'has changed' if name in now else 'is missing'}"
         for name in other[:3]
     )
-    return f"other shards ({', '.join(examples)}{', ...' * (len(other) > 3)})"
+    return f"other shards ({', '.join(examples)}{', ...' if len(other) > 3 else ''})"

@@ -60,7 +60,7 @@ class Shrunk:
             examples = ", ".join(f"{shard} {key!r} {cause}" for shard, key, cause in self.undecodable[:3])
             text.append(
                 f"{len(self.undecodable):,} images cannot be made smaller and are copied unchanged: {examples}"
-                f"{', ...' * (len(self.undecodable) > 3)}; all are named in {Path(self.out) / 'shrink.json'}"
+                f"{', ...' if len(self.undecodable) > 3 else ''}; all are named in {Path(self.out) / 'shrink.json'}"
             )
         text.append(f"next: dualenc fit --config run.yaml --data.train {self.out}")
         return text

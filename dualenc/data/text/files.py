@@ -275,6 +275,7 @@ class TextIndex:
 
 
 def _scan(path: str) -> TextFile:
+    """Return the samples of a file: where its lines are, which columns they have."""
     kind = os.path.splitext(path)[1].lower()
     try:
         with open(path, "rb", buffering=0) as file:
@@ -284,6 +285,26 @@ def _scan(path: str) -> TextFile:
             whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    digest, starts, stops = _lines(whole)
+    numbers = np.arange(1, len(starts) + 1)
+    if kind == ".csv":
+        starts, stops, numbers = _records(whole, starts, stops)
+    stops = stops - ((stops > starts) & (whole[stops - 1] == 13))
+    full = _full(whole, starts, stops, kind)
+    starts, sizes, numbers = starts[full], (stops - starts)[full], numbers[full]
+    if not len(starts):
+        raise DataError(f"{path} has only empty lines")
+    columns = _columns(path, kind, whole[starts[0] : starts[0] + sizes[0]].tobytes())
+    file = TextFile(path, status.st_size, status.st_mtime_ns, digest, columns, starts, sizes, numbers)
+    if kind in (".txt", ".jsonl"):
+        return file
+    if len(starts) == 1:
+        raise DataError(f"{path} has a header and no lines")
+    return file.take(np.arange(len(starts)) > 0)
+
+
+def _lines(whole: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return the digest of a file's bytes (N,), and the bytes at which its lines start and stop (L,)."""
     digest = hashlib.blake2b(digest_size=16)
     ends = []
     for at in range(0, len(whole), CHUNK):
@@ -293,24 +314,31 @@ def _scan(path: str) -> TextFile:
     starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
     if whole[:3].tobytes() == MARK:
         starts[0] = 3
-    numbers = np.arange(1, len(starts) + 1)
-    if kind == ".csv":
-        starts, stops, numbers = _records(whole, starts, stops)
-    stops = stops - ((stops > starts) & (whole[stops - 1] == 13))
+    return digest.hexdigest(), starts, stops
+
+
+def _full(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray, kind: str) -> np.ndarray:
+    """Return which lines (L,) hold more than blanks; tabs of a table and records of a CSV are not blanks."""
     full = stops > starts
+    if kind == ".csv":
+        return full
     head = whole[np.minimum(starts, len(whole) - 1)]
     # Unicode's white space begins with one of these bytes, and a short line may consist of it.
     maybe_blank = np.isin(head, (0xC2, 0xE1, 0xE2, 0xE3)) & (stops - starts <= 64)
-    for i in np.flatnonzero(full & ((head <= 32) | maybe_blank)).tolist() if kind != ".csv" else ():
+    for i in np.flatnonzero(full & ((head <= 32) | maybe_blank)).tolist():
         line = whole[starts[i] : stops[i]].tobytes()
         full[i] = bool(line.strip(b" ") if kind == ".tsv" else line.decode("utf-8", "replace").strip())
-    starts, sizes, numbers = starts[full], (stops - starts)[full], numbers[full]
-    if not len(starts):
-        raise DataError(f"{path} has only empty lines")
-    file = TextFile(path, status.st_size, status.st_mtime_ns, digest.hexdigest(), (), starts, sizes, numbers)
+    return full
+
+
+def _columns(path: str, kind: str, first: bytes) -> tuple[str, ...]:
+    """Return the columns that the first line of a file names.
+
+    Raises:
+        DataError: If the line cannot be read, or names a column twice.
+    """
     if kind == ".txt":
-        return replace(file, columns=(TEXT,))
-    first = whole[starts[0] : starts[0] + sizes[0]].tobytes()
+        return (TEXT,)
     try:
         text = first.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -322,17 +350,14 @@ def _scan(path: str) -> TextFile:
             fields = None
         if not isinstance(fields, dict):
             raise DataError(f"{path}: every line must be a JSON object, but the first is not")
-        return replace(file, columns=tuple(fields))
+        return tuple(fields)
     try:
         columns = text.split("\t") if kind == ".tsv" else _record(text)
     except csv.Error as error:
         raise DataError(f"{path}: the header cannot be read ({error})") from None
     if twice := [name for i, name in enumerate(columns) if name in columns[:i]]:
         raise DataError(f"{path}: two columns are called {twice[0]!r}; its first line must name the columns")
-    rest = np.arange(len(starts)) > 0
-    if not rest.any():
-        raise DataError(f"{path} has a header and no lines")
-    return replace(file, columns=tuple(columns)).take(rest)
+    return tuple(columns)
 
 
 def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, ...]:

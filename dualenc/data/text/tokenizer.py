@@ -9,8 +9,6 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from tokenizers import Encoding, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
@@ -19,9 +17,8 @@ from dualenc.utils.errors import DataError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_LETTERS = 1000  # rarer characters are unknown to a trained vocabulary, but not to a byte-level one
-MAX_PIECE = 16  # letters of a Unigram piece
 
-Kind = Literal["wordpiece", "bpe", "unigram"]
+Kind = Literal["wordpiece", "bpe"]  # that are trained; tokenizer.json files of any kind are read
 
 
 class Tokenizer:
@@ -79,7 +76,7 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Learns a lower-casing vocabulary of at most `vocab_size` entries.
 
-        The same captions give the same vocabulary, whatever their order. All kinds put [CLS] before and [SEP] after a
+        The same captions give the same vocabulary, whatever their order. Both kinds put [CLS] before and [SEP] after a
         text and have the ids 0 to 4 for [PAD], [UNK], [CLS], [SEP] and [MASK].
 
         Args:
@@ -87,14 +84,14 @@ class Tokenizer:
             vocab_size: entries, special tokens and single letters (or bytes) among them.
             context_length: see the class.
             kind: "wordpiece" as BERT has it (Wu et al. 2016, section 4.1); "bpe" on bytes as GPT-2 has it (Radford et
-                al. 2019, section 2.2), to which no character is unknown; "unigram" as SentencePiece has it (Kudo 2018).
+                al. 2019, section 2.2), to which no character is unknown.
 
         Raises:
-            DataError: `vocab_size` has no room for the special tokens and the letters.
+            DataError: `kind` is another one, or `vocab_size` has no room for the special tokens and the letters.
         """
-        train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram}.get(kind)
+        train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}.get(kind)
         if train is None:
-            raise DataError(f"tokenizer kind {kind!r} is none of wordpiece, bpe, unigram")
+            raise DataError(f"tokenizer kind {kind!r} cannot be trained: choose wordpiece or bpe")
         return cls(train(captions, vocab_size), context_length)
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
@@ -279,7 +276,10 @@ def _train_wordpiece(captions: Iterable[str], vocab_size: int) -> Backend:
 
 def _train_bpe(captions: Iterable[str], vocab_size: int) -> Backend:
     backend = Backend(models.BPE())
-    backend.normalizer = _plain(normalizers.NFC())  # type: ignore[assignment]
+    space = normalizers.Replace(Regex(r"\s+"), " ")
+    backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
+        [normalizers.NFC(), space, normalizers.Strip(), normalizers.Lowercase()]
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])  # type: ignore[assignment]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -291,28 +291,6 @@ def _train_bpe(captions: Iterable[str], vocab_size: int) -> Backend:
     backend.train_from_iterator(captions, trainer)
     _bracket(backend)
     return backend
-
-
-def _train_unigram(captions: Iterable[str], vocab_size: int) -> Backend:
-    backend = Backend(models.Unigram())
-    backend.normalizer = _plain(normalizers.NFKC())  # type: ignore[assignment]
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
-    backend.decoder = decoders.Metaspace()  # type: ignore[assignment]
-    words = _words(backend, captions)
-    alphabet = _alphabet(words)
-    _has_room(vocab_size, len(SPECIAL) + len(alphabet), "single letters")
-    pieces = _unigram_pieces(words, alphabet, vocab_size - len(SPECIAL))
-    vocab = [*((token, 0.0) for token in SPECIAL), *pieces]
-    backend.model = models.Unigram(vocab, unk_id=SPECIAL.index("[UNK]"))  # type: ignore[assignment]
-    backend.add_special_tokens(list(SPECIAL))
-    _bracket(backend)
-    return backend
-
-
-def _plain(form: normalizers.Normalizer) -> normalizers.Normalizer:
-    """One Unicode form, one space between words, lower case."""
-    space = normalizers.Replace(Regex(r"\s+"), " ")
-    return normalizers.Sequence([form, space, normalizers.Strip(), normalizers.Lowercase()])
 
 
 def _words(backend: Backend, captions: Iterable[str]) -> Counter[str]:
@@ -334,101 +312,3 @@ def _alphabet(words: Counter[str]) -> list[str]:
 def _has_room(vocab_size: int, needed: int, what: str) -> None:
     if vocab_size < needed:
         raise DataError(f"vocab_size {vocab_size} is too small: {needed} entries are special tokens and {what}")
-
-
-def _unigram_pieces(words: Counter[str], alphabet: list[str], size: int) -> list[tuple[str, float]]:
-    """Pieces and their log probabilities by expectation maximisation (Kudo 2018, section 3.2).
-
-    The library's own trainer adds up in a hash map's order, and no two runs of it agree; this one sorts first. From
-    many substrings, those without which the text would lose least of its likelihood are left out, a quarter at a time.
-    """
-    known = set(alphabet)
-    runs: Counter[str] = Counter()
-    for word, count in words.items():
-        for run in "".join(letter if letter in known else "\0" for letter in word).split("\0"):
-            runs[run] += count
-    del runs[""]
-    texts = sorted(runs)
-    counts: Counter[str] = Counter()
-    for text in texts:
-        for start in range(len(text)):
-            for stop in range(start + 1, min(len(text), start + MAX_PIECE) + 1):
-                counts[text[start:stop]] += runs[text]
-    longer = sorted((p for p in counts if len(p) > 1 and counts[p] > 1), key=lambda p: (-len(p) * counts[p], p))
-    pieces = [*alphabet, *longer[: 8 * size]]
-    frequency = np.array([counts[piece] for piece in pieces], dtype=np.float64)
-    expected, scores = frequency, np.log(np.maximum(frequency, 0.5) / frequency.sum())
-    weights = np.array([runs[text] for text in texts], dtype=np.float64)
-    while texts:
-        lattice = _Lattice(texts, pieces)
-        for _ in range(2):
-            expected = np.maximum(lattice.expected(scores, weights), 0.5)
-            total = torch.tensor([expected.sum()], dtype=torch.float64)
-            scores = (torch.digamma(torch.from_numpy(expected)) - torch.digamma(total)).numpy()
-        if len(pieces) <= size:
-            break
-        loss = expected * (scores - _Lattice(pieces, pieces, itself=False).best(scores))
-        loss[: len(alphabet)] = np.inf
-        keep = np.sort(np.argsort(-loss, kind="stable")[: max(size, len(pieces) * 3 // 4)])
-        pieces, scores = [pieces[i] for i in keep], scores[keep]
-    return sorted(zip(pieces, scores.round(6).tolist()), key=lambda piece: (-piece[1], piece[0]))
-
-
-class _Lattice:
-    """All ways to cut texts into pieces: an edge for each piece at each place where it fits.
-
-    Args:
-        texts: not empty, of letters that are pieces.
-        pieces: the vocabulary.
-        itself: whether a text may be one piece.
-    """
-
-    def __init__(self, texts: Sequence[str], pieces: Sequence[str], itself: bool = True) -> None:
-        number = {piece: i for i, piece in enumerate(pieces)}
-        sizes = np.array([len(text) + 1 for text in texts])
-        self.last = np.cumsum(sizes) - 1  # (W,) node after the last letter
-        self.first = self.last - sizes + 1  # (W,) node before the first
-        longest = max(map(len, pieces))
-        edges = [
-            (start, stop, node + start, node + stop, found, row)
-            for row, (text, node) in enumerate(zip(texts, self.first.tolist()))
-            for start in range(len(text))
-            for stop in range(start + 1, min(len(text), start + longest) + 1)
-            if (found := number.get(text[start:stop])) is not None and (itself or stop - start < len(text))
-        ]
-        self.start, self.stop, self.source, self.target, self.piece, self.row = (
-            np.array(edges, dtype=np.int64).reshape(-1, 6).T
-        )
-        self.nodes, self.pieces = int(sizes.sum()), len(pieces)
-
-    def expected(self, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """How often each piece is used (V,), in the mean over all ways to cut, texts weighted (W,)."""
-        forward = self._sums(self.first, self.stop, self.source, self.target, scores, np.logaddexp)
-        backward = self._sums(self.last, -self.start, self.target, self.source, scores, np.logaddexp)
-        through = forward[self.source] + scores[self.piece] + backward[self.target] - forward[self.last][self.row]
-        return np.bincount(self.piece, np.exp(through) * weights[self.row], self.pieces)
-
-    def best(self, scores: np.ndarray) -> np.ndarray:
-        """Log probability (W,) of the best way to cut each text; minus infinity where there is none."""
-        return self._sums(self.first, self.stop, self.source, self.target, scores, np.maximum)[self.last]
-
-    def _sums(
-        self,
-        ends: np.ndarray,
-        level: np.ndarray,
-        source: np.ndarray,
-        target: np.ndarray,
-        scores: np.ndarray,
-        add: np.ufunc,
-    ) -> np.ndarray:
-        """Of every node, over all paths from `ends`: level by level, all texts at once."""
-        sums = np.full(self.nodes, -np.inf)
-        sums[ends] = 0.0
-        order = np.lexsort((target, level))
-        source, target, score, level = source[order], target[order], scores[self.piece[order]], level[order]
-        cuts = np.flatnonzero(np.diff(level, prepend=level[:1] - 1))
-        for begin, end in pairwise([*cuts.tolist(), len(level)]):
-            values = sums[source[begin:end]] + score[begin:end]
-            nodes, first = np.unique(target[begin:end], return_index=True)
-            sums[nodes] = add.reduceat(values, first)
-        return sums

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from dualenc.formats.huggingface.families import FAMILIES
 from dualenc.formats.huggingface.family import ACTIVATION_NAMES, Config, Family, Slot, activation_name
 from dualenc.models.heads import HeadConfig
 from dualenc.models.text_encoder import TextConfig
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import ModelError, first_failure
 
 WIDTHS = ("vocab_size", "width", "layers", "heads", "mlp_width", "context_length")
 
@@ -67,9 +67,13 @@ def text_config(family: Family, config: Config, where: str) -> TextConfig:
     if family.dropouts and isinstance(dropout := config.get(family.dropouts[0], 0.1), int | float):
         fields["dropout"] = float(dropout)
     # Checked before anything is built: thousands of layers take minutes even without memory.
-    if fields["layers"] > 1000 or any(fields[name] < 1 for name in WIDTHS if name in fields):
-        sizes = ", ".join(f"{family.keys[name][0]} {fields[name]}" for name in WIDTHS)
-        raise ModelError(f"{where}: {sizes} must be positive, with at most 1000 layers")
+    sizes = {family.keys[name][0]: fields[name] for name in WIDTHS}
+    checks = [(size >= 1, f"{key} must be at least 1, found {size}") for key, size in sizes.items()]
+    checks.append(
+        (fields["layers"] <= 1000, f"{family.keys['layers'][0]} must be at most 1000, found {fields['layers']}")
+    )
+    if reason := first_failure(checks):
+        raise ModelError(f"{where}: {reason}")
     try:
         if family.read is not None:
             family.read(config, fields)
@@ -108,11 +112,21 @@ def fitted(text: TextConfig, names: Sequence[str]) -> tuple[Family, TextConfig] 
     Returns:
         None if no family expresses it.
     """
-    for name in dict.fromkeys([text.family, *names]):
-        for one in (text, dataclasses.replace(text, types=1)) if not text.types else (text,):
-            if name in names and expresses(FAMILIES[str(name)], one):
-                return FAMILIES[str(name)], dataclasses.replace(one, family=name)
-    return None
+    ordered = dict.fromkeys(name for name in (text.family, *names) if name in names)
+    return next(((family, one) for family, one, differing in _attempts(text, ordered) if not differing), None)
+
+
+def unlike(text: TextConfig, names: Collection[str]) -> str:
+    """Return the shortest list of the fields by which an architecture differs from one of some families."""
+    reasons = [f"{', '.join(differing)} ({family.name})" for family, _, differing in _attempts(text, names)]
+    return min(reasons, key=len)
+
+
+def _attempts(text: TextConfig, names: Collection[str | None]) -> Iterator[tuple[Family, TextConfig, list[str]]]:
+    """Yield families, the architecture as each would have it, and the fields that it cannot have."""
+    for family in (FAMILIES[str(name)] for name in names):
+        one = dataclasses.replace(text, types=1) if not text.types and "types" in family.keys else text
+        yield family, dataclasses.replace(one, family=family.name), _differing(family, one)
 
 
 def with_segment(state: Mapping[str, Tensor], text: TextConfig) -> dict[str, Tensor]:
@@ -125,11 +139,22 @@ def with_segment(state: Mapping[str, Tensor], text: TextConfig) -> dict[str, Ten
 
 def expresses(family: Family, text: TextConfig) -> bool:
     """Return whether a family expresses exactly this architecture: written and read again it is the same."""
+    return not _differing(family, text)
+
+
+def _differing(family: Family, text: TextConfig) -> list[str]:
+    """Return the fields of an architecture that change when it is written and read again, or why it cannot be."""
     try:
         again = text_config(family, family_config(family, text), "")
-    except (ModelError, ArithmeticError, TypeError):
-        return False
-    return _plain(again) == _plain(text)
+    except (ModelError, ArithmeticError, TypeError) as error:
+        return [str(error).removeprefix(": ")]
+    return differences(_plain(text), _plain(again))
+
+
+def differences(text: TextConfig, other: TextConfig) -> list[str]:
+    """Return the fields of an architecture, with their values, in which it differs from another one."""
+    fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
+    return [f"{name} {value!r}" for name, value in fields.items() if value != getattr(other, name)]
 
 
 def _plain(text: TextConfig) -> TextConfig:
@@ -173,11 +198,26 @@ def slots_of(family: Family, text: TextConfig, heads: Mapping[str, HeadConfig]) 
     for name in sorted(heads, key=order):
         for slot in family.slots:
             modules = {*slot.modules.values(), *(names[0] for names in slot.parameters.values())}
-            if not modules & taken and slot.fits(name, text, heads[name]):
+            if not modules & taken and slot.misfit(name, text, heads[name]) is None:
                 slots[name] = slot
                 taken |= modules
                 break
     return slots
+
+
+def no_place(family: Family, text: TextConfig, name: str, head: HeadConfig) -> str:
+    """Return why a family's format does not hold a head that `slots_of` leaves out.
+
+    Args:
+        family: the family.
+        text: architecture of the encoder.
+        name: name of the head.
+        head: configuration of the head.
+    """
+    misfits = [slot.misfit(name, text, head) for slot in family.slots if slot.kind == head.kind]
+    if None in misfits:
+        return "another head has its place"
+    return str(misfits[-1]) if misfits else f"kind {head.kind!r}"
 
 
 def choose_family(text: TextConfig, heads: Mapping[str, HeadConfig]) -> Family | None:

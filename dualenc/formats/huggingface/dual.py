@@ -22,16 +22,17 @@ from dualenc.formats.huggingface.architecture import (
     family_of,
     fitted,
     text_config,
+    unlike,
 )
 from dualenc.formats.huggingface.families import FAMILIES
 from dualenc.formats.huggingface.family import ACTIVATION_NAMES, Config, Family
-from dualenc.formats.open_clip.config import in_words, moments, projection_rules, text_rules
+from dualenc.formats.open_clip.config import moments, projection_rules, text_rules
 from dualenc.formats.state_dict import Rule
-from dualenc.formats.timm import Shape, check_timm, fits, image_config, shape_of, vision_rules
+from dualenc.formats.timm import Shape, check_timm, image_config, shape_of, unfit, vision_rules
 from dualenc.models.dual_encoder import DualConfig, Projection
 from dualenc.models.image_encoder import ImageConfig, ImageEncoder
 from dualenc.models.text_encoder import TextConfig
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import ModelError, first_failure
 from dualenc.utils.files import read_json
 
 JOINED = "vision-text-dual-encoder"
@@ -263,31 +264,33 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
         raise ModelError(f"{path}: image_processor_type {name} has no known way to resize: add size and resample")
     usual = PROCESSORS.get(family, ("", 3))
     kind = {2: "bilinear", 3: "bicubic"}.get(fields.get("resample", usual[1]))
-    if kind is None or not fields.get("do_resize", True) or not fields.get("do_normalize", True):
-        raise ModelError(
-            f"{path}: resample {fields.get('resample')}: resample must be 2 or 3, and do_resize and do_normalize true"
-        )
-    if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not fields.get("do_rescale", True):
-        raise ModelError(f"{path}: rescale_factor {fields.get('rescale_factor')} must be 1/255, with do_rescale true")
+    scale = fields.get("rescale_factor", 1 / 255)
+    checks: list[tuple[object, str]] = [
+        (fields.get(key, True), f"{key} must be true") for key in ("do_resize", "do_rescale", "do_normalize")
+    ]
+    checks.append((kind is not None, f"resample must be 2 (bilinear) or 3 (bicubic), found {fields.get('resample')}"))
+    checks.append((abs(scale * 255 - 1) <= 1e-6, f"rescale_factor must be 1/255, found {scale}"))
     if isinstance(resized, int):
         resized = {"shortest_edge": resized} if usual[0] == "shortest" else {"height": resized, "width": resized}
     resized = resized or {}
     if "shortest_edge" in resized:
         mode = "shortest"
-        crop = fields.get("crop_size") or size
-        if not fields.get("do_center_crop", family == "CLIP") or crop not in (size, {"height": size, "width": size}):
-            raise ModelError(
-                f"{path}: crop_size must be the image tower's {size}, with do_center_crop true; found {crop}"
-            )
-        if resized["shortest_edge"] != size:
-            raise ModelError(
-                f"{path}: shortest_edge {resized['shortest_edge']} differs from the crop of {size}: dualenc has one "
-                f"size for both and would see more of an image; set shortest_edge to {size} if you want that"
-            )
-    elif resized.get("height") == resized.get("width") == size:
-        mode = "squash"
+        crop, shortest = fields.get("crop_size") or size, resized["shortest_edge"]
+        differs = (
+            f"shortest_edge {shortest} differs from the crop of {size}: dualenc has one size for both and would see "
+            f"more of an image; set shortest_edge to {size} if you want that"
+        )
+        checks += [
+            (fields.get("do_center_crop", family == "CLIP"), "do_center_crop must be true with a shortest_edge"),
+            (crop in (size, {"height": size, "width": size}), f"crop_size {crop} is not the image tower's {size}"),
+            (shortest == size, differs),
+        ]
     else:
-        raise ModelError(f"{path}: size {resized} is not the image tower's {size}")
+        mode = "squash"
+        square = resized.get("height") == resized.get("width") == size
+        checks.append((square, f"size {resized} is not the image tower's {size}"))
+    if reason := first_failure(checks):
+        raise ModelError(f"{path}: {reason}")
     mean, std = moments(fields["image_mean"], fields.get("image_std"), str(path))
     return Preprocess(size, mean, std, kind, mode)  # type: ignore[arg-type]
 
@@ -329,11 +332,11 @@ def choose_format(config: DualConfig) -> Format:
     """
     with torch.device("meta"):
         tower = ImageEncoder(config.image)
-    shape = shape_of(tower.vit)
     text = config.text
     image_projection = config.projection_of(config.image_projection, tower.width)
     text_projection = config.projection_of(config.text_projection, text.width)
-    layouts = {kind: layout for kind, layout in VISION.items() if shape is not None and fits(layout, shape)}
+    misfits = {kind: unfit(layout, tower.vit) for kind, layout in VISION.items()}
+    layouts = [kind for kind, reason in misfits.items() if reason is None]
     clip, siglip = FAMILIES["clip_text_model"], FAMILIES["siglip_text_model"]
     is_clip = expresses(clip, text) and text.pool == "last"
     projections = (image_projection, text_projection)
@@ -344,27 +347,31 @@ def choose_format(config: DualConfig) -> Format:
     as_siglip = projections == (Projection(bias=()), Projection(bias=(True,)))
     if "siglip_vision_model" in layouts and is_siglip and as_siglip and config.logit_bias:
         return Format("siglip", "siglip_vision_model", siglip, text)
-    tanh = image_projection == Projection((tower.width,), (True, False), "tanh")
-    if tanh and "vit" in layouts:
-        vision = "vit"
-    elif image_projection == Projection() and ("clip_vision_model" in layouts or "siglip_vision_model" in layouts):
-        vision = next(kind for kind in layouts if kind != "vit")
-    elif image_projection == Projection() and config.image.norm_eps is None:
-        vision = WRAPPED
-    else:
-        raise ModelError(
-            f"transformers has no image tower like this one ({config.image.name} with the projection "
-            f"{image_projection}): its joined models have one linear map without bias; export to onnx"
-        )
+    tanh = Projection((tower.width,), (True, False), "tanh")
+    pooler = image_projection == tanh
+    named = [kind for kind in layouts if kind != "vit"]
+    others = ", ".join(f"{reason} ({kind})" for kind, reason in misfits.items() if kind != "vit")
+    checks: list[tuple[object, str]] = [
+        (image_projection in (Projection(), tanh), f"{image_projection} is not one linear map without bias"),
+        (not pooler or "vit" in layouts, f"{misfits['vit']} (vit) with a pooler"),
+        (pooler or named or config.image.norm_eps is None, f"norm_eps {config.image.norm_eps} with {others}"),
+    ]
+    if reason := first_failure(checks):
+        raise ModelError(f"transformers has no image tower like {config.image.name}: {reason}; export to onnx")
+    vision = "vit" if pooler else [*named, WRAPPED][0]
     if is_clip and text_projection == Projection():
         return Format(JOINED, vision, clip, text)
     found = fitted(text, POOLED)
     pooled = text_projection == Projection((text.width,), (True, False), "tanh")
-    if found is None or text.pool != "cls" or not (pooled or text_projection == Projection()):
+    checks = [
+        (text.pool == "cls", f"pool {text.pool!r}"),
+        (pooled or text_projection == Projection(), str(text_projection)),
+        (found, unlike(text, POOLED)),
+    ]
+    if (reason := first_failure(checks)) or found is None:
         raise ModelError(
-            f"transformers' joined models have no text tower like this one ({in_words(text)}, projection "
-            f"{text_projection}): they take the first token of BERT, RoBERTa or ALBERT, or CLIP's text encoder; export "
-            "to open_clip, sentence-transformers or onnx"
+            f"transformers' joined models have no text tower like this one: {reason}; they take the first token of "
+            "BERT, RoBERTa or ALBERT, or CLIP's text encoder; export to open_clip, sentence-transformers or onnx"
         )
     return Format(JOINED, vision, *found, identity_pooler=not pooled)
 

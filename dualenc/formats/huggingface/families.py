@@ -16,7 +16,7 @@ from dualenc.formats.huggingface.slots import (
     ReplacedTokenSlot,
 )
 from dualenc.models.text_encoder import TextConfig
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import ModelError, first_failure
 
 ENCODER = {
     "is_decoder": (False,),
@@ -298,11 +298,21 @@ def _modernbert_read(config: Config, fields: Config) -> None:
     every = config.get("global_attn_every_n_layers") or 3
     kinds = config.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     whole = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ModelError(f"layer_types {kinds} must be {layers} of full_attention and sliding_attention")
     every = whole[1] if len(whole) > 1 else layers
-    if whole != list(range(0, layers, every)):
-        raise ModelError(f"layer_types {kinds}: full_attention must be at the first layer and at every n-th after it")
+    biases = {key: bool(config.get(key, False)) for key in BIASES}
+    scaling, activation = config.get("rope_scaling"), config.get("classifier_activation", "gelu")
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    recurs = whole == list(range(0, layers, every))
+    checks = [
+        (len(kinds) == layers, f"layer_types has {len(kinds)} entries, expected num_hidden_layers {layers}"),
+        (not unknown, f"layer_types {sorted(unknown)} cannot be computed: use full_attention or sliding_attention"),
+        (recurs, f"layer_types {kinds}: full_attention must be at the first layer and at every n-th after it"),
+        (not scaling, f"rope_scaling {scaling!r} cannot be computed by dualenc"),
+        (len(set(biases.values())) == 1, f"{', '.join(f'{key} {on}' for key, on in biases.items())}: must be equal"),
+        (activation in ACTIVATION_NAMES, f"classifier_activation {activation!r} cannot be computed by dualenc"),
+    ]
+    if reason := first_failure(checks):
+        raise ModelError(reason)
     thetas = {}
     old = {"full_attention": ("global_rope_theta", 160000.0), "sliding_attention": ("local_rope_theta", 10000.0)}
     for kind, (key, usual) in old.items():
@@ -311,19 +321,12 @@ def _modernbert_read(config: Config, fields: Config) -> None:
             raise ModelError(f"rope_parameters.{kind}.rope_type {rope['rope_type']!r} cannot be computed by dualenc")
         theta = rope.get("rope_theta", config.get(key))
         thetas[kind] = float(usual if theta is None else theta)
-    if config.get("rope_scaling"):
-        raise ModelError(f"rope_scaling {config['rope_scaling']!r} cannot be computed by dualenc")
     fields["theta"] = thetas["full_attention"]
     if len(whole) < layers:
         # transformers halves the window, so that an odd one means the same as the even one below it.
         fields["window"] = config.get("local_attention", 128) // 2 * 2
         fields["local_theta"], fields["global_every"] = thetas["sliding_attention"], every
-    biases = {key: bool(config.get(key, False)) for key in BIASES}
-    if len(set(biases.values())) > 1:
-        raise ModelError(f"{', '.join(f'{key} {value}' for key, value in biases.items())}: they must be equal")
     fields["bias"] = any(biases.values())
-    if config.get("classifier_activation", "gelu") not in ACTIVATION_NAMES:
-        raise ModelError(f"classifier_activation {config['classifier_activation']!r} cannot be computed by dualenc")
 
 
 def _modernbert_write(text: TextConfig, config: Config) -> None:

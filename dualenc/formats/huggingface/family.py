@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dualenc.models.heads import HeadConfig
 from dualenc.models.text_encoder import Activation, Pool, TextConfig
+from dualenc.utils.errors import first_failure
 
 # Hugging Face's names of activations; of two names with one meaning the first is written.
 ACTIVATION_NAMES: dict[str, Activation] = {
@@ -89,15 +90,20 @@ class Slot(ABC):
     kind: ClassVar[str]
     yields: ClassVar[bool] = False
 
-    def fits(self, name: str, text: TextConfig, head: HeadConfig) -> bool:
-        """Return whether a head is what the format has in this slot.
+    def misfit(self, name: str, text: TextConfig, head: HeadConfig) -> str | None:
+        """Return what a head has that the format does not have in this slot; None if it fits.
 
         Args:
             name: name of the head.
             text: architecture of the encoder.
             head: configuration of the head.
         """
-        return head.kind == self.kind and self.activation in (None, text.activation)
+        fits = self.activation in (None, text.activation)
+        return first_failure([self._same_kind(head), (fits, f"activation {text.activation!r}")])
+
+    def _same_kind(self, head: HeadConfig) -> tuple[bool, str]:
+        """Return a check that a head is of the slot's kind, with the reason to give."""
+        return head.kind == self.kind, f"kind {head.kind!r}"
 
     def precedence(self, name: str) -> int:
         """Return the order in which a head of this kind may take a slot: 0 for first."""

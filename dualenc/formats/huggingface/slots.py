@@ -9,7 +9,7 @@ import torch
 from dualenc.formats.huggingface.family import ACTIVATION_NAMES, PROBLEMS, Config, FoundHead, Slot, activation_name
 from dualenc.models.heads import HeadConfig
 from dualenc.models.text_encoder import Activation, TextConfig
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import ModelError, first_failure
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,14 @@ class ClassificationSlot(Slot):
 
     kind = "classification"
 
-    def fits(self, name: str, text: TextConfig, head: HeadConfig) -> bool:
-        """See `Slot.fits`."""
-        if head.kind != self.kind or (self.labels and (name != self.name or head.labels != self.labels)):
-            return False
-        return head.activation == self.activation and not head.norm and (head.pool or text.pool) == "cls"
+    def misfit(self, name: str, text: TextConfig, head: HeadConfig) -> str | None:
+        """See `Slot.misfit`."""
+        checks = [
+            self._same_kind(head),
+            (not self.labels or name == self.name, f"name {name}"),
+            (not self.labels or head.labels == self.labels, f"labels {head.labels}"),
+        ]
+        return first_failure([*checks, *_first_token(self, text, head)])
 
     def read(self, found: FoundHead) -> HeadConfig:
         """See `Slot.read`."""
@@ -107,10 +110,9 @@ class PoolerSlot(Slot):
     kind = "pooler"
     yields = True
 
-    def fits(self, name: str, text: TextConfig, head: HeadConfig) -> bool:
-        """See `Slot.fits`."""
-        alike = head.kind == self.kind and head.activation == self.activation
-        return alike and not head.norm and (head.pool or text.pool) == "cls"
+    def misfit(self, name: str, text: TextConfig, head: HeadConfig) -> str | None:
+        """See `Slot.misfit`."""
+        return first_failure([self._same_kind(head), *_first_token(self, text, head)])
 
     def precedence(self, name: str) -> int:
         """See `Slot.precedence`: last, since a classification uses the same modules."""
@@ -134,10 +136,16 @@ class ModernMaskedLanguageSlot(MaskedLanguageSlot):
 class ModernClassificationSlot(ClassificationSlot):
     """Classification of ModernBERT, whose config names activation and pooling."""
 
-    def fits(self, name: str, text: TextConfig, head: HeadConfig) -> bool:
-        """See `Slot.fits`."""
-        pooled = (head.pool or text.pool) in ("cls", "mean")
-        return head.kind == self.kind and head.norm and head.activation is not None and pooled
+    def misfit(self, name: str, text: TextConfig, head: HeadConfig) -> str | None:
+        """See `Slot.misfit`."""
+        pool = head.pool or text.pool
+        checks = [
+            self._same_kind(head),
+            (head.activation is not None, "activation None"),
+            (head.norm, "norm False"),
+            (pool in ("cls", "mean"), f"pool {pool!r}"),
+        ]
+        return first_failure(checks)
 
     def head(self, labels: tuple[str, ...], problem: str, config: Config) -> HeadConfig:
         """See `ClassificationSlot.head`."""
@@ -151,6 +159,16 @@ class ModernClassificationSlot(ClassificationSlot):
         activation, pool = (None, "cls") if head is None else (head.activation, head.pool or text.pool)
         named = activation_name(activation or text.activation)
         return {**super().settings(text, head), "classifier_activation": named, "classifier_pooling": pool}
+
+
+def _first_token(slot: Slot, text: TextConfig, head: HeadConfig) -> list[tuple[bool, str]]:
+    """Return the checks that a head is a layer without a norm on the first token's vector, with the reasons to give."""
+    pool = head.pool or text.pool
+    return [
+        (head.activation == slot.activation, f"activation {head.activation!r}"),
+        (not head.norm, "norm True"),
+        (pool == "cls", f"pool {pool!r}"),
+    ]
 
 
 def _labels(config: Config, outputs: int, path: Path) -> tuple[tuple[str, ...], str]:

@@ -6,22 +6,22 @@ The fields are those of `CLIPVisionCfg` and `CLIPTextCfg` (open_clip 3.3, model.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dualenc.data.images import Preprocess
-from dualenc.formats.huggingface.architecture import family_of, fitted, text_config
+from dualenc.formats.huggingface.architecture import differences, family_of, fitted, text_config, unlike
 from dualenc.formats.huggingface.families import FAMILIES
 from dualenc.formats.huggingface.family import Config, Family
 from dualenc.formats.state_dict import Rule, family_rules, of_tower
-from dualenc.formats.timm import Shape, check_numbers, check_timm, fits, image_config, shape_of, vision_rules
+from dualenc.formats.timm import Shape, check_numbers, check_timm, image_config, shape_of, unfit, vision_rules
 from dualenc.models.dual_encoder import DualConfig, Projection
 from dualenc.models.image_encoder import ImageConfig, ImageEncoder
 from dualenc.models.text_encoder import Activation, TextConfig
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import ModelError, first_failure
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
@@ -104,17 +104,12 @@ def _eps(part: Config, where: str) -> float:
 def _read_vision(vision: Config, embed_dim: int, quick: bool, where: str) -> tuple[ImageConfig, Projection]:
     if name := vision.get("timm_model_name"):
         return _read_timm(name, vision, embed_dim, where)
-    if not isinstance(vision["layers"], int):
-        raise ModelError(f"{where}.layers {vision['layers']}: a ResNet is no vision transformer, and not imported")
-    if vision["pool_type"] not in ("tok", "avg"):
-        raise ModelError(f"{where}.pool_type {vision['pool_type']!r} is none that dualenc computes")
-    sides = [one for key in ("image_size", "patch_size") for one in _sides(vision[key])]
-    if sides[0] != sides[1] or sides[2] != sides[3]:
-        raise ModelError(f"{where}: image_size {vision['image_size']} is not square, or patch_size not")
+    if reason := first_failure(_vision_checks(vision)):
+        raise ModelError(f"{where}.{reason}")
     average = vision["pool_type"] == "avg"
     shape = Shape(
-        size=sides[0],
-        patch=sides[2],
+        size=_sides(vision["image_size"])[0],
+        patch=_sides(vision["patch_size"])[0],
         width=vision["width"],
         layers=vision["layers"],
         heads=vision["width"] // vision["head_width"],
@@ -127,6 +122,15 @@ def _read_vision(vision: Config, embed_dim: int, quick: bool, where: str) -> tup
         layer_scale=vision["ls_init_value"] is not None,
     )
     return image_config(shape), Projection()
+
+
+def _vision_checks(vision: Config) -> Iterator[tuple[bool, str]]:
+    """Yield what must hold for a vision transformer of open_clip's own, each with the field that says otherwise."""
+    yield isinstance(vision["layers"], int), f"layers {vision['layers']}: a ResNet is not a vision transformer"
+    yield vision["pool_type"] in ("tok", "avg"), f"pool_type {vision['pool_type']!r} cannot be computed"
+    for key in ("image_size", "patch_size"):
+        height, width = _sides(vision[key])
+        yield height == width, f"{key} {vision[key]} is not square"
 
 
 def _sides(size: Any) -> tuple[int, int]:
@@ -166,9 +170,12 @@ def _read_text(text: Config, quick: bool, where: str) -> tuple[TextConfig, Proje
     causal, pool, length = not text["no_causal_mask"], text["pool_type"], text["context_length"]
     # Of a tower that sees what follows the closing token the texts are filled up, as there.
     ends = {"argmax": "last", "eos": "last", "last": "last", "first": "cls"}
-    if pool not in ends or (not causal and pool in ("argmax", "eos")):
-        mask = "with" if causal else "without"
-        raise ModelError(f"{where}.pool_type {pool!r} {mask} a causal mask is none that dualenc computes")
+    checks = [
+        (pool in ends, f"pool_type {pool!r} cannot be computed"),
+        (causal or pool not in ("argmax", "eos"), f"no_causal_mask true cannot be computed with pool_type {pool!r}"),
+    ]
+    if reason := first_failure(checks):
+        raise ModelError(f"{where}.{reason}")
     filled = pool == "last" or (pool == "first" and not causal)
     config = TextConfig(
         vocab_size=text["vocab_size"],
@@ -229,10 +236,13 @@ def read_preprocess(fields: Config, size: int, where: str) -> Preprocess:
     """
     mode, fill = fields.get("resize_mode") or "shortest", fields.get("fill_color", 0)
     interpolation = fields.get("interpolation") or "bicubic"
-    if mode not in ("shortest", "squash", "longest") or (mode == "longest" and fill):
-        raise ModelError(f"{where}: preprocess_cfg.resize_mode {mode!r} (fill_color {fill}) is none that dualenc does")
-    if interpolation not in ("bicubic", "bilinear"):
-        raise ModelError(f"{where}: preprocess_cfg.interpolation {interpolation!r} is none that dualenc does")
+    checks = [
+        (mode in ("shortest", "squash", "longest"), f"resize_mode {mode!r} is not shortest, squash or longest"),
+        (mode != "longest" or not fill, f"fill_color {fill} is not 0 with resize_mode 'longest'"),
+        (interpolation in ("bicubic", "bilinear"), f"interpolation {interpolation!r} is not bicubic or bilinear"),
+    ]
+    if reason := first_failure(checks):
+        raise ModelError(f"{where}: preprocess_cfg.{reason}")
     found = {key: fields.get(key) or usual for key, usual in MOMENTS.items()}
     mean, std = moments(found["mean"], found["std"], where)
     return Preprocess(size, mean, std, interpolation, mode)  # type: ignore[arg-type]
@@ -381,42 +391,32 @@ def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
     image_projection = config.projection_of(config.image_projection, tower.width)
     text_projection = config.projection_of(config.text_projection, config.text.width)
     quick: dict[str, bool] = {}
-    vision: Config | None = None
-    plain = shape is not None and fits("open_clip", shape) and image_projection == Projection()
-    timm = _write_timm(config.image, tower, image_projection, config.embed_dim)
-    if shape is not None and plain and (shape.pre_norm or timm is None):
+    reason = unfit("open_clip", tower.vit) or (None if image_projection == Projection() else str(image_projection))
+    vision = _write_timm(config.image, tower, image_projection, config.embed_dim)
+    if shape is not None and reason is None and (shape.pre_norm or vision is None):
         vision, quick["image"] = _write_vision(shape), shape.activation == "quick_gelu"
-    vision = vision or timm
     if vision is None:
         raise ModelError(
-            f"open_clip has no image tower like this one ({config.image.name} with {config.image.overrides or 'its'} "
-            f"settings at {config.image.img_size} pixels and the projection {image_projection}): it takes timm's by "
-            "name alone, and plain ones with a class token; export to transformers or onnx"
+            f"open_clip has no image tower like this one: its own differ in {reason}, and the name {config.image.name} "
+            "alone does not give this one in timm; export to transformers or onnx"
         )
-    text = _write_text(config.text, text_projection, eos_id)
-    if text is not None:
+    try:
+        text = _write_text(config.text, text_projection, eos_id)
         quick["text"] = config.text.activation == "quick_gelu"
-    else:
-        text = _write_hugging_face(config.text, text_projection, config.embed_dim, name)
-    if text is None:
-        raise ModelError(
-            f"open_clip has no text tower like this one ({in_words(config.text)}, projection {text_projection}): it "
-            "takes CLIP's and SigLIP's, and BERT's and RoBERTa's; export to onnx"
-        )
+    except ModelError as own:
+        try:
+            text = _write_hugging_face(config.text, text_projection, config.embed_dim, name)
+        except ModelError as theirs:
+            raise ModelError(
+                f"open_clip has no text tower like this one: CLIP's and SigLIP's differ in {own}, BERT's and RoBERTa's "
+                f"in {theirs}; export to onnx"
+            ) from None
     if len(set(quick.values())) > 1:
         raise ModelError("open_clip has quick_gelu in both towers or in none: export to onnx")
     model_cfg: Config = {"embed_dim": config.embed_dim, "quick_gelu": any(quick.values())}
     model_cfg |= {"custom_text": True} if config.logit_bias or "timm_model_name" in vision else {}
     model_cfg |= {"init_logit_bias": -10.0} if config.logit_bias else {}
     return {**model_cfg, "vision_cfg": vision, "text_cfg": text}
-
-
-def in_words(text: TextConfig) -> str:
-    """What decides whether another library has a text tower's like."""
-    parts = [f"{text.norm}-norm", f"{text.positions} positions", f"pool {text.pool}"]
-    parts += ["causal"] if text.causal else []
-    parts += [f"filled to {text.pad_to}"] if text.pad_to else []
-    return ", ".join(parts)
 
 
 def _write_vision(shape: Shape) -> Config:
@@ -460,20 +460,27 @@ def _write_timm(image: ImageConfig, tower: ImageEncoder, projection: Projection,
     return vision if again == (dataclasses.replace(image, name=name), projection) else None
 
 
-def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) -> Config | None:
-    """Of open_clip's own text transformer."""
-    filled = text.pad_to is not None and text.pad_to == text.context_length
-    if text.causal and text.pool == "last" and text.pad_to is None and eos_id is not None:
+def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) -> Config:
+    """Return what open_clip says of its own text transformer.
+
+    Raises:
+        ModelError: It has no such text transformer; the message is the field.
+    """
+    filled, ended = text.pad_to == text.context_length, eos_id is not None
+    checks = [
+        (text.pool in ("last", "cls"), f"pool {text.pool!r}"),
+        (text.causal or filled, f"causal False with pad_to {text.pad_to}"),
+        (text.pool == "cls" or filled or text.pad_to is None, f"pad_to {text.pad_to}"),
+        (text.pool == "cls" or filled or ended, "pool 'last' without a token that closes a text"),
+        (not projection.hidden, str(projection)),
+        (text.activation in ("gelu", "gelu_tanh", "quick_gelu"), f"activation {text.activation!r}"),
+    ]
+    if reason := first_failure(checks):
+        raise ModelError(reason)
+    ends: Config = {"pool_type": "first" if text.pool == "cls" else "last"}
+    if text.pool == "last" and not filled:
         # The largest id is the closing one's where it is CLIP's; the name of any other is said.
-        ends: Config = {} if eos_id == text.vocab_size - 1 else {"pool_type": "eos", "eos_id": eos_id}
-    elif filled and text.pool == "last":
-        ends = {"pool_type": "last"}
-    elif (filled or text.causal) and text.pool == "cls":
-        ends = {"pool_type": "first"}
-    else:
-        return None
-    if projection.hidden or text.activation not in ("gelu", "gelu_tanh", "quick_gelu"):
-        return None
+        ends = {} if eos_id == text.vocab_size - 1 else {"pool_type": "eos", "eos_id": eos_id}
     written: Config = {
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
@@ -489,37 +496,43 @@ def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) ->
     written |= {} if projection.bias else {"proj_type": "none"}
     written |= {"proj_bias": True} if any(projection.bias) else {}
     again, _ = _read_text(TEXT | written, text.activation == "quick_gelu", "")
-    return written if same(again, text) else None
+    if differing := differences(_plain(text), _plain(again)):
+        raise ModelError(", ".join(differing))
+    return written
 
 
-def same(first: TextConfig, second: TextConfig) -> bool:
-    """Whether two configs say the same architecture, texts filled alike."""
-
-    def plain(text: TextConfig) -> TextConfig:
-        hidden = text.mlp_width or 4 * text.width
-        return dataclasses.replace(
-            text, mlp_width=hidden, dropout=0.0, family=None, embed_norm=text.normalizes_embeddings
-        )
-
-    return plain(first) == plain(second)
+def _plain(text: TextConfig) -> TextConfig:
+    """Return an architecture in which what can be said in several ways is said in one, without training choices."""
+    hidden = text.mlp_width or 4 * text.width
+    return dataclasses.replace(text, mlp_width=hidden, dropout=0.0, family=None, embed_norm=text.normalizes_embeddings)
 
 
-def _write_hugging_face(text: TextConfig, projection: Projection, embed_dim: int, name: str) -> Config | None:
-    """Of an encoder that open_clip takes from transformers."""
+def _write_hugging_face(text: TextConfig, projection: Projection, embed_dim: int, name: str) -> Config:
+    """Return what open_clip says of an encoder that it takes from transformers.
+
+    Raises:
+        ModelError: It takes no such encoder; the message is the field.
+    """
     pools = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
     kinds = {
         Projection(): "linear",
         Projection(((text.width + embed_dim) // 2,), (False, False)): "mlp",
         Projection(bias=()): None,
     }
-    if fitted(text, HUGGING_FACE) is None or text.pool not in pools:
-        return None
+    pooled = projection == Projection((text.width,), (True, False), "tanh") and text.pool == "cls"
+    checks: list[tuple[object, str]] = [
+        (text.pool in pools, f"pool {text.pool!r}"),
+        (fitted(text, HUGGING_FACE), unlike(text, HUGGING_FACE)),
+        (pooled or projection in kinds, str(projection)),
+    ]
+    if reason := first_failure(checks):
+        raise ModelError(reason)
     written: Config = {
         "hf_model_name": name,
         "hf_pooler_type": pools[text.pool],
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
     }
-    if projection == Projection((text.width,), (True, False), "tanh") and text.pool == "cls":
+    if pooled:
         return written | {"hf_pooler_type": "cls_pooler", "hf_proj_type": "linear"}
-    return written | {"hf_proj_type": kinds[projection]} if projection in kinds else None
+    return written | {"hf_proj_type": kinds[projection]}

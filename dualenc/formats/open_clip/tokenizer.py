@@ -1,23 +1,21 @@
-"""CLIP's byte pairs, and how open_clip cleans texts for any tokenizer, as steps of the `tokenizers` library.
+"""CLIP's byte pairs and open_clip's cleaning of texts, as steps of the `tokenizers` library.
 
-open_clip cleans with `ftfy.fix_text` and a double `html.unescape`. Of that is done here, in ftfy's order: the HTML
-entities of `ENTITIES` by name or number, however often their "&" is escaped; Windows-1252 written as C1 controls;
-ligatures and digraphs of Latin letters, full and half width, curly quotes; terminal escapes and control characters;
-NFC. Then white space and, with Python's final sigma, case. What is not, for no step can do it, or it would cost more
-than it is worth:
+open_clip cleans with `ftfy.fix_text` and a double `html.unescape`. The steps here follow ftfy's order: the HTML
+entities of `ENTITIES` by name or number, however often their "&" is escaped; full-width ASCII; curly quotes; control
+characters; NFC. White space and, with Python's final sigma, case come last. The following is not done, because no step
+can do it or because captions do not need it:
 
-- repair of mojibake ("cafÃ©"), which ftfy guesses at;
-- other entities, and such without their ";"; and where a text has a "<", which makes ftfy leave entities to
-  `html.unescape`, those of curly quotes, which stay so, and those escaped more than twice;
-- a combining mark of the first 2,048 code points after one of the replaced characters is lost;
+- repair of mojibake ("cafÃ©"), which ftfy guesses at, and of Windows-1252 written as C1 controls;
+- other entities, and entities without their ";"; where a text has a "<", ftfy leaves entities to `html.unescape`, which
+  does not make curly quotes straight and does not undo an escape of more than two levels;
+- ligatures and digraphs of Latin letters; half-width letters;
+- terminal escapes, which lose the escape character only;
 - letters that are newer than the Unicode version of one of the libraries.
 """
 
 import gzip
 import importlib.util
 import string
-import struct
-import unicodedata
 from collections.abc import Mapping
 from functools import cache
 from html.entities import html5
@@ -48,8 +46,8 @@ from dualenc.utils.errors import ModelError
 Clean = Literal["lower", "whitespace", "canonicalize"]
 CLEANS = get_args(Clean)
 QUOTES = dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
-LIGATURES = "ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬅﬆ"
-ENTITIES = "\"'<>\xa0–—…‘’“”•·°®©™€£½¼×éèêàáâäãåçíîïñóôöøúüßÀÁÂÄÅÇÈÉÊÍÑÓÔÖØÜ"  # noqa: RUF001
+ENTITIES = "\"'<>–—…‘’“”éèêàáâäãåçíîïñóôöøúüßÀÁÂÄÅÇÈÉÊÍÑÓÔÖØÜ"  # noqa: RUF001
+FULL_WIDTH = range(0xFF01, 0xFF5F)  # the printing characters of ASCII, in the same order
 CONTROLS = "[\\x00-\\x08\\x0b\\x0e-\\x1f\\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]+"
 # Python's lower() of a sigma that ends a word (Unicode 15.0, table 3-17); the library's step knows no context.
 FINAL_SIGMA = r"(?<=\p{Cased}\p{Case_Ignorable}{0,3})Σ(?!\p{Case_Ignorable}*\p{Cased})"
@@ -106,12 +104,9 @@ def cleaning(clean: Clean) -> list[normalizers.Normalizer]:
     """
     steps: list[normalizers.Normalizer] = [normalizers.Replace(Regex("&(?:(?:amp|AMP|#0*38|#[xX]0*26);)+"), "&")]
     steps += [normalizers.Replace(Regex(_entity(char)), QUOTES.get(char, char)) for char in ENTITIES]
-    steps += [
-        normalizers.Precompiled(charsmap(_replacements())),
-        normalizers.Replace(Regex(r"\x1b\[[\d;]*[a-zA-Z]"), ""),
-        normalizers.Replace(Regex(CONTROLS), ""),
-        normalizers.NFC(),
-    ]
+    steps += [normalizers.Replace(chr(code), chr(code - FULL_WIDTH[0] + ord("!"))) for code in FULL_WIDTH]
+    steps += [normalizers.Replace(curly, straight) for curly, straight in QUOTES.items()]
+    steps += [normalizers.Replace(Regex(CONTROLS), ""), normalizers.NFC()]
     if clean == "canonicalize":
         rest = "".join(f"\\x{ord(mark):02x}" for mark in string.punctuation if mark != "_")
         steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(f"[{rest}]+"), "")]
@@ -126,51 +121,6 @@ def _entity(char: str) -> str:
     codes = {ord(char), char.encode("cp1252", "ignore")[0] if char.encode("cp1252", "ignore") else ord(char)}
     numbers = [f"#0*{code};|#[xX]0*(?i:{code:x});" for code in sorted(codes)]
     return f"&(?:{'|'.join([*names, *numbers])})"
-
-
-def _replacements() -> dict[str, str]:
-    """Characters and what ftfy puts in their place."""
-    table = {char: "".join(chr(int(code, 16)) for code in _parts(char)) for char in LIGATURES}
-    wide = {chr(i): unicodedata.normalize("NFKC", chr(i)) for i in (0x3000, *range(0xFF01, 0xFFF0))}
-    table |= {char: meant for char, meant in wide.items() if meant != char}
-    for code in range(0x80, 0xA0):
-        char = bytes([code]).decode("cp1252", "ignore")
-        table |= {chr(code): char} if char else {}
-    table = {char: "".join(QUOTES.get(letter, letter) for letter in meant) for char, meant in table.items()}
-    return table | QUOTES
-
-
-def _parts(char: str) -> list[str]:
-    return unicodedata.decomposition(char).split()[1:]
-
-
-def charsmap(table: Mapping[str, str]) -> bytes:
-    """Replacements of single characters in the format of SentencePiece, which takes one pass for all of them.
-
-    A double array as darts-clone has it, whose unit 256 k + b is for byte b in the k-th node: bits 0-7 are b, bit 8 is
-    set where a character ends, bits 10-30 tell the next node's place, exclusive or this unit's; and the texts, each
-    with a zero byte after it (https://github.com/s-yata/darts-clone, https://github.com/google/sentencepiece).
-
-    Args:
-        table: of characters; none replaced by nothing.
-    """
-    prefixes = sorted({char.encode()[:i] for char in table for i in range(len(char.encode()))})
-    blocks = {prefix: 256 * (i + 1) for i, prefix in enumerate(prefixes)}
-    values = 256 * (len(blocks) + 1)
-    units = [0] * (values + (len(table) + 255) // 256 * 256)
-    units[0] = blocks[b""] << 10
-    for prefix, block in blocks.items():
-        if prefix:
-            place = blocks[prefix[:-1]] + prefix[-1]
-            units[place] = (place ^ block) << 10 | prefix[-1]
-    texts = b""
-    for slot, (char, text) in enumerate(table.items(), values):
-        *start, last = char.encode()
-        place = blocks[bytes(start)] + last
-        units[place] = (place ^ slot) << 10 | 1 << 8 | last
-        units[slot] = 1 << 31 | len(texts)
-        texts += text.encode() + b"\0"
-    return struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + texts
 
 
 def tokenizer_folder(folder: Path | None, name: str) -> Path:

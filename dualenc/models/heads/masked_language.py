@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dualenc.data.loading.epoch_plan import permutation
 from dualenc.data.text.dataset import Part, Texts
-from dualenc.metrics.text import bigram_both_sides, bigram_perplexity, pseudo_perplexity, unigram_perplexity
+from dualenc.metrics.text import pseudo_perplexity, unigram_perplexity
 from dualenc.models.heads.base import HEADLINES, Examples, Head, HeldOut, Measured, linear
 from dualenc.models.text_encoder import ACTIVATIONS, TextConfig, TextEncoder, layer_norm
 from dualenc.report import Description
@@ -78,12 +78,12 @@ class MaskedLanguage(Head):
         return self.loss(logits, labels).item(), int((logits.float().argmax(-1) == labels).sum()), number
 
     def metrics(self, states: Sequence[tuple[float, int, int]], held_out: HeldOut) -> Measured:
-        """Compute loss, perplexity and accuracy; in `test` also pseudo-perplexity and n-grams, see `Head.metrics`."""
+        """Compute loss, perplexity and accuracy; in `test` also pseudo-perplexity and unigrams, see `Head.metrics`."""
         loss, right, number = (sum(column) for column in zip(*states))
         loss, right = (loss / number, right / number) if number else (math.nan, math.nan)
         metrics = {"loss": loss, "perplexity": math.exp(loss), "accuracy": right}
         if held_out.stage == "test":
-            metrics |= ngram_comparison(held_out)
+            metrics |= pseudo_perplexity_with_baseline(held_out)
         return Measured(metrics, {}, {}, int(number))
 
     def matches(self, other: Head, same_name: bool) -> bool:
@@ -100,8 +100,8 @@ class MaskedLanguage(Head):
         module.load_state_dict(state)
 
 
-def ngram_comparison(held_out: HeldOut) -> dict[str, float]:
-    """Compute the pseudo-perplexity of some held-out texts, and the perplexity of n-grams of the training texts."""
+def pseudo_perplexity_with_baseline(held_out: HeldOut) -> dict[str, float]:
+    """Compute the pseudo-perplexity of some held-out texts, and the perplexity of unigrams of the training texts."""
     tokenizer = held_out.tokenizer
     special = list(tokenizer.special.values())
     train, measured = (tokenizer.encode(list(held_out.texts(part))) for part in ("train", "held_out"))
@@ -110,8 +110,7 @@ def ngram_comparison(held_out: HeldOut) -> dict[str, float]:
         if sum(map(len, chosen)) < held_out.scored_tokens:
             chosen.append(measured[number])
     assert tokenizer.mask_id is not None
-    found = {"pseudo_perplexity": pseudo_perplexity(held_out.logits, chosen, tokenizer.mask_id, special)}
-    for baseline in (unigram_perplexity, bigram_perplexity, bigram_both_sides):
-        name = baseline.__name__.removesuffix("_perplexity")
-        found[f"{name}_perplexity"] = baseline(train, chosen, tokenizer.vocab_size, special)
-    return found
+    return {
+        "pseudo_perplexity": pseudo_perplexity(held_out.logits, chosen, tokenizer.mask_id, special),
+        "unigram_perplexity": unigram_perplexity(train, chosen, tokenizer.vocab_size, special),
+    }

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,31 +83,27 @@ def faulty(folder: Path, seed: int) -> tuple[list[str], dict[str, set[str]], int
 
     for _ in range(int(rng.integers(30, 60))):
         add(None)
-    for _ in several():
-        add("no image", without=[("jpg", "png", "webp")])
-    for _ in several():
-        add("no caption", without=[("txt",)])
     whole = encode(smooth(rng, 60, 60), "jpeg")
-    for _ in several():
-        add(".jpg cannot be decoded", b"\xff\xd8\xff" + rng.bytes(200))
-    for _ in several():
-        add(".jpg cannot be decoded", whole[: len(whole) // int(rng.integers(2, 9))])
-    for _ in several():
-        add(".webp is HTML or XML", b"\n<!doctype html>404")
-    for _ in several():
-        add(".webp is an empty file", b"")
-    for _ in several():
-        add(".webp is a GIF", encode(pixels(rng), "gif"))
-    for _ in several():
-        add(".txt is not UTF-8", text=b"caf\xe9 " + rng.bytes(1))
-    for _ in several():
-        add("txt holds no caption", text=b" \n\t")
-    for _ in several():
-        add("image side below 32 pixels", picture(rng, int(rng.integers(7, 32)), 33))
-    for _ in several():
-        add("image longer than 5 times", picture(rng, 40, int(rng.integers(201, 400))))
-    for _ in several():
-        add("image of one color", encode(Image.new("RGB", (50, 40 + len(samples)), tuple(rng.bytes(3)))))
+    faults: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        ("no image", lambda: {"without": [("jpg", "png", "webp")]}),
+        ("no caption", lambda: {"without": [("txt",)]}),
+        (".jpg cannot be decoded", lambda: {"image": b"\xff\xd8\xff" + rng.bytes(200)}),
+        (".jpg cannot be decoded", lambda: {"image": whole[: len(whole) // int(rng.integers(2, 9))]}),
+        (".webp is HTML or XML", lambda: {"image": b"\n<!doctype html>404"}),
+        (".webp is an empty file", lambda: {"image": b""}),
+        (".webp is a GIF", lambda: {"image": encode(pixels(rng), "gif")}),
+        (".txt is not UTF-8", lambda: {"text": b"caf\xe9 " + rng.bytes(1)}),
+        ("txt holds no caption", lambda: {"text": b" \n\t"}),
+        ("image side below 32 pixels", lambda: {"image": picture(rng, int(rng.integers(7, 32)), 33)}),
+        ("image longer than 5 times", lambda: {"image": picture(rng, 40, int(rng.integers(201, 400)))}),
+        (
+            "image of one color",
+            lambda: {"image": encode(Image.new("RGB", (50, 40 + len(samples)), tuple(rng.bytes(3))))},
+        ),
+    ]
+    for fault, make in faults:
+        for _ in several():
+            add(fault, **make())
     for image in [picture(rng) for _ in several()]:
         add(None, image)
         for _ in several():

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import tokenizer_of
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors, trainers
 
@@ -241,10 +242,13 @@ def byte_level(texts, prefix):
 KINDS = ["wordpiece", "bpe", "unigram", "roberta", "roberta-prefix"]
 
 
-def tokenizer_of(kind, texts, length):
+def tokenizers_of(kind, texts, length):
+    """Return two tokenizers that differ in their context length: `length`, and more than any text has."""
     if kind.startswith("roberta"):
-        return Tokenizer(byte_level(texts, kind.endswith("prefix")), length)
-    return Tokenizer.train(texts, 600 if kind == "bpe" else 200, length, kind)
+        backend = byte_level(texts, kind.endswith("prefix"))
+    else:
+        backend = tokenizer_of(kind, texts, 600 if kind == "bpe" else 200, length).backend
+    return Tokenizer(backend, length), Tokenizer(backend, 100_000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,10 +257,9 @@ def test_pieces_hold_every_token_once(tmp_path, seed, kind):
     rng = random.Random(seed)
     texts = [words(rng, 60) for _ in range(150)]
     length = 34  # a word of four letters has 16 bytes at most
-    tokenizer = tokenizer_of(kind, texts, length)
+    tokenizer, whole = tokenizers_of(kind, texts, length)
     index = TextIndex.build(write(tmp_path / "a.txt", "\n".join(texts)))
     cut = index.cut(tokenizer)
-    whole = tokenizer_of(kind, texts, 100_000)
     found = {}
     keys = []
     for sample in cut:
@@ -282,9 +285,8 @@ def test_words_longer_than_a_piece_are_cut_and_nothing_is_lost(tmp_path, seed, k
     rng = random.Random(seed)
     texts = ["".join(rng.choices(LETTERS + "   ", k=rng.randint(1, 80))) for _ in range(80)]
     texts = [text for text in texts if text.strip()]
-    tokenizer = tokenizer_of(kind, texts, 8)
+    tokenizer, whole = tokenizers_of(kind, texts, 8)
     cut = TextIndex.build(write(tmp_path / "a.txt", "\n".join(texts))).cut(tokenizer)
-    whole = tokenizer_of(kind, texts, 100_000)
     found = {}
     for sample in cut:
         text = sample.read()["text"]
@@ -297,7 +299,7 @@ def test_words_longer_than_a_piece_are_cut_and_nothing_is_lost(tmp_path, seed, k
 def test_letters_that_become_many(tmp_path):
     """A normal form makes 18 letters of one."""
     texts = ["ﷺ" * 3, "abc"]
-    tokenizer = Tokenizer.train(["صلى الله عليه وسلم abc"], 60, 30, "unigram")
+    tokenizer = tokenizer_of("unigram", ["صلى الله عليه وسلم abc"], 60, 30)
     cut = TextIndex.build(write(tmp_path / "a.txt", "\n".join(texts))).cut(tokenizer)
     assert [sample.read()["text"] for sample in cut] == ["ﷺ", "ﷺ", "ﷺ", "abc"]
 
