@@ -98,7 +98,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 def spread(embedder: dualenc.Embedder, folder: Path) -> float:
     """The metric of the kind, computed plainly."""
     data = BenchmarkSet.open(folder)
-    image = embedder.embed_images([data.pictures.decode(i) for i in range(len(data))]).double()
+    image = embedder.embed_images([data.source.decode(i) for i in range(len(data))]).double()
     return 100 * (image - image.mean(0)).norm(dim=1).mean().item()
 
 

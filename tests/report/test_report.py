@@ -281,7 +281,7 @@ def test_page_of_doctor_runs_and_loads_nothing(tmp_path: Path, seed: int) -> Non
     assert found.tags.count("img") > 20
     assert found.tags.count("svg") > 4
     assert found.text.count("onerror=alert(1)") > 4  # in keys and captions, shown as text
-    for title in ("The smallest images", "Equal images", "In other too", "Most frequent captions", "cut at 5"):
+    for title in ("The smallest images", "Equal images", "Also in other", "Most frequent captions", "cut at 5"):
         assert title in found.text
 
 
