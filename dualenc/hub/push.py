@@ -241,7 +241,7 @@ def _same(path: Path, listed: Any) -> bool:
 
 
 def open_subject(model: str | os.PathLike[str], format: str | ExportFormat | None = None) -> Subject:
-    """Recognize a folder by its files.
+    """Detect the model in a folder.
 
     Args:
         model: the folder; see `push`.
@@ -363,7 +363,7 @@ def _facts_of_export(chosen: ExportFormat, folder: Path) -> list[tuple[str, Any]
 
 
 def stage(subject: Subject, out: Path, repo: str, revision: str | None = None) -> None:
-    """Link the files that go up into an empty folder, and adjust them to the repository.
+    """Stage links to the files that go up in an empty folder, and adjust them to the repository.
 
     Args:
         subject: the model.

@@ -234,7 +234,7 @@ def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.Capt
     )
     assert "two sets are called 'set'" in fails(capsys, ["zeroshot", model, data, data])
     assert "holds no result" in fails(capsys, ["compare", out, str(tmp_path)])
-    assert "has no architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])
+    assert "does not have the architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])
 
 
 def test_failed_work_ends_the_program_too(tmp_path: Path, seed: int) -> None:
