@@ -27,7 +27,7 @@ from dualenc.inference.text_model import FILES as TEXT_FILES
 from dualenc.inference.text_model import facts_of_text, load_text
 from dualenc.interop.export_format import IMAGES_AND_TEXTS, ExportFormat
 from dualenc.interop.exporting import FORMATS, find_format
-from dualenc.report.card import Source, dual_encoder_program, text_model_program
+from dualenc.report.card import ModelSource, dual_encoder_program, text_model_program
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json, write_text
 from dualenc.utils.text import one_line
@@ -288,7 +288,7 @@ def _open_text_model(found: ModelFolder) -> Subject:
     predictor = load_text(found.path, "cpu")
     kinds = {one.kind for one in predictor.model.head_configs.values()}
     task = "text-classification" if "classification" in kinds else "fill-mask" if "mlm" in kinds else None
-    programs: dict[str, Callable[[Source], str]] = {"dualenc": text_model_program}
+    programs: dict[str, Callable[[ModelSource], str]] = {"dualenc": text_model_program}
     if found.config:  # of a family that transformers reads from the same folder
         programs["transformers"] = partial(FORMATS["transformers"].snippet, images=False)
     return Subject(

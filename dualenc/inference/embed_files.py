@@ -91,7 +91,7 @@ class Embedded:
         ]
         if self.before:
             kept = "all of them" if self.before == self.files else f"{self.before:,} of them"
-            text.append(f"{kept} existed before")
+            text.append(f"{kept} were there before")
         if self.done:
             unit = "samples" if self.samples else "texts"
             text.append(f"{self.done:,} {unit} in {self.seconds:.1f} s, {self.done / self.seconds:,.0f} {unit}/s")
@@ -149,15 +149,14 @@ def embed_shards(
         track: wraps the batches, whose number is `total`, for a progress bar.
 
     Raises:
-        DataError: If two shards have the same name, the folder holds something else or was begun with other options, or
-            a shard cannot be read.
+        DataError: If two shards share a name, a shard cannot be read, or the folder was begun with other options.
     """
     out, began = Path(out), time.monotonic()
     captions = about["captions"] if of_texts else None
     if captions is not None:
         check_captions(captions)
     if batch_size < 1 or workers < 0:
-        raise DataError(f"batch_size must be 1 or more, found {batch_size}; workers must be 0 or more, found {workers}")
+        raise DataError(f"batch_size {batch_size} must be 1 or more, workers {workers} 0 or more")
     inputs = _inputs(index)
     plan = _begin(out, {"format": FORMAT, **about, "inputs": dict(sorted(inputs.items()))})
     todo = [number for number, name in enumerate(inputs) if not _finished(out, name, plan)]

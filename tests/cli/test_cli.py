@@ -136,8 +136,8 @@ def test_model_directory_that_is_not_whole(tmp_path: Path, seed: int, capsys: py
     model = tmp_path / "model"
     tiny_embedder(seed).save(model)
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "format": 2}))
-    assert "format 2" in fails(capsys, ["zeroshot", str(model), str(data)])
+    (model / "config.json").write_text(json.dumps({**config, "format": 3}))
+    assert "format 3" in fails(capsys, ["zeroshot", str(model), str(data)])
     (model / "model.safetensors").unlink()
     assert "model.safetensors" in fails(capsys, ["zeroshot", str(model), str(data)])
     assert "nowhere" in fails(capsys, ["zeroshot", "nowhere", str(data)])

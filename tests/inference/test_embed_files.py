@@ -119,7 +119,7 @@ def test_a_stopped_command_resumes(
     assert (stopped / "part-000.safetensors").stat().st_mtime_ns == before
     assert everything(stopped) == everything(whole)
     main(["embed", model, shards, str(stopped), "--workers", "2", "--batch_size", "64"])
-    assert "all of them existed before" in capsys.readouterr().out
+    assert "all of them were there before" in capsys.readouterr().out
     assert everything(stopped) == everything(whole)
 
 
@@ -144,15 +144,15 @@ def test_bad_samples_are_named_and_stop_nothing(
     rows = found["features" if features else "image"]
     assert np.isnan(rows).all(1).tolist() == [False, True, True, False, False, False]
     assert not np.isnan(rows[[0, 3, 4, 5]]).any()
-    named = [1, 2] if features else [1, 2, 3, 4]  # features are of the picture, whatever is said of it
+    named = [1, 2] if features else [1, 2, 3, 4]  # features do not need a caption
     assert [row for row, *_ in metadata["bad"]] == named
     lines = [json.loads(line) for line in (out / "bad.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == [samples[i]["__key__"] for i in named]
     assert all(line.keys() == {"shard", "key", "cause", "detail"} and line["cause"] for line in lines)
     assert lines[0]["cause"] == "no image among its members"
     printed = capsys.readouterr().out
-    lack = "image" if features else "image or no caption"
-    assert f"{len(named)} samples have no {lack}" in printed
+    content = "image" if features else "image or caption"
+    assert f"{len(named)} samples lack a usable {content}" in printed
     assert str(out / "bad.jsonl") in printed
     embedder = load(model)
     if not features:
@@ -191,12 +191,12 @@ def test_mistakes_are_one_line(
     assert f"{shards}/part-000.tar and {tmp_path / 'more' / 'part-000.tar'}" in both
     assert "no --features" in fails(capsys, [*again, "--features"])
     assert "captions 'text' must be" in fails(capsys, [*again, "--captions", "text"])
-    assert "batch_size must be 1 or more, found 0" in fails(capsys, [*again, "--batch_size", "0"])
+    assert "batch_size 0" in fails(capsys, [*again, "--batch_size", "0"])
     assert "workers -1" in fails(capsys, [*again, "--workers", "-1"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").touch()
     assert "holds files that embed did not write" in fails(capsys, ["embed", model, shards, str(tmp_path / "full")])
-    assert "for --features alone" in fails(capsys, ["embed", "run.yaml", shards, str(tmp_path / "new")])
+    assert "with --features only" in fails(capsys, ["embed", "run.yaml", shards, str(tmp_path / "new")])
     assert "run.yaml" in fails(capsys, ["embed", "run.yaml", shards, str(tmp_path / "new"), "--features"])
     assert everything(tmp_path / "out") == kept
 

@@ -62,7 +62,7 @@ def test_embeddings_of_texts_and_of_tokens(tmp_path, model, capsys, monkeypatch)
     capsys.readouterr()
     main(["embed", str(model), str(tmp_path / "some.jsonl"), str(tmp_path / "out"), "--column", "said"])
     said = capsys.readouterr().out
-    assert "all of them existed before" in said
+    assert "all of them were there before" in said
     assert "2 texts could not be read" in said
     assert (tmp_path / "out" / "some.jsonl.safetensors").stat().st_mtime_ns == before
 
@@ -79,11 +79,11 @@ def test_wrong_use(tmp_path, model, capsys):
 
     first, second, out = tmp_path / "one" / "a.txt", tmp_path / "two" / "a.txt", tmp_path / "out"
     assert "two files have the name a.txt" in error(first, second, out)
-    assert "by themselves" in error(first, tmp_path / "shards", out)
+    assert "embed text files alone" in error(first, tmp_path / "shards", out)
     assert "no column 'said'" in error(first, out, "--column", "said")
     assert "--tokens is for text files" in error(tmp_path / "shards", out, "--tokens")
     main(["embed", str(model), str(first), str(out)])
-    assert "another choice" in error(first, out, "--tokens")
+    assert "other options" in error(first, out, "--tokens")
     (out / "a.txt.safetensors").write_text("nothing")
     assert "damaged" in error(first, out)
     assert "missing.txt" in error(tmp_path / "missing.txt", out)
