@@ -210,9 +210,9 @@ def test_run_without_an_architecture_takes_that_of_its_model(tmp_path: Path, see
     folder = str(tmp_path / "model")
     for wrong, message in (
         ({}, "model.image is missing"),
-        ({"pretrained": str(tmp_path / "gone")}, "model.pretrained .*gone is no folder.*dualenc import SPEC"),
-        ({"pretrained": folder, "embed_dim": 7}, "model.embed_dim is that of model.pretrained"),
-        ({"pretrained": folder, "resize": "squash"}, "model.resize is that of model.pretrained"),
+        ({"pretrained": str(tmp_path / "gone")}, "model.pretrained .*gone must be a folder .*dualenc import SPEC"),
+        ({"pretrained": folder, "embed_dim": 7}, "model.embed_dim is given by model.pretrained"),
+        ({"pretrained": folder, "resize": "squash"}, "model.resize is given by model.pretrained"),
         ({"pretrained": True}, "model.image is missing"),
         ({"pretrained": "open_clip:ViT-B-32/openai"}, "dualenc import open_clip:ViT-B-32/openai OUT"),
     ):
