@@ -59,9 +59,8 @@ def nasty(rng: random.Random) -> str:
             parts.append(rng.choice(PIECES))
         else:
             letters = (chr(rng.randrange(*rng.choice(BLOCKS))) for _ in range(rng.randrange(6)))
-            parts.append(
-                "".join(x for x in letters if unicodedata.category(x) != "Cn")
-            )  # Letters newer than a library's Unicode.
+            # The libraries may know letters that Python's Unicode does not know yet.
+            parts.append("".join(x for x in letters if unicodedata.category(x) != "Cn"))
     return rng.choice(("", " ", " ", "  ")).join(parts)
 
 

@@ -194,7 +194,7 @@ def test_tokenizers_that_do_not_match(
     edit(path, more)
     assert "the tokenizer has" in refused("import", str(folder))
     path.write_text("{")
-    assert "tokenizer.json is not a tokenizer" in refused("import", str(folder))
+    assert "tokenizer.json is no tokenizer" in refused("import", str(folder))
     path.unlink()
     line = refused("import", str(folder))
     assert "tokenizer" in line
