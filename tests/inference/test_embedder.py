@@ -336,7 +336,7 @@ def test_garbage_in_json_names_the_file(saved, name, data):
 
 def test_garbage_in_the_tokenizer_names_the_file(saved):
     (saved / "tokenizer.json").write_bytes(b"garbage")
-    with pytest.raises(DataError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer"):
         load(saved)
 
 
