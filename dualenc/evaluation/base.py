@@ -141,8 +141,10 @@ class EvaluationKind(ABC):
         """Score the embeddings of a whole set.
 
         Raises:
-            ValueError: See `score`.
+            ValueError: If no image of the set can be decoded, or as `score` does.
         """
+        if embedded.bad and not len(embedded.image):
+            raise ValueError(f"{data.name}: no image can be decoded, such as {embedded.bad[0][1]}")
         scores = self.score(data, embedded, embedder)
         return Evaluated(self.section(data, embedded, embedder, scores), scores.items)
 
@@ -187,15 +189,6 @@ def problems(data: BenchmarkSet, bad: Sequence[tuple[int, str]], suffix: str = "
     if bad:
         found.append(Problem(UNDECODABLE, [cause for _, cause in bad]))
     return [Problem(problem.what + suffix, problem.names) for problem in found]
-
-
-def require_images(data: BenchmarkSet, embedded: SetEmbeddings) -> None:
-    """Raise ValueError if no image of a set could be embedded."""
-    if not len(embedded.image):
-        bad = embedded.bad
-        raise ValueError(
-            f"{data.name}: no image can be decoded, such as {bad[0][1]}" if bad else f"{data.name} holds no images"
-        )
 
 
 def image_ids(data: BenchmarkSet, rows: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from dualenc.evaluation.base import (
     image_ids,
     number_of_rows,
     problems,
-    require_images,
     text_ids,
 )
 from dualenc.evaluation.classification import thumbnails
@@ -50,7 +49,6 @@ class CompositionalChoice(EvaluationKind):
 
     def score(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Scored:
         """See `EvaluationKind`."""
-        require_images(data, embedded)
         images, texts = _instances(data, embedded)
         found = choice_metrics(embedded.image, embedded.text, images, texts)
         ids = torch.cat([image_ids(data, embedded.rows)[images], text_ids(data.texts)[texts]], 1)

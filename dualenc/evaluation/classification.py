@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
-from dualenc.evaluation.base import EvaluationKind, SavedResult, Scored, image_ids, problems, reopen, require_images
+from dualenc.evaluation.base import EvaluationKind, SavedResult, Scored, image_ids, problems, reopen
 from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
 from dualenc.evaluation.points import points
 from dualenc.inference.embedder import Embedder
@@ -40,7 +40,6 @@ class ZeroShotClassification(EvaluationKind):
 
     def score(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Scored:
         """See `EvaluationKind`."""
-        require_images(data, embedded)
         scale = float(embedder.model.logits()[0].detach())
         found = classification_metrics(embedded.image, embedded.text, data.targets[embedded.rows], scale)
         items = {"ids": image_ids(data, embedded.rows), **found.items}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
-from dualenc.evaluation.base import EvaluationKind, Scored, image_ids, problems, require_images
+from dualenc.evaluation.base import EvaluationKind, Scored, image_ids, problems
 from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
 from dualenc.inference.embedder import Embedder
 from dualenc.metrics import BootstrapMetrics, average_precision, multilabel_bootstrap, multilabel_metrics
@@ -34,7 +34,6 @@ class MultilabelClassification(EvaluationKind):
 
     def score(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Scored:
         """See `EvaluationKind`."""
-        require_images(data, embedded)
         found = multilabel_metrics(embedded.image @ embedded.text.T, data.targets[embedded.rows])
         items = {"ids": image_ids(data, embedded.rows), **found.items}
         return Scored(found.metrics, found.intervals, found.chance, items)

@@ -18,7 +18,6 @@ from dualenc.evaluation.base import (
     number_of_rows,
     problems,
     reopen,
-    require_images,
     text_ids,
 )
 from dualenc.evaluation.classification import thumbnails
@@ -73,7 +72,6 @@ class CrossModalRetrieval(EvaluationKind):
 
     def score(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Scored:
         """See `EvaluationKind`."""
-        require_images(data, embedded)
         pairs = _pairs(data, embedded)
         found = retrieval_metrics(pairs.image, pairs.text, pairs.owner)
         ids = {"ids": image_ids(data, embedded.rows)[pairs.rows], "text_ids": text_ids(pairs.captions)}

@@ -41,7 +41,7 @@ class ModelFolder:
 
     @property
     def ours(self) -> bool:
-        """Whether the folder is in a format of dualenc."""
+        """True for a folder in a format of dualenc."""
         return bool({"dual_encoder", "text_model"} & set(self.kinds))
 
     def first(self, *wanted: Kind) -> Kind | None:

@@ -14,7 +14,7 @@ import yaml
 
 from dualenc.evaluation import KINDS
 from dualenc.interop.export_format import IMAGES_AND_TEXTS, ExportFormat
-from dualenc.report.card import Card, Published, Source, render_card
+from dualenc.report.card import Card, ModelSource, Published, render_card
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json
 from dualenc.utils.text import one_line
@@ -70,7 +70,7 @@ class Subject:
     facts: Sequence[tuple[str, Any]]
     fingerprint: str
     task: str
-    programs: Mapping[str, Callable[[Source], str]]
+    programs: Mapping[str, Callable[[ModelSource], str]]
     uploaded: Sequence[str]
     weights: Sequence[str] = ("*.safetensors",)
     notes: Sequence[str] = ()
@@ -196,10 +196,10 @@ def card(
     Raises:
         ModelError: If a file of the run cannot be read.
     """
-    source, images = Source(repo=repo, revision=revision or "main"), subject.task == IMAGES_AND_TEXTS
+    source, images = ModelSource(repo=repo, revision=revision or "main"), subject.task == IMAGES_AND_TEXTS
     step, in_training = measured_in_training(subject.run, subject.folder.name) if subject.run is not None else (0, {})
     data, config = _record(subject.run) if subject.run is not None else ([], {})
-    own, exported = subject.format is None, Source("OUT")
+    own, exported = subject.format is None, ModelSource("OUT")
     published = Published(
         results=[result for one in measured for result in _results(one)],
         figures=[row for one in measured for row in _rows(one)],

@@ -27,7 +27,7 @@ from dualenc.inference.text_model import FILES as TEXT_FILES
 from dualenc.inference.text_model import facts_of_text, load_text
 from dualenc.interop.export_format import IMAGES_AND_TEXTS, ExportFormat
 from dualenc.interop.exporting import FORMATS, find_format
-from dualenc.report.card import Source, dual_encoder_program, text_model_program
+from dualenc.report.card import ModelSource, dual_encoder_program, text_model_program
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json, write_text
 from dualenc.utils.text import one_line
@@ -241,7 +241,7 @@ def _same(path: Path, listed: Any) -> bool:
 
 
 def open_subject(model: str | os.PathLike[str], format: str | ExportFormat | None = None) -> Subject:
-    """Recognize a folder by its files.
+    """Detect the model in a folder.
 
     Args:
         model: the folder; see `push`.
@@ -287,7 +287,7 @@ def _open_text_model(found: ModelFolder) -> Subject:
     """Load a text model."""
     predictor = load_text(found.path, "cpu")
     task = next((task for task in ("text-classification", "fill-mask") if predictor.model.heads_for(task)), None)
-    programs: dict[str, Callable[[Source], str]] = {"dualenc": text_model_program}
+    programs: dict[str, Callable[[ModelSource], str]] = {"dualenc": text_model_program}
     if found.config:  # of a family that transformers reads from the same folder
         programs["transformers"] = partial(FORMATS["transformers"].snippet, images=False)
     return Subject(
@@ -362,7 +362,7 @@ def _facts_of_export(chosen: ExportFormat, folder: Path) -> list[tuple[str, Any]
 
 
 def stage(subject: Subject, out: Path, repo: str, revision: str | None = None) -> None:
-    """Link the files that go up into an empty folder, and adjust them to the repository.
+    """Stage links to the files that go up in an empty folder, and adjust them to the repository.
 
     Args:
         subject: the model.

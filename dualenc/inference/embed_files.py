@@ -1,6 +1,6 @@
-"""Embeddings and image features as files: one safetensors file a shard or text file, whole or not there.
+"""Embeddings and image features in files: one safetensors file for each shard or text file, written atomically.
 
-A stopped command is continued by the same call: files that are there are kept.
+The same call resumes a stopped one and keeps the files that exist.
 """
 
 import json
@@ -43,8 +43,8 @@ from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, write_json, write_text
 from dualenc.utils.text import plural
 
-CHUNK = 4096  # lines that are read at a time
-Track = Callable[..., Iterable[Any]]  # wraps an iterable, of which `total` says the length
+CHUNK = 4096  # lines read at once
+Track = Callable[..., Iterable[Any]]  # wraps an iterable whose length is `total`
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class Embedded:
 
     Attributes:
         out: the folder.
-        what: "features" or "embeddings" of shards, "texts" or "tokens" of text files.
-        dims: numbers of each vector.
-        samples: samples of the shards; of text files 0.
-        texts: captions, or lines of the text files.
-        files: how many there are.
-        before: files that an earlier call had written.
-        bad: what could not be embedded.
-        bytes: size of the files.
-        done: samples or texts of this call.
-        seconds: time that they took.
+        what: "features" or "embeddings" for shards, "texts" or "tokens" for text files.
+        dims: dimensions of each vector.
+        samples: number of samples in the shards; 0 for text files.
+        texts: number of captions, or of lines in the text files.
+        files: number of files.
+        before: number of files that an earlier call wrote.
+        bad: samples or lines that could not be embedded.
+        bytes: size of all files.
+        done: number of samples or texts that this call embedded.
+        seconds: duration of this call.
     """
 
     out: Path
@@ -78,27 +78,27 @@ class Embedded:
     seconds: float
 
     def lines(self) -> list[str]:
-        """For the screen, with what to do next."""
+        """Return a summary for the terminal, with the next command."""
         contents = {
             "features": f"image features of {self.samples:,} samples",
             "embeddings": f"embeddings of {self.samples:,} samples and {self.texts:,} captions",
-            "texts": f"vectors of {self.texts:,} texts",
-            "tokens": f"vectors of the tokens of {self.texts:,} texts",
+            "texts": f"embeddings of {self.texts:,} texts",
+            "tokens": f"embeddings of the tokens of {self.texts:,} texts",
         }
         text = [
             f"{self.out}: {contents[self.what]} in {plural(self.files, 'file')}, {self.dims} dimensions, "
             f"{self.bytes / 1e6:,.1f} MB"
         ]
         if self.before:
-            there = "all of them" if self.before == self.files else f"{self.before:,} of them"
-            text.append(f"{there} were there before")
+            kept = "all of them" if self.before == self.files else f"{self.before:,} of them"
+            text.append(f"{kept} were there before")
         if self.done:
             unit = "samples" if self.samples else "texts"
             text.append(f"{self.done:,} {unit} in {self.seconds:.1f} s, {self.done / self.seconds:,.0f} {unit}/s")
         if self.bad and self.samples:
-            lack = "image" if self.what == "features" else "image or no caption"
+            content = "image" if self.what == "features" else "image or caption"
             text.append(
-                f"{len(self.bad):,} samples have no {lack} that can be used: {causes(self.bad)}; all are named in "
+                f"{len(self.bad):,} samples lack a usable {content}: {causes(self.bad)}; all are listed in "
                 f"{self.out / BAD}"
             )
         elif self.bad:
@@ -111,9 +111,10 @@ class Embedded:
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    with atomic_write(path) as beside:
-        # One key: the library writes several in another order each time.
-        save_file(arrays, beside, {KEY: json.dumps(about)})
+    """Write a safetensors file atomically."""
+    with atomic_write(path) as partial:
+        # A single key makes the bytes reproducible: safetensors writes several keys in random order.
+        save_file(arrays, partial, {KEY: json.dumps(about)})
 
 
 # Shards
@@ -131,24 +132,24 @@ def embed_shards(
     batch_size: int = 64,
     track: Track = lambda items, total: items,
 ) -> Embedded:
-    """Writes image features, or embeddings of images and captions, of every sample of shards.
+    """Write image features, or embeddings of images and captions, for every sample of shards.
 
-    The files of a stopped and continued command are the same as without the stop: batches end with their shard.
+    A resumed call writes the same files as one without a stop, since batches end with their shard.
 
     Args:
-        index: whole shards.
+        index: index of complete shards.
         out: folder for a file of each shard, `embed.json` and `bad.jsonl`.
-        about: for `embed.json`; `what` is "features" or "embeddings", `made_by` a fingerprint, `model` a name for
-            people, `captions` where they are read from, `dims` how many numbers each image becomes.
-        transform: uint8 (3, H, W) to uint8 (3, S, S).
-        of_images: uint8 (B, 3, S, S) to (B, dims).
-        of_texts: n strings to (n, dims); absent for features.
-        workers: processes that decode; 0 for none.
-        batch_size: images at once.
-        track: wraps the batches, of which `total` says how many there are, for a progress bar.
+        about: content of `embed.json`: `what` is "features" or "embeddings", `made_by` a fingerprint, `model` the name
+            of the model, `captions` the source of the captions, `dims` the dimensions of each vector.
+        transform: function from uint8 (3, H, W) to uint8 (3, S, S).
+        of_images: function from uint8 (B, 3, S, S) to (B, dims).
+        of_texts: function from n strings to (n, dims); None for features.
+        workers: processes that decode; 0 to decode in this process.
+        batch_size: images per forward pass.
+        track: wraps the batches, whose number is `total`, for a progress bar.
 
     Raises:
-        DataError: two shards have one name, OUT holds something else or was begun otherwise, a shard cannot be read.
+        DataError: If two shards share a name, a shard cannot be read, or the folder was begun with other options.
     """
     out, began = Path(out), time.monotonic()
     captions = about["captions"] if of_texts else None
@@ -159,8 +160,8 @@ def embed_shards(
     inputs = _inputs(index)
     plan = _begin(out, {"format": FORMAT, **about, "inputs": dict(sorted(inputs.items()))})
     todo = [number for number, name in enumerate(inputs) if not _finished(out, name, plan)]
-    for beside in out.glob("*.part"):
-        beside.unlink()
+    for partial in out.glob("*.part"):
+        partial.unlink()
     reader = _Reader(index, transform, captions, batch_size)
     with reader.batches(todo, workers, track) as batches:
         for number in todo:
@@ -200,38 +201,42 @@ def _write_bad(out: Path, index: ShardIndex, files: Sequence[EmbeddingFile]) -> 
 
 
 def _inputs(index: ShardIndex) -> dict[str, str]:
-    """The shards' names and digests."""
+    """Return the digests of the shards by name."""
     found: dict[str, Shard] = {}
     for shard in index.parts:
         name = shard.facts["name"]
         if (other := found.setdefault(name, shard)) is not shard:
-            raise DataError(f"{other} and {shard} would both become {file_name(name)}: embed them into two folders")
+            raise DataError(
+                f"{other} and {shard} would both be written to {file_name(name)}: embed them into two folders"
+            )
     return {name: shard.facts["digest"] for name, shard in found.items()}
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Makes the folder, or looks whether it was begun with the same."""
+    """Create the folder with its `embed.json`, or check that it was begun with the same options."""
     begun = read_about(out)
     if begun is None:
         if out.exists() and not out.is_dir():
-            raise DataError(f"{out} is no folder")
+            raise DataError(f"{out} must be a folder")
         if out.exists() and any(path.suffix != ".part" for path in out.iterdir()):
-            raise DataError(f"{out} holds files that are not of embed: name a new folder")
+            raise DataError(f"{out} holds files that embed did not write: name a new folder")
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / ABOUT, plan, indent=1)
         return plan
     same = "in weights, architecture or preprocessing"
-    tell = {
+    descriptions = {
         "what": "--features" if begun["what"] == "features" else "no --features",
         "made_by": f"another model ({begun['model']}, which differs {same})",
         "inputs": other_inputs(begun["inputs"], plan["inputs"]),
     }
-    check_same(out, begun, {name: plan[name] for name in ("format", "what", "captions", "made_by", "inputs")}, tell)
+    check_same(
+        out, begun, {name: plan[name] for name in ("format", "what", "captions", "made_by", "inputs")}, descriptions
+    )
     return plan
 
 
 def _finished(out: Path, name: str, plan: dict[str, Any]) -> bool:
-    """Whether an earlier call has written the file of a shard."""
+    """Return whether an earlier call wrote the file of a shard."""
     path = out / file_name(name)
     if not path.exists():
         return False
@@ -243,19 +248,29 @@ def _finished(out: Path, name: str, plan: dict[str, Any]) -> bool:
 
 @dataclass
 class _Read:
-    """Some samples of a shard, one after the other."""
+    """Consecutive samples of a shard, decoded.
 
-    first: int  # number of the first in its shard
-    images: Tensor  # uint8 (good, 3, S, S)
-    good: list[int]  # numbers in the shard
-    pieces: list[int]  # of all of them
+    Attributes:
+        first: number of the first sample in its shard.
+        images: images of the good samples, uint8 (G, 3, S, S).
+        good: numbers of the samples with an image.
+        hashes: hash of the image file of each sample; 0 for a bad one.
+        texts: captions of all samples.
+        text_rows: number of the sample of each caption.
+        bad: number, cause and detail of each bad sample.
+    """
+
+    first: int
+    images: Tensor
+    good: list[int]
+    hashes: list[int]
     texts: list[str]
     text_rows: list[int]
-    bad: list[tuple[int, str, str]]  # number, cause, detail
+    bad: list[tuple[int, str, str]]
 
 
 class _Reader(Dataset["_Read"]):
-    """Reads shards in batches that end with their shard."""
+    """Reader of shards in batches that end with their shard."""
 
     def __init__(
         self, index: ShardIndex, transform: Callable[[Tensor], Tensor], captions: str | None, batch_size: int
@@ -264,14 +279,14 @@ class _Reader(Dataset["_Read"]):
         self.index, self.transform, self.captions, self.batch_size = index, transform, captions, batch_size
 
     def requests(self, number: int) -> list[tuple[int, range]]:
-        """The batches of a shard; an empty one has one."""
+        """Return the batches of a shard, at least one, as pairs of its number and rows of the index."""
         start, stop = self.index.starts[number : number + 2]
         firsts = range(start, max(stop, start + 1), self.batch_size)
         return [(number, range(first, min(first + self.batch_size, stop))) for first in firsts]
 
     @contextmanager
     def batches(self, numbers: Sequence[int], workers: int, track: Track) -> Iterator[Iterator["_Read"]]:
-        """The batches of shards, one shard after the other."""
+        """Give an iterator over the batches of shards, shard by shard."""
         requests = [request for number in numbers for request in self.requests(number)]
         workers = workers if requests else 0
         options = {"prefetch_factor": 4} if workers else {}
@@ -279,36 +294,36 @@ class _Reader(Dataset["_Read"]):
         try:
             batches = iter(track(loader, total=len(requests)))
             yield batches
-            for _ in batches:  # the bar's end
+            for _ in batches:  # An exhausted iterator closes its progress bar.
                 pass
         finally:
             loader.close()
 
     def __getitem__(self, request: tuple[int, range]) -> _Read:
-        number, rows = request
-        start = self.index.starts[number]
+        shard, rows = request
+        start = self.index.starts[shard]
         out = _Read(rows.start - start, torch.empty(0), [], [], [], [], [])
         images = []
         for row in rows:
             self.current_sample.start(row)
-            sample, place = self.index[row], row - start
+            sample, number = self.index[row], row - start
             try:
-                picture, piece = decode_and_hash(sample)
-                images.append(self.transform(picture))
-                out.good.append(place)
-                out.pieces.append(piece)
+                image, image_hash = decode_and_hash(sample)
+                images.append(self.transform(image))
+                out.good.append(number)
+                out.hashes.append(image_hash)
             except BadSample as error:
-                out.bad.append((place, error.cause, error.detail))
-                out.pieces.append(0)
+                out.bad.append((number, error.cause, error.detail))
+                out.hashes.append(0)
             if self.captions is None:
                 continue
             try:
                 texts = captions_of(sample, self.captions)
                 out.texts += texts
-                out.text_rows += [place] * len(texts)
+                out.text_rows += [number] * len(texts)
             except BadSample as error:
-                if place in out.good:  # one cause is enough
-                    out.bad.append((place, error.cause, error.detail))
+                if number in out.good:  # A bad sample is listed once.
+                    out.bad.append((number, error.cause, error.detail))
         if images:
             out.images = torch.stack(images)
         self.current_sample.finish()
@@ -322,10 +337,16 @@ class _Reader(Dataset["_Read"]):
 
 @dataclass
 class _Part:
-    """Of a file."""
+    """Embeddings of consecutive samples of a shard.
 
-    images: np.ndarray  # (n, D), rows of NaN for the bad ones
-    texts: np.ndarray | None  # (m, D)
+    Attributes:
+        images: (n, D), with rows of NaN for bad samples.
+        texts: (m, D) of the captions; None for features.
+        read: the samples, without their images.
+    """
+
+    images: np.ndarray
+    texts: np.ndarray | None
     read: _Read
 
 
@@ -335,23 +356,25 @@ def _embed(
     of_images: Callable[[Tensor], Tensor],
     of_texts: Callable[[list[str]], Tensor] | None,
 ) -> _Part:
-    images = np.full((len(read.pieces), dims), np.nan, np.float32)
+    """Embed a batch, and mark samples whose embedding is non-finite as bad."""
+    images = np.full((len(read.hashes), dims), np.nan, np.float32)
     if read.good:
         images[np.array(read.good) - read.first] = of_images(read.images).numpy()
-        for place in read.good:
-            if not np.isfinite(images[place - read.first]).all():
-                images[place - read.first] = np.nan
-                read.bad.append((place, "the model makes of it what is not finite", ""))
+        for number in read.good:
+            if not np.isfinite(images[number - read.first]).all():
+                images[number - read.first] = np.nan
+                read.bad.append((number, "the embedding is non-finite", ""))
     texts = None
     if of_texts is not None:
         texts = of_texts(read.texts).numpy() if read.texts else np.zeros((0, dims), np.float32)
-    read.images = torch.empty(0)  # its memory is free before the shard is done
+    read.images = torch.empty(0)  # This frees the memory before the shard is complete.
     return _Part(images, texts, read)
 
 
 def _write_shard(out: Path, shard: Shard, about: Mapping[str, Any], parts: list[_Part]) -> None:
+    """Write the file of a shard."""
     reads = [part.read for part in parts]
-    arrays = {"piece": np.array([piece for read in reads for piece in read.pieces], np.uint64).view(np.int64)}
+    arrays = {"piece": np.array([x for read in reads for x in read.hashes], np.uint64).view(np.int64)}
     images = np.concatenate([part.images for part in parts])
     if about["what"] == "features":
         arrays["features"] = images
@@ -360,18 +383,18 @@ def _write_shard(out: Path, shard: Shard, about: Mapping[str, Any], parts: list[
         arrays["image"] = images
         arrays["text"] = np.concatenate([part.texts for part in parts if part.texts is not None])
     bad = sorted(item for read in reads for item in read.bad)
-    once = {item[0]: item for item in reversed(bad)}  # a sample whose caption and embedding are bad
+    once = {item[0]: item for item in reversed(bad)}  # the first cause of each sample
     metadata = {
         "format": FORMAT,
         "digest": shard.facts["digest"],
         "made_by": about["made_by"],
-        "keys": [shard.key(place) for place in range(len(shard))],
-        "bad": [once[place] for place in sorted(once)],
+        "keys": [shard.key(number) for number in range(len(shard))],
+        "bad": [once[number] for number in sorted(once)],
     }
     _write(out / file_name(shard.facts["name"]), arrays, metadata)
 
 
-# Files of texts
+# Text files
 
 
 def embed_text_files(
@@ -384,30 +407,31 @@ def embed_text_files(
     batch_size: int = 256,
     track: Track = lambda items, total: items,
 ) -> Embedded:
-    """Writes OUT/NAME.safetensors for each file of texts.
+    """Write OUT/NAME.safetensors for each text file.
 
-    `embeddings` (N, D) are unit vectors of the lines; or, of `tokens`, `tokens` (M, D) are the hidden states of the
-    tokens of all lines, special ones included, `ids` (M,) their ids, and line i is `offsets[i]` to `offsets[i + 1]` of
-    (N + 1,). A line that cannot be read has a row of NaN, or no token, and is named in the result.
+    The file holds `embeddings` (N, D) of unit length, one for each line. With `tokens`, it holds `tokens` (M, D), the
+    hidden states of the tokens of all lines with special tokens, their `ids` (M,), and `offsets` (N + 1,): the tokens
+    of line i are `offsets[i]` to `offsets[i + 1]`. A line that cannot be read has a row of NaN, or zero tokens, and is
+    listed in the result.
 
     Args:
         predictor: the model.
         files: `.txt`, `.tsv`, `.csv`, `.jsonl`: paths, globs, brace patterns.
-        out: folder, made if missing.
-        column: of the text.
-        tokens: writes vectors of the tokens.
-        batch_size: texts a forward pass.
-        track: wraps the chunks of lines, of which `total` says how many there are, for a progress bar.
+        out: folder, created if missing.
+        column: column of the text.
+        tokens: write hidden states of tokens instead of embeddings of lines.
+        batch_size: texts per forward pass.
+        track: wraps the chunks of lines, whose number is `total`, for a progress bar.
 
     Raises:
-        DataError: a file is missing, has no such column, or shares its name with another; or a file of OUT is of
-            another model or other texts.
+        DataError: If a file is missing, does not have the column, or shares its name with another; or if a file in the
+            folder is of another model or other texts.
     """
     out, began = Path(out), time.monotonic()
     index = TextIndex.build(list(files), [column])
     names = [Path(file.url).name for file in index.parts]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise DataError(f"two files are called {twice[0]}: embed them into two folders")
+        raise DataError(f"two files have the name {twice[0]}: embed them into two folders")
     out.mkdir(parents=True, exist_ok=True)
     what: Literal["texts", "tokens"] = "tokens" if tokens else "texts"
     common = {"made_by": predictor.fingerprint, "column": column, "what": what}
@@ -438,47 +462,49 @@ def embed_text_files(
 def _write_texts(
     predictor: TextPredictor, todo: list[tuple[TextFile, Path, dict[str, Any]]], batch_size: int, track: Track
 ) -> list[BadRecord]:
-    """Write a file for each file of texts, and return the lines that cannot be read."""
+    """Write the embeddings of each text file, and return the lines that cannot be read."""
     chunks = [(n, first) for n, (file, _, _) in enumerate(todo) for first in range(0, len(file), CHUNK)]
     parts: list[dict[str, np.ndarray]] = []
-    bad, here = [], []
+    bad, bad_of_file = [], []
     for n, first in track(chunks, total=len(chunks)):
         file, path, about = todo[n]
         tokens, use = about["what"] == "tokens", Use("", about["column"])
-        rows, texts = _read_lines(file, use, range(first, min(first + CHUNK, len(file))), here)
+        rows, texts = _read_lines(file, use, range(first, min(first + CHUNK, len(file))), bad_of_file)
         parts.append(_vectors(predictor, rows, texts, min(CHUNK, len(file) - first), tokens, batch_size))
         if first + CHUNK >= len(file):
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             if tokens:
                 arrays["offsets"] = np.concatenate([[0], np.cumsum(arrays.pop("lengths"))])
-            _write(path, arrays, {**about, "bad": here})
-            bad, parts, here = [*bad, *here], [], []
+            _write(path, arrays, {**about, "bad": bad_of_file})
+            bad, parts, bad_of_file = [*bad, *bad_of_file], [], []
     return bad
 
 
 def _bad_lines(path: Path, about: Mapping[str, Any]) -> list[BadRecord]:
-    """The bad lines of a file that an earlier call has written.
+    """Return the bad lines in a file that an earlier call wrote.
 
     Raises:
-        DataError: it is damaged, or of something else.
+        DataError: If the file is damaged, or of another model, text or option.
     """
     try:
         with safe_open(path, "numpy") as file:
             kept = json.loads(file.metadata()[KEY])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged or not of dualenc embed: remove it, or name a new folder") from None
+        raise DataError(
+            f"{path} is damaged, or dualenc embed did not write it: remove it, or name a new folder"
+        ) from None
     if {name: kept.get(name) for name in about} != about:
-        raise DataError(f"{path} is of another model, other texts or another choice: name a new folder")
+        raise DataError(f"{path} is of another model, other texts or other options: name a new folder")
     return [BadRecord(*item) for item in kept["bad"]]
 
 
 def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[BadRecord]) -> tuple[list[int], list[str]]:
-    """The texts of lines, and their places among these; `bad` takes the others."""
-    own = TextIndex([file])
+    """Return the row numbers and texts of the readable lines, and add the others to `bad`."""
+    index = TextIndex([file])
     rows, texts = [], []
     for row in numbers:
         try:
-            texts.append(texts_of(own[row], use)[0])
+            texts.append(texts_of(index[row], use)[0])
             rows.append(row - numbers.start)
         except BadSample as error:
             bad.append(BadRecord(row, file.url, file.key(row), error.cause, error.detail))
@@ -488,15 +514,16 @@ def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[BadRecord]) 
 def _vectors(
     predictor: TextPredictor, rows: list[int], texts: list[str], count: int, tokens: bool, batch_size: int
 ) -> dict[str, np.ndarray]:
+    """Embed texts as the arrays of a file: one row for each line, or the tokens of all lines with their numbers."""
     width = predictor.model.config.width
     if not tokens:
-        found = np.full((count, width), np.nan, np.float32)
+        embeddings = np.full((count, width), np.nan, np.float32)
         if texts:
-            found[rows] = predictor.embed(texts, batch_size).numpy()
-        return {"embeddings": found}
+            embeddings[rows] = predictor.embed(texts, batch_size).numpy()
+        return {"embeddings": embeddings}
     lengths, ids, vectors = np.zeros(count, np.int64), [np.zeros(0, np.int64)], [np.zeros((0, width), np.float32)]
-    for row, own, (_, hidden) in zip(rows, predictor.tokenizer.encode(texts), predictor.embed_tokens(texts)):
-        lengths[row] = len(own)
-        ids.append(np.array(own, np.int64))
+    for row, tokens_of_row, (_, hidden) in zip(rows, predictor.tokenizer.encode(texts), predictor.embed_tokens(texts)):
+        lengths[row] = len(tokens_of_row)
+        ids.append(np.array(tokens_of_row, np.int64))
         vectors.append(hidden.numpy())
     return {"lengths": lengths, "ids": np.concatenate(ids), "tokens": np.concatenate(vectors)}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dualenc.inference.text_model import TextPredictor
     from dualenc.interop.inputs import Inputs
     from dualenc.interop.verify import Check
-    from dualenc.report.card import Source
+    from dualenc.report.card import ModelSource
 
 IMAGES_AND_TEXTS = "zero-shot-image-classification"  # pipeline tag of models with an image tower
 
@@ -68,7 +68,7 @@ class ExportFormat(ABC):
         """
 
     @abstractmethod
-    def snippet(self, source: "Source", images: bool) -> str:
+    def snippet(self, source: "ModelSource", images: bool) -> str:
         """Return the program on the card that loads the model with the other library.
 
         Args:

@@ -19,7 +19,7 @@ from dualenc.interop.open_clip import OpenClipFormat
 from dualenc.interop.sentence_transformers import SentenceTransformersFormat
 from dualenc.interop.transformers import TransformersFormat
 from dualenc.interop.verify import Verified, verify
-from dualenc.report.card import Card, Source, write_card
+from dualenc.report.card import Card, ModelSource, write_card
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import atomic_folder, write_json
 from dualenc.utils.text import one_line
@@ -156,7 +156,7 @@ def _card(model: Embedder | TextPredictor, chosen: ExportFormat, folder: Path, n
         library=chosen.library or chosen.name,
         summary=f"{kind} in the format of {chosen.name}.",
         facts=facts_of(model) if isinstance(model, Embedder) else facts_of_text(model),
-        programs=[(chosen.name, chosen.snippet(Source(), images))],
+        programs=[(chosen.name, chosen.snippet(ModelSource(), images))],
         notes=notes,
         more=chosen.describe(folder),
         task=task,

@@ -26,7 +26,7 @@ from dualenc.models.dual_encoder import DualEncoder, unit
 from dualenc.models.heads import TextModel
 from dualenc.models.text_encoder import Pool, TextConfig
 from dualenc.models.tower import evaluating
-from dualenc.report.card import Source
+from dualenc.report.card import ModelSource
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json, write_json
 from dualenc.utils.text import one_line
@@ -56,7 +56,7 @@ class OnnxFormat(ExportFormat):
             write_onnx(model, folder)
         return []
 
-    def snippet(self, source: Source, images: bool) -> str:
+    def snippet(self, source: ModelSource, images: bool) -> str:
         """Return a program that opens the graphs and the tokenizer."""
         image = 'image = onnxruntime.InferenceSession(f"{folder}/image.onnx")\n' if images else ""
         return source.with_folder(

@@ -19,7 +19,7 @@ from dualenc.interop import references
 from dualenc.interop.export_format import ExportFormat, read_object
 from dualenc.interop.inputs import Inputs, parts_of
 from dualenc.interop.verify import Check
-from dualenc.report.card import Source
+from dualenc.report.card import ModelSource
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import write_json
 
@@ -64,7 +64,7 @@ class OpenClipFormat(ExportFormat):
             fields["model_cfg"]["text_cfg"]["hf_model_name"] = str(out.resolve())
             write_json(folder / OPEN_CLIP, fields)
 
-    def snippet(self, source: Source, images: bool) -> str:
+    def snippet(self, source: ModelSource, images: bool) -> str:
         """Return a program that loads model, preprocessing and tokenizer."""
         return source.with_folder(
             "import open_clip",

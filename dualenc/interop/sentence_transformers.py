@@ -19,7 +19,7 @@ from dualenc.inference.text_model import TextPredictor, counts_positions, write_
 from dualenc.interop import references
 from dualenc.interop.export_format import ExportFormat
 from dualenc.models.text_encoder import Pool, TextEncoder
-from dualenc.report.card import Source
+from dualenc.report.card import ModelSource
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import write_json
 
@@ -57,7 +57,7 @@ class SentenceTransformersFormat(ExportFormat):
         write_sentence_transformer(model, folder)
         return []
 
-    def snippet(self, source: Source, images: bool) -> str:
+    def snippet(self, source: ModelSource, images: bool) -> str:
         """Return a program that embeds a sentence."""
         return (
             "from sentence_transformers import SentenceTransformer\n\n"

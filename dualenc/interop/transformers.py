@@ -28,7 +28,7 @@ from dualenc.interop.inputs import Inputs, make_text_inputs, outputs_of, parts_o
 from dualenc.interop.verify import Check
 from dualenc.models.heads import TextModel
 from dualenc.models.tower import evaluating
-from dualenc.report.card import Source
+from dualenc.report.card import ModelSource
 from dualenc.tokens import Tokens, padding_index
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json, write_json
@@ -70,7 +70,7 @@ class TransformersFormat(ExportFormat):
             checks.append(check_text(tower, text, make_text_inputs(tower)))
         return checks
 
-    def snippet(self, source: Source, images: bool) -> str:
+    def snippet(self, source: ModelSource, images: bool) -> str:
         """Return a program that loads model, tokenizer and, for images, the processor."""
         names = ["AutoImageProcessor", "AutoModel", "AutoTokenizer"]
         lines = [

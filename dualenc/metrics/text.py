@@ -1,7 +1,8 @@
-"""Text models: labels and numbers of texts, words behind masks, replaced words; each beside what needs no model.
+"""Metrics of text models: labels and scores of texts, masked tokens, replaced tokens; each with a baseline.
 
-torchmetrics has the usual metrics as pure functions; it is imported inside, as it imports `transformers` where that is
-installed. Where it has no answer, such as the correlation with a constant, one is defined here and no warning given.
+torchmetrics has the usual metrics as pure functions. It is imported inside functions, because it imports
+`transformers` where that is installed. Where a metric is undefined, such as the correlation with a constant, this
+module defines a value and gives no warning.
 """
 
 import math
@@ -16,35 +17,35 @@ from dualenc.metrics.bootstrap import BootstrapMetrics, mean
 from dualenc.tokens import Tokens
 
 Problem = Literal["single_label", "multi_label", "regression"]
-Texts = Sequence[Sequence[int] | np.ndarray]  # token ids of each text, special ones included
+Texts = Sequence[Sequence[int] | np.ndarray]  # Token ids of each text, including special tokens.
 
-SMOOTHING = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # tried for the unigrams
-HELD = 10  # every so many-th training text is left out to choose by
+SMOOTHING = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # The values of k that the unigram baseline tries.
+HELD = 10  # The unigram baseline holds out one of this many training texts to choose k.
 
 
 def label_metrics(
     logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single_label"
 ) -> dict[str, float]:
-    """The metrics of a classification of texts, or of numbers given to them.
+    """Compute the metrics of a classification of texts, or of a regression.
 
     Args:
-        logits: (N, C); of a regression (N,) or (N, 1), the numbers themselves.
+        logits: (N, C) logits; for a regression the predictions, (N,) or (N, 1).
         labels: (N,) the class of each text ("single_label"), (N, C) booleans ("multi_label"), or (N,) numbers
             ("regression").
-        names: of the C classes.
-        problem: as a classification head has it.
+        names: names of the C classes.
+        problem: the problem of the classification head.
 
     Returns:
-        "single_label": `accuracy`; `f1` of the last class where there are two, else the mean over the classes that
-        occur among labels or predictions; `matthews` (Gorodkin 2004), 0 where all labels or all predictions are of one
-        class.
-        "multi_label": a label is given where its logit is positive. `accuracy`, of texts with exactly their labels;
-        `f1_micro` over all decisions; `f1_macro`, the mean over the labels, where one that no text has and none is
-        given counts as 0.
-        "regression": `pearson` and `spearman`, nan where all numbers, or all predictions, are the same; `mse`.
+        For "single_label": `accuracy`; `f1` of the last class if there are two, otherwise the mean over the classes
+        that occur among labels or predictions; `matthews` (Gorodkin 2004), 0 where all labels or all predictions are of
+        one class.
+        For "multi_label", where a label with a positive logit is predicted: `accuracy`, the share of texts with exactly
+        their labels; `f1_micro` over all decisions; `f1_macro`, the mean over the labels, in which a label that neither
+        occurs nor is predicted counts as 0.
+        For "regression": `pearson` and `spearman`, nan where all numbers or all predictions are equal; `mse`.
 
     Raises:
-        ValueError: shapes do not fit, a label is no class, logits are not finite, or there is no text.
+        ValueError: If shapes do not fit, a label is not a class, logits are non-finite, or there are no texts.
     """
     logits, labels = _checked(logits, labels, names, problem)
     if problem == "regression":
@@ -61,7 +62,7 @@ def label_metrics(
 
         given, count = (logits > 0).long(), len(names)
         return {
-            "accuracy": float(_right(logits, labels, problem).mean()),
+            "accuracy": float(_correct(logits, labels, problem).mean()),
             "f1_micro": float(multilabel_f1_score(given, labels, count, average="micro")),
             "f1_macro": float(multilabel_f1_score(given, labels, count, average="macro")),
         }
@@ -75,7 +76,7 @@ def label_metrics(
     f1 = binary_f1_score(answers, labels) if classes == 2 else multiclass_f1_score(answers, labels, classes)
     constant = bool((answers == answers[0]).all() or (labels == labels[0]).all())
     return {
-        "accuracy": float(_right(logits, labels, problem).mean()),
+        "accuracy": float(_correct(logits, labels, problem).mean()),
         "f1": float(f1),
         "matthews": 0.0 if constant else float(multiclass_matthews_corrcoef(answers, labels, classes)),
     }
@@ -84,26 +85,26 @@ def label_metrics(
 def label_bootstrap(
     logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single_label"
 ) -> BootstrapMetrics:
-    """`accuracy`, or `mse`, of `label_metrics` as a function of the texts' weights, for intervals and differences.
+    """Return `accuracy` or `mse` of `label_metrics` as a function of the texts' weights, for intervals and differences.
 
     Args:
         logits, labels, names, problem: see `label_metrics`.
 
     Raises:
-        ValueError: see `label_metrics`.
+        ValueError: As `label_metrics` does.
     """
     logits, labels = _checked(logits, labels, names, problem)
     if problem == "regression":
         return BootstrapMetrics({"mse": mean((logits - labels) ** 2)}, len(labels))
-    return BootstrapMetrics({"accuracy": mean(_right(logits, labels, problem))}, len(labels))
+    return BootstrapMetrics({"accuracy": mean(_correct(logits, labels, problem))}, len(labels))
 
 
 def majority_baseline(train_labels: Tensor, labels: Tensor) -> float:
-    """Accuracy of always giving the answer most frequent in training, of equally frequent ones the first.
+    """Compute the accuracy of always predicting the most frequent training label, in a tie the first one.
 
     Args:
-        train_labels: (M,) classes, or (M, C) truths where texts have several labels.
-        labels: (N,) or (N, C), of the texts that are measured.
+        train_labels: (M,) classes, or (M, C) booleans if texts have several labels.
+        labels: (N,) or (N, C) labels of the texts that are measured.
     """
     answers, counts = torch.unique(train_labels.long(), dim=0, return_counts=True)
     right = labels.long() == answers[int(counts.argmax())]
@@ -111,12 +112,12 @@ def majority_baseline(train_labels: Tensor, labels: Tensor) -> float:
 
 
 def mean_baseline(train_labels: Tensor, labels: Tensor) -> float:
-    """Mean squared error of always giving the mean of the training numbers (M,), on numbers (N,)."""
+    """Compute the mean squared error of always predicting the mean of the training numbers (M,), on numbers (N,)."""
     return float((labels.double() - train_labels.double().mean()).square().mean())
 
 
 def _checked(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem) -> tuple[Tensor, Tensor]:
-    """Logits float64 (N, C) or (N,), labels int64 (N,), (N, C) or float64 (N,), on the CPU."""
+    """Return logits as float64 (N, C) or (N,) and labels as int64 (N,), (N, C) or float64 (N,), on the CPU."""
     logits = logits.detach().double().cpu()
     labels = labels.detach().cpu()
     if problem == "regression":
@@ -128,8 +129,8 @@ def _checked(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Prob
     shape = wanted if problem == "multi_label" else (len(labels),)
     if not len(labels) or tuple(logits.shape) != wanted or tuple(labels.shape) != shape:
         raise ValueError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} are not of a problem of kind {problem} "
-            f"with {len(names)} names, or there is no text"
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit the problem {problem} with "
+            f"{len(names)} names, or there are no texts"
         )
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("the logits are not finite: they cannot be measured")
@@ -139,25 +140,28 @@ def _checked(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Prob
     return logits, labels
 
 
-def _right(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
-    """(N,) float64, one where a text has been given exactly what it has."""
-    right = ((logits > 0) == labels.bool()).all(1) if problem == "multi_label" else logits.argmax(1) == labels
-    return right.double()
+def _correct(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
+    """Return 1 for each text whose prediction equals its labels, otherwise 0, (N,) float64."""
+    correct = ((logits > 0) == labels.bool()).all(1) if problem == "multi_label" else logits.argmax(1) == labels
+    return correct.double()
 
 
-# Words
+# Masked tokens
 
 
 def perplexity(losses: Tensor, counts: Tensor) -> float:
-    """exp of the mean loss of all tokens.
+    """Compute exp of the mean loss of all tokens.
 
     Args:
         losses: (K,) mean loss of each batch's tokens, in nats.
-        counts: (K,) number of tokens that each mean is over; a batch of none does not count, whatever its loss.
+        counts: (K,) number of tokens behind each mean. The loss of a batch without tokens is ignored.
+
+    Raises:
+        ValueError: If there are no tokens.
     """
     losses, counts = losses.detach().double().cpu(), counts.detach().double().cpu()
     if not float(counts.sum()) > 0:
-        raise ValueError("there is no token to measure")
+        raise ValueError("there are no tokens to measure")
     return math.exp(float((losses * counts)[counts > 0].sum() / counts.sum()))
 
 
@@ -169,119 +173,112 @@ def pseudo_perplexity(
     *,
     batch_tokens: int = 8192,
 ) -> float:
-    """Perplexity of a masked-language model (Salazar et al. 2020, section 2).
+    """Compute the pseudo-perplexity of a masked-language model (Salazar et al. 2020, section 2).
 
-    Each token but the special ones is hidden once, alone, and guessed from all others of its text: exp of the mean
-    negative log-probability over the tokens of all texts. The figure is not a probability of the texts, and does not
-    compare with the perplexity of a model that sees the left side only.
+    Each token except the special tokens is masked once, alone, and predicted from all other tokens of its text. The
+    result is exp of the mean negative log-probability over the tokens of all texts. It is not a probability of the
+    texts and cannot be compared with the perplexity of a model that sees the left side only.
 
     Args:
-        guess: from a packed batch of copies and the positions (M,) in `Tokens.ids` of what is hidden, to logits (M, V);
-            such as `lambda tokens, positions: model(tokens, "mlm", positions)`, of a model in evaluation mode.
-        texts: token ids, special ones included.
-        mask_id: of the mask token.
-        special_ids: of the tokens that are seen and not scored.
-        batch_tokens: in a batch at most, but for a text that is longer by itself.
+        guess: function from a packed batch of copies and the masked positions (M,) in `Tokens.ids` to logits (M, V),
+            such as `lambda tokens, positions: model(tokens, "mlm", positions)` of a model in evaluation mode.
+        texts: token ids, including special tokens.
+        mask_id: id of the mask token.
+        special_ids: ids of the tokens that are seen and not scored.
+        batch_tokens: most tokens of a batch; a longer text is a batch by itself.
 
     Raises:
-        ValueError: there is no token to score.
+        ValueError: If there are no tokens to score.
     """
     special, total, count = frozenset(special_ids), 0.0, 0
     copies: list[list[int]] = []
-    hidden: list[tuple[int, int]] = []  # place in the copy, what stood there
-    room = 0
+    masked: list[tuple[int, int]] = []  # The masked position in each copy, and the token there.
+    size = 0  # tokens of the copies
 
     def score() -> float:
         tokens = Tokens.pack(copies)
-        place, target = torch.tensor(hidden).T
+        position, target = torch.tensor(masked).T
         with torch.no_grad():
-            logits = guess(tokens, tokens.offsets[:-1].long()[tokens.rows] + place)
+            logits = guess(tokens, tokens.offsets[:-1].long()[tokens.rows] + position)
             chosen = logits.double().log_softmax(1).gather(1, target.to(logits.device)[:, None])
         copies.clear()
-        hidden.clear()
+        masked.clear()
         return float(chosen.sum())
 
-    for text in sorted(texts, key=len):  # equal lengths together
+    for text in sorted(texts, key=len):  # Texts of similar length share a batch.
         ids = [int(i) for i in text]
-        for place, target in enumerate(ids):
+        for position, target in enumerate(ids):
             if target in special:
                 continue
-            if copies and room + len(ids) > batch_tokens:
-                total, room = total + score(), 0
-            copies.append([*ids[:place], mask_id, *ids[place + 1 :]])
-            hidden.append((place, target))
-            count, room = count + 1, room + len(ids)
+            if copies and size + len(ids) > batch_tokens:
+                total, size = total + score(), 0
+            copies.append([*ids[:position], mask_id, *ids[position + 1 :]])
+            masked.append((position, target))
+            count, size = count + 1, size + len(ids)
     if not count:
-        raise ValueError("the texts have no token to score")
+        raise ValueError("the texts have no tokens to score")
     return math.exp(-(total + score()) / count)
 
 
 def unigram_perplexity(train: Texts, held_out: Texts, vocab_size: int, special_ids: Iterable[int] = ()) -> float:
-    """Perplexity of guessing each token by how frequent it is, for the tokens that `pseudo_perplexity` scores.
+    """Compute the perplexity of predicting each token by its frequency, on the tokens that `pseudo_perplexity` scores.
 
-    k is added to each count (Chen and Goodman 1999, section 2.1); of `SMOOTHING`, the k that guesses every tenth
+    k is added to each count (Chen and Goodman 1999, section 2.1). Of `SMOOTHING`, it is the k that predicts every tenth
     training text best from the others.
 
     Args:
-        train: token ids of the texts to count.
-        held_out: of the texts to guess.
-        vocab_size: ids lie below it.
-        special_ids: of the tokens that are neither counted nor scored.
+        train: token ids of the training texts, whose tokens are counted.
+        held_out: token ids of the texts to predict.
+        vocab_size: number of ids.
+        special_ids: ids of the tokens that are neither counted nor scored.
 
     Raises:
-        ValueError: an id is none of the vocabulary, or there is no token to count or to score.
+        ValueError: If an id is outside the vocabulary, or there are no tokens to count or to score.
     """
-    ordinary = _ordinary(vocab_size, special_ids)
-    parts = [_ids(texts, vocab_size) for texts in (train, held_out)]
-    counted, scored = (part[ordinary[part]] for part in parts)
+    special = sorted(set(special_ids))
+    rest = [text for i, text in enumerate(train) if i % HELD]
+    counted, scored, most, tenth = (
+        _ordinary(texts, vocab_size, special) for texts in (train, held_out, rest, train[::HELD])
+    )
     if not len(counted) or not len(scored):
-        raise ValueError("the texts have no token to count, or none to score")
+        raise ValueError("the texts have no tokens to count, or none to score")
 
-    def loss(seen: np.ndarray, asked: np.ndarray, k: float) -> float:
+    def loss(seen: np.ndarray, predicted: np.ndarray, k: float) -> float:
         counts = np.bincount(seen, minlength=vocab_size)
-        return float(-np.log((counts[asked] + k) / (len(seen) + k * ordinary.sum())).mean())
+        return float(-np.log((counts[predicted] + k) / (len(seen) + k * (vocab_size - len(special)))).mean())
 
-    tuning = [_ids(texts, vocab_size) for texts in ([t for i, t in enumerate(train) if i % HELD], train[::HELD])]
-    seen, asked = (part[ordinary[part]] for part in tuning)
-    k = min(SMOOTHING, key=lambda k: loss(seen, asked, k)) if len(seen) and len(asked) else SMOOTHING[0]
+    k = min(SMOOTHING, key=lambda k: loss(most, tenth, k)) if len(most) and len(tenth) else SMOOTHING[0]
     return math.exp(loss(counted, scored, k))
 
 
-def _ordinary(vocab_size: int, special_ids: Iterable[int]) -> np.ndarray:
-    """Return which ids are counted and scored (V,)."""
-    ordinary = np.ones(vocab_size, dtype=bool)
-    ordinary[list(special_ids)] = False
-    return ordinary
-
-
-def _ids(texts: Texts, vocab_size: int) -> np.ndarray:
-    """All tokens of some texts."""
+def _ordinary(texts: Texts, vocab_size: int, special: Sequence[int]) -> np.ndarray:
+    """Return all tokens of some texts, except the special tokens."""
     ids = np.concatenate([np.empty(0, np.int64), *(np.asarray(text, dtype=np.int64) for text in texts)])
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(f"token ids between {ids.min()} and {ids.max()} are no vocabulary of {vocab_size}")
-    return ids
+        raise ValueError(f"token ids lie between {ids.min()} and {ids.max()}, outside a vocabulary of {vocab_size}")
+    return ids[~np.isin(ids, special)]
 
 
-# Replaced words
+# Replaced tokens
 
 
 def replaced_metrics(logits: Tensor, replaced: Tensor, frequent: Tensor | None = None) -> dict[str, float]:
-    """The metrics of telling which tokens were replaced; "replaced" is said where a logit is positive.
+    """Compute the metrics of detecting replaced tokens; a token with a positive logit is predicted as replaced.
 
     Args:
-        logits: (N,) of the tokens that are judged.
-        replaced: (N,) truths.
-        frequent: (N,) whether the token that is seen is a frequent one.
+        logits: (N,) logits of the tokens.
+        replaced: (N,) booleans, true for replaced tokens.
+        frequent: (N,) booleans, true for tokens that are frequent.
 
     Returns:
-        `accuracy`; `always_original`, that of never saying "replaced", which it must be compared with;
-        `balanced_accuracy`, the mean of the shares of replaced and of original tokens that are right; `auroc`, the
-        share of pairs of both in which the replaced one has the higher logit, a tie as half; `precision`, `recall` and
-        `f1` of "replaced". The same of the frequent tokens and of the others, as `NAME_frequent` and `NAME_rare`. nan
-        where there is nothing to divide by.
+        `accuracy`, and its baseline `always_original`, the accuracy of never predicting "replaced";
+        `balanced_accuracy`, the mean of the recalls of replaced and of original tokens; `auroc`, the share of pairs of
+        a replaced and an original token in which the replaced one has the higher logit, a tie as half; `precision`,
+        `recall` and `f1` of "replaced". With `frequent` also the same of frequent and of rare tokens, as
+        `NAME_frequent` and `NAME_rare`. A value is nan where its denominator is 0.
 
     Raises:
-        ValueError: shapes differ, or logits are not finite.
+        ValueError: If shapes differ, or logits are non-finite.
     """
     logits, replaced = logits.detach().double().cpu(), replaced.detach().bool().cpu()
     frequent = None if frequent is None else frequent.detach().bool().cpu()
@@ -297,11 +294,11 @@ def replaced_metrics(logits: Tensor, replaced: Tensor, frequent: Tensor | None =
 
 
 def _replaced(logits: Tensor, replaced: Tensor) -> dict[str, float]:
-    said, n, positives = logits > 0, len(logits), int(replaced.sum())
-    tp, fp, negatives = int((said & replaced).sum()), int((said & ~replaced).sum()), n - positives
-    _, place, counts = torch.unique(logits, return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[place]  # from 1; equal logits share the mean of their places
-    above = float(rank[replaced].sum()) - positives * (positives + 1) / 2  # Mann and Whitney's U
+    predicted, n, positives = logits > 0, len(logits), int(replaced.sum())
+    tp, fp, negatives = int((predicted & replaced).sum()), int((predicted & ~replaced).sum()), n - positives
+    _, index, counts = torch.unique(logits, return_inverse=True, return_counts=True)
+    rank = (counts.cumsum(0) - (counts - 1) / 2)[index]  # Ranks begin at 1; equal logits share their mean rank.
+    above = float(rank[replaced].sum()) - positives * (positives + 1) / 2  # The U of Mann and Whitney.
     recall = _over(tp, positives)
     return {
         "accuracy": _over(tp + negatives - fp, n),

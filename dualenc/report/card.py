@@ -23,7 +23,7 @@ _LINK = re.compile(r"\w://|\bwww\.|\b(?:mailto|xmpp):|@[\w-]+\.[a-z]|(?<!\w)@\w"
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Place from which a program on a card loads a model: a folder, or a repository on the hub.
 
     Attributes:
@@ -60,7 +60,7 @@ class Source:
         return f"import huggingface_hub\n{imports}\n\n{download}\n{body}"
 
 
-LOCAL_FOLDER = Source()
+LOCAL_FOLDER = ModelSource()
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def write_card(folder: Path, card: Card) -> None:
     write_text(folder / "README.md", render_card(card))
 
 
-def dual_encoder_program(source: Source = LOCAL_FOLDER) -> str:
+def dual_encoder_program(source: ModelSource = LOCAL_FOLDER) -> str:
     """Return a program that loads a model directory of dualenc."""
     return f"""import dualenc
 
@@ -166,7 +166,7 @@ texts = embedder.embed_texts(["a dog on a beach"])
 print(images @ texts.T)"""
 
 
-def text_model_program(source: Source = LOCAL_FOLDER) -> str:
+def text_model_program(source: ModelSource = LOCAL_FOLDER) -> str:
     """Return a program that loads a text model of dualenc."""
     return f"""import dualenc
 

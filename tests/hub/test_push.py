@@ -1,4 +1,4 @@
-"""Against a hub on this machine; whatever would go elsewhere fails."""
+"""Pushes to a hub on this machine; connections to other hosts fail."""
 
 import ast
 import builtins
@@ -36,7 +36,7 @@ from dualenc.interop.exporting import FORMATS
 from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig, TextModel
 
-# huggingface_hub's own business with its HTTP client.
+# huggingface_hub calls its HTTP client in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 TEXTS = ["a cat on the mat", "two boats", "a red tree with hats"]
@@ -93,7 +93,7 @@ def same(one: Any, other: Any) -> bool:
 # Fetching
 
 
-def test_a_pushed_model_comes_back_to_the_bit_and_a_pin_stays(hub: Hub, tmp_path: Path, seed: int) -> None:
+def test_a_pushed_model_loads_to_the_bit_and_a_pin_stays(hub: Hub, tmp_path: Path, seed: int) -> None:
     first, second = tiny_embedder(seed), tiny_embedder(seed + 1)
     first.save(tmp_path / "model")
     pinned = push(tmp_path / "model", REPO)
@@ -120,7 +120,7 @@ def test_a_pushed_model_comes_back_to_the_bit_and_a_pin_stays(hub: Hub, tmp_path
 
     asked = len(hub.log)
     assert same(load(pinned.spec, "cpu"), first)
-    assert len(hub.log) == asked  # a pin that is here asks nobody
+    assert len(hub.log) == asked  # a cached pin does not ask the hub
     load(f"hf-hub:{REPO}", "cpu")
     assert len(hub.log) > asked
     stop(hub)
@@ -145,7 +145,7 @@ def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("out_of_reach", [refuse, fail, hang, offline])
-def test_without_the_hub_a_branch_is_what_it_last_was(
+def test_without_the_hub_a_branch_loads_its_cached_commit(
     hub: Hub, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, caplog: Any, out_of_reach: Any
 ) -> None:
     embedder = tiny_embedder(seed)
@@ -154,7 +154,7 @@ def test_without_the_hub_a_branch_is_what_it_last_was(
     hub.repos[REPO].commit("old", {}, "another branch, of another commit")
     with caplog.at_level(logging.WARNING, "dualenc"):
         load(f"hf-hub:{REPO}", "cpu")
-        assert not caplog.records  # it is there
+        assert not caplog.records  # the hub can be reached
         out_of_reach(hub, monkeypatch)
         assert same(load(f"hf-hub:{REPO}", "cpu"), embedder)
     (record,) = [record for record in caplog.records if record.name == "dualenc"]
@@ -171,13 +171,13 @@ def test_without_the_hub_a_branch_is_what_it_last_was(
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-def test_a_part_of_a_snapshot_is_never_taken_for_all(hub: Hub, tmp_path: Path, seed: int, pinned: bool) -> None:
+def test_an_incomplete_snapshot_is_completed_or_refused(hub: Hub, tmp_path: Path, seed: int, pinned: bool) -> None:
     embedder = tiny_embedder(seed)
     embedder.save(tmp_path / "model")
     spec = push(tmp_path / "model", REPO).spec
     spec = spec if pinned else f"hf-hub:{REPO}"
     folder = hub_folder(spec, OWN_FILES)
-    for forgotten in (False, True):  # whether another program fetched them, which keeps no list
+    for forgotten in (False, True):  # True: another program downloaded the files, without a list of them
         (folder / "model.safetensors").unlink()
         if forgotten:
             shutil.rmtree(folder.parents[1] / "trees")
@@ -189,7 +189,7 @@ def test_a_part_of_a_snapshot_is_never_taken_for_all(hub: Hub, tmp_path: Path, s
         load(spec, "cpu")
 
 
-def test_what_the_hub_has_not_is_said_in_one_line(
+def test_missing_repositories_and_revisions_give_one_line(
     hub: Hub, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_embedder(seed).save(tmp_path / "model")
@@ -214,7 +214,7 @@ def test_what_the_hub_has_not_is_said_in_one_line(
         load(f"hf-hub:{REPO}", "cpu")
 
 
-def test_terms_and_a_broken_cache_are_not_the_hubs_silence(
+def test_terms_and_a_broken_cache_have_errors_of_their_own(
     hub: Hub, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_embedder(seed).save(tmp_path / "model")
@@ -255,7 +255,7 @@ def test_text_models_and_branches(hub: Hub, tmp_path: Path, seed: int) -> None:
     assert torch.equal(load_text(pushed.spec, "cpu").embed(TEXTS), predictor.embed(TEXTS))
     assert torch.equal(load_text(f"hf-hub:{REPO}@try/one", "cpu").embed(TEXTS), predictor.embed(TEXTS))
     with pytest.raises(ModelError):
-        load_text(f"hf-hub:{REPO}", "cpu")  # nothing is on main
+        load_text(f"hf-hub:{REPO}", "cpu")  # main is empty
     text = hub.repos[REPO].commits[hub.repos[REPO].branches["try/one"]]["README.md"].decode()
     assert f'dualenc.load_text("hf-hub:{REPO}@try/one")' in text
     assert ModelCard(text).data.pipeline_tag == "text-classification"
@@ -263,7 +263,7 @@ def test_text_models_and_branches(hub: Hub, tmp_path: Path, seed: int) -> None:
 
 
 def run_directory(folder: Path, seed: int) -> Path:
-    """As a run leaves it, without training: models, record, figures, and what is not to be uploaded."""
+    """Write a run directory without training: models, record, metrics, and files that are not uploaded."""
     for name in ("best", "last"):
         tiny_embedder(seed).save(folder / name)
     (folder / "checkpoints").mkdir()
@@ -292,7 +292,7 @@ def run_directory(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_of_a_run_the_best_goes_there_and_only_what_it_needs(
+def test_a_run_pushes_its_best_without_other_files(
     hub: Hub, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = run_directory(tmp_path / "run", seed)
@@ -305,7 +305,7 @@ def test_of_a_run_the_best_goes_there_and_only_what_it_needs(
     assert isinstance(there["model.safetensors"], Large)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     text = there["README.md"].decode()
-    assert "after step 6, without intervals" in text  # the first of the largest
+    assert "after step 6, without intervals" in text  # the first step with the largest value
     assert "| val/loss | 1.5 |" in text
     assert "train/lr" not in text
     assert "| training pairs | 6,000 |" in text
@@ -313,7 +313,7 @@ def test_of_a_run_the_best_goes_there_and_only_what_it_needs(
         assert secret not in text
     for kept in ("https://host/a.tar", "tokenizer: kept"):
         assert kept in text
-    for path in (folder / "best", folder / "last"):  # named themselves, they are the run's all the same
+    for path in (folder / "best", folder / "last"):  # They belong to the run even if they are named directly.
         assert "## Configuration" in card(open_subject(path), REPO)
         monkeypatch.chdir(path)
         assert "## Configuration" in card(open_subject("."), REPO)
@@ -324,8 +324,8 @@ def test_of_a_run_the_best_goes_there_and_only_what_it_needs(
     assert "| val/loss | 1.25 |" in text
 
 
-def test_figures_stand_on_the_card_with_their_intervals(hub: Hub, tmp_path: Path, seed: int) -> None:
-    """Measured by the command itself; the metadata are read by the hub's own parser."""
+def test_the_card_has_metrics_with_intervals(hub: Hub, tmp_path: Path, seed: int) -> None:
+    """The command measures the metrics; the hub's own parser reads the metadata."""
     embedder = tiny_embedder(seed)
     embedder.save(tmp_path / "model")
     data = write_benchmark(tmp_path / "set", seed, counts=(12, 12))
@@ -352,7 +352,7 @@ def test_figures_stand_on_the_card_with_their_intervals(hub: Hub, tmp_path: Path
             assert f"| {value:.4g} |" in row
             if metric in one["intervals"]:
                 assert "| {:.4g} to {:.4g} |".format(*one["intervals"][metric]) in row
-    # The control: a figure that was altered is another card.
+    # The control: an altered metric gives another card.
     expected[0]["metrics"]["acc1"] += 0.01
     results[0].write_text(json.dumps([one for one in expected if one["kind"] == "classification"]))
     altered = [one for path in results for one in read_measured(path)]
@@ -362,7 +362,7 @@ def test_figures_stand_on_the_card_with_their_intervals(hub: Hub, tmp_path: Path
     tiny_embedder(seed + 1).save(other)
     with pytest.raises(ModelError, match=r"the result for set is of another model, .*model \(fingerprint"):
         push(other, REPO, results=results)
-    tiny_embedder(seed + 1).save(tmp_path / "model")  # of the same name, and trained on
+    tiny_embedder(seed + 1).save(tmp_path / "model")  # same name, other weights
     with pytest.raises(ModelError, match="of another model"):
         push(tmp_path / "model", REPO, results=results)
     embedder.save(tmp_path / "model")
@@ -393,7 +393,7 @@ def measured(**changes: Any) -> dict[str, Any]:
         (json.dumps([measured(n=float("inf"))]), "cannot be read"),
     ],
 )
-def test_what_is_no_result_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_damaged_results_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(ModelError, match=message) as error:
         read_measured(tmp_path / "r.json")
@@ -404,8 +404,8 @@ def test_what_is_no_result_is_refused(tmp_path: Path, content: str, message: str
     assert read_measured(tmp_path / "r.json")[0].metrics == {"acc1": 0.5}  # the control
 
 
-def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
-    """The card is read by a parser of Markdown, which must find our own structure and nothing else."""
+def test_text_of_users_is_escaped_on_the_card(tmp_path: Path) -> None:
+    """A Markdown parser must find only the structure of the template on the card."""
     (tmp_path / "r.json").write_text(
         json.dumps([
             measured(
@@ -436,7 +436,7 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
     text, calm = card(nasty, REPO, found), card(plain, REPO, read_measured(tmp_path / "r.json"))
     assert outline(re.sub(r"`\S+//\S+`", "l", text)) == outline(calm)
     assert "`[l](http://h/)`" in text
-    assert links(text) == []  # nor what a renderer makes one of unasked
+    assert links(text) == []  # nor text that a renderer turns into a link
     for link in (
         "https://a.b/_c_",
         "(www.a.b)",
@@ -460,11 +460,11 @@ def test_what_others_wrote_is_text_and_no_markup(tmp_path: Path) -> None:
     assert front is not None
     about = yaml.safe_load(front[1])
     assert about["model-index"][0]["results"][0]["dataset"]["name"].startswith("a|b `c` **d** <script>")
-    assert len(about["model-index"][0]["results"][0]["metrics"]) == 1  # what is not finite has no place there
+    assert len(about["model-index"][0]["results"][0]["metrics"]) == 1  # a non-finite metric is left out
     assert "license" not in about
     assert "No license was given." in text
     assert "was incomplete" in text
-    # The control: without escapes the outline is another one.
+    # The control: without escapes the outline differs.
     assert outline(re.sub(r"`\S+//\S+`", "l", text).replace("\\", "")) != outline(calm)
 
 
@@ -527,7 +527,7 @@ def export(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_exports_are_known_by_their_files(hub: Hub, tmp_path: Path, kind: str) -> None:
+def test_exports_are_pushed_with_their_files_only(hub: Hub, tmp_path: Path, kind: str) -> None:
     folder = export(tmp_path / "out", kind)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     commit = push(folder, REPO).spec.partition("@")[2]
@@ -558,10 +558,10 @@ def test_exports_are_known_by_their_files(hub: Hub, tmp_path: Path, kind: str) -
         push(folder, REPO)
 
 
-def test_a_name_in_an_open_clip_folder_is_of_that_folder_or_of_the_hub(
+def test_names_in_an_open_clip_folder_become_the_repository(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies in the directory that the command is started in does not count."""
+    """Files in the current directory have no effect."""
     folder = export(tmp_path / "out", "open_clip")
     path = folder / "open_clip_config.json"
     whole = json.loads(path.read_text())
@@ -595,7 +595,7 @@ def test_a_name_in_an_open_clip_folder_is_of_that_folder_or_of_the_hub(
             push(folder, REPO)
 
 
-def test_a_push_leaves_nothing_of_a_model_of_another_kind(hub: Hub, tmp_path: Path, seed: int) -> None:
+def test_a_push_deletes_files_of_a_model_of_another_kind(hub: Hub, tmp_path: Path, seed: int) -> None:
     def there() -> set[str]:
         return set(hub.repos[REPO].commits[hub.repos[REPO].branches["main"]])
 
@@ -619,7 +619,7 @@ def test_a_push_leaves_nothing_of_a_model_of_another_kind(hub: Hub, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_others_wrote_is_no_export(tmp_path: Path, kind: str) -> None:
+def test_folders_without_a_valid_export_json_are_refused(tmp_path: Path, kind: str) -> None:
     folder = export(tmp_path / "out", kind)
     open_subject(folder)  # the control
     for wrong in ({"format": kind}, {"format": [kind], "fingerprint": "f00"}, [], None):
@@ -631,7 +631,7 @@ def test_what_others_wrote_is_no_export(tmp_path: Path, kind: str) -> None:
         open_subject(folder)
 
 
-def test_no_code_is_imported_that_a_folder_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_a_folder_names_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders come from strangers: a format that dualenc does not have must be named by the user."""
     (tmp_path / "trap.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'sprung')!r}).touch()\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -653,7 +653,7 @@ def test_no_code_is_imported_that_a_folder_names(tmp_path: Path, monkeypatch: py
     "record",
     ["[]", "null", '{"config": "x"}', '{"config": {"run": "x"}}', '{"config": {"run": []}}', '{"config": []}', "7"],
 )
-def test_the_record_of_a_run_that_is_none_is_said_in_one_line(tmp_path: Path, seed: int, record: str) -> None:
+def test_a_damaged_record_of_a_run_gives_one_line(tmp_path: Path, seed: int, record: str) -> None:
     folder = run_directory(tmp_path / "run", seed)
     (folder / "run.json").write_text(record)
     with pytest.raises(ModelError, match=r"run\.json is not the record of a run .* must be an object") as error:
@@ -673,7 +673,7 @@ def test_the_record_of_a_run_that_is_none_is_said_in_one_line(tmp_path: Path, se
         card(open_subject(folder), REPO)
 
 
-def test_secrets_of_a_configuration_stay_at_home(tmp_path: Path, seed: int) -> None:
+def test_secrets_of_a_configuration_are_removed(tmp_path: Path, seed: int) -> None:
     names = (
         "apikey", "apiKey", "api_keys", "Authorization", "auth", "authToken", "passphrase", "pwd", "db.pwd", "passwd",
         "aws_access_key_id", "AWS_SECRET_ACCESS_KEY", "secretKey", "private-key", "key", "hf_token", "cookies", "pw",
@@ -698,7 +698,7 @@ def test_secrets_of_a_configuration_stay_at_home(tmp_path: Path, seed: int) -> N
     text = card(open_subject(folder), REPO)
     assert "hush" not in text
     assert "3.25" not in text
-    assert "325325" not in text  # too long to stand in a fingerprint by chance
+    assert "325325" not in text  # too long to occur in a fingerprint by chance
     block = next(token.content for token in MarkdownIt().parse(text) if token.info == "yaml")
     assert yaml.safe_load(block)["model"] == kept
     assert yaml.safe_load(block)["hidden"]["credentials"] == "..."
@@ -707,7 +707,7 @@ def test_secrets_of_a_configuration_stay_at_home(tmp_path: Path, seed: int) -> N
     assert "hush" in card(open_subject(folder), REPO)
 
 
-def test_what_the_card_says_to_paste_knows_all_its_names(tmp_path: Path, seed: int) -> None:
+def test_programs_on_the_card_define_all_their_names(tmp_path: Path, seed: int) -> None:
     def unknown(code: str) -> set[str]:
         tree = ast.parse(code)
         names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
@@ -738,7 +738,7 @@ def test_what_the_card_says_to_paste_knows_all_its_names(tmp_path: Path, seed: i
     assert unknown("x = torch.ones(3)") == {"torch"}  # the control
 
 
-def test_figures_of_an_export_are_of_the_model_that_was_exported() -> None:
+def test_results_of_an_export_are_those_of_the_exported_model() -> None:
     subject = subject_of("onnx", Path(), [])
 
     def of(mark: str, dataset: str) -> SetResult:
@@ -749,7 +749,7 @@ def test_figures_of_an_export_are_of_the_model_that_was_exported() -> None:
         check_measured(subject, [of("f", "a"), of("g", "b")])
 
 
-def test_a_push_that_fails_says_why_in_one_line(
+def test_a_failed_push_gives_one_line(
     hub: Hub, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     tiny_embedder(seed).save(tmp_path / "model")
@@ -773,14 +773,14 @@ def test_a_push_that_fails_says_why_in_one_line(
     refused([*command, REPO, "--format", "onnx"], 2, "--format is for exports only")
     monkeypatch.delenv("HF_TOKEN")
     refused([*command, REPO], 2, "hf auth login")
-    assert hub.log == []  # so far nobody was asked
+    assert hub.log == []  # no request has been sent yet
     monkeypatch.setenv("HF_TOKEN", "token-of-nobody")
     refused([*command, REPO], 1, "does not accept this token for owner/model: run `hf auth login`")
     monkeypatch.setenv("HF_TOKEN", "token-of-other")
     refused([*command, REPO], 1, "may not write to owner/model: run `hf auth login`")
     monkeypatch.setenv("HF_TOKEN", "token-of-owner")
     refused([*command, REPO, "--license", "unheard-of"], 1, 'refuses the card .*"license" must be one of a list')
-    assert not hub.repos  # nothing is made for a card that is not taken
+    assert not hub.repos  # a refused card does not create a repository
     main([*command, REPO])
     capsys.readouterr()
     refused([*command, REPO, "--revision", "try", "--license", "unheard-of"], 1, "must be one of a list")
@@ -810,8 +810,8 @@ def test_a_push_that_fails_says_why_in_one_line(
     refused([*command, REPO], 1, "cannot be reached")
 
 
-def test_a_changed_byte_is_noticed(hub: Hub, tmp_path: Path, seed: int) -> None:
-    """Other weights than those that were pushed have another fingerprint, and another card."""
+def test_a_changed_weight_changes_the_fingerprint(hub: Hub, tmp_path: Path, seed: int) -> None:
+    """Other weights have another fingerprint and another card."""
     tiny_embedder(seed).save(tmp_path / "model")
     before = open_subject(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -825,7 +825,7 @@ def test_a_changed_byte_is_noticed(hub: Hub, tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(hub: Hub, tmp_path: Path, seed: int) -> None:
-    """As users have it: the hub's address, token and cache come from the environment."""
+    """The hub's address, the token and the cache come from the environment."""
     embedder = tiny_embedder(seed)
     embedder.save(tmp_path / "model")
     environment = {
@@ -872,7 +872,7 @@ def test_the_command_in_a_process_of_its_own(hub: Hub, tmp_path: Path, seed: int
     ],
     ids=["open_clip", "sentence-transformers", "onnx", "transformers"],
 )  # fmt: skip
-def test_what_the_card_says_to_paste_loads_what_was_pushed(
+def test_programs_on_the_card_load_the_pushed_model(
     hub: Hub, tmp_path: Path, seed: int, source: str, form: Any, more: str
 ) -> None:
     from exchanges import of_open_clip

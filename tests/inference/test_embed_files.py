@@ -1,4 +1,4 @@
-"""`dualenc embed`: the numbers of the Embedder, a file a shard, whole or not at all."""
+"""`dualenc embed`: the embeddings of the Embedder in one file for each shard, written atomically."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from dualenc.data.pairs import decode_sample
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """A file by the library that the format is of."""
+    """Read a file with the safetensors library."""
     with safe_open(path, "numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["dualenc"])  # noqa: SIM118
 
@@ -90,7 +90,7 @@ def test_features_come_before_the_projection(model: str, shards: str, tmp_path: 
     assert features.std(0).min() > 1e-4  # no two pictures alike
 
 
-def test_a_stopped_command_goes_on(
+def test_a_stopped_command_resumes(
     model: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -144,15 +144,15 @@ def test_bad_samples_are_named_and_stop_nothing(
     rows = found["features" if features else "image"]
     assert np.isnan(rows).all(1).tolist() == [False, True, True, False, False, False]
     assert not np.isnan(rows[[0, 3, 4, 5]]).any()
-    named = [1, 2] if features else [1, 2, 3, 4]  # features are of the picture, whatever is said of it
+    named = [1, 2] if features else [1, 2, 3, 4]  # features do not need a caption
     assert [row for row, *_ in metadata["bad"]] == named
     lines = [json.loads(line) for line in (out / "bad.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == [samples[i]["__key__"] for i in named]
     assert all(line.keys() == {"shard", "key", "cause", "detail"} and line["cause"] for line in lines)
     assert lines[0]["cause"] == "no image among its members"
     printed = capsys.readouterr().out
-    lack = "image" if features else "image or no caption"
-    assert f"{len(named)} samples have no {lack}" in printed
+    content = "image" if features else "image or caption"
+    assert f"{len(named)} samples lack a usable {content}" in printed
     assert str(out / "bad.jsonl") in printed
     embedder = load(model)
     if not features:
@@ -163,7 +163,7 @@ def test_bad_samples_are_named_and_stop_nothing(
         np.testing.assert_allclose(rows[0], embedder.embed_images([decode_image(good)])[0].numpy(), atol=1e-6)
 
 
-def test_what_is_not_finite_is_bad(tmp_path: Path, seed: int) -> None:
+def test_a_non_finite_embedding_is_a_bad_sample(tmp_path: Path, seed: int) -> None:
     embedder = tiny_embedder(seed)
     with torch.no_grad():
         embedder.model.image_projection.weight[0] = torch.inf
@@ -195,8 +195,8 @@ def test_mistakes_are_one_line(
     assert "workers -1" in fails(capsys, [*again, "--workers", "-1"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").touch()
-    assert "holds files that are not of embed" in fails(capsys, ["embed", model, shards, str(tmp_path / "full")])
-    assert "for --features alone" in fails(capsys, ["embed", "run.yaml", shards, str(tmp_path / "new")])
+    assert "holds files that embed did not write" in fails(capsys, ["embed", model, shards, str(tmp_path / "full")])
+    assert "with --features only" in fails(capsys, ["embed", "run.yaml", shards, str(tmp_path / "new")])
     assert "run.yaml" in fails(capsys, ["embed", "run.yaml", shards, str(tmp_path / "new"), "--features"])
     assert everything(tmp_path / "out") == kept
 

@@ -1,4 +1,4 @@
-"""Vectors of texts, and of their tokens, as files."""
+"""Files with embeddings of texts and of their tokens."""
 
 import json
 
@@ -29,7 +29,7 @@ def sentences(count):
     return [" ".join((WORDS * 3)[i % 16 : i % 16 + 1 + i % 9]) for i in range(count)]
 
 
-def test_of_texts_and_of_tokens(tmp_path, model, capsys, monkeypatch):
+def test_embeddings_of_texts_and_of_tokens(tmp_path, model, capsys, monkeypatch):
     monkeypatch.setattr("dualenc.inference.embed_files.CHUNK", 7)
     texts = sentences(23)
     lines = [json.dumps({"said": text}) for text in texts]
@@ -78,12 +78,12 @@ def test_wrong_use(tmp_path, model, capsys):
         return capsys.readouterr().err
 
     first, second, out = tmp_path / "one" / "a.txt", tmp_path / "two" / "a.txt", tmp_path / "out"
-    assert "two files are called a.txt" in error(first, second, out)
-    assert "by themselves" in error(first, tmp_path / "shards", out)
+    assert "two files have the name a.txt" in error(first, second, out)
+    assert "embed text files alone" in error(first, tmp_path / "shards", out)
     assert "no column 'said'" in error(first, out, "--column", "said")
     assert "--tokens is for text files" in error(tmp_path / "shards", out, "--tokens")
     main(["embed", str(model), str(first), str(out)])
-    assert "another choice" in error(first, out, "--tokens")
+    assert "other options" in error(first, out, "--tokens")
     (out / "a.txt.safetensors").write_text("nothing")
     assert "damaged" in error(first, out)
     assert "missing.txt" in error(tmp_path / "missing.txt", out)

@@ -33,7 +33,7 @@ def saved(embedder, tmp_path):
 
 @pytest.fixture
 def photos(seed, tmp_path):
-    """Paths of pictures of several sizes and formats."""
+    """Write images of several sizes and formats."""
     rng, paths = np.random.default_rng(seed), []
     for i, (kind, shape) in enumerate(
         [("png", (20, 31)), ("jpeg", (40, 17)), ("webp", (16, 16)), ("png", (9, 9)), ("jpeg", (33, 50))]
@@ -73,7 +73,7 @@ def test_a_saved_model_can_be_saved_over_and_saved_again(seed, saved, tmp_path):
     assert load(tmp_path / "empty")
 
 
-def test_the_config_is_of_format_two_and_plain(saved):
+def test_the_config_has_format_2_and_older_keys_suffice(saved):
     fields = json.loads((saved / "config.json").read_text())
     assert fields["format"] == 2
     first = {"format", "image", "text", "embed_dim", "projection", "logit_bias"}
@@ -108,7 +108,7 @@ def test_embeddings_are_of_unit_length_and_equal_the_plain_computation(embedder,
             assert (row - texts[i]).abs().max() < 1e-5
 
 
-def test_texts_do_not_depend_on_their_company(embedder):
+def test_embeddings_of_texts_do_not_depend_on_the_batch(embedder):
     texts = TEXTS + WORDS
     whole = embedder.embed_texts(texts)
     for batch_size in (1, 2, 3, 100):
@@ -161,14 +161,14 @@ def test_batches_of_a_pair_loader(embedder, tmp_path, seed):
 
 
 def test_a_batch_of_another_height_is_resized(embedder, seed):
-    """Its width is right already: both sides count."""
+    """Both sides are compared, though the width is right already."""
     batch = torch.from_numpy(pixels(np.random.default_rng(seed), 40, SIZE)).permute(2, 0, 1)[None]
     assert (embedder.embed_images(batch) - embedder.embed_images(list(batch))).abs().max() < 1e-6
     assert embedder.embed_images(batch.transpose(2, 3)).shape == (1, 8)
 
 
 def test_normalized_and_plain_images_together(embedder, photos):
-    """A float tensor beside a path: the path's pixels must still be normalized."""
+    """The pixels of a path are normalized although a float tensor comes before it."""
     whole = embedder.embed_images(photos[:3])
     floats = embedder.preprocess.normalize(embedder.preprocess(decode_image(photos[1].read_bytes())))
     assert (embedder.embed_images([photos[0], floats, photos[2]]) - whole).abs().max() < 1e-6
@@ -202,7 +202,7 @@ def test_classify(embedder, photos):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_models_mode_comes_back(embedder, training):
+def test_the_mode_of_the_model_is_restored(embedder, training):
     embedder.model.train(training)
     embedder.embed_texts(TEXTS)
     with pytest.raises(FileNotFoundError):
@@ -234,19 +234,19 @@ def test_parts_that_do_not_fit_are_refused(embedder):
 @pytest.mark.parametrize("name", OWN_FILES)
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
-    with pytest.raises(ModelError, match=rf"no whole model directory: {name} missing"):
+    with pytest.raises(ModelError, match=rf"not a complete model directory: {name} missing"):
         load(saved)
 
 
 def test_all_missing_files_are_named(tmp_path):
     with pytest.raises(ModelError, match=", ".join(OWN_FILES) + " missing"):
         load(tmp_path)
-    with pytest.raises(ModelError, match=r"absent' is no folder, and no hf-hub:"):
+    with pytest.raises(ModelError, match=r"absent' must be a folder that exists, or hf-hub:"):
         load("absent")
 
 
 def change(path, **values):
-    """Sets keys of a JSON file; "a.b" is key b of object a, `...` takes it away."""
+    """Set keys of a JSON file; "a.b" is key b of object a, and `...` removes it."""
     fields = json.loads(path.read_text())
     for key, value in values.items():
         *folders, last = key.split("__")
@@ -336,7 +336,7 @@ def test_garbage_in_json_names_the_file(saved, name, data):
 
 def test_garbage_in_the_tokenizer_names_the_file(saved):
     (saved / "tokenizer.json").write_bytes(b"garbage")
-    with pytest.raises(DataError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer"):
         load(saved)
 
 
@@ -356,7 +356,7 @@ def test_weights_that_do_not_fit_name_the_tensor(saved):
     cases = [
         ({k: v for k, v in state.items() if k != name}, f"{name} is missing"),
         ({**state, "extra.weight": torch.zeros(2)}, "extra.weight is unknown"),
-        ({**state, name: torch.zeros(3, 3)}, rf"{name} has shape \(3, 3\) and not \(8, 16\)"),
+        ({**state, name: torch.zeros(3, 3)}, rf"{name} has shape \(3, 3\), expected \(8, 16\)"),
         ({}, r"is missing; .* and \d+ more"),
     ]
     for wrong, message in cases:
@@ -431,7 +431,7 @@ def test_a_failed_save_leaves_the_old_model(embedder, saved, seed, monkeypatch):
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 
-def test_a_run_directory_gives_its_best_and_else_its_last(seed, tmp_path):
+def test_a_run_directory_loads_its_best_or_else_its_last(seed, tmp_path):
     models = {name: tiny_embedder(seed + i) for i, name in enumerate(("best", "last"))}
     for name, model in models.items():
         model.save(tmp_path / "run" / name)

@@ -1,4 +1,4 @@
-"""Models between two: the formula, its ends to the bit, and what is refused."""
+"""Interpolation of two models: the formula, its ends to the bit, and refused models."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from dualenc.inference.embedder import Embedder, interpolate
 
 
 def pair(seed: int, **config: object) -> tuple[Embedder, Embedder]:
-    """Two models whose parameters all differ, zeros of both signs among them."""
+    """Build two models whose parameters all differ, with zeros of both signs."""
     both = tiny_embedder(seed, **config), tiny_embedder(seed + 1, **config)
     with torch.no_grad():
         for one, sign in zip(both, (-1, 1)):
@@ -33,7 +33,7 @@ def bits(model: Path | Embedder) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("options", [{}, {"logit_bias": True}, {"projection": "mlp"}])
-def test_every_weight_lies_between(seed, tmp_path, capsys, options):
+def test_every_weight_is_interpolated(seed, tmp_path, capsys, options):
     a, b = pair(seed, **options)
     a.save(tmp_path / "a")
     b.save(tmp_path / "b")
@@ -70,7 +70,7 @@ def test_the_ends_are_the_models_to_the_bit(seed, tmp_path):
     assert bits(a) == before  # it is another model
 
 
-def test_half_precision_is_summed_up_in_more(seed):
+def test_half_precision_is_interpolated_in_float64(seed):
     a, b = pair(seed)
     a.model.bfloat16()
     b.model.bfloat16()
@@ -80,7 +80,7 @@ def test_half_precision_is_summed_up_in_more(seed):
         assert torch.equal(x, (0.7 * first[name].double() + 0.3 * second[name].double()).bfloat16()), name
 
 
-def test_what_differs_is_named(seed, tmp_path, capsys):
+def test_differences_are_named(seed, tmp_path, capsys):
     a, _ = pair(seed)
     config = a.model.config
 
@@ -122,7 +122,7 @@ def test_what_differs_is_named(seed, tmp_path, capsys):
     assert "nowhere" in fails(capsys, ["interpolate", folder, "nowhere", str(tmp_path / "new")])
 
 
-def test_what_is_no_weight_must_be_equal(seed):
+def test_buffers_must_be_equal(seed):
     a, b = pair(seed)
     for one in (a, b):
         one.model.image.register_buffer("seen", torch.tensor([3]))
@@ -132,7 +132,7 @@ def test_what_is_no_weight_must_be_equal(seed):
         interpolate(a, b, 0.5)
 
 
-def test_the_card_says_what_it_is_of(seed, tmp_path):
+def test_the_card_names_both_models(seed, tmp_path):
     a, b = pair(seed)
     a.name, b.name = "zero", "tuned"
     interpolate(a, b, 0.25).save(tmp_path / "out")

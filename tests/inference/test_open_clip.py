@@ -29,7 +29,7 @@ def perturbed(model, seed):
 
 
 def towers(**text):
-    """Model and the ids of some texts: as CLIP has it, and with a text tower of its own."""
+    """Build a model with the layout of CLIP or with a separate text tower, and draw ids of texts."""
     return {
         "CLIP": lambda: open_clip.CLIP(16, VISION, {**TEXT, **text}),
         "CustomTextCLIP": lambda: open_clip.CustomTextCLIP(16, VISION, {**TEXT, **text}),
@@ -38,7 +38,7 @@ def towers(**text):
 
 @pytest.fixture
 def folder(tmp_path, seed):
-    """A model as open_clip keeps it in a folder, and the model."""
+    """Write the folder of an open_clip model, and return it with the model."""
     model = perturbed(open_clip.CLIP(16, VISION, TEXT), seed)
     preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "resize_mode": "squash"}
     config = {"model_cfg": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}, "preprocess_cfg": preprocess}
@@ -68,7 +68,7 @@ def test_without_padding_as_with_it(name, seed):
 @pytest.mark.parametrize(
     "different", [{"pool_type": "last"}, {"no_causal_mask": True}, {"embed_cls": True, "pad_id": 0}]
 )
-def test_towers_that_see_their_padding_get_it(different, seed):
+def test_towers_that_attend_to_padding_get_it(different, seed):
     model = perturbed(towers(**different)["CustomTextCLIP"](), seed)
     wrapped, tokenizer = OpenClip(model, "x"), open_clip.SimpleTokenizer(context_length=20)
     assert not wrapped.trims
@@ -113,7 +113,7 @@ def test_the_transform_is_its_settings(folder):
 
 @pytest.mark.long
 def test_a_checkpoint_of_its_trainer(folder, tmp_path, seed):
-    """By name of architecture and path of a file, as the trainer writes it."""
+    """The spec names an architecture and the file that the trainer wrote."""
     path, model = folder
     (tmp_path / "Tiny-7.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
     open_clip.add_model_config(tmp_path / "Tiny-7.json")
@@ -141,23 +141,25 @@ def tiny_code():
     pass
 
 
-def test_what_open_clip_has_not(tmp_path):
+def test_missing_architectures_and_weights_are_named(tmp_path):
     with pytest.raises(ModelError, match=r"'ViT-B-23'.* ViT-B-32"):
         load("open_clip:ViT-B-23")
     with pytest.raises(
-        ModelError, match=r"'laion' is no file, and no weights that open_clip has for ViT-B-32: openai, "
+        ModelError, match=r"'laion' must be a file, or weights that open_clip has for ViT-B-32: openai, "
     ):
         load("open_clip:ViT-B-32/laion")
-    with pytest.raises(ModelError, match="open_clip cannot make local-dir:"):
+    with pytest.raises(ModelError, match="open_clip cannot load local-dir:"):
         load(f"open_clip:local-dir:{tmp_path}")
     (tmp_path / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}})
     )
-    with pytest.raises(ModelError, match="could not be loaded"):  # a folder without weights is no random model
+    with pytest.raises(
+        ModelError, match="could not be loaded"
+    ):  # A folder without weights must not give a random model.
         load(f"open_clip:local-dir:{tmp_path}")
 
 
-def test_it_is_measured_and_nothing_else(folder, tmp_path):
+def test_models_of_open_clip_are_only_evaluated(folder, tmp_path):
     embedder = load(f"open_clip:local-dir:{folder[0]}", "cpu")
     with pytest.raises(ModelError, match="is a model of open_clip"):
         embedder.save(tmp_path / "model")

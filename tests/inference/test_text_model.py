@@ -1,4 +1,4 @@
-"""Labels, hidden words and vectors of texts, beside transformers."""
+"""Labels, masked words and embeddings of texts, compared with transformers."""
 
 import subprocess
 import sys
@@ -67,7 +67,7 @@ def test_the_second_text_of_a_pair_is_seen_as_such(seed: int) -> None:
     assert it.classify([("a cat", "two dogs")], "stars") != [one]
 
 
-def test_which_head_is_meant(seed: int) -> None:
+def test_choice_of_the_head(seed: int) -> None:
     it = predictor(HEADS)
     with pytest.raises(ValueError, match="mood, tags, stars"):
         it.classify(TEXTS)
@@ -83,7 +83,7 @@ def test_which_head_is_meant(seed: int) -> None:
 
 
 def renamed(tokenizer: Tokenizer, names: dict[str, str], lstrip: bool = False) -> Tokenizer:
-    """The same tokenizer whose special tokens have other names."""
+    """Return the same tokenizer with other names of special tokens."""
     import json
 
     from tokenizers import Tokenizer as Backend
@@ -105,7 +105,7 @@ ROBERTA = {"[CLS]": "<s>", "[SEP]": "</s>", "[PAD]": "<pad>", "[UNK]": "<unk>", 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
 @pytest.mark.parametrize("named", [False, True])
 def test_hidden_words(kind: Any, named: bool, tmp_path: Path, seed: int) -> None:
-    """Ids are those of transformers' tokenizer, which reads the token in the text; so are the guesses."""
+    """Ids and predictions equal those of transformers, whose tokenizer reads the token in the text."""
     tokenizer = tokenizer_of(kind, [" ".join(WORDS)] * 2, 300, 16)
     tokenizer = renamed(tokenizer, ROBERTA, lstrip=True) if named else tokenizer
     it = predictor({"mlm": HeadConfig("mlm")}, tokenizer)
@@ -128,7 +128,7 @@ def test_hidden_words(kind: Any, named: bool, tmp_path: Path, seed: int) -> None
     assert all(guess["text"].startswith("a [MASK] sits") for guess in found[1])
 
 
-def test_the_word_stands_in_its_place(seed: int) -> None:
+def test_the_word_is_filled_in_at_its_position(seed: int) -> None:
     it = predictor({"mlm": HeadConfig("mlm")})
     cat = it.tokenizer.backend.token_to_id("cat")
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_vectors_of_texts_and_of_tokens(pool: Any, seed: int) -> None:
         it.embed([])
 
 
-def test_dropout_is_off_and_the_mode_comes_back(seed: int) -> None:
+def test_dropout_is_off_and_the_mode_is_restored(seed: int) -> None:
     it = predictor(HEADS, dropout=0.5)
     it.model.train()
     assert torch.equal(it.embed(TEXTS), it.embed(TEXTS))

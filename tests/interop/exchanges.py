@@ -1,4 +1,4 @@
-"""Small models of open_clip and transformers on disk, every tensor random, and one of ours for each architecture."""
+"""Small models of open_clip, transformers and dualenc, with every tensor random."""
 
 import json
 from collections.abc import Callable, Collection, Iterable
@@ -22,7 +22,7 @@ LONGEST = 12
 VOCAB = tiny_tokenizer().vocab_size
 VISION = {"image_size": 16, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 4, "layers": 2}
-# Of CLIP's words, whose embedding is most of a small model, there are only those of a few models here.
+# Only a few models have the vocabulary of CLIP, whose embedding is most of a small model.
 FEW = {**TEXT, "context_length": LONGEST, "vocab_size": VOCAB, "pool_type": "eos", "eos_id": 3}
 FILLED = {**FEW, "context_length": LONGEST, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
 SIGLIP_TEXT = {**FILLED, "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}}
@@ -30,7 +30,7 @@ WIDE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 SMALL = {**WIDE, "vocab_size": VOCAB, "max_position_embeddings": LONGEST}
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {"model_type": "bert", **SMALL, "pad_token_id": 0},
-    # open_clip takes for padding what its config says, the tokenizer's token: positions begin after it.
+    # open_clip takes the padding token of the config, that of the tokenizer: positions begin after it.
     "roberta": {"model_type": "roberta", **SMALL, "max_position_embeddings": 13, "pad_token_id": 0},
 }
 OPEN_CLIP: dict[str, dict[str, Any]] = {
@@ -84,7 +84,7 @@ OF_NAME["vision_cfg"] |= {"timm_proj": "none", "image_size": 256}  # type: ignor
 
 
 def of_open_clip(folder: Path, name: str, size: float = 0.3, **changes: Any) -> Path:
-    """A folder of open_clip's with random weights; `size` is of what is added to each."""
+    """Write a folder of open_clip with random weights; `size` is the standard deviation of the noise on each tensor."""
     config = {"embed_dim": 16, **OPEN_CLIP[name], **changes}
     folder.mkdir(exist_ok=True)
     text = dict(config["text_cfg"])
@@ -105,7 +105,7 @@ def of_open_clip(folder: Path, name: str, size: float = 0.3, **changes: Any) -> 
 
 
 def save_tokenizer(folder: Path, length: int = LONGEST) -> None:
-    """A tokenizer of a few words, as transformers writes it."""
+    """Save a tokenizer of a few words as transformers does."""
     backend = tiny_tokenizer().backend
     backend.no_truncation()
     ends = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
@@ -142,14 +142,14 @@ HUGGING_FACE: dict[str, Callable[[], Any]] = {
 
 
 def of_hugging_face(folder: Path, name: str) -> Path:
-    """A folder of transformers' with random weights."""
+    """Write a folder of transformers with random weights."""
     perturb(HUGGING_FACE[name](), 0.3).save_pretrained(folder)
     if name == "clip":
         ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=clip_backend(), model_max_length=77, **ends)
         tokenizer.save_pretrained(folder)
     else:
-        save_tokenizer(folder, 20)  # more than the tower takes, as often on the hub
+        save_tokenizer(folder, 20)  # longer than the tower takes, as often on the hub
     side = {"height": 16, "width": 16}
     processor: Any = hf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side)
     processor = hf.SiglipImageProcessor(size=side) if name == "siglip" else processor
@@ -158,7 +158,7 @@ def of_hugging_face(folder: Path, name: str) -> Path:
 
 
 def same(first: Embedder, second: Embedder) -> bool:
-    """Whether two models are alike, weights to the bit, and make the same of texts."""
+    """Return whether two models have equal configurations, weights to the bit and ids of texts."""
     one, other = first.dual_encoder.state_dict(), second.dual_encoder.state_dict()
     assert one.keys() == other.keys()
     texts = ["a cat sits on the red mat", "Two DOGS, 12 boats & a tree!", "", "hat " * 90]
@@ -176,7 +176,7 @@ VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 
 def of_ours(image: dict[str, Any], text: dict[str, Any], dual: dict[str, Any], size: float = 0.15) -> Embedder:
-    """A model of ours with every tensor random.
+    """Build a dual encoder of dualenc with every tensor random.
 
     Args:
         image: overrides of the tower; with "name" and "img_size" one by its name, with "norm_eps" also that.
@@ -198,5 +198,5 @@ def of_ours(image: dict[str, Any], text: dict[str, Any], dual: dict[str, Any], s
 
 
 def all_but(few: Collection[str], names: Iterable[str]) -> list[Any]:
-    """Parameters of a test: these few, and the others where there is time."""
+    """Return all names as parameters of a test, those not in `few` marked as slow."""
     return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]

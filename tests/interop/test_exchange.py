@@ -1,4 +1,4 @@
-"""Dual encoders in from open_clip and Hugging Face, and out again: each side computes the same."""
+"""Import and export of dual encoders of open_clip and Hugging Face: both libraries compute the same."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ Changes = dict[str, Callable[[DualConfig], DualConfig]]
 
 
 def there_and_back(folder: Path, tmp_path: Path) -> Embedder:
-    """open_clip's model in, out again, and in: the same to the bit, and so is the file."""
+    """Import, export and import an open_clip model: it stays equal to the bit, and so does its file."""
     found = import_model(str(folder))
     assert found.verified[0].largest < TOLERANCE
     assert {"pixels", "ids", "pictures", "texts", "scale"} <= found.verified[0].differences.keys()
@@ -56,7 +56,7 @@ def there_and_back(folder: Path, tmp_path: Path) -> Embedder:
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("name", all_but(["openai", "bert, mean, mlp"], OPEN_CLIP))
-def test_open_clip_in_and_out_and_in(name: str, tmp_path: Path, seed: int) -> None:
+def test_open_clip_round_trip_is_equal_to_the_bit(name: str, tmp_path: Path, seed: int) -> None:
     found = there_and_back(of_open_clip(tmp_path / "theirs", name), tmp_path)
     assert found.dual_encoder.config.logit_bias == (name == "siglip")
     assert found.preprocess.mean == (0.4, 0.5, 0.6)  # type: ignore[union-attr]
@@ -64,12 +64,12 @@ def test_open_clip_in_and_out_and_in(name: str, tmp_path: Path, seed: int) -> No
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
-def test_a_published_tower_by_its_name(tmp_path: Path, seed: int) -> None:
+def test_round_trip_of_a_published_tower_by_its_name(tmp_path: Path, seed: int) -> None:
     there_and_back(of_open_clip(tmp_path / "theirs", "siglip", 0.05, **OF_NAME), tmp_path)
 
 
 @pytest.mark.slow
-def test_in_processes_of_their_own(tmp_path: Path, seed: int) -> None:
+def test_round_trip_with_references_in_fresh_processes(tmp_path: Path, seed: int) -> None:
     folder = of_open_clip(tmp_path / "theirs", "openai")
     found = import_model(str(folder))
     found.embedder.save(tmp_path / "ours")
@@ -81,7 +81,7 @@ def test_in_processes_of_their_own(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("name", all_but(["clip", "siglip-albert"], HUGGING_FACE))
-def test_hugging_face_in_and_out_and_in(name: str, tmp_path: Path, seed: int) -> None:
+def test_hugging_face_round_trip_is_equal_to_the_bit(name: str, tmp_path: Path, seed: int) -> None:
     found = import_model(str(of_hugging_face(tmp_path / "theirs", name)))
     assert found.verified[0].largest < TOLERANCE
     assert found.notes == []
@@ -111,7 +111,7 @@ def other_heads(config: DualConfig) -> DualConfig:
     return tower(config, "image", overrides={**config.image.overrides, "num_heads": 1 if heads > 1 else 2})
 
 
-# Mistakes of a kind that shapes do not show; those of the image tower only where nothing else says the same.
+# Mistakes that shapes do not show; for the image tower, only those that another setting does not imply.
 WRONG: Changes = {
     "text.norm_eps": lambda config: tower(config, "text", norm_eps=config.text.norm_eps + 1e-3),
     "text.activation": lambda config: tower(
@@ -138,7 +138,7 @@ CONTROLS = [
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(("of_peer", "name"), CONTROLS)
-def test_no_tensor_and_no_setting_can_be_wrong(
+def test_every_wrong_tensor_and_setting_is_detected(
     of_peer: Callable[[Path, str], Path], name: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_dual(str(of_peer(tmp_path / "theirs", name)))
@@ -147,14 +147,14 @@ def test_no_tensor_and_no_setting_can_be_wrong(
     inputs = make_inputs(it)
     inputs = Inputs(inputs.ids[-4:], inputs.texts[:1], inputs.pixels[:3])
     theirs = verify_module.run(reference, model, inputs)
-    for one in ("pixels", "ids"):  # vectors that are all alike would hide much
+    for one in ("pixels", "ids"):  # similar vectors would hide mistakes
         apart = np.linalg.norm(theirs[one][:, None] - theirs[one][None], axis=-1)
         assert apart[~np.eye(len(apart), dtype=bool)].min() > 1e-2, one
     monkeypatch.setattr(verify_module, "run", lambda *given: theirs)
 
     @torch.no_grad()
     def wrong(dual: DualEncoder, part: str = "") -> bool:
-        """Whether it is found, of the part that a name begins with."""
+        """Return whether the comparison fails, for the tower with which a name begins."""
         made: dict[str, Any] = dict(zip(("scale", "bias"), (x for x in dual.logits() if x is not None)))
         made = {one: x[None] for one, x in made.items()}
         made |= {} if part.startswith("text") else {"pixels": dual.encode_image(inputs.pixels)}
@@ -181,7 +181,7 @@ def test_no_tensor_and_no_setting_can_be_wrong(
 
 
 def renewed(folder: Path, change: Callable[[dict[str, Any]], Any], old: str, new: str = "") -> None:
-    """The same weights under other names or in another file."""
+    """Rewrite the weights under other names or in another file."""
     state = change(load_file(folder / old))
     (folder / old).unlink()
     if new:
@@ -194,7 +194,7 @@ def as_halves(state: dict[str, Any]) -> dict[str, Any]:
     return {name: x.half() for name, x in state.items()}
 
 
-# What people have on their disks, as it was written by training, by older versions, or in half precision.
+# Files written by training, by older versions, or in half precision.
 OTHER_FILES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "checkpoint": (
         lambda state: {"epoch": 3, "name": "run", "state_dict": {f"module.{name}": x for name, x in state.items()}},
@@ -209,14 +209,14 @@ OTHER_FILES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_FILES)
-def test_files_of_open_clip_of_other_times(name: str, tmp_path: Path, seed: int) -> None:
+def test_older_open_clip_files(name: str, tmp_path: Path, seed: int) -> None:
     folder = of_open_clip(tmp_path / "theirs", "openai")
     expected = open_dual(str(folder)).embedder()
     renewed(folder, OTHER_FILES[name][0], "open_clip_model.safetensors", OTHER_FILES[name][1])
     assert same(expected, open_dual(str(folder)).embedder())
 
 
-def test_names_without_text_before_them(tmp_path: Path, seed: int) -> None:
+def test_tensor_names_without_the_prefix_text(tmp_path: Path, seed: int) -> None:
     folder = of_open_clip(tmp_path / "theirs", "average")
     expected = open_dual(str(folder)).embedder()
     renewed(folder, lambda state: {n.removeprefix("text."): x for n, x in state.items()}, "open_clip_model.safetensors")
@@ -234,7 +234,7 @@ def test_half_precision(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("factor", [4.6054688, 5.0])
-def test_a_temperature_past_the_bound_is_said(factor: float, tmp_path: Path, seed: int) -> None:
+def test_a_scale_above_the_limit_is_noted(factor: float, tmp_path: Path, seed: int) -> None:
     folder = of_open_clip(tmp_path / "theirs", "openai")
     change = {"logit_scale": torch.tensor(factor)}  # ln 100 in half precision is 4.6055
     renewed(folder, lambda state: {**state, **change}, "open_clip_model.safetensors")
@@ -246,7 +246,7 @@ def test_a_temperature_past_the_bound_is_said(factor: float, tmp_path: Path, see
 
 
 def deeper(part: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """As VisionTextDualEncoderModel wrote CLIP's and SigLIP's towers before transformers 5."""
+    """Return a function that renames tensors as VisionTextDualEncoderModel wrote them before transformers 5."""
     return lambda state: {n.replace(part, part + part, 1) if n.startswith(part) else n: x for n, x in state.items()}
 
 
@@ -268,7 +268,7 @@ OLDER: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = 
 
 
 @pytest.mark.parametrize("name", OLDER)
-def test_files_of_transformers_of_other_times(name: str, tmp_path: Path, seed: int) -> None:
+def test_older_transformers_files(name: str, tmp_path: Path, seed: int) -> None:
     kind, change, file = OLDER[name]
     folder = of_hugging_face(tmp_path / "theirs", kind)
     expected = open_dual(str(folder)).embedder()
@@ -277,7 +277,7 @@ def test_files_of_transformers_of_other_times(name: str, tmp_path: Path, seed: i
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_tower_of_timms_and_one_of_berts_are_joined(tmp_path: Path, seed: int) -> None:
+def test_a_timm_tower_and_a_bert_are_joined(tmp_path: Path, seed: int) -> None:
     import timm
 
     vit: Any = perturb(timm.create_model("test_vit"))
@@ -292,7 +292,7 @@ def test_a_tower_of_timms_and_one_of_berts_are_joined(tmp_path: Path, seed: int)
     assert same(found.embedder, again.embedder)
     other = import_model(f"timm:test_vit/{tmp_path / 'vit.pth'}", str(tmp_path / "bert"), 16, seed=4)
     assert not same(found.embedder, other.embedder)
-    found.embedder.save(tmp_path / "ours")  # whose text tower can be joined with another in turn
+    found.embedder.save(tmp_path / "ours")  # Its text tower can be joined with another image tower.
     once_more = import_model(f"timm:test_vit/{tmp_path / 'vit.pth'}", str(tmp_path / "ours"), 16, seed=3)
     assert same(found.embedder, once_more.embedder)
     assert [one.library for one in once_more.verified] == [references.TIMM.library]

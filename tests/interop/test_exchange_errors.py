@@ -1,4 +1,4 @@
-"""What cannot be exchanged: one line that names the file, the key or the option, and nothing is left behind."""
+"""Refused imports and exports: one line that names the file, key or option, and nothing is left behind."""
 
 import json
 import warnings
@@ -25,7 +25,7 @@ BERT = {"types": 2, "pool": "cls"}
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of others that no test changes: it makes copies."""
+    """Build models of other libraries, of which tests make copies."""
     folder = tmp_path_factory.mktemp("kept")
     torch.manual_seed(0)
     made = {"open_clip": of_open_clip(folder / "open_clip", "laion")}
@@ -43,7 +43,7 @@ def copy_of(kept: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
             if file.is_file():
                 (tmp_path / "theirs" / file.name).write_bytes(file.read_bytes())
         config = tmp_path / "theirs" / "open_clip_config.json"
-        if config.is_file():  # which names the folder of its text encoder
+        if config.is_file():  # It names the folder of its text encoder.
             config.write_text(config.read_text().replace(str(kept[name]), str(config.parent)))
         return tmp_path / "theirs"
 
@@ -52,7 +52,7 @@ def copy_of(kept: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command whose OUT is tmp_path/out; its one line, with nothing left there."""
+    """Return a function that runs a failing command with OUT tmp_path/out, and returns its one line."""
 
     def run(command: str, *arguments: str, status: int = 2) -> str:
         before = sorted(path.name for path in tmp_path.iterdir())
@@ -70,27 +70,27 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 SPECS = {
-    "open_clip:NoSuch": "open_clip has no architecture 'NoSuch'",
+    "open_clip:NoSuch": "open_clip does not have the architecture 'NoSuch'",
     "open_clip:ViT-B-33": "it has ViT-B-32",
     "open_clip:RN50": "ResNet",
     "open_clip:coca_ViT-B-32": "CoCa's decoder",
-    "open_clip:ViT-B-32/nothing": "'nothing' is no file",
+    "open_clip:ViT-B-32/nothing": "'nothing' must be a file",
     "open_clip:ViT-B-32/openai": "write open_clip:ViT-B-32-quickgelu/openai",
-    "open_clip:ViT-B-32-quickgelu/laion2b_s34b_b79k": "no weights that open_clip has for ViT-B-32-quickgelu",
+    "open_clip:ViT-B-32-quickgelu/laion2b_s34b_b79k": "weights that open_clip has for ViT-B-32-quickgelu",
     "nowhere": "must be a folder",
     "timm:vit_tiny_patch16_224": "--text",
 }
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_specs_of_nothing(spec: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_specs(spec: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     import open_clip
 
     monkeypatch.setattr(open_clip, "download_pretrained", lambda *given: pytest.fail("fetches"))
     assert SPECS[spec] in refused("import", spec)
 
 
-def test_weights_that_cannot_be_fetched(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_downloaded(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     import open_clip
 
     def download(*given: Any) -> str:
@@ -100,7 +100,7 @@ def test_weights_that_cannot_be_fetched(refused: Callable[..., str], monkeypatch
     assert refused("import", "open_clip:ViT-B-32/laion2b_s34b_b79k").endswith("cannot be downloaded (no network)")
 
 
-def test_options(
+def test_invalid_options(
     refused: Callable[..., str], kept: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs = str(kept["ours"]), str(kept["open_clip"])
@@ -115,7 +115,7 @@ def test_options(
     assert "no_vit" in refused("import", "timm:no_vit", "--text", ours)
 
 
-def test_files_that_are_no_models(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_files_that_are_not_models(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     line = refused("import", str(tmp_path / "empty"))
     assert "open_clip_config.json" in line
@@ -125,7 +125,7 @@ def test_files_that_are_no_models(refused: Callable[..., str], tmp_path: Path) -
     assert "w.pt cannot be read" in refused("import", f"open_clip:ViT-S-32-alt/{tmp_path / 'w.pt'}")
     np.savez(tmp_path / "w.npz", a=np.zeros(3))
     assert "w.npz" in refused("import", f"open_clip:ViT-S-32-alt/{tmp_path / 'w.npz'}")
-    with warnings.catch_warnings(action="ignore"):  # torch's own, that it is of the past
+    with warnings.catch_warnings(action="ignore"):  # torch warns that TorchScript is deprecated
         torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "jit.pt"))  # type: ignore[union-attr]
     line = refused("import", f"open_clip:ViT-S-32-alt/{tmp_path / 'jit.pt'}")
     assert "TorchScript" in line
@@ -133,7 +133,7 @@ def test_files_that_are_no_models(refused: Callable[..., str], tmp_path: Path) -
 
 
 class Trap:
-    """What a pickle could run."""
+    """Object whose unpickling runs code."""
 
     def __reduce__(self) -> Any:
         return (Path("trap").touch, ())
@@ -154,7 +154,7 @@ def test_a_pickle_never_runs_code(
 
 
 @pytest.mark.parametrize("name", ["open_clip", "vit-bert", "siglip"])
-def test_tensors_that_do_not_fit(name: str, copy_of: Callable[[str], Path], refused: Callable[..., str]) -> None:
+def test_tensors_that_do_not_match(name: str, copy_of: Callable[[str], Path], refused: Callable[..., str]) -> None:
     folder = copy_of(name)
     (file,) = folder.glob("*.safetensors")
     state = load_file(file)
@@ -206,7 +206,7 @@ def test_tokenizers_that_do_not_match(
     run = verify_module.run
 
     def other(*given: Any) -> dict[str, np.ndarray]:
-        """As of a tokenizer with other ids: that which we read is not the one that the library takes."""
+        """Return outputs as of another tokenizer than the one that dualenc reads."""
         found = run(*given)
         return {**found, "text_ids": found["text_ids"][:, ::-1]}
 
@@ -267,14 +267,16 @@ CHANGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_dualenc_does_not_compute(name: str, copy_of: Callable[[str], Path], refused: Callable[..., str]) -> None:
+def test_unsupported_configurations_are_refused(
+    name: str, copy_of: Callable[[str], Path], refused: Callable[..., str]
+) -> None:
     kind, change, words = CHANGES[name]
     folder = copy_of(kind)
     change(folder)
     assert words in refused("import", str(folder))
 
 
-def test_a_path_that_is_taken(
+def test_an_export_does_not_replace_a_model_or_other_files(
     kept: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
     of_ours({}, BERT, {}).save(tmp_path / "ours")
@@ -291,10 +293,10 @@ def test_a_path_that_is_taken(
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_what_cannot_be_checked_is_not_written(
+def test_nothing_is_written_without_the_other_library(
     kept: dict[str, Path], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden = "import sys\nsys.modules['transformers'] = None\n"  # as where it is not installed
+    hidden = "import sys\nsys.modules['transformers'] = None\n"  # as if it were not installed
     program = tmp_path / "peers.py"
     program.write_text(hidden + Path(str(references.__file__)).read_text())
     monkeypatch.setattr(references, "__file__", str(program))
@@ -306,7 +308,7 @@ def test_what_cannot_be_checked_is_not_written(
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("name", ["pixels", "ids", "texts", "pictures", "scale"])
-def test_a_result_above_the_tolerance(
+def test_a_difference_above_the_tolerance_is_refused(
     name: str, kept: dict[str, Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = verify_module.run
@@ -329,7 +331,7 @@ def test_a_result_above_the_tolerance(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_result_that_is_no_number(
+def test_a_difference_of_nan_is_refused(
     kept: dict[str, Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = verify_module.run
@@ -341,7 +343,7 @@ VALUES: tuple[Any, ...] = (None, "x", -1, 0, 10**9, float("nan"), [], {})
 
 
 def altered(fields: Any) -> Iterator[tuple[str, Any]]:
-    """Each value of an object left out, or another; and of the objects in it."""
+    """Yield an object with each of its values removed or replaced, and the same for the objects in it."""
     for key, value in fields.items():
         yield f"no {key}", {other: x for other, x in fields.items() if other != key}
         for wrong in VALUES:
@@ -353,7 +355,7 @@ def altered(fields: Any) -> Iterator[tuple[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["open_clip", "hf text", "siglip", "vit-bert", "clip-clip", "timm-bert"])
 @pytest.mark.parametrize("file", ["config.json", "open_clip_config.json", "preprocessor_config.json"])
-def test_configs_of_nonsense(name: str, file: str, copy_of: Callable[[str], Path], seed: int) -> None:
+def test_invalid_configs_give_one_line(name: str, file: str, copy_of: Callable[[str], Path], seed: int) -> None:
     folder = copy_of(name)
     path = folder / file
     if not path.is_file():

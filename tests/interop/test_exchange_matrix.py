@@ -1,4 +1,4 @@
-"""Which of our models which format takes: each is written and its library agrees, or is refused and nothing is left."""
+"""Architectures by export format: each is written and its library agrees, or it is refused and nothing is left."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ AS_SIGLIP = {
     "text_projection": Projection(bias=(True,)),
 }  # fmt: skip
 BERT = {"types": 2, "pool": "cls"}
-# What each format makes of a model: its model_type, or the words with which it is refused.
+# Result of each format: the model_type that it writes, or "!" and words of its refusal.
 Row = tuple[dict[str, Any], dict[str, Any], str, str]
 NO_IMAGE, NO_TEXT = "!no image tower", "!no text tower"
 IMAGES: dict[str, Row] = {
@@ -82,7 +82,7 @@ Form = Literal["open_clip", "transformers"]
 
 
 def goes_out(it: Any, form: Form, expected: str, tmp_path: Path) -> dict[str, Any]:
-    """Exports a model as the table says; the config that was written, and the largest difference."""
+    """Export a model as the table expects, and return the config that was written."""
     inputs = make_inputs(it)
     ours = outputs_of(it, inputs)
     for name in ("pixels", "ids"):
@@ -134,7 +134,7 @@ def test_text_towers(name: str, form: Form, tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("form", ["open_clip", "transformers"])
 @pytest.mark.parametrize("name", WHOLE)
-def test_models_that_are_as_published_ones(name: str, form: Form, tmp_path: Path, seed: int) -> None:
+def test_architectures_of_published_models(name: str, form: Form, tmp_path: Path, seed: int) -> None:
     image, text, dual, *kinds = WHOLE[name]
     expected = kinds[form == "transformers"]
     written = goes_out(of_ours(image, text, dual), form, expected, tmp_path)
@@ -145,7 +145,7 @@ def test_models_that_are_as_published_ones(name: str, form: Form, tmp_path: Path
 @pytest.mark.parametrize("form", ["onnx", "sentence-transformers"])
 def test_the_other_formats(form: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if form == "onnx":
-        monkeypatch.undo()  # its peer wants a process without torch
+        monkeypatch.undo()  # its reference needs a process without torch
     of_ours({}, BERT, {}).save(tmp_path / "ours")
     made = export(str(tmp_path / "ours"), tmp_path / "out", form)
     assert made.verified[0].largest < made.verified[0].tolerance
@@ -163,8 +163,8 @@ def test_a_folder_whose_name_json_escapes(tmp_path: Path, seed: int) -> None:
     open_dual(str(out)).embedder()
 
 
-def test_a_pooler_that_changes_nothing(seed: int) -> None:
-    # tanh x = x - x^3 / 3 + ...: of features up to 8 in size, times 2^-16, off by (8 * 2^-16)^2 / 3 = 5e-9 of each.
+def test_an_identity_pooler_changes_nothing(seed: int) -> None:
+    # tanh x = x - x^3 / 3 + ...: features up to 8, times 2^-16, have a relative error of (8 * 2^-16)^2 / 3 = 5e-9.
     x = torch.randn(4096, 64).clamp(-8, 8)
     exact = (SMALL * x.double()).tanh() / SMALL
     assert ((exact - x.double()).abs() / x.abs().double()).max() < 5.1e-9
@@ -190,7 +190,7 @@ def test_text_models_with_heads(kind: Literal["mlm", "classification"], family: 
     model.save(tmp_path / "ours")
     made = export(str(tmp_path / "ours"), tmp_path / "out", "transformers")
     assert made.verified[0].largest < 1e-5
-    # The head is compared where its slot is one that transformers has a class for.
+    # The head is compared if transformers has a class for its slot.
     assert {"hidden", "logits"} == made.verified[0].differences.keys()
 
 
@@ -203,9 +203,11 @@ def test_a_text_model_alone_is_refused_by_open_clip(tmp_path: Path, seed: int) -
         assert not (tmp_path / "out").exists()
 
 
-def test_positions_that_count_by_another_token(tmp_path: Path, seed: int) -> None:
+def test_positions_counted_by_another_padding_token_are_refused(tmp_path: Path, seed: int) -> None:
     roberta = TEXTS["RoBERTa"][0]
-    of_ours({}, {**roberta, "position_offset": 2}, {}).save(tmp_path / "ours")  # of number 1, which is no padding
+    of_ours({}, {**roberta, "position_offset": 2}, {}).save(
+        tmp_path / "ours"
+    )  # Token 1, before the first position, is not padding.
     with pytest.raises(ModelError, match="counts positions by another padding token"):
         export(str(tmp_path / "ours"), tmp_path / "out", "transformers")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""ONNX files beside the packed encoders, by onnxruntime; and programs that have nothing else."""
+"""ONNX files run by onnxruntime, compared with the packed encoders; programs without torch."""
 
 import copy
 import json
@@ -96,7 +96,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def run(path: Path, **inputs: Tensor) -> dict[str, Tensor]:
-    """What a file makes of inputs."""
+    """Run a graph on inputs."""
     at = session(path)
     names = [value.name for value in at.get_outputs()]
     found: list[Any] = list(at.run(None, {name: x.numpy() for name, x in inputs.items()}))
@@ -119,7 +119,7 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_model_of_every_family(family: str, tmp_path: Path, seed: int) -> None:
-    """Any batch, any length, any padding: what the packed encoder makes of the texts alone."""
+    """Any batch, length and padding gives the outputs of the packed encoder for each text alone."""
     heads = {**HEADS, "near": HeadConfig("embedding", problem="negatives", pool="cls")} if "clip" in family else HEADS
     it = predictor(heads, **FAMILIES[family])
     config, model = it.model.config, it.model.eval()
@@ -150,7 +150,7 @@ def test_a_text_model_of_every_family(family: str, tmp_path: Path, seed: int) ->
         offsets = tokens.offsets.tolist()
         states = [hidden[offsets[row] :][: len(one)] for row, one in zip(tokens.rows.tolist(), ids)]
         width = min(CONTEXT, max(lengths) + int(torch.randint(0, 4, ())))
-        junk = int(torch.randint(0, config.vocab_size, ()))  # what stands in the padding has no influence
+        junk = int(torch.randint(0, config.vocab_size, ()))  # ids of padding have no effect
         mask = batch([[1] * n for n in lengths], width, 0)
         given = {"ids": batch(ids, width, junk), "mask": mask}
         return given | ({"types": batch(types, width, 0)} if types else {}), expected, states
@@ -189,7 +189,7 @@ def test_an_image_tower(vit: str, tmp_path: Path, seed: int) -> None:
         torch.testing.assert_close(run(path, pixels=pixels)["embeddings"], expected, **CLOSE)
         assert apart(run(path, pixels=pixels.flip(-1)), {"embeddings": expected})
     for name, parameter in it.dual_encoder.image.named_parameters():  # the control: each tensor is in the file
-        if name.endswith("k_norm.bias"):  # the same for all keys: a softmax does not see it
+        if name.endswith("k_norm.bias"):  # softmax is invariant to a shift of all keys
             continue
         with torch.no_grad():
             parameter.add_(torch.randn_like(parameter))
@@ -200,8 +200,8 @@ def test_an_image_tower(vit: str, tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize(
     "text", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("siglip", "siglip of longer texts"))]
 )
-def test_a_dual_encoder_beside_onnxruntime(text: str, tmp_path: Path, seed: int) -> None:
-    """By the contract of `verify`: a process of its own, without torch; the folder is moved before."""
+def test_a_dual_encoder_equals_onnxruntime(text: str, tmp_path: Path, seed: int) -> None:
+    """The folder is moved, and then verified in a process of its own without torch."""
     it = dual({}, FAMILIES[text], logit_bias="siglip" in text)
     (tmp_path / "written").mkdir()
     onnx.write_onnx(it, tmp_path / "written")
@@ -237,7 +237,7 @@ def test_a_dual_encoder_beside_onnxruntime(text: str, tmp_path: Path, seed: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["electra", "siglip"])
-def test_a_text_model_beside_onnxruntime(family: str, tmp_path: Path, seed: int) -> None:
+def test_a_text_model_equals_onnxruntime(family: str, tmp_path: Path, seed: int) -> None:
     it = predictor(HEADS, **FAMILIES[family])
     onnx.write_text_onnx(it, tmp_path)
     found = verified(it, tmp_path, seed)
@@ -254,8 +254,8 @@ def test_a_text_model_beside_onnxruntime(family: str, tmp_path: Path, seed: int)
             verified(it, tmp_path, seed)
 
 
-def test_the_tokenizer_alone_makes_the_ids(tmp_path: Path, seed: int) -> None:
-    """Its file cuts and fills: for an encoder that sees its padding, up to the length that this was trained with."""
+def test_tokenizer_json_alone_gives_the_ids(tmp_path: Path, seed: int) -> None:
+    """The file truncates and pads, to the trained length for an encoder that attends to padding."""
     from tokenizers import Tokenizer as Backend
 
     texts = [*TEXTS, "a cat", "red " * 50]
@@ -272,8 +272,8 @@ def test_the_tokenizer_alone_makes_the_ids(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_model_stays_and_nothing_is_said(tmp_path: Path, capfd: Any, seed: int) -> None:
-    """In half precision, with checkpoints of gradients, in the middle of training: what is written is fp32."""
+def test_an_export_does_not_change_the_model_or_print(tmp_path: Path, capfd: Any, seed: int) -> None:
+    """A model in half precision, in training, with gradient checkpointing is written in float32."""
     it = dual({}, {"dropout": 0.2})
     model = it.dual_encoder.to(torch.bfloat16).train()
     model.set_grad_checkpointing()
@@ -297,13 +297,13 @@ def test_the_model_stays_and_nothing_is_said(tmp_path: Path, capfd: Any, seed: i
     torch.testing.assert_close(found, expected[0], **CLOSE)
     found = run(tmp_path / "text.onnx", ids=torch.tensor(ids), mask=torch.ones(2, 4, dtype=torch.int64))["embeddings"]
     torch.testing.assert_close(found, expected[1], **CLOSE)
-    for file in tmp_path.iterdir():  # nor of this machine
+    for file in tmp_path.iterdir():  # The files do not name paths of this machine.
         assert str(ROOT).encode() not in file.read_bytes()
         assert b"site-packages" not in file.read_bytes()
 
 
 @pytest.mark.slow
-def test_weights_beside_the_file(tmp_path: Path, monkeypatch: Any, seed: int) -> None:
+def test_large_weights_are_written_to_a_second_file(tmp_path: Path, monkeypatch: Any, seed: int) -> None:
     it = tiny_embedder(seed)
     (tmp_path / "a").mkdir()
     monkeypatch.setattr(onnx, "ONE_FILE", 1000)
@@ -314,12 +314,12 @@ def test_weights_beside_the_file(tmp_path: Path, monkeypatch: Any, seed: int) ->
     pixels = torch.randn(3, 3, 16, 16)
     found = run(folder / "image.onnx", pixels=pixels)["embeddings"]
     torch.testing.assert_close(found, it.embed_images(pixels), **CLOSE)
-    (folder / "image.onnx.data").unlink()  # the control: that is where they are
+    (folder / "image.onnx.data").unlink()  # the control: the weights are in this file
     with pytest.raises(Exception, match=r"image\.onnx\.data"):
         session(folder / "image.onnx")
 
 
-def test_what_cannot_be_written(tmp_path: Path, monkeypatch: Any, seed: int) -> None:
+def test_a_model_that_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: Any, seed: int) -> None:
     it = tiny_embedder(seed)
 
     def forward(self: Any, images: Tensor) -> Tensor:
@@ -338,8 +338,8 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: Any, seed: int) -> 
 
 
 @pytest.mark.slow
-def test_the_peer_has_no_torch(tmp_path: Path, monkeypatch: Any, seed: int) -> None:
-    """Where there is one, as in this process, it says so in the end: so there was none in those of `verify`."""
+def test_the_onnx_reference_runs_without_torch(tmp_path: Path, monkeypatch: Any, seed: int) -> None:
+    """The reference raises if torch was imported, as in this process; so the processes of `verify` ran without it."""
     it = predictor({})
     onnx.write_text_onnx(it, tmp_path)
     mask = np.ones((1, 3), np.int64)
@@ -351,7 +351,7 @@ def test_the_peer_has_no_torch(tmp_path: Path, monkeypatch: Any, seed: int) -> N
 
 
 def test_the_example_of_the_docs(tmp_path: Path, seed: int) -> None:
-    """The block of docs/interop.md as it stands, where torch, transformers and dualenc cannot be imported."""
+    """The program of docs/interop.md runs unchanged without torch, transformers and dualenc."""
     section = (
         (ROOT / "docs" / "interop.md").read_text("utf-8").partition("## ONNX without torch")[2].partition("\n## ")[0]
     )

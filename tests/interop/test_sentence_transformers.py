@@ -1,4 +1,4 @@
-"""Folders for sentence-transformers, and what the library itself makes of them in a process of its own."""
+"""Folders for sentence-transformers, compared with the library."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def dual(tokenizer: Tokenizer, **config: Any) -> Embedder:
 
 
 def inputs_of(it: TextPredictor) -> tuple[Inputs, dict[str, np.ndarray]]:
-    """Of a text model, and what we make of them."""
+    """Draw inputs of a text model, and compute its embeddings as an independent reference."""
     inputs = Inputs(random_ids(it.tokenizer, it.model.config, np.random.default_rng(0)), [*TEXTS, " ".join(WORDS)])
     with evaluating(it.model):
         tokens = it.tokenizer.pack(inputs.ids)
@@ -110,7 +110,7 @@ def test_every_pooling(pool: Any, family: str, tmp_path: Path, seed: int) -> Non
     verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
 
 
-def test_the_pooling_of_an_embedding_head_goes_out_and_no_other_head(tmp_path: Path, seed: int) -> None:
+def test_only_the_pooling_of_an_embedding_head_is_exported(tmp_path: Path, seed: int) -> None:
     heads = {
         "e": HeadConfig("embedding", problem="cosine", pool="mean"),
         "mlm": HeadConfig("mlm"),
@@ -153,8 +153,8 @@ def test_projections_of_a_dual_encoder(name: str, tmp_path: Path, seed: int) -> 
 
 
 @pytest.mark.parametrize("part", ["weight", "activation", "pooling", "tokenizer", "length"])
-def test_what_is_wrong_is_found(part: str, tmp_path: Path, seed: int) -> None:
-    """One thing in the folder changed, and the comparison fails."""
+def test_a_changed_folder_fails_the_comparison(part: str, tmp_path: Path, seed: int) -> None:
+    """Each single change in the folder is detected."""
     it = dual(tiny_tokenizer(), projection="mlp")
     write_sentence_transformer(it, tmp_path)
 
@@ -167,7 +167,7 @@ def test_what_is_wrong_is_found(part: str, tmp_path: Path, seed: int) -> None:
         name = sorted(state)[int(np.random.default_rng(seed).integers(len(state)))]
         if name.endswith("token_type_embeddings.weight"):
             state[name][0] += 0.1
-        elif name.endswith("key.bias"):  # to which softmax is blind
+        elif name.endswith("key.bias"):  # softmax is invariant to it
             name = name.replace("key", "value")
         state[name] = state[name] + torch.randn_like(state[name]) * 0.1
         save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
@@ -188,14 +188,14 @@ def test_what_is_wrong_is_found(part: str, tmp_path: Path, seed: int) -> None:
         verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
 
 
-def test_the_tokenizer_of_clip(tmp_path: Path, seed: int) -> None:
+def test_the_clip_tokenizer(tmp_path: Path, seed: int) -> None:
     it = text_model(Tokenizer(clip_backend(), 20), **FAMILIES["clip_text_model"])
     write_sentence_transformer(it, tmp_path)
     inputs, ours = inputs_of(it)
     verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
 
 
-def test_what_is_refused(tmp_path: Path, seed: int) -> None:
+def test_unsupported_models_are_refused(tmp_path: Path, seed: int) -> None:
     tokenizer = tiny_tokenizer()
     odd = next(name for name in ACTIVATIONS if name == "relu")
     bare = json.loads(tokenizer.backend.to_str().replace("[PAD]", "[FILL]"))

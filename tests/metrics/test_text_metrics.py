@@ -1,3 +1,5 @@
+"""Metrics of text models, compared with scikit-learn, SciPy and their definitions."""
+
 import math
 from collections import Counter
 
@@ -36,8 +38,8 @@ from dualenc.models.heads import HeadConfig, TextModel
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 @pytest.mark.parametrize("count", [5, 200])
-def test_classification_is_that_of_scikit_learn(classes, count):
-    """With 5 texts some of 7 classes are missing among labels, answers or both."""
+def test_single_label_metrics_are_those_of_scikit_learn(classes, count):
+    """With 5 texts, some of 7 classes are missing among labels, predictions or both."""
     labels = torch.cat([torch.arange(2), torch.randint(classes, (count - 2,))])
     logits = torch.randn(count, classes)
     logits[torch.arange(count), labels] += 1
@@ -53,10 +55,10 @@ def test_classification_is_that_of_scikit_learn(classes, count):
     )
 
 
-def test_several_labels_are_those_of_scikit_learn():
-    labels = (torch.rand(60, 5) < torch.tensor([0.5, 0.3, 0.1, 0.9, 0.0])).long()  # nobody has the last
+def test_multi_label_metrics_are_those_of_scikit_learn():
+    labels = (torch.rand(60, 5) < torch.tensor([0.5, 0.3, 0.1, 0.9, 0.0])).long()  # No text has the last label,
     logits = torch.randn(60, 5) + labels
-    logits[:, 4] = -1  # nor is given it
+    logits[:, 4] = -1  # and it is never predicted.
     given = (logits > 0).numpy()
     found = label_metrics(logits, labels, list("abcde"), "multi_label")
     assert found == pytest.approx(
@@ -71,7 +73,7 @@ def test_several_labels_are_those_of_scikit_learn():
 
 @pytest.mark.parametrize("column", [False, True])
 def test_regression_is_that_of_scipy(column):
-    numbers = torch.randint(0, 6, (150,)) * 1.0  # many ties
+    numbers = torch.randint(0, 6, (150,)) * 1.0  # This gives many ties.
     guesses = (numbers + torch.randn(150)).round(decimals=1)
     found = label_metrics(guesses[:, None] if column else guesses, numbers, ["score"], "regression")
     expected = {
@@ -82,8 +84,8 @@ def test_regression_is_that_of_scipy(column):
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_where_nothing_can_be_said():
-    """No warning either: they are errors here."""
+def test_undefined_metrics_have_a_value_and_give_no_warning():
+    """Warnings are errors in this suite."""
     one = torch.zeros(6, dtype=torch.long)
     for labels, answers in (
         (one, one),
@@ -104,28 +106,28 @@ def test_where_nothing_can_be_said():
 
 
 @pytest.mark.parametrize(
-    ("logits", "labels", "problem", "says"),
+    ("logits", "labels", "problem", "message"),
     [
         (torch.zeros(3, 2), torch.tensor([0, 1, 2]), "single_label", "between 0 and 1"),
         (torch.zeros(3, 2), torch.tensor([0, -1, 1]), "single_label", "between 0 and 1"),
-        (torch.zeros(3, 2), torch.zeros(4), "single_label", "are not of a problem of kind single"),
+        (torch.zeros(3, 2), torch.zeros(4), "single_label", "problem single_label"),
         (torch.zeros(3, 3), torch.zeros(3), "single_label", "with 2 names"),
-        (torch.zeros(0, 2), torch.zeros(0), "single_label", "there is no text"),
-        (torch.zeros(3, 2), torch.zeros(3), "multi_label", "kind multi_label"),
-        (torch.zeros(3, 2), torch.zeros(3), "regression", "kind regression"),
+        (torch.zeros(0, 2), torch.zeros(0), "single_label", "no texts"),
+        (torch.zeros(3, 2), torch.zeros(3), "multi_label", "problem multi_label"),
+        (torch.zeros(3, 2), torch.zeros(3), "regression", "problem regression"),
         (torch.full((3, 2), torch.nan), torch.zeros(3), "single_label", "not finite"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(logits, labels, problem, says):
+def test_labels_that_do_not_fit_are_refused(logits, labels, problem, message):
     for function in (label_metrics, label_bootstrap):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             function(logits, labels, ["a", "b"], problem)
 
 
 @pytest.mark.parametrize(
     ("problem", "name"), [("single_label", "accuracy"), ("multi_label", "accuracy"), ("regression", "mse")]
 )
-def test_measures_are_the_metrics_and_draw_texts(problem, name):
+def test_the_bootstrap_has_the_metrics_and_draws_texts(problem, name):
     labels = {
         "single_label": torch.randint(3, (40,)),
         "multi_label": torch.randint(2, (40, 3)),
@@ -156,7 +158,7 @@ def test_baselines_are_those_of_scikit_learn():
     assert mean_baseline(numbers, others) == pytest.approx(mean_squared_error(others, guess), rel=1e-5)
 
 
-# Words
+# Masked tokens
 
 
 def test_perplexity_is_over_tokens():
@@ -164,7 +166,7 @@ def test_perplexity_is_over_tokens():
     losses = torch.tensor([*(x.mean() for x in tokens), torch.nan])
     expected = torch.cat(tokens).double().mean().exp().item()
     assert perplexity(losses, torch.tensor([3, 1, 8, 0])) == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(ValueError, match="no token"):
+    with pytest.raises(ValueError, match="no tokens"):
         perplexity(torch.zeros(1), torch.zeros(1))
 
 
@@ -208,15 +210,15 @@ def test_pseudo_perplexity_is_that_of_one_token_at_a_time(seed, batch_tokens):
     assert len(most) == {1: len(logs), 100_000: 1}.get(batch_tokens, len(most))
 
 
-def test_pseudo_perplexity_of_no_knowledge_is_the_vocabulary():
+def test_pseudo_perplexity_of_equal_logits_is_the_vocabulary_size():
     texts = drawn_texts(np.random.default_rng(1), 5)
     same = pseudo_perplexity(lambda tokens, places: torch.zeros(len(places), V), texts, MASK, SPECIAL)
     assert same == pytest.approx(V)
-    with pytest.raises(ValueError, match="no token to score"):
+    with pytest.raises(ValueError, match="no tokens to score"):
         pseudo_perplexity(lambda tokens, places: torch.zeros(len(places), V), [[CLS, SEP]], MASK, SPECIAL)
 
 
-def test_unigrams_are_those_of_the_definition(seed, monkeypatch):
+def test_unigram_perplexity_is_that_of_the_definition(seed, monkeypatch):
     rng = np.random.default_rng(seed)
     train, held_out = drawn_texts(rng, 30), drawn_texts(rng, 20)
 
@@ -233,43 +235,43 @@ def test_unigrams_are_those_of_the_definition(seed, monkeypatch):
 
 
 def test_texts_that_cannot_be_counted_are_refused():
-    with pytest.raises(ValueError, match="no vocabulary of 12"):
+    with pytest.raises(ValueError, match="vocabulary of 12"):
         unigram_perplexity([[0, 12, 1]], [[0, 5, 1]], V, SPECIAL)
-    with pytest.raises(ValueError, match="no vocabulary of 12"):
+    with pytest.raises(ValueError, match="vocabulary of 12"):
         unigram_perplexity([[0, 5, 1]], [[0, -1, 1]], V, SPECIAL)
     for train, held_out in (([[0, 1]], [[0, 5, 1]]), ([[0, 5, 1]], [[0, 1]]), ([], [[5]]), ([[5]], [])):
-        with pytest.raises(ValueError, match="no token to count, or none to score"):
+        with pytest.raises(ValueError, match="no tokens to count, or none to score"):
             unigram_perplexity(train, held_out, V, SPECIAL)
     assert 1 < unigram_perplexity([[0, 5, 6, 1]], [[0, 6, 1], [7]], V, SPECIAL) < 1000  # 7 was not counted
 
 
-# Replaced words
+# Replaced tokens
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_replaced_tokens_are_those_of_scikit_learn(ties):
+def test_metrics_of_replaced_tokens_are_those_of_scikit_learn(ties):
     replaced, frequent = torch.rand(400) < 0.2, torch.rand(400) < 0.7
-    logits = (torch.randn(400) + 2 * replaced - 1) * 30  # sigmoids of which many would be one
+    logits = (torch.randn(400) + 2 * replaced - 1) * 30  # Sigmoids of such logits would often be 1.
     logits = (logits / 20).round() if ties else logits
     found = replaced_metrics(logits, replaced, frequent)
     expected = {}
     for name, rows in (("", torch.ones(400, dtype=torch.bool)), ("_frequent", frequent), ("_rare", ~frequent)):
-        truth, score, said = replaced[rows], logits[rows], logits[rows] > 0
+        truth, score, predicted = replaced[rows], logits[rows], logits[rows] > 0
         expected |= {
-            f"accuracy{name}": accuracy_score(truth, said),
+            f"accuracy{name}": accuracy_score(truth, predicted),
             f"always_original{name}": accuracy_score(truth, torch.zeros_like(truth)),
-            f"balanced_accuracy{name}": balanced_accuracy_score(truth, said),
+            f"balanced_accuracy{name}": balanced_accuracy_score(truth, predicted),
             f"auroc{name}": roc_auc_score(truth, score),
-            f"precision{name}": precision_score(truth, said),
-            f"recall{name}": recall_score(truth, said),
-            f"f1{name}": f1_score(truth, said),
+            f"precision{name}": precision_score(truth, predicted),
+            f"recall{name}": recall_score(truth, predicted),
+            f"f1{name}": f1_score(truth, predicted),
         }
     assert found == pytest.approx(expected, abs=1e-12)
     whole = {name: value for name, value in found.items() if not name.endswith(("_frequent", "_rare"))}
     assert replaced_metrics(logits, replaced) == whole
 
 
-def test_replaced_tokens_where_there_are_none():
+def test_metrics_without_replaced_tokens():
     found = replaced_metrics(-torch.rand(5) - 1, torch.zeros(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool))
     assert found["accuracy"] == found["always_original"] == found["accuracy_frequent"] == 1
     for name in ("auroc", "recall", "precision", "f1", "balanced_accuracy", "accuracy_rare"):

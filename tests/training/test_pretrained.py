@@ -128,7 +128,7 @@ def test_models_that_differ_are_refused(given: dualenc.Embedder, tmp_path: Path)
         refused.setup("fit")
     assert all(torch.equal(x, before[name]) for name, x in refused.model.state_dict().items())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="no whole model directory"):
+    with pytest.raises(ModelError, match="not a complete model directory"):
         task(tmp_path / "empty", given).setup("fit")
 
 
@@ -210,9 +210,9 @@ def test_run_without_an_architecture_takes_that_of_its_model(tmp_path: Path, see
     folder = str(tmp_path / "model")
     for wrong, message in (
         ({}, "model.image is missing"),
-        ({"pretrained": str(tmp_path / "gone")}, "model.pretrained .*gone is no folder.*dualenc import SPEC"),
-        ({"pretrained": folder, "embed_dim": 7}, "model.embed_dim is that of model.pretrained"),
-        ({"pretrained": folder, "resize": "squash"}, "model.resize is that of model.pretrained"),
+        ({"pretrained": str(tmp_path / "gone")}, "model.pretrained .*gone must be a folder .*dualenc import SPEC"),
+        ({"pretrained": folder, "embed_dim": 7}, "model.embed_dim is given by model.pretrained"),
+        ({"pretrained": folder, "resize": "squash"}, "model.resize is given by model.pretrained"),
         ({"pretrained": True}, "model.image is missing"),
         ({"pretrained": "open_clip:ViT-B-32/openai"}, "dualenc import open_clip:ViT-B-32/openai OUT"),
     ):

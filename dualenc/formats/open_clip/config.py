@@ -1,7 +1,7 @@
-"""Models in the format of open_clip: what `open_clip_config.json` says as a `DualConfig`, and back.
+"""Models in the format of open_clip: `open_clip_config.json` to a `DualConfig` and back, and the names of tensors.
 
-The fields are those of `CLIPVisionCfg` and `CLIPTextCfg` (open_clip 3.3, model.py). What a field asks for and a
-`DualEncoder` does not compute is refused by name.
+The fields are those of `CLIPVisionCfg` and `CLIPTextCfg` (open_clip 3.3, model.py). A field that asks for something
+that a `DualEncoder` does not compute is refused by name.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from dualenc.utils.errors import ModelError, first_failure
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
-# What open_clip takes for a field that is not there.
+# The defaults of open_clip's fields.
 VISION: Config = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
     "no_ln_pre": False, "final_ln_after_pool": False, "pool_type": "tok", "ls_init_value": None,
@@ -36,44 +36,46 @@ TEXT: Config = {
     "no_causal_mask": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear", "pad_id": 0,
     "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler",
 }  # fmt: skip
-# Of these a value that is not empty changes what is computed.
+# A value of these fields that is not empty changes the computation in a way that dualenc does not support.
 REFUSED_VISION = ("attentional_pool", "block_type", *CUSTOM)
 REFUSED_TEXT = ("embed_cls", "ls_init_value", "final_ln_after_pool", "block_type", *CUSTOM)
-HUGGING_FACE = ("bert", "roberta", "xlm-roberta")  # the encoders whose width open_clip finds in their config
-EPS = 1e-5  # of LayerNorms, unless norm_kwargs says otherwise
+HUGGING_FACE = ("bert", "roberta", "xlm-roberta")  # The encoders whose width open_clip finds in their config.
+EPS = 1e-5  # The epsilon of LayerNorms without norm_kwargs.
 
 
 def read_config(model_cfg: Config, where: str, hugging_face: Callable[[str], Config]) -> DualConfig:
-    """The architecture that a model's config says.
+    """Return the architecture of an open_clip config.
 
     Args:
-        model_cfg: open_clip's.
-        where: its file or name, for errors.
-        hugging_face: gives the `config.json` of a text encoder by the name that open_clip calls it by.
+        model_cfg: `model_cfg` of open_clip.
+        where: file or name of the config, for errors.
+        hugging_face: function from open_clip's name of a text encoder to its `config.json`.
 
     Raises:
-        ModelError: it is no config of open_clip, or asks for what dualenc does not compute; names the key.
+        ModelError: If the config is not one of open_clip, or a field is not supported; the message names the field.
     """
     if "multimodal_cfg" in model_cfg:
-        raise ModelError(f"{where}: multimodal_cfg: CoCa's decoder is none that dualenc computes")
+        raise ModelError(f"{where}: multimodal_cfg: CoCa's decoder is not supported")
     try:
         vision, text, embed_dim = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"]), model_cfg["embed_dim"]
     except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{where} is no model of open_clip: it needs embed_dim, vision_cfg and text_cfg") from None
-    for name, part, refused in (("vision_cfg", vision, REFUSED_VISION), ("text_cfg", text, REFUSED_TEXT)):
-        if wrong := [key for key in refused if part.get(key)]:
-            raise ModelError(f"{where}: {name}.{wrong[0]} {part[wrong[0]]!r} is none that dualenc computes")
+        raise ModelError(
+            f"{where} is not a model of open_clip: it must have embed_dim, vision_cfg and text_cfg"
+        ) from None
+    for name, fields, refused in (("vision_cfg", vision, REFUSED_VISION), ("text_cfg", text, REFUSED_TEXT)):
+        if wrong := [key for key in refused if fields.get(key)]:
+            raise ModelError(f"{where}: {name}.{wrong[0]} {fields[wrong[0]]!r} is not supported")
     vision, text = VISION | vision, TEXT | text
     quick = bool(model_cfg.get("quick_gelu", False))
     try:
         image, image_projection = _read_vision(vision, embed_dim, quick, f"{where}: vision_cfg")
         if text.get("hf_model_name"):
-            ours, text_projection = _read_hugging_face(text, embed_dim, hugging_face, f"{where}: text_cfg")
+            encoder, text_projection = _read_hugging_face(text, embed_dim, hugging_face, f"{where}: text_cfg")
         else:
-            ours, text_projection = _read_text(text, quick, f"{where}: text_cfg")
+            encoder, text_projection = _read_text(text, quick, f"{where}: text_cfg")
         return DualConfig(
             image,
-            ours,
+            encoder,
             embed_dim,
             logit_bias=model_cfg.get("init_logit_bias") is not None,
             image_projection=image_projection,
@@ -83,21 +85,21 @@ def read_config(model_cfg: Config, where: str, hugging_face: Callable[[str], Con
         raise error if isinstance(error, ModelError) else ModelError(f"{where}: {error}") from None
 
 
-def _activation(part: Config, quick: bool, where: str) -> Any:
-    kwargs = part.get("act_kwargs") or {}
+def _activation(fields: Config, quick: bool, where: str) -> Any:
+    kwargs = fields.get("act_kwargs") or {}
     if quick and not kwargs:
         return "quick_gelu"
     if not quick and kwargs in ({}, {"approximate": "none"}):
         return "gelu"
     if not quick and kwargs == {"approximate": "tanh"}:
         return "gelu_tanh"
-    raise ModelError(f"{where}.act_kwargs {kwargs} is none that dualenc computes")
+    raise ModelError(f"{where}.act_kwargs {kwargs} is not supported{' with quick_gelu' if quick else ''}")
 
 
-def _eps(part: Config, where: str) -> float:
-    kwargs = part.get("norm_kwargs") or {}
-    if set(kwargs) - {"eps"}:
-        raise ModelError(f"{where}.norm_kwargs {kwargs} is none that dualenc computes")
+def _eps(fields: Config, where: str) -> float:
+    kwargs = fields.get("norm_kwargs") or {}
+    if unknown := sorted(set(kwargs) - {"eps"}):
+        raise ModelError(f"{where}.norm_kwargs {unknown[0]} is not supported")
     return kwargs.get("eps", EPS)
 
 
@@ -118,16 +120,16 @@ def _read_vision(vision: Config, embed_dim: int, quick: bool, where: str) -> tup
         norm_eps=_eps(vision, where),
         pre_norm=not vision["no_ln_pre"],
         pool="avg" if average else "token",
-        norm_last=average and bool(vision["final_ln_after_pool"]),  # of one token it is all the same
+        norm_last=average and bool(vision["final_ln_after_pool"]),  # The order does not matter for one token.
         layer_scale=vision["ls_init_value"] is not None,
     )
     return image_config(shape), Projection()
 
 
 def _vision_checks(vision: Config) -> Iterator[tuple[bool, str]]:
-    """Yield what must hold for a vision transformer of open_clip's own, each with the field that says otherwise."""
+    """Yield the conditions for a supported vision transformer of open_clip, each with the field that breaks it."""
     yield isinstance(vision["layers"], int), f"layers {vision['layers']}: a ResNet is not a vision transformer"
-    yield vision["pool_type"] in ("tok", "avg"), f"pool_type {vision['pool_type']!r} cannot be computed"
+    yield vision["pool_type"] in ("tok", "avg"), f"pool_type {vision['pool_type']!r} is not supported"
     for key in ("image_size", "patch_size"):
         height, width = _sides(vision[key])
         yield height == width, f"{key} {vision[key]} is not square"
@@ -138,7 +140,7 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[ImageConfig, Projection]:
-    """A tower of timm by its name; its size is what timm says, whatever `image_size` is."""
+    """Return a tower of timm by its name. Its size is that of timm's weights, if there are any, as in open_clip."""
     from timm.models import get_pretrained_cfg
 
     check_timm(name)
@@ -150,7 +152,7 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
     overrides: Config = {}
     if pool and pool != getattr(vit, "global_pool", None):
         overrides["global_pool"] = pool
-        if kind in ("linear", "mlp"):  # open_clip changes it after timm has decided where the last LayerNorm stands
+        if kind in ("linear", "mlp"):  # open_clip changes the pooling after timm has placed the last LayerNorm.
             overrides["fc_norm"] = not isinstance(vit.fc_norm, nn.Identity)
     if kind == "none":
         projection = Projection(bias=())
@@ -158,25 +160,25 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
         projection = Projection(bias=(bool(vision["timm_proj_bias"]),))
     elif kind == "mlp":
         projection = Projection((2 * embed_dim,), (True, bool(vision["timm_proj_bias"])))
-    elif not kind:  # the tower's own classifier
+    elif not kind:  # The projection is the tower's own classifier.
         projection = Projection(bias=(True,))
     else:
-        raise ModelError(f"{where}.timm_proj {kind!r} is none that dualenc computes")
+        raise ModelError(f"{where}.timm_proj {kind!r} is not supported")
     return ImageConfig(name, size, overrides), projection
 
 
 def _read_text(text: Config, quick: bool, where: str) -> tuple[TextConfig, Projection]:
     check_numbers({key: text[key] for key in ("vocab_size", "width", "heads", "context_length")}, text["layers"])
     causal, pool, length = not text["no_causal_mask"], text["pool_type"], text["context_length"]
-    # Of a tower that sees what follows the closing token the texts are filled up, as there.
-    ends = {"argmax": "last", "eos": "last", "last": "last", "first": "cls"}
+    # Texts are padded, as in open_clip, for a tower that sees the tokens after the closing token.
+    pools = {"argmax": "last", "eos": "last", "last": "last", "first": "cls"}
     checks = [
-        (pool in ends, f"pool_type {pool!r} cannot be computed"),
-        (causal or pool not in ("argmax", "eos"), f"no_causal_mask true cannot be computed with pool_type {pool!r}"),
+        (pool in pools, f"pool_type {pool!r} is not supported"),
+        (causal or pool not in ("argmax", "eos"), f"no_causal_mask true is not supported with pool_type {pool!r}"),
     ]
     if reason := first_failure(checks):
         raise ModelError(f"{where}.{reason}")
-    filled = pool == "last" or (pool == "first" and not causal)
+    padded = pool == "last" or (pool == "first" and not causal)
     config = TextConfig(
         vocab_size=text["vocab_size"],
         width=text["width"],
@@ -185,11 +187,11 @@ def _read_text(text: Config, quick: bool, where: str) -> tuple[TextConfig, Proje
         mlp_width=int(text["width"] * text["mlp_ratio"]),
         context_length=length,
         norm="pre",
-        pool=ends[pool],  # type: ignore[arg-type]
+        pool=pools[pool],  # type: ignore[arg-type]
         activation=_activation(text, quick, where),
         norm_eps=_eps(text, where),
         causal=causal,
-        pad_to=length if filled else None,
+        pad_to=length if padded else None,
         pad_id=text["pad_id"],
     )
     if text["proj_type"] == "none":
@@ -201,13 +203,13 @@ def _read_hugging_face(
     text: Config, embed_dim: int, hugging_face: Callable[[str], Config], where: str
 ) -> tuple[TextConfig, Projection]:
     name = text["hf_model_name"]
-    family, inside = family_of(hugging_face(name), f"{where}.hf_model_name {name}")
+    family, fields = family_of(hugging_face(name), f"{where}.hf_model_name {name}")
     pools = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "cls", "cls_pooler": "cls"}
     pooler, kind = text["hf_pooler_type"], text["hf_proj_type"]
     if pooler not in pools:
-        raise ModelError(f"{where}.hf_pooler_type {pooler!r} is none that dualenc computes")
-    config = text_config(family, inside, f"{where}.hf_model_name {name}")
-    length = min(text["context_length"], config.context_length)  # later positions are never used, and not taken
+        raise ModelError(f"{where}.hf_pooler_type {pooler!r} is not supported")
+    config = text_config(family, fields, f"{where}.hf_model_name {name}")
+    length = min(text["context_length"], config.context_length)  # Later positions are never used and are left out.
     config = dataclasses.replace(config, pool=pools[pooler], context_length=length)  # type: ignore[arg-type]
     projection = {
         None: Projection(bias=()),
@@ -215,24 +217,24 @@ def _read_hugging_face(
         "mlp": Projection(((config.width + embed_dim) // 2,), (False, False)),
     }.get(kind)
     if projection is None:
-        raise ModelError(f"{where}.hf_proj_type {kind!r} is none that dualenc computes")
+        raise ModelError(f"{where}.hf_proj_type {kind!r} is not supported")
     if pooler == "cls_pooler" and any(slot.kind == "pooler" for slot in family.slots):
         if kind == "mlp":
-            raise ModelError(f"{where}: hf_pooler_type 'cls_pooler' before hf_proj_type 'mlp' is not computed")
+            raise ModelError(f"{where}.hf_proj_type 'mlp' is not supported with hf_pooler_type 'cls_pooler'")
         projection = Projection((config.width,), (True, False), "tanh")
     return config, projection
 
 
 def read_preprocess(fields: Config, size: int, where: str) -> Preprocess:
-    """The evaluation transform that `preprocess_cfg` says.
+    """Return the evaluation transform of a `preprocess_cfg`.
 
     Args:
-        fields: of the config; what is missing is as open_clip has it.
-        size: of the image tower.
+        fields: fields of `preprocess_cfg`; missing ones have open_clip's defaults.
+        size: image size of the image tower in pixels.
         where: the file, for errors.
 
     Raises:
-        ModelError: it is none that dualenc does.
+        ModelError: If a field is not supported; the message names the field.
     """
     mode, fill = fields.get("resize_mode") or "shortest", fields.get("fill_color", 0)
     interpolation = fields.get("interpolation") or "bicubic"
@@ -243,36 +245,32 @@ def read_preprocess(fields: Config, size: int, where: str) -> Preprocess:
     ]
     if reason := first_failure(checks):
         raise ModelError(f"{where}: preprocess_cfg.{reason}")
-    found = {key: fields.get(key) or usual for key, usual in MOMENTS.items()}
-    mean, std = moments(found["mean"], found["std"], where)
+    mean, std = moments(fields.get("mean") or OPENAI_MEAN, fields.get("std") or OPENAI_STD, where)
     return Preprocess(size, mean, std, interpolation, mode)  # type: ignore[arg-type]
 
 
 def moments(mean: Any, std: Any, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """By which pixels are normalized, three numbers each.
+    """Return mean and standard deviation of the pixels by channel, as floats.
 
     Raises:
-        ModelError: they are not.
+        ModelError: If they are not three finite numbers each, or a standard deviation is not positive.
     """
     try:
-        found = tuple(map(float, mean)), tuple(map(float, std))
-        fine = all(len(x) == 3 and all(map(math.isfinite, x)) for x in found) and min(found[1]) > 0
+        pair = tuple(map(float, mean)), tuple(map(float, std))
+        valid = all(len(x) == 3 and all(map(math.isfinite, x)) for x in pair) and min(pair[1]) > 0
     except (TypeError, ValueError):
-        fine, found = False, ((), ())
-    if not fine:
+        valid, pair = False, ((), ())
+    if not valid:
         raise ModelError(f"{where}: mean {mean} and std {std} must be three numbers each, those of std above 0")
-    return found
-
-
-MOMENTS = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
+    return pair
 
 
 def rules_of(model_cfg: Config, config: DualConfig) -> list[Rule]:
-    """Names of the tensors of a model of open_clip.
+    """Return the rules for the names of an open_clip model's tensors.
 
     Args:
-        model_cfg: open_clip's config.
-        config: what it says, by `read_config`.
+        model_cfg: `model_cfg` of open_clip.
+        config: the architecture that `read_config` returns for it.
     """
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     with torch.device("meta"):
@@ -340,7 +338,7 @@ NATIVE_TEXT = {
 
 
 def projection_rules(ours: str, projection: Projection, theirs: tuple[str, ...]) -> list[Rule]:
-    """Names of a projection's linear maps, each a module of theirs."""
+    """Return the rules for a projection whose linear layers are the modules `theirs`."""
     names = [ours] if len(projection.bias) == 1 else [f"{ours}.{2 * i}" for i in range(len(projection.bias))]
     return [
         Rule((f"{name}.{kind}",), (f"{there}.{kind}",))
@@ -350,7 +348,7 @@ def projection_rules(ours: str, projection: Projection, theirs: tuple[str, ...])
 
 
 def text_rules(family: Family, text: TextConfig, prefix: str) -> list[Rule]:
-    """Names of a text encoder's tensors by a family, ours as in the state of a `DualEncoder`."""
+    """Return the rules for a family's text encoder, with our names as in the state of a `DualEncoder`."""
     from dualenc.models.text_encoder import TextEncoder
 
     with torch.device("meta"):
@@ -359,31 +357,31 @@ def text_rules(family: Family, text: TextConfig, prefix: str) -> list[Rule]:
 
 
 def complete(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """What open_clip's towers have not and ours have: a bias of zeros in the map of the patches."""
+    """Add the patch embedding's bias as zeros, because open_clip's towers do not have it."""
     name = "image.vit.patch_embed.proj.bias"
     return {**state, **({name: torch.zeros(shapes[name])} if name in shapes and name not in state else {})}
 
 
 def fold(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other way: the bias of the patches' map is added to their positions, where open_clip has none for it."""
-    bias, places = state.get("image.vit.patch_embed.proj.bias"), state["image.vit.pos_embed"]
+    """Add the patch embedding's bias to the position embeddings, because open_clip's towers do not have the bias."""
+    bias = state.get("image.vit.patch_embed.proj.bias")
     if bias is None:
         return dict(state)
-    moved = places.clone()
-    moved[:, 1:] += bias
-    return {**state, "image.vit.pos_embed": moved}
+    positions = state["image.vit.pos_embed"].clone()
+    positions[:, 1:] += bias
+    return {**state, "image.vit.pos_embed": positions}
 
 
 def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
-    """What `model_cfg` says of a model, where open_clip has its like.
+    """Return the `model_cfg` of an architecture.
 
     Args:
         config: the architecture.
-        eos_id: of the token that closes a text.
-        name: under which open_clip finds the text encoder's `config.json`, where it is one of Hugging Face's.
+        eos_id: id of the token that closes a text.
+        name: name under which open_clip finds the `config.json` of a text encoder of Hugging Face.
 
     Raises:
-        ModelError: open_clip has no such model; says which part.
+        ModelError: If open_clip does not have such a model; the message names the field.
     """
     with torch.device("meta"):
         tower = ImageEncoder(config.image)
@@ -397,8 +395,8 @@ def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
         vision, quick["image"] = _write_vision(shape), shape.activation == "quick_gelu"
     if vision is None:
         raise ModelError(
-            f"open_clip has no image tower like this one: its own differ in {reason}, and the name {config.image.name} "
-            "alone does not give this one in timm; export to transformers or onnx"
+            f"open_clip has no image tower like this one: its own towers differ in {reason}, and timm's "
+            f"{config.image.name} is another tower; export to transformers or onnx"
         )
     try:
         text = _write_text(config.text, text_projection, eos_id)
@@ -412,7 +410,7 @@ def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
                 f"in {theirs}; export to onnx"
             ) from None
     if len(set(quick.values())) > 1:
-        raise ModelError("open_clip has quick_gelu in both towers or in none: export to onnx")
+        raise ModelError("open_clip has quick_gelu in both towers or in neither: export to onnx")
     model_cfg: Config = {"embed_dim": config.embed_dim, "quick_gelu": any(quick.values())}
     model_cfg |= {"custom_text": True} if config.logit_bias or "timm_model_name" in vision else {}
     model_cfg |= {"init_logit_bias": -10.0} if config.logit_bias else {}
@@ -420,7 +418,7 @@ def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
 
 
 def _write_vision(shape: Shape) -> Config:
-    """Of open_clip's own vision transformer."""
+    """Return the `vision_cfg` of open_clip's own vision transformer."""
     vision: Config = {
         "image_size": shape.size,
         "layers": shape.layers,
@@ -447,7 +445,7 @@ def _kwargs(activation: Activation, eps: float) -> Config:
 
 
 def _write_timm(image: ImageConfig, tower: ImageEncoder, projection: Projection, embed_dim: int) -> Config | None:
-    """By the name that timm has for it, if that says all."""
+    """Return the `vision_cfg` of a tower that timm's name describes completely; None if the name does not."""
     from timm.models import get_pretrained_cfg
 
     name = image.name.split(".")[0]
@@ -461,25 +459,25 @@ def _write_timm(image: ImageConfig, tower: ImageEncoder, projection: Projection,
 
 
 def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) -> Config:
-    """Return what open_clip says of its own text transformer.
+    """Return the `text_cfg` of open_clip's own text transformer.
 
     Raises:
-        ModelError: It has no such text transformer; the message is the field.
+        ModelError: If open_clip does not have such a transformer; the message is the field.
     """
-    filled, ended = text.pad_to == text.context_length, eos_id is not None
+    padded, closed = text.pad_to == text.context_length, eos_id is not None
     checks = [
         (text.pool in ("last", "cls"), f"pool {text.pool!r}"),
-        (text.causal or filled, f"causal False with pad_to {text.pad_to}"),
-        (text.pool == "cls" or filled or text.pad_to is None, f"pad_to {text.pad_to}"),
-        (text.pool == "cls" or filled or ended, "pool 'last' without a token that closes a text"),
+        (text.causal or padded, f"causal False with pad_to {text.pad_to}"),
+        (text.pool == "cls" or padded or text.pad_to is None, f"pad_to {text.pad_to}"),
+        (text.pool == "cls" or padded or closed, "pool 'last' without a closing token"),
         (not projection.hidden, str(projection)),
         (text.activation in ("gelu", "gelu_tanh", "quick_gelu"), f"activation {text.activation!r}"),
     ]
     if reason := first_failure(checks):
         raise ModelError(reason)
     ends: Config = {"pool_type": "first" if text.pool == "cls" else "last"}
-    if text.pool == "last" and not filled:
-        # The largest id is the closing one's where it is CLIP's; the name of any other is said.
+    if text.pool == "last" and not padded:
+        # Without an eos_id, open_clip takes the largest id of a text for the closing token, as in CLIP.
         ends = {} if eos_id == text.vocab_size - 1 else {"pool_type": "eos", "eos_id": eos_id}
     written: Config = {
         "context_length": text.context_length,
@@ -502,16 +500,16 @@ def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) ->
 
 
 def _plain(text: TextConfig) -> TextConfig:
-    """Return an architecture in which what can be said in several ways is said in one, without training choices."""
+    """Return an architecture with equivalent values written in one way and without dropout."""
     hidden = text.mlp_width or 4 * text.width
     return dataclasses.replace(text, mlp_width=hidden, dropout=0.0, family=None, embed_norm=text.normalizes_embeddings)
 
 
 def _write_hugging_face(text: TextConfig, projection: Projection, embed_dim: int, name: str) -> Config:
-    """Return what open_clip says of an encoder that it takes from transformers.
+    """Return the `text_cfg` of an encoder that open_clip takes from transformers.
 
     Raises:
-        ModelError: It takes no such encoder; the message is the field.
+        ModelError: If open_clip does not take such an encoder; the message is the field.
     """
     pools = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
     kinds = {

@@ -1,3 +1,5 @@
+"""Tokenizers: trained, read from files, compared with transformers; and the packed tokens."""
+
 import json
 import pickle
 import random
@@ -22,9 +24,9 @@ WHOLE = ["the", "cat", "dog", "##ing", "sit", "sep", "cls", "mask", "un", "猫",
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *".,!?'-[]#", *(f"##{x}" for x in LETTERS), *WHOLE]
 
 
-KINDS = ["wordpiece", "bpe"]  # that are trained
-READ = [*KINDS, "unigram"]  # that are read
-SMALL = {"wordpiece": 150, "bpe": 400, "unigram": 150}  # of bytes there are 256
+KINDS = ["wordpiece", "bpe"]  # The kinds that are trained.
+READ = [*KINDS, "unigram"]  # The kinds that are read.
+SMALL = {"wordpiece": 150, "bpe": 400, "unigram": 150}  # A vocabulary of bytes has at least 256 entries.
 
 
 def rows(tokens):
@@ -47,7 +49,7 @@ def vocab(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_depends_on_the_captions_alone(seed, kind):
-    """The trainers work with hash maps whose order changes from one to the next: several runs, all equal."""
+    """Hash maps inside the trainers have another order in each run, and all runs must be equal."""
     texts = captions(random.Random(seed))
     size = SMALL[kind]
     first = Tokenizer.train(texts, size, 16, kind)
@@ -55,19 +57,20 @@ def test_training_depends_on_the_captions_alone(seed, kind):
         shuffled = random.Random(i).sample(texts, len(texts))
         other = Tokenizer.train(iter(shuffled), size, 16, kind)
         assert other.backend.to_str() == first.backend.to_str()
-    assert Tokenizer.train(texts[:100], size, 16, kind).backend.to_str() != first.backend.to_str()  # the control
+    fewer = Tokenizer.train(texts[:100], size, 16, kind)  # The control: other captions.
+    assert fewer.backend.to_str() != first.backend.to_str()
 
 
 @pytest.mark.slow
 def test_training_in_other_processes(seed, tmp_path):
-    """Hash maps and Python's sets have another order in each process; the files have to be equal to the byte."""
+    """Hash maps and Python's sets have another order in each process, and the files must be equal byte for byte."""
     texts = [*captions(random.Random(seed), 60), "é 猫犬 🎩", "ß Σς İ"]
     code = (
         "import json, random, sys\nfrom dualenc.data import Tokenizer\nfolder = sys.argv[1]\n"
         "texts, sizes = json.load(open(folder + '/in.json'))\nrandom.shuffle(texts)\n"
         "for kind in sizes: Tokenizer.train(texts, sizes[kind], 16, kind).save(f'{folder}/{kind}.json')"
     )
-    (tmp_path / "in.json").write_text(json.dumps([texts, SMALL]))
+    (tmp_path / "in.json").write_text(json.dumps([texts, {kind: SMALL[kind] for kind in KINDS}]))
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
         for kind in KINDS:
@@ -76,7 +79,7 @@ def test_training_in_other_processes(seed, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trained_vocabulary(seed, kind):
+def test_a_trained_vocabulary_decodes_its_captions(seed, kind):
     texts = captions(random.Random(seed))
     size = SMALL[kind]
     tokenizer = Tokenizer.train(texts, size, 64, kind)
@@ -85,10 +88,10 @@ def test_trained_vocabulary(seed, kind):
     assert special == [0, 1, 2, 3, 4]
     found = rows(tokenizer(texts))
     assert all(row[0] == 2 and row[-1] == 3 for row in found)
-    assert not any(set(row[1:-1]) & set(special) for row in found)  # every letter is known
+    assert not any(set(row[1:-1]) & set(special) for row in found)  # Every letter is known.
     assert [tokenizer.backend.decode(row) for row in found] == [" ".join(text.split()) for text in texts]
     small = Tokenizer.train(texts, {"bpe": 280}.get(kind, 60), 64, kind)
-    assert len(tokenizer(texts).ids) < len(small(texts).ids)  # a larger vocabulary has longer pieces
+    assert len(tokenizer(texts).ids) < len(small(texts).ids)  # A larger vocabulary has longer subwords.
 
 
 @pytest.mark.parametrize("kind", ["unigram", "sentencepiece"])
@@ -102,8 +105,8 @@ any_text = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(SCRIP
 
 
 def plain(form, text):
-    """One Unicode form, one space, lower case: what a trained vocabulary sees, by Python's own means."""
-    backend = normalizers.Lowercase()  # Python's lower() knows the final sigma, the library's does not
+    """Return a text in one Unicode form and lower case with single spaces, as a trained vocabulary sees it."""
+    backend = normalizers.Lowercase()  # Python's lower() has a final sigma, the library's does not.
     return backend.normalize_str(" ".join(unicodedata.normalize(form, text).split()))
 
 
@@ -121,14 +124,14 @@ def test_bytes_know_every_character(by_bytes, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_captions_without_a_letter(kind):
+def test_training_on_captions_without_a_letter(kind):
     tokenizer = Tokenizer.train(["", "  "], 300, 8, kind)
     assert rows(tokenizer(["", " "])) == [[2, 3], [2, 3]]
     assert rows(Tokenizer.train([], 300, 8, kind)([""])) == [[2, 3]]
 
 
 def test_a_vocabulary_without_room_is_refused():
-    for kind, needed in (("wordpiece", 11), ("bpe", 261)):  # of a, b, c, at the start and within
+    for kind, needed in (("wordpiece", 11), ("bpe", 261)):  # The letters a, b, c stand at the start and inside.
         with pytest.raises(DataError, match=f"vocab_size {needed - 1} is too small: {needed} entries"):
             Tokenizer.train(["abc cba"], needed - 1, 16, kind)
         assert Tokenizer.train(["abc cba"], needed, 16, kind).vocab_size == needed
@@ -141,14 +144,14 @@ words = st.sampled_from(PLAIN + ODD)
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(words, max_size=12).map(" ".join), min_size=1, max_size=6))
-def test_equals_transformers(vocab, texts):
+def test_ids_equal_those_of_transformers(vocab, texts):
     peer = BertTokenizerFast(vocab=str(vocab), do_lower_case=True, split_special_tokens=True)
     ours = Tokenizer.from_file(vocab, 24)
     expected = peer(texts, truncation=True, max_length=24, split_special_tokens=True)["input_ids"]
     assert rows(ours(texts)) == expected
 
 
-def test_equals_transformers_cased(tmp_path):
+def test_ids_of_a_cased_vocabulary_equal_those_of_transformers(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB, "The", "C", "##AT"]) + "\n", "utf-8")
     peer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), do_lower_case=False)
     texts = ["The CAT the cat", "é E", "THE"]
@@ -156,7 +159,7 @@ def test_equals_transformers_cased(tmp_path):
 
 
 def test_only_a_line_feed_ends_an_entry(tmp_path):
-    """Entries such as U+2028 or U+0085, taken for line ends, would shift every id after them."""
+    """If entries such as U+2028 or U+0085 counted as line ends, every id after them would be shifted."""
     (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB[:40], "\u2028", "\x85", *VOCAB[40:]]) + "\n", "utf-8")
     ours = Tokenizer.from_file(tmp_path / "vocab.txt", 24)
     assert ours.backend.token_to_id(VOCAB[-1]) == len(VOCAB) + 1
@@ -175,7 +178,7 @@ def test_special_tokens_in_a_caption_stay_text(vocab, tmp_path, text):
         assert not special & set(ids[1:-1])
         assert ids[0] == tokenizer.backend.token_to_id("[CLS]")
         assert ids[-1] == tokenizer.backend.token_to_id("[SEP]")
-        letters = tokenizer.backend.decode(ids)  # leaves special tokens out
+        letters = tokenizer.backend.decode(ids)  # Decoding leaves out special tokens.
         assert "".join(letters.split()).startswith("".join(text.lower().split())[:20])
 
 
@@ -189,13 +192,13 @@ def test_truncation_keeps_the_closing_token(vocab, seed, length, tmp_path):
         assert cut == [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in whole]
 
 
-def test_empty_captions_are_their_ends(vocab):
+def test_an_empty_caption_has_the_opening_and_closing_tokens(vocab):
     assert rows(Tokenizer.from_file(vocab, 8)(["", "  ", "cat"]))[:2] == [[2, 3], [2, 3]]
     with pytest.raises(ValueError, match="no texts at all"):
         Tokenizer.from_file(vocab, 8)([])
 
 
-def test_pickle_and_save(vocab, tmp_path, seed):
+def test_a_pickled_or_saved_tokenizer_gives_the_same_ids(vocab, tmp_path, seed):
     texts = captions(random.Random(seed))
     for tokenizer in (Tokenizer.from_file(vocab, 9), *(tokenizer_of(kind, texts, SMALL[kind], 9) for kind in READ)):
         expected = rows(tokenizer(texts))
@@ -207,12 +210,12 @@ def test_pickle_and_save(vocab, tmp_path, seed):
             assert rows(again(texts)) == expected
             assert again.vocab_size == tokenizer.vocab_size
         assert json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["truncation"] is None
-        longer = rows(Tokenizer.from_file(tmp_path, 100)(texts))  # the file holds no length of its own
+        longer = rows(Tokenizer.from_file(tmp_path, 100)(texts))  # The file does not store the length.
         assert max(map(len, longer)) > 9
         assert max(map(len, expected)) == 9
 
 
-def test_the_callers_backend_is_left_alone(vocab):
+def test_the_backend_of_the_caller_is_not_changed(vocab):
     backend = Tokenizer.from_file(vocab, 100).backend
     Tokenizer(backend, 3)
     assert backend.truncation["max_length"] == 100
@@ -221,16 +224,16 @@ def test_the_callers_backend_is_left_alone(vocab):
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
-        ("tokenizer.json", b"garbage", "is no tokenizer"),
-        ("tokenizer.json", b"{}", "is no tokenizer"),
-        ("tokenizer.json", b"", "is no tokenizer"),
-        ("tokenizer.json", b"\xff\xfe", "is no tokenizer"),
-        ("vocab.txt", b"\xff\xfe", "is no tokenizer"),
+        ("tokenizer.json", b"garbage", "is not a tokenizer"),
+        ("tokenizer.json", b"{}", "is not a tokenizer"),
+        ("tokenizer.json", b"", "is not a tokenizer"),
+        ("tokenizer.json", b"\xff\xfe", "is not a tokenizer"),
+        ("vocab.txt", b"\xff\xfe", "is not a tokenizer"),
         ("vocab.txt", b"", "entries"),
         ("vocab.txt", b"the\ncat\n[UNK]\n", r"\[CLS\], \[SEP\]"),
     ],
 )
-def test_garbage_names_the_file(tmp_path, name, content, cause):
+def test_an_unreadable_file_is_named(tmp_path, name, content, cause):
     (tmp_path / name).write_bytes(content)
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(DataError, match=cause) as error:
@@ -252,7 +255,7 @@ texts_of_ids = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), mi
 
 @settings(max_examples=150, deadline=None)
 @given(texts_of_ids, st.booleans())
-def test_pack_and_padded(texts, with_types):
+def test_padding_packed_tokens_gives_the_texts_back(texts, with_types):
     types = [[(id + i) % 2 for i, id in enumerate(text)] for text in texts] if with_types else None
     tokens = Tokens.pack(texts, types)
     ids, mask, padded_types = tokens.padded()
@@ -278,7 +281,7 @@ def test_pack_and_padded(texts, with_types):
 
 @settings(max_examples=50, deadline=None)
 @given(texts_of_ids)
-def test_padding_index_is_always_safe(texts):
+def test_the_padding_index_stays_within_the_tokens(texts):
     tokens = Tokens.pack(texts)
     index, mask = padding_index(tokens.offsets, tokens.max_len)
     assert index.min() >= 0
@@ -287,7 +290,7 @@ def test_padding_index_is_always_safe(texts):
     assert mask.sum() == len(tokens.ids)
 
 
-def test_dtypes_and_moving():
+def test_dtypes_and_devices_of_tokens():
     tokens = Tokens.pack([[1, 2], [3]], [[0, 1], [0]])
     moved = tokens.to("cpu")
     assert (tokens.ids.dtype, tokens.offsets.dtype, tokens.rows.dtype) == (torch.int64, torch.int32, torch.int64)
