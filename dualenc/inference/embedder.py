@@ -1,4 +1,4 @@
-"""The embedder: model, tokenizer and preprocessing together, and the model directory they live in."""
+"""The embedder, which joins model, tokenizer and preprocessing, and the model directory that stores them."""
 
 import copy
 import dataclasses
@@ -34,16 +34,16 @@ from dualenc.utils.text import millions, plural
 
 
 class Embedder:
-    """Embeds images and texts into one space.
+    """Embedder of images and texts into one space.
 
     Args:
         model: the dual encoder, or a model of open_clip.
-        tokenizer: whose ids fit the model's vocabulary.
-        preprocess: whose size is the image encoder's.
-        name: for people.
+        tokenizer: a tokenizer for the model's vocabulary.
+        preprocess: preprocessing to the image encoder's size.
+        name: name of the model in messages and on its card.
 
     Raises:
-        ModelError: the parts do not fit together.
+        ModelError: If the parts do not fit together.
     """
 
     def __init__(
@@ -55,37 +55,41 @@ class Embedder:
     ) -> None:
         self.model, self.tokenizer, self.preprocess, self.name = model, tokenizer, preprocess, name
         if isinstance(model, OpenClip) or isinstance(tokenizer, OpenClipTokenizer):
-            return  # made for each other by the library
+            return  # open_clip creates both for one model
         text, image = model.config.text, model.config.image
         check_tokenizer(tokenizer, text)
         if preprocess.size != image.img_size:
             raise ModelError(
-                f"preprocess.json makes {preprocess.size} pixels, the image encoder takes {image.img_size}"
+                f"preprocess.json has size {preprocess.size}, but the image encoder takes {image.img_size}: make them "
+                "equal"
             )
 
     @property
     def dual_encoder(self) -> DualEncoder:
-        """The model, where it is one of ours.
+        """The dual encoder of dualenc.
 
         Raises:
-            ModelError: it is open_clip's.
+            ModelError: If the model is one of open_clip.
         """
         if isinstance(self.model, OpenClip):
-            raise ModelError(f"{self.name} is a model of open_clip, which is measured here and nothing else")
+            raise ModelError(f"{self.name} is a model of open_clip, which dualenc only evaluates: import it first")
         return self.model
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where embeddings are made."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     def embed_images(self, images: Any, batch_size: int = 64) -> Tensor:
-        """Embeddings (N, E) of unit length, on the CPU.
+        """Embed images as (N, E) of unit length, on the CPU.
 
         Args:
-            images: one or an iterable of paths, Pillow images, uint8 tensors (3, H, W) of any size; or of batches
-                (B, 3, S, S) uint8 as loaders give them. Float tensors are taken as already normalized.
-            batch_size: images a forward pass, where they come one by one.
+            images: one path, Pillow image or uint8 tensor (3, H, W) of any size, or an iterable of these; or an
+                iterable of batches (B, 3, S, S) uint8, as loaders yield them. Float tensors must be normalized already.
+            batch_size: images per forward pass, for single images.
+
+        Raises:
+            ValueError: If there are no images.
         """
         images = [images] if isinstance(images, str | os.PathLike | Image.Image) else images
         with evaluating(self.model):
@@ -98,13 +102,21 @@ class Embedder:
         return torch.cat(parts)
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Embeddings (N, E) of unit length, on the CPU, of N strings in any order of lengths."""
+        """Embed texts as (N, E) of unit length, on the CPU.
+
+        Args:
+            texts: N strings.
+            batch_size: texts per forward pass.
+
+        Raises:
+            ValueError: If there are no texts.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("there are no texts to embed")
-        model, tokenizer = typing.cast(Any, self.model), typing.cast(Any, self.tokenizer)  # each with its own tokens
+        model, tokenizer = typing.cast(Any, self.model), typing.cast(Any, self.tokenizer)  # of open_clip or of dualenc
         ids = tokenizer.encode(texts)
-        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # equal lengths together: less to compute
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # batches of similar lengths need less padding
         out = torch.empty(len(texts), self.model.embed_dim)
         with evaluating(self.model):
             for start in range(0, len(order), batch_size):
@@ -113,25 +125,34 @@ class Embedder:
         return out
 
     def classify(self, images: Any, names: Sequence[str], templates: Sequence[str] = ("a photo of a {c}.",)) -> Tensor:
-        """Probabilities (N, C) of the named classes for each image, on the CPU."""
+        """Classify images by the names of classes.
+
+        Args:
+            images: N images; see `embed_images`.
+            names: C names of classes.
+            templates: texts in which `{c}` stands for the name; their embeddings are averaged.
+
+        Returns:
+            Probabilities (N, C), on the CPU.
+        """
         classifier = zero_shot_classifier(self, names, templates)
         scale = self.model.logits()[0].detach().float().cpu()
         return torch.softmax(scale * self.embed_images(images) @ classifier.T, dim=-1)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that embeddings depend on: architecture, weights to the bit, preprocessing, tokenizer."""
+        """A hash of all that determines embeddings: architecture, weights to the bit, preprocessing, tokenizer."""
         return fingerprint(self.model, self.preprocess, self.tokenizer.fingerprint)
 
     def save(self, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
-        """Writes a model directory; an older one of this name is replaced once the new one is whole.
+        """Write a model directory; an older one is replaced once the new one is complete.
 
         Args:
-            path: its name.
-            weights: in place of the model's own, such as those that lie spread over several processes.
+            path: path of the model directory.
+            weights: weights to write instead of the model's own, such as those gathered from several processes.
 
         Raises:
-            ModelError: the path is taken by something that is no model directory, or the model is open_clip's.
+            ModelError: If the path holds something other than a model directory, or the model is one of open_clip.
         """
         model = self.dual_encoder
         with atomic_folder(path, {*OWN_FILES, "README.md"}) as folder:
@@ -144,6 +165,7 @@ class Embedder:
             write_card(folder, self._card())
 
     def _card(self) -> Card:
+        """Return the card of the model directory."""
         config = self.dual_encoder.config
         return Card(
             title=self.name,
@@ -156,6 +178,7 @@ class Embedder:
         )
 
     def _image_batches(self, images: Iterable[Any], batch_size: int) -> Iterator[Tensor]:
+        """Yield batches of images, uint8 or normalized."""
         if isinstance(images, Tensor) and images.dim() == 3:
             images = [images]
         if isinstance(images, Tensor):
@@ -169,7 +192,7 @@ class Embedder:
                 continue
             image = item if isinstance(item, Tensor) else open_image(item)
             image = image if image.is_floating_point() else self.preprocess(image)
-            if waiting and waiting[0].dtype != image.dtype:  # stack would turn pixels into normalized values
+            if waiting and waiting[0].dtype != image.dtype:  # torch.stack would mix pixels and normalized values
                 yield torch.stack(waiting)
                 waiting = []
             waiting.append(image)
@@ -180,8 +203,9 @@ class Embedder:
             yield torch.stack(waiting)
 
     def _normalized(self, batch: Tensor) -> Tensor:
-        done = isinstance(self.preprocess, Preprocess) and batch.shape[-2:] == (self.preprocess.size,) * 2
-        if not batch.is_floating_point() and not done:
+        """Preprocess and normalize a batch on the model's device."""
+        resized = isinstance(self.preprocess, Preprocess) and batch.shape[-2:] == (self.preprocess.size,) * 2
+        if not batch.is_floating_point() and not resized:
             batch = torch.stack([self.preprocess(image) for image in batch])
         batch = batch.to(self.device, non_blocking=True)
         dtype = next(self.model.parameters()).dtype
@@ -191,7 +215,7 @@ class Embedder:
 
 
 def facts_of(embedder: Embedder) -> list[tuple[str, str]]:
-    """Return what a model is, as pairs of a word and its value, for people."""
+    """Return facts about a dual encoder for its card, as pairs of a label and a value."""
     config = embedder.dual_encoder.config
     text, size = config.text, config.image.img_size
     return [
@@ -204,15 +228,16 @@ def facts_of(embedder: Embedder) -> list[tuple[str, str]]:
 
 
 def load(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:
-    """Loads a model.
+    """Load a dual encoder.
 
     Args:
         spec: a model directory; a run directory (its `best/`, or else `last/`); `hf-hub:owner/name[@revision]`; or a
             model of open_clip, `open_clip:ARCH/PRETRAINED`, see `dualenc.inference.open_clip.load_open_clip`.
-        device: absent, CUDA if there is one, else the CPU.
+        device: device of the weights; None for CUDA if available, else the CPU.
 
     Raises:
-        ModelError: a file is missing, of a newer format, or does not fit, or open_clip has no such model; names it.
+        ModelError: If a file is missing, has a newer format or does not match the others, or open_clip does not have
+            the model; the message names it.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = os.fspath(spec)
@@ -238,10 +263,13 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
 
 
 def read_config(spec: str | os.PathLike[str]) -> tuple[Path, DualConfig, Preprocess]:
-    """The model directory that `load` reads for a spec, the architecture and the preprocessing.
+    """Read the configuration of the model directory that a spec names.
+
+    Returns:
+        The model directory, the architecture and the preprocessing.
 
     Raises:
-        ModelError: there is none, or a file of it is missing or says what it should not.
+        ModelError: If there is no model directory, or a file is missing or invalid.
     """
     path = model_directory(spec)
     fields = read_json(path / "config.json")
@@ -252,22 +280,22 @@ def read_config(spec: str | os.PathLike[str]) -> tuple[Path, DualConfig, Preproc
 
 
 def model_directory(spec: str | os.PathLike[str]) -> Path:
-    """The model directory that `load` reads for a spec, fetched where it is on the hub.
+    """Return the model directory that a spec names, after a download if it is on the hub.
 
     Raises:
-        ModelError: there is none, or a file of it is missing.
+        ModelError: If there is no model directory, or a file is missing.
     """
     folder = open_folder(spec, [*OWN_FILES, "README.md"])
     if missing := [name for name in OWN_FILES if not (folder.path / name).is_file()]:
         foreign = folder.first("open_clip", "transformers", "dual_encoder") is not None
-        hint = f"; if it is another library's, dualenc import {os.fspath(spec)} OUT" * foreign
-        raise ModelError(f"{folder.path} is no whole model directory: {', '.join(missing)} missing{hint}")
+        hint = f"; import a model of another library by dualenc import {os.fspath(spec)} OUT" * foreign
+        raise ModelError(f"{folder.path} is not a complete model directory: {', '.join(missing)} missing{hint}")
     return folder.path
 
 
 @torch.no_grad()
 def image_features(tower: ImageEncoder, preprocess: Preprocess, images: Tensor) -> Tensor:
-    """What a tower in eval mode gives before the projection: (B, D) fp32 on the CPU, of uint8 images (B, 3, S, S)."""
+    """Compute the features (B, D) before the projection, in fp32 on the CPU, of uint8 images (B, 3, S, S)."""
     weight = next(tower.parameters())
     return tower(preprocess.normalize(images.to(weight.device, non_blocking=True), weight.dtype)).float().cpu()
 
@@ -277,16 +305,17 @@ def fingerprint(
     preprocess: Preprocess | OpenClipTransform | None,
     more: str = "",
 ) -> str:
-    """A hash of all that embeddings or features depend on: architecture, weights to the bit, preprocessing.
+    """Hash everything that determines embeddings or features: architecture, weights to the bit, preprocessing.
 
     Args:
         model: a dual encoder, or one tower.
-        preprocess: its; none of a text model.
-        more: what else counts, such as the tokenizer's fingerprint.
+        preprocess: preprocessing of the model; None for a text model.
+        more: further content of the hash, such as the tokenizer's fingerprint.
     """
     digest = hashlib.blake2b(digest_size=16)
     about = [dataclasses.asdict(model.config), preprocess and dataclasses.asdict(preprocess), more]
     digest.update(json.dumps(about, sort_keys=True).encode())
+    # The names of format 1 keep the fingerprints, and the caches under them, that were made before format 2.
     state = {format_1.name_in_format_1(name): x for name, x in model.state_dict().items()}
     for name, x in sorted(state.items()):
         digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
@@ -295,10 +324,11 @@ def fingerprint(
 
 
 def difference(first: Embedder, second: Embedder, apart: Collection[str] = ()) -> str | None:
-    """Names the first field of architecture or preprocessing in which two models differ, with both values.
+    """Name the first field of architecture or preprocessing in which two models differ, with both values.
 
     Args:
-        first, second: the models.
+        first: a model.
+        second: the model to compare it with.
         apart: fields that may differ, such as "image.img_size".
     """
 
@@ -318,15 +348,15 @@ def difference(first: Embedder, second: Embedder, apart: Collection[str] = ()) -
 
 
 def interpolate(first: Embedder, second: Embedder, alpha: float) -> Embedder:
-    """A model between two, with the weights (1 - alpha) * first + alpha * second (Wortsman et al. 2022, section 3).
+    """Interpolate the weights of two models: (1 - alpha) * first + alpha * second (Wortsman et al. 2022, section 3).
 
     Args:
-        first: whose architecture, tokenizer and preprocessing it has.
+        first: the first model, whose architecture, tokenizer and preprocessing the result has.
         second: a model that differs from it in weights and dropout only, such as the first after fine-tuning.
-        alpha: from 0 to 1, for the weights of the first and of the second to the bit.
+        alpha: weight of the second model; 0 and 1 give the weights of the first and the second to the bit.
 
     Raises:
-        ModelError: the models differ in more, or alpha is not between 0 and 1.
+        ModelError: If the models differ in more, or alpha is not between 0 and 1.
     """
     if not 0 <= alpha <= 1:
         raise ModelError(f"alpha {alpha} must lie between 0 and 1")
@@ -334,15 +364,17 @@ def interpolate(first: Embedder, second: Embedder, alpha: float) -> Embedder:
     if not found and first.tokenizer.fingerprint != second.tokenizer.fingerprint:
         found = "their tokenizers"
     if found:
-        raise ModelError(f"{first.name} and {second.name} differ: {found}; what lies between them is no model")
+        raise ModelError(
+            f"{first.name} and {second.name} differ: {found}; only models of one architecture can be interpolated"
+        )
     others, weights = second.dual_encoder.state_dict(), {}
     for name, x in first.dual_encoder.state_dict().items():
         y = others[name].to(x.device)
         if not x.is_floating_point():
             if not torch.equal(x, y):
-                raise ModelError(f"{first.name} and {second.name} differ: {name}, which is no weight")
+                raise ModelError(f"{first.name} and {second.name} differ: {name}, which is not a weight")
             weights[name] = x
-        elif alpha in (0, 1):  # a sum would lose the sign of a zero
+        elif alpha in (0, 1):  # The weighted sum would lose the sign of a zero.
             weights[name] = y if alpha else x
         else:
             weights[name] = ((1 - alpha) * x.double() + alpha * y.double()).to(x.dtype)
@@ -353,11 +385,12 @@ def interpolate(first: Embedder, second: Embedder, alpha: float) -> Embedder:
 
 
 def _load_state(model: DualEncoder, state: dict[str, Tensor], path: Path) -> None:
+    """Load a state dict, or name up to five tensors that do not match the architecture."""
     wanted = model.state_dict()
     wrong = [f"{name} is missing" for name in wanted if name not in state]
     wrong += [f"{name} is unknown" for name in state if name not in wanted]
     wrong += [
-        f"{name} has shape {tuple(x.shape)} and not {tuple(wanted[name].shape)}"
+        f"{name} has shape {tuple(x.shape)}, expected {tuple(wanted[name].shape)}"
         for name, x in state.items()
         if name in wanted and x.shape != wanted[name].shape
     ]

@@ -1,4 +1,4 @@
-"""Models of the open_clip library, with the calls of a `DualEncoder`, its own transform and its own tokenizer."""
+"""Models, transforms and tokenizers of the open_clip library behind the interface of a `DualEncoder`."""
 
 import hashlib
 import os
@@ -17,12 +17,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from dualenc.models.dual_encoder import unit
 
-SCHEMES = ("hf-hub:", "local-dir:")  # of names that open_clip resolves by itself
+SCHEMES = ("hf-hub:", "local-dir:")  # prefixes of names that open_clip resolves itself
 
 
 @dataclass(frozen=True)
 class OpenClipTransform:
-    """The evaluation transform that open_clip makes for a model: resized, cropped, normalized."""
+    """Evaluation transform of an open_clip model: resize, crop, normalize."""
 
     size: int | tuple[int, int]
     mean: tuple[float, ...]
@@ -39,56 +39,62 @@ class OpenClipTransform:
         return image_transform_v2(PreprocessCfg(**asdict(self)), False)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """(3, H, W) uint8 -> (3, S, S) float32, normalized."""
+        """Preprocess an image (3, H, W) uint8 to (3, S, S) float32, normalized."""
         return self._transform(to_pil_image(image))
 
 
 class OpenClipTokenizer:
-    """open_clip's tokenizer of a model; texts to ids without the padding that the model can do without.
+    """Tokenizer of an open_clip model, without padding that has no effect on the model.
 
     Args:
-        tokenizer: as `open_clip.get_tokenizer` gives it.
-        trims: whether what follows the largest id of a text, the one that closes it, is padding without effect.
+        tokenizer: return value of `open_clip.get_tokenizer`.
+        trims: whether the ids after the largest one, which closes a text, are padding without effect.
     """
 
     def __init__(self, tokenizer: Any, trims: bool) -> None:
         self.tokenizer, self.trims = tokenizer, trims
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Ids (L,) of each text."""
+        """Return the ids (L,) of each text."""
         rows = self.tokenizer(list(texts))  # (B, T)
         lengths = rows.argmax(1) + 1 if self.trims else torch.full((len(rows),), rows.shape[1])
         return [row[:length] for row, length in zip(rows, lengths.tolist())]
 
     def pack(self, ids: Sequence[Tensor]) -> Tensor:
-        """(B, L) padded to the longest."""
+        """Pad the ids of B texts to the longest, (B, L)."""
         return pad_sequence(list(ids), batch_first=True)
 
     @property
     def fingerprint(self) -> str:
-        """Of what it makes of texts, as far as one text of many letters tells."""
+        """A hash of the ids of one text with many kinds of characters."""
         probe = self.tokenizer(["The QUICK brown fox, 1234567890 !?#&'(){} Ünïcödé 漢字 naïve's"])
         return hashlib.blake2b(probe.numpy().tobytes() + type(self.tokenizer).__name__.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class OpenClipConfig:
-    """What an open_clip model is, beside its weights."""
+    """Facts about an open_clip model that its weights do not show.
+
+    Attributes:
+        architecture: name of the architecture.
+        modules: the printed modules, with activations and numbers of heads.
+        version: version of open_clip.
+    """
 
     architecture: str
-    modules: str  # as they print, with what no weight shows: activations, heads
-    version: str  # of open_clip
+    modules: str
+    version: str
 
 
 class OpenClip(nn.Module):
-    """A model of open_clip.
+    """Model of open_clip.
 
-    Where its text tower is causal and pools at the token that closes a text, what follows that token changes nothing:
-    such a tower is given texts without their padding.
+    If its text tower is causal and pools at the token that closes a text, later tokens have no effect: such a tower
+    gets texts without padding.
 
     Args:
-        model: as `open_clip.create_model` gives it.
-        architecture: its name.
+        model: return value of `open_clip.create_model`.
+        architecture: name of the architecture.
     """
 
     model: Any
@@ -96,6 +102,7 @@ class OpenClip(nn.Module):
     def __init__(self, model: nn.Module, architecture: str) -> None:
         super().__init__()
         self.model = model
+        # Printed modules do not show the numbers of heads, in which two models may differ.
         heads = [
             getattr(module, name)
             for module in model.modules()
@@ -105,6 +112,7 @@ class OpenClip(nn.Module):
         self.config = OpenClipConfig(architecture, f"{model} {heads}", version("open_clip_torch"))
         text = self._text
         mask = getattr(text, "attn_mask", None)
+        # The mask must hide every later token, and the tower must pool at the largest id.
         self.trims = (
             isinstance(mask, Tensor)
             and bool(torch.isneginf(mask[torch.ones_like(mask, dtype=torch.bool).triu(1)]).all())
@@ -114,15 +122,15 @@ class OpenClip(nn.Module):
 
     @property
     def _text(self) -> Any:
-        """The text tower, which in CLIP is the model itself."""
+        """The text tower, which for CLIP is the model itself."""
         return getattr(self.model, "text", self.model)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) normalized -> (B, E) of unit length."""
+        """Embed normalized images (B, 3, S, S) as (B, E) of unit length."""
         return unit(self.model.encode_image(images))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(B, L) ids -> (B, E) of unit length."""
+        """Embed ids (B, L) as (B, E) of unit length."""
         if not self.trims:
             return unit(self.model.encode_text(tokens))
         text, length = self._text, tokens.shape[1]
@@ -137,28 +145,29 @@ class OpenClip(nn.Module):
         return unit(out[0] if isinstance(out, tuple) else out)
 
     def logits(self) -> tuple[Tensor, Tensor | None]:
-        """Scale factor and bias."""
+        """Return the scale and the bias of the logits."""
         scale = self.model.logit_scale.exp().reshape(1)
         return scale, getattr(self.model, "logit_bias", None)
 
     @cached_property
     def embed_dim(self) -> int:
-        """E."""
+        """Number of dimensions E of the embeddings."""
         tokens = torch.zeros(1, self._text.context_length, dtype=torch.long, device=self.model.logit_scale.device)
         with torch.no_grad():
             return self.encode_text(tokens).shape[1]
 
 
 def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTransform]:
-    """A model of open_clip with its tokenizer and transform, in eval mode on the CPU.
+    """Load a model of open_clip with its tokenizer and transform, in eval mode on the CPU.
 
     Args:
-        name: `ARCH/PRETRAINED`, where PRETRAINED is a tag that open_clip knows or the path of a checkpoint; `ARCH`
-            alone for random weights, always the same; or a name that open_clip resolves itself, `hf-hub:owner/name`
-            or `local-dir:path`.
+        name: `ARCH/PRETRAINED`, where PRETRAINED is a tag of open_clip or the path of a checkpoint; `ARCH` alone for
+            random weights of a fixed seed; or a name that open_clip resolves itself, `hf-hub:owner/name` or
+            `local-dir:path`.
 
     Raises:
-        ValueError: open_clip knows no such architecture or weights, or cannot have or read them; says which.
+        ValueError: If open_clip does not know the architecture or weights, or cannot download or read them; the message
+            names them.
     """
     import open_clip
 
@@ -166,13 +175,13 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
     architecture, _, pretrained = (name, "", "") if whole else name.partition("/")
     if not whole and architecture not in open_clip.list_models():
         raise ValueError(
-            f"open_clip has no architecture {architecture!r}{_near(architecture, open_clip.list_models())}"
+            f"open_clip does not have the architecture {architecture!r}{_near(architecture, open_clip.list_models())}"
         )
     tags = [] if whole else open_clip.list_pretrained_tags_by_model(architecture)
     if pretrained and not os.path.isfile(pretrained) and open_clip.get_pretrained_cfg(architecture, pretrained) == {}:
         raise ValueError(
-            f"{pretrained!r} is no file, and no weights that open_clip has for {architecture}: "
-            f"{', '.join(tags) or 'it has none'}"
+            f"{pretrained!r} must be a file, or weights that open_clip has for {architecture}: "
+            f"{', '.join(tags) or 'it does not have any'}"
         )
     try:
         with torch.random.fork_rng(devices=[]):
@@ -180,10 +189,12 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
             model = open_clip.create_model(architecture, pretrained or None, require_pretrained=whole)
         tokenizer = open_clip.get_tokenizer(architecture)
     except UnpicklingError:
-        raise ValueError(f"{pretrained or name} holds more than weights, and is not run: save its state_dict") from None
-    except Exception as error:  # the library and the hub's client have no common one
         raise ValueError(
-            f"open_clip cannot make {name}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"{pretrained or name} holds more than weights, which could run code: save its state_dict"
+        ) from None
+    except Exception as error:  # open_clip and the hub's client do not share a base class of errors
+        raise ValueError(
+            f"open_clip cannot load {name}: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
     wrapped = OpenClip(model.eval(), architecture)
     settings: dict[str, Any] = {
@@ -193,6 +204,7 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
 
 
 def _near(name: str, known: Sequence[str]) -> str:
+    """Return the end of a message, with up to three similar names."""
     from difflib import get_close_matches
 
     found = get_close_matches(name, known, n=3, cutoff=0.5)

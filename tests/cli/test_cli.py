@@ -240,7 +240,7 @@ def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.Capt
     )
     assert "two evaluation sets are called 'set'" in fails(capsys, ["zeroshot", model, data, data])
     assert "does not hold results" in fails(capsys, ["compare", out, str(tmp_path)])
-    assert "has no architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])
+    assert "does not have the architecture 'ViT-B-23'" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])
 
 
 def test_program_ends_after_failed_work(tmp_path: Path, seed: int) -> None:

@@ -219,7 +219,7 @@ def test_dropout_does_not_touch_embeddings(embedder, seed, tmp_path):
 
 def test_parts_that_do_not_fit_are_refused(embedder):
     model, tokenizer, preprocess = embedder.model, embedder.tokenizer, embedder.preprocess
-    with pytest.raises(ModelError, match=r"preprocess\.json makes 32 pixels, the image encoder takes 16"):
+    with pytest.raises(ModelError, match=r"preprocess\.json has size 32, but the image encoder takes 16"):
         Embedder(model, tokenizer, Preprocess(32))
     with pytest.raises(ModelError, match="gives 13 tokens, the model takes 12"):
         Embedder(model, tiny_tokenizer(13), preprocess)
@@ -234,7 +234,7 @@ def test_parts_that_do_not_fit_are_refused(embedder):
 @pytest.mark.parametrize("name", OWN_FILES)
 def test_a_missing_file_is_named(saved, name):
     (saved / name).unlink()
-    with pytest.raises(ModelError, match=rf"no whole model directory: {name} missing"):
+    with pytest.raises(ModelError, match=rf"not a complete model directory: {name} missing"):
         load(saved)
 
 
@@ -356,7 +356,7 @@ def test_weights_that_do_not_fit_name_the_tensor(saved):
     cases = [
         ({k: v for k, v in state.items() if k != name}, f"{name} is missing"),
         ({**state, "extra.weight": torch.zeros(2)}, "extra.weight is unknown"),
-        ({**state, name: torch.zeros(3, 3)}, rf"{name} has shape \(3, 3\) and not \(8, 16\)"),
+        ({**state, name: torch.zeros(3, 3)}, rf"{name} has shape \(3, 3\), expected \(8, 16\)"),
         ({}, r"is missing; .* and \d+ more"),
     ]
     for wrong, message in cases:

@@ -145,10 +145,10 @@ def test_what_open_clip_has_not(tmp_path):
     with pytest.raises(ModelError, match=r"'ViT-B-23'.* ViT-B-32"):
         load("open_clip:ViT-B-23")
     with pytest.raises(
-        ModelError, match=r"'laion' is no file, and no weights that open_clip has for ViT-B-32: openai, "
+        ModelError, match=r"'laion' must be a file, or weights that open_clip has for ViT-B-32: openai, "
     ):
         load("open_clip:ViT-B-32/laion")
-    with pytest.raises(ModelError, match="open_clip cannot make local-dir:"):
+    with pytest.raises(ModelError, match="open_clip cannot load local-dir:"):
         load(f"open_clip:local-dir:{tmp_path}")
     (tmp_path / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}})

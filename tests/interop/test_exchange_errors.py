@@ -70,13 +70,13 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 SPECS = {
-    "open_clip:NoSuch": "open_clip has no architecture 'NoSuch'",
+    "open_clip:NoSuch": "open_clip does not have the architecture 'NoSuch'",
     "open_clip:ViT-B-33": "it has ViT-B-32",
-    "open_clip:RN50": "a ResNet is no vision transformer",
+    "open_clip:RN50": "a ResNet is not a vision transformer",
     "open_clip:coca_ViT-B-32": "CoCa's decoder",
-    "open_clip:ViT-B-32/nothing": "'nothing' is no file",
+    "open_clip:ViT-B-32/nothing": "'nothing' must be a file",
     "open_clip:ViT-B-32/openai": "write open_clip:ViT-B-32-quickgelu/openai",
-    "open_clip:ViT-B-32-quickgelu/laion2b_s34b_b79k": "no weights that open_clip has for ViT-B-32-quickgelu",
+    "open_clip:ViT-B-32-quickgelu/laion2b_s34b_b79k": "weights that open_clip has for ViT-B-32-quickgelu",
     "nowhere": "must be a folder",
     "timm:vit_tiny_patch16_224": "--text",
 }

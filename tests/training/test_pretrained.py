@@ -128,7 +128,7 @@ def test_models_that_differ_are_refused(given: dualenc.Embedder, tmp_path: Path)
         refused.setup("fit")
     assert all(torch.equal(x, before[name]) for name, x in refused.model.state_dict().items())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="no whole model directory"):
+    with pytest.raises(ModelError, match="not a complete model directory"):
         task(tmp_path / "empty", given).setup("fit")
 
 

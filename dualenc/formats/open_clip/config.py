@@ -1,7 +1,7 @@
-"""Models in the format of open_clip: what `open_clip_config.json` says as a `DualConfig`, and back.
+"""Conversion between `open_clip_config.json` and `DualConfig`, and the names of open_clip's tensors.
 
-The fields are those of `CLIPVisionCfg` and `CLIPTextCfg` (open_clip 3.3, model.py). What a field asks for and a
-`DualEncoder` does not compute is refused by name.
+The fields are those of `CLIPVisionCfg` and `CLIPTextCfg` (open_clip 3.3, model.py). A setting that a `DualEncoder`
+cannot compute is refused by name.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ from dualenc.models.text_encoder import Activation, TextConfig
 from dualenc.utils.errors import ModelError
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Settings of open_clip's custom attention blocks.
 CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
-# What open_clip takes for a field that is not there.
+# Values that open_clip uses for missing fields.
 VISION: Config = {
     "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
     "no_ln_pre": False, "final_ln_after_pool": False, "pool_type": "tok", "ls_init_value": None,
@@ -36,44 +37,45 @@ TEXT: Config = {
     "no_causal_mask": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear", "pad_id": 0,
     "hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler",
 }  # fmt: skip
-# Of these a value that is not empty changes what is computed.
+# Fields that change the architecture if they are set. Importing a model without them would give wrong embeddings.
 REFUSED_VISION = ("attentional_pool", "block_type", *CUSTOM)
 REFUSED_TEXT = ("embed_cls", "ls_init_value", "final_ln_after_pool", "block_type", *CUSTOM)
-HUGGING_FACE = ("bert", "roberta", "xlm-roberta")  # the encoders whose width open_clip finds in their config
-EPS = 1e-5  # of LayerNorms, unless norm_kwargs says otherwise
+HUGGING_FACE = ("bert", "roberta", "xlm-roberta")  # families whose width open_clip can read from their config
+EPS = 1e-5  # epsilon of a LayerNorm without norm_kwargs, which is the default of torch
 
 
 def read_config(model_cfg: Config, where: str, hugging_face: Callable[[str], Config]) -> DualConfig:
-    """The architecture that a model's config says.
+    """Return the architecture that a config of open_clip describes.
 
     Args:
-        model_cfg: open_clip's.
-        where: its file or name, for errors.
-        hugging_face: gives the `config.json` of a text encoder by the name that open_clip calls it by.
+        model_cfg: `model_cfg` of `open_clip_config.json`.
+        where: file or name of the model, for errors.
+        hugging_face: function from `hf_model_name` to the `config.json` of that text encoder.
 
     Raises:
-        ModelError: it is no config of open_clip, or asks for what dualenc does not compute; names the key.
+        ModelError: If this is not a config of open_clip, or a key asks for something that dualenc does not compute;
+            names the key.
     """
     if "multimodal_cfg" in model_cfg:
-        raise ModelError(f"{where}: multimodal_cfg: CoCa's decoder is none that dualenc computes")
+        raise ModelError(f"{where}: multimodal_cfg: CoCa's decoder is not supported")
     try:
         vision, text, embed_dim = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"]), model_cfg["embed_dim"]
     except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{where} is no model of open_clip: it needs embed_dim, vision_cfg and text_cfg") from None
+        raise ModelError(f"{where} is not a model of open_clip: it needs embed_dim, vision_cfg and text_cfg") from None
     for name, part, refused in (("vision_cfg", vision, REFUSED_VISION), ("text_cfg", text, REFUSED_TEXT)):
         if wrong := [key for key in refused if part.get(key)]:
-            raise ModelError(f"{where}: {name}.{wrong[0]} {part[wrong[0]]!r} is none that dualenc computes")
+            raise ModelError(f"{where}: {name}.{wrong[0]} {part[wrong[0]]!r} is not supported")
     vision, text = VISION | vision, TEXT | text
     quick = bool(model_cfg.get("quick_gelu", False))
     try:
         image, image_projection = _read_vision(vision, embed_dim, quick, f"{where}: vision_cfg")
         if text.get("hf_model_name"):
-            ours, text_projection = _read_hugging_face(text, embed_dim, hugging_face, f"{where}: text_cfg")
+            text_tower, text_projection = _read_hugging_face(text, embed_dim, hugging_face, f"{where}: text_cfg")
         else:
-            ours, text_projection = _read_text(text, quick, f"{where}: text_cfg")
+            text_tower, text_projection = _read_text(text, quick, f"{where}: text_cfg")
         return DualConfig(
             image,
-            ours,
+            text_tower,
             embed_dim,
             logit_bias=model_cfg.get("init_logit_bias") is not None,
             image_projection=image_projection,
@@ -84,6 +86,7 @@ def read_config(model_cfg: Config, where: str, hugging_face: Callable[[str], Con
 
 
 def _activation(part: Config, quick: bool, where: str) -> Any:
+    """Return the activation of a tower: QuickGELU, or a GELU with `act_kwargs`."""
     kwargs = part.get("act_kwargs") or {}
     if quick and not kwargs:
         return "quick_gelu"
@@ -91,30 +94,35 @@ def _activation(part: Config, quick: bool, where: str) -> Any:
         return "gelu"
     if not quick and kwargs == {"approximate": "tanh"}:
         return "gelu_tanh"
-    raise ModelError(f"{where}.act_kwargs {kwargs} is none that dualenc computes")
+    raise ModelError(f"{where}.act_kwargs {kwargs} is not supported: only approximate 'none' or 'tanh'")
 
 
 def _eps(part: Config, where: str) -> float:
+    """Return the epsilon of a tower's LayerNorms."""
     kwargs = part.get("norm_kwargs") or {}
     if set(kwargs) - {"eps"}:
-        raise ModelError(f"{where}.norm_kwargs {kwargs} is none that dualenc computes")
+        raise ModelError(f"{where}.norm_kwargs {kwargs} is not supported: only eps")
     return kwargs.get("eps", EPS)
 
 
 def _read_vision(vision: Config, embed_dim: int, quick: bool, where: str) -> tuple[ImageConfig, Projection]:
+    """Return the architecture of an image tower, and its projection."""
     if name := vision.get("timm_model_name"):
         return _read_timm(name, vision, embed_dim, where)
     if not isinstance(vision["layers"], int):
-        raise ModelError(f"{where}.layers {vision['layers']}: a ResNet is no vision transformer, and not imported")
+        raise ModelError(f"{where}.layers {vision['layers']}: a ResNet is not a vision transformer")
     if vision["pool_type"] not in ("tok", "avg"):
-        raise ModelError(f"{where}.pool_type {vision['pool_type']!r} is none that dualenc computes")
-    sides = [one for key in ("image_size", "patch_size") for one in _sides(vision[key])]
-    if sides[0] != sides[1] or sides[2] != sides[3]:
-        raise ModelError(f"{where}: image_size {vision['image_size']} is not square, or patch_size not")
+        raise ModelError(f"{where}.pool_type {vision['pool_type']!r} is not supported: only tok or avg")
+    height, width = _sides(vision["image_size"])
+    patch_height, patch_width = _sides(vision["patch_size"])
+    if height != width or patch_height != patch_width:
+        raise ModelError(
+            f"{where}: image_size {vision['image_size']} and patch_size {vision['patch_size']} must be square"
+        )
     average = vision["pool_type"] == "avg"
     shape = Shape(
-        size=sides[0],
-        patch=sides[2],
+        size=height,
+        patch=patch_height,
         width=vision["width"],
         layers=vision["layers"],
         heads=vision["width"] // vision["head_width"],
@@ -123,18 +131,19 @@ def _read_vision(vision: Config, embed_dim: int, quick: bool, where: str) -> tup
         norm_eps=_eps(vision, where),
         pre_norm=not vision["no_ln_pre"],
         pool="avg" if average else "token",
-        norm_last=average and bool(vision["final_ln_after_pool"]),  # of one token it is all the same
+        norm_last=average and bool(vision["final_ln_after_pool"]),  # LayerNorm treats each token alone.
         layer_scale=vision["ls_init_value"] is not None,
     )
     return image_config(shape), Projection()
 
 
 def _sides(size: Any) -> tuple[int, int]:
+    """Return height and width of a size that is one number or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[ImageConfig, Projection]:
-    """A tower of timm by its name; its size is what timm says, whatever `image_size` is."""
+    """Return a tower by its name in timm; `image_size` counts only if timm has no size for the name."""
     from timm.models import get_pretrained_cfg
 
     check_timm(name)
@@ -146,7 +155,8 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
     overrides: Config = {}
     if pool and pool != getattr(vit, "global_pool", None):
         overrides["global_pool"] = pool
-        if kind in ("linear", "mlp"):  # open_clip changes it after timm has decided where the last LayerNorm stands
+        if kind in ("linear", "mlp"):
+            # open_clip sets global_pool after timm has built the model, so the last LayerNorm stays where it was.
             overrides["fc_norm"] = not isinstance(vit.fc_norm, nn.Identity)
     if kind == "none":
         projection = Projection(bias=())
@@ -154,22 +164,23 @@ def _read_timm(name: str, vision: Config, embed_dim: int, where: str) -> tuple[I
         projection = Projection(bias=(bool(vision["timm_proj_bias"]),))
     elif kind == "mlp":
         projection = Projection((2 * embed_dim,), (True, bool(vision["timm_proj_bias"])))
-    elif not kind:  # the tower's own classifier
+    elif not kind:  # An empty string makes timm's own classifier the projection.
         projection = Projection(bias=(True,))
     else:
-        raise ModelError(f"{where}.timm_proj {kind!r} is none that dualenc computes")
+        raise ModelError(f"{where}.timm_proj {kind!r} is not supported: only none, linear, mlp or an empty string")
     return ImageConfig(name, size, overrides), projection
 
 
 def _read_text(text: Config, quick: bool, where: str) -> tuple[TextConfig, Projection]:
+    """Return the architecture of open_clip's own text tower, and its projection."""
     check_numbers({key: text[key] for key in ("vocab_size", "width", "heads", "context_length")}, text["layers"])
     causal, pool, length = not text["no_causal_mask"], text["pool_type"], text["context_length"]
-    # Of a tower that sees what follows the closing token the texts are filled up, as there.
-    ends = {"argmax": "last", "eos": "last", "last": "last", "first": "cls"}
-    if pool not in ends or (not causal and pool in ("argmax", "eos")):
+    # A tower that attends to tokens after the closing one sees the padding, so texts are padded as in open_clip.
+    pools = {"argmax": "last", "eos": "last", "last": "last", "first": "cls"}
+    if pool not in pools or (not causal and pool in ("argmax", "eos")):
         mask = "with" if causal else "without"
-        raise ModelError(f"{where}.pool_type {pool!r} {mask} a causal mask is none that dualenc computes")
-    filled = pool == "last" or (pool == "first" and not causal)
+        raise ModelError(f"{where}.pool_type {pool!r} {mask} a causal mask is not supported")
+    sees_padding = pool == "last" or (pool == "first" and not causal)
     config = TextConfig(
         vocab_size=text["vocab_size"],
         width=text["width"],
@@ -178,11 +189,11 @@ def _read_text(text: Config, quick: bool, where: str) -> tuple[TextConfig, Proje
         mlp_width=int(text["width"] * text["mlp_ratio"]),
         context_length=length,
         norm="pre",
-        pool=ends[pool],  # type: ignore[arg-type]
+        pool=pools[pool],  # type: ignore[arg-type]
         activation=_activation(text, quick, where),
         norm_eps=_eps(text, where),
         causal=causal,
-        pad_to=length if filled else None,
+        pad_to=length if sees_padding else None,
         pad_id=text["pad_id"],
     )
     if text["proj_type"] == "none":
@@ -193,14 +204,16 @@ def _read_text(text: Config, quick: bool, where: str) -> tuple[TextConfig, Proje
 def _read_hugging_face(
     text: Config, embed_dim: int, hugging_face: Callable[[str], Config], where: str
 ) -> tuple[TextConfig, Projection]:
+    """Return the architecture of a text tower that open_clip takes from transformers, and its projection."""
     name = text["hf_model_name"]
     family, inside = family_of(hugging_face(name), f"{where}.hf_model_name {name}")
     pools = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "cls", "cls_pooler": "cls"}
     pooler, kind = text["hf_pooler_type"], text["hf_proj_type"]
     if pooler not in pools:
-        raise ModelError(f"{where}.hf_pooler_type {pooler!r} is none that dualenc computes")
+        raise ModelError(f"{where}.hf_pooler_type {pooler!r} is not supported: only {', '.join(pools)}")
     config = text_config(family, inside, f"{where}.hf_model_name {name}")
-    length = min(text["context_length"], config.context_length)  # later positions are never used, and not taken
+    # open_clip truncates texts at context_length, so later positions are never used.
+    length = min(text["context_length"], config.context_length)
     config = dataclasses.replace(config, pool=pools[pooler], context_length=length)  # type: ignore[arg-type]
     projection = {
         None: Projection(bias=()),
@@ -208,41 +221,41 @@ def _read_hugging_face(
         "mlp": Projection(((config.width + embed_dim) // 2,), (False, False)),
     }.get(kind)
     if projection is None:
-        raise ModelError(f"{where}.hf_proj_type {kind!r} is none that dualenc computes")
+        raise ModelError(f"{where}.hf_proj_type {kind!r} is not supported: only null, linear or mlp")
     if pooler == "cls_pooler" and any(slot.kind == "pooler" for slot in family.slots):
         if kind == "mlp":
-            raise ModelError(f"{where}: hf_pooler_type 'cls_pooler' before hf_proj_type 'mlp' is not computed")
+            raise ModelError(f"{where}: hf_pooler_type 'cls_pooler' before hf_proj_type 'mlp' is not supported")
         projection = Projection((config.width,), (True, False), "tanh")
     return config, projection
 
 
 def read_preprocess(fields: Config, size: int, where: str) -> Preprocess:
-    """The evaluation transform that `preprocess_cfg` says.
+    """Return the evaluation transform that `preprocess_cfg` describes.
 
     Args:
-        fields: of the config; what is missing is as open_clip has it.
-        size: of the image tower.
-        where: the file, for errors.
+        fields: fields of the config; missing ones have open_clip's defaults.
+        size: side of the image tower's input in pixels.
+        where: file of the config, for errors.
 
     Raises:
-        ModelError: it is none that dualenc does.
+        ModelError: If dualenc cannot compute the transform.
     """
     mode, fill = fields.get("resize_mode") or "shortest", fields.get("fill_color", 0)
     interpolation = fields.get("interpolation") or "bicubic"
     if mode not in ("shortest", "squash", "longest") or (mode == "longest" and fill):
-        raise ModelError(f"{where}: preprocess_cfg.resize_mode {mode!r} (fill_color {fill}) is none that dualenc does")
+        raise ModelError(f"{where}: preprocess_cfg.resize_mode {mode!r} with fill_color {fill} is not supported")
     if interpolation not in ("bicubic", "bilinear"):
-        raise ModelError(f"{where}: preprocess_cfg.interpolation {interpolation!r} is none that dualenc does")
+        raise ModelError(f"{where}: preprocess_cfg.interpolation {interpolation!r} must be bicubic or bilinear")
     found = {key: fields.get(key) or usual for key, usual in MOMENTS.items()}
     mean, std = moments(found["mean"], found["std"], where)
     return Preprocess(size, mean, std, interpolation, mode)  # type: ignore[arg-type]
 
 
 def moments(mean: Any, std: Any, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """By which pixels are normalized, three numbers each.
+    """Return mean and standard deviation that normalize pixels, one number for each color channel.
 
     Raises:
-        ModelError: they are not.
+        ModelError: If they are not three finite numbers each, or a standard deviation is not positive.
     """
     try:
         found = tuple(map(float, mean)), tuple(map(float, std))
@@ -254,15 +267,16 @@ def moments(mean: Any, std: Any, where: str) -> tuple[tuple[float, ...], tuple[f
     return found
 
 
+# Normalization of a model without `mean` and `std`: that of OpenAI's CLIP.
 MOMENTS = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
 
 
 def rules_of(model_cfg: Config, config: DualConfig) -> list[Rule]:
-    """Names of the tensors of a model of open_clip.
+    """Return the rules between a model's tensors and those of open_clip.
 
     Args:
-        model_cfg: open_clip's config.
-        config: what it says, by `read_config`.
+        model_cfg: `model_cfg` of `open_clip_config.json`.
+        config: the architecture that it describes, see `read_config`.
     """
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     with torch.device("meta"):
@@ -309,6 +323,7 @@ def rules_of(model_cfg: Config, config: DualConfig) -> list[Rule]:
     return rules
 
 
+# Our names in a text tower -> open_clip's names in its own text transformer; i is the number of a block.
 NATIVE_TEXT = {
     "embeddings.token_embeddings.weight": "token_embedding.weight",
     "embeddings.position_embeddings.weight": "positional_embedding",
@@ -330,7 +345,7 @@ NATIVE_TEXT = {
 
 
 def projection_rules(ours: str, projection: Projection, theirs: tuple[str, ...]) -> list[Rule]:
-    """Names of a projection's linear maps, each a module of theirs."""
+    """Return the rules between the linear layers of our projection and the layers `theirs`, in order."""
     names = [ours] if len(projection.bias) == 1 else [f"{ours}.{2 * i}" for i in range(len(projection.bias))]
     return [
         Rule((f"{name}.{kind}",), (f"{there}.{kind}",))
@@ -340,7 +355,7 @@ def projection_rules(ours: str, projection: Projection, theirs: tuple[str, ...])
 
 
 def text_rules(family: Family, text: TextConfig, prefix: str) -> list[Rule]:
-    """Names of a text encoder's tensors by a family, ours as in the state of a `DualEncoder`."""
+    """Return the rules between the text tower of a `DualEncoder` and an encoder of a Hugging Face family."""
     from dualenc.models.text_encoder import TextEncoder
 
     with torch.device("meta"):
@@ -349,31 +364,35 @@ def text_rules(family: Family, text: TextConfig, prefix: str) -> list[Rule]:
 
 
 def complete(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """What open_clip's towers have not and ours have: a bias of zeros in the map of the patches."""
+    """Return a state with a bias of zeros in the patch embedding, if only our model has a bias there."""
     name = "image.vit.patch_embed.proj.bias"
     return {**state, **({name: torch.zeros(shapes[name])} if name in shapes and name not in state else {})}
 
 
 def fold(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other way: the bias of the patches' map is added to their positions, where open_clip has none for it."""
-    bias, places = state.get("image.vit.patch_embed.proj.bias"), state["image.vit.pos_embed"]
+    """Return a state without the bias of the patch embedding, which open_clip does not have.
+
+    The bias is added to the position embeddings of the patches instead, which gives the same sums. This undoes
+    `complete`.
+    """
+    bias, positions = state.get("image.vit.patch_embed.proj.bias"), state["image.vit.pos_embed"]
     if bias is None:
         return dict(state)
-    moved = places.clone()
-    moved[:, 1:] += bias
-    return {**state, "image.vit.pos_embed": moved}
+    positions = positions.clone()
+    positions[:, 1:] += bias  # The class token comes first and does not pass through the patch embedding.
+    return {**state, "image.vit.pos_embed": positions}
 
 
 def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
-    """What `model_cfg` says of a model, where open_clip has its like.
+    """Return the `model_cfg` of `open_clip_config.json` for a model.
 
     Args:
-        config: the architecture.
-        eos_id: of the token that closes a text.
-        name: under which open_clip finds the text encoder's `config.json`, where it is one of Hugging Face's.
+        config: architecture of the model.
+        eos_id: id of the token that closes a text; None if there is none.
+        name: `hf_model_name`, under which open_clip finds the `config.json` of a text encoder of transformers.
 
     Raises:
-        ModelError: open_clip has no such model; says which part.
+        ModelError: If open_clip cannot express the model; names the part.
     """
     with torch.device("meta"):
         tower = ImageEncoder(config.image)
@@ -390,8 +409,8 @@ def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
     if vision is None:
         raise ModelError(
             f"open_clip has no image tower like this one ({config.image.name} with {config.image.overrides or 'its'} "
-            f"settings at {config.image.img_size} pixels and the projection {image_projection}): it takes timm's by "
-            "name alone, and plain ones with a class token; export to transformers or onnx"
+            f"settings at {config.image.img_size} pixels and the projection {image_projection}): it takes timm's "
+            "by name only, and plain ones with a class token; export to transformers or onnx"
         )
     text = _write_text(config.text, text_projection, eos_id)
     if text is not None:
@@ -412,15 +431,15 @@ def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
 
 
 def in_words(text: TextConfig) -> str:
-    """What decides whether another library has a text tower's like."""
+    """Return the settings of a text tower that other libraries often lack, as text for an error."""
     parts = [f"{text.norm}-norm", f"{text.positions} positions", f"pool {text.pool}"]
     parts += ["causal"] if text.causal else []
-    parts += [f"filled to {text.pad_to}"] if text.pad_to else []
+    parts += [f"padded to {text.pad_to}"] if text.pad_to else []
     return ", ".join(parts)
 
 
 def _write_vision(shape: Shape) -> Config:
-    """Of open_clip's own vision transformer."""
+    """Return the `vision_cfg` of open_clip's own vision transformer."""
     vision: Config = {
         "image_size": shape.size,
         "layers": shape.layers,
@@ -436,18 +455,21 @@ def _write_vision(shape: Shape) -> Config:
 
 
 def _ratio(hidden: int, width: int) -> Config:
+    """Return `mlp_ratio`, from which open_clip computes the hidden width as int(width * ratio)."""
     ratio = hidden / width
+    # If the product rounds to just below the hidden width, half a feature more gives the right integer.
     ratio = ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
     return {"mlp_ratio": ratio} if ratio != 4 else {}
 
 
 def _kwargs(activation: Activation, eps: float) -> Config:
+    """Return `act_kwargs` and `norm_kwargs`, if they differ from open_clip's defaults."""
     kwargs: Config = {"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {}
     return kwargs | ({"norm_kwargs": {"eps": eps}} if eps != EPS else {})
 
 
 def _write_timm(image: ImageConfig, tower: ImageEncoder, projection: Projection, embed_dim: int) -> Config | None:
-    """By the name that timm has for it, if that says all."""
+    """Return the `vision_cfg` of a timm model, or None if its name and pooling do not determine the architecture."""
     from timm.models import get_pretrained_cfg
 
     name = image.name.split(".")[0]
@@ -461,14 +483,14 @@ def _write_timm(image: ImageConfig, tower: ImageEncoder, projection: Projection,
 
 
 def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) -> Config | None:
-    """Of open_clip's own text transformer."""
-    filled = text.pad_to is not None and text.pad_to == text.context_length
+    """Return the `text_cfg` of open_clip's own text transformer; None if it cannot express the text tower."""
+    padded = text.pad_to is not None and text.pad_to == text.context_length
     if text.causal and text.pool == "last" and text.pad_to is None and eos_id is not None:
-        # The largest id is the closing one's where it is CLIP's; the name of any other is said.
+        # By default open_clip pools at the largest id of a text, which in CLIP's vocabulary closes it.
         ends: Config = {} if eos_id == text.vocab_size - 1 else {"pool_type": "eos", "eos_id": eos_id}
-    elif filled and text.pool == "last":
+    elif padded and text.pool == "last":
         ends = {"pool_type": "last"}
-    elif (filled or text.causal) and text.pool == "cls":
+    elif (padded or text.causal) and text.pool == "cls":
         ends = {"pool_type": "first"}
     else:
         return None
@@ -493,7 +515,7 @@ def _write_text(text: TextConfig, projection: Projection, eos_id: int | None) ->
 
 
 def same(first: TextConfig, second: TextConfig) -> bool:
-    """Whether two configs say the same architecture, texts filled alike."""
+    """Return whether two configs describe the same computation, with defaults filled in."""
 
     def plain(text: TextConfig) -> TextConfig:
         hidden = text.mlp_width or 4 * text.width
@@ -505,7 +527,7 @@ def same(first: TextConfig, second: TextConfig) -> bool:
 
 
 def _write_hugging_face(text: TextConfig, projection: Projection, embed_dim: int, name: str) -> Config | None:
-    """Of an encoder that open_clip takes from transformers."""
+    """Return the `text_cfg` of an encoder of transformers; None if open_clip cannot express the text tower."""
     pools = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
     kinds = {
         Projection(): "linear",
