@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 Group = Any  # torch.distributed.ProcessGroup, absent from builds of torch without it
 Duplicates = Literal["ignore", "mask", "positive"]
 
-CPU_SCORES, GPU_SCORES = 1 << 21, 1 << 25  # largest number of scores in a block
+CPU_SCORES, GPU_SCORES = 1 << 21, 1 << 25  # largest number of scores in a block: 8 and 128 MiB in fp32
+SOFTPLUS_LINEAR = 40  # score from which softplus(x) is x to the last bit of float64; torch's 20 is wrong by 2e-9
 
 
 def clip_loss(
@@ -162,6 +163,7 @@ class _GlobalBatch(NamedTuple):
 
 
 def _gather_batch(text: Tensor, ids: Tensor | None, duplicates: Duplicates, group: Group | None) -> _GlobalBatch:
+    """Gather the texts of all ranks, and their ids unless duplicates are ignored."""
     ids = None if duplicates == "ignore" else ids
     if group is None:
         return _GlobalBatch(text, ids, slice(0, len(text)), 1)
@@ -193,7 +195,7 @@ class _Block(NamedTuple):
     image: Tensor  # (r, E)
     scores: Tensor  # (r, B), scaled cosines
     buffer: Tensor  # (r, B), memory for intermediate results
-    shared: Tensor | None  # (r, B), true where two different pairs share an image or a text
+    shared: Tensor | None  # (r, B), true at (i, j) where pairs i and j differ but share an image or a text
 
     def own(self, x: Tensor) -> Tensor:
         """Return a view (r,) of the entries of an (r, B) tensor that belong to the images' own texts."""
@@ -221,15 +223,15 @@ def _blocks(image: Tensor, batch: _GlobalBatch, scale: Tensor) -> Iterator[_Bloc
 class _SoftmaxTerms(NamedTuple):
     """The terms of the softmax loss of each row or column of scores, (N,) float64 each."""
 
-    others: Tensor  # log-sum-exp of all scores except the one of the pair itself
+    others: Tensor  # log-sum-exp of all scores except that of the pair itself
     own: Tensor  # score of the pair itself
-    shared: Tensor  # sum of the scores of its other positives
+    other_positives: Tensor  # sum of the scores of its positives other than the pair itself
     positives: Tensor  # number of its positives, the pair itself included
 
     def losses(self) -> Tensor:
         """Compute the losses: log-sum-exp of all scores minus the mean over the positives."""
-        excess = self.own - (self.own + self.shared) / self.positives
-        return F.softplus(self.others - self.own, threshold=40) + excess
+        excess = self.own - (self.own + self.other_positives) / self.positives
+        return F.softplus(self.others - self.own, threshold=SOFTPLUS_LINEAR) + excess
 
     def log_sum_exp(self) -> Tensor:
         """Compute the log-sum-exp of all scores."""
@@ -239,9 +241,9 @@ class _SoftmaxTerms(NamedTuple):
         """Compute the derivative by the score of the pair itself: softmax minus target, without cancellation.
 
         Args:
-            rounded: `log_sum_exp` in the precision of the scores. Its rounding multiplies the softmax of all other
-                scores by a factor. With the same factor here the derivatives of a row still sum to 0, in which large
-                terms cancel.
+            rounded: `log_sum_exp` in the precision of the scores, from which the caller computes the softmax of all
+                other scores. The rounding multiplies that softmax by a factor. The same factor is applied here, so that
+                the derivatives of a row still sum to 0.
         """
         factor = (self.log_sum_exp() - rounded.double()).exp()
         return (1 - 1 / self.positives) - torch.sigmoid(self.others - self.own) * factor
@@ -249,26 +251,30 @@ class _SoftmaxTerms(NamedTuple):
 
 def _log_sum_exp(scores: Tensor, dim: int, buffer: Tensor) -> Tensor:
     """Compute the log-sum-exp over a dimension, in float64; -inf where all scores are -inf."""
-    most = scores.amax(dim, keepdim=True)
-    most = torch.where(most == -math.inf, 0.0, most)
-    sums = torch.sub(scores, most, out=buffer).exp_().sum(dim)
-    return sums.double().log() + most.squeeze(dim).double()
+    largest = scores.amax(dim, keepdim=True)
+    largest = torch.where(largest == -math.inf, 0.0, largest)  # -inf - -inf would be NaN.
+    sums = torch.sub(scores, largest, out=buffer).exp_().sum(dim)
+    return sums.double().log() + largest.squeeze(dim).double()
 
 
 def _softmax_terms(
     image: Tensor, text: Tensor, batch: _GlobalBatch, scale: Tensor, duplicates: Duplicates, group: Group | None
 ) -> tuple[_SoftmaxTerms, _SoftmaxTerms]:
     """Compute the terms of this rank's rows, and of all columns."""
-    # In float64, because a score near 100 has only five digits after the decimal point in single precision.
+    # In float64, because a score near 100 has only five digits after the decimal point in single precision. The split
+    # keeps the float64 copies of the embeddings small.
     own = torch.cat([(a.double() * b.double()).sum(1) for a, b in zip(image.split(4096), text.split(4096))])
     own = own * scale.double()
     rows = _SoftmaxTerms(torch.empty_like(own), own, torch.zeros_like(own), torch.ones_like(own))
     zeros = own.new_zeros(len(batch.text))
-    others, shared, positives = zeros.log(), zeros.clone(), zeros + 1  # of the columns
+    others, other_positives, positives = zeros.log(), zeros.clone(), zeros + 1  # of the columns
     for block in _blocks(image, batch, scale):
         if block.shared is not None and duplicates == "positive":
             scores = torch.where(block.shared, block.scores, 0.0)
-            for sums, number, dim in ((rows.shared[block.rows], rows.positives[block.rows], 1), (shared, positives, 0)):
+            for sums, number, dim in (
+                (rows.other_positives[block.rows], rows.positives[block.rows], 1),
+                (other_positives, positives, 0),
+            ):
                 sums += scores.sum(dim, dtype=torch.float64)
                 number += block.shared.sum(dim)
         elif block.shared is not None:
@@ -277,12 +283,13 @@ def _softmax_terms(
         rows.others[block.rows] = _log_sum_exp(block.scores, 1, block.buffer)
         others = torch.logaddexp(others, _log_sum_exp(block.scores, 0, block.buffer))
     if group is None:
-        return rows, _SoftmaxTerms(others, own, shared, positives)
+        return rows, _SoftmaxTerms(others, own, other_positives, positives)
     local = zeros.clone()
     local[batch.local] = own
-    own, shared, positives = _all_reduce(torch.stack([local, shared, positives - 1]), group)
+    own, other_positives, positives = _all_reduce(torch.stack([local, other_positives, positives - 1]), group)
     others = _all_gather(others[None], group).logsumexp(0)  # over the ranks of (W, B)
-    return rows, _SoftmaxTerms(others, own, shared, positives + 1)
+    # The pair itself was taken off above, because the sum over the ranks would count it once a rank.
+    return rows, _SoftmaxTerms(others, own, other_positives, positives + 1)
 
 
 class _Clip(torch.autograd.Function):
@@ -363,7 +370,7 @@ class _Siglip(torch.autograd.Function):
                     scores.masked_fill_(block.shared, -math.inf)
                 elif block.shared is not None:
                     torch.where(block.shared, -scores, scores, out=scores)
-                loss = loss + F.softplus(scores, threshold=40).sum(1).sum(dtype=torch.float64)
+                loss = loss + F.softplus(scores, threshold=SOFTPLUS_LINEAR).sum(1).sum(dtype=torch.float64)
                 if differentiate:
                     grad = scores.sigmoid_()
                     block.own(grad).neg_()

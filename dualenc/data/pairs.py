@@ -30,10 +30,10 @@ class Pairs(NamedTuple):
 
     images: Tensor  # (B, 3, S, S) uint8, stored channels last; or features (B, D) fp32
     tokens: Tokens
-    rows: Tensor  # (B,) int64, number of each sample in the index; -1 for a bad one that another has replaced
-    ids: Tensor  # (B, 2) int64 hashes of images and texts: equal for equal images, and for texts of the same tokens
+    rows: Tensor  # (B,) int64, number of each sample in the index; -1 in an evaluation for a replacement of a bad one
+    ids: Tensor  # (B, 2) int64 hashes of images and texts, which show duplicates; texts are hashed as tokens
     masked: Masked | None = None  # the texts with masked tokens, for masked language modeling
-    bad: Sequence[BadRecord] = ()  # samples that could not be used
+    bad: Sequence[BadRecord] = ()  # samples that could not be used, and were replaced
 
 
 def check_captions(source: str) -> None:
@@ -94,7 +94,7 @@ def all_captions(index: ShardIndex, source: str, bad: list[str] | None = None) -
 
 
 def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
-    """Return the samples that have an image and a caption file, and the keys of the samples that lack one.
+    """Return the samples that have an image and a caption file, and the keys of all other samples.
 
     Raises:
         DataError: If `source` is neither "txt" nor "json.FIELD", or no sample has both.
@@ -109,7 +109,10 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
         raise DataError(f"{where}: no captions among {len(index)} samples; expected .{member} members")
     both = image & text
     if not both.any():
-        raise DataError(f"{where}: no sample of {len(index)} has an image and a caption")
+        raise DataError(
+            f"{where}: no sample of {len(index)} has an image and a caption: give them the same key, or name the "
+            "source of captions with data.captions"
+        )
     if both.all():
         return index, []
     return index.take(np.flatnonzero(both)), [index.key(int(i)) for i in np.flatnonzero(~both)]
@@ -141,6 +144,7 @@ class PairDataset(Dataset[Pairs]):
     ) -> None:
         self.index, self.seed = index, seed
         self.samples = SampleReader(index, self._read, evaluation=seed is None)
+        # The loader reads both, to name the sample at which a worker stalls.
         self.current_sample, self.locate = self.samples.current_sample, self.samples.locate
         self.captions, self.features, self.masking = captions, features, masking
         self.tokenizer, self.transform = tokenizer, transform
@@ -152,23 +156,24 @@ class PairDataset(Dataset[Pairs]):
             request: epoch, position of the first sample in the epoch, and the samples' numbers (B,).
 
         Raises:
-            DataError: If `MAX_CONSECUTIVE` consecutive samples are bad.
+            DataError: If `dualenc.data.loading.bad_samples.MAX_CONSECUTIVE` consecutive samples are bad.
         """
         epoch, start, rows = request
-        images, texts, used, image_hashes = [], [], [], []
+        images, texts, used_rows, image_hashes = [], [], [], []
         bad: list[BadRecord] = []
         with _preserve_rng_state():
             for position, row in enumerate(rows.tolist(), start):
-                number, (image, captions, image_hash) = self.samples.read_next_good(row, bad)
+                used_row, (image, captions, image_hash) = self.samples.read_next_good(row, bad)
                 choice = 0
                 if self.seed is not None:
-                    key = derive_seed(self.seed, epoch, position)
-                    torch.default_generator.manual_seed(key)
-                    random.seed(key)
-                    choice = key % len(captions)
+                    # Each position has a seed of its own, so that augmentation does not depend on workers and ranks.
+                    sample_seed = derive_seed(self.seed, epoch, position)
+                    torch.default_generator.manual_seed(sample_seed)
+                    random.seed(sample_seed)
+                    choice = sample_seed % len(captions)
                 images.append(image if self.features else self.transform(image))
                 texts.append(captions[choice])
-                used.append(number)
+                used_rows.append(used_row)
                 image_hashes.append(image_hash)
         if self.features:
             batch = torch.stack(images)
@@ -180,7 +185,7 @@ class PairDataset(Dataset[Pairs]):
         if self.masking is not None and self.seed is not None:
             masked = self.masking(tokens, (self.seed, epoch), start)
         self.current_sample.finish()
-        return Pairs(batch, tokens, torch.tensor(used), ids, masked, bad)
+        return Pairs(batch, tokens, torch.tensor(used_rows), ids, masked, bad)
 
     def _read(self, row: int, sample: Sample) -> tuple[Tensor, list[str], int]:
         """Read the image or its features, the captions, and a hash of the image."""
@@ -204,7 +209,7 @@ class PairDataset(Dataset[Pairs]):
 
 @contextmanager
 def _preserve_rng_state() -> Iterator[None]:
-    """Restore the process's random generators at the end: with 0 workers the training loop uses them."""
+    """Restore the random generators at the end, which the training loop uses too if there are no workers."""
     torch_state, python_state = torch.default_generator.get_state(), random.getstate()
     try:
         yield

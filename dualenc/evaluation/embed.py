@@ -20,6 +20,7 @@ from dualenc.metrics import zero_shot_classifier
 from dualenc.utils.files import atomic_write
 from dualenc.utils.urls import cache_folder
 
+# Wrapper of an iterable that shows progress, such as tqdm.
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -28,7 +29,7 @@ class SetEmbeddings(NamedTuple):
 
     image: Tensor  # (n, E)
     text: Tensor  # (T, E) captions, or (C, E) the zero-shot classifier; (0, E) where the kind needs no text
-    rows: Tensor  # (n,) numbers of the images' samples, ascending
+    rows: Tensor  # (n,) numbers of the images in the set, ascending; those that cannot be decoded are missing
     bad: list[tuple[int, str]]  # number and error message of each sample whose image cannot be decoded
     others: Mapping[str, "SetEmbeddings"] = {}  # further sets, such as the one a probe learns from
 
@@ -49,7 +50,7 @@ class EmbeddingCache:
     Args:
         embedder: model, whose weights must not change while the cache is in use.
         folder: folder of the cache; None for `embeddings` among the user's cached files.
-        limit: size in bytes; the least recently used files are removed first.
+        limit: largest size in bytes, 20 GiB by default; the least recently used files are removed first.
 
     Attributes:
         reused: label of each entry that was found, in order.
@@ -71,10 +72,10 @@ class EmbeddingCache:
         """Return tensors by name, from the cache or newly made.
 
         Args:
-            label: name of the entry for the user; part of the key.
-            depends_on: everything that the tensors depend on besides the model, as JSON.
-            make: computes the tensors.
-            keep: decides after `make` if the cache keeps them.
+            label: kind of the entry, such as "images", which is part of the key.
+            depends_on: everything that the tensors depend on besides the model; must be serializable as JSON.
+            make: function that computes the tensors.
+            keep: function that decides after `make` if the cache keeps the tensors.
         """
         key = hashlib.blake2b(json.dumps([self._made_by, label, depends_on]).encode(), digest_size=16).hexdigest()
         path = self.folder / f"{key}.safetensors"
@@ -93,13 +94,14 @@ class EmbeddingCache:
         return found
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        with suppress(OSError, SafetensorError):  # The evaluation does not fail where the cache cannot be written.
+        with suppress(OSError, SafetensorError):  # A cache that cannot be written must not fail the evaluation.
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as temporary:
                 save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
             self._make_room()
 
     def _make_room(self) -> None:
+        """Remove the least recently used files until the cache is small enough, but never the newest file."""
         files = sorted(((path.stat(), path) for path in self.folder.iterdir()), key=lambda item: item[0].st_mtime)
         total = sum(status.st_size for status, _ in files)
         for status, path in files[:-1]:
@@ -109,15 +111,15 @@ class EmbeddingCache:
 
 
 class SetEmbedder:
-    """A model that embeds the images and texts of evaluation sets, or the share of one rank.
+    """Embedder of the images and texts of evaluation sets, or of the share of one rank.
 
     Args:
         embedder: model.
         workers: number of worker processes that decode images.
         track: wraps the image batches, for a progress bar.
-        cache: cache for whole sets.
+        cache: cache of the embeddings; None to compute all of them.
         rank: number of the share, from 0.
-        world: number of shares, in order and as equal as possible.
+        world: number of shares, which are consecutive and as equal as possible.
     """
 
     def __init__(
@@ -159,17 +161,18 @@ class SetEmbedder:
         # A set with bad images is not kept: the failure may pass, and its message names the place of this copy.
         key = [data.fingerprint, rows.start, rows.stop] if self.cache is not None else None
         image = self._cached("images", key, make, keep=lambda: not bad)["image"]
+        # If the embeddings are from the cache, `make` did not run, and then all images are good.
         return image, torch.tensor(good if good or bad else list(rows), dtype=torch.int64), bad
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts, (T, E)."""
+        """Embed texts as (T, E), or this rank's share of them."""
         own = self._own(texts)
         if not own:
             return self.no_text
         return self._cached("captions", own, lambda: {"text": self.embedder.embed_texts(own)})["text"]
 
     def classifier(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Embed classes, (C, E), each as the mean of its prompts; see `dualenc.zero_shot_classifier`."""
+        """Embed classes as (C, E), or this rank's share, each the mean of its prompts; see `zero_shot_classifier`."""
         own = self._own(names)
         if not own:
             return self.no_text
@@ -178,10 +181,12 @@ class SetEmbedder:
         )["text"]
 
     def _share(self, count: int) -> range:
+        """Return the numbers of this rank's items among `count` items."""
         share = np.array_split(np.arange(count), self.world)[self.rank]
         return range(share[0], share[-1] + 1) if len(share) else range(0)
 
     def _own(self, items: Sequence[str]) -> Sequence[str]:
+        """Return this rank's items."""
         share = self._share(len(items))
         return items[share.start : share.stop]
 

@@ -16,8 +16,8 @@ from dualenc.metrics import BootstrapMetrics, classification_bootstrap, knn_prob
 from dualenc.report import Description, Section, TwoAnswers
 from dualenc.utils.errors import DataError
 
-HELD_OUT = ("val", "valid", "validation")  # splits that may choose the hyperparameters
-_PREFIXES = ("linear_", "knn_")
+HELD_OUT = ("val", "valid", "validation")  # names of splits on which hyperparameters may be chosen
+_PREFIXES = ("linear_", "knn_")  # of the names of metrics and items, one for each probe
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -26,7 +26,7 @@ class ProbeSet(BenchmarkSet):
 
     Attributes:
         train: set to learn from.
-        held_out: set that chooses the hyperparameters; None for a fifth of `train`.
+        held_out: set on which the hyperparameters are chosen; None for a fifth of `train`.
     """
 
     train: BenchmarkSet
@@ -34,12 +34,12 @@ class ProbeSet(BenchmarkSet):
 
     @classmethod
     def of(cls, data: BenchmarkSet, train: BenchmarkSet, held_out: BenchmarkSet | None = None) -> "ProbeSet":
-        """Put the sets together.
+        """Add the sets to learn from to the set to measure on.
 
         Args:
             data: set to measure on.
             train: set to learn from.
-            held_out: set that chooses the hyperparameters; None for a fifth of `train`.
+            held_out: set on which the hyperparameters are chosen; None for a fifth of `train`.
         """
         own = {field.name: getattr(data, field.name) for field in fields(BenchmarkSet)}
         return cls(**own, train=train, held_out=held_out)
@@ -83,7 +83,7 @@ class FrozenProbes(EvaluationKind):
         splits = BenchmarkSet.splits(source)
         if self.train == data.split:
             raise DataError(
-                f"{data.path}: split {self.train!r} cannot be both learned from and measured on; the set has "
+                f"{data.path}: split {self.train!r} cannot be both learned from and measured on: choose two of "
                 f"{', '.join(splits)}"
             )
         train = BenchmarkSet.open(source, self.train)
@@ -99,10 +99,10 @@ class FrozenProbes(EvaluationKind):
     def score(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Scored:
         """See `EvaluationKind`."""
         data = _probe_set(data)
-        known = {name: (x.image, data.parts[name].targets[x.rows]) for name, x in embedded.others.items()}
-        train, targets = known["train"]
+        labeled = {name: (x.image, data.parts[name].targets[x.rows]) for name, x in embedded.others.items()}
+        train, targets = labeled["train"]
         linear, knn = (
-            probe(train, targets, embedded.image, data.targets[embedded.rows], held_out=known.get("held_out"))
+            probe(train, targets, embedded.image, data.targets[embedded.rows], held_out=labeled.get("held_out"))
             for probe in (linear_probe, knn_probe)
         )
         both = [prefixed(probe.scores, prefix) for probe, prefix in zip((linear, knn), _PREFIXES)]
@@ -113,7 +113,7 @@ class FrozenProbes(EvaluationKind):
             for key, value in probe.chosen.items()
         }
         missing = [data.classnames[c] for c in linear.missing]
-        return Scored(
+        return Scored(  # The details by class are those of the linear probe only, which the report shows.
             metrics,
             intervals,
             chance,
@@ -126,6 +126,7 @@ class FrozenProbes(EvaluationKind):
         """See `EvaluationKind`."""
         parts = {prefix: classification_bootstrap(_without_prefix(items, prefix)) for prefix in _PREFIXES}
         both = {f"{prefix}{name}": f for prefix, part in parts.items() for name, f in part.statistics.items()}
+        # Both probes are measured on the same images, so that their units and strata are the same.
         return parts[_PREFIXES[0]]._replace(statistics=both)
 
     def section(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder, scores: Scored) -> Section:
@@ -146,10 +147,16 @@ class FrozenProbes(EvaluationKind):
 
 
 def _probe_set(data: BenchmarkSet) -> ProbeSet:
+    """Return the set if it has a set to learn from.
+
+    Raises:
+        ValueError: If it has none.
+    """
     if not isinstance(data, ProbeSet):
         raise ValueError(f"{data.name}: probes need a set to learn from: make the set with FrozenProbes.prepare")
     return data
 
 
 def _without_prefix(items: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the items of one probe, under the names that classification metrics use."""
     return {name.removeprefix(prefix): x for name, x in items.items() if name.startswith(prefix)}

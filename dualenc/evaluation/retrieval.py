@@ -29,20 +29,20 @@ from dualenc.report import Answers, Description, Ranked, Section, TwoRankings
 
 
 class _Pairs(NamedTuple):
-    """Images with captions."""
+    """Embeddings of images and of their captions, and what a report shows of them."""
 
-    image: Tensor  # (I, E), each with a caption or more
-    text: Tensor  # (T, E)
+    image: Tensor  # (I, E), embeddings of images that have a caption at least
+    text: Tensor  # (T, E), embeddings of the captions
     captions: list[str]  # T
-    owner: Tensor  # (T,) image of each caption
-    picture: Callable[[int], bytes]  # picture of image i
-    rows: Tensor  # (I,) numbers of the images in what they were chosen from
+    owner: Tensor  # (T,) number of each caption's image
+    picture: Callable[[int], bytes]  # encoded thumbnail of image i
+    rows: Tensor  # (I,) numbers of the images before those without a caption were left out
 
     @classmethod
     def of(
         cls, image: Tensor, text: Tensor, captions: Sequence[str], owner: Tensor, picture: Callable[[int], bytes]
     ) -> "_Pairs":
-        """Leave out the images without a caption."""
+        """Build the pairs, leaving out images without a caption."""
         rows = torch.unique(owner)
         owner = torch.searchsorted(rows, owner)
         return cls(image[rows], text, list(captions), owner, lambda i: picture(int(rows[i])), rows)
@@ -88,12 +88,12 @@ class CrossModalRetrieval(EvaluationKind):
     def section_of(
         self, pairs: _Pairs, dataset: str, model: str, scores: Scored, problems: Sequence[Problem] = ()
     ) -> Section:
-        """Return what the report shows of images with captions; see `section`."""
-        sides = [torch.full((len(x),), side) for side, x in enumerate((pairs.image, pairs.text))]
+        """Return the report's section on pairs; see `section`."""
+        modality = [torch.full((len(x),), number) for number, x in enumerate((pairs.image, pairs.text))]
         return Section(
             self.result(dataset, model, len(pairs.image), scores, problems),
             Answers(pairs.captions, retrieval_answers(scores.items), pairs.picture),
-            points(torch.cat([pairs.image, pairs.text]), torch.cat(sides), ["images", "captions"], pairs.owner),
+            points(torch.cat([pairs.image, pairs.text]), torch.cat(modality), ["images", "captions"], pairs.owner),
             self.description,
         )
 
@@ -103,11 +103,11 @@ class CrossModalRetrieval(EvaluationKind):
         if opened is None:
             return None
         data, rows = opened
-        number = np.full(len(data), -1)
-        number[rows] = np.arange(len(rows))
+        decoded = np.zeros(len(data), dtype=bool)
+        decoded[rows] = True
         texts, owner = data.captions
-        captions = [text for text, own in zip(texts, number[owner.numpy()]) if own >= 0]
-        if len(captions) != len(first.items["owner"]):
+        captions = [text for text, has_image in zip(texts, decoded[owner.numpy()]) if has_image]
+        if len(captions) != len(first.items["owner"]):  # The set on the disk has changed since the evaluation.
             return None
         names = ("rank_by_text", "best_by_text", "rank_by_image", "best_by_image")
         one, other = (Ranked(*(saved.items[name].numpy() for name in names)) for saved in (first, second))
@@ -131,7 +131,7 @@ def score_retrieval(
         text: (T, E).
         captions: T texts.
         owner: (T,) image that each caption belongs to.
-        picture: picture of image i.
+        picture: function that returns the encoded thumbnail of image i.
         model: name of the model.
     """
     pairs = _Pairs.of(image, text, captions, owner, picture)

@@ -1,4 +1,7 @@
-"""Evaluation of a model on a set by the set's own kind."""
+"""Evaluation of a model on an evaluation set, in one call or in two: embed on all ranks, then score.
+
+The kind of the set selects the `EvaluationKind`.
+"""
 
 import os
 from typing import Any
@@ -13,7 +16,7 @@ from dualenc.inference.embedder import Embedder
 def evaluate(
     embedder: Embedder, data: BenchmarkSet | str | os.PathLike[str], workers: int = 0, track: Track = iter
 ) -> dict[str, Any]:
-    """Measure zero-shot classification, retrieval or compositional choice, whichever the set is for.
+    """Embed and score an evaluation set: zero-shot classification, retrieval or compositional choice, by its kind.
 
     Args:
         embedder: model.
@@ -22,10 +25,10 @@ def evaluate(
         track: wraps the image batches, for a progress bar.
 
     Returns:
-        `dataset`, `kind`, `model`, `n` (number of images), `complete`, `problems` (`what`, `count` and some `names` for
-        each problem), `metrics` (name to value), `intervals` (name to lower and upper 95% bound), `chance` (expected
-        values of a random order, where they are known); for classes also `per_class` and `calibration`. All plain
-        Python, ready for JSON.
+        `dataset`, `kind`, `model`, `n` (number of images), `complete` (false if the set has problems), `problems`
+        (`what`, `count` and some `names` for each problem), `metrics` (name to value), `intervals` (name to lower and
+        upper 95% bound), `chance` (expected values of a random order, where they are known); for classes also
+        `per_class` and `calibration`. All plain Python, ready for JSON.
 
     Raises:
         DataError: If nothing can be measured.
@@ -43,16 +46,16 @@ def embed_set(
     rank: int = 0,
     world: int = 1,
 ) -> SetEmbeddings:
-    """Embed an evaluation set, or the share of one rank, for `score`.
+    """Embed an evaluation set, or the share of one rank. `score` takes the gathered shares.
 
     Args:
         embedder: model.
         data: evaluation set.
         workers: number of worker processes that decode images.
         track: wraps the image batches, for a progress bar.
-        cache: cache for whole sets.
+        cache: cache of the embeddings of whole sets.
         rank: number of the share, from 0.
-        world: number of shares, in order and as equal as possible.
+        world: number of shares, which are consecutive and as equal as possible.
     """
     return KINDS[data.kind].embed(data, SetEmbedder(embedder, workers, track, cache, rank, world))
 
@@ -66,7 +69,8 @@ def score(data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Ev
         embedder: model.
 
     Returns:
-        The section of the report, whose `result` is what `evaluate` returns, and the outcomes of single items.
+        The section of the report, with the dictionary that `evaluate` returns as `result`, and the outcomes of single
+        items.
 
     Raises:
         ValueError: If nothing is left to measure, or the embeddings are not finite.

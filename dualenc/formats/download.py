@@ -14,8 +14,9 @@ from dualenc.utils.text import one_line
 def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
     """Return a folder with the files of a model on the hub, downloading those that are not in the cache.
 
-    Files of a commit hash that were downloaded before are taken from the cache without a request. A branch or tag is
-    looked up. If the hub cannot be reached, its last known commit is taken from the cache, and a warning names it.
+    If the revision is a commit hash and its files are in the cache, no request is made. The commit of a branch or tag
+    is asked from the hub. If the hub cannot be reached, the last known commit is taken from the cache, and a warning
+    names it.
 
     Args:
         spec: the model spec, `hf-hub:owner/name[@revision]`.
@@ -30,27 +31,28 @@ def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
 
     name, _, revision = spec.removeprefix("hf-hub:").partition("@")
     pinned = bool(re.fullmatch("[0-9a-f]{40}", revision))
-    get = partial(snapshot_download, name, revision=revision or None, allow_patterns=list(patterns))
+    download = partial(snapshot_download, name, revision=revision or None, allow_patterns=list(patterns))
     try:
         with _hub_errors_in_one_line(spec, revision):
             if pinned:
                 with suppress(CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
                     # Only the cached list of the repository's files shows whether the cache holds all of them.
                     get_cached_repo_tree(name, revision=revision)
-                    return Path(get(local_files_only=True))
+                    return Path(download(local_files_only=True))
             # `snapshot_download` falls back to the cache silently if the hub does not answer, so ask the hub first.
             HfApi().model_info(name, revision=revision or None, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            folder = Path(get())
+            folder = Path(download())
     except (HTTPError, OSError) as error:
-        folder = _from_cache(spec, get, error)
+        folder = _from_cache(spec, download, error)
         if not pinned:
-            _warn(
+            _warn_once(
                 f"{spec}: the hub cannot be reached ({one_line(error)}); using its last known commit from the cache: "
                 f"{folder.name}"
             )
     if not folder.is_dir():
         raise ModelError(
-            f"{spec}: the repository does not have any of {', '.join(patterns)}: it is not a model of this kind"
+            f"{spec}: the repository does not have any of {', '.join(patterns)}, which a model of this kind needs: "
+            "correct the name"
         )
     return folder
 
@@ -79,7 +81,7 @@ def _hub_errors_in_one_line(spec: str, revision: str) -> Iterator[None]:
         ) from None
 
 
-def _from_cache(spec: str, get: Callable[..., str], error: Exception) -> Path:
+def _from_cache(spec: str, download: Callable[..., str], error: Exception) -> Path:
     """Return the folder of the cached files if the error means that the hub cannot be reached.
 
     Raises:
@@ -92,11 +94,13 @@ def _from_cache(spec: str, get: Callable[..., str], error: Exception) -> Path:
     from_network = isinstance(error, HTTPError | ConnectionError | TimeoutError | LocalEntryNotFoundError)
     if isinstance(error, OSError) and error.errno is not None and not from_network:
         raise _unwritable(spec, constants.HF_HUB_CACHE, error) from None
+    # No answer at all counts like 503, "service unavailable".
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
-    if status < 500 and status not in (408, 429):  # The hub works and refuses: the cache must not hide that.
+    # Below 500 the hub answers and refuses, which the cache must not hide; 408 is a timeout, 429 asks to wait.
+    if status < 500 and status not in (408, 429):
         raise ModelError(f"{spec} cannot be downloaded from the hub ({one_line(error)})") from None
     try:
-        return Path(get(local_files_only=True))
+        return Path(download(local_files_only=True))
     except LocalEntryNotFoundError:
         raise ModelError(
             f"{spec}: not all of its files are in the cache {constants.HF_HUB_CACHE}, and the hub at "
@@ -107,6 +111,7 @@ def _from_cache(spec: str, get: Callable[..., str], error: Exception) -> Path:
 
 
 def _unwritable(spec: str, cache: str, error: OSError) -> ModelError:
+    """Return the error for a cache that the disk refuses to write."""
     return ModelError(
         f"{spec} cannot be written to the cache {cache} ({one_line(error)}): free space there, or set HF_HUB_CACHE to "
         "another folder"
@@ -114,6 +119,6 @@ def _unwritable(spec: str, cache: str, error: OSError) -> ModelError:
 
 
 @cache
-def _warn(line: str) -> None:
-    """Log a warning once per process: a model is opened several times before it is loaded."""
+def _warn_once(line: str) -> None:
+    """Log a warning once per process, since a command opens the same model several times."""
     logging.getLogger("dualenc").warning("%s", line)

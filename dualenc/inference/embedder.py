@@ -60,7 +60,8 @@ class Embedder:
         check_tokenizer(tokenizer, text)
         if preprocess.size != image.img_size:
             raise ModelError(
-                f"preprocess.json makes {preprocess.size} pixels, the image encoder takes {image.img_size}"
+                f"preprocess.json has size {preprocess.size}, but the image encoder takes {image.img_size}: make them "
+                "equal"
             )
 
     @property
@@ -203,8 +204,8 @@ class Embedder:
 
     def _normalized(self, batch: Tensor) -> Tensor:
         """Preprocess and normalize a batch on the model's device."""
-        done = isinstance(self.preprocess, Preprocess) and batch.shape[-2:] == (self.preprocess.size,) * 2
-        if not batch.is_floating_point() and not done:
+        resized = isinstance(self.preprocess, Preprocess) and batch.shape[-2:] == (self.preprocess.size,) * 2
+        if not batch.is_floating_point() and not resized:
             batch = torch.stack([self.preprocess(image) for image in batch])
         batch = batch.to(self.device, non_blocking=True)
         dtype = next(self.model.parameters()).dtype
@@ -314,6 +315,7 @@ def fingerprint(
     digest = hashlib.blake2b(digest_size=16)
     about = [dataclasses.asdict(model.config), preprocess and dataclasses.asdict(preprocess), more]
     digest.update(json.dumps(about, sort_keys=True).encode())
+    # The names of format 1 keep the fingerprints, and the caches under them, that were made before format 2.
     state = {format_1.name_in_format_1(name): x for name, x in model.state_dict().items()}
     for name, x in sorted(state.items()):
         digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
@@ -325,7 +327,8 @@ def difference(first: Embedder, second: Embedder, apart: Collection[str] = ()) -
     """Name the first field of architecture or preprocessing in which two models differ, with both values.
 
     Args:
-        first, second: the models.
+        first: a model.
+        second: the model to compare it with.
         apart: fields that may differ, such as "image.img_size".
     """
 

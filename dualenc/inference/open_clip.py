@@ -102,6 +102,7 @@ class OpenClip(nn.Module):
     def __init__(self, model: nn.Module, architecture: str) -> None:
         super().__init__()
         self.model = model
+        # Printed modules do not show the numbers of heads, in which two models may differ.
         heads = [
             getattr(module, name)
             for module in model.modules()
@@ -111,6 +112,7 @@ class OpenClip(nn.Module):
         self.config = OpenClipConfig(architecture, f"{model} {heads}", version("open_clip_torch"))
         text = self._text
         mask = getattr(text, "attn_mask", None)
+        # The mask must hide every later token, and the tower must pool at the largest id.
         self.trims = (
             isinstance(mask, Tensor)
             and bool(torch.isneginf(mask[torch.ones_like(mask, dtype=torch.bool).triu(1)]).all())

@@ -31,13 +31,13 @@ class ExportFormat(ABC):
             except `README.md` and `export.json`, is not replaced by another export.
         reference: function or program that loads the folder with the other library, in a process of its own.
         tolerance: largest difference between dualenc and the reference that is allowed.
-        compared: names of the outputs that are compared; None for all that dualenc computes. See
-            `dualenc.interop.references`.
-        segments: whether the reference takes the second half of each text of `ids` as its second segment, for a text
-            model with segments.
-        library: the hub's name of the library that reads the folder; empty for `name`.
+        compared: names of the outputs that are compared, see `dualenc.interop.references`; None for all that dualenc
+            computes.
+        segments: whether the reference can pass segment ids. If so, the check of a text model with segments gives the
+            second half of each text the second segment.
+        library: the hub's name of the library that reads the folder; empty if it is `name`.
         uploaded: patterns of the files that `dualenc push` uploads, with `export.json`; empty for `files`.
-        weights: patterns of the files with weights, at least one of which a push needs.
+        weights: patterns of the files with weights; a push needs at least one such file.
         offered_for: kinds of models whose cards on the hub show how to export to this format.
     """
 
@@ -94,7 +94,7 @@ class ExportFormat(ABC):
         return [Check(self.reference, str(folder), inputs, outputs, tokenizer)]
 
     def finish(self, folder: Path, out: Path) -> None:  # noqa: B027 (an optional hook)
-        """Adjust the checked folder to its final path; the default does nothing.
+        """Rewrite what depends on the path of the folder, before it is moved there; the default does nothing.
 
         Args:
             folder: the folder that `write` filled.
@@ -142,9 +142,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
     Raises:
-        ModelError: If it cannot be read, or holds something else.
+        ModelError: If the file cannot be read, or holds something else.
     """
     found = read_json(path)
     if not isinstance(found, dict):
-        raise ModelError(f"{path} must be an object")
+        raise ModelError(f"{path} must hold a JSON object, found {type(found).__name__}")
     return found

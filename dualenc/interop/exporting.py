@@ -38,7 +38,7 @@ class Exported:
     Attributes:
         folder: the folder that was written.
         verified: the comparisons with other libraries.
-        notes: differences from the model that was exported.
+        notes: what the export changed, one sentence each.
     """
 
     folder: Path
@@ -88,9 +88,13 @@ def find_format(name: str | ExportFormat) -> ExportFormat:
 
 
 def _check_format(found: ExportFormat, where: str) -> ExportFormat:
-    """Return a format of a user if it is complete and has a name of its own."""
+    """Return an export format of the user if it is complete and has a name of its own.
+
+    Raises:
+        ModelError: If it is not; the message names the attribute.
+    """
     if missing := [name for name in ("name", "files", "reference") if not hasattr(found, name)]:
-        raise ModelError(f"{where} does not set {', '.join(missing)}")
+        raise ModelError(f"{where} does not set {', '.join(missing)}, which every ExportFormat needs")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", found.name, re.ASCII):
         raise ModelError(f"{where}: name must consist of letters, digits, -, _ and ., found {found.name!r}")
     if found.name in FORMATS and type(found) is not type(FORMATS[found.name]):
@@ -123,7 +127,7 @@ def export(
         spec: a model directory, run directory, text model, or hf-hub:owner/name[@revision].
         out: folder to write; an earlier export is replaced.
         format: an export format, its name, or its import path; see `find_format`.
-        draw: makes the inputs that both libraries get for a dual encoder.
+        draw: function that draws the inputs on which both libraries are compared, for a dual encoder.
 
     Raises:
         ModelError: If there is no such format, it cannot express the model, its library is not installed, or the
@@ -138,7 +142,9 @@ def export(
         inputs = draw(model) if isinstance(model, Embedder) else make_text_inputs(model)
         verified = [verify(check, chosen.tolerance) for check in chosen.checks(model, folder, inputs)]
         if not verified:
-            raise ModelError(f"the format {chosen.name} checks nothing: nothing was written")
+            raise ModelError(
+                f"the format {chosen.name} checks nothing: nothing was written; its method checks must return a check"
+            )
         chosen.finish(folder, out)
         about = {"format": chosen.name, "fingerprint": model.fingerprint, "notes": notes, "dualenc": version("dualenc")}
         write_json(folder / EXPORT, about)
@@ -174,7 +180,7 @@ def _check_place(spec: str, out: Path) -> None:
 
 
 def _replaceable(out: Path, chosen: ExportFormat) -> list[str]:
-    """Return the names in a folder that an earlier export may have written, in any format."""
+    """Return the names in a folder that an earlier export in any format may have written, and that may be replaced."""
     patterns = [EXPORT, CARD, *(name.split("/")[0] for one in (*FORMATS.values(), chosen) for name in one.files)]
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
@@ -184,4 +190,4 @@ def _check_files(folder: Path, chosen: ExportFormat) -> None:
     """Refuse an export with files that its format does not list, which could not be replaced or pushed later."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     if unknown := [name for name in names if not any(fnmatchcase(name, pattern) for pattern in chosen.files)]:
-        raise ModelError(f"the format {chosen.name} wrote {unknown[0]}, which its attribute files does not list")
+        raise ModelError(f"the format {chosen.name} wrote {unknown[0]}: add it to the attribute files of the format")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from dualenc.formats.huggingface.architecture import fitted, with_segment
 from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, tokenizer_config
 from dualenc.formats.model_folder import OPEN_CLIP
-from dualenc.formats.open_clip import config as open_clip
+from dualenc.formats.open_clip import config as open_clip_config
 from dualenc.formats.open_clip.tokenizer import open_clip_tokenizer_config
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import Embedder
@@ -27,7 +27,7 @@ WEIGHTS = "open_clip_model.safetensors"
 
 
 class OpenClipFormat(ExportFormat):
-    """Format of `open_clip.create_model_and_transforms("local-dir:FOLDER")`; for dual encoders only."""
+    """Format of the folders that open_clip loads as "local-dir:FOLDER"; for dual encoders only."""
 
     name = "open_clip"
     files = (OPEN_CLIP, WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json")
@@ -38,27 +38,29 @@ class OpenClipFormat(ExportFormat):
     def write(self, model: Embedder | TextPredictor, folder: Path) -> list[str]:
         """Write a dual encoder; see `ExportFormat.write`."""
         if not isinstance(model, Embedder):
-            raise ModelError(f"{model.name} is a text model alone, and open_clip takes image and text together")
+            raise ModelError(
+                f"{model.name} is a text model, but open_clip loads dual encoders only: export to transformers or onnx"
+            )
         text_cfg = write_open_clip(model, folder, str(folder))["text_cfg"]
         notes = []
         if "hf_tokenizer_name" in text_cfg:
             notes.append(
-                "open_clip cleans texts (blanks, entities, curly quotes) and takes the name of a special token in a "
-                "text for the token: such texts may get other ids there"
+                "open_clip cleans texts (blanks, entities, curly quotes) and reads the name of a special token in a "
+                "text as that token: such texts may get other ids there"
             )
         if "hf_model_name" in text_cfg:
             notes.append(
                 "open_clip finds the text encoder by the folder or repository that hf_model_name in "
-                f"{OPEN_CLIP} names: change it where the folder is moved"
+                f"{OPEN_CLIP} names: change it if you move the folder"
             )
         return notes
 
     def checks(self, model: Embedder | TextPredictor, folder: Path, inputs: Inputs) -> list[Check]:
-        """Return the comparison of all outputs."""
+        """Return the comparison of all outputs, with the folder under the name that open_clip takes."""
         return [check._replace(model=f"local-dir:{folder}") for check in super().checks(model, folder, inputs)]
 
     def finish(self, folder: Path, out: Path) -> None:
-        """Name the final path where open_clip looks up the text encoder."""
+        """Write the final path into `hf_model_name`, which open_clip looks up as the text encoder."""
         fields = read_object(folder / OPEN_CLIP)
         if "hf_model_name" in fields["model_cfg"]["text_cfg"]:
             fields["model_cfg"]["text_cfg"]["hf_model_name"] = str(out.resolve())
@@ -82,7 +84,7 @@ class OpenClipFormat(ExportFormat):
         return not self.settings(folder)["text_cfg"].get("hf_model_name")
 
     def prepare_upload(self, staged: Path, folder: Path, repo: str, revision: str | None) -> None:
-        """Replace the names of this folder by the repository, where open_clip looks up a tokenizer or text encoder.
+        """Replace the path of this folder by the repository in the keys of tokenizer and text encoder.
 
         Raises:
             ModelError: If open_clip could not read the text encoder from this branch.
@@ -93,13 +95,13 @@ class OpenClipFormat(ExportFormat):
             name = text_cfg.get(key)
             if not isinstance(name, str) or not name:
                 continue
-            # Such a name means this folder, wherever it lies and the program was started; another one is of the hub.
+            # A path can only mean this folder, since an export names no other; any other name is on the hub.
             if os.path.isabs(name) or name.startswith(".") or (folder / name).exists():
                 text_cfg[key] = repo
         if text_cfg.get("hf_model_name") == repo and revision not in (None, "main"):
             raise ModelError(
-                f"--revision {revision}: open_clip reads the configuration of such a text encoder from main: leave it "
-                "out, or name a repository of its own"
+                f"--revision {revision}: open_clip reads the configuration of a text encoder of Hugging Face from "
+                "main: leave --revision out, or name another repository"
             )
         (staged / OPEN_CLIP).unlink()
         write_json(staged / OPEN_CLIP, config)
@@ -120,18 +122,19 @@ def write_open_clip(embedder: Embedder, folder: Path, name: str) -> dict[str, An
         ModelError: If open_clip cannot express a part of the model; the message names the part.
     """
     model, (tokenizer, preprocess) = embedder.dual_encoder, parts_of(embedder)
-    ids = tokenizer.backend.encode("").ids
-    model_cfg = open_clip.write_config(model.config, ids[-1] if ids else None, name)
+    ids = tokenizer.backend.encode("").ids  # the special tokens alone, of which the last one closes a text
+    model_cfg = open_clip_config.write_config(model.config, ids[-1] if ids else None, name)
     text_cfg, config = model_cfg["text_cfg"], model.config
-    found = fitted(config.text, open_clip.HUGGING_FACE) if "hf_model_name" in text_cfg else None
+    found = fitted(config.text, open_clip_config.HUGGING_FACE) if "hf_model_name" in text_cfg else None
     if found is not None:
         config = dataclasses.replace(config, text=found[1])
         write_json(folder / "config.json", hub_config(*found, {}, tokenizer))
     text_cfg |= open_clip_tokenizer_config(tokenizer, config.text)
+    # `fitted` may have given the text tower a segment embedding, which the format requires.
     state = with_segment(model.state_dict(), config.text)
     if "timm_model_name" not in model_cfg["vision_cfg"]:
-        state = open_clip.fold(state)
-    save_file(write_state(state, open_clip.rules_of(model_cfg, config)), folder / WEIGHTS)
+        state = open_clip_config.fold(state)
+    save_file(write_state(state, open_clip_config.rules_of(model_cfg, config)), folder / WEIGHTS)
     preprocess_cfg = {
         "size": preprocess.size,
         "mean": list(preprocess.mean),
@@ -149,7 +152,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read `open_clip_config.json`.
 
     Raises:
-        ModelError: If it, its `model_cfg` or the `text_cfg` in this is not an object.
+        ModelError: If the file, its `model_cfg` or the `text_cfg` in that is not a JSON object.
     """
     config = read_object(folder / OPEN_CLIP)
     model = config.get("model_cfg")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Statistic = Callable[[Tensor], Tensor]  # weights (R, N) float64 of N units -> (R,)
-_CELLS = 1 << 19  # weights held at a time
+_CELLS = 1 << 19  # weights held at a time, 4 MiB in float64
 
 
 class BootstrapMetrics(NamedTuple):
@@ -29,7 +29,7 @@ class BootstrapMetrics(NamedTuple):
     strata: Tensor | None = None
 
     def values(self) -> dict[str, float]:
-        """Compute each metric."""
+        """Compute each metric on the data itself, where each unit has weight one."""
         ones = torch.ones(1, self.units, dtype=torch.float64)
         return {name: statistic(ones).item() for name, statistic in self.statistics.items()}
 
@@ -39,9 +39,9 @@ class BootstrapMetrics(NamedTuple):
         """Compute the percentile bootstrap interval of each metric.
 
         Args:
-            level: coverage.
+            level: coverage of the interval, such as 0.95.
             replicates: number of bootstrap samples; 0 for no intervals.
-            seed: seed of the draw; the same units give the same draw.
+            seed: seed of the samples; the same units and seed give the same samples.
         """
         if not replicates:
             return {}
@@ -72,7 +72,10 @@ class BootstrapMetrics(NamedTuple):
             self.strata is None or other.strata is None or torch.equal(self.strata, other.strata)
         )
         if self.units != other.units or not same:
-            raise ValueError("paired differences need the same units")
+            raise ValueError(
+                f"paired differences need the same units and strata, found {self.units} and {other.units} units: "
+                "evaluate both models on the same set"
+            )
         names = [name for name in self.statistics if name in other.statistics]
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         for weights in self._draw(replicates, seed):
@@ -120,6 +123,7 @@ def mean(values: Tensor, unit: Tensor | None = None) -> Statistic:
 
 
 def _bounds(replicates: Tensor, level: float) -> tuple[float, float]:
+    """Return the quantiles of the replicates (R,) between which the share `level` of them lies."""
     tail = (1 - level) / 2
     low, high = replicates.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high

@@ -1,4 +1,4 @@
-"""Metrics of compositional choice: texts of (nearly) the same words must be matched with the right images."""
+"""Metrics of compositional choice, in which texts of almost the same words must be matched with the right images."""
 
 from collections.abc import Mapping
 
@@ -9,6 +9,8 @@ from dualenc.metrics.bootstrap import BootstrapMetrics, mean
 from dualenc.metrics.ranking import TIE
 from dualenc.metrics.retrieval import Scores
 
+# Number of images -> expected metrics of scores in random order. A text score of two images needs two comparisons of
+# separate scores to be right, 1/2 * 1/2. A group score needs two of four scores to be the two largest, 2! * 2! / 4!.
 CHANCE = {1: {"text_score": 1 / 2}, 2: {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6}}
 
 
@@ -34,14 +36,14 @@ def choice_metrics(
     """
     for name, x in (("images", image), ("texts", text)):
         if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"the {name} hold embeddings that are not finite: they cannot be compared")
+            raise ValueError(f"the {name} hold embeddings that are not finite: check the weights of the model")
     if len(images_of) != len(texts_of) or images_of.shape[1:] not in ((1,), (2,)) or texts_of.shape[1:] != (2,):
         raise ValueError(
             f"images_of {tuple(images_of.shape)} and texts_of {tuple(texts_of.shape)} must be (n, 1 or 2) and (n, 2)"
         )
-    for name, x, number in (("images_of", images_of, len(image)), ("texts_of", texts_of, len(text))):
-        if not bool(((x >= 0) & (x < number)).all()):
-            raise ValueError(f"{name} must be numbers between 0 and {number - 1}")
+    for name, numbers, count in (("images_of", images_of, len(image)), ("texts_of", texts_of, len(text))):
+        if not bool(((numbers >= 0) & (numbers < count)).all()):
+            raise ValueError(f"{name} must be numbers between 0 and {count - 1}")
     images, texts = image[images_of.to(image.device)].double(), text[texts_of.to(text.device)].double()
     items = {"scores": (images[:, :, None] * texts[:, None]).sum(-1).cpu()}  # (n, images, texts)
     bootstrap = choice_bootstrap(items)

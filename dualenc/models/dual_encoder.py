@@ -24,7 +24,7 @@ class Projection:
 
     Attributes:
         hidden: widths between the layers; an activation follows each.
-        bias: flag of each layer, true where it has a bias. Empty for no layers: the features are the embeddings.
+        bias: whether each layer has a bias; one flag a layer. Empty for no layers: the features are the embeddings.
         activation: "gelu", or "tanh" as in BERT's pooler.
     """
 
@@ -53,12 +53,13 @@ class DualConfig:
         text: architecture of the text tower.
         embed_dim: E, the size of the embeddings.
         projection: of both towers: one linear layer without bias ("linear"), or two with a GELU between ("mlp").
-        logit_bias: whether the model learns a bias in addition to the temperature.
+        logit_bias: whether the model learns a bias in addition to the scale, as a sigmoid loss needs it.
         image_projection: projection of the image tower, in place of `projection`, for imported models.
         text_projection: projection of the text tower, in place of `projection`, for imported models.
     """
 
-    REQUIRED: ClassVar = ("image", "text", "embed_dim", "projection", "logit_bias")  # the keys of the first files
+    # The keys that files of the first release have. Later keys are optional when a file is read.
+    REQUIRED: ClassVar = ("image", "text", "embed_dim", "projection", "logit_bias")
 
     image: ImageConfig
     text: TextConfig
@@ -80,7 +81,7 @@ class DualConfig:
         """Return the projection of a tower.
 
         Args:
-            own: `image_projection` or `text_projection`; absent, `projection` decides.
+            own: `image_projection` or `text_projection`; None for the one that `projection` names.
             width: width of the tower's features.
         """
         return own or (Projection((width,), (True, True)) if self.projection == "mlp" else Projection())
@@ -96,10 +97,10 @@ class Embeddings(NamedTuple):
 
 
 class Logits(nn.Module):
-    """The learned temperature, and the learned bias of a sigmoid loss (SigLIP, Zhai et al. 2023).
+    """The learned scale, which is 1 / temperature, and the learned bias of a sigmoid loss (SigLIP, Zhai et al. 2023).
 
     Args:
-        bias: whether there is a bias; without one the scale is at most `MAX_SCALE`.
+        bias: whether to learn a bias; without one the scale is at most `MAX_SCALE`.
         init_scale: initial scale.
         init_bias: initial bias.
     """
@@ -107,7 +108,7 @@ class Logits(nn.Module):
     def __init__(self, bias: bool, init_scale: float, init_bias: float) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(init_scale)))
-        # SigLIP does not bound the scale, and its published models are past 100.
+        # SigLIP does not bound the scale, and its published models exceed 100.
         self.bound = math.inf if bias else math.log(MAX_SCALE)
         self.logit_bias = nn.Parameter(torch.full((1,), init_bias)) if bias else None
 
@@ -135,7 +136,7 @@ class DualEncoder(nn.Module):
         logit_bias: whether to learn a bias for the sigmoid loss.
         image_projection: see `DualConfig`.
         text_projection: see `DualConfig`.
-        init_scale: initial scale of the scores; absent, CLIP's 1/0.07, or SigLIP's 10 with `logit_bias`.
+        init_scale: initial scale of the scores; None for CLIP's 1/0.07, or with `logit_bias` for SigLIP's 10.
         init_bias: initial bias, with `logit_bias`.
         patch_dropout: see `ImageEncoder`; not a part of the architecture.
 
@@ -188,6 +189,7 @@ class DualEncoder(nn.Module):
         self.load_state_dict({**self.state_dict(), **rest})
 
     def _projection(self, tower: str, own: Projection | None, width: int) -> nn.Module:
+        """Build the projection of a tower, with CLIP's initialization: standard deviation width**-0.5."""
         shape = self.config.projection_of(own, width)
         if not shape.bias:
             if width != self.embed_dim:
@@ -252,13 +254,14 @@ def embed_micro_batches(embed: Callable[..., Embeddings], micro_batches: Sequenc
 
 
 def map_micro_batches(function: Callable[..., Any], micro_batches: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Call a function on each micro-batch; with several, the backward pass calls it again on each."""
+    """Call a function on each micro-batch; with several, the backward pass calls it again instead of keeping graphs."""
     if len(micro_batches) == 1:
         return [function(*micro_batches[0])]
     return [checkpoint(_without_autocast_cache, function, *args, use_reentrant=False) for args in micro_batches]
 
 
 def _without_autocast_cache(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function under the caller's autocast settings, but without autocast's cache of weights."""
     # The cache would keep one half-precision copy of each weight for all micro-batches, and sum their gradients in it.
     device = next(arg.device.type for arg in tree_leaves(args) if isinstance(arg, Tensor))
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -268,5 +271,5 @@ def _without_autocast_cache(function: Callable[..., Any], *args: Any) -> Any:
 
 def unit(x: Tensor) -> Tensor:
     """Normalize the rows of (B, E) to unit length, in fp32 at least."""
-    # A half-precision unit vector is off by 1e-3, and the loss multiplies that by up to 100.
+    # The length of a half-precision unit vector is wrong by up to 1e-3, which the scale multiplies by up to 100.
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -1,6 +1,7 @@
 """The model card, `README.md`: the model, its metrics, its training data, its license, and programs that load it.
 
-Text of users stays text on the card, never markup or a link, and loses the secrets of its URLs.
+Text that users wrote, such as a title or a path, is escaped: it cannot become markup or a link, and the secrets of its
+URLs are removed.
 """
 
 import re
@@ -17,7 +18,7 @@ from dualenc.report.templates import templates
 from dualenc.utils.files import write_text
 from dualenc.utils.text import one_line
 
-LOCAL = "path/of/this/folder"
+LOCAL = "path/of/this/folder"  # stands for the folder on a card that is not on the hub
 # Text that renderers turn into links, or GitHub into mentions.
 _LINK = re.compile(r"\w://|\bwww\.|\b(?:mailto|xmpp):|@[\w-]+\.[a-z]|(?<!\w)@\w", re.IGNORECASE)
 
@@ -73,7 +74,7 @@ class Card:
         summary: one sentence about the model, in Markdown.
         facts: pairs of a label and a value.
         programs: pairs of a library and a program that loads the folder with it.
-        notes: differences from the model that was exported.
+        notes: what the export changed, one sentence each.
         more: further text, in Markdown.
         task: the hub's name of the task that the model is for.
         images: whether the model embeds images and texts.
@@ -105,8 +106,9 @@ class Published:
         config: the run's configuration, in YAML; empty without one.
         license: the hub's name of the license.
         branch: branch of the repository.
-        pin: code that names one commit, with HASH in place of its hash; empty if a hash does not fix all files.
-        others: pairs of a command that exports the model and a program that loads the export.
+        pin: code that loads one commit, with HASH in place of its hash; empty if the commit does not fix all files that
+            are loaded.
+        others: pairs of a command that exports the model to another library and a program that loads the export.
     """
 
     results: Sequence[Mapping[str, Any]]
@@ -152,7 +154,7 @@ def render_card(card: Card, published: Published | None = None) -> str:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write `README.md`; see `render_card`."""
+    """Write the card of a folder as its `README.md`; see `render_card`."""
     write_text(folder / "README.md", render_card(card))
 
 
@@ -183,7 +185,8 @@ def _templates() -> Environment:
 
 def _fenced(text: str, language: str) -> str:
     """Return a fenced block whose fence does not occur in the text."""
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    # Markdown needs three backticks at least, and more than any run of them inside.
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}{language}\n{text}\n{fence}"
 
 
@@ -194,4 +197,5 @@ def _text(value: Any) -> str:
 
 
 def _escaped(text: str) -> str:
+    """Escape the characters with a meaning in Markdown; an underscore inside a word has none."""
     return re.sub(r"[\\`*\[\]<>|~$&!#]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"\\{found[0]}", text)

@@ -14,12 +14,13 @@ from dualenc.report.model import Picture
 from dualenc.report.plots import reliability, spread
 from dualenc.report.render import render
 
-WHOLE_MATRIX = 50  # classes of a confusion matrix; more are shown as an overview and the worst of them
-SHOWN_CLASSES = 24  # classes in that matrix of the worst
-ALL_BARS, WORST, BEST = 60, 20, 10  # up to ALL_BARS classes get a bar each; of more, those at both ends
-CONFIDENT = 8  # mistakes with the highest confidence
-CONFUSIONS, EXAMPLES = 8, 4  # pairs of confused classes, and pictures of each
-DRAWN = 4  # examples of each sort in a gallery
+WHOLE_MATRIX = 50  # most classes of a confusion matrix with numbers
+SHOWN_CLASSES = 24  # of more classes, those with most confusions in such a matrix, next to an overview of all
+ALL_BARS = 60  # largest number of classes that all have a bar; of more classes, some at both ends have one
+WORST, BEST = 20, 10  # number of bars at each end then
+CONFIDENT = 8  # mistakes that are shown, those with the highest confidence
+CONFUSIONS, EXAMPLES = 8, 4  # pairs of confused classes that are shown, and pictures of each
+DRAWN = 4  # examples of each sort, such as right and wrong, that are drawn for a gallery
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Classes:
 
     Attributes:
         names: names of the classes.
-        truth, predicted: (N,) class of each image.
-        picture: picture of image i.
+        truth: (N,) class of each image.
+        predicted: (N,) predicted class of each image.
+        picture: function that returns the thumbnail of image i.
         confidence: (N,) probability of the predicted class.
         calibration: confidence, accuracy and number of images of each bin.
         ece: expected calibration error.
@@ -54,7 +56,7 @@ class Classes:
         ]
         # The most frequent mistakes first; among equally frequent ones, those of the smallest classes.
         wrong = sorted(
-            ((n, -int(total[a]), a, b) for (a, b), n in pairs.items() if a != b), key=lambda item: (-item[0], -item[1])
+            ((n, int(total[a]), a, b) for (a, b), n in pairs.items() if a != b), key=lambda item: (-item[0], item[1])
         )
         confused = list(dict.fromkeys(c for _, _, a, b in wrong for c in (a, b)))
         matrix, overview = sorted(confused[:SHOWN_CLASSES]), None
@@ -66,7 +68,7 @@ class Classes:
             "classes.jinja",
             reliability=reliability(self.calibration) if any(row[2] for row in self.calibration) else None,
             ece=self.ece,
-            confusions=[self._confusion(n, -negative, a, b) for n, negative, a, b in wrong[:CONFUSIONS]],
+            confusions=[self._confusion(n, size, a, b) for n, size, a, b in wrong[:CONFUSIONS]],
             confident=self._confident_mistakes(),
             matrix_names=[names[c] for c in matrix],
             matrix_rows=[
@@ -78,6 +80,7 @@ class Classes:
         )
 
     def _confusion(self, count: int, total: int, truth: int, predicted: int) -> dict[str, Any]:
+        """Return what the template shows of a confusion: `count` of the `total` images of class `truth`."""
         rows = np.flatnonzero((self.truth == truth) & (self.predicted == predicted))[:EXAMPLES]
         return {
             "truth": self.names[truth],
@@ -100,6 +103,7 @@ class Classes:
         ]
 
     def _example(self, i: int) -> dict[str, Any]:
+        """Return the thumbnail of image i and the confidence of its prediction."""
         return {"picture": self.picture(i), "confidence": None if self.confidence is None else self.confidence[i]}
 
 
@@ -132,9 +136,9 @@ class Answers:
 
     Attributes:
         captions: texts of the set.
-        answers: by "text" the captions that look for an image, by "image" the images that look for a caption; see
-            `dualenc.metrics.Answer`.
-        picture: picture of image i.
+        answers: kind of the query, "text" or "image" -> some queries with their first candidates, which are of the
+            other kind; see `dualenc.metrics.Answer`.
+        picture: function that returns the thumbnail of image i.
     """
 
     captions: Sequence[str]
@@ -147,6 +151,8 @@ class Answers:
         return render("answers.jinja", galleries=[gallery for gallery in galleries if gallery["answers"]])
 
     def _gallery(self, query: str, other: str) -> dict[str, Any]:
+        """Return what the template shows of the queries of one kind, whose candidates are of the other kind."""
+
         def show(modality: str, i: int) -> dict[str, Any]:
             return item(modality, i, self.captions, self.picture)
 
@@ -175,7 +181,7 @@ class ChoiceScores:
         captions: captions of each instance; caption i belongs to image i, captions after the last image to no image.
         images: numbers of each instance's images.
         scores: scores of each instance, (images, captions).
-        picture: picture of image i.
+        picture: function that returns the thumbnail of image i.
     """
 
     captions: Sequence[Sequence[str]]
@@ -199,6 +205,7 @@ class ChoiceScores:
         return render("choices.jinja", choices=choices)
 
     def _rows(self, i: int) -> list[dict[str, Any]]:
+        """Return the rows of the table of instance i: each caption with its scores for the images."""
         scores = np.asarray(self.scores[i])  # (images, captions)
         highest = scores == scores.max(1, keepdims=True)
         chosen = highest & (highest.sum(1, keepdims=True) == 1)  # A tie chooses no caption.
@@ -226,7 +233,7 @@ def draw(among: np.ndarray, count: int = DRAWN) -> list[int]:
 
 
 def item(modality: str, i: int, captions: Sequence[str], picture: Picture) -> dict[str, Any]:
-    """Return what a template shows of an image, its picture, or of a text, its caption.
+    """Return what a template shows of an item: the picture of an image, or the caption that a text is.
 
     Args:
         modality: "image" or "text".
@@ -238,7 +245,7 @@ def item(modality: str, i: int, captions: Sequence[str], picture: Picture) -> di
 
 
 def worst_first(bars: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sort the bars of classes and choose those that are shown at once; classes without images are only counted.
+    """Sort the bars of classes and choose those that are shown; classes without images are only counted.
 
     Args:
         bars: name, value and n (number of images) of each class.
@@ -257,7 +264,8 @@ def worst_first(bars: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _overview(pairs: Mapping[tuple[int, int], int], total: np.ndarray, most: int = 250) -> bytes:
     """Draw the confusion matrix of many classes as a PNG: truth down, prediction across.
 
-    A cell that stands for several classes shows the largest share among them.
+    A matrix has at most `most` cells on a side. A cell that stands for several classes shows the largest share among
+    them.
     """
     cells = min(most, len(total))
     at = np.arange(len(total)) * cells // len(total)
@@ -267,7 +275,7 @@ def _overview(pairs: Mapping[tuple[int, int], int], total: np.ndarray, most: int
     pixels = np.zeros((cells, cells, 4), np.uint8)
     pixels[..., :3] = (74, 144, 217)  # Opacity holds the share, so that it reads on light and on dark.
     pixels[..., 3] = np.sqrt(share) * 255  # The root makes single mistakes visible.
-    side = max(1, round(480 / cells))
+    side = max(1, round(480 / cells))  # pixels of a cell, for a picture of about 480 pixels
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize((cells * side, cells * side), Image.Resampling.NEAREST).save(
         buffer, "PNG", optimize=True
@@ -278,8 +286,8 @@ def _overview(pairs: Mapping[tuple[int, int], int], total: np.ndarray, most: int
 def _verdict(scores: np.ndarray) -> dict[str, list[bool]]:
     """Decide for each image if its own caption scores above the others, and for each such caption if its image does."""
     own = np.diag(scores)  # (I,)
-    away = ~np.eye(*scores.shape, dtype=bool)
-    found = {"captions": [bool((row[here] < score).all()) for row, here, score in zip(scores, away, own)]}
+    others = ~np.eye(*scores.shape, dtype=bool)
+    found = {"captions": [bool((row[other] < score).all()) for row, other, score in zip(scores, others, own)]}
     if len(scores) > 1:
-        found["images"] = [bool((row[here] < score).all()) for row, here, score in zip(scores.T, away.T, own)]
+        found["images"] = [bool((row[other] < score).all()) for row, other, score in zip(scores.T, others.T, own)]
     return found

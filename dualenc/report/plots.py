@@ -16,15 +16,16 @@ from markupsafe import Markup
 
 from dualenc.report.model import Points
 
+# Metrics that share one plot for each evaluation set, since their values are of about the same size.
 CURVES = (
     "acc1", "acc5", "mean_average_precision", "image_retrieval_recall@1", "image_retrieval_recall@10", "accuracy",
     "baseline_accuracy", "spearman", "auroc", "first_recall@1",
 )  # fmt: skip
-LINES = ("#4a90d9", "#e08a3c", "#3fa66b", "#b867c6", "#d05a5a", "#8a8f98")  # Visible on white and on black.
+LINE_COLORS = ("#4a90d9", "#e08a3c", "#3fa66b", "#b867c6", "#d05a5a", "#8a8f98")  # Visible on white and on black.
 INK = "#010203"  # Placeholder that is replaced by the page's text color.
 COLORS = 10  # Classes with their own color on a map; style.css defines the same number.
 PAIRS = 200  # Most lines between pairs on a map; more would blur into a gray area.
-ROUNDS = 8  # The points of a map are drawn in rounds over all classes, so that no class covers the others.
+ROUNDS = 8  # Number of rounds over all classes in which points are drawn, so that no class covers the others.
 
 
 def curves(path: Path, metrics: Mapping[str, bool] = MappingProxyType({})) -> list[dict[str, Any]]:
@@ -33,8 +34,11 @@ def curves(path: Path, metrics: Mapping[str, bool] = MappingProxyType({})) -> li
     Args:
         path: Path of `metrics.csv`.
         metrics: metrics of the sets to plot besides `CURVES`; the value is False for one that needs its own plot.
+
+    Returns:
+        `title` and `svg` of each plot.
     """
-    drawn = {"perplexity": False, **metrics, **dict.fromkeys(CURVES, True)}
+    shares_plot = {"perplexity": False, **metrics, **dict.fromkeys(CURVES, True)}
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -44,8 +48,8 @@ def curves(path: Path, metrics: Mapping[str, bool] = MappingProxyType({})) -> li
     for name in sets:
         own = [m for m in series if m.rpartition("/")[0] == name]
         title = "held-out pairs" if name == "val" else f"{name[4:]}, held out" if name.startswith("val/") else name
-        groups[title] = [m for m in own if drawn.get(m.rpartition("/")[2])]
-        for metric in (metric for metric, together in drawn.items() if not together):
+        groups[title] = [m for m in own if shares_plot.get(m.rpartition("/")[2])]
+        for metric in (metric for metric, together in shares_plot.items() if not together):
             groups[f"{title}: {metric}"] = [m for m in own if m.endswith(f"/{metric}")]
         groups["loss"] += [m for m in own if m.endswith("/loss") and m not in groups["loss"]]
     groups["learning rate"] = ["train/lr"]
@@ -61,7 +65,8 @@ def curves(path: Path, metrics: Mapping[str, bool] = MappingProxyType({})) -> li
 
 
 def _lines(lines: Mapping[str, list[tuple[int, float]]], axes: Any) -> None:
-    for (name, points), color in zip(lines.items(), LINES):
+    """Draw lines through (step, value) by name; few points are marked, since a line of one point is not visible."""
+    for (name, points), color in zip(lines.items(), LINE_COLORS):
         x, y = zip(*points)
         axes.plot(x, y, color=color, label=name, linewidth=1.6, marker="o" if len(x) < 25 else None, markersize=3)
     axes.set_xlabel("step")
@@ -91,22 +96,22 @@ def histogram(values: np.ndarray, mark: float | None) -> Markup:
         else:
             bins = np.arange(low, high + 2) - 0.5 if whole and high - low < 60 else np.linspace(low, high, 40)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
-        axes.hist(values, bins=bins, color=LINES[0])
+        axes.hist(values, bins=bins, color=LINE_COLORS[0])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         if mark is not None:
-            axes.axvline(mark, color=LINES[1], linewidth=1.6, label=f"cut at {mark:,.0f}")
+            axes.axvline(mark, color=LINE_COLORS[1], linewidth=1.6, label=f"cut at {mark:,.0f}")
             axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
     return _svg(draw, 4.4, 2.2)
 
 
 def spread(values: Sequence[float]) -> Markup:
-    """Plot the histogram of the classes' accuracies."""
+    """Plot the histogram of the accuracies of classes, which shows how far they spread."""
 
     def draw(axes: Any) -> None:
-        axes.hist(values, bins=20, range=(0, 1), color=LINES[0])
+        axes.hist(values, bins=20, range=(0, 1), color=LINE_COLORS[0])
         axes.set_xlabel("accuracy")
         axes.set_ylabel("classes")
 
@@ -123,8 +128,10 @@ def reliability(bins: Sequence[Sequence[float]]) -> Markup:
 
     def draw(axes: Any) -> None:
         axes.plot((0, 1), (0, 1), color=INK, alpha=0.5, linewidth=1, linestyle=(0, (4, 3)))
-        axes.vlines(confidence, confidence, accuracy, color=LINES[1], linewidth=1.4)
-        axes.scatter(confidence, accuracy, s=10 + 110 * count / count.max(), color=LINES[0], zorder=3, clip_on=False)
+        axes.vlines(confidence, confidence, accuracy, color=LINE_COLORS[1], linewidth=1.4)
+        axes.scatter(
+            confidence, accuracy, s=10 + 110 * count / count.max(), color=LINE_COLORS[0], zorder=3, clip_on=False
+        )
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="accuracy")
         axes.set_xticks(np.linspace(0, 1, 6))
         axes.set_yticks(np.linspace(0, 1, 6))
@@ -133,7 +140,9 @@ def reliability(bins: Sequence[Sequence[float]]) -> Markup:
 
 
 def embedding_map(points: Points) -> Markup:
-    """Draw points in the colors of their classes, and the name of each class at the center of its points.
+    """Draw points in the colors of their classes, and the name of each class near the center of its points.
+
+    Only the `COLORS` classes with the most points have a color and a name.
 
     The SVG is written by hand. A point takes 11 bytes and its color from the page; a plotting library takes 150 bytes,
     with one color for light and dark pages.
@@ -143,7 +152,8 @@ def embedding_map(points: Points) -> Markup:
     colored = np.argsort(-count, kind="stable")[:COLORS]
     colored = np.sort(colored[count[colored] > 0])
     low, size = xy.min(0), np.maximum(np.ptp(xy, axis=0), 1e-12)
-    # Both axes have the same scale; the limits on the height keep the plot from becoming a strip.
+    # The map is 1000 units wide, with a margin of 30 on each side. Both axes have the same scale; the limits on the
+    # height keep the plot from becoming a strip.
     height = int(np.clip(940 * size[1] / size[0], 440, 740)) + 60
     scale = min(940 / size[0], (height - 60) / size[1])
     middle = np.array([500, height / 2])
@@ -161,8 +171,8 @@ def embedding_map(points: Points) -> Markup:
         svg.append(Markup('<path class="rest" d="{}"/>').format(_dots(coords, rest)))
     for part in range(ROUNDS):
         for color, rows in classes:
-            if len(drawn := rows[part::ROUNDS]):
-                svg.append(Markup('<path class="c{}" d="{}"/>').format(color, _dots(coords, drawn)))
+            if len(share := rows[part::ROUNDS]):
+                svg.append(Markup('<path class="c{}" d="{}"/>').format(color, _dots(coords, share)))
     names = [points.names[int(c)] for c in colored]
     centers = [tuple(at[rows].mean(0).tolist()) for _, rows in classes]
     positions = _label_positions(names, centers, height)
@@ -181,6 +191,7 @@ def embedding_map(points: Points) -> Markup:
 
 
 def _dots(coords: list[list[int]], rows: np.ndarray) -> str:
+    """Return an SVG path of lines of length 0, which a round line cap draws as dots."""
     return "".join("M{} {}h0".format(*coords[i]) for i in rows.tolist())
 
 
@@ -188,12 +199,13 @@ def _label_positions(
     names: Sequence[str], centers: Sequence[tuple[float, float]], height: int
 ) -> list[tuple[float, float]]:
     """Place names near their centers such that none covers another on a map that is as narrow as a phone."""
-    pixel = 1000 / 340  # Units of the map per pixel of a phone.
-    line = 16 * pixel
+    pixel = 1000 / 340  # units of the map per pixel, on a phone that shows it 340 pixels wide
+    line = 16 * pixel  # height of a line of text
     moves = [(across * 2 * line, down * line / 2) for across in range(-4, 5) for down in range(-12, 13)]
     moves.sort(key=lambda move: math.hypot(*move))
     placed: list[tuple[float, float, float]] = []  # x, y, half the width
     for name, (x, y) in zip(names, centers):
+        # A letter is about 7 pixels wide.
         half = min(len(name) * 7 + 6, 120) / 2 * pixel  # style.css has the same limit.
         for across, down in moves:
             at = min(max(x + across, half), 1000 - half), min(max(y + down, line / 2), height - line / 2)

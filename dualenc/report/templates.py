@@ -1,4 +1,4 @@
-"""Templates of pages and cards, compiled once per process."""
+"""The Jinja environment of the templates of reports and model cards."""
 
 from functools import cache
 from pathlib import Path
@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 @cache
 def templates(autoescape: bool) -> Environment:
-    """Return the templates of this folder.
+    """Return a Jinja environment that loads the templates of this folder, created once per process.
 
     Args:
         autoescape: True to escape inserted values as HTML.
@@ -18,5 +18,5 @@ def templates(autoescape: bool) -> Environment:
         autoescape=autoescape,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # By default a misspelled variable would render as nothing.
     )

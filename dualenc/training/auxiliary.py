@@ -1,4 +1,4 @@
-"""Auxiliary losses of the contrastive task."""
+"""Auxiliary losses, which the contrastive task adds to its own loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ class AuxiliaryLoss(ABC):
 
     Attributes:
         name: name of the loss.
-        option: option that sets the weight, for errors.
-        masked: share of the tokens that the data must mask.
+        option: option of the command line that sets the weight, for errors.
+        masked: share of the tokens that the data must mask; 0 for none.
         latest: loss of the last step; None before the first.
     """
 
@@ -47,7 +47,7 @@ class AuxiliaryLoss(ABC):
             ValueError: If it does not mask tokens where the loss needs them.
         """
         if self.masked and not getattr(data, "mask", 0):
-            raise ValueError(f"{self.option} needs data that mask tokens: PairData(mask={self.masked})")
+            raise ValueError(f"{self.option} needs data that mask tokens: pass mask={self.masked} to PairData")
 
     @abstractmethod
     def compute(self, model: DualEncoder, pieces: Sequence[Pairs], world: int) -> Tensor:
@@ -55,7 +55,7 @@ class AuxiliaryLoss(ABC):
 
         Args:
             model: model that is trained.
-            pieces: micro-batches of this rank.
+            pieces: the micro-batches of this rank.
             world: number of ranks.
         """
 
@@ -79,14 +79,15 @@ class MaskedLanguageLoss(AuxiliaryLoss):
     def compute(self, model: DualEncoder, pieces: Sequence[Pairs], world: int) -> Tensor:
         """Return the mean over the masked tokens of all ranks, see `AuxiliaryLoss.compute`."""
 
-        def piece_sum(tokens: Tokens, masked: Masked) -> Tensor:
+        def summed_loss(tokens: Tokens, masked: Masked) -> Tensor:
+            """Return the sum of the loss over the masked tokens of a micro-batch."""
             hidden = model.text(tokens._replace(ids=masked.ids))
             logits = self.head.logits(self.module, model.text, hidden, tokens, masked.masked_positions)
             return self.head.loss(logits, masked.labels)
 
         masked = [(piece.tokens, piece.masked) for piece in pieces if piece.masked is not None]
         number = sum(len(one.masked_positions) for _, one in masked)
-        mean = mean_over_ranks(torch.stack(map_micro_batches(piece_sum, masked)).sum(), number, world)
+        mean = mean_over_ranks(torch.stack(map_micro_batches(summed_loss, masked)).sum(), number, world)
         self.latest = mean.detach()
         return mean
 
@@ -96,7 +97,7 @@ def auxiliary_losses(text: TextConfig, text_locked: bool, mlm_weight: float) -> 
 
     Args:
         text: architecture of the text tower.
-        text_locked: the text tower is not trained.
+        text_locked: True if the text tower is not trained.
         mlm_weight: weight of `MaskedLanguageLoss`; 0 for none.
 
     Raises:
@@ -104,7 +105,7 @@ def auxiliary_losses(text: TextConfig, text_locked: bool, mlm_weight: float) -> 
     """
     if mlm_weight < 0 or (mlm_weight and text_locked):
         raise ValueError(
-            f"{MaskedLanguageLoss.option} {mlm_weight} must not be negative, and must be 0 where "
+            f"{MaskedLanguageLoss.option} {mlm_weight} must not be negative, and must be 0 if "
             "model.text_tuning.locked is true"
         )
     return [MaskedLanguageLoss(text, mlm_weight)] if mlm_weight else []

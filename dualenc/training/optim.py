@@ -1,4 +1,4 @@
-"""Frozen layers and learning rates of a tower, parameter groups for the optimizer, and the learning-rate schedule."""
+"""Settings of the optimizer: frozen layers, a learning rate for each layer, parameter groups, and the schedule."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -22,8 +22,8 @@ class Tuning:
 
     Attributes:
         locked: freeze the whole tower (LiT, Zhai et al. 2022).
-        frozen_layers: number of frozen blocks, counted from the first, in addition to the stem or embeddings; 0 freezes
-            nothing. Frozen parts have no dropout. Patch dropout stays, unless the tower is locked.
+        frozen_layers: number of frozen blocks, counted from the first; the stem or embeddings before them are frozen
+            too. 0 freezes nothing. Frozen parts have no dropout. Patch dropout stays, unless the tower is locked.
         lr_factor: factor of the tower's learning rate.
         layer_decay: learning rate of a layer divided by that of the layer above.
     """
@@ -55,9 +55,10 @@ class Tuning:
         """
         if self.frozen_layers > tower.layers:
             raise ValueError(
-                f"{name}.frozen_layers {self.frozen_layers}: the tower has {tower.layers} blocks; {name}.locked "
-                "freezes all of it"
+                f"{name}.frozen_layers {self.frozen_layers}: the tower has {tower.layers} blocks: lower it, or "
+                f"set {name}.locked to freeze the whole tower"
             )
+        # Depth 0 is the stem, so frozen blocks 1 to n mean all depths below n + 1, and `layers` + 2 means everything.
         if self.locked or self.frozen_layers:
             tower.freeze(tower.layers + 2 if self.locked else self.frozen_layers + 1)
 
@@ -79,7 +80,7 @@ def parameter_groups(model: nn.Module, tunings: Mapping[str, Tuning] | None = No
     """
     without_decay = set()
     for prefix, module in model.named_modules():
-        start = f"{prefix}." if prefix else ""
+        start = f"{prefix}." if prefix else ""  # The model itself has an empty prefix.
         if isinstance(module, nn.Embedding):
             without_decay.add(f"{start}weight")
         if callable(named := getattr(module, "no_weight_decay", None)):
@@ -109,7 +110,7 @@ class WarmupCosine(LambdaLR):
         optimizer: optimizer whose learning rates are the peaks.
         total_steps: number of steps of the whole run.
         warmup: number of warm-up steps, or their share of all steps if below 1.
-        final: factor of the learning rate at the last step.
+        final: learning rate at the last step as a share of the peak.
         last_epoch: see `torch.optim.lr_scheduler.LRScheduler`.
     """
 

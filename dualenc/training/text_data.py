@@ -1,4 +1,4 @@
-"""The data module of texts: files, columns, heads, tokenizer and loaders from one set of arguments."""
+"""The Lightning data module of texts, which trains and measures the heads of a text encoder on files of lines."""
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -31,7 +31,7 @@ class TextSource(TypedDict):
         pair: column of the second text of a pair.
         label: column of the label; default "label" where the head needs one. For "multi_label" a list in a `.jsonl`,
             or labels joined by `|`.
-        weight: number of times that an epoch reads the files; default 1.
+        weight: number of times that an epoch reads the files, which may be a fraction; default 1.
     """
 
     files: str | list[str]
@@ -48,8 +48,8 @@ class TextData(TokenData):
         train: files by head.
         text: architecture of the encoder; the command line takes it from the task.
         heads: configurations of the heads; the command line takes them from the task.
-        val: files by head, which have the columns of `train` where they do not name others; or share of the training
-            lines held out, by their content; or null for none.
+        val: files by head, with the columns of `train` unless they name others; or the share of the training lines that
+            is held out, chosen by a hash of their content; or null for none.
         test: files by head for `test`; null for those of `val`.
         predict: files by head for `predict`; their labels are not read.
         tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; null for the tokenizer of the task's text
@@ -112,13 +112,13 @@ class TextData(TokenData):
         for part, sources in self.given.items():
             self.uses[part] = {name: self._use(part, name, source) for name, source in sources.items()}
         self.sources = [Source(shards=source["files"], weight=source.get("weight", 1.0)) for source in train.values()]
-        self._raw: dict[Split, dict[str, TextIndex]] = {}  # whole lines, by head
-        self._cut: dict[Split, dict[str, TextIndex]] = {}  # lines in pieces that fit the encoder, by head
-        self._whole: dict[Split, TextIndex] = {}
+        self._raw: dict[Split, dict[str, TextIndex]] = {}  # lines of the files, by head
+        self._pieces: dict[Split, dict[str, TextIndex]] = {}  # the same, but plain text in pieces that fit the encoder
+        self._joined_index: dict[Split, TextIndex] = {}  # the pieces of all heads, one head after the other
         self._labels: dict[str, list[Any]] = {}
 
     def _use(self, part: Split, name: str, source: TextSource) -> Use:
-        """Return the use of a source's lines.
+        """Return how a head uses the lines of a source.
 
         Raises:
             DataError: If the source does not fit the head.
@@ -129,16 +129,20 @@ class TextData(TokenData):
         head, needs = self.heads[name], self.heads[name].needs
         if head.trained_by is None:
             raise DataError(f"{where}: a head of kind {head.config.kind} cannot be trained or measured: name another")
-        asked: dict[str, Any] = {**self.given["train"].get(name, {}), **source}
-        pair = asked.get("pair")
+        # Sources of other splits inherit the columns of the training source.
+        columns: dict[str, Any] = {**self.given["train"].get(name, {}), **source}
+        pair = columns.get("pair")
         if part in ("val", "test") and name not in self.given["train"] and head.needs_training_data:
-            raise DataError(f"{where}: data.train has no files for this head, and the baselines need them")
+            raise DataError(
+                f"{where}: data.train has no files for this head: add them, since its metrics are compared with "
+                "baselines that learn from them"
+            )
         if needs.pairs == "apart" and pair is None:
             raise DataError(f"{where} has no pair: name the column of the second text, {where}.pair")
         if needs.pairs == "none" and pair is not None:
             raise DataError(f"{where}.pair {pair!r}: {head.config.kind} heads read single texts; leave it out")
-        label = asked.get("label", "label") if needs.labels is not None and part != "predict" else None
-        return Use(name, asked.get("text", "text"), pair, label, needs)
+        label = columns.get("label", "label") if needs.labels is not None and part != "predict" else None
+        return Use(name, columns.get("text", "text"), pair, label, needs)
 
     # Data
 
@@ -163,15 +167,16 @@ class TextData(TokenData):
         return self._joined("predict")
 
     def _joined(self, part: Split) -> TextIndex | None:
-        found = self._cut.get(part)
+        """Return the index of a split over all heads; None if the split has no files."""
+        found = self._pieces.get(part)
         if not found:
             return None
-        if part not in self._whole:
-            self._whole[part] = TextIndex.join(list(found.values()))
-        return self._whole[part]
+        if part not in self._joined_index:
+            self._joined_index[part] = TextIndex.join(list(found.values()))
+        return self._joined_index[part]
 
     def labels(self, head: str) -> Tensor:
-        """Return the training labels of a head, see `dualenc.data.text.dataset.Part`."""
+        """Return the training labels of a head, in the shape and dtype of `dualenc.data.text.dataset.Part.labels`."""
         if head not in self._labels:
             self._read("train")
             self._labels[head] = all_labels(self._raw["train"][head], self.uses["train"][head])
@@ -204,11 +209,11 @@ class TextData(TokenData):
         for part in parts:
             self._read(part)
             self._check_labels(part)
-            self._cut_up(part)
+            self._cut_into_pieces(part)
         indexes: dict[Split, TextIndex] = {part: index for part in parts if (index := self._joined(part)) is not None}
         self._check_ranks([index.fingerprint for index in indexes.values()], "files")
         if stage == "fit" and "val" not in indexes:
-            self.trainer.limit_val_batches = 0  # skips validation, which would have no data
+            self.trainer.limit_val_batches = 0  # Without held-out lines there is no loader for it.
         root = Path(self.trainer.default_root_dir)
         path = root / "bad_samples.jsonl" if stage == "fit" else None
         self.bad_sample_log = BadSampleLog(sum(map(len, indexes.values())), path, self.bad_samples)
@@ -220,15 +225,15 @@ class TextData(TokenData):
         }
         counts = []
         for one, index in indexes.items():
-            heads = ", ".join(f"{len(own):,} for {head}" for head, own in self._cut[one].items())
+            heads = ", ".join(f"{len(own):,} for {head}" for head, own in self._pieces[one].items())
             counts.append(f"{len(index):,} {purposes[one]} ({heads})")
         rank_zero_print(f"samples: {'; '.join(counts)}")
 
     def _read(self, part: Split) -> None:
-        """Index the lines of a part, once."""
+        """Index the lines of a split, once."""
         if part in self._raw:
             return
-        if part == "val" and self.share is not None:
+        if part == "val" and self.share is not None:  # Reading the training lines sets some apart as "val".
             self._read("train")
             return
         found = {}
@@ -239,16 +244,16 @@ class TextData(TokenData):
             except DataError as error:
                 raise DataError(f"data.{part}.{name}: {error}") from None
         if part == "train" and self.share is not None:
-            halves = {name: index.split(self.share) for name, index in found.items()}
-            self._raw["val"] = {name: held for name, (_, held) in halves.items()}
-            found = {name: rest for name, (rest, _) in halves.items()}
+            divided = {name: index.split(self.share) for name, index in found.items()}
+            self._raw["val"] = {name: held_out for name, (_, held_out) in divided.items()}
+            found = {name: rest for name, (rest, _) in divided.items()}
         self._raw[part] = found
 
-    def _cut_up(self, part: Split) -> None:
+    def _cut_into_pieces(self, part: Split) -> None:
         """Cut plain text into pieces that fit the encoder, once."""
         assert self.tokenizer is not None
-        if part not in self._cut:
-            self._cut[part] = {
+        if part not in self._pieces:
+            self._pieces[part] = {
                 name: index.cut(self.tokenizer) if self.heads[name].masking is not None else index
                 for name, index in self._raw[part].items()
             }
@@ -256,10 +261,11 @@ class TextData(TokenData):
     def texts(self, part: Split, head: str) -> Iterable[str]:
         """Return the texts of one head, plain text in pieces."""
         self._read(part)
-        self._cut_up(part)
-        return all_texts(self._cut[part][head], self.uses[part][head])
+        self._cut_into_pieces(part)
+        return all_texts(self._pieces[part][head], self.uses[part][head])
 
     def _check_labels(self, part: Split) -> None:
+        """Read all labels of a split, so that a bad label raises before training starts."""
         for name, index in self._raw[part].items():
             use = self.uses[part][name]
             if use.label is not None:
@@ -291,15 +297,19 @@ class TextData(TokenData):
 
     def _loader(self, part: Split) -> Loader:
         train, index = part == "train", self._joined(part)
-        assert index is not None
+        assert index is not None  # since `setup` refuses splits without files
         assert self.tokenizer is not None
-        own = self._cut[part]
+        own = self._pieces[part]
         uses = [(len(found.parts), self.uses[part][name]) for name, found in own.items()]
         weights = [(len(found.parts), self.given[part][name].get("weight", 1.0)) for name, found in own.items()]
         for (number, weight), head in zip(weights, own) if train and self.mix == "round_robin" else ():
             lines = round(weight * sum(own[head].counts()))
             if number and lines < self.batch_size:
-                raise DataError(f"data.train.{head} gives {lines:,} lines an epoch, data.batch_size {self.batch_size}")
+                raise DataError(
+                    f"data.train.{head} gives {lines:,} lines an epoch, fewer than data.batch_size {self.batch_size}: "
+                    "lower data.batch_size, raise the weight, or set data.mix to together"
+                )
+        # At most one head reads masked tokens, see `__init__`.
         shares = [use.needs.masking for _, use in uses if use.needs.masking is not None and part != "predict"]
         masking = Masking(self.tokenizer, self.mask, *shares[0]) if shares else None
         return self._make_loader(

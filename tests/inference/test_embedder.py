@@ -219,7 +219,7 @@ def test_dropout_does_not_touch_embeddings(embedder, seed, tmp_path):
 
 def test_parts_that_do_not_fit_are_refused(embedder):
     model, tokenizer, preprocess = embedder.model, embedder.tokenizer, embedder.preprocess
-    with pytest.raises(ModelError, match=r"preprocess\.json makes 32 pixels, the image encoder takes 16"):
+    with pytest.raises(ModelError, match=r"preprocess\.json has size 32, but the image encoder takes 16"):
         Embedder(model, tokenizer, Preprocess(32))
     with pytest.raises(ModelError, match="gives 13 tokens, the model takes 12"):
         Embedder(model, tiny_tokenizer(13), preprocess)

@@ -191,7 +191,7 @@ def test_a_format_whose_reference_disagrees_is_refused(
         ("toy_module.Nameless", "toy_module.Nameless does not set name, reference"),
         ("toy_module.Taken", "'onnx' is that of a format of dualenc"),
         ("toy_module.Marked", "name must consist of letters, digits, -, _ and ., found 'to*y'"),
-        ("toy_module.Unlisted", "wrote about.txt, which its attribute files does not list"),
+        ("toy_module.Unlisted", "wrote about.txt: add it to the attribute files"),
         ("toy_module.Unchecked", "the format unchecked checks nothing: nothing was written"),
     ],
 )

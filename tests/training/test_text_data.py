@@ -229,7 +229,7 @@ def test_bad_lines_are_counted(files: Path) -> None:
         ({"mix": "mixed"}, "data.mix 'mixed'"),
         ({"bad_samples": 2.0}, "data.bad_samples 2.0"),
         ({"batch_size": 4000}, "batch size 4000 is larger than the data"),
-        ({"batch_size": 45, "mix": "round_robin"}, "data.train.topic gives 40 lines an epoch, data.batch_size 45"),
+        ({"batch_size": 45, "mix": "round_robin"}, "data.train.topic gives 40 lines an epoch, fewer than data"),
         ({"mask": 1.0}, "data.mask 1.0: the share"),
         ({"stage": "test"}, "data.val is null: there is nothing to test"),
         ({"stage": "predict"}, "data.predict is null: there is nothing to predict"),

@@ -1,4 +1,4 @@
-"""Benchmark of the losses against open_clip's: time and memory of forward and backward."""
+"""Benchmark of our contrastive losses against those of open_clip: time and memory of forward and backward pass."""
 
 import multiprocessing
 import os
@@ -15,7 +15,8 @@ from torch import Tensor
 import dualenc.losses as losses
 from tools.bench.runner import Result, Side, compare, extra_memory
 
-PRODUCTS = {"clip": 4, "siglip": 3}  # Matrix products of B x B x E in a step.
+# Matrix products of B x B x E in a step: the scores, for CLIP again in the backward pass, and two gradients.
+PRODUCTS = {"clip": 4, "siglip": 3}
 
 
 def loss(
@@ -28,7 +29,9 @@ def loss(
     peer: bool = True,
     out: Path = Path("runs/bench"),
 ) -> None:
-    """Measure the steps per second of a contrastive loss, forward and backward in fp32, and of its matrix products.
+    """Measure the steps per second of a contrastive loss, forward and backward in fp32.
+
+    The side "products" computes nothing but the matrix products that dualenc computes.
 
     Args:
         name: name of the loss.
@@ -52,25 +55,31 @@ def loss(
         "products of B x B x E that dualenc computes.",
         "MiB in addition to the inputs, with the gradients of the inputs: "
         + ", ".join(f"{side} {mib:,.0f}" for side, mib in extra.items()),
-        *(f"dualenc takes {_share(result, side):.2f} of the time of {side}" for side in makers if side != "dualenc"),
+        *(
+            f"dualenc takes {_time_ratio(result, side):.2f} of the time of {side}"
+            for side in makers
+            if side != "dualenc"
+        ),
     ]
     if peer:
         result.notes.append(f"and {extra['dualenc'] / extra['open_clip']:.3f} of the memory of open_clip")
     result.write(out)
 
 
-def _share(result: Result, other: str) -> float:
-    """Return our time as a share of another side's, the median over rounds."""
+def _time_ratio(result: Result, other: str) -> float:
+    """Return the time of dualenc divided by that of another side, as the median over the rounds."""
     return median(a / b for a, b in zip(result.seconds["dualenc"], result.seconds[other]))
 
 
 def _side(make: Callable[..., Callable[[], Any]], name: str, batch: int, dim: int, device: str) -> Callable[[], float]:
+    """Return a function that computes one step, for `Side.make`."""
     if device == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     generator = torch.Generator().manual_seed(0)
     image, text = (
         F.normalize(torch.randn(batch, dim, generator=generator), dim=1).to(device).requires_grad_() for _ in range(2)
     )
+    # The initial values of CLIP's scale and SigLIP's bias.
     scale, bias = (torch.tensor([x], device=device, requires_grad=True) for x in (1 / 0.07, -10.0))
     step = make(name, image, text, scale, bias)
 
@@ -101,7 +110,7 @@ def _peer(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -
 
 
 def _products(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Callable[[], Any]:
-    """Return a step of the loss' matrix products alone, in the loss' tiles of rows."""
+    """Return a step that computes the matrix products of the loss only, in the same blocks of rows."""
     rows = max(1, (losses.GPU_SCORES if image.is_cuda else losses.CPU_SCORES) // len(text))
     scores, text_gradient = image.new_empty(rows, len(text)), torch.zeros_like(text)
     image, text = image.detach(), text.detach()
@@ -109,7 +118,7 @@ def _products(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tenso
 
     def step() -> None:
         for part in image.split(rows):
-            for _ in range(PRODUCTS[name] - 2):
+            for _ in range(PRODUCTS[name] - 2):  # The other two are the gradients below.
                 torch.mm(part, text.T, out=scores[: len(part)])
             torch.mm(scores[: len(part)], text, out=image_gradient[: len(part)])
             text_gradient.addmm_(scores[: len(part)].T, part)

@@ -1,4 +1,4 @@
-"""Benchmark of a retrieval evaluation from given embeddings, against CLIP_benchmark's and the matrix product alone."""
+"""Benchmark of a retrieval evaluation of given embeddings, against CLIP_benchmark and the matrix product alone."""
 
 import importlib
 import multiprocessing
@@ -17,8 +17,8 @@ from torch import Tensor
 from dualenc.metrics.retrieval import retrieval_metrics
 from tools.bench.runner import Result, Side, compare, extra_memory
 
-KS = (1, 5, 10)
-BATCH = 64  # The peer's default.
+KS = (1, 5, 10)  # numbers of best candidates for recall
+BATCH = 64  # queries that CLIP_benchmark, the peer, scores at a time by default
 
 
 def retrieval(
@@ -31,10 +31,11 @@ def retrieval(
     peer: Path | None = None,
     out: Path = Path("runs/bench"),
 ) -> None:
-    """Measure the evaluations per second, both directions from embeddings on the CPU in fp32.
+    """Measure the evaluations per second: retrieval in both directions, on the CPU in fp32.
 
-    dualenc computes all metrics, the rank of each query and the intervals of 1,000 bootstrap samples; the peer computes
-    recall at 1, 5 and 10.
+    The side "dualenc" computes all metrics, the rank of each query and the intervals of 1,000 bootstrap samples;
+    "without intervals" leaves out the bootstrap. "product" computes nothing but the matrix of scores, the least that
+    any evaluation needs. The peer computes recall at 1, 5 and 10.
 
     Args:
         images: number of images, I.
@@ -66,26 +67,27 @@ def retrieval(
     result.notes = [
         f"{images:,} images, {images * captions:,} texts, E = {dim}, fp32, CPU.",
         "MiB in addition to the embeddings: " + ", ".join(f"{side} {mib:,.0f}" for side, mib in extra.items()),
-        f"dualenc takes {_share(result, 'dualenc', 'product'):.2f} of the time of the product alone, without intervals "
-        f"{_share(result, 'without intervals', 'product'):.2f}",
+        f"dualenc takes {_time_ratio(result, 'dualenc', 'product'):.2f} of the time of the product alone, without "
+        f"intervals {_time_ratio(result, 'without intervals', 'product'):.2f}",
     ]
     if peer is not None:
         difference = max(abs(value - found["dualenc"][name]) for name, value in found["clip_benchmark"].items())
         result.notes.append(
-            f"dualenc is {1 / _share(result, 'dualenc', 'clip_benchmark'):.1f} times as fast as clip_benchmark, in "
-            f"{extra['dualenc'] / extra['clip_benchmark']:.3f} of its memory; recall differs by at most "
+            f"dualenc is {1 / _time_ratio(result, 'dualenc', 'clip_benchmark'):.1f} times as fast as clip_benchmark, "
+            f"in {extra['dualenc'] / extra['clip_benchmark']:.3f} of its memory; recall differs by at most "
             f"{difference:.1e}"
         )
     result.write(out)
 
 
-def _share(result: Result, side: str, other: str) -> float:
-    """Return the time of a side as a share of another's, the median over rounds."""
+def _time_ratio(result: Result, side: str, other: str) -> float:
+    """Return the time of a side divided by the time of another, as the median over the rounds."""
     return median(a / b for a, b in zip(result.seconds[side], result.seconds[other]))
 
 
 def _metrics(side: Side) -> dict[str, float]:
     """Return the metrics that a side computes."""
+    # `retrieval` makes each side as partial(_side, make, *settings).
     make, *settings = side.make.args  # type: ignore[attr-defined]
     return make(*_embeddings(*settings))()
 
@@ -93,6 +95,7 @@ def _metrics(side: Side) -> dict[str, float]:
 def _side(
     make: Callable[..., Callable[[], Any]], images: int, captions: int, dim: int, noise: float
 ) -> Callable[[], float]:
+    """Return a function that runs one evaluation, for `Side.make`."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     evaluate = make(*_embeddings(images, captions, dim, noise))
 
@@ -104,6 +107,7 @@ def _side(
 
 
 def _embeddings(images: int, captions: int, dim: int, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw image embeddings (I, E), text embeddings (T, E), and the image of each text (T,)."""
     generator = torch.Generator().manual_seed(0)
     owner = torch.arange(images).repeat_interleave(captions)
     image = F.normalize(torch.randn(images, dim, generator=generator), dim=1)
@@ -124,6 +128,7 @@ def _product(image: Tensor, text: Tensor, owner: Tensor) -> Callable[[], Any]:
 
 
 def _peer(folder: Path, image: Tensor, text: Tensor, owner: Tensor) -> Callable[[], dict[str, float]]:
+    """Return the recalls of CLIP_benchmark, computed as in its `evaluate`."""
     sys.path.insert(0, str(folder))
     theirs = importlib.import_module("clip_benchmark.metrics.zeroshot_retrieval")
 

@@ -1,4 +1,7 @@
-"""Benchmark of building a zero-shot classifier of ImageNet's classes, against open_clip's builder on one text tower."""
+"""Benchmark of building a zero-shot classifier of ImageNet's classes.
+
+Our builder and that of open_clip, the peer, use the same text tower.
+"""
 
 import os
 import tempfile
@@ -40,6 +43,7 @@ def zeroshot(
             Side(name, partial(_side, make_builder, tower, classes, width, layers, Path(folder) / name))
             for name, make_builder in (("dualenc", _ours), ("open_clip", _peer))
         ]
+        # A round embeds 80,000 prompts, so a warm-up round would cost much and change little.
         result = compare("zeroshot", "prompts", sides, "open_clip", rounds, warmup=0, cores=cores)
         ours, theirs = (torch.load(Path(folder) / side.name, weights_only=True) for side in sides)
     result.settings = {"tower": tower, "classes": classes, "width": width, "layers": layers}
@@ -55,10 +59,12 @@ def zeroshot(
 
 
 def _side(make_builder: Callable[..., Any], tower: str, classes: int, width: int, layers: int, path: Path) -> Any:
+    """Return a function that builds a classifier, saves it to `path`, and returns the number of prompts."""
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
+    # The templates of open_clip are functions of a class name; `{c}` is the place of the name in ours.
     names = list(IMAGENET_CLASSNAMES[:classes])
     templates = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
     models = _open_clip(width, layers) if tower == "open_clip" else _dualenc(names, templates, width, layers)
@@ -87,21 +93,25 @@ def _open_clip(width: int, layers: int) -> tuple[Any, Any, Any]:
 
 
 def _dualenc(names: list[str], templates: list[str], width: int, layers: int) -> tuple[Any, Any, Any]:
-    """Return the same as `_open_clip` for a model of ours, whose texts are padded for the peer."""
+    """Return the same as `_open_clip` for a model of dualenc; only the peer pads its texts."""
     from dualenc import DualEncoder, Embedder, ImageConfig, Preprocess, TextConfig, Tokenizer
 
+    # Every sixteenth template is enough text to train a vocabulary.
     tokenizer = Tokenizer.train([t.replace("{c}", name) for name in names for t in templates[::16]], 8000, 77)
     image = ImageConfig("vit_tiny_patch16_224", 16, overrides={"depth": 1, "embed_dim": 64, "num_heads": 1})
     text = TextConfig(tokenizer.vocab_size, width=width, layers=layers, heads=width // 64, context_length=77)
     model = DualEncoder(image, text, width).eval()
 
     class Padded:
+        """The text tower behind the method that open_clip's builder calls, on padded ids."""
+
         @staticmethod
         def encode_text(ids: torch.Tensor, normalize: bool) -> torch.Tensor:
             hidden = model.text.forward_padded(ids, ids != 0)
             return F.normalize(model.text_projection(hidden[:, 0]), dim=-1)
 
     def padded(texts: list[str]) -> torch.Tensor:
+        """Tokenize texts as open_clip's tokenizers do: ids (B, 77), padded with 0."""
         ids = torch.zeros(len(texts), 77, dtype=torch.long)
         for row, tokens in zip(ids, tokenizer.encode(texts)):
             row[: len(tokens)] = torch.tensor(tokens)
@@ -111,12 +121,14 @@ def _dualenc(names: list[str], templates: list[str], width: int, layers: int) ->
 
 
 def _ours(embedder: Any, model: Any, tokenizer: Any) -> Any:
+    """Return the function of dualenc that builds a classifier from names and templates."""
     from dualenc import zero_shot_classifier
 
     return partial(zero_shot_classifier, embedder)
 
 
 def _peer(embedder: Any, model: Any, tokenizer: Any) -> Any:
+    """Return a function that builds a classifier with open_clip, transposed to the (C, E) of dualenc."""
     from open_clip import build_zero_shot_classifier
 
     def build(names: list[str], templates: list[str]) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""The checks of the doctor: from shards to an `Examination` of what would hurt a run on them.
+"""The checks of `dualenc doctor`, which examine shards for problems that would hurt a run on them.
 
-The tar headers of all shards are read. Of the pairs, a random sample or all are read and decoded by `survey`.
+The tar headers of all shards are read. `survey` then reads and decodes all pairs, or some that are drawn at random.
 """
 
 import math
@@ -27,12 +27,15 @@ from dualenc.utils.errors import DataError
 from dualenc.utils.text import printable, quoted
 from dualenc.utils.urls import shown
 
-TINY_SIDE = 32  # pixels; a shorter side below is a warning
-LONG = 5  # ratio of the sides; the center square of longer images shows less than a fifth
+TINY_SIDE = 32  # pixels; an image with a side below this is a warning
+LONG = 5  # ratio of the sides above which the center square shows less than a fifth of an image
 MANY_PIXELS = 25_000_000  # more than a photo of 6,000 x 4,000 has
-WASTED_SIDE = 512  # pixels; noted where half of the images have a longer shorter side
+WASTED_SIDE = (
+    512  # pixels; more are wasted on usual models, which is noted if half of the images have both sides longer
+)
 OFTEN = 0.01  # share of images, captions or tokens above which duplicates, truncation or unknown words are a warning
 SHOWN = 20  # examples kept of a finding on samples; findings on shards keep all
+IN_GALLERY = 6  # images, or groups of equal images, in a gallery of the report
 
 _QUANTILES = {"least": 0.0, "1%": 0.01, "25%": 0.25, "median": 0.5, "75%": 0.75, "99%": 0.99, "most": 1.0}
 
@@ -65,7 +68,7 @@ class Finding:
     estimate: tuple[int, int, int] | None = None
 
 
-Group = list[tuple[str, Sample]]  # labeled samples to be shown together
+Group = list[tuple[str, Sample]]  # samples that the report shows together, each with a label
 
 
 @dataclass
@@ -121,7 +124,7 @@ def examine(
         context_length: number of tokens above which captions count as truncated.
         bad_samples: share of bad pairs that the run allows; see `dualenc.data.loading.bad_samples.BadSampleLog`.
         workers: number of processes that read and decode; 0 for none.
-        seed: seed of the draw.
+        seed: seed with which pairs are drawn.
         track: wrapper of the loop over chunks of samples, for a progress bar.
 
     Raises:
@@ -262,7 +265,7 @@ def _pair_rows(index: ShardIndex, captions: str, found: Examination) -> np.ndarr
 
 @dataclass
 class _PairChecks:
-    """The checks of the pairs that were read, which are `rows` of an index, out of `total` pairs."""
+    """The checks of the pairs that were read: `rows` of an index, drawn from `total` pairs. Findings go to `found`."""
 
     index: ShardIndex
     rows: np.ndarray
@@ -328,10 +331,15 @@ class _PairChecks:
         self.found.findings.append(Finding(severity, what, count, number, unit, examples, advice, estimated))
 
     def sample(self, position: Any) -> Sample:
+        """Return the sample of a position in `rows`."""
         return self.index[int(self.rows[position])]
 
     def bad(self, budget: float) -> None:
-        """Add findings on pairs that a run cannot use, by cause, and on whether their number would stop it."""
+        """Add findings on pairs that a run cannot use: one for each cause, and one if their number would stop the run.
+
+        Args:
+            budget: share of bad pairs that the run allows.
+        """
         problems = self.survey.problems
         advice = "a run takes another pair instead: make the shards again without these"
         for cause, count in Counter(cause for _, cause, _ in problems).most_common():
@@ -380,7 +388,7 @@ class _PairChecks:
             ("The longest images", -ratio, ratio > 2),
         ):
             positions = self.decoded[mask[self.decoded]]
-            first = positions[np.argsort(order[positions], kind="stable")[:6]]
+            first = positions[np.argsort(order[positions], kind="stable")[:IN_GALLERY]]
             self.found.galleries[title] = [[(f"{width[i]:,} x {height[i]:,}", self.sample(i))] for i in first]
         duplicates, groups = _find_duplicates(self.survey.image[self.decoded])
         equal = [(n, [self.sample(self.decoded[i]) for i in positions]) for n, positions in groups]
@@ -393,7 +401,9 @@ class _PairChecks:
                 "duplicates in a batch are false negatives: keep one, with all captions in its .json",
                 (len(self.decoded), "images"),
             )
-        self.found.galleries["Equal images"] = [[(quoted(one.key), one) for one in group] for _, group in equal[:6]]
+        self.found.galleries["Equal images"] = [
+            [(quoted(one.key), one) for one in group] for _, group in equal[:IN_GALLERY]
+        ]
 
     def captions(self, context_length: int | None) -> None:
         """Add findings on duplicate, truncated and unknown captions."""
@@ -444,10 +454,12 @@ class _PairChecks:
             examples = [f"{_name(ours)} is {_name(their)}" for ours, their in both]
             self.add("warning", f"image that is also in {name}", len(positions), examples, advice)
         self.found.galleries[f"Also in {name}"] = [
-            [(f"here: {quoted(ours.key)}", ours), (f"there: {quoted(their.key)}", their)] for ours, their in both[:6]
+            [(f"here: {quoted(ours.key)}", ours), (f"there: {quoted(their.key)}", their)]
+            for ours, their in both[:IN_GALLERY]
         ]
 
     def _sampling_note(self) -> str:
+        """Return the end of a message on duplicates, of which few are found if not all pairs are read."""
         if not self.sampled:
             return ""
         return f", counted among {len(self.rows):,} pairs of {self.total:,} only: --all will find more"
@@ -485,11 +497,12 @@ def estimate(count: int, sampled: int, total: int) -> tuple[int, int, int]:
     Returns:
         The estimate, and lower and upper bound of the interval.
     """
-    share, z2 = count / sampled, 1.959964**2
+    share, z2 = count / sampled, 1.959964**2  # the 97.5% quantile of the normal distribution, squared
     half = math.sqrt(z2 * (share * (1 - share) / sampled + z2 / (4 * sampled**2)))
     low, high = (total * (share + z2 / (2 * sampled) + sign * half) / (1 + z2 / sampled) for sign in (-1, 1))
     return round(share * total), max(count, math.floor(low)), min(total - sampled + count, math.ceil(high))
 
 
 def _name(sample: Sample) -> str:
+    """Return key and shard of a sample, for messages."""
     return f"{quoted(sample.key)} in {printable(sample.shard)}"

@@ -1,6 +1,7 @@
-"""Surveys of samples: each sample is read and decoded once as in a run, in worker processes, and summarized.
+"""Surveys of samples for `dualenc doctor`.
 
-The summary of a sample is its sizes, 8-byte hashes of its image and captions, and its problems.
+Worker processes read and decode each sample once, as a run does. What they keep of a sample is its sizes, 8-byte hashes
+of its image and captions, and its problems.
 """
 
 import sys
@@ -20,7 +21,8 @@ from dualenc.utils.errors import BadSample, DataError
 
 _CHUNK = 32  # samples that a worker returns at a time
 _DETAILS = 100  # details kept for each cause
-_OTHER_FORMATS = {  # by the first bytes
+# First bytes of a file -> what the file is, to explain why it cannot be decoded.
+_OTHER_FORMATS = {
     b"GIF8": "a GIF",
     b"BM": "a BMP",
     b"II*\0": "a TIFF",
@@ -80,7 +82,7 @@ def survey(
 
 
 class _Reader(Dataset[Survey]):
-    """Data set of surveys, by request of rows."""
+    """Data set that is indexed by rows (n,) and returns the `Survey` of these samples."""
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class _Reader(Dataset[Survey]):
     def __getitem__(self, rows: np.ndarray) -> Survey:
         images, texts, owner, problems = [], [], [], []
         for row in rows.tolist():
-            sample, image = self.index[row], (0, 0, 0, 0, False)
+            sample, image = self.index[row], (0, 0, 0, 0, False)  # as `_image` returns it, for one that is not read
             for read in (self._image, self._captions):  # The captions are read even if the image is bad.
                 try:
                     found = read(sample)
@@ -110,6 +112,7 @@ class _Reader(Dataset[Survey]):
             images.append(image)
         length, unknown = self._measure(texts)
         problems += [(row, "caption without any token", "") for row, n in zip(owner, length) if n == 0]
+        # "Q" is uint64, "q" int64 and "?" bool, in the order of what `_image` returns.
         columns = [np.array([image[i] for image in images], dtype) for i, dtype in enumerate("Qqqq?")]
         return Survey(
             columns[0],
@@ -124,7 +127,7 @@ class _Reader(Dataset[Survey]):
         )
 
     def _image(self, sample: Sample) -> tuple[int, int, int, int, bool]:
-        """Return hash, bytes, width and height of the image, and whether it has only one color."""
+        """Return hash, size in bytes, width and height of the image, and whether it has only one color."""
         if sample.image is None:
             return 0, 0, 0, 0, False
         data = sample.read(sample.image)
@@ -134,15 +137,18 @@ class _Reader(Dataset[Survey]):
             image = decode_sample(sample)  # (3, H, W)
         except BadSample:
             other = next((name for magic, name in _OTHER_FORMATS.items() if data.lstrip().startswith(magic)), None)
+            # The containers of AVIF, HEIC and MP4 have "ftyp" after four bytes of length.
             other = "AVIF, HEIC or a video" if data[4:8] == b"ftyp" else other if data else "an empty file"
             if other:
                 raise BadSample(sample, f".{sample.image} is {other}") from None
             raise
         corner = image[:, :1, :1]
+        # Every sixteenth row and column is enough to see that most images have several colors, which saves time.
         plain = bool((image[:, ::16, ::16] == corner).all()) and bool((image == corner).all())
         return content_hash(data), len(data), image.shape[2], image.shape[1], plain
 
     def _captions(self, sample: Sample) -> list[str]:
+        """Return the captions of a sample without surrounding white space."""
         return [text.strip() for text in self.captions(sample)] if self.captions else []
 
     def _measure(self, texts: list[str]) -> tuple[list[int], list[int]]:

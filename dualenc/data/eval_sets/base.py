@@ -18,7 +18,7 @@ from dualenc.data.shards.shard import content_hash
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.urls import is_remote, shown
 
-SPLITS = ("test", "train", "val", "valid", "validation")  # the usual names
+SPLITS = ("test", "train", "val", "valid", "validation")  # names of folders that are taken as splits
 CLASSNAMES, TEMPLATE_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
 
 Kind = Literal["classification", "multilabel", "retrieval", "choice"]
@@ -27,11 +27,11 @@ Problems = defaultdict[str, list[str]]  # `Problem.what` -> `Problem.names`
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of a set. What cannot be used is left out of the set.
+    """A problem of an evaluation set, such as images that are missing. Unusable samples are left out of the set.
 
     Attributes:
-        what: the problem, in the singular.
-        names: the places where it occurs, for display.
+        what: the problem in the singular, such as "image missing".
+        names: where it occurs, one printable name for each time.
     """
 
     what: str
@@ -74,14 +74,14 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Content:
-    """The usable content of a split of an evaluation set. Attributes of other kinds of sets are empty.
+    """The usable content of a split of an evaluation set. Attributes that its kind does not use are empty.
 
     Attributes:
         kind: kind of the task.
         source: the N images.
         problems: all problems that are known without decoding an image.
-        classnames: C names, of classification and multilabel sets.
-        templates: sentences with `{c}` in place of the class name.
+        classnames: C names of classes, for "classification" and "multilabel".
+        templates: sentences with `{c}` in place of the class name, for the same kinds.
         targets: class of each image (N,) int64, or (N, C) bool, true where the class is on the image (multilabel).
         captions: T captions of a retrieval set, and the number of each caption's image (T,) int64.
         texts: texts of a set of choices, each once.
@@ -148,7 +148,7 @@ class ImageFiles:
 
 
 def problem_list(problems: Problems) -> list[Problem]:
-    """Convert problems that were collected by name to a list."""
+    """Convert problems that were collected by `Problem.what` to a list."""
     return [Problem(what, names) for what, names in problems.items() if names]
 
 
@@ -212,12 +212,19 @@ def read_templates(path: str, problems: Problems) -> list[str] | None:
 
 
 def _lines(path: str) -> list[str] | None:
+    """Read the lines of a file, which are names by number or templates; None if the file does not exist.
+
+    Raises:
+        DataError: If the file is empty, or a line is blank.
+    """
     text = read_text(path)
     if text is None:
         return None
     lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
-        raise DataError(f"{shown(path)} is empty")
+        raise DataError(f"{shown(path)} is empty: write one entry on each line, or remove the file")
     if "" in lines:
-        raise DataError(f"{shown(path)}: line {lines.index('') + 1} is blank, which would shift the following lines")
+        raise DataError(
+            f"{shown(path)}: line {lines.index('') + 1} is blank, which would shift the lines after it: remove it"
+        )
     return lines

@@ -1,4 +1,4 @@
-"""Evaluation sets of loose files: class folders, caption tables, and sets of choices."""
+"""Evaluation sets of image files outside of shards: class folders, caption tables, and sets of choices."""
 
 import json
 import os
@@ -162,7 +162,7 @@ def read_table(path: Path) -> Content:
     )
 
 
-# Key, image names and captions; None for rows that are not understood.
+# Key, one or two image names, and two captions of an instance; None for rows that are not understood.
 _Row = tuple[str, list[Any], list[Any]] | tuple[str, None, None]
 
 
@@ -185,7 +185,7 @@ def _winoground(table: Path) -> Iterator[_Row] | None:
 
 
 def _sugar_crepe(table: Path) -> Iterator[_Row] | None:
-    """Return the rows of a JSON of SugarCrepe, in order; None for other tables."""
+    """Return the rows of a `.json` of SugarCrepe, in order; None for other tables."""
     fields = ("filename", "caption", "negative_caption")
 
     def row(key: str, record: Any) -> _Row:
@@ -208,7 +208,10 @@ def _sugar_crepe(table: Path) -> Iterator[_Row] | None:
 
 
 def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
-    """Read the instances whose images exist and whose captions can be read; each image and text is listed once."""
+    """Read a set of choices; instances that lack an image or have a bad caption are problems of the set.
+
+    An image or a text that several instances share is listed once.
+    """
     problems: Problems = defaultdict(list)
     root = os.path.dirname(os.path.abspath(table))
     folders = [os.path.normpath(os.path.join(root, name)) for name in _IMAGE_FOLDERS]
@@ -217,12 +220,12 @@ def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
     images: list[list[int]] = []
     captions: list[list[int]] = []
     keys: list[str] = []
-    for key, names, pair in rows:
+    for key, names, two_captions in rows:
         where = f"{table} {clean(key)!r}"
-        if names is None or pair is None:
+        if names is None or two_captions is None:
             problems["row broken"].append(where)
             continue
-        if wrong := next(filter(None, map(caption_problem, pair)), None):
+        if wrong := next(filter(None, map(caption_problem, two_captions)), None):
             problems[wrong].append(where)
             continue
         found = [_locate(folders, name) for name in names]
@@ -230,8 +233,8 @@ def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
             problems["image missing"].append(f"{where}: {clean(names[found.index(None)])!r}")
             continue
         numbers = [files.setdefault(str(path), (len(files), name))[0] for path, name in zip(found, names)]
-        images.append([*numbers, -1][:2])
-        captions.append([texts.setdefault(text.strip(), len(texts)) for text in pair])
+        images.append([*numbers, -1][:2])  # -1 is in place of the second image, which SugarCrepe does not have.
+        captions.append([texts.setdefault(text.strip(), len(texts)) for text in two_captions])
         keys.append(clean(key))
     return Content(
         kind="choice",
@@ -246,11 +249,12 @@ def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
     )
 
 
-_IMAGE_FOLDERS = ("images", "val2017", "images/val2017", ".", "../images", "../val2017")  # relative to the table
+# Where the images of Winoground and SugarCrepe (COCO's val2017) may be, relative to the table.
+_IMAGE_FOLDERS = ("images", "val2017", "images/val2017", ".", "../images", "../val2017")
 
 
 def _locate(folders: Sequence[str], name: Any) -> str | None:
-    """Find the file of an image, whose name may lack the extension."""
+    """Return the path of an image, whose name may lack the extension; None if it is not in any of the folders."""
     if not isinstance(name, str) or not name.strip():
         return None
     for folder in folders:

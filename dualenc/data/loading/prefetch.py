@@ -1,4 +1,4 @@
-"""Prefetching of remote shards, in the order of the plan."""
+"""Prefetching of remote shards into the cache, in the order in which the epoch plan reads them."""
 
 import threading
 from collections import deque
@@ -14,10 +14,10 @@ THREADS = 8  # concurrent transfers
 
 
 class Prefetch:
-    """A context in which threads keep the cache one window ahead of the batches that are handed out.
+    """Context manager whose threads keep the cache one window ahead of the batches that are handed out.
 
-    Nothing depends on it: the reader of a shard that is not in the cache fetches the shard, and raises its errors. If
-    all shards are local, no thread is started.
+    It saves time only. The reader of a shard that is not in the cache yet fetches the shard itself, and raises the
+    errors of the transfer. If all shards are local, no thread is started.
 
     Args:
         plan: an `EpochPlan`; other plans have no windows, and nothing is prefetched for them.
@@ -32,8 +32,8 @@ class Prefetch:
         self._plan, self._shards = plan, index.parts
         self._window, self._stop = -1, False
         self._queue: deque[Shard] = deque()
-        self._keep: set[str] = set()
-        self._changed = threading.Condition()
+        self._keep: set[str] = set()  # files that the cache must not remove to make room
+        self._changed = threading.Condition()  # guards the fields above; notified when they change
         self._enabled = hasattr(plan, "window_of") and any(is_remote(shard.url) for shard in index.parts)
         if self._enabled:
             self._check_cache_size()
@@ -51,7 +51,7 @@ class Prefetch:
             self._changed.notify_all()
 
     def advance_to(self, batch: int) -> None:
-        """Fetch the shards of the window of a batch that is being handed out, and those of the next window."""
+        """Schedule the shards of the window of a batch that is handed out, and as many of the next window as fit."""
         if not self._enabled or (window := self._plan.window_of(batch)) == self._window:
             return
         wanted, room = self._remote_shards(window), 0
@@ -67,19 +67,22 @@ class Prefetch:
             self._changed.notify_all()
 
     def _remote_shards(self, window: int) -> list[Shard]:
+        """Return the remote shards of a window in the order of the plan."""
         return [self._shards[i] for i in self._plan.shards_of(window) if is_remote(self._shards[i].url)]
 
     def _check_cache_size(self) -> None:
+        """Raise if the cache is too small for a window, whose shards would remove each other."""
         for window in range(self._plan.windows):
             shards = self._remote_shards(window)
             size = sum(shard.facts["size"] for shard in shards)
             if shards and size > (limit := shards[0].cache.limit):
                 raise DataError(
                     f"data.cache_gb {limit / 1e9:.3g}: the {len(shards)} shards of one window take "
-                    f"{size / 1e9:.3g} GB: raise it, or lower data.window"
+                    f"{size / 1e9:.3g} GB: raise data.cache_gb, or lower data.window"
                 )
 
     def _run(self) -> None:
+        """Fetch queued shards until the context ends; this is the body of each thread."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stop or self._queue)

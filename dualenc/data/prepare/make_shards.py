@@ -1,7 +1,7 @@
 """Writing of shards from images and captions in tables and folders.
 
-The items of a source are put in a random order. Each image is decoded once, to verify that it can be. A line is
-appended to a journal for each complete shard, so that a stopped run resumes after the last of them.
+The items of a source are put in a random order. Each image is decoded once, since training must be able to decode it.
+A line is appended to a journal for each complete shard, so that a stopped run resumes after the last complete one.
 """
 
 import hashlib
@@ -35,13 +35,14 @@ from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
 from dualenc.utils.text import plural
 
-FORMAT = 1
+FORMAT = 1  # of summary.json and of the journal
+# First bytes of a file -> extension of the image.
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of `make_shards`: counts of what was written, and what was left out. Also in `summary.json`."""
+    """The result of `make_shards`, also in `summary.json`: counts of what was written, and names of what was not."""
 
     out: str
     shards: int
@@ -80,7 +81,10 @@ class Summary:
 
 @dataclass
 class _Part:
-    """A line of the journal: one shard, and the items that were held out or left out while it was written."""
+    """A line of the journal: one shard, and the items that were held out or left out while it was written.
+
+    The names of the fields are those in the journal.
+    """
 
     stop: int = 0  # position in the random order after its last item
     samples: int = 0
@@ -92,6 +96,7 @@ class _Part:
     pictures: list[str] = field(default_factory=list)  # hash of each image
 
     def count(self, item: CaptionedImage) -> None:
+        """Count an item that was written to the shard."""
         self.samples += 1
         self.captions += len(item.captions)
         self.words += sum(len(caption.split()) for caption in item.captions)
@@ -157,7 +162,7 @@ def make_shards(
     items = ((position, found.items[order[position]], *picture) for position, picture in pictures)
     _write_train(out, parts, items, len(order), _UnusableCount(source, found, parts), val, samples)
     if not any(part.samples for part in parts):
-        raise DataError(f"{source}: val {val} leaves 0 of {len(order)} samples for training")
+        raise DataError(f"{source}: val {val} leaves 0 of {len(order)} samples for training: lower val")
     held = [order[position] for part in parts for position in part.held]
     if held:
         _write_val(out / "held_out", zip(held, _read_pictures(found, held, workers)), found, templates, samples)
@@ -180,10 +185,11 @@ def _write_train(
         with _tar_writer(path) as tar:
             for position, item, kind, data in items:
                 part.stop = position + 1
-                if kind is None:
+                if kind is None:  # Then `data` is the reason why the image is unusable; see `_read_pictures`.
                     part.left_out.append([data, clean(item.image)])
                     unusable.add(*part.left_out[-1])
                     continue
+                # The hash decides on the side, so that equal images are on the same side whatever the order.
                 digest = hashlib.blake2b(data, digest_size=8).digest()
                 part.pictures.append(digest.hex())
                 if int.from_bytes(digest, "big") < int(val * 2**64):
@@ -196,7 +202,7 @@ def _write_train(
         if part.samples:
             part.bytes = path.stat().st_size
             append_lines(out / JOURNAL, [json.dumps(asdict(part))], sync=True)
-        else:  # only held-out and unusable images were left; they make no shard, and a resumed run reads them again
+        else:  # The last items were held out or unusable: there is no shard, and a resumed run reads them again.
             path.unlink()
         parts.append(part)
 
@@ -233,7 +239,9 @@ def _finished(out: Path, plan: dict[str, Any]) -> Summary | None:
     for number, size in enumerate(sizes):
         path = _shard_path(out, number)
         if not path.is_file() or path.stat().st_size != size:
-            raise DataError(f"{path} is gone or was changed since it was written: remove {out} and write it again")
+            raise DataError(
+                f"{path} is missing or was changed since it was written: remove {out} and run this command again"
+            )
     (out / JOURNAL).unlink(missing_ok=True)  # the run may have been stopped just before it removed the journal
     return found
 
@@ -247,7 +255,7 @@ def _resume(out: Path, plan: dict[str, Any]) -> list[_Part]:
         if not path.is_file() or path.stat().st_size != part.bytes:
             break
         parts.append(part)
-    if parts:  # without a complete shard, other options do no harm
+    if parts:  # Without a complete shard the run starts from the beginning, so that its options may be others.
         _check_same(out, lines[0], plan)
     out.mkdir(parents=True, exist_ok=True)
     write_text(journal, "".join(json.dumps(line) + "\n" for line in [plan, *lines[1 : len(parts) + 1]]))
@@ -258,6 +266,7 @@ def _resume(out: Path, plan: dict[str, Any]) -> list[_Part]:
 
 
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise if an earlier run had other options or another source."""
     check_same(out, before, now, {"content": f"other rows or files of {now['source']}"})
 
 
@@ -270,12 +279,14 @@ def _shard_path(out: Path, number: int) -> Path:
 
 @contextmanager
 def _tar_writer(path: Path) -> Iterator[TarWriter]:
+    """Write a shard to a temporary file, which gets its name when it is complete."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:  # pyright: ignore[reportArgumentType]
             yield tar
 
 
 def _members(number: int, item: CaptionedImage, kind: str, data: bytes) -> dict[str, Any]:
+    """Return the members of a sample, for webdataset's writer."""
     fields = {**item.fields, "captions": item.captions, "file": clean(item.image)}
     about = json.dumps(fields, ensure_ascii=False).encode()
     return {"__key__": f"{number:09d}", kind: data, "txt": item.captions[0].encode(), "json": about}
@@ -299,7 +310,9 @@ def _write_val(
             for number, (i, (kind, data)) in chunk:
                 item = found.items[i]
                 if kind is None:
-                    raise DataError(f"{item.image} was changed while the shards were made: {data}")
+                    raise DataError(
+                        f"{item.image} was changed while the shards were made ({data}): run this command again"
+                    )
                 members = _members(number, item, kind, data)
                 if found.classnames:
                     members["cls"] = str(found.classnames.index(item.fields["class"])).encode()
@@ -318,6 +331,7 @@ def _write_val(
 
 
 def _summary(out: Path, found: CaptionSource, parts: list[_Part]) -> Summary:
+    """Sum up the lines of the journal."""
     left_out: dict[str, list[str]] = {}
     for cause, name in chain(found.left_out, *(part.left_out for part in parts)):
         left_out.setdefault(cause, []).append(name)
@@ -341,13 +355,13 @@ def _summary(out: Path, found: CaptionSource, parts: list[_Part]) -> Summary:
 
 
 def _read_pictures(found: CaptionSource, order: list[int], workers: int) -> Iterable[tuple[str | None, Any]]:
-    """Read images in an order; yield (format, bytes) of each, or (None, cause) of one that is unusable."""
+    """Read images in an order; yield extension and bytes of each, or None and the reason why it is unusable."""
     names = [item.image for item in found.items]
     return item_loader(_Pictures(found.images, names), order, workers, prefetch_factor=4 if workers else None)
 
 
 class _Pictures(Dataset[tuple[str | None, Any]]):
-    """Dataset of image files, as (format, bytes) or (None, cause)."""
+    """Data set of image files, each as its extension and bytes, or as None and the reason why it is unusable."""
 
     def __init__(self, folder: str, names: list[str]) -> None:
         self.folder, self.names = folder, names
@@ -376,7 +390,10 @@ class _Pictures(Dataset[tuple[str | None, Any]]):
 
 
 class _UnusableCount:
-    """Count of the unusable samples by cause, which raises when they are more than half of all."""
+    """Count of the unusable samples by cause.
+
+    A source of which more than half is unusable was probably not understood, so that the count then raises.
+    """
 
     def __init__(self, source: Path, found: CaptionSource, parts: list[_Part]) -> None:
         self.source, self.images, self.total = source, found.images, found.total
@@ -387,6 +404,11 @@ class _UnusableCount:
             self.add(cause, name)
 
     def add(self, cause: str, name: str) -> None:
+        """Count an unusable sample.
+
+        Raises:
+            DataError: If more than half of all samples are unusable.
+        """
         self.bad += 1
         self.causes[cause] += 1
         self._check(cause, name)

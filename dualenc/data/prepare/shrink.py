@@ -1,7 +1,8 @@
 """Rewriting of shards with smaller images, which take fewer bytes to store, to read and to decode.
 
-A shard is written to a temporary file and renamed when it is complete; then a line is appended to a journal. The output
-depends on the content of the shard and the options alone, so that a stopped and resumed run makes the same files.
+A shard is written to a temporary file and renamed when it is complete; then a line about it is appended to a journal,
+from which a stopped run resumes. The output depends only on the content of the shard and the options, so that a stopped
+and resumed run makes the same files.
 """
 
 import io
@@ -27,12 +28,12 @@ from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
 from dualenc.utils.text import plural
 
-FORMAT = 1
+FORMAT = 1  # of shrink.json
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """The result of `shrink_shards`."""
+    """The result of `shrink_shards`, in numbers of shards, samples, images and bytes."""
 
     out: str
     size: int
@@ -54,7 +55,7 @@ class Shrunk:
         )
         text.append(
             f"{self.bytes_before / 1e6:,.1f} MB became {self.bytes_after / 1e6:,.1f} MB, "
-            f"{self.bytes_after / self.bytes_before:.1%} of it"
+            f"{self.bytes_after / self.bytes_before:.1%} of that"
         )
         if self.undecodable:
             examples = ", ".join(f"{shard} {key!r} {cause}" for shard, key, cause in self.undecodable[:3])
@@ -69,11 +70,11 @@ class Shrunk:
 def shrink_image(data: bytes, size: int, quality: int) -> bytes:
     """Shrink a JPEG, PNG or WebP to a shorter side of at most `size` pixels, and keep its format.
 
-    The image is decoded by `decode_image` and resized as by `Preprocess`. So training at this size gets the same pixels
-    as from the original, if the format is lossless. Metadata is dropped.
+    The image is decoded by `decode_image` and resized as by `Preprocess`. If the format is lossless, training at this
+    size therefore gets the same pixels as from the original. Metadata is dropped.
 
-    The color of JPEGs has full resolution (4:4:4): with the same number of bytes this is closer to the image than 4:2:0
-    at a higher quality, above all where colors meet.
+    JPEGs keep the full resolution of color (4:4:4). Files of the same size with half the resolution (4:2:0) and higher
+    quality differ more from the image, most of all at edges between colors.
 
     Args:
         data: bytes of the file; returned unchanged if the image is small enough.
@@ -106,12 +107,13 @@ def shrink_image(data: bytes, size: int, quality: int) -> bytes:
 
 def _is_lossless(data: bytes) -> bool:
     """Return whether a WebP is lossless, by its first chunk of pixels; EXIF and profiles may come before it."""
-    start = 12
+    start = 12  # after "RIFF", the length and "WEBP"; each chunk then has four letters, a length and its data
     while start + 8 <= len(data):
         kind, length = data[start : start + 4], int.from_bytes(data[start + 4 : start + 8], "little")
         if kind in (b"VP8L", b"VP8 "):
             return kind == b"VP8L"
-        start += 24 if kind == b"ANMF" else 8 + length + length % 2  # the chunk of a frame is inside of its ANMF chunk
+        # A frame of an animation (ANMF) has 24 bytes before the chunk of its pixels. Lengths are padded to even ones.
+        start += 24 if kind == b"ANMF" else 8 + length + length % 2
     return False
 
 
@@ -152,12 +154,12 @@ def shrink_shards(
     names = _output_names(index, out)
     inputs = {name: [shard.facts["size"], shard.facts["digest"]] for name, shard in zip(names, index.parts)}
     plan["inputs"] = dict(sorted(inputs.items()))
-    about, journal = out / "shrink.json", out / JOURNAL
+    description, journal = out / "shrink.json", out / JOURNAL
     if begun:
         check_same(out, begun, {"inputs": inputs}, {"inputs": other_inputs(begun["inputs"], inputs)})
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(about, plan, indent=1)
+        write_json(description, plan, indent=1)
     lines = [*begun.get("shards", []), *read_lines(journal)]
     parts = {line["shard"]: line for line in lines if _file_size(out / line["shard"]) == line["bytes"]}
     finished_before = len(parts) == len(names) and not journal.exists()
@@ -170,7 +172,7 @@ def shrink_shards(
                 raise part
             append_lines(journal, [json.dumps(part)], sync=True)
             parts[part["shard"]] = part
-        write_json(about, {**plan, "shards": [parts[name] for name in sorted(names)]}, indent=1)
+        write_json(description, {**plan, "shards": [parts[name] for name in sorted(names)]}, indent=1)
         journal.unlink()
     return _shrunk(out, size, inputs, parts, finished_before)
 
@@ -178,7 +180,7 @@ def shrink_shards(
 def _shrunk(
     out: Path, size: int, inputs: dict[str, list[Any]], parts: dict[str, dict[str, Any]], finished_before: bool
 ) -> Shrunk:
-    """Sum the journal's lines of all shards."""
+    """Sum up the lines of the journal, one for each shard."""
     count = {name: sum(part[name] for part in parts.values()) for name in ("samples", "shrunk", "kept", "bytes")}
     return Shrunk(
         out=str(out),
@@ -226,6 +228,7 @@ def _output_names(index: ShardIndex, out: Path) -> list[str]:
 
 
 def _file_size(path: Path) -> int | None:
+    """Return the size of a file in bytes; None if it does not exist."""
     return path.stat().st_size if path.is_file() else None
 
 
@@ -238,13 +241,14 @@ def _shrink_rest(shards: "_Shards", done: list[str], workers: int) -> Iterable[A
 
 
 def _remember_parent(worker: int) -> None:
+    """Store the process that started this worker, so that the worker can see when it is gone."""
     info = get_worker_info()
     assert info is not None
     info.dataset.parent = os.getppid()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Shards(Dataset[Any]):
-    """Dataset that shrinks shard `number` when it is indexed."""
+    """Data set that, indexed by the number of a shard, writes this shard and returns a line for the journal."""
 
     def __init__(self, index: ShardIndex, names: list[str], out: Path, size: int, quality: int) -> None:
         self.index, self.names, self.out, self.size, self.quality = index, names, out, size, quality
@@ -258,6 +262,7 @@ class _Shards(Dataset[Any]):
             return error
 
     def _shrink(self, number: int) -> dict[str, Any]:
+        """Write one shard and return its line of the journal."""
         name = self.names[number]
         part = {"shard": name, "bytes": 0, "samples": 0, "shrunk": 0, "kept": 0, "undecodable": []}
         with atomic_write(self.out / name) as temporary:
@@ -265,22 +270,25 @@ class _Shards(Dataset[Any]):
             with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
                 for i in range(self.starts[number], self.starts[number + 1]):
                     if self.parent and os.getppid() != self.parent:
-                        raise SystemExit  # the parent is gone: the command was killed
+                        raise SystemExit  # The command was killed, and its worker must not keep writing.
                     self._write(tar, self.index[i], part)
             part["bytes"] = temporary.stat().st_size
         return part
 
     def _write(self, tar: tarfile.TarFile, sample: Sample, part: dict[str, Any]) -> None:
+        """Write a sample, and count it in `part`, the line of the journal."""
         part["samples"] += 1
         for extension, (offset, size) in sample.members.items():
             data = sample.source.read(offset, size)  # not `Sample.read`, which refuses very large members
             if extension == sample.image:
                 data = self._shrink_image(data, sample.key, part)
-            info = tarfile.TarInfo(f"{sample.key}.{extension}")  # its owner and time are 0
+            # Owner and time stay 0, so that the file is always the same.
+            info = tarfile.TarInfo(f"{sample.key}.{extension}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
 
     def _shrink_image(self, data: bytes, key: str, part: dict[str, Any]) -> bytes:
+        """Shrink the image of a sample if it can be decoded, and count it in `part`."""
         try:
             small = shrink_image(data, self.size, self.quality)
         except ImageError as error:

@@ -1,8 +1,8 @@
-"""Lines of text files as samples: an index of their bounds; a line is read when it is requested.
+"""Lines of text files as samples: an index of where lines begin and end, from which a line is read when requested.
 
-Plain text (`.txt`); tables whose first line names the columns (`.tsv`: a tab always ends a field, quotes are letters;
-`.csv`: RFC 4180, a quoted field may hold line ends); and `.jsonl`, one object a line. All are UTF-8; lines end with
-"\\n" or "\\r\\n". Empty lines are skipped.
+The files are plain text (`.txt`), tables whose first line names the columns (`.tsv`, `.csv`), or one JSON object on
+each line (`.jsonl`). In a `.tsv` a tab always ends a field, and quotes have no meaning. A `.csv` follows RFC 4180, so
+that a quoted field may hold line ends. All files are UTF-8; lines end with "\\n" or "\\r\\n". Empty lines are skipped.
 """
 
 import csv
@@ -29,9 +29,9 @@ from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.urls import is_remote, shown
 
 KINDS = (".txt", ".tsv", ".csv", ".jsonl")
-TEXT = "text"  # name of the column of plain text
+TEXT = "text"  # name of the only column of plain text
 CHUNK = 1 << 24  # bytes to scan at a time
-AT_ONCE = 256  # lines to cut at a time
+AT_ONCE = 256  # lines to tokenize at a time when lines are cut
 LONGEST = 1 << 24  # largest line to read, in bytes
 # Beyond the default limit of 128 KiB the csv module would split a field into records.
 csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
@@ -42,7 +42,7 @@ MARK = b"\xef\xbb\xbf"  # byte order mark, which some programs write at the begi
 class TextFile:
     """Index of the lines of one file."""
 
-    url: str  # a local path
+    url: str  # local path; named as in `Shard`, which has the same interface
     size: int  # of the file, in bytes
     mtime: int  # time of the last change, in ns
     digest: str  # hash of the content
@@ -97,7 +97,7 @@ class Line:
 
     @property
     def shard(self) -> str:
-        """The path of the file."""
+        """The path of the file; named as in `Sample`, so that messages treat both alike."""
         return self.source.url
 
     @property
@@ -118,7 +118,7 @@ class Line:
         """
         size = int(self.source.sizes[self.number])
         if size > LONGEST:
-            raise BadSample(self, "it is too large", f"{size:,} bytes")
+            raise BadSample(self, "it is too large", f"{size:,} bytes, at most {LONGEST:,}")
         try:
             text = self.source.bytes(self.number).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -139,11 +139,14 @@ class Line:
         except csv.Error as error:
             raise BadSample(self, "its quotes are not valid in CSV", str(error)) from None
         if len(fields) != len(columns):
-            raise BadSample(self, "its number of columns differs from the header's", f"{len(fields)}, {len(columns)}")
+            raise BadSample(
+                self, "its number of columns differs from the header's", f"{len(fields)}, expected {len(columns)}"
+            )
         return dict(zip(columns, fields))
 
 
 def _record(text: str) -> list[str]:
+    """Return the fields of one record of a CSV."""
     return next(csv.reader([text], strict=True), [])
 
 
@@ -166,7 +169,7 @@ def expand_files(files: Shards) -> list[str]:
         except ValueError as error:
             raise DataError(f"files {part!r}: {error}") from None
         if not found:
-            raise DataError(f"files {part!r} match no file")
+            raise DataError(f"files {part!r} match no file: correct the path or the pattern")
         paths += found
     if not paths:
         raise DataError("the list of files is empty")
@@ -253,16 +256,16 @@ class TextIndex:
             DataError: If one of the parts would be empty.
         """
         limit = min(int(share * 2**64), 2**64 - 1)
-        held = [
+        held_out = [
             np.array([content_hash(part.bytes(i)) < limit for i in range(len(part))], dtype=bool) for part in self.parts
         ]
-        number = sum(int(mask.sum()) for mask in held)
+        number = sum(int(mask.sum()) for mask in held_out)
         if not 0 < number < len(self):
             raise DataError(
                 f"val: {share} of {len(self)} lines of {self.parts[0]} leaves one side empty: set another share, or "
                 "files"
             )
-        pairs = list(zip(self.parts, held))
+        pairs = list(zip(self.parts, held_out))
         return TextIndex([part.take(~mask) for part, mask in pairs]), TextIndex([part.take(m) for part, m in pairs])
 
     def cut(self, tokenizer: Tokenizer) -> "TextIndex":
@@ -275,7 +278,11 @@ class TextIndex:
 
 
 def _scan(path: str) -> TextFile:
-    """Return the samples of a file: where its lines are, which columns they have."""
+    """Read a file once, and return the index of its lines that are not empty.
+
+    Raises:
+        DataError: If the file or its header cannot be read, or it has no lines.
+    """
     kind = os.path.splitext(path)[1].lower()
     try:
         with open(path, "rb", buffering=0) as file:
@@ -309,7 +316,7 @@ def _lines(whole: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
     ends = []
     for at in range(0, len(whole), CHUNK):
         digest.update(whole[at : at + CHUNK].data)
-        ends.append(np.flatnonzero(whole[at : at + CHUNK] == 10) + at)
+        ends.append(np.flatnonzero(whole[at : at + CHUNK] == 10) + at)  # 10 is "\n".
     stops = np.concatenate([*ends, [len(whole)]] if whole[-1] != 10 else ends)
     starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
     if whole[:3].tobytes() == MARK:
@@ -323,7 +330,7 @@ def _full(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray, kind: str) -
     if kind == ".csv":
         return full
     head = whole[np.minimum(starts, len(whole) - 1)]
-    # Unicode's white space begins with one of these bytes, and a short line may consist of it.
+    # White space beyond ASCII begins with one of these bytes of UTF-8. A line of up to 64 bytes may consist of it.
     maybe_blank = np.isin(head, (0xC2, 0xE1, 0xE2, 0xE3)) & (stops - starts <= 64)
     for i in np.flatnonzero(full & ((head <= 32) | maybe_blank)).tolist():
         line = whole[starts[i] : stops[i]].tobytes()
@@ -363,9 +370,9 @@ def _columns(path: str, kind: str, first: bytes) -> tuple[str, ...]:
 def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, ...]:
     """Find the bounds of the records of a CSV, and their line numbers: a quoted field may hold line ends.
 
-    The csv module finds them; it gets each byte as a letter, since its special characters are ASCII. A record that it
-    cannot read, such as one whose quotes do not end, is cut to its first line, which is a bad sample when it is read;
-    the next record begins in the next line.
+    The csv module finds them. It gets each byte as one character, which does no harm, since all characters that
+    have a meaning in CSV are ASCII. A record that it cannot read, such as one whose quotes do not end, is cut to
+    its first line, which is a bad sample when it is read; the next record begins in the next line.
 
     Args:
         whole: bytes of the file.
@@ -375,9 +382,10 @@ def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[
     Returns:
         Starts (R,), stops (R,) and line numbers (R,) of the records.
     """
+    # Without quotes (34 is the byte of a quote) every line is a record.
     if not any((whole[at : at + CHUNK] == 34).any() for at in range(0, len(whole), CHUNK)):
         return starts, stops, np.arange(1, len(starts) + 1)
-    at, line = 0, 0  # number of lines that the reader has taken, and first line of the present record
+    at, line = 0, 0  # number of lines that the reader has taken, and first line of the current record
 
     def lines() -> Iterator[str]:
         nonlocal at
@@ -403,8 +411,11 @@ def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[
 
 
 def _cut(file: TextFile, tokenizer: Tokenizer) -> TextFile:
-    # A token has at least one byte, or a sixth of one where normalization makes several letters of one; the tokenizer
-    # may also put a token in front.
+    """Cut the lines that have too many tokens for the context; see `TextIndex.cut`.
+
+    Most lines are too short to be tokenized. A byte gives at most one token, or at most six where normalization expands
+    a character that is not ASCII. One more token may come first, such as the prefix of SentencePiece.
+    """
     room = tokenizer.context_length - tokenizer.backend.num_special_tokens_to_add(False) - 1
     long = np.flatnonzero(file.sizes * 6 > room).tolist()
     cuts: dict[int, list[tuple[int, int]]] = {}  # bounds of the pieces of each line that is cut, in bytes
@@ -417,9 +428,9 @@ def _cut(file: TextFile, tokenizer: Tokenizer) -> TextFile:
             if len(data) > room or not data.isascii():
                 with suppress(UnicodeDecodeError):  # It becomes a bad sample when it is read.
                     texts[i] = data.decode("utf-8")
-        for (i, text), letters in zip(texts.items(), tokenizer.cut(list(texts.values()))):
-            if len(letters) > 1:
-                pieces = [text[a:b] for a, b in pairwise([0, *letters])]
+        for (i, text), cut_points in zip(texts.items(), tokenizer.cut(list(texts.values()))):
+            if len(cut_points) > 1:
+                pieces = [text[a:b] for a, b in pairwise([0, *cut_points])]
                 bounds = pairwise(np.cumsum([0, *(len(piece.encode()) for piece in pieces)]).tolist())
                 cuts[i] = [bound for bound, piece in zip(bounds, pieces) if piece.strip()]
     if not cuts:

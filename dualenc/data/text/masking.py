@@ -12,11 +12,12 @@ from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
 from dualenc.utils.errors import DataError
 
-_MASK = 4  # separates these draws from those of the epoch plan
+# Part of the key of each random draw. It differs from the numbers in `epoch_plan`, so that draws are independent.
+_MASK = 4
 
 
 class Masked(NamedTuple):
-    """A packed batch of texts with some tokens masked."""
+    """A packed batch of texts in which some tokens are replaced, and the original tokens as labels."""
 
     ids: Tensor  # (N,) int64, `Tokens.ids` with other tokens at some of the masked positions
     masked_positions: Tensor  # (M,) int64, positions of the tokens to guess among the N
@@ -30,8 +31,8 @@ class Masked(NamedTuple):
 class Masking:
     """Masking of BERT (Devlin et al. 2019, section 3.1 and appendix A.1).
 
-    Each token except the special ones is chosen with probability `share`; of the chosen ones, 80% are replaced by the
-    mask token, 10% by a random token that is not special, and 10% stay, unless other shares are given.
+    Each token except the special ones is chosen with probability `share`. By default, the mask token replaces 80% of
+    the chosen tokens and a random token that is not special replaces 10%; the other 10% stay.
 
     Args:
         tokenizer: tokenizer whose special tokens are never chosen.
@@ -67,10 +68,11 @@ class Masking:
             tokens: B texts.
             key: key of the random draws.
             first: number of the first text. The masked tokens of a text depend only on its number and the key.
-            numbers: numbers of the texts to mask, by their indices in the batch; None for all texts, with numbers
-                that start at `first`.
-            words: for the same texts the word of each token, -1 for no word, see `Tokenizer.encode_words`: words are
-                then masked whole (whole word masking, by BERT's authors), each with probability `share`.
+            numbers: index in the batch -> number, for the texts to mask; None to mask all texts, with numbers that
+                start at `first`.
+            words: index in the batch -> number of the word of each token, -1 for no word, for the same texts; see
+                `Tokenizer.encode_words`. All tokens of a word are then chosen together (whole word masking of BERT's
+                authors), with probability `share`. None to choose each token by itself.
         """
         ids, offsets, rows = tokens.ids.numpy().copy(), tokens.offsets.tolist(), tokens.rows.tolist()
         ordinary = np.isin(ids, self.ordinary)
@@ -79,16 +81,18 @@ class Masking:
         for index, number in (dict(enumerate(range(first, first + len(rows)))) if numbers is None else numbers).items():
             text = slice(offsets[rows[index]], offsets[rows[index] + 1])
             generator = np.random.Generator(philox(*key, _MASK, number))
+            # For each token: is it chosen, what replaces it, and by which random token.
             draws = generator.random((3, text.stop - text.start))
             choice = draws[0]
             if words is not None:  # All tokens of a word take the draw of its first one.
                 _, starts, inverse = np.unique(words[index], return_index=True, return_inverse=True)
                 choice = draws[0][starts][inverse]
-            chosen[text] = here = ordinary[text] & (choice < self.share)
-            random = self.ordinary[(draws[2] * len(self.ordinary)).astype(np.int64)]
-            swaps = draws[1] < self.hidden + self.swapped
-            new = np.where(draws[1] < self.hidden, self.mask, np.where(swaps, random, ids[text]))
-            ids[text] = np.where(here, new, ids[text])
+            chosen[text] = chosen_here = ordinary[text] & (choice < self.share)
+            random_ids = self.ordinary[(draws[2] * len(self.ordinary)).astype(np.int64)]
+            swapped_or_hidden = draws[1] < self.hidden + self.swapped
+            kept_or_random = np.where(swapped_or_hidden, random_ids, ids[text])
+            replaced = np.where(draws[1] < self.hidden, self.mask, kept_or_random)
+            ids[text] = np.where(chosen_here, replaced, ids[text])
         masked_positions = np.flatnonzero(chosen)
         return Masked(
             torch.from_numpy(ids), torch.from_numpy(masked_positions), torch.from_numpy(labels[masked_positions])

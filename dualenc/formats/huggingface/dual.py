@@ -35,7 +35,7 @@ from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError, first_failure
 from dualenc.utils.files import read_json
 
-JOINED = "vision-text-dual-encoder"
+JOINED = "vision-text-dual-encoder"  # model_type of two encoders joined by projections
 KINDS = ("clip", "siglip", JOINED)
 # model_type of the image tower -> layout of `vision_rules`; layout -> keys of its config and the values that missing
 # keys mean.
@@ -45,8 +45,9 @@ USUAL: dict[str, Config] = {
     "siglip": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "image_size": 224, "patch_size": 16},
     "vit": {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "image_size": 224, "patch_size": 16},
 }
+# Values that missing keys mean in every layout.
 WIDTHS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-WRAPPED = "timm_wrapper"
+WRAPPED = "timm_wrapper"  # model_type of a tower that transformers takes from timm
 # BERT's pooler ends in tanh, which is nearly the identity around zero. A tower without a pooler is written with one
 # that changes nothing: it multiplies the features by this power of two, and the next layer divides by it. For features
 # up to 11 the relative error is below 1e-8, apart from the rounding of single precision (Taylor: x^2 2^-32 / 3).
@@ -84,7 +85,8 @@ def read_config(config: Any, where: str, length: Callable[[int], int]) -> tuple[
     Args:
         config: the parsed JSON.
         where: file of the config, for errors.
-        length: function from the tower's number of positions to the length of the longest text in tokens.
+        length: function that turns the number of positions of the text tower into the length of the longest text in
+            tokens, which the tokenizer may limit further.
 
     Raises:
         ModelError: If the model is not one of `KINDS`, or a key asks for something that dualenc does not compute.
@@ -197,12 +199,14 @@ def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = N
         rules += [Rule((f"image.vit.{name}",), (f"{vision}timm_model.{name}",)) for name in tower.vit.state_dict()]
     else:
         shape = shape_of(tower.vit)
-        assert shape is not None
+        assert shape is not None  # since `read_config` or `choose_format` has made the tower from a shape
+        # timm's tensors of these two have leading dimensions of size 1, which transformers' tensors lack.
         flat = (f"{vision}embeddings.class_embedding", f"{vision}embeddings.position_embedding.weight")
         found = vision_rules(VISION[form.vision], shape, vision)
         rules += [rule._replace(flat=rule.theirs[0] in flat) for rule in found]
     image_projection = config.projection_of(config.image_projection, tower.width)
     text_projection = config.projection_of(config.text_projection, config.text.width)
+    # The pooler is the first layer of a projection with a hidden layer.
     rules += projection_rules(
         "image_projection",
         image_projection,
@@ -211,7 +215,7 @@ def rules_of(form: Format, config: DualConfig, names: Collection[str] | None = N
     text = _prefix("text_model.", f"{form.family.token_embeddings}.weight", names)
     rules += text_rules(form.family, form.text, text)
     head = (f"{text}head",) if form.kind == "siglip" else ("text_projection",)
-    if text_projection.hidden:
+    if text_projection.hidden:  # As above, the pooler is the first layer of the projection.
         slot = next(slot for slot in form.family.slots if slot.kind == "pooler")
         head = (text + slot.modules["dense"][1:], *head)
     return rules + projection_rules("text_projection", text_projection, head)
@@ -226,12 +230,13 @@ VISION_MARK = {
 }
 
 
-# Image processor -> the meaning of a single number as size, and the resampling filter, if its file does not say them.
+# Image processor -> the meaning of a single number as size, and the resampling filter of Pillow by number, if its file
+# does not say them.
 PROCESSORS = {"CLIP": ("shortest", 3), "ViT": ("squash", 2), "Siglip": ("squash", 3)}
 
 
 def _prefix(usual: str, mark: str, names: Collection[str] | None) -> str:
-    """Find the prefix of a tower's tensors, which some checkpoints of transformers before version 5 repeat."""
+    """Return the prefix of a tower's tensors; some checkpoints of transformers before version 5 have it twice."""
     repeated = f"{usual}{usual}"
     return repeated if names is not None and f"{repeated}{mark}" in names else usual
 
@@ -246,11 +251,11 @@ def read_preprocess(folder: Path, size: int) -> Preprocess:
     Raises:
         ModelError: If the folder has no image processor, or dualenc cannot compute the same.
     """
-    found = [
+    files = [
         folder / name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).is_file()
     ]
     fields: Any = None
-    for path in found:
+    for path in files:
         fields = read_json(path)
         fields = fields.get("image_processor", fields) if isinstance(fields, dict) else fields
         if isinstance(fields, dict) and "image_mean" in fields:

@@ -1,7 +1,9 @@
-"""The families of text encoders of Hugging Face, as data: fields of `config.json` and names of tensors.
+"""The families of text encoders of Hugging Face, as data: keys of `config.json` and names of tensors.
 
-A family maps its config to a `TextConfig` and back, and names its tensors. A config that asks for something that the
-encoder cannot compute is refused by name.
+`Family` explains the fields. A config that asks for something that the encoder cannot compute is refused by name.
+
+In the tables, our names are on the left and those of transformers are on the right. `outside` and `inside` mean outside
+and inside of the blocks.
 """
 
 import dataclasses
@@ -18,11 +20,13 @@ from dualenc.formats.huggingface.slots import (
 from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError, first_failure
 
+# Key of a BERT-like config -> values that can be computed: bidirectional encoders with learned absolute positions.
 ENCODER = {
     "is_decoder": (False,),
     "add_cross_attention": (False,),
     "position_embedding_type": ("absolute",),
 }
+# Field of `TextConfig` -> key of a BERT-like config, and the value that a missing key means.
 WIDTHS = {
     "vocab_size": ("vocab_size", 30522),
     "width": ("hidden_size", 768),
@@ -36,6 +40,7 @@ WIDTHS = {
     "pad_id": ("pad_token_id", 0),
 }
 POST_NORM = {"norm": "post", "positions": "learned"}
+# Modules of BERT, which most families share in part.
 BERT_OUTSIDE = {
     "embeddings.token_embeddings": "embeddings.word_embeddings",
     "embeddings.position_embeddings": "embeddings.position_embeddings",
@@ -50,7 +55,7 @@ BERT_INSIDE = {
     "mlp.2": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
-DROPOUTS = ("hidden_dropout_prob",)
+DROPOUTS = ("hidden_dropout_prob",)  # keys of the dropout rate
 POOLER = PoolerSlot("pooler", ".pooler.dense.weight", {"dense": ".pooler.dense"}, activation="tanh")
 TOP_CLASSIFIER = ClassificationSlot(  # two layers above the encoder (RoBERTa, ELECTRA)
     "classification",
@@ -111,6 +116,7 @@ def _roberta_read(config: Config, fields: Config) -> None:
 
 
 def _roberta_write(text: TextConfig, config: Config) -> None:
+    """Reverse `_roberta_read`."""
     config["max_position_embeddings"] = text.context_length + text.position_offset
     config["pad_token_id"] = text.position_offset - 1
 
@@ -183,7 +189,7 @@ ALBERT = dataclasses.replace(
             architecture="ForMaskedLM",
         ),
         ClassificationSlot(
-            "nsp",  # ALBERT predicts the order of two sentences.
+            "nsp",  # ALBERT predicts the order of two sentences instead of the next one, with the same layers.
             "sop_classifier.classifier.weight",
             {"dense": ".pooler", "out": "sop_classifier.classifier"},
             activation="tanh",
@@ -254,6 +260,7 @@ def _electra_read(config: Config, fields: Config) -> None:
 
 
 def _electra_write(text: TextConfig, config: Config) -> None:
+    """Reverse `_electra_read`."""
     config["embedding_size"] = text.embed_width or text.width
 
 
@@ -293,7 +300,7 @@ ELECTRA = dataclasses.replace(
 
 
 def _modernbert_read(config: Config, fields: Config) -> None:
-    """Set windows, by a list of layers or a number; rotary angles; and biases."""
+    """Set the windows, from a list of layers or from a number, the bases of the rotary angles, and the biases."""
     layers = fields["layers"]
     every = config.get("global_attn_every_n_layers") or 3
     kinds = config.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
@@ -330,6 +337,7 @@ def _modernbert_read(config: Config, fields: Config) -> None:
 
 
 def _modernbert_write(text: TextConfig, config: Config) -> None:
+    """Write what `_modernbert_read` reads, under the names of transformers 5 and of earlier versions."""
     local = text.theta if text.local_theta is None else text.local_theta
     thetas = {"full_attention": text.theta, "sliding_attention": local}
     config["layer_types"] = [f"{'full' if text.sees_all(i) else 'sliding'}_attention" for i in range(text.layers)]
@@ -343,6 +351,7 @@ def _modernbert_write(text: TextConfig, config: Config) -> None:
     config |= dict.fromkeys(BIASES, text.bias) | {"decoder_bias": True}
 
 
+# Keys of the biases; `TextConfig` has one setting for all of them.
 BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
 MODERNBERT = Family(
     name="modernbert",
@@ -396,6 +405,7 @@ MODERNBERT = Family(
     read=_modernbert_read,
     write=_modernbert_write,
 )
+# Modules of a block of CLIP and SigLIP.
 CLIP_INSIDE = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.out": "self_attn.out_proj",

@@ -1,4 +1,4 @@
-"""Embeddings of texts: a head without weights, trained on pairs."""
+"""Embeddings of texts: a head without weights, whose encoder is trained on pairs of texts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,18 @@ from dualenc.models.text_encoder import TextConfig, TextEncoder
 from dualenc.report import Description
 from dualenc.tokens import Tokens
 
-NEGATIVES = 20.0  # scale of the cosines in sentence-transformers (Reimers and Gurevych 2019)
+# Default scale of the cosines with negatives: that of sentence-transformers (Reimers and Gurevych 2019).
+NEGATIVES = 20.0
 
 
 class PairProblem(ABC):
-    """The supervision of pairs of texts.
+    """Kind of supervision of pairs of texts: what a label means, how it is learned and how it is measured.
 
     Attributes:
         name: see `HeadConfig.problem`.
         reader: reader of the labels; None for pairs without labels.
         compares_ranks: see `Head.compares_ranks`.
-        scale: scale where `HeadConfig.scale` is None.
+        scale: default of `HeadConfig.scale`, whose meaning differs between problems.
     """
 
     name: ClassVar[str]
@@ -54,23 +55,24 @@ class Negatives(PairProblem):
     scale = NEGATIVES
 
     def loss(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float, group: Any) -> Tensor:
-        """Return the sum of the contrastive loss over the pairs, compared with the texts of all ranks."""
+        """Return the sum of the contrastive loss over the pairs, with the texts of all ranks as negatives."""
         return clip_loss(first, second, first.new_tensor(scale), group=group) * len(first)
 
     def metrics(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float) -> Measured:
         """Compute retrieval metrics: "first_..." finds the first texts by the second ones, "second_..." the reverse."""
         found = retrieval_metrics(first, second, torch.arange(len(first)), replicates=0).metrics
-        names = {"image_retrieval": "first", "text_retrieval": "second"}  # what is looked for
-        own = {}
+        # `retrieval_metrics` names its metrics by the candidates, which here are texts on both sides.
+        names = {"image_retrieval": "first", "text_retrieval": "second"}
+        renamed = {}
         for key, value in found.items():
             for old, new in names.items():
                 key = key.replace(old, new)
-            own[key] = value
-        return Measured(own, {}, {}, len(first))
+            renamed[key] = value
+        return Measured(renamed, {}, {}, len(first))
 
 
 class Cosine(PairProblem):
-    """Pairs with the cosine that their vectors should have, times a scale."""
+    """Pairs with a label, which divided by the scale is the cosine that their vectors should have."""
 
     name = "cosine"
     reader = NumberReader()
@@ -104,12 +106,12 @@ class Embedding(Head):
 
     @property
     def problem(self) -> PairProblem:
-        """The supervision of the pairs."""
+        """The problem that the configuration names."""
         return self.problems[self.config.problem]
 
     @property
     def scale(self) -> float:
-        """The scale of the cosines."""
+        """The scale that the configuration names, or the default of the problem."""
         return self.config.scale or self.problem.scale
 
     @property
@@ -143,7 +145,7 @@ class Embedding(Head):
         return self.problem.loss(first, second, labels, self.scale, group)
 
     def observe(self, examples: Examples) -> tuple[Tensor, Tensor | None]:
-        """Return vectors (2, n, D) and labels, on the CPU."""
+        """Return vectors (2, n, D) and labels on the CPU, from which `metrics` measures; see `Head.observe`."""
         labels = None if examples.labels is None else examples.labels.cpu()
         return examples.logits.cpu(), labels
 

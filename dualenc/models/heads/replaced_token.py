@@ -1,4 +1,4 @@
-"""Replaced-token detection: a head that tells replaced tokens from original ones."""
+"""Replaced-token detection (ELECTRA, Clark et al. 2020): a head that tells replaced tokens from original ones."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from dualenc.tokens import Tokens
 
 
 class ReplacedTokenHead(nn.Module):
-    """Layers that detect replaced tokens (ELECTRA, Clark et al. 2020, section 2): a linear layer and one logit.
+    """Layers of `ReplacedToken`: a linear layer, an activation and a linear layer to one logit (ELECTRA, section 2).
 
     Args:
         config: architecture of the text encoder.
@@ -30,15 +30,15 @@ class ReplacedTokenHead(nn.Module):
 
 
 class ReplacedToken(Head):
-    """Replaced-token detection: binary cross entropy over all tokens.
+    """Head for replaced-token detection, trained by binary cross entropy over all tokens.
 
-    `ReplacedTokenTask` makes the examples, with a generator, and measures both models.
+    `ReplacedTokenTask` trains it together with a generator: a masked-language model whose guesses replace tokens.
     """
 
     pairs = "none"
     masking = (0.85, 0.0)  # The generator guesses all chosen tokens; ELECTRA masks 85% of them and keeps the others.
     labeled = False
-    task = ""
+    task = ""  # The Hugging Face Hub has no task for it, so `TextPredictor` does not offer this head.
     result_kind = "rtd"
     description = Description("tokens", "detection of replaced tokens", HEADLINES)
     trained_by = "ReplacedTokenTask"
@@ -58,7 +58,7 @@ class ReplacedToken(Head):
 
         Args:
             logits: (N,).
-            labels: (N,), true or 1 where a token was replaced.
+            labels: (N,), 1 for replaced tokens and 0 for original ones, of any dtype.
             group: not used.
         """
         assert labels is not None

@@ -1,4 +1,4 @@
-"""A text encoder with heads."""
+"""A text encoder together with its heads, the task-specific last layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class LoadedHeads:
     """Result of `TextModel.load_pretrained`, as names of heads.
 
     Attributes:
-        whole: heads that have all weights of the other model's.
-        first_layer: heads that have its first layer; the rest is random.
-        random: heads whose weights are all random.
+        whole: heads of which all weights were copied.
+        first_layer: heads of which only the first layer was copied; the rest stays random.
+        random: heads of which nothing was copied.
     """
 
     whole: tuple[str, ...] = ()
@@ -34,16 +34,19 @@ class TextModel(nn.Module):
         heads: configurations of the heads; one encoder may have none or many.
 
     Attributes:
-        head_configs: the configurations.
-        kinds: behavior of each head, see `Head`.
-        heads: layers of each head.
+        head_configs: configuration of each head by name.
+        kinds: `Head` object of each head by name, which knows its loss and metrics but holds no weights.
+        heads: layers of each head by name, which hold the weights.
     """
 
     def __init__(self, config: TextConfig, heads: Mapping[str, HeadConfig] | None = None) -> None:
         super().__init__()
         for name in heads or {}:
             if not name or "." in name or hasattr(nn.ModuleDict(), name):
-                raise ValueError(f"model.heads.{name}: a head cannot be called {name!r}")
+                raise ValueError(
+                    f"model.heads.{name}: a head cannot be called {name!r}: choose a name without dots that is not an "
+                    "attribute of torch.nn.ModuleDict"
+                )
         self.config, self.head_configs = config, dict(heads or {})
         self.kinds = {name: make_head(head) for name, head in self.head_configs.items()}
         self.encoder = TextEncoder(config)
@@ -63,18 +66,18 @@ class TextModel(nn.Module):
             masked_positions: (M,) positions of the tokens that "mlm" guesses and "rtd" judges; None for all N.
 
         Returns:
-            "mlm": logits (M, V); "rtd": logits (M,); "classification": logits (B, C) in the caller's order;
-            "embedding": unit vectors (B, D); "pooler": (B, D).
+            By kind of the head, for "mlm" logits (M, V); for "rtd" logits (M,); for "classification" logits (B, C) in
+            the caller's order; for "embedding" unit vectors (B, D); for "pooler" features (B, D).
         """
         return self.kinds[name].logits(self.heads[name], self.encoder, hidden, tokens, masked_positions)
 
     def heads_for(self, task: str) -> list[str]:
-        """Return the names of the heads for a task, see `Head.task`."""
+        """Return the names of the heads for a task by its name on the Hugging Face Hub, see `Head.task`."""
         return [name for name, kind in self.kinds.items() if kind.task == task]
 
     @property
     def embedding_pool(self) -> Pool | None:
-        """The pooling of the first embedding head; None for the encoder's own."""
+        """The pooling that sentence embeddings use: that of the first embedding head; None for the encoder's own."""
         names = self.heads_for("sentence-similarity")
         return self.head_configs[names[0]].pool if names else None
 
@@ -82,14 +85,14 @@ class TextModel(nn.Module):
     def load_pretrained(self, other: "TextModel") -> LoadedHeads:
         """Copy the weights of an encoder of the same architecture, and those of its heads that fit.
 
-        Heads for the same task, and of the same name where they have labels, are copied whole; of a pooler, or a
-        classification with other labels, the hidden layer.
+        A head is copied whole from a head for the same task; if it has labels, both must also have the same name. From
+        a pooler, or from a classification head with other labels, only the first layer is copied.
 
         Args:
             other: model to copy from.
 
         Returns:
-            Which heads have weights of the other model.
+            Names of the heads by how much was copied.
         """
         self.encoder.load_state_dict(other.encoder.state_dict())
         whole, first_layer, random = [], [], []

@@ -574,7 +574,7 @@ def test_a_finished_run_is_reported(tmp_path, seed):
     assert "was finished before" in second.lines()[0]
     assert content(out) == before
     (out / "train-000001.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train-000001\.tar is gone or was changed"):
+    with pytest.raises(DataError, match=r"train-000001\.tar is missing or was changed"):
         make_shards(tmp_path / "set", out, samples=9, val=0.1, workers=0)
 
 

@@ -143,7 +143,7 @@ def test_a_line_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(lines_module, "LONGEST", 10)
     index = TextIndex.build(write(tmp_path / "a.txt", "0123456789\n01234567890\n"))
     assert index[0].read()["text"] == "0123456789"
-    with pytest.raises(BadSample, match=r"line 2: it is too large \(11 bytes\)"):
+    with pytest.raises(BadSample, match=r"line 2: it is too large \(11 bytes, at most 10\)"):
         index[1].read()
 
 
