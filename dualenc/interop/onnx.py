@@ -25,7 +25,7 @@ from dualenc.inference.text_model import TextPredictor
 from dualenc.interop.verify import TEXTS, Inputs, Verified, random_ids, verify
 from dualenc.models.dual_encoder import DualEncoder, unit
 from dualenc.models.heads import TextModel
-from dualenc.models.text_encoder import TextConfig
+from dualenc.models.text_encoder import Pool, TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.tokens import Tokens, padding_index
 from dualenc.utils.errors import ModelError
@@ -71,8 +71,10 @@ class WholeText(nn.Module):
     def __init__(self, model: TextModel) -> None:
         super().__init__()
         self.encoder, self.heads = model.encoder, model.heads
-        self.pool = model.embedding_pool
-        self.shown = {name: model.head_configs[name].pool for name in model.heads_for("text-classification")}
+        self.pool: Pool | None = model.embedding_pool
+        self.shown: dict[str, Pool | None] = {
+            name: model.head_configs[name].pool for name in model.heads_for("text-classification")
+        }
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, ...]:
         """Hidden states (B, T, D), vectors (B, D) of unit length, and logits (B, C) of each head."""

@@ -1,7 +1,7 @@
 """Classification of texts and of pairs: one label, any number of labels, or a number; and what a pooler keeps of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -143,7 +143,7 @@ class Regression(LabelProblem):
 class Classification(Head):
     """Classification of a text, or of a pair of texts."""
 
-    problems: ClassVar[dict[str, LabelProblem]] = {one.name: one for one in (SingleLabel(), MultiLabel(), Regression())}
+    problems: ClassVar[Mapping[str, Any]] = {one.name: one for one in (SingleLabel(), MultiLabel(), Regression())}
 
     @property
     def problem(self) -> LabelProblem:

@@ -1,7 +1,7 @@
 """Embeddings of texts: a head without weights, trained on pairs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -98,7 +98,7 @@ class Embedding(Head):
     task = "sentence-similarity"
     result_kind = "text-pairs"
     needs_training_data = False
-    problems: ClassVar[dict[str, PairProblem]] = {one.name: one for one in (Negatives(), Cosine())}
+    problems: ClassVar[Mapping[str, Any]] = {one.name: one for one in (Negatives(), Cosine())}
 
     @property
     def problem(self) -> PairProblem:
