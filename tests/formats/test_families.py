@@ -1,4 +1,4 @@
-"""Every family beside transformers, every tensor random: in, out, and back in."""
+"""Families compared with transformers, every tensor random: read, written, and read again."""
 
 import json
 from collections.abc import Callable
@@ -69,7 +69,7 @@ MASKED = [name for name, (kind, config) in FAMILIES.items() if kind[:4] not in (
 
 
 def build(kind: str, config: dict[str, Any], auto: Any = AutoModel, **more: Any) -> Any:
-    """A model of transformers with every tensor perturbed; none is as it was initialized."""
+    """Return a model of transformers with every tensor perturbed."""
     loaded = transformers.CONFIG_MAPPING[kind](**config, **more)
     if kind == "siglip_text_model":
         model = transformers.SiglipTextModel(loaded)
@@ -82,7 +82,7 @@ def build(kind: str, config: dict[str, Any], auto: Any = AutoModel, **more: Any)
 
 
 def tokenizer_of(text: TextConfig) -> Tokenizer:
-    """Of small texts; where positions begin after the number of the padding token, that is its number."""
+    """Return a tokenizer whose padding token has the number before the first position."""
     tokenizer = tiny_tokenizer(text.context_length)
     if not text.position_offset:
         return tokenizer
@@ -100,7 +100,7 @@ def add_tokenizer(folder: Path) -> None:
 
 
 def ragged(config: TextConfig, seed: int) -> tuple[Tokens, Tensor, Tensor, Tensor]:
-    """Texts of 1 to 40 tokens with segments, packed, and padded as transformers wants them: ids, mask, types."""
+    """Return texts of 1 to 40 tokens with segments, packed, and padded for transformers: ids, mask, types."""
     rng = np.random.default_rng(seed)
     lengths = [int(n) for n in rng.integers(1, LONGEST + 1, 5)] + [LONGEST, LONGEST // 2 + 1]
     lengths = [config.pad_to] * 4 if config.pad_to else lengths
@@ -121,19 +121,19 @@ def theirs(model: Any, ids: Tensor, mask: Tensor, types: Tensor) -> Any:
 
 
 def assert_close(ours: Tensor, peer: Tensor, far: bool = False) -> None:
-    """Equal to 2e-5 of the largest; or, as a control, not."""
+    """Assert that tensors are equal to 2e-5 of the largest value; or, as a control, that they are not."""
     error = ((ours - peer).abs().max() / peer.abs().max().clamp(min=1)).item()
     assert (error > 1e-3) if far else (error < 2e-5), error
 
 
 def packed(model: TextModel, padded: Tensor, mask: Tensor, tokens: Tokens) -> Tensor:
-    """(B, T, ...) of the caller's order to (N, ...) of the packed one."""
+    """Convert (B, T, ...) in the caller's order to (N, ...) in the packed order."""
     order = torch.argsort(tokens.rows)
     return padded[order][mask[order]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_encoder_is_that_of_transformers(name: str, tmp_path: Path, seed: int) -> None:
+def test_encoder_equals_transformers(name: str, tmp_path: Path, seed: int) -> None:
     kind, config = FAMILIES[name]
     peer = build(kind, config)
     peer.save_pretrained(tmp_path / "peer")
@@ -173,7 +173,7 @@ def test_encoder_is_that_of_transformers(name: str, tmp_path: Path, seed: int) -
 
 
 def same(one: TextModel, other: TextModel) -> None:
-    """Equal to the bit, architecture and all."""
+    """Assert that architecture and tensors are bit-equal."""
     assert (one.config, one.head_configs) == (other.config, other.head_configs)
     for (name, x), (key, y) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
         assert name == key
@@ -181,7 +181,7 @@ def same(one: TextModel, other: TextModel) -> None:
 
 
 def equal(one: Any, other: Any, apart: tuple[str, ...] = ("?",)) -> None:
-    """The same class of transformers with the same tensors, to the bit, but for those of which nothing depends."""
+    """Assert that models of transformers are bit-equal, except for tensors without influence."""
     assert type(one) is type(other)
     mine, its = one.state_dict(), other.state_dict()
     assert mine.keys() == its.keys()
@@ -190,7 +190,7 @@ def equal(one: Any, other: Any, apart: tuple[str, ...] = ("?",)) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", [name for name in MASKED if "relu" not in name])
-def test_masked_language_heads(name: str, tied: bool, tmp_path: Path, seed: int) -> None:
+def test_masked_language_heads_equal_transformers(name: str, tied: bool, tmp_path: Path, seed: int) -> None:
     kind, config = FAMILIES[name]
     peer = build(kind, config, AutoModelForMaskedLM, tie_word_embeddings=tied)
     peer.save_pretrained(tmp_path / "peer")
@@ -227,7 +227,7 @@ PROBLEMS = {
         ("bert", "regression"),
     ],
 )
-def test_classification_heads(name: str, problem: str, tmp_path: Path, seed: int) -> None:
+def test_classification_heads_equal_transformers(name: str, problem: str, tmp_path: Path, seed: int) -> None:
     kind, config = FAMILIES[name.removesuffix(", mean")]
     called, labels = PROBLEMS[problem]
     more = {"problem_type": called, "id2label": dict(enumerate(labels)), "num_labels": len(labels)}
@@ -255,7 +255,7 @@ def test_classification_heads(name: str, problem: str, tmp_path: Path, seed: int
 
 
 @pytest.mark.parametrize("name", ["electra", "electra, one width"])
-def test_discriminators(name: str, tmp_path: Path, seed: int) -> None:
+def test_discriminators_equal_transformers(name: str, tmp_path: Path, seed: int) -> None:
     peer = build(*FAMILIES[name], ElectraForPreTraining)
     peer.save_pretrained(tmp_path / "peer")
     model = open_text(tmp_path / "peer").model()
@@ -298,8 +298,8 @@ def wrong_config(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 @pytest.mark.parametrize("wrong", [2, 6, 10])
-def test_a_window_of_another_width_is_seen(wrong: int, tmp_path: Path, seed: int) -> None:
-    """A control of the comparison above: 8 must be 8."""
+def test_control_detects_another_window(wrong: int, tmp_path: Path, seed: int) -> None:
+    """The comparison above must detect a window of another width."""
     peer = build(*FAMILIES["modernbert"])
     peer.save_pretrained(tmp_path)
     wrong_config(tmp_path / "config.json", lambda config: config.update(local_attention=wrong))
@@ -310,7 +310,7 @@ def test_a_window_of_another_width_is_seen(wrong: int, tmp_path: Path, seed: int
         assert_close(model.encoder(tokens), expected, far=True)
 
 
-def test_a_wrong_position_offset_is_seen(tmp_path: Path, seed: int) -> None:
+def test_control_detects_a_wrong_position_offset(tmp_path: Path, seed: int) -> None:
     peer = build(*FAMILIES["roberta"])
     peer.save_pretrained(tmp_path)
     wrong_config(tmp_path / "config.json", lambda config: config.update(pad_token_id=0))
@@ -322,8 +322,8 @@ def test_a_wrong_position_offset_is_seen(tmp_path: Path, seed: int) -> None:
         assert_close(model.encoder(tokens), expected, far=True)
 
 
-def test_a_modernbert_of_before_transformers_5(tmp_path: Path, seed: int) -> None:
-    """Its config has a number where today there is a list, and two bases of angles by name."""
+def test_modernbert_config_of_transformers_4(tmp_path: Path, seed: int) -> None:
+    """The older config has a number in place of the list of layers, and names both bases of angles."""
     peer = build(*FAMILIES["modernbert"])
     peer.save_pretrained(tmp_path)
 
@@ -342,7 +342,7 @@ def test_a_modernbert_of_before_transformers_5(tmp_path: Path, seed: int) -> Non
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_text_encoders_inside_models_of_images_and_texts(kind: str, tmp_path: Path, seed: int) -> None:
+def test_text_encoders_inside_dual_models(kind: str, tmp_path: Path, seed: int) -> None:
     text = {"clip": CLIP, "siglip": SIGLIP}[kind]
     image = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     image |= {"image_size": 8, "patch_size": 4}
@@ -374,8 +374,8 @@ HEADS = {
 
 
 @pytest.mark.parametrize("family", [None, "bert"])
-def test_many_heads_come_back_to_the_bit(family: str | None, tmp_path: Path, seed: int) -> None:
-    """The first of each kind is where transformers looks for it; the others keep names of their own."""
+def test_many_heads_are_saved_and_loaded_bit_equal(family: str | None, tmp_path: Path, seed: int) -> None:
+    """The first head of each kind is where transformers looks for it; the others keep their own names."""
     tokenizer = tiny_tokenizer()
     config = TextConfig(
         tokenizer.vocab_size, 16, 2, 2, 20, context_length=16, types=2, pool="mean", dropout=0.3, family=family
@@ -400,8 +400,8 @@ def test_many_heads_come_back_to_the_bit(family: str | None, tmp_path: Path, see
     assert own == {"stars", "other", "pooler"}
 
 
-def test_positions_that_unknown_words_would_move(tmp_path: Path, seed: int) -> None:
-    """transformers counts RoBERTa's by what is not number 1: no padding there, no format of its."""
+def test_positions_that_transformers_counts_otherwise_have_no_family(tmp_path: Path, seed: int) -> None:
+    """transformers counts the positions of RoBERTa by the tokens that are not number 1, its padding."""
     size = tiny_tokenizer().vocab_size
     text = TextConfig(size, width=16, layers=2, heads=2, context_length=16, types=1, position_offset=2)
     model = perturbed(TextModel(text))
@@ -429,7 +429,7 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_what_was_trained_from_scratch_finds_its_family(family: str | None, tmp_path: Path, seed: int) -> None:
+def test_models_from_scratch_find_their_family(family: str | None, tmp_path: Path, seed: int) -> None:
     size = tiny_tokenizer().vocab_size
     text = TextConfig(size, width=16, layers=3, heads=2, context_length=16, **ARCHITECTURES[family])
     tokenizer = tokenizer_of(text)
@@ -452,8 +452,8 @@ def test_what_was_trained_from_scratch_finds_its_family(family: str | None, tmp_
             assert_close(model.encoder(tokens), packed(model, expected.last_hidden_state, mask, tokens))
 
 
-def test_a_discriminator_from_scratch_is_electra_s(tmp_path: Path, seed: int) -> None:
-    """BERT's architecture is also ELECTRA's, which has a place for the head."""
+def test_discriminator_from_scratch_is_written_as_electra(tmp_path: Path, seed: int) -> None:
+    """BERT's architecture is also ELECTRA's, which has a slot for the head."""
     tokenizer = tiny_tokenizer()
     text = TextConfig(tokenizer.vocab_size, width=16, layers=2, heads=2, context_length=16, types=2)
     model = perturbed(TextModel(text, {"rtd": HeadConfig("rtd")}))
@@ -485,7 +485,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "change", "message"), REFUSED)
-def test_what_cannot_be_computed_is_refused_by_name(
+def test_unsupported_configs_are_refused(
     name: str, change: dict[str, Any], message: str, tmp_path: Path, seed: int
 ) -> None:
     build(*FAMILIES[name]).save_pretrained(tmp_path)
@@ -496,14 +496,14 @@ def test_what_cannot_be_computed_is_refused_by_name(
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_head_with_an_activation_of_its_own_is_refused(tmp_path: Path, seed: int) -> None:
-    """RoBERTa's head for hidden words has a GELU, whatever its encoder has."""
+def test_head_with_its_own_activation_is_refused(tmp_path: Path, seed: int) -> None:
+    """RoBERTa's masked-language head has a GELU, whatever its encoder has."""
     build("roberta", {**ROBERTA, "hidden_act": "relu"}, AutoModelForMaskedLM).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="relu"):
         open_text(tmp_path)
 
 
-def test_tensors_that_nobody_knows(tmp_path: Path, seed: int) -> None:
+def test_unknown_tensors_are_refused(tmp_path: Path, seed: int) -> None:
     build(*FAMILIES["bert"]).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path)

@@ -1,4 +1,4 @@
-"""Files as people have them: old names, pickles, shards, folders of other programs; and each mistake in one line."""
+"""Readers of text checkpoints: older names, pickles, sharded files, folders of other programs; errors."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def peer(tmp_path: Path, seed: int) -> BertForMaskedLM:
 
 
 def rewrite(folder: Path, change: Any, file: str = "model.safetensors") -> None:
-    """The same checkpoint with other tensors."""
+    """Write the checkpoint with other tensors."""
     state = change(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").unlink()
     if file.endswith(".bin"):
@@ -58,7 +58,7 @@ def old_names(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def copied(state: dict[str, Any]) -> dict[str, Any]:
-    """As before safetensors: what is tied is written twice."""
+    """Return the tensors as before safetensors: tied ones are written twice."""
     words, bias = state["bert.embeddings.word_embeddings.weight"], state["cls.predictions.bias"]
     stale = {"bert.embeddings.position_ids": torch.arange(16)[None]}
     return {**state, **stale, "cls.predictions.decoder.weight": words, "cls.predictions.decoder.bias": bias}
@@ -72,7 +72,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_names_and_files_of_other_times(change: str, peer: BertForMaskedLM, tmp_path: Path) -> None:
+def test_older_names_and_files(change: str, peer: BertForMaskedLM, tmp_path: Path) -> None:
     expected = open_text(tmp_path / "peer").model().state_dict()
     rewrite(tmp_path / "peer", *CHANGES[change])
     found = open_text(tmp_path / "peer").model()
@@ -84,7 +84,7 @@ def test_names_and_files_of_other_times(change: str, peer: BertForMaskedLM, tmp_
             parameter.zero_()
 
 
-def test_a_pickle_of_the_old_kind(peer: BertForMaskedLM, tmp_path: Path) -> None:
+def test_pickle_of_the_legacy_format(peer: BertForMaskedLM, tmp_path: Path) -> None:
     expected = open_text(tmp_path / "peer").model().state_dict()
     state = load_file(tmp_path / "peer" / "model.safetensors")
     (tmp_path / "peer" / "model.safetensors").unlink()
@@ -94,13 +94,13 @@ def test_a_pickle_of_the_old_kind(peer: BertForMaskedLM, tmp_path: Path) -> None
 
 
 class Trap:
-    """What a pickle could run."""
+    """Code that a pickle could run."""
 
     def __reduce__(self) -> Any:
         return (Path("trap").touch, ())
 
 
-def test_a_pickle_never_runs_code(peer: BertForMaskedLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickle_never_runs_code(peer: BertForMaskedLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rewrite(tmp_path / "peer", lambda state: {**state, "trap": Trap()}, "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pytorch_model\.bin cannot be read"):
@@ -136,8 +136,8 @@ def test_half_precision_is_read_as_single(dtype: torch.dtype, peer: BertForMaske
         assert torch.equal(x, before[name].to(dtype).float())
 
 
-def test_a_tied_layer_that_differs_is_not_tied(peer: BertForMaskedLM, tmp_path: Path) -> None:
-    """The file counts, as it does for transformers."""
+def test_different_output_embeddings_are_not_tied(peer: BertForMaskedLM, tmp_path: Path) -> None:
+    """The tensors of the file decide, as in transformers."""
     other = torch.randn_like(peer.cls.predictions.decoder.weight)
     rewrite(tmp_path / "peer", lambda state: {**state, "cls.predictions.decoder.weight": other})
     model = open_text(tmp_path / "peer").model()
@@ -150,14 +150,14 @@ def test_a_tied_layer_that_differs_is_not_tied(peer: BertForMaskedLM, tmp_path: 
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_two_biases_that_differ(peer: BertForMaskedLM, tmp_path: Path) -> None:
+def test_two_different_biases_are_refused(peer: BertForMaskedLM, tmp_path: Path) -> None:
     bias = {"cls.predictions.decoder.bias": torch.randn(peer.config.vocab_size)}
     rewrite(tmp_path / "peer", lambda state: {**state, **bias})
     with pytest.raises(ModelError, match=r"decoder\.bias differs from cls\.predictions\.bias"):
         open_text(tmp_path / "peer").model()
 
 
-def test_labels_without_names_and_wrong_ones(tmp_path: Path, seed: int) -> None:
+def test_labels_without_names_and_invalid_labels(tmp_path: Path, seed: int) -> None:
     from transformers import BertForSequenceClassification
 
     config = BertConfig(vocab_size=40, num_labels=3, **SMALL)
@@ -183,7 +183,7 @@ def test_labels_without_names_and_wrong_ones(tmp_path: Path, seed: int) -> None:
         assert str(path) in str(caught.value)
 
 
-def test_folders_that_are_no_checkpoint(peer: BertForMaskedLM, tmp_path: Path) -> None:
+def test_folders_without_a_checkpoint_are_refused(peer: BertForMaskedLM, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for spec, message in {"nowhere": "is no folder", "empty": "neither config.json nor"}.items():
         with pytest.raises(ModelError, match=message):
@@ -204,7 +204,7 @@ def test_folders_that_are_no_checkpoint(peer: BertForMaskedLM, tmp_path: Path) -
         open_text(tmp_path / "peer")
 
 
-def test_a_tokenizer_of_more_entries_than_the_encoder(peer: BertForMaskedLM, tmp_path: Path) -> None:
+def test_tokenizer_with_more_entries_than_the_encoder_is_refused(peer: BertForMaskedLM, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend.add_tokens(["onemore"])
     tokenizer.save(tmp_path / "peer" / "tokenizer.json")
@@ -213,8 +213,8 @@ def test_a_tokenizer_of_more_entries_than_the_encoder(peer: BertForMaskedLM, tmp
 
 
 @pytest.mark.parametrize("lower", [True, False])
-def test_a_vocabulary_alone(lower: bool, peer: BertForMaskedLM, tmp_path: Path) -> None:
-    """vocab.txt does not say whether it is of small letters: tokenizer_config.json does."""
+def test_vocabulary_file_alone(lower: bool, peer: BertForMaskedLM, tmp_path: Path) -> None:
+    """tokenizer_config.json says whether vocab.txt is lower case."""
     folder = tmp_path / "peer"
     vocab = tiny_tokenizer().backend.get_vocab()
     (folder / "vocab.txt").write_text("\n".join(sorted(vocab, key=vocab.__getitem__)) + "\n")
@@ -227,7 +227,7 @@ def test_a_vocabulary_alone(lower: bool, peer: BertForMaskedLM, tmp_path: Path) 
     assert tokenizer.context_length == 10
 
 
-def test_a_vocabulary_of_byte_pairs(tmp_path: Path, seed: int) -> None:
+def test_vocabulary_of_byte_pairs(tmp_path: Path, seed: int) -> None:
     from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
     from dualenc.data import Tokenizer
@@ -249,7 +249,7 @@ def test_a_vocabulary_of_byte_pairs(tmp_path: Path, seed: int) -> None:
     assert tokenizer.encode(texts) == peer(texts)["input_ids"]
 
 
-def test_what_is_saved_has_a_tokenizer_for_others(tmp_path: Path, seed: int) -> None:
+def test_transformers_reads_the_saved_tokenizer(tmp_path: Path, seed: int) -> None:
     tokenizer = tiny_tokenizer()
     text = TextConfig(tokenizer.vocab_size, 16, 2, 2, context_length=16, types=2)
     TextPredictor(perturb(TextModel(text, {})), tokenizer).save(tmp_path / "model")
@@ -261,8 +261,8 @@ def test_what_is_saved_has_a_tokenizer_for_others(tmp_path: Path, seed: int) -> 
     assert (pairs["input_ids"], pairs["token_type_ids"]) == tokenizer.encode_pairs([("a cat", "two dogs")])
 
 
-def test_the_text_tower_of_a_model_directory(tmp_path: Path, seed: int) -> None:
-    """Also of a run, whose best model is meant."""
+def test_text_tower_of_a_model_directory(tmp_path: Path, seed: int) -> None:
+    """A run stands for its best model."""
     embedder: Embedder = tiny_embedder(seed)
     embedder.save(tmp_path / "run" / "best")
     checkpoint = open_text(tmp_path / "run")
@@ -274,7 +274,7 @@ def test_the_text_tower_of_a_model_directory(tmp_path: Path, seed: int) -> None:
     assert checkpoint.tokenizer().encode(["a cat"]) == embedder.tokenizer.encode(["a cat"])
 
 
-def test_a_run_of_texts(peer: BertForMaskedLM, tmp_path: Path) -> None:
+def test_run_directory_of_a_text_task(peer: BertForMaskedLM, tmp_path: Path) -> None:
     load_text(tmp_path / "peer", "cpu").save(tmp_path / "run" / "last")
     assert open_text(tmp_path / "run").folder == tmp_path / "run" / "last"
 
@@ -289,7 +289,7 @@ def sentence_transformer(folder: Path, pooling: dict[str, Any], *more: str) -> N
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7, "do_lower_case": False}))
 
 
-def test_a_folder_of_sentence_transformers(peer: BertForMaskedLM, tmp_path: Path) -> None:
+def test_folder_of_sentence_transformers(peer: BertForMaskedLM, tmp_path: Path) -> None:
     folder = tmp_path / "peer"
     for pooling, pool in [
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
@@ -312,7 +312,7 @@ def test_a_folder_of_sentence_transformers(peer: BertForMaskedLM, tmp_path: Path
         open_text(folder)
 
 
-def test_hub_specs_fetch_pickles_only_where_they_must(
+def test_hub_specs_fetch_pickles_only_without_safetensors(
     peer: BertForMaskedLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -342,7 +342,7 @@ def test_saving_never_replaces_another_folder(peer: BertForMaskedLM, tmp_path: P
     assert (tmp_path / "thesis" / "chapter.tex").exists()
 
 
-def test_own_folders_say_what_is_wrong(peer: BertForMaskedLM, tmp_path: Path) -> None:
+def test_errors_of_own_folders_name_the_key(peer: BertForMaskedLM, tmp_path: Path) -> None:
     load_text(tmp_path / "peer", "cpu").save(tmp_path / "ours")
     path = tmp_path / "ours" / "dualenc.json"
     fields = json.loads(path.read_text())
@@ -359,7 +359,7 @@ def test_own_folders_say_what_is_wrong(peer: BertForMaskedLM, tmp_path: Path) ->
             open_text(tmp_path / "ours")
 
 
-def test_an_encoder_alone(tmp_path: Path, seed: int) -> None:
+def test_encoder_without_heads(tmp_path: Path, seed: int) -> None:
     config = BertConfig(vocab_size=40, **SMALL)
     perturb(BertModel(config, add_pooling_layer=False)).save_pretrained(tmp_path)
     assert open_text(tmp_path).heads == {}

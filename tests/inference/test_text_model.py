@@ -1,4 +1,4 @@
-"""Labels, hidden words and vectors of texts, beside transformers."""
+"""Labels, masked tokens and vectors of texts, compared with transformers."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def predictor(heads: dict[str, HeadConfig], tokenizer: Tokenizer | None = None, 
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_classification_in_batches_is_that_of_each_text(pairs: bool, seed: int) -> None:
+def test_classification_in_batches_equals_single_texts(pairs: bool, seed: int) -> None:
     it = predictor(HEADS)
     texts: Any = list(zip(TEXTS, reversed(TEXTS))) if pairs else TEXTS
     for name in ("mood", "tags", "stars"):
@@ -59,7 +59,7 @@ def test_classification_in_batches_is_that_of_each_text(pairs: bool, seed: int) 
                 assert one["labels"] == [key for key, p in zip(labels, expected.tolist()) if p >= 0.5]
 
 
-def test_the_second_text_of_a_pair_is_seen_as_such(seed: int) -> None:
+def test_second_text_of_a_pair_has_its_own_segment(seed: int) -> None:
     it = predictor(HEADS)
     (one,) = it.classify([("a cat", "two dogs")], "stars")
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_the_second_text_of_a_pair_is_seen_as_such(seed: int) -> None:
     assert it.classify([("a cat", "two dogs")], "stars") != [one]
 
 
-def test_which_head_is_meant(seed: int) -> None:
+def test_choice_of_the_head(seed: int) -> None:
     it = predictor(HEADS)
     with pytest.raises(ValueError, match="mood, tags, stars"):
         it.classify(TEXTS)
@@ -83,7 +83,7 @@ def test_which_head_is_meant(seed: int) -> None:
 
 
 def renamed(tokenizer: Tokenizer, names: dict[str, str], lstrip: bool = False) -> Tokenizer:
-    """The same tokenizer whose special tokens have other names."""
+    """Return a tokenizer whose special tokens have other names."""
     import json
 
     from tokenizers import Tokenizer as Backend
@@ -104,8 +104,8 @@ ROBERTA = {"[CLS]": "<s>", "[SEP]": "</s>", "[PAD]": "<pad>", "[UNK]": "<unk>", 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
 @pytest.mark.parametrize("named", [False, True])
-def test_hidden_words(kind: Any, named: bool, tmp_path: Path, seed: int) -> None:
-    """Ids are those of transformers' tokenizer, which reads the token in the text; so are the guesses."""
+def test_fill_equals_transformers(kind: Any, named: bool, tmp_path: Path, seed: int) -> None:
+    """Ids and guesses equal those of transformers' tokenizer and of the logits at its masks."""
     tokenizer = Tokenizer.train([" ".join(WORDS)] * 2, 300, 16, kind)
     tokenizer = renamed(tokenizer, ROBERTA, lstrip=True) if named else tokenizer
     it = predictor({"mlm": HeadConfig("mlm")}, tokenizer)
@@ -128,7 +128,7 @@ def test_hidden_words(kind: Any, named: bool, tmp_path: Path, seed: int) -> None
     assert all(guess["text"].startswith("a [MASK] sits") for guess in found[1])
 
 
-def test_the_word_stands_in_its_place(seed: int) -> None:
+def test_fill_puts_the_word_in_place_of_the_mask(seed: int) -> None:
     it = predictor({"mlm": HeadConfig("mlm")})
     cat = it.tokenizer.backend.token_to_id("cat")
     with torch.no_grad():
@@ -161,14 +161,14 @@ def test_vectors_of_texts_and_of_tokens(pool: Any, seed: int) -> None:
         it.embed([])
 
 
-def test_dropout_is_off_and_the_mode_comes_back(seed: int) -> None:
+def test_dropout_is_off_and_the_mode_is_restored(seed: int) -> None:
     it = predictor(HEADS, dropout=0.5)
     it.model.train()
     assert torch.equal(it.embed(TEXTS), it.embed(TEXTS))
     assert it.model.training
 
 
-def test_parts_that_do_not_fit(seed: int) -> None:
+def test_tokenizer_that_does_not_fit_is_refused(seed: int) -> None:
     tokenizer = tiny_tokenizer(12)
     for change, message in {"vocab_size": "entries", "context_length": "tokens, the model takes"}.items():
         text = TextConfig(**{"vocab_size": tokenizer.vocab_size, "width": 8, "layers": 1, "heads": 1, change: 11})
@@ -192,7 +192,7 @@ def minilm() -> Path:
     return Path(package.__file__).parent / "model"
 
 
-def test_real_sentences(minilm: Path) -> None:
+def test_sentence_embeddings_equal_transformers(minilm: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
     batch = tokenizer(SENTENCES, padding=True, truncation=True, max_length=256, return_tensors="pt")
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_real_sentences(minilm: Path) -> None:
 
 
 @pytest.mark.slow
-def test_real_sentences_without_transformers(minilm: Path) -> None:
+def test_sentence_embeddings_without_transformers_installed(minilm: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None; sys.modules['lightning'] = None\n"
         "import socket; socket.socket.connect = None\n"

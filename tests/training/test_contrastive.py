@@ -1,4 +1,4 @@
-"""The task in a trainer: resume, ranks, what is logged and written."""
+"""Runs of the contrastive task: resuming, ranks, logs and files."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ def test_what_a_run_writes(tmp_path: Path, seed: int, capsys: pytest.CaptureFixt
 
 @pytest.mark.slow
 def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, seed: int) -> None:
-    """Stopped at step 5 of 24, inside an epoch, and continued: losses and weights of the unbroken run, to the bit."""
+    """A run stopped at step 5 of 24, inside an epoch, and resumed has bit-equal losses and weights."""
     dropout = ["--model.text.dropout", "0.2", "--model.patch_dropout", "0.5"]
     whole = small_fit(SMOKE, tmp_path / "whole", seed, *dropout)
 
@@ -66,7 +66,7 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_follow_one(tmp_path: Path, seed: int) -> None:
-    """The same batches, the same losses: two processes with half of each batch, and one with the whole."""
+    """Two processes with half of each batch have the losses of one with whole batches."""
     write_shards(tmp_path / "shards", [20, 15, 13], seed)
     sets = write_benchmark(tmp_path / "set", seed, "retrieval")
     evaluation = f'[{{"class_path": "dualenc.training.Evaluation", "init_args": {{"data": ["{sets}"]}}}}]'
@@ -93,7 +93,7 @@ def test_two_ranks_follow_one(tmp_path: Path, seed: int) -> None:
 
 
 def test_without_held_out_pairs(tmp_path: Path, seed: int) -> None:
-    """Evaluation sets are measured all the same; a logger named in YAML writes beside metrics.csv."""
+    """Evaluation sets are measured without them; a logger named in YAML writes in addition to metrics.csv."""
     logger = f'{{"class_path": "TensorBoardLogger", "init_args": {{"save_dir": "{tmp_path / "board"}"}}}}'
     run = small_fit(SMOKE, tmp_path, seed, "--data.val", "null", "--run.monitor", "set/mrr", "--trainer.logger", logger)
     assert len(metrics(run, "set/mrr")) == 8
