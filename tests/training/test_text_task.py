@@ -285,6 +285,12 @@ def test_predictions(tmp_path, seed, capsys):
     for line, answer in zip(lines, want, strict=True):
         assert line["label"] == answer["label"]
         assert line["score"] == pytest.approx(answer["score"], abs=1e-5)
+    asked = json.dumps({"words": {"files": str(tmp_path / "new.jsonl")}})
+    with pytest.raises(SystemExit) as status:
+        main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--data.predict", asked])
+    assert status.value.code == 2
+    assert "data.predict.words: a head of kind mlm" in capsys.readouterr().err
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == 11  # those of before stay
 
 
 def test_test_compares_with_ngrams(tmp_path, seed, capsys):
