@@ -200,7 +200,7 @@ def equal(one: Any, other: Any, apart: tuple[str, ...] = ("?",)) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", [name for name in MASKED if "relu" not in name])
-def test_masked_language_heads(name: str, tied: bool, tmp_path: Path, seed: int) -> None:
+def test_masked_language_heads_equal_transformers(name: str, tied: bool, tmp_path: Path, seed: int) -> None:
     kind, config = FAMILIES[name]
     peer = build(kind, config, AutoModelForMaskedLM, tie_word_embeddings=tied)
     peer.save_pretrained(tmp_path / "peer")
@@ -237,7 +237,7 @@ PROBLEMS = {
         ("bert", "regression"),
     ],
 )
-def test_classification_heads(name: str, problem: str, tmp_path: Path, seed: int) -> None:
+def test_classification_heads_equal_transformers(name: str, problem: str, tmp_path: Path, seed: int) -> None:
     kind, config = FAMILIES[name.removesuffix(", mean")]
     problem_type, labels = PROBLEMS[problem]
     more = {"problem_type": problem_type, "id2label": dict(enumerate(labels)), "num_labels": len(labels)}

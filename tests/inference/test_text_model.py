@@ -36,7 +36,7 @@ def predictor(heads: dict[str, HeadConfig], tokenizer: Tokenizer | None = None, 
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_classification_in_batches_is_that_of_each_text(pairs: bool, seed: int) -> None:
+def test_classification_in_batches_equals_single_texts(pairs: bool, seed: int) -> None:
     it = predictor(HEADS)
     texts: Any = list(zip(TEXTS, reversed(TEXTS))) if pairs else TEXTS
     for name in ("mood", "tags", "stars"):
@@ -59,7 +59,7 @@ def test_classification_in_batches_is_that_of_each_text(pairs: bool, seed: int) 
                 assert one["labels"] == [key for key, p in zip(labels, expected.tolist()) if p >= 0.5]
 
 
-def test_the_second_text_of_a_pair_is_seen_as_such(seed: int) -> None:
+def test_second_text_of_a_pair_has_its_own_segment(seed: int) -> None:
     it = predictor(HEADS)
     (one,) = it.classify([("a cat", "two dogs")], "stars")
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_dropout_is_off_and_the_mode_is_restored(seed: int) -> None:
     assert it.model.training
 
 
-def test_parts_that_do_not_fit(seed: int) -> None:
+def test_tokenizer_that_does_not_fit_is_refused(seed: int) -> None:
     tokenizer = tiny_tokenizer(12)
     for change, message in {"vocab_size": "entries", "context_length": "tokens, the model takes"}.items():
         text = TextConfig(**{"vocab_size": tokenizer.vocab_size, "width": 8, "layers": 1, "heads": 1, change: 11})
@@ -192,7 +192,7 @@ def minilm() -> Path:
     return Path(package.__file__).parent / "model"
 
 
-def test_real_sentences(minilm: Path) -> None:
+def test_sentence_embeddings_equal_transformers(minilm: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
     batch = tokenizer(SENTENCES, padding=True, truncation=True, max_length=256, return_tensors="pt")
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_real_sentences(minilm: Path) -> None:
 
 
 @pytest.mark.slow
-def test_real_sentences_without_transformers(minilm: Path) -> None:
+def test_sentence_embeddings_without_transformers_installed(minilm: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None; sys.modules['lightning'] = None\n"
         "import socket; socket.socket.connect = None\n"

@@ -1,4 +1,4 @@
-"""Replaced-token detection: what is drawn, what counts as replaced, what the two encoders share."""
+"""Replaced-token detection: draws, labels, losses, shared embeddings."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def draw():
 
 
 @pytest.mark.parametrize(("size", "heads", "width"), [(0.25, 1, 4), (0.5, 2, 8), (0.1, 1, 4), (1.0, 4, 16)])
-def test_the_generator_is_narrower_and_as_deep(size, heads, width):
+def test_generator_is_narrower_and_equally_deep(size, heads, width):
     found = generator_config(TEXT, size)
     assert (found.heads, found.width, found.layers) == (heads, width, TEXT.layers)
     assert (found.embed_width or found.width) == 10
@@ -41,7 +41,7 @@ def test_the_generator_is_narrower_and_as_deep(size, heads, width):
         generator_config(TEXT, 0)
 
 
-def test_the_losses_are_those_of_the_paper():
+def test_losses_equal_the_paper():
     model = build()
     tokens, ids, places = draw()
     out = model(tokens, ids, places)
@@ -82,7 +82,7 @@ def test_the_losses_are_those_of_the_paper():
 
 
 @pytest.mark.long
-def test_what_is_drawn_follows_the_generators_softmax():
+def test_draws_follow_the_generators_softmax():
     model = build()
     tokens, ids, places = draw()
     counts = torch.zeros(len(places), VOCAB)
@@ -99,7 +99,7 @@ def test_what_is_drawn_follows_the_generators_softmax():
     assert (want.max(-1).values < 0.99).any()  # control: there is something to draw
 
 
-def test_a_draw_of_the_original_counts_as_original():
+def test_draw_of_the_original_token_counts_as_original():
     model = build()
     tokens, ids, places = draw()
     with torch.no_grad():  # a generator that is sure of the right word
@@ -112,7 +112,7 @@ def test_a_draw_of_the_original_counts_as_original():
     assert model(tokens, ids, places).replaced.nonzero()[:, 0].tolist() == places.tolist()  # control
 
 
-def test_the_embeddings_are_one():
+def test_both_encoders_share_their_embeddings():
     model = build()
     own, other = model.generator.encoder.embeddings, model.discriminator.encoder.embeddings
     for name in ("token_embeddings", "position_embeddings", "segment_embeddings", "norm"):
@@ -135,7 +135,7 @@ def test_the_embeddings_are_one():
         assert torch.autograd.grad(loss, own.token_embeddings.weight, retain_graph=True)[0].any()
 
 
-def test_joined_again_from_two():
+def test_join_of_two_saved_parts():
     model = build()
     parts = [TextModel(TEXT, {"rtd": HeadConfig("rtd")}), TextModel(model.generator.config, {"mlm": HeadConfig("mlm")})]
     for part, own in zip(parts, (model.discriminator, model.generator)):

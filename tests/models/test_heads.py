@@ -1,4 +1,4 @@
-"""The heads beside those of transformers, every parameter random."""
+"""Heads compared with those of transformers, every parameter random."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_masked_language_head_is_bert_s(activation):
+def test_masked_language_head_equals_bert(activation):
     config = TextConfig(50, width=16, layers=1, heads=2, activation=activation, norm_eps=1e-6)
     head = MaskedLanguageHead(config).double()
     peer = BertLMPredictionHead(

@@ -1,4 +1,4 @@
-"""A head kind of a user's own: one class in a module of theirs, named in YAML; a saved model never imports it."""
+"""Head kinds of a user's own, named by import path in YAML; saved models never import them."""
 
 import json
 import sys
@@ -59,7 +59,7 @@ LABELS = ["poor", "fair", "good"]
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module of the user's own that can be imported and has not been."""
+    """A user's module that has not been imported yet."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / f"{MODULE}.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(str(tmp_path / "own"))
@@ -95,8 +95,8 @@ def write_run(folder: Path, seed: int) -> Path:
 
 
 @pytest.mark.long
-def test_a_kind_named_in_yaml(module: str, tmp_path: Path, seed: int) -> None:
-    """Trained, measured, used to predict, saved and loaded, without a change in the package."""
+def test_kind_named_in_yaml(module: str, tmp_path: Path, seed: int) -> None:
+    """A kind from outside the package is trained, measured, used to predict, saved and loaded."""
     main(["fit", "--config", str(write_run(tmp_path, seed))])
     run = tmp_path / "run"
     losses = metrics(run, "train/loss")
@@ -130,7 +130,7 @@ def test_a_kind_named_in_yaml(module: str, tmp_path: Path, seed: int) -> None:
     assert MODULE not in sys.modules
 
 
-def test_a_configuration_imports_nothing(module: str) -> None:
+def test_configuration_does_not_import(module: str) -> None:
     head = HeadConfig(KIND, ("a", "b"))
     with pytest.raises(ValueError, match=f"import {MODULE} first"):
         TextModel(TextConfig(20, 8, 1, 1), {"stars": head})
@@ -149,12 +149,12 @@ def test_a_configuration_imports_nothing(module: str) -> None:
         ("no_such_module.Head", "no_such_module cannot be imported"),
     ],
 )
-def test_a_path_to_something_else(kind: str, message: str) -> None:
+def test_path_to_something_else_is_refused(kind: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         import_head(kind)
 
 
-def test_a_lazy_module_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookup_does_not_trigger_lazy_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attributes of a lazy module import others: a saved model must not cause that."""
 
     class Lazy(ModuleType):
@@ -166,7 +166,7 @@ def test_a_lazy_module_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         head_class("lazy_module_of_a_test.Head")
 
 
-def test_an_unknown_kind_is_named_by_its_head(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_of_an_unknown_kind_names_the_head(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_run(tmp_path, seed)
     with pytest.raises(SystemExit) as status:
         main(["fit", "--config", str(path)])

@@ -1,4 +1,4 @@
-"""Replaced-token detection as a run: what it learns, what it writes, how it goes on."""
+"""Runs of replaced-token detection: learning, files, resuming."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The masked-language-model loss beside the contrastive one: one number, one gradient, over pieces and ranks too."""
+"""Auxiliary losses of the contrastive task: values and gradients, over micro-batches and ranks too."""
 
 import json
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def task_of(world=1):
 
 
 def piece_of(start, stop):
-    """Pairs start to stop of a batch, whatever the pieces."""
+    """Return pairs start to stop of a batch, the same in any micro-batch."""
     tokenizer = tiny_tokenizer()
     texts = [" ".join((WORDS * 3)[i : i + 2 + i % 6]) for i in range(start, stop)]
     pictures = [torch.randint(256, (3, SIZE, SIZE), generator=torch.Generator().manual_seed(i)) for i in range(20)]
@@ -51,7 +51,7 @@ def gradients(task, value):
 
 
 def by_hand(task, piece):
-    """On padded texts."""
+    """Compute the loss on padded texts."""
     images = task.preprocess.normalize(piece.images, torch.float64)
     contrastive = clip_loss(*task.model(images, piece.tokens))
     ids, mask, _ = piece.tokens._replace(ids=piece.masked.ids).padded()
@@ -70,7 +70,7 @@ def close(one, other):
 
 
 @pytest.mark.parametrize("size", [20, 7])
-def test_the_sum_of_both(size, seed):
+def test_loss_is_the_sum_of_both(size, seed):
     torch.manual_seed(seed)
     task = task_of()
     want = by_hand(task, piece_of(0, 20))
@@ -87,7 +87,7 @@ def images_and_tokens(task, start, stop):
 
 
 def test_nothing_is_hidden(seed):
-    """As may be in a batch of short captions: the loss is the contrastive one."""
+    """A batch of short captions may have no masked token: the loss is the contrastive one."""
     torch.manual_seed(seed)
     task, piece = task_of(), piece_of(0, 6)
     none = torch.zeros(0, dtype=torch.int64)
@@ -113,7 +113,7 @@ class TextNorm(AuxiliaryLoss):
         return mean
 
 
-def test_a_second_auxiliary_loss_is_one_object(seed, monkeypatch):
+def test_second_auxiliary_loss_is_one_object(seed, monkeypatch):
     torch.manual_seed(seed)
     monkeypatch.setattr(
         contrastive, "auxiliary_losses", lambda text, *_: [MaskedLanguageLoss(text, WEIGHT), TextNorm()]
@@ -171,7 +171,7 @@ def test_over_ranks(tmp_path, seed):
 
 @pytest.mark.slow
 def test_in_a_run(tmp_path, seed, capsys):
-    """The head learns, is in checkpoints and not in the model directory, and a continued run is the same to the bit."""
+    """The head learns, is in checkpoints but not in the model directory, and a resumed run is bit-equal."""
     more = ["--model.mlm_weight", "0.5", "--data.micro_batch_size", "6"]
     whole = small_fit(SMOKE, tmp_path / "whole", seed, *more)
     guessed = metrics(whole, "train/mlm_loss")

@@ -1,4 +1,4 @@
-"""Files of texts as a trainer gets them: what each stage reads, tokenizers, labels, and what is wrong with them."""
+"""The data module of texts: stages, columns, tokenizers, labels, errors."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def files(tmp_path: Path, seed: int) -> Path:
 
 
 def of(files: Path, name: str, **options) -> dict:
-    """Sources of all heads."""
+    """Return the sources of all heads."""
     table, plain = str(files / f"{name}.tsv"), str(files / f"{name}.txt")
     columns = name == "train"
     found = {
@@ -62,7 +62,7 @@ def of(files: Path, name: str, **options) -> dict:
 
 
 def attached(data: TextData, folder: Path, stage: str = "fit", checkpoint=None, world: int = 1) -> TextData:
-    """As a trainer has it that is about to begin."""
+    """Attach the data to a trainer that is about to begin."""
     module = SimpleNamespace(text_checkpoint=checkpoint)
     data.trainer = SimpleNamespace(
         default_root_dir=str(folder / "run"), state=SimpleNamespace(fn=stage), world_size=world, global_rank=0,
@@ -101,7 +101,7 @@ def test_all_stages(files: Path) -> None:
     assert [predict.predict_index[row].key for row in batch.rows.tolist()] == ["line 2", "line 3"]
 
 
-def test_columns_that_are_not_said_are_those_of_training(files: Path) -> None:
+def test_columns_default_to_those_of_training(files: Path) -> None:
     data = made(files, val=of(files, "val", like={"label": "label"}))
     assert {head: (use.pair, use.label) for head, use in data.uses["val"].items()} == {
         "topic": (None, "label"),
@@ -121,8 +121,8 @@ def test_no_validation(files: Path) -> None:
     assert {head for batch in some.val_dataloader() for head in batch.parts} == {"topic"}
 
 
-def test_a_share_is_held_out_by_content(files: Path) -> None:
-    """The same lines for every head that reads them, and no line on both sides."""
+def test_share_is_held_out_by_content(files: Path) -> None:
+    """Every head holds out the same lines of a file, and no line is on both sides."""
     data = made(files, val=0.3)
     held = {head: {s.read()["text"] for s in index} for head, index in data._raw["val"].items()}
     rest = {head: {s.read()["text"] for s in index} for head, index in data._raw["train"].items()}
@@ -137,7 +137,7 @@ def test_a_share_is_held_out_by_content(files: Path) -> None:
     assert again.val_index.fingerprint == data.val_index.fingerprint
 
 
-def test_the_loader_goes_on_where_it_stood(files: Path, seed: int) -> None:
+def test_loader_resumes(files: Path, seed: int) -> None:
     for mix in ("together", "round_robin"):
         whole = [batch.tokens.ids.tolist() for batch in made(files, mix=mix, seed=seed).train_dataloader()]
         first = made(files, mix=mix, seed=seed).train_dataloader()
@@ -204,7 +204,7 @@ def test_other_files_on_another_rank(files: Path, monkeypatch: pytest.MonkeyPatc
         made(files)
 
 
-def test_bad_lines_are_counted(files: Path) -> None:
+def test_bad_lines_are_logged(files: Path) -> None:
     with open(files / "train.tsv", "a") as file:
         file.write("\nbroken")
     data = made(files, train={"topic": of(files, "train")["topic"]}, batch_size=41)
@@ -237,7 +237,7 @@ def test_bad_lines_are_counted(files: Path) -> None:
         ({"heads": {"a": HeadConfig("mlm"), "b": HeadConfig("rtd")}}, "heads a and b read masked tokens"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(files: Path, options: dict, message: str) -> None:
+def test_errors_name_the_option(files: Path, options: dict, message: str) -> None:
     options = json.loads(json.dumps(options, default=vars).replace("FILES", str(files)))
     stage, labels = options.pop("stage", "fit"), tuple(options.pop("labels", ("0", "1", "2")))
     heads = {name: HeadConfig(head["kind"]) for name, head in options.pop("heads", {}).items()}

@@ -1,4 +1,4 @@
-"""The text task: heads together and in turn, ranks, resuming, and one encoder in all of its uses."""
+"""The text task: several heads, ranks, resuming, predictions, pretrained weights."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def sentence(number):
 
 
 def piece_of(start, stop, heads=HEADS):
-    """Samples start to stop of a batch; sample i is of head i modulo their number."""
+    """Return samples start to stop of a batch; sample i belongs to head i modulo the number of heads."""
     names = list(heads)
     own = list(range(start, stop))
     apart = [i for i in own if heads[names[i % len(names)]].kind == "embedding"]
@@ -86,7 +86,7 @@ def gradients(task, value):
 
 
 def by_hand(task, batch):
-    """On padded texts, one head after the other."""
+    """Compute the loss on padded texts, one head after the other."""
     model, tokens = task.model, batch.tokens
     masked = batch.masked
     ids, mask, _ = tokens._replace(ids=masked.ids).padded()
@@ -118,7 +118,7 @@ def close(one, other):
         )
 
 
-def test_the_sum_over_the_heads(seed):
+def test_loss_is_the_weighted_sum_over_the_heads(seed):
     task, batch = task_of(), piece_of(0, BATCH)
     want = by_hand(task, batch)
     got = task.training_step(batch, 0)
@@ -129,7 +129,7 @@ def test_the_sum_over_the_heads(seed):
         assert abs(task.training_step(rest, 0) - got) > 1e-4, name
 
 
-def test_the_other_texts_of_the_batch_are_wrong(seed):
+def test_other_texts_of_the_batch_are_negatives(seed):
     heads = {"near": HeadConfig("embedding", problem="negatives")}
     task, batch = task_of(heads), piece_of(0, 6, heads)
     vectors = F.normalize(task.model.encoder.pool(task.model.encoder(batch.tokens), batch.tokens), dim=-1)
@@ -168,7 +168,7 @@ def test_over_ranks(tmp_path, seed):
 
 
 def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, start=main, **options) -> Path:
-    """A run on the files of `write_texts`."""
+    """Run the task on the files of `write_texts`; return the run directory."""
     heads = heads or {
         "words": {"kind": "mlm"},
         "mood": {"kind": "classification", "labels": ["bad", "good"], "activation": None},
@@ -202,7 +202,7 @@ def fit(folder: Path, data: Path, seed: int, *more: str, text=None, heads=None, 
 
 
 @pytest.mark.parametrize("mix", ["together", pytest.param("round_robin", marks=pytest.mark.slow)])
-def test_continued_to_the_bit(tmp_path, seed, mix):
+def test_resumed_run_is_bit_equal(tmp_path, seed, mix):
     write_texts(tmp_path, seed)
     dropout = {**TINY_TEXT, "dropout": 0.1}
     more = ("--data.mix", mix)
@@ -223,8 +223,8 @@ def test_continued_to_the_bit(tmp_path, seed, mix):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mix", ["together", "round_robin"])
-def test_two_ranks_are_one(tmp_path, seed, mix):
-    """In the log, and after one of them was killed to the bit."""
+def test_two_ranks_equal_one(tmp_path, seed, mix):
+    """Logs are close to those of one rank, and bit-equal after one of two ranks was killed."""
     write_texts(tmp_path, seed)
     files: list[str] = []
     fit(tmp_path / "x", tmp_path, seed, "--data.mix", mix, start=files.extend)
@@ -240,8 +240,8 @@ def test_two_ranks_are_one(tmp_path, seed, mix):
 
 
 @pytest.mark.slow
-def test_one_checkpoint_many_uses(tmp_path, seed, capsys):
-    """Contrastive, then masked words and a classification, then contrastive again: the tower is the same to the bit."""
+def test_one_encoder_through_contrastive_and_text_tasks(tmp_path, seed, capsys):
+    """Contrastive, then masked tokens and a classification, then contrastive again: the loaded tower is bit-equal."""
     pairs = small_fit(SMOKE, tmp_path / "pairs", seed)
     tower = dualenc.load(pairs / "last", "cpu").dual_encoder.text
     write_texts(tmp_path, seed)
@@ -285,6 +285,12 @@ def test_predictions(tmp_path, seed, capsys):
     for line, answer in zip(lines, want, strict=True):
         assert line["label"] == answer["label"]
         assert line["score"] == pytest.approx(answer["score"], abs=1e-5)
+    asked = json.dumps({"words": {"files": str(tmp_path / "new.jsonl")}})
+    with pytest.raises(SystemExit) as status:
+        main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", "last", "--data.predict", asked])
+    assert status.value.code == 2
+    assert "data.predict.words: a head of kind mlm" in capsys.readouterr().err
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == 11  # those of before stay
 
 
 def test_an_mlm_head_is_tested_with_its_baseline(tmp_path, seed, capsys):
@@ -297,7 +303,7 @@ def test_an_mlm_head_is_tested_with_its_baseline(tmp_path, seed, capsys):
         assert 1 < float(said[f"test/words/{name}"]) < 130, name
 
 
-def test_nothing_is_hidden_and_nothing_is_good(seed):
+def test_batches_without_masked_tokens_or_good_samples(seed):
     heads = {"words": HEADS["words"]}
     task, batch = task_of(heads), piece_of(0, 4, heads)
     none = torch.zeros(0, dtype=torch.int64)
@@ -310,8 +316,8 @@ def test_nothing_is_hidden_and_nothing_is_good(seed):
 
 
 @pytest.mark.slow
-def test_predicted_by_the_average(tmp_path, seed):
-    """As `last/` is, where there is one."""
+def test_predictions_use_the_averaged_weights(tmp_path, seed):
+    """Predictions equal those of `last/`, which has the average where there is one."""
     write_texts(tmp_path, seed)
     average = json.dumps([{"class_path": "dualenc.training.EMA", "init_args": {"decay": 0.99}}])
     run = fit(tmp_path / "run", tmp_path, seed, "--trainer.callbacks", average)
@@ -323,7 +329,7 @@ def test_predicted_by_the_average(tmp_path, seed):
     assert got == pytest.approx([answer["score"] for answer in want], abs=1e-6)
 
 
-def test_what_the_logits_mean_stays(tmp_path, seed, capsys):
+def test_resume_refuses_other_labels(tmp_path, seed, capsys):
     write_texts(tmp_path, seed)
     labels = {"mood": {"kind": "classification", "labels": ["bad", "good"]}}
     run = fit(tmp_path / "run", tmp_path, seed, heads=labels)
@@ -344,7 +350,7 @@ def test_what_the_logits_mean_stays(tmp_path, seed, capsys):
         ({"a": HeadConfig("mlm"), "b": HeadConfig("mlm")}, "a and b read masked tokens"),
     ],
 )
-def test_heads_that_cannot_be(heads, message):
+def test_invalid_heads_are_refused(heads, message):
     with pytest.raises(ValueError, match=message):
         TextTask(heads, config())
 
@@ -385,7 +391,7 @@ def big_vocabulary(folder: Path) -> Path:
     return path
 
 
-def test_a_head_of_two_words_is_said_to_be_loaded(tmp_path, seed, capsys):
+def test_head_with_a_space_in_its_name_is_reported_as_loaded(tmp_path, seed, capsys):
     write_texts(tmp_path, seed)
     heads = {"film mood": {"kind": "classification", "labels": ["bad", "good"]}}
     more = ("--run.monitor", "val/film mood/accuracy", "--trainer.max_steps", "1")
@@ -400,7 +406,7 @@ def test_a_head_of_two_words_is_said_to_be_loaded(tmp_path, seed, capsys):
     assert "random at first: head film mood" in capsys.readouterr().err
 
 
-def test_what_is_taken_of_another_model(seed):
+def test_load_pretrained_copies_heads_that_fit(seed):
     two = HeadConfig("classification", labels=("a", "b"))
     given = TextModel(config(), {"words": HeadConfig("mlm"), "pooler": HeadConfig("pooler"), "one": two})
     with torch.no_grad():

@@ -308,10 +308,10 @@ def head_class(kind: str) -> type[Head]:
     module, _, name = kind.rpartition(".")
     if not module:
         raise ValueError(f"kind {kind!r} must be one of {', '.join(HEADS)}, or the import path of a Head class")
-    if module not in sys.modules:
+    if (loaded := sys.modules.get(module)) is None:
         raise ValueError(f"kind {kind} is a class of {module}: import {module} first, in Python")
-    # From the dictionary, because attributes of lazy modules import others.
-    found = vars(sys.modules[module]).get(name)
+    # Read from the dictionary, because looking up an attribute of a lazy module may import others.
+    found = vars(loaded).get(name)
     if not (isinstance(found, type) and issubclass(found, Head)) or inspect.isabstract(found):
         raise ValueError(f"kind {kind} must be a class that derives from dualenc.models.heads.Head")
     return found

@@ -1,4 +1,4 @@
-"""Batches of texts for one head or several: what they hold, in which order, the same after a stop."""
+"""Batches of texts for one head or several: content, order, resuming."""
 
 import json
 import pickle
@@ -76,7 +76,7 @@ USES = {use.head: use for use in (CLASS, PAIR, NEAR, SCORE, GUESS)}
 
 
 def table(folder, name, rng, count):
-    """Rows, the first text of each different from all others; and their index."""
+    """Write rows, the first text of each different from all others; return them and their index."""
     rows = [[f"{sentence(rng)} {n}", sentence(rng), str(rng.randrange(3)), str(rng.random())] for n in range(count)]
     path = folder / f"{name}.tsv"
     path.write_text("\n".join("\t".join(row) for row in [["one", "two", "y", "number"], *rows]))
@@ -90,7 +90,7 @@ def plain(folder, rng, count):
 
 @pytest.fixture
 def data(tmp_path, seed):
-    """Files of several heads, as one index, and what they are for."""
+    """Files of several heads as one index, and the uses of their lines."""
     rng = random.Random(seed)
     names = ("topic", "entails", "near", "score")
     indexes = [table(tmp_path, name, rng, 14 + 5 * n)[1] for n, name in enumerate(names)]
@@ -99,14 +99,14 @@ def data(tmp_path, seed):
 
 
 def by_text(tokens):
-    """Ids and segments of each text, in the caller's order."""
+    """Return ids and segments of each text, in the caller's order."""
     ids, mask, types = tokens.padded()
     types = torch.zeros_like(ids) if types is None else types
     return [(a[m].tolist(), b[m].tolist()) for a, m, b in zip(ids, mask, types, strict=True)]
 
 
 def prints(batch):
-    """All that a batch holds, in plain values."""
+    """Return the content of a batch as JSON."""
     masked = None if batch.masked is None else [x.tolist() for x in batch.masked]
     parts = {h: [None if x is None else (x.tolist(), str(x.dtype)) for x in p] for h, p in batch.parts.items()}
     return json.dumps([by_text(batch.tokens), batch.rows.tolist(), parts, masked, list(map(list, batch.bad))])
@@ -133,7 +133,7 @@ def expected(sample, use, tokenizer):
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
-def test_a_batch_has_the_texts_and_labels_of_its_lines(data, tokenizer, seed, whole_words):
+def test_batch_has_the_texts_and_labels_of_its_lines(data, tokenizer, seed, whole_words):
     index, uses = data
     bounds = np.cumsum([0, *index.counts()])
     rng = np.random.default_rng(seed)
@@ -171,7 +171,7 @@ def test_segments_only_where_pairs_are_joined(data, tokenizer, tmp_path, seed):
     assert make(data, tokenizer, uses=without).dataset[0, 0, np.arange(20)].tokens.types is None
 
 
-def test_only_the_texts_of_the_guessing_head_are_hidden(data, tokenizer, seed):
+def test_only_texts_of_the_guessing_head_are_masked(data, tokenizer, seed):
     index, _ = data
     first = len(index) - 31
     dataset = make(data, tokenizer, dataset_seed=seed).dataset
@@ -199,7 +199,7 @@ def test_only_the_texts_of_the_guessing_head_are_hidden(data, tokenizer, seed):
 
 
 def test_whole_words_in_batches(data, tokenizer, seed):
-    """All tokens of a word or none, in whatever place of the batch the text stands."""
+    """All tokens of a word are masked or none, wherever the text is in the batch."""
     index, _ = data
     dataset = make(data, tokenizer, dataset_seed=seed, whole_words=True).dataset
     words = 0
@@ -219,8 +219,8 @@ def test_whole_words_in_batches(data, tokenizer, seed):
     assert words > 20
 
 
-def test_measured_words_are_hidden_alike_each_time(data, tokenizer):
-    """Whatever the batches, the ranks and the epoch: by the line."""
+def test_held_out_texts_are_masked_alike_each_time(data, tokenizer):
+    """Masks depend on the line, not on batches, ranks and epochs."""
 
     def hidden(size, world=1, passes=1):
         loaders = [make(data, tokenizer, size * world, shuffle=False, rank=r, world=world) for r in range(world)]
@@ -257,7 +257,7 @@ def test_labels_of_several_kinds(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["x", "", None, True, "nan", "inf", [1], {"a": 1}])
-def test_what_is_no_number_is_a_bad_sample(tmp_path, value):
+def test_invalid_number_is_a_bad_sample(tmp_path, value):
     (tmp_path / "a.jsonl").write_text(json.dumps({"t": "x", "y": value}))
     (sample,) = TextIndex.build(str(tmp_path / "a.jsonl"))
     use = Use("h", "t", None, "y", Needs(NumberReader()))
@@ -276,7 +276,7 @@ def test_what_is_no_number_is_a_bad_sample(tmp_path, value):
         ({"t": "\ud800", "u": "x"}, "its column 't' holds text that is not Unicode"),
     ],
 )
-def test_lines_without_a_text(tmp_path, line, cause):
+def test_lines_without_text_are_bad_samples(tmp_path, line, cause):
     (tmp_path / "a.jsonl").write_text(json.dumps({"t": "x", "u": "y"}) + "\n" + json.dumps(line))
     index = TextIndex.build(str(tmp_path / "a.jsonl"))
     use = Use("h", "t", "u")
@@ -286,7 +286,7 @@ def test_lines_without_a_text(tmp_path, line, cause):
     assert list(all_texts(index, use)) == ["x", "y"]
 
 
-def test_a_label_that_the_head_does_not_know(tmp_path):
+def test_unknown_label_is_refused(tmp_path):
     (tmp_path / "a.tsv").write_text("one\ty\nx\t0\nx\tmaybe\n")
     index = TextIndex.build(str(tmp_path / "a.tsv"))
     with pytest.raises(DataError, match=r"a\.tsv line 3: label 'maybe' in column 'y' .* head 'topic'.*0, 1, 2"):
@@ -295,8 +295,8 @@ def test_a_label_that_the_head_does_not_know(tmp_path):
         label_of(index[1], CLASS, index[1].read())
 
 
-def test_bad_lines_are_replaced_by_others_of_their_source(tmp_path, tokenizer, seed):
-    """In training; what is measured leaves them out. All are named once."""
+def test_bad_lines_are_replaced_from_their_source(tmp_path, tokenizer, seed):
+    """Training replaces bad lines, measuring leaves them out; each is logged once."""
     (tmp_path / "a.tsv").write_text("one\ty\nx a\t0\nbroken\nx b\t1\nbroken\n")
     (tmp_path / "b.tsv").write_text("one\ty\nz\t2\n")
     index = TextIndex.build([str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")])
@@ -339,7 +339,7 @@ def test_every_line_once_an_epoch(data, tokenizer, seed, mix):
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mix", ["together", "round_robin"])
-def test_resume_is_the_same_to_the_bit(data, tokenizer, seed, mix, workers):
+def test_resume_is_bit_equal(data, tokenizer, seed, mix, workers):
     rng = random.Random(seed)
     whole = make(data, tokenizer, seed=seed, mix=mix)
     epochs = [[prints(b) for b in whole] for _ in range(2)]
@@ -380,14 +380,14 @@ def test_global_batches_do_not_depend_on_ranks(data, tokenizer, seed, mix):
         ("sources", {"sources": [(5, 2.0)]}),
     ],
 )
-def test_another_run_is_refused_by_name(data, tokenizer, what, change):
+def test_state_of_another_run_is_refused(data, tokenizer, what, change):
     one, other = make(data, tokenizer), make(data, tokenizer, **change)
     for a, b in ((one, other), (other, one)):
         with pytest.raises(DataError, match=f"had {what} "):
             a.load_state_dict(b.state_dict())
 
 
-def test_other_masking_tokenizer_and_files_are_refused(data, tokenizer, vocab):
+def test_state_with_other_masking_tokenizer_or_files_is_refused(data, tokenizer, vocab):
     index, uses = data
     state = make(data, tokenizer).state_dict()
     longer = Tokenizer.from_file(vocab, 17)
@@ -408,7 +408,7 @@ layouts = st.lists(sources, min_size=1, max_size=4)
 @settings(max_examples=60, deadline=None)
 @given(layouts, st.integers(0, 2**40), st.integers(1, 8))
 def test_round_robin(layout, seed, batch):
-    """Each batch is of one source; over many epochs each line comes as often as its weight says, evenly in between."""
+    """Each batch has one source; over many epochs each line comes as often as its weight says, evenly spread."""
     counts = [n for files, _ in layout for n in files]
     sources = [(len(files), weight) for files, weight in layout]
     totals = [sum(files) for files, _ in layout]
@@ -458,7 +458,7 @@ def test_round_robin_is_seeded(seed):
 # The tokenizer
 
 
-def test_pairs_are_those_of_bert(vocab, seed):
+def test_pairs_equal_bert(vocab, seed):
     rng = random.Random(seed)
     backend = Tokenizer.from_file(vocab, 500).backend
     peer = BertTokenizerFast(tokenizer_object=Backend.from_str(backend.to_str()), model_max_length=16)
@@ -474,7 +474,7 @@ def test_pairs_are_those_of_bert(vocab, seed):
     assert by_text(packed) == list(zip(ids, types))
 
 
-def test_pairs_are_those_of_roberta(seed, tmp_path):
+def test_pairs_equal_roberta(seed, tmp_path):
     rng = random.Random(seed)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters, "Ġd", "og", "<mask>"])}
@@ -491,7 +491,7 @@ def test_pairs_are_those_of_roberta(seed, tmp_path):
     assert Masking(ours, 0.5).mask == vocab["<mask>"]
 
 
-def test_texts_are_filled_up(vocab, seed):
+def test_texts_are_padded(vocab, seed):
     rng = random.Random(seed)
     texts = [sentence(rng, 12) for _ in range(60)]
     plain = Tokenizer.from_file(vocab, 16)
@@ -507,14 +507,14 @@ def test_texts_are_filled_up(vocab, seed):
     assert len({plain.fingerprint, filled.fingerprint, Tokenizer.from_file(vocab, 16, 12).fingerprint}) == 3
 
 
-def test_words(tokenizer):
+def test_encode_words(tokenizer):
     ids, words = tokenizer.encode_words(["Unbelievable dog!", "xyz playing", ""])
     assert ids == tokenizer.encode(["Unbelievable dog!", "xyz playing", ""])
     assert words == [[-1, 0, 0, 0, 1, 2, -1], [-1, 0, 1, 1, -1], [-1, -1]]
 
 
 def clip_like():
-    """Lower case, `<|startoftext|>` and `<|endoftext|>`, words that end with `</w>`."""
+    """Return a tokenizer with lower case, `<|startoftext|>` and `<|endoftext|>`, words that end with `</w>`."""
     backend = Backend(
         models.BPE({"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3, "a": 4, "b": 5, "ab</w>": 6},
                    [("a", "b</w>")], end_of_word_suffix="</w>", unk_token="<|endoftext|>")
@@ -527,7 +527,7 @@ def clip_like():
 
 
 def siglip_like():
-    """Unigram pieces, one closing token, filled up with it."""
+    """Return a tokenizer of unigram pieces with one closing token, which is also the padding."""
     backend = Backend(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("▁a", -1.0), ("▁b", -1.0), ("▁", -3.0)], 0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.add_special_tokens(["</s>"])

@@ -1,4 +1,4 @@
-"""Lines of text files: which there are, what they hold, pieces that fit, what is wrong with them."""
+"""Lines of text files: index, content, pieces that fit a context, errors."""
 
 import csv
 import io
@@ -33,7 +33,7 @@ def words(rng, most=12):
 
 @pytest.fixture(params=[7, 1 << 24])
 def chunk(request, monkeypatch):
-    """Lines end at the bounds of what is looked through at a time, and elsewhere."""
+    """Size of a scanned chunk: small ones end inside lines, large ones hold the file."""
     monkeypatch.setattr(lines_module, "CHUNK", request.param)
 
 
@@ -49,7 +49,7 @@ def test_plain_text(tmp_path, seed, chunk, end, last):
 
 
 def test_tsv_with_stray_quotes(tmp_path, seed, chunk):
-    """As the files of GLUE have them: a quote is a letter, the csv module would join lines."""
+    """Quotes are letters, as in GLUE's files, where the csv module would join lines."""
     rng = random.Random(seed)
     rows = [[words(rng) + rng.choice(["", '"', ' "'] * 2), rng.choice(['"', ""]) + words(rng), "1"] for _ in range(50)]
     text = "\n".join("\t".join(row) for row in [["one", "two", "label"], *rows]) + "\n"
@@ -61,7 +61,7 @@ def test_tsv_with_stray_quotes(tmp_path, seed, chunk):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_csv_is_what_the_csv_module_reads(tmp_path, seed, chunk, end, quoting):
+def test_csv_equals_the_csv_module(tmp_path, seed, chunk, end, quoting):
     rng = random.Random(seed)
     bits = ['"', ",", "\n", "\r\n", "é", "a", " ", '""', "b\n\nc"]
     rows = [["".join(rng.choices(bits, k=rng.randint(0, 6))) for _ in range(3)] for _ in range(60)]
@@ -139,7 +139,7 @@ def test_bad_rows_are_bad_samples(tmp_path):
     assert causes("a.txt", b"a\n\xe9\n") == ["", "line 2: it is not UTF-8"]
 
 
-def test_a_line_too_large(tmp_path, monkeypatch):
+def test_too_large_line_is_a_bad_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(lines_module, "LONGEST", 10)
     index = TextIndex.build(write(tmp_path / "a.txt", "0123456789\n01234567890\n"))
     assert index[0].read()["text"] == "0123456789"
@@ -164,13 +164,13 @@ def test_a_line_too_large(tmp_path, monkeypatch):
         ("a.json", b"{}", [], r"must be one of \.txt, \.tsv, \.csv, \.jsonl"),
     ],
 )
-def test_files_of_no_use_are_named(tmp_path, name, data, columns, message):
+def test_unusable_files_are_refused(tmp_path, name, data, columns, message):
     with pytest.raises(DataError, match=message) as error:
         TextIndex.build(write(tmp_path / name, data), columns)
     assert name in str(error.value)
 
 
-def test_which_files(tmp_path):
+def test_expand_files(tmp_path):
     a, b = (write(tmp_path / name, "x\n") for name in ("a.txt", "b.txt"))
     assert expand_files(str(tmp_path / "*.txt")) == [a, b]
     assert expand_files(str(tmp_path / "{b,a}.txt")) == [b, a]
@@ -186,7 +186,7 @@ def test_which_files(tmp_path):
             expand_files(files)
 
 
-def test_a_file_that_changes_is_refused(tmp_path):
+def test_changed_file_is_refused(tmp_path):
     path = write(tmp_path / "a.txt", "one\ntwo\n")
     index = TextIndex.build(path)
     again = pickle.loads(pickle.dumps(index))  # as for a worker
@@ -199,7 +199,7 @@ def test_a_file_that_changes_is_refused(tmp_path):
         index[0].read()
 
 
-def test_the_fingerprint_is_of_names_content_and_choice(tmp_path, seed):
+def test_fingerprint_covers_names_content_and_choice(tmp_path, seed):
     rng = random.Random(seed)
     texts = [words(rng) for _ in range(30)]
 
@@ -230,7 +230,7 @@ def test_split_is_by_content(tmp_path, seed):
 
 
 def byte_level(texts, prefix):
-    """As RoBERTa's."""
+    """Return a tokenizer like RoBERTa's."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -253,7 +253,7 @@ def tokenizers_of(kind, texts, length):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_hold_every_token_once(tmp_path, seed, kind):
-    """Put together, the tokens of the pieces are those of the whole lines, and no piece is too long."""
+    """The joined tokens of the pieces are those of the whole lines, and no piece is too long."""
     rng = random.Random(seed)
     texts = [words(rng, 60) for _ in range(150)]
     length = 34  # a word of four letters has 16 bytes at most
@@ -296,15 +296,15 @@ def test_words_longer_than_a_piece_are_cut_and_nothing_is_lost(tmp_path, seed, k
     assert ["".join("".join(pieces).split()) for pieces in found.values()] == ["".join(t.split()) for t in texts]
 
 
-def test_letters_that_become_many(tmp_path):
-    """A normal form makes 18 letters of one."""
+def test_letters_that_normalization_multiplies(tmp_path):
+    """Normalization makes 18 letters of one."""
     texts = ["ﷺ" * 3, "abc"]
     tokenizer = tokenizer_of("unigram", ["صلى الله عليه وسلم abc"], 60, 30)
     cut = TextIndex.build(write(tmp_path / "a.txt", "\n".join(texts))).cut(tokenizer)
     assert [sample.read()["text"] for sample in cut] == ["ﷺ", "ﷺ", "ﷺ", "abc"]
 
 
-def test_what_is_no_plain_text_stays_whole(tmp_path):
+def test_only_plain_text_is_cut(tmp_path):
     tokenizer = Tokenizer.train(["a b c"], 50, 4)
     index = TextIndex.build(write(tmp_path / "a.tsv", "text\n" + "a " * 50))
     assert len(index.cut(tokenizer)) == 1
@@ -314,7 +314,7 @@ def test_what_is_no_plain_text_stays_whole(tmp_path):
         bad.cut(Tokenizer(tokenizer.backend, 2))
 
 
-def test_numbers(tmp_path):
+def test_index_of_several_files(tmp_path):
     indexes = [TextIndex.build(write(tmp_path / f"{i}.txt", "\n".join("abcde"[: i + 2]))) for i in range(3)]
     whole = TextIndex.join(indexes)
     assert (len(whole), whole.counts(), len(whole.shards)) == (9, [2, 3, 4], 3)

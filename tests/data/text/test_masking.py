@@ -1,4 +1,4 @@
-"""Hidden words: how many, which, what stands in their place."""
+"""Masking: shares, choice of tokens, replacements."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def texts_of(rng, count):
 
 @pytest.mark.parametrize("share", [0.15, 0.6])
 def test_shares(seed, share):
-    """Of the ordinary tokens; 80, 10 and 10 percent of those; special tokens never; what is not chosen stays."""
+    """Shares of ordinary tokens are chosen, of those 80, 10 and 10 percent; special tokens never; others stay."""
     tokenizer = tiny_tokenizer(24)
     tokens = tokenizer(texts_of(np.random.default_rng(seed), 4000))
     masked = Masking(tokenizer, share)(tokens, (seed, 0), 0)
@@ -44,8 +44,8 @@ def test_shares(seed, share):
     assert len(set(others.tolist())) > words / 2
 
 
-def test_what_is_hidden_depends_on_the_text_s_number_alone(seed):
-    """Not on the batch that it comes in; another epoch is another draw."""
+def test_masks_depend_only_on_the_number_of_the_text(seed):
+    """Masks do not depend on the batch; another epoch has other draws."""
     tokenizer = tiny_tokenizer(24)
     texts = texts_of(np.random.default_rng(seed), 40)
     masking = Masking(tokenizer, 0.4)
@@ -71,7 +71,7 @@ def test_wrong_use():
 
 @pytest.mark.parametrize("share", [0.15, 0.5])
 def test_whole_words(seed, share):
-    """The share of the tokens stays, 80, 10 and 10 percent too; of a word all tokens are chosen or none."""
+    """Shares are those of single tokens; all tokens of a word are chosen or none."""
     rng = np.random.default_rng(seed)
     made = ["".join(rng.choice(list("abcdef"), int(rng.integers(1, 9)))) for _ in range(200)]
     tokenizer = Tokenizer.train(made, 60, 24)
@@ -105,7 +105,7 @@ def test_whole_words(seed, share):
 
 
 def test_some_texts_of_a_batch(seed):
-    """What is hidden of them is what would be if the others were not there."""
+    """Masks of chosen texts do not depend on the others."""
     tokenizer = tiny_tokenizer(24)
     tokens = tokenizer(texts_of(np.random.default_rng(seed), 30))
     masking = Masking(tokenizer, 0.5)
