@@ -32,6 +32,26 @@ def evaluate(
 
     Raises:
         DataError: If nothing can be measured.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> import dualenc
+        >>> tokenizer = dualenc.Tokenizer.train(["a cat", "a dog"], vocab_size=40, context_length=8)
+        >>> image = dualenc.ImageConfig(
+        ...     "vit_tiny_patch16_224", 32, {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        ... )
+        >>> text = dualenc.TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=8)
+        >>> model = dualenc.DualEncoder(image, text, embed_dim=8)
+        >>> embedder = dualenc.Embedder(model.eval(), tokenizer, dualenc.Preprocess(32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for color in ("red", "blue"):
+        ...         (Path(folder) / color).mkdir()
+        ...         Image.new("RGB", (40, 40), color).save(f"{folder}/{color}/1.png")
+        ...     result = dualenc.evaluate(embedder, folder)
+        >>> result["kind"], result["n"], sorted(result["metrics"])
+        ('classification', 2, ['acc1', 'ece', 'mean_per_class_recall'])
     """
     data = data if isinstance(data, BenchmarkSet) else BenchmarkSet.open(data)
     return KINDS[data.kind].evaluate(embedder, data, workers=workers, track=track).section.result

@@ -44,6 +44,18 @@ class Embedder:
 
     Raises:
         ModelError: If the parts do not fit together.
+
+    Example:
+        >>> import dualenc
+        >>> tokenizer = dualenc.Tokenizer.train(["a cat", "a dog"], vocab_size=40, context_length=8)
+        >>> image = dualenc.ImageConfig(
+        ...     "vit_tiny_patch16_224", 32, {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        ... )
+        >>> text = dualenc.TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=8)
+        >>> model = dualenc.DualEncoder(image, text, embed_dim=8)
+        >>> embedder = dualenc.Embedder(model.eval(), tokenizer, dualenc.Preprocess(32))
+        >>> embedder.embed_texts(["a cat", "a dog"]).shape
+        torch.Size([2, 8])
     """
 
     def __init__(
@@ -238,6 +250,22 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
     Raises:
         ModelError: If a file is missing, has a newer format or does not match the others, or open_clip does not have
             the model; the message names it.
+
+    Example:
+        >>> import tempfile
+        >>> import dualenc
+        >>> tokenizer = dualenc.Tokenizer.train(["a cat", "a dog"], vocab_size=40, context_length=8)
+        >>> image = dualenc.ImageConfig(
+        ...     "vit_tiny_patch16_224", 32, {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        ... )
+        >>> text = dualenc.TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=8)
+        >>> model = dualenc.DualEncoder(image, text, embed_dim=8)
+        >>> embedder = dualenc.Embedder(model.eval(), tokenizer, dualenc.Preprocess(32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     embedder.save(f"{folder}/model")
+        ...     loaded = dualenc.load(f"{folder}/model", "cpu")
+        >>> loaded.fingerprint == embedder.fingerprint
+        True
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = os.fspath(spec)

@@ -52,6 +52,18 @@ class TextPredictor:
 
     Raises:
         ModelError: If model and tokenizer do not fit together.
+
+    Example:
+        >>> import dualenc
+        >>> from dualenc.models import HeadConfig, TextModel
+        >>> tokenizer = dualenc.Tokenizer.train(["a good film", "a bad film"], vocab_size=50, context_length=8)
+        >>> config = dualenc.TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=8)
+        >>> model = TextModel(config, {"mood": HeadConfig("classification", ("good", "bad"))})
+        >>> predictor = dualenc.TextPredictor(model.eval(), tokenizer)
+        >>> sorted(predictor.classify(["a good film"])[0])
+        ['label', 'score', 'scores']
+        >>> predictor.embed(["a good film", "a bad film"]).shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, model: TextModel, tokenizer: Tokenizer, name: str = "model") -> None:
@@ -342,6 +354,20 @@ def load_text(spec: str | os.PathLike[str], device: str | torch.device | None = 
 
     Raises:
         ModelError: If the model cannot be read or computed; the message names the file and the key.
+
+    Example:
+        >>> import tempfile
+        >>> import dualenc
+        >>> from dualenc.models import HeadConfig, TextModel
+        >>> tokenizer = dualenc.Tokenizer.train(["a good film", "a bad film"], vocab_size=50, context_length=8)
+        >>> config = dualenc.TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=8)
+        >>> model = TextModel(config, {"mood": HeadConfig("classification", ("good", "bad"))})
+        >>> predictor = dualenc.TextPredictor(model.eval(), tokenizer)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     predictor.save(f"{folder}/model")
+        ...     loaded = dualenc.load_text(f"{folder}/model", "cpu")
+        >>> loaded.classify(["a good film"]) == predictor.classify(["a good film"])
+        True
     """
     checkpoint = open_text(spec)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -580,7 +580,7 @@ def test_names_in_an_open_clip_folder_become_the_repository(
     assert told(hf_model_name="/gone/since", hf_tokenizer_name="tokenizer.json") == (REPO, REPO)
     assert told(hf_model_name="google-bert/bert-base", hf_tokenizer_name="") == ("google-bert/bert-base", "")
     assert told(hf_model_name="./gone", hf_tokenizer_name="vocab.txt") == (REPO, "vocab.txt")
-    with pytest.raises(ModelError, match=r"--revision try: open_clip reads .* from main: leave it out, or name a repo"):
+    with pytest.raises(ModelError, match=r"--revision try: open_clip .* from main: leave --revision out"):
         push(folder, REPO, revision="try")
     assert hub.log == []
     push(folder, REPO, revision="main")

@@ -11,7 +11,7 @@ import dualenc.losses as losses
 from dualenc.losses import clip_loss, siglip_loss
 from dualenc.models import DualEncoder, ImageConfig, TextConfig, embed_micro_batches
 from dualenc.tokens import Tokens
-from tools.bench.memory import Live
+from tools.bench.memory import PeakMemory
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -126,9 +126,9 @@ def test_memory_of_one_micro_batch(count, monkeypatch):
     def peak(embed, micro_batches):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        with Live() as live:
+        with PeakMemory() as live:
             clip_loss(*embed(model, micro_batches)).backward()
-        return live.most
+        return live.peak
 
     one = max(peak(keep_graphs, [args]) for args in micro_batches)
     embeddings = 2 * count * 8 * 4  # bytes; held four times: in parts, concatenated, and twice as gradients

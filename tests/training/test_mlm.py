@@ -125,7 +125,7 @@ def test_second_auxiliary_loss_is_one_object(seed, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     close(gradients(task, got), gradients(task, want))
     assert {"mlm.bias", "mlm.dense.weight", "text_norm.weight", "text_norm.bias"} <= task.state_dict().keys()
-    logged = task.more_metrics()
+    logged = task.extra_metrics()
     assert logged["train/text_norm_loss"] == pytest.approx(added.item())
     assert logged["train/mlm_loss"] > 0
     assert task.masked == MaskedLanguageLoss.masked
@@ -139,7 +139,7 @@ def test_wrong_use(tmp_path, seed, capsys):
     assert "model.text_tuning.locked" in capsys.readouterr().err
     task = task_of()
     task._trainer = SimpleNamespace(accumulate_grad_batches=1, datamodule=SimpleNamespace(mask=0.0))
-    with pytest.raises(ValueError, match=r"PairData\(mask=0.15\)"):
+    with pytest.raises(ValueError, match=r"mask=0\.15 to PairData"):
         task.setup("fit")
 
 

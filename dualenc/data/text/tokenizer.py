@@ -30,6 +30,13 @@ class Tokenizer:
         pad_to: length to which shorter texts are padded, for an encoder that sees its padding (SigLIP); None for no
             padding.
         pad_id: id of the padding token.
+
+    Example:
+        >>> import dualenc
+        >>> tokenizer = dualenc.Tokenizer.train(["a cat", "a dog"], vocab_size=40, context_length=8)
+        >>> tokens = tokenizer(["a cat", "a"])
+        >>> tokens.offsets.tolist()  # each text has [CLS], its tokens and [SEP]; the texts are sorted by length
+        [0, 3, 7]
     """
 
     def __init__(self, backend: Backend, context_length: int, pad_to: int | None = None, pad_id: int = 0) -> None:
