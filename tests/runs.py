@@ -1,5 +1,6 @@
 """Real runs in child processes that tests can kill. They are forked, so that nothing is imported twice."""
 
+import itertools
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import time
 import traceback
 import types
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import dualenc.training.checkpoint as checkpoint_module
 import dualenc.utils.files as files_module
 from dualenc.cli import main
 from tools.soak import end_of, log_of
+
+_PORTS = itertools.count()
 
 TINY = [
     "--model.image.img_size", "16", "--model.image.name", "vit_tiny_patch16_224",
@@ -229,6 +233,20 @@ class Process:
         return self.log.read_text()
 
 
+def free_port() -> int:
+    """Return a free port that no other test will take before the ranks meet there.
+
+    Each pytest-xdist worker has its own range, below the ports that the kernel gives to anyone who asks for any port.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in _PORTS:
+        port = 20_000 + 500 * (worker % 20) + number % 500
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the counter does not end")
+
+
 def run(arguments: Sequence[str], folder: Path, world: int = 1, strategy: str = "ddp") -> list[int]:
     """Run with `world` ranks in `folder`/run; return the exit status of each rank."""
     return [process.wait() for process in begin(arguments, folder, world, strategy=strategy)]
@@ -244,9 +262,7 @@ def begin(
     if world == 1:
         return [Process([*first, *rest], folder / "log-0")]
     rest += ["--trainer.strategy", strategy]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         Process(
             [*(first if not rank or not other else [*first[:-1], other]), *rest], folder / f"log-{rank}",

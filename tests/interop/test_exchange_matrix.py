@@ -197,7 +197,7 @@ def test_text_models_with_heads(kind: Literal["mlm", "classification"], family: 
 def test_a_text_model_alone_is_refused_by_open_clip(tmp_path: Path, seed: int) -> None:
     text = TextConfig(VOCAB, 16, 2, 2, context_length=12, **PRE, pool="mean")
     TextPredictor(perturb(TextModel(text, {})), tiny_tokenizer(), "it").save(tmp_path / "ours")
-    for form, words in (("open_clip", "image and text together"), ("transformers", "no text encoder like this")):
+    for form, words in (("open_clip", "is a text model"), ("transformers", "no text encoder like this")):
         with pytest.raises(ModelError, match=words):
             export(str(tmp_path / "ours"), tmp_path / "out", form)  # type: ignore[arg-type]
         assert not (tmp_path / "out").exists()
