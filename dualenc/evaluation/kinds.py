@@ -1,9 +1,8 @@
 """The table of evaluation kinds, and how a kind and its sets are found."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from dualenc.data.eval_sets.base import Kind
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
@@ -15,6 +14,7 @@ from dualenc.evaluation.probe import FrozenProbes
 from dualenc.evaluation.retrieval import CrossModalRetrieval
 from dualenc.evaluation.within import CaptionRetrieval, ImageRetrieval
 from dualenc.utils.errors import DataError
+from dualenc.utils.imports import import_by_path
 
 KINDS: Mapping[str, EvaluationKind] = MappingProxyType(
     {
@@ -52,16 +52,15 @@ def find_kind(name: str) -> EvaluationKind:
     """
     if name in KINDS:
         return KINDS[name]
-    module, _, attribute = name.rpartition(".")
-    if not module:
+    if "." not in name:
         raise DataError(
             f"evaluation kind {name!r} is unknown: name one of {', '.join(KINDS)}, or the import path of a class, such "
             "as my_module.MyKind"
         )
     try:
-        found: Any = getattr(import_module(module), attribute)
+        found = import_by_path(name)
         kind = found() if isinstance(found, type) and issubclass(found, EvaluationKind) else found
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, TypeError) as error:  # a TypeError of a class that lacks a method or needs arguments
         raise DataError(f"evaluation kind {name} cannot be used: {error}") from None
     if not isinstance(kind, EvaluationKind) or not isinstance(getattr(kind, "name", None), str):
         raise DataError(

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from dualenc.interop.verify import Verified, verify
 from dualenc.report.card import Card, ModelSource, write_card
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import atomic_folder, write_json
+from dualenc.utils.imports import import_by_path
 from dualenc.utils.text import one_line
 
 # All export formats of dualenc; a new one is listed here.
@@ -68,19 +68,18 @@ def find_format(name: str | ExportFormat) -> ExportFormat:
         return _check_format(name, type(name).__name__)
     if name in FORMATS:
         return FORMATS[name]
-    module, _, attribute = name.rpartition(".")
-    if not module:
+    if "." not in name:
         raise ModelError(
             f"--format must be {', '.join(FORMATS)}, or the import path of an ExportFormat such as "
             f"my_package.my_module.MyFormat, found {name!r}"
         )
     try:
-        found = getattr(import_module(module), attribute)
+        found = import_by_path(name)
         found = found() if isinstance(found, type) and issubclass(found, ExportFormat) else found
-    except Exception as error:  # code of the user, which may raise anything
+    except (ImportError, TypeError) as error:  # a TypeError of a class that lacks a method or needs arguments
+        reason = str(error) if isinstance(error, ImportError) else f"TypeError: {one_line(error)}"
         raise ModelError(
-            f"--format {name} cannot be imported ({type(error).__name__}: {one_line(error)}): correct the path, or add "
-            "its folder to PYTHONPATH"
+            f"--format {name} cannot be imported ({reason}): correct the path, or add its folder to PYTHONPATH"
         ) from error
     if not isinstance(found, ExportFormat):
         raise ModelError(f"--format {name} must be an ExportFormat, object or class, found {type(found).__name__}")

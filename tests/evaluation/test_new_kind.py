@@ -191,7 +191,9 @@ def test_kinds_are_found_by_name_or_import_path(module: Path, capsys: pytest.Cap
         f"{name}.Nameless": "name",
         f"{name}.Taken": "'retrieval'",
         f"{name}.Unfinished": "metrics_of_items",
+        "kind_that_fails.Spread": "ZeroDivisionError",
     }
+    (module / "kind_that_fails.py").write_text("1 / 0")
     for kind, words in wrong.items():
         with pytest.raises(DataError) as error:
             find_kind(kind)

@@ -173,3 +173,10 @@ def test_error_of_an_unknown_kind_names_the_head(tmp_path: Path, seed: int, caps
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert status.value.code == 2
     assert f"model.heads.stars: kind {KIND}: {MODULE} cannot be imported" in line
+
+
+def test_a_module_that_fails_is_named_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "head_that_fails.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"head_that_fails cannot be imported \(ZeroDivisionError"):
+        import_head("head_that_fails.Head")

@@ -1,6 +1,5 @@
 """The interface of heads: configuration, layers, loss, metrics and answers of a kind, and the table of kinds."""
 
-import importlib
 import inspect
 import sys
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.models.text_encoder import Activation, Pool, TextConfig, TextEncoder
 from dualenc.report import Description
 from dualenc.tokens import Tokens
+from dualenc.utils.imports import import_by_path
 
 HEADS: "dict[str, type[Head]]" = {}  # by kind; `dualenc/models/heads/__init__.py` lists them
 
@@ -325,12 +325,11 @@ def import_head(kind: str) -> type[Head]:
     Raises:
         ValueError: If there is no such class.
     """
-    module = kind.rpartition(".")[0]
-    if module and kind not in HEADS:
+    if "." in kind and kind not in HEADS:
         try:
-            importlib.import_module(module)
+            import_by_path(kind)
         except ImportError as error:
-            raise ValueError(f"kind {kind}: {module} cannot be imported ({error})") from None
+            raise ValueError(f"kind {kind}: {kind.rpartition('.')[0]} cannot be imported ({error})") from None
     return head_class(kind)
 
 
