@@ -307,6 +307,12 @@ class ContrastiveTask(Task):
         """See `Task.save_model`."""
         self.embedder().save(path, weights)
 
+    def metric_names(self) -> list[str]:
+        """See `Task.metric_names`."""
+        vectors = torch.eye(2)
+        found = retrieval_metrics(vectors, vectors, torch.arange(2), replicates=0).metrics
+        return ["val/loss", *(f"val/{name}" for name in found)]
+
     def about(self) -> dict[str, str]:
         """See `Task.about`."""
         image = self.model.config.image
