@@ -35,6 +35,7 @@ from dualenc.training.lightning_internals import (
     epoch_is_done,
     find_unused_parameters,
     loader_state,
+    restore_loader_states,
     validates_by_time,
     validation_follows,
 )
@@ -137,6 +138,7 @@ class RunDirectory(Checkpoint):
             self._settings = compared_settings(yaml.safe_load(self.config_yaml) if self.config_yaml else None)
             held_out = getattr(getattr(trainer, "datamodule", None), "val_index", None)
             if self._settings:
+                self._settings["trainer"]["precision"] = str(trainer.precision)  # of which there are several spellings
                 self._settings["data"]["val"] = held_out.fingerprint if held_out else None
         if isinstance(pl_module, Task):
             self._state = pl_module.run_state
@@ -230,6 +232,7 @@ class RunDirectory(Checkpoint):
         """
         assert isinstance(pl_module, Task)
         if self._changes:
+            restore_loader_states(trainer)
             apply_changes(trainer, pl_module, self._changes, self._old_optimizer)
             if "data.val" in self._changes:  # values of other held-out data cannot be compared
                 self._state.best_value = -math.inf
