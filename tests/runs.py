@@ -139,11 +139,15 @@ LIMIT, LIMIT_AT = 0, 0  # largest file in bytes, and the step from which the lim
 
 
 class FullDisk(Callback):
-    """Callback that limits the size of files, from a step on."""
+    """Callback that limits the size of files, from a step on; `until` another step, if it is given."""
+
+    def __init__(self, until: int = -1) -> None:
+        self.until = until
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == LIMIT_AT:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        if trainer.global_step in (LIMIT_AT, self.until):
+            limit = LIMIT if trainer.global_step == LIMIT_AT else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 class Rows(Callback):
@@ -213,8 +217,9 @@ class Process:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(OSError):  # the disk of the log may be full
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(status)
 
     def wait(self, seconds: float = 120) -> int:
@@ -295,3 +300,23 @@ def spoil(path: Path, how: str) -> None:
             patch.setattr(checkpoint_module, "FORMAT", checkpoint_module.FORMAT + 1)
             checkpoint_module.write_checkpoint(path, torch.load(path, weights_only=True))
     assert path.read_bytes() != content
+
+
+class Wait(Callback):
+    """Callback that creates a file at a step, and waits until another one exists.
+
+    Args:
+        step: number of completed steps.
+        reached: path of the file that is created.
+        go_on: path of the file that is waited for.
+    """
+
+    def __init__(self, step: int, reached: str, go_on: str) -> None:
+        self.step, self.reached, self.go_on = step, Path(reached), Path(go_on)
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            self.reached.touch()
+            parent = os.getppid()
+            while not self.go_on.exists() and os.getppid() == parent:  # or the test has ended
+                time.sleep(0.01)

@@ -470,9 +470,9 @@ class RunDirectory(Checkpoint):
 
     def _logs(self, trainer: Trainer, pl_module: Task) -> list[LineLog]:
         """Return the logs of this rank."""
-        bad = trainer.datamodule.bad_sample_log.log  # type: ignore[attr-defined]
+        bad = getattr(getattr(trainer, "datamodule", None), "bad_sample_log", None)  # missing before the setup
         metrics = [logger.log for logger in trainer.loggers if isinstance(logger, MetricsFile)]
-        return [log for log in (pl_module.skipped_log, bad, *metrics) if log is not None]
+        return [log for log in (pl_module.skipped_log, None if bad is None else bad.log, *metrics) if log is not None]
 
     def _close_logs(self, trainer: Trainer, pl_module: Task) -> None:
         for log in self._logs(trainer, pl_module):

@@ -19,7 +19,8 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of f
 class RunLock:
     """Lock of the operating system on a run directory. It ends with the process that holds it, even after SIGKILL.
 
-    It is a record lock of `fcntl`, which belongs to the process: workers that the process forks do not keep it.
+    It is a lock of `flock`. A record lock would end as soon as any code of the process has read and closed the file.
+    Forked workers close their copy of the descriptor, because they may outlive the process, and the lock with them.
 
     Args:
         root: the run directory.
@@ -39,36 +40,40 @@ class RunLock:
         A second call does nothing. On a file system without locks, a warning is printed, and the folder can be used.
         """
         while self._file is None and not self.refusal:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except OSError as error:
+            self._try_once()
+
+    def _try_once(self) -> None:
+        """Take the lock, set `refusal`, or neither if the file is gone, which the run that just ended has removed."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            self.refusal = (
+                f"trainer.default_root_dir {self.path.parent} cannot be written: {reason(error)}; name another folder"
+            )
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
                 self.refusal = (
-                    f"trainer.default_root_dir {self.path.parent} cannot be written: {reason(error)}; "
-                    "name another folder"
+                    f"{self.path.parent} is in use by {_holder(file)}: let that run end or stop it, or name another "
+                    "folder with --trainer.default_root_dir"
                 )
+                os.close(file)
                 return
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    self.refusal = (
-                        f"{self.path.parent} is in use by {_holder(file)}: let that run end or stop it, or name "
-                        "another folder with --trainer.default_root_dir"
-                    )
-                    os.close(file)
-                    return
-                print(
-                    f"{self.path.parent} is on a file system without locks: nothing keeps a second run out of it",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            with suppress(OSError):
-                if os.stat(self.path).st_ino == os.fstat(file).st_ino:  # or the run that just ended has removed it
-                    self._file = file
-                    break
-            os.close(file)
-        self._describe()
+            print(
+                f"{self.path.parent} is on a file system without locks: nothing keeps a second run out of it",
+                file=sys.stderr,
+                flush=True,
+            )
+        with suppress(OSError):
+            if os.stat(self.path).st_ino == os.fstat(file).st_ino:
+                self._file = file
+                os.register_at_fork(after_in_child=self._close)
+                self._describe()
+                return
+        os.close(file)
 
     def _describe(self) -> None:
         """Write who holds the lock into its file."""
@@ -87,10 +92,14 @@ class RunLock:
         if self._file is not None:
             with suppress(OSError):
                 self.path.unlink()
-            os.close(self._file)
-            self._file = None
+            self._close()
             with suppress(OSError):
                 self.path.parent.rmdir()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 def _holder(file: int) -> str:

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ MIN_NORMS = NORMS // 5  # norms needed before a spike can be detected
 @rank_zero_only
 def rank_zero_print(line: str) -> None:
     """Print a line on standard error, on rank 0 only."""
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # standard error may be a file on a full disk, which must not end a run
+        print(line, file=sys.stderr, flush=True)
 
 
 class RunError(DataError):
