@@ -196,14 +196,15 @@ class Process:
         self.log = log
         sys.stdout.flush()
         sys.stderr.flush()
+        out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.pid = os.fork()
         if not self.pid:
-            self._run(list(arguments), environment)
+            self._run(list(arguments), environment, out)
+        os.close(out)
 
-    def _run(self, arguments: list[str], environment: dict[str, str]) -> None:
+    def _run(self, arguments: list[str], environment: dict[str, str], out: int) -> None:
         status = 1
         try:
-            out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             for stream in (1, 2):
                 os.dup2(out, stream)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)

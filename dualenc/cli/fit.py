@@ -210,6 +210,10 @@ def trainer_command(arguments: list[str]) -> None:
     except Stopped as stop:
         rank_zero_print(f"dualenc: {stop}")
         raise SystemExit(STOPPED) from None
+    except OSError as error:
+        if not recorder.started:
+            raise WorkError(f"{error.filename or 'the run cannot begin'}: {reason(error)}") from error
+        raise
     except (ValueError, MisconfigurationException) as error:
         if not recorder.started:
             raise UsageError(error) from error

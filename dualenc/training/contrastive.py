@@ -309,8 +309,9 @@ class ContrastiveTask(Task):
 
     def metric_names(self) -> list[str]:
         """See `Task.metric_names`."""
-        vectors = torch.eye(2)
-        found = retrieval_metrics(vectors, vectors, torch.arange(2), replicates=0).metrics
+        pairs = min(100, len(self.trainer.datamodule.val_index))  # recall@K needs K pairs
+        vectors = torch.eye(pairs)
+        found = retrieval_metrics(vectors, vectors, torch.arange(pairs), replicates=0).metrics
         return ["val/loss", *(f"val/{name}" for name in found)]
 
     def about(self) -> dict[str, str]:

@@ -251,7 +251,9 @@ class RunDirectory(Checkpoint):
             self._watchdog = pl_module.watchdog = Watchdog(trainer.global_rank, trainer.world_size, self.stall_seconds)
             self._watchdog.start()
         self._saved_at = time.monotonic()
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._state.metrics.items()})
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value, dtype=torch.float64) for name, value in self._state.metrics.items()}
+        )
 
     def _clean_folder(self, trainer: Trainer) -> str:
         """Remove what belongs to later steps than that of the start; return why it cannot be removed, or nothing."""
@@ -318,11 +320,14 @@ class RunDirectory(Checkpoint):
                 callback.complete(trainer, pl_module)
         assert isinstance(pl_module, Task)
         failed = self._save_last(trainer, pl_module)
+        report = ""
         if trainer.is_global_zero:
             self._write_record(trainer, pl_module)
+            report = f"; report: {self.root / 'report.html'}"
             try:
                 write_run_report(self.root, trainer, pl_module)
             except Exception as error:  # a run does not fail because of its report, whatever its writer raises
+                report = ""
                 print_unwritten(self.root / "report.html", error)
         self._save(trainer, pl_module)
         self._signals.restore()
@@ -332,7 +337,7 @@ class RunDirectory(Checkpoint):
         if trainer.is_global_zero:
             self._write_record(trainer, pl_module)
             last = f"{self.root / 'last'} cannot be written" if failed else f"the model is in {self.root / 'last'}"
-            self._print_summary(trainer, last)
+            self._print_summary(trainer, last, report)
         if failed:
             raise RunError(
                 f"{self.root / 'last'} cannot be written: {failed}; make room, then run the same command with "
@@ -511,16 +516,14 @@ class RunDirectory(Checkpoint):
         except OSError as error:
             print_unwritten(error.filename or self._record.path, error)
 
-    def _print_summary(self, trainer: Trainer, last: str) -> None:
+    def _print_summary(self, trainer: Trainer, last: str, report: str) -> None:
         if best := self._state.best:
             has_best = f"best/ has {best['metric']} {best['value']:.4g}"
         else:
             has_best = f"there is no best/, since {self.monitor} was not measured"
         count = len(trainer.datamodule.bad_sample_log)  # type: ignore[attr-defined]
         bad = f"; {plural(count, 'bad sample')} left out, see {self.root / 'bad_samples.jsonl'}" if count else ""
-        rank_zero_print(
-            f"{trainer.global_step:,} steps done; {last}; {has_best}; report: {self.root / 'report.html'}{bad}"
-        )
+        rank_zero_print(f"{trainer.global_step:,} steps done; {last}; {has_best}{report}{bad}")
 
 
 def print_unwritten(path: Any, error: BaseException) -> None:

@@ -26,6 +26,7 @@ from dualenc.training.optim import Tuning, clip_gradients, parameter_groups
 from dualenc.training.ranks import Watchdog
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import LineLog
+from dualenc.utils.text import reason
 
 SKIPPED_STEPS = "skipped_steps.jsonl"
 SPIKE = 5.0  # a gradient norm above this multiple of the median of the last norms is a spike
@@ -98,6 +99,7 @@ class Task(LightningModule):
         self._grad_norm: Tensor | None = None
         self._clock_start: float | None = None  # None while the clock is paused
         self.skipped_log: LineLog | None = None  # in training
+        self._failed_loggers: set[int] = set()
         self.check_resume: Callable[[dict[str, Any]], None] | None = None  # set by `RunDirectory`
         self.optimizer_options: list[dict[str, Any]] = []  # settings of each parameter group of the new optimizer
 
@@ -353,10 +355,15 @@ class Task(LightningModule):
             step: step of the values; absent, the current one.
             bar: names of the metrics that the progress bar shows.
         """
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.global_step if step is None else step)
+        for number, logger in enumerate(self.trainer.loggers):
+            try:
+                logger.log_metrics(metrics, step=self.global_step if step is None else step)
+            except OSError as error:  # a full disk must not end a run because of a log
+                if number not in self._failed_loggers:
+                    rank_zero_print(f"{type(logger).__name__} cannot log step {self.global_step:,}: {reason(error)}")
+                self._failed_loggers.add(number)
         for name, value in metrics.items():
-            self.trainer.callback_metrics[name] = torch.tensor(value)
+            self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)  # as it is logged
             if name in bar:
                 short = name.removeprefix("train/").replace("samples_per_second", "samples/s")
                 self.trainer.progress_bar_metrics[short] = value

@@ -157,7 +157,7 @@ def test_accepted_settings_of_the_optimizer_are_used_and_recorded(stopped, part)
 
 
 def test_accepted_settings_give_the_run_that_a_changed_checkpoint_gives(stopped, part, tmp_path):
-    """Betas that are accepted train as if the checkpoint had them: a reference that does not use the accepted change."""
+    """Betas that are accepted train as if the checkpoint had them, which is a reference without an accepted change."""
     other = tmp_path / "other"
     shutil.copytree(part / "run", other / "run")
     betas = ["--model.optimizer.betas", "[0.5,0.9]", "--ckpt_path", "last"]
@@ -190,7 +190,14 @@ def test_more_epochs_continue_on_the_curve_of_the_longer_run(stopped, tmp_path, 
 
 
 def test_accepted_optimizer_of_another_class_starts_without_a_state(stopped, part):
-    options = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.01", "--model.optimizer.momentum", "0.9"]
+    options = [
+        "--model.optimizer",
+        "torch.optim.SGD",
+        "--model.optimizer.lr",
+        "0.01",
+        "--model.optimizer.momentum",
+        "0.9",
+    ]
     accept = ["--run.accept_changes", "[model.optimizer]", "--ckpt_path", "last"]
     assert run([*stopped[1], *options, *accept], part) == [0], (part / "log-0").read_text()
     state = final_optimizer(part)

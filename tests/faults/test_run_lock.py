@@ -40,7 +40,9 @@ def test_second_start_is_refused_until_the_first_is_killed(tmp_path, seed, worke
     # The lock ends with the process, although its workers may live a little longer.
     os.kill(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    assert run([*fit, "--data.workers", workers, "--ckpt_path", "auto"], tmp_path) == [0], (tmp_path / "log-0").read_text()
+    assert run([*fit, "--data.workers", workers, "--ckpt_path", "auto"], tmp_path) == [0], (
+        tmp_path / "log-0"
+    ).read_text()
     whole = tmp_path / "whole"
     assert run(fit, whole) == [0]
     assert logged(tmp_path) == logged(whole)
