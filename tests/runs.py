@@ -20,6 +20,7 @@ import torch
 from fits import SMOKE
 from helpers import tiny_tokenizer, write_benchmark, write_shards
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 
 import dualenc.training.checkpoint as checkpoint_module
 import dualenc.utils.files as files_module
@@ -148,6 +149,13 @@ class FullDisk(Callback):
         if trainer.global_step in (LIMIT_AT, self.until):
             limit = LIMIT if trainer.global_step == LIMIT_AT else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+class FailingLogger(DummyLogger):
+    """Logger of another library whose disk is full."""
+
+    def log_metrics(self, *args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
 
 
 class Rows(Callback):

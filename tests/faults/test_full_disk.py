@@ -1,12 +1,15 @@
 """A disk without room: every file that a run writes is told, training continues, and the end is that of a whole run."""
 
+import errno
 import os
 import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from fits import fails
 from runs import data, end, everything, logged, run
 
 from dualenc.data.loading.bad_samples import BadRecord, BadSampleLog
@@ -128,6 +131,27 @@ def test_small_file_system_that_is_really_full(whole, tmp_path):
     assert "27 steps done" in text.splitlines()[-1]
     assert "report.html" not in text.splitlines()[-1]
     assert done.returncode == 0
+
+
+def test_other_logger_that_cannot_write_is_named_once(whole, tmp_path):
+    folder, fit = whole
+    logger = ["--trainer.logger", "runs.FailingLogger"]
+    assert run([*fit, *everything(folder), *logger], tmp_path) == [0], (tmp_path / "log-0").read_text()
+    assert (tmp_path / "log-0").read_text().count("FailingLogger cannot log step") == 1
+    assert logged(tmp_path) == logged(folder)
+
+
+def test_tokenizer_that_cannot_be_written_is_one_line(whole, tmp_path, capsys, monkeypatch):
+    _, fit = whole
+    at = fit.index("--data.tokenizer")
+    root = ["--trainer.default_root_dir", str(tmp_path / "run")]
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "tokenizer.json"))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    line = fails(capsys, [*fit[:at], *fit[at + 2 :], *root], status=1)
+    assert "tokenizer.json: No space left on device" in line
 
 
 def test_lines_that_stay_unwritten_are_counted(tmp_path, capsys):
