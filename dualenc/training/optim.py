@@ -161,7 +161,7 @@ class WarmupCosine(LambdaLR):
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Change the number of steps of the whole run, from the current step on."""
+        """Set the number of steps of the whole run, from the current step on."""
         self.total_steps = total_steps
         self._set_rates()
 

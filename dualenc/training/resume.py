@@ -63,7 +63,7 @@ def compared_settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _flattened(value: Any) -> Any:
-    """Return a configuration in which arguments of a class stand beside its path, as keys on the command line do."""
+    """Return a configuration in which arguments of a class are next to its path, as in the keys of the command line."""
     if isinstance(value, list | tuple):
         return [_flattened(part) for part in value]
     if not isinstance(value, Mapping):
@@ -124,7 +124,7 @@ def check_changes(changes: Changes, accepted: Sequence[str], settings: Mapping[s
     for name in accepted if settings else ():
         if not _is_setting(name, settings) and not any(_covers(name, key) for key in changes):
             raise CheckpointError(
-                f"run.accept_changes names {name}, which is no setting that is compared with the checkpoint's run: "
+                f"run.accept_changes names {name}, which is not a setting that is compared with the checkpoint's run: "
                 "name it as on the command line, such as data.batch_size"
             )
     never = [name for name in changes if name in _ONLY_AT_START or misfit]
@@ -167,7 +167,7 @@ def _short(value: Any, longest: int = 80) -> str:
 
 
 class OldOptimizer(NamedTuple):
-    """Optimizer state of a checkpoint that the new optimizer cannot load as it is."""
+    """Optimizer state of a checkpoint that the new optimizer cannot load unchanged."""
 
     state: Mapping[str, Any]
     names: Sequence[str]  # of the parameters, in the order of the state; empty if the class of the optimizer differs

@@ -162,7 +162,7 @@ class RunDirectory(Checkpoint):
             raise DataError(refusal)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unlock the folder."""
+        """End the lock of the folder."""
         if self.lock is not None:
             self.lock.release()
 

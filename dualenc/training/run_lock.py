@@ -107,5 +107,5 @@ def _holder(file: int) -> str:
     try:
         about = json.loads(os.pread(file, 1000, 0))
         return f"process {about['process']} on host {about['host']} since {about['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has not written yet, or had no room
+    except (OSError, ValueError, KeyError, TypeError):  # it is still empty, or the disk is full
         return "another process"

@@ -363,7 +363,7 @@ class Task(LightningModule):
                     rank_zero_print(f"{type(logger).__name__} cannot log step {self.global_step:,}: {reason(error)}")
                 self._failed_loggers.add(number)
         for name, value in metrics.items():
-            self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)  # as it is logged
+            self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)  # exactly as logged
             if name in bar:
                 short = name.removeprefix("train/").replace("samples_per_second", "samples/s")
                 self.trainer.progress_bar_metrics[short] = value
