@@ -251,9 +251,9 @@ class RunDirectory(Checkpoint):
             self._watchdog = pl_module.watchdog = Watchdog(trainer.global_rank, trainer.world_size, self.stall_seconds)
             self._watchdog.start()
         self._saved_at = time.monotonic()
-        trainer.callback_metrics.update(
-            {name: torch.tensor(value, dtype=torch.float64) for name, value in self._state.metrics.items()}
-        )
+        # Without a best value, the monitored metric of the checkpoint must not select the weights of a later step.
+        restored = {name: x for name, x in self._state.metrics.items() if name != self.monitor or self._state.best}
+        trainer.callback_metrics.update({name: torch.tensor(x, dtype=torch.float64) for name, x in restored.items()})
 
     def _clean_folder(self, trainer: Trainer) -> str:
         """Remove what belongs to later steps than that of the start; return why it cannot be removed, or nothing."""

@@ -174,6 +174,17 @@ def test_accepted_settings_give_the_run_that_a_changed_checkpoint_gives(stopped,
     assert end(part) == end(other)
 
 
+def test_best_of_other_held_out_data_is_chosen_again(stopped, part):
+    """The value of the checkpoint, of step 4, says nothing about the new data, which are first measured at step 8."""
+    before = json.loads((part / "run" / "run.json").read_text())["best"]
+    assert before["step"] == 4
+    change = ["--data.val", str(stopped[0] / "shards"), "--run.accept_changes", "[data.val]", "--ckpt_path", "last"]
+    assert run([*stopped[1], *change, *callbacks(("Kill", {"step": 7}))], part) == [-9], (part / "log-0").read_text()
+    assert json.loads((part / "run" / "run.json").read_text())["best"] is None
+    assert run([*stopped[1], *change], part) == [0], (part / "log-0").read_text()
+    assert json.loads((part / "run" / "run.json").read_text())["best"]["step"] >= 8
+
+
 def test_more_epochs_continue_on_the_curve_of_the_longer_run(stopped, tmp_path, capsys):
     assert run(stopped[1], tmp_path) == [0]
     longer = ["--trainer.max_epochs", "5", "--ckpt_path", "last"]
