@@ -351,7 +351,7 @@ def test_the_onnx_reference_runs_without_torch(tmp_path: Path, monkeypatch: Any,
 
 
 def test_the_example_of_the_docs(tmp_path: Path, seed: int) -> None:
-    """The program of docs/interop.md runs unchanged without torch, transformers and dualenc, and sees what dualenc sees."""
+    """The program of docs/interop.md runs without torch, transformers and dualenc, and sees what dualenc sees."""
     section = (
         (ROOT / "docs" / "interop.md").read_text("utf-8").partition("## ONNX without torch")[2].partition("\n## ")[0]
     )
