@@ -47,7 +47,7 @@ def decode_image(data: bytes) -> Tensor:
 
     Notes of a file (color profiles, XMP, texts, previews, later frames of an animated PNG) change no pixel. They are
     neither unpacked nor checked, so that a large or broken note does not refuse the image. Only the orientation is read
-    from them. If it cannot be read, the image is returned as it is stored.
+    from them. If it cannot be read, the image stays as stored.
 
     Returns:
         uint8 (3, H, W), stored channels last.
@@ -97,16 +97,17 @@ def _find_notes(data: bytes) -> tuple[list[tuple[int, int]] | None, dict[str, An
     walk = {b"\xff\xd8\xff": _jpeg_notes, b"\x89PN": _png_notes, b"RIF": _webp_notes}.get(data[:3])
     places: list[tuple[int, int]] = []
     notes: dict[str, Any] = {}
+    exif: list[bytes] = []  # A JPEG continues a long one in another segment.
     try:
         for start, end, name, content in walk(data) if walk else ():
             places.append((start, end))
-            if name == "exif" and name in notes:  # A JPEG continues a long EXIF in another segment.
-                content = notes[name] + content.removeprefix(b"Exif\0\0")
-            if name:
+            if name == "exif":
+                exif.append(content.removeprefix(b"Exif\0\0"))
+            elif name:
                 notes[name] = content
     except struct.error:
         return None, {}
-    return places, notes
+    return places, notes | ({"exif": b"Exif\0\0" + b"".join(exif)} if exif else {})
 
 
 Note = tuple[int, int, str, Any]  # its first byte, the byte after its end, Pillow's name or "", and the content
@@ -121,8 +122,11 @@ def _jpeg_notes(data: bytes) -> Iterator[Note]:
     start = 2
     while True:
         fill, marker, length = struct.unpack_from(">BBH", data, start)
-        if fill != 0xFF or marker == 0xFF:
+        if fill != 0xFF:
             raise struct.error("no marker")
+        if marker == 0xFF:  # Any number of fill bytes may precede a marker.
+            start += 1
+            continue
         if marker == 0xDA:  # the scan
             return
         end = start + 2 + length
@@ -140,39 +144,45 @@ def _jpeg_notes(data: bytes) -> Iterator[Note]:
 
 def _png_notes(data: bytes) -> Iterator[Note]:
     """Yield the ancillary chunks of a PNG (W3C Portable Network Graphics, section 5), except the transparency."""
-    start = 8
+    start, known = 8, {""}
     while start + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, start)
         end = start + 12 + length
         if kind == b"IEND" or not kind.isalpha():
             return
         if kind[0] & 0x20 and kind != b"tRNS":  # The bit marks chunks that are not needed to show the image.
-            yield start, min(end, len(data)), *_png_note(kind, data, start + 8, end - 4)
+            name, content = _png_name(kind, data[start + 8 : start + 88]), b""
+            if name not in known and zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end]):
+                known.add(name)  # The first one counts: a file may have any number of notes that unpack to 1 MiB.
+                content = _png_content(kind, data[start + 8 : end - 4])
+            yield start, min(end, len(data)), name if content else "", content
         start = end
 
 
-def _png_note(kind: bytes, data: bytes, start: int, end: int) -> tuple[str, Any]:
-    """Return name and content of a chunk that may tell the orientation, "" for all others and for a damaged one."""
-    keyword = data[start : start + 80].partition(b"\0")[0].decode("latin-1")
-    is_text = kind in (b"tEXt", b"zTXt", b"iTXt") and keyword in ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
-    if not (is_text or kind == b"eXIf") or zlib.crc32(data[start - 4 : end]) != int.from_bytes(data[end : end + 4]):
-        return "", b""
+def _png_name(kind: bytes, begin: bytes) -> str:
+    """Return the name of a chunk in which Pillow looks for an orientation, "" for all others."""
+    texts = {b"exif": "exif", b"Raw profile type exif": "Raw profile type exif", b"XML:com.adobe.xmp": "xmp"}
+    if kind in (b"tEXt", b"zTXt", b"iTXt"):
+        return texts.get(begin.partition(b"\0")[0], "")
+    return "exif" if kind == b"eXIf" else ""
+
+
+def _png_content(kind: bytes, body: bytes) -> Any:
+    """Return the EXIF or the text of a chunk, of a packed text the first MiB; b"" if it is broken."""
     if kind == b"eXIf":
-        return "exif", b"Exif\0\0" + data[start:end]
-    content = data[start + len(keyword) + 1 : end]
+        return body
+    keyword, _, content = body.partition(b"\0")
     packed = kind == b"zTXt" or (kind == b"iTXt" and content[:1] != b"\0")
-    if kind == b"iTXt":  # a flag, the method, a language, a translation of the keyword
+    if kind == b"iTXt":  # A flag, the method, a language and a translation of the keyword come first.
         content = content[2:].split(b"\0", 2)[-1]
-    elif packed:  # the method
-        content = content[1:]
+    elif packed:
+        content = content[1:]  # without the method
     if packed:
         try:
             content = zlib.decompressobj().decompress(content, MAX_NOTE)
         except zlib.error:
-            return "", b""
-    if keyword == "XML:com.adobe.xmp":
-        return "xmp", content
-    return keyword, content if keyword == "exif" else content.decode("latin-1")
+            return b""
+    return content.decode("latin-1") if keyword == b"Raw profile type exif" else content
 
 
 def _webp_notes(data: bytes) -> Iterator[Note]:

@@ -224,6 +224,29 @@ def test_notes_are_not_unpacked(picture):
         assert peak < 4 * len(bomb) + (8 << 20)
 
 
+def test_of_many_notes_one_is_unpacked(picture, monkeypatch):
+    """A small file may hold thousands of notes of 1 MiB, and a JPEG thousands of parts of an EXIF."""
+    calls, unpack = [], zlib.decompressobj
+    note = chunk(b"zTXt", PROFILE + b"\0\0" + zlib.compress(raw_profile(6) + bytes(BIG)))
+    data = with_chunk(encode(picture), *[note] * 50)
+    monkeypatch.setattr(zlib, "decompressobj", lambda: calls.append(1) or unpack())
+    assert decode_image(data).shape == (3, 18, 26)  # Zeros are no digits, so this profile is broken.
+    assert len(calls) == 1
+    parts = [exif(6)[i : i + 1] for i in range(len(exif(6)))]
+    jpeg = with_segment(encode(picture, "jpeg"), *(segment(0xE1, b"Exif\0\0" + part) for part in parts))
+    assert decode_image(jpeg).shape == (3, 26, 18)
+
+
+def test_fill_bytes_between_segments(picture):
+    """T.81, B.1.1.2: any marker may be preceded by any number of bytes 0xFF."""
+    plain = encode(picture, "jpeg")
+    filled = with_segment(
+        plain, b"\xff" * 7, segment(0xE2, b"ICC_PROFILE\0"), b"\xff", segment(0xE1, b"Exif\0\0" + exif(6))
+    )
+    assert decode_image(filled).shape == (3, 26, 18)
+    assert torch.equal(decode_image(with_segment(plain, b"\xff" * 7)), decode_image(plain))
+
+
 def test_a_file_with_nothing_to_leave_out_is_not_copied(picture):
     for kind in ("png", "webp", "jpeg"):
         data = encode(picture, kind)

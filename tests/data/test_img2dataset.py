@@ -100,8 +100,8 @@ def folder(tmp_path: Path, seed: int) -> Folder:
             images[key] = image
         width, height = size or (None, None)
         rows.append({
-            "id": number, "similarity": float(rng.random()), "NSFW": rng.choice(["UNLIKELY", None]),
-            "license": rng.choice(["cc0", "cc-by", None]), "caption": text, "url": f"http://127.0.0.1/img/{number}.jpg",
+            "id": number, "similarity": float(rng.random()), "NSFW": random.choice(["UNLIKELY", None]),
+            "license": random.choice(["cc0", "cc-by", None]), "caption": text, "url": f"http://127.0.0.1/img/{number}.jpg",
             "key": key, "status": ERRORS[error] if error else "success", "error_message": error, "width": width,
             "height": height, "original_width": width, "original_height": height, "exif": None if error else "{}",
             "sha256": None if error else hashlib.sha256(image).hexdigest(),
