@@ -83,7 +83,7 @@ def decode_image(data: bytes) -> Tensor:
 def _is_upright(notes: dict[str, Any]) -> bool:
     """Return whether no note tells that the image is rotated, which simplejpeg would ignore."""
     image = Image.Image()
-    image.info = notes
+    image.info.update(notes)
     return not notes or _orientation(image) not in _TO_UPRIGHT
 
 
