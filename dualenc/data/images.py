@@ -187,14 +187,15 @@ def _png_content(kind: bytes, body: bytes) -> Any:
 
 def _webp_notes(data: bytes) -> Iterator[Note]:
     """Yield the profile, EXIF and XMP of a WebP (RFC 9649, section 2.7), and what follows the file's end."""
+    flags = data[20] if data[12:16] == b"VP8X" and len(data) > 20 else 0  # of the notes that count
+    names = {b"ICCP": "", b"EXIF": "exif" if flags & 8 else "", b"XMP ": "xmp" if flags & 4 else ""}
     start = 12
     limit = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
     while start + 8 <= limit:
         kind, length = struct.unpack_from("<4sI", data, start)
         end = start + 8 + length + length % 2
-        if kind in (b"ICCP", b"EXIF", b"XMP "):
-            content = data[start + 8 : start + 8 + length] if kind != b"ICCP" else b""
-            yield start, min(end, limit), {b"EXIF": "exif", b"XMP ": "xmp"}.get(kind, ""), content
+        if kind in names:
+            yield start, min(end, limit), names[kind], data[start + 8 : start + 8 + length] if names[kind] else b""
         start = end
     if limit < len(data):
         yield limit, len(data), "", b""

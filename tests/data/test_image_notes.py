@@ -163,7 +163,7 @@ def test_the_end_of_a_file_may_be_missing_in_a_note(picture):
 def test_the_orientation_is_found_in_every_note(picture, orientation):
     """The notes are the same that Pillow reads, beside others that it refuses."""
     png, jpeg = encode(picture), encode(picture, "jpeg")
-    webp = encode(picture, "webp", lossless=True, xmp=b"x")
+    webp = encode(picture, "webp", lossless=True, exif=exif(1))
     files = [
         with_chunk(png, chunk(b"eXIf", exif(orientation))),
         with_chunk(png, chunk(b"eXIf", exif(orientation)), last=True),
@@ -174,7 +174,7 @@ def test_the_orientation_is_found_in_every_note(picture, orientation):
         with_chunk(png, chunk(b"iTXt", itxt(XMP, xmp(orientation), packed=True)), last=True),
         with_segment(jpeg, segment(0xE1, b"Exif\0\0" + exif(orientation))),
         with_segment(jpeg, segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp(orientation))),
-        with_riff(webp, riff(b"EXIF", exif(orientation))),
+        encode(picture, "webp", lossless=True, exif=exif(orientation)),
         encode(picture, "webp", lossless=True, xmp=xmp(orientation)),
     ]
     for i, data in enumerate(files):
@@ -191,6 +191,13 @@ def test_the_orientation_is_found_in_every_note(picture, orientation):
     assert np.array_equal(
         decode_image(large).permute(1, 2, 0).numpy(), np.rot90(picture, 2 if orientation == 3 else -1)
     )
+
+
+def test_notes_of_a_webp_count_only_where_its_header_says_so(picture):
+    data = bytearray(encode(picture, "webp", lossless=True, exif=exif(6)))
+    assert decode_image(bytes(data)).shape == (3, 26, 18)
+    data[20] &= ~8  # RFC 9649, section 2.7.1
+    assert decode_image(bytes(data)).shape == (3, 18, 26)
 
 
 def test_exif_of_several_segments_is_read_as_one(picture):
