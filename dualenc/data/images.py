@@ -5,9 +5,13 @@ resize of uint8 in channels-last layout is also the fastest on a CPU. Normalizat
 """
 
 import io
+import itertools
 import math
 import struct
+import typing
 import warnings
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -16,11 +20,12 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 1 << 27  # 134 million: more than any photo has, less than a header may claim to exhaust memory
+MAX_NOTE = 1 << 20  # bytes that are unpacked of a note that may tell the orientation
 MAX_ASPECT = 50  # largest ratio of the sides that is resized; longer images are cropped first
 
 
@@ -40,13 +45,18 @@ class ImageError(ValueError):
 def decode_image(data: bytes) -> Tensor:
     """Decode JPEG, PNG or WebP as a viewer shows it: RGB, upright, and on white where it is transparent.
 
+    Notes of a file (color profiles, XMP, texts, previews, later frames of an animated PNG) change no pixel. They are
+    neither unpacked nor checked, so that a large or broken note does not refuse the image. Only the orientation is read
+    from them. If it cannot be read, the image stays as stored.
+
     Returns:
         uint8 (3, H, W), stored channels last.
 
     Raises:
         ImageError: If the format is another, the data is broken, or the header declares more than `MAX_PIXELS` pixels.
     """
-    if data[:3] == b"\xff\xd8\xff" and _is_upright(data):
+    places, notes = _find_notes(data)
+    if data[:3] == b"\xff\xd8\xff" and places is not None and _is_upright(notes):
         try:
             height, width, color, _ = simplejpeg.decode_jpeg_header(data)
             if int(height) * int(width) <= MAX_PIXELS and color in ("YCbCr", "Gray", "RGB"):
@@ -57,7 +67,8 @@ def decode_image(data: bytes) -> Tensor:
         with warnings.catch_warnings():
             # Pillow warns of large images, which MAX_PIXELS limits, and of broken tags.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            with Image.open(io.BytesIO(_cut(data, places or [])), formats=("JPEG", "PNG", "WEBP")) as image:
+                image.info.update(notes)
                 return to_tensor(image)
     except ImageError:
         raise
@@ -69,65 +80,228 @@ def decode_image(data: bytes) -> Tensor:
         raise ImageError("cannot be decoded", f"{type(error).__name__}: {error}") from error
 
 
-def _is_upright(data: bytes) -> bool:
-    """Return whether a JPEG is stored without an orientation tag that rotates it, which simplejpeg would ignore."""
-    orientation = _orientation(data)
-    if orientation is not None:
-        return orientation == 1
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    except Exception:  # Pillow raises nearly any error on broken data; decoding will report it.
-        return False
+def _is_upright(notes: dict[str, Any]) -> bool:
+    """Return whether no note tells that the image is rotated, which simplejpeg would ignore."""
+    image = Image.Image()
+    image.info.update(notes)
+    return not notes or _orientation(image) not in _TO_UPRIGHT
 
 
-def _orientation(data: bytes) -> int | None:
-    """Return the EXIF orientation of a JPEG: 1 without a tag, None for unusual files, which are left to Pillow.
+def _find_notes(data: bytes) -> tuple[list[tuple[int, int]] | None, dict[str, Any]]:
+    """Find the parts of an image file that its pixels do not need.
 
-    Pillow reads all files, but opening one may take longer than decoding it with simplejpeg. A JPEG begins with
-    segments (ITU-T T.81, annex B). The EXIF segment has the layout of TIFF 6.0, section 2: a header, then a directory
-    of entries of 12 bytes.
+    Returns:
+        The first byte of each part and the byte after its end, in order, None for a JPEG of unusual structure; and the
+        notes in which Pillow looks for an orientation, under its own names.
     """
-    start, found = 2, None
+    walk = {b"\xff\xd8\xff": _jpeg_notes, b"\x89PN": _png_notes, b"RIF": _webp_notes}.get(data[:3])
+    places: list[tuple[int, int]] = []
+    notes: dict[str, Any] = {}
+    exif: list[bytes] = []  # A JPEG continues a long one in another segment.
     try:
-        while True:  # The loop ends at the scan, or at the end of the data.
-            fill, marker, length = struct.unpack_from(">BBH", data, start)
-            if fill != 0xFF or marker == 0xFF:
-                return None
-            if marker == 0xDA:
-                return 1
-            if marker == 0xE1 and data[start + 4 : start + 10] == b"Exif\0\0":
-                break
-            start += 2 + length
-        segment = data[start + 10 : start + 2 + length]
-        order = {b"II*\0": "<", b"MM\0*": ">"}[segment[:4]]
-        (directory,) = struct.unpack_from(f"{order}I", segment, 4)
-        (entries,) = struct.unpack_from(f"{order}H", segment, directory)
-        for entry in range(entries):
-            tag, kind, count, value = struct.unpack_from(f"{order}HHIH", segment, directory + 2 + 12 * entry)
-            if tag == ExifTags.Base.Orientation:
-                if found is not None or (kind, count) != (3, 1):  # Type 3 is a 16-bit number.
-                    return None
-                found = value
-    except (struct.error, KeyError):  # An offset is outside of the data, or the header is invalid.
-        return None
-    return 1 if found is None and b"tiff:Orientation" not in data else found
+        for start, end, name, content in walk(data) if walk else ():
+            places.append((start, end))
+            if name == "exif":
+                exif.append(content.removeprefix(b"Exif\0\0"))
+            elif name:
+                notes[name] = content
+    except struct.error:
+        return None, {}
+    return places, notes | ({"exif": b"Exif\0\0" + b"".join(exif)} if exif else {})
+
+
+Note = tuple[int, int, str, Any]  # its first byte, the byte after its end, Pillow's name or "", and the content
+
+
+def _jpeg_notes(data: bytes) -> Iterator[Note]:
+    """Yield the comments and application segments of a JPEG (ITU-T T.81, annex B), except those that tell its colors.
+
+    Raises:
+        struct.error: If the segments before the scan are unusual.
+    """
+    start = 2
+    while True:
+        fill, marker, length = struct.unpack_from(">BBH", data, start)
+        if fill != 0xFF:
+            raise struct.error("no marker")
+        if marker == 0xFF:  # Any number of fill bytes may precede a marker.
+            start += 1
+            continue
+        if marker == 0xDA:  # the scan
+            return
+        end = start + 2 + length
+        # JFIF and Adobe tell the color space; libjpeg ignores shorter ones.
+        tells_colors = (marker == 0xE0 and length >= 16) or (marker == 0xEE and length >= 14)
+        if (0xE0 <= marker <= 0xEF or marker == 0xFE) and not tells_colors:
+            name, content = "", b""
+            if marker == 0xE1 and data.startswith(b"Exif\0\0", start + 4):
+                name, content = "exif", data[start + 4 : end]
+            elif marker == 0xE1 and data.startswith(b"http://ns.adobe.com/xap/1.0/\0", start + 4):
+                name, content = "xmp", data[start + 33 : end]
+            yield start, end, name, content
+        start = end
+
+
+def _png_notes(data: bytes) -> Iterator[Note]:
+    """Yield the ancillary chunks of a PNG (W3C Portable Network Graphics, section 5), except the transparency."""
+    start, known = 8, {""}
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 12 + length
+        if kind == b"IEND" or not kind.isalpha():
+            return
+        if kind[0] & 0x20 and kind != b"tRNS":  # The bit marks chunks that are not needed to show the image.
+            name, content = _png_name(kind, data[start + 8 : start + 88]), b""
+            if name not in known and zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end]):
+                known.add(name)  # The first one counts: a file may have any number of notes that unpack to 1 MiB.
+                content = _png_content(kind, data[start + 8 : end - 4])
+            yield start, min(end, len(data)), name if content else "", content
+        start = end
+
+
+def _png_name(kind: bytes, begin: bytes) -> str:
+    """Return the name of a chunk in which Pillow looks for an orientation, "" for all others."""
+    texts = {b"exif": "exif", b"Raw profile type exif": "Raw profile type exif", b"XML:com.adobe.xmp": "xmp"}
+    if kind in (b"tEXt", b"zTXt", b"iTXt"):
+        return texts.get(begin.partition(b"\0")[0], "")
+    return "exif" if kind == b"eXIf" else ""
+
+
+def _png_content(kind: bytes, body: bytes) -> Any:
+    """Return the EXIF or the text of a chunk, of a packed text the first MiB; b"" if it is broken."""
+    if kind == b"eXIf":
+        return body
+    keyword, _, content = body.partition(b"\0")
+    packed = kind == b"zTXt" or (kind == b"iTXt" and content[:1] != b"\0")
+    if kind == b"iTXt":  # A flag, the method, a language and a translation of the keyword come first.
+        content = content[2:].split(b"\0", 2)[-1]
+    elif packed:
+        content = content[1:]  # without the method
+    if packed:
+        try:
+            content = zlib.decompressobj().decompress(content, MAX_NOTE)
+        except zlib.error:
+            return b""
+    return content.decode("latin-1") if keyword == b"Raw profile type exif" else content
+
+
+def _webp_notes(data: bytes) -> Iterator[Note]:
+    """Yield the profile, EXIF and XMP of a WebP (RFC 9649, section 2.7), and what follows the file's end."""
+    flags = data[20] if data[12:16] == b"VP8X" and len(data) > 20 else 0  # of the notes that count
+    names = {b"ICCP": "", b"EXIF": "exif" if flags & 8 else "", b"XMP ": "xmp" if flags & 4 else ""}
+    start = 12
+    limit = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    while start + 8 <= limit:
+        kind, length = struct.unpack_from("<4sI", data, start)
+        end = start + 8 + length + length % 2
+        if kind in names:
+            yield start, min(end, limit), names[kind], data[start + 8 : start + 8 + length] if names[kind] else b""
+        start = end
+    if limit < len(data):
+        yield limit, len(data), "", b""
+
+
+def _cut(data: bytes, places: Sequence[tuple[int, int]]) -> bytes:
+    """Return an image file without its parts at these places; the file itself if there are none."""
+    if not places:
+        return data
+    bounds = [0, *itertools.chain.from_iterable(places), len(data)]
+    pieces = [data[start:end] for start, end in zip(bounds[::2], bounds[1::2])]
+    if data[:4] == b"RIFF":  # libwebp refuses a file whose header has another size.
+        pieces[0] = data[:4] + struct.pack("<I", sum(map(len, pieces)) - 8) + pieces[0][8:]
+    return b"".join(pieces)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation in the EXIF or XMP of a loaded image; 1, upright, if there is none or it is broken."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of broken tags.
+            return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises nearly any error on broken notes, which cannot refuse the image.
+        return 1
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Convert a Pillow image to uint8 (3, H, W), stored channels last; see `decode_image`."""
+    """Convert a Pillow image of any mode with a known range to uint8 (3, H, W), stored channels last.
+
+    The image becomes upright, and is put on white where it is transparent; see `decode_image`. 16-bit gray is scaled to
+    8 bits.
+
+    Raises:
+        ImageError: If the image has too many pixels, or the mode is I or F, for which Pillow has no range: the same
+            values may mean 0 to 1, 0 to 255 or 0 to 65,535.
+    """
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"has more than {MAX_PIXELS:,} pixels", f"{image.width} x {image.height}")
-    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"has Pillow's mode {image.mode}, whose range is not defined",
+            "scale the values to 0 to 255 and convert to mode L, or to 0 to 65,535 and to mode I;16",
+        )
+    shown = _on_white(image)
+    method = _TO_UPRIGHT.get(_orientation(image))
+    shown = shown if method is None else shown.transpose(method)
+    return torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(
+        shown.height, shown.width, 3
+    ).permute(2, 0, 1)  # fmt: skip
+
+
+_TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Load an image, and return it as RGB, on white where it is transparent.
+
+    A PNG declares its transparent color in the units of the file, and Pillow leaves it so. But it scales gray of 2 and
+    4 bits to 8, and keeps the high bytes of colors of 16 bits.
+    """
+    color, stored = image.info.get("transparency"), _raw_mode(image)
+    opaque = _opaque_16(image) if color is not None and stored == "RGB;16B" else None  # (H, W) bool
+    image.load()
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips to 255.
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        gray = np.asarray(image)
+        opaque = gray != color if isinstance(color, int) else None
+        image = Image.fromarray((gray / 257).round().astype(np.uint8))
+    elif isinstance(color, int) and stored in ("L;2", "L;4"):
+        image = image.copy()
+        image.info["transparency"] = color * (85 if stored == "L;2" else 17)
+    elif image.mode == "La":  # Pillow converts premultiplied gray to LA only.
+        image = image.convert("LA")
+    if opaque is not None:
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)
+        image.putalpha(Image.fromarray(opaque))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, "white")
         image.alpha_composite(rgba)
-    return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(
-        image.height, image.width, 3
-    ).permute(2, 0, 1)  # fmt: skip
+    return image.convert("RGB")
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return the layout of pixels in the file of a PNG that is not loaded yet, as Pillow names it; otherwise ""."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0].args) if image.format == "PNG" and tiles else ""
+
+
+def _opaque_16(image: Image.Image) -> np.ndarray:
+    """Compare the colors of a PNG of 16 bits a channel with its transparent one, (H, W): True where they differ.
+
+    Pillow keeps only the high byte of a color. Read in the other byte order, the same file gives the low byte.
+    """
+    file = typing.cast(Any, image).fp
+    place = file.tell()
+    file.seek(0)
+    low = typing.cast(Any, Image.open(file, formats=("PNG",)))
+    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+    colors = np.asarray(low).astype(np.uint16)  # (H, W, 3)
+    file.seek(place)
+    colors += np.asarray(image).astype(np.uint16) << 8
+    return (colors != np.array(image.info["transparency"])).any(-1)
 
 
 @dataclass(frozen=True)
