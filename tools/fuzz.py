@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 
 from dualenc.data import ImageError, ShardIndex, decode_image
-from dualenc.data.images import _find_notes, to_tensor
+from dualenc.data.image_notes import find_notes
+from dualenc.data.images import to_tensor
 from dualenc.utils.errors import DataError
 
 CASES = 200  # Cases that one process runs.
@@ -194,7 +195,7 @@ def try_picture(rng: np.random.Generator, _: Path) -> tuple[str, bytes]:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             theirs = to_tensor(image)
     except Exception as error:
-        if _find_notes(data)[0]:  # Pillow checks notes too.
+        if find_notes(data)[0]:  # Pillow checks notes too.
             return "decoded without a note that Pillow may have refused", data
         raise AssertionError(f"Pillow cannot decode a file that dualenc decodes: {error}") from error
     if ours.shape != theirs.shape or float((ours.float() - theirs.float()).abs().mean()) > 1:

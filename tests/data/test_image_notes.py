@@ -13,8 +13,8 @@ import torch
 from helpers import encode, pixels, smooth
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
-import dualenc.data.images as images_module
 from dualenc.data import ImageError, decode_image
+from dualenc.data.image_notes import cut, find_notes
 from dualenc.data.images import to_tensor
 
 XMP = b"XML:com.adobe.xmp"
@@ -257,8 +257,8 @@ def test_fill_bytes_between_segments(picture):
 def test_a_file_with_nothing_to_leave_out_is_not_copied(picture):
     for kind in ("png", "webp", "jpeg"):
         data = encode(picture, kind)
-        assert images_module._find_notes(data) == ([], {})
-        assert images_module._cut(data, []) is data
+        assert find_notes(data) == ([], {})
+        assert cut(data, []) is data
 
 
 def test_pixels_are_still_capped_and_pillow_is_left_as_it_was(picture):

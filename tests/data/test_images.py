@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import dualenc.data.images as images_module
 from dualenc.data import Augment, ImageError, Preprocess, decode_image
+from dualenc.data.image_notes import find_notes
 from dualenc.data.images import open_image, thumbnail, to_tensor
 
 
@@ -114,7 +115,7 @@ def test_the_orientation_of_a_jpeg_equals_pillows(seed):
 
 def is_upright(data):
     """Return whether `decode_image` takes a JPEG for upright; None where the structure is left to Pillow."""
-    places, notes = images_module._find_notes(data)
+    places, notes = find_notes(data)
     return None if places is None else images_module._is_upright(notes)
 
 
