@@ -23,7 +23,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 import dualenc.data.shards.index as shards_module
 import dualenc.data.shards.shard as index_module
 from dualenc.data import ShardIndex
-from dualenc.data.shards.index import expand_shards
+from dualenc.data.shards.patterns import expand_shards
 from dualenc.data.shards.shard import MAGIC, scan
 from dualenc.data.shards.tar import Member
 from dualenc.utils.errors import DataError
