@@ -28,7 +28,7 @@ from dualenc.data.shards.select import expression
 from dualenc.data.shards.shard import FILE_NAME, Shard, index_files, name_of, read_index, scan, write_index
 from dualenc.data.workers import item_loader
 from dualenc.utils.errors import BadSample, DataError
-from dualenc.utils.files import atomic_write
+from dualenc.utils.files import atomic_write, stand_in
 from dualenc.utils.urls import folder_of, is_remote, shown
 
 __all__ = ["BadSample", "DataError", "Sample", "ShardIndex"]
@@ -407,7 +407,7 @@ def _read_indexes(folder: str, cache: Cache, rescan: bool = False) -> dict[str, 
 def _fetch_published_index(folder: str, cache: Cache) -> dict[str, Shard]:
     """Fetch the index file in the folder of remote shards, if there is one, and store it in the user's cache."""
     data = fetch_small(f"{folder}/{FILE_NAME}")
-    if data is None:
+    if data is None or stand_in(data):  # some web servers answer with a page where a file is missing
         return {}
     path = index_files(folder)[0].with_suffix(".published")
     try:

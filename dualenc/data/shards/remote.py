@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from dualenc.data.shards.tar import TarError, members
 from dualenc.utils.errors import DataError
+from dualenc.utils.files import stand_in
 from dualenc.utils.urls import PROTOCOLS, cache_folder, redact_url, shown
 
 TRIES = 6  # requests, before an error that may be temporary is raised
@@ -155,6 +156,9 @@ class Cache:
                 if (etag := _info(file.url)[1]) and file.etag and etag != file.etag:
                     break
             url = shown(file.url)
+            with open(temporary, "rb") as received:
+                if what := stand_in(received.read(1024)):
+                    raise StorageError(f"{url} is {what}")
             raise StorageError(f"{url} changed since it was indexed; if this is intended, run: dualenc index {url}")
 
     @contextmanager

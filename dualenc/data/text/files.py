@@ -24,6 +24,7 @@ from dualenc.data.shards.patterns import TEXTS, Patterns, find_files, require_al
 from dualenc.data.shards.shard import content_hash, open_cached
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.files import stand_in
 from dualenc.utils.urls import is_remote, shown
 
 KINDS = TEXTS.endings
@@ -275,6 +276,8 @@ def _scan(path: str) -> TextFile:
             whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if what := stand_in(whole[:1024].tobytes()):
+        raise DataError(f"{path} is {what}")
     digest, starts, stops = _lines(whole)
     numbers = np.arange(1, len(starts) + 1)
     if kind == ".csv":
