@@ -57,6 +57,6 @@ def first_failure(checks: Iterable[tuple[object, str]]) -> str | None:
 
 @cache
 def warn_once(line: str) -> None:
-    """Log a warning once per process, and of the processes that a launcher starts on a machine only in the first one."""
+    """Log a warning once, and only in the first one of the processes that a launcher starts on a machine."""
     if all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID")):
         logging.getLogger("dualenc").warning("%s", line)

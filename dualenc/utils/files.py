@@ -42,6 +42,7 @@ def stand_in(data: bytes) -> str | None:
     data = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
     return next((what for start, what in _STAND_INS.items() if re.match(start, data, re.IGNORECASE | re.DOTALL)), None)
 
+
 _UMASK = os.umask(0)  # the umask can only be read by setting it
 os.umask(_UMASK)
 

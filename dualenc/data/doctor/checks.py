@@ -18,7 +18,7 @@ from dualenc.data.doctor.scan import Survey, survey
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem
 from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
 from dualenc.data.loading.bad_samples import MAX_CONSECUTIVE, BadSampleLog
-from dualenc.data.pairs import captions_of, check_captions, decode_sample
+from dualenc.data.pairs import captions_of, check_captions, decode_sample, join_command
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.shards.patterns import SHARDS, Patterns, distinct, find_files
 from dualenc.data.shards.shard import content_hash
@@ -239,7 +239,10 @@ def _pair_rows(index: ShardIndex, captions: str, found: Examination) -> np.ndarr
                 advice += "; --captions names the source of captions"
             found.findings.append(Finding("warning", f"no {what}", len(lacking), samples, "samples", examples, advice))
     if not len(both):
-        advice = "a run would not start: add what is missing, or name the source of captions with --captions"
+        way_out = join_command(index, image, text) or (
+            "add what is missing, or name the source of captions with --captions"
+        )
+        advice = f"a run would not start: {way_out}"
         found.findings.append(Finding("error", "no pair of image and caption", samples, samples, "samples", [], advice))
     found.facts |= {
         "samples": samples,

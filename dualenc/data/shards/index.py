@@ -35,6 +35,7 @@ __all__ = ["BadSample", "DataError", "Sample", "ShardIndex"]
 MAX_IMAGE, MAX_OTHER = 1 << 28, 1 << 24  # bytes of the largest member that is read
 SAVE_SECONDS = 300  # between writes of an index file while shards are scanned
 
+
 @dataclass(frozen=True)
 class Sample:
     """One sample of a shard: its key and the locations of its members."""

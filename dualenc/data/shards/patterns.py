@@ -187,7 +187,7 @@ def _sort(found: list[tuple[str, bool]], pattern: str, kind: FileKind) -> _Match
 
 
 def _holds(folder: str, kind: FileKind) -> bool:
-    """Return whether files of a kind lie in a folder or below it; evaluation sets do not count, such as held-out ones."""
+    """Return whether files of a kind are in a folder or below it, except for those of evaluation sets."""
     left = MAX_ENTRIES
     for _, folders, names in os.walk(folder):
         if "nshards.txt" in names:

@@ -796,7 +796,10 @@ def test_having(tmp_path):
 
 
 STAND_INS = {
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer.*git lfs pull"),
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "Git LFS pointer.*git lfs pull",
+    ),
     "annex": (b"../../.git/annex/objects/aa/bb/SHA256E-s12--cd.tar/SHA256E-s12--cd.tar\n", "git-annex pointer"),
     "html": (b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n", "HTML page"),
     "page": (b'\xef\xbb\xbf\n<?xml version="1.0"?>\n<!-- x -->\n<HTML lang="en">' + b" " * 3000, "HTML page"),
