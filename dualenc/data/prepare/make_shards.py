@@ -158,18 +158,8 @@ def make_shards(
     if finished := _finished(out, plan):
         return finished
     parts = _resume(out, plan)
-    order = permutation(len(found.items), seed).tolist()
-    start = parts[-1].stop if parts else 0
     with found.pictures.opened(out):
-        pictures = enumerate(track(_read_pictures(found, order[start:], workers)), start)
-        items = ((position, found.items[order[position]], *picture) for position, picture in pictures)
-        unusable = _UnusableCount(plan["source"], found, parts)
-        _write_train(out, parts, items, len(order), unusable, val, samples)
-        if not any(part.samples for part in parts):
-            raise unusable.none_left(val)
-        held = [order[position] for part in parts for position in part.held]
-        if held:
-            _write_val(out / "held_out", zip(held, _read_pictures(found, held, workers)), found, templates, samples)
+        _write(out, found, parts, plan, workers, track)
     return _finish(out, found, parts, plan)
 
 
@@ -177,6 +167,28 @@ def _absolute(source: Patterns) -> str:
     """Return the patterns of a source as one text, with absolute paths."""
     parts = [source] if isinstance(source, str | os.PathLike) else source
     return ", ".join(shown(part) if is_remote(part) else os.path.abspath(part) for part in map(os.fspath, parts))
+
+
+def _write(
+    out: Path,
+    found: CaptionSource,
+    parts: list[_Part],
+    plan: dict[str, Any],
+    workers: int,
+    track: Callable[[Iterable[Any]], Iterable[Any]],
+) -> None:
+    """Write the remaining shards and the evaluation set, with the options in the plan; see `make_shards`."""
+    order = permutation(len(found.items), plan["seed"]).tolist()
+    start = parts[-1].stop if parts else 0
+    pictures = enumerate(track(_read_pictures(found, order[start:], workers)), start)
+    items = ((position, found.items[order[position]], *picture) for position, picture in pictures)
+    unusable = _UnusableCount(plan["source"], found, parts)
+    _write_train(out, parts, items, len(order), unusable, plan["val"], plan["samples"])
+    if not any(part.samples for part in parts):
+        raise unusable.none_left(plan["val"])
+    if held := [order[position] for part in parts for position in part.held]:
+        pairs = zip(held, _read_pictures(found, held, workers))
+        _write_val(out / "held_out", pairs, found, plan["templates"], plan["samples"])
 
 
 def _write_train(

@@ -1,4 +1,4 @@
-"""Where the images of a source of captions are: in files of a folder, in a column of tables, or in shards."""
+"""Images of a source of captions: in files of a folder, in a column of tables, or in shards."""
 
 import os
 import tempfile
@@ -145,11 +145,13 @@ class TablePictures(Pictures):
 
 
 def picture_columns(tables: Sequence[Path]) -> dict[str, str]:
-    """Return the columns of bytes that all tables have: name -> path of the bytes, such as "image.bytes".
+    """Return the columns of bytes, or of Hugging Face's `{bytes, path}`: name -> path of the bytes, as "image.bytes".
 
-    They are columns of bytes, or of Hugging Face's `{bytes, path}`.
+    Raises:
+        DataError: If a table cannot be read, or the tables have different columns.
     """
     found: dict[str, str] = {}
+    first: list[str] = []
     for table in tables:
         schema = _parquet_file(table).schema_arrow
         kinds = {field.name: str(field.type) for field in schema}
@@ -159,7 +161,10 @@ def picture_columns(tables: Sequence[Path]) -> dict[str, str]:
             if kind.startswith(("binary", "large_binary"))
             or (kind.startswith("struct<") and str(_field(schema.field(name).type, "bytes")).endswith("binary"))
         }
-        found = paths if table == tables[0] else {name: path for name, path in found.items() if paths.get(name) == path}
+        if table == tables[0]:
+            found, first = paths, sorted(kinds)
+        elif paths != found or sorted(kinds) != first:
+            raise DataError(f"{table} has other columns than {tables[0]}: name only tables of the same columns")
     return found
 
 

@@ -201,6 +201,18 @@ def test_splits_are_not_mixed(tmp_path, seed):
     assert make_shards(f"{tmp_path}/train-*.parquet", tmp_path / "out", workers=0).samples == 8
 
 
+def test_tables_of_different_columns_are_refused(tmp_path, seed):
+    rows = rows_of(np.random.default_rng(seed), 6)
+    first = parquet(tmp_path / "a.parquet", rows)
+    for other in (
+        [{**row, "image": row["image"]["bytes"]} for row in rows],
+        [{**row, "more": 1} for row in rows],
+        [{**row, "image": None} for row in rows],
+    ):
+        with pytest.raises(DataError, match=r"b\.parquet has other columns than .*a\.parquet"):
+            make_shards([first, parquet(tmp_path / "b.parquet", other)], tmp_path / "out", workers=0)
+
+
 def test_pointers_and_pages_in_place_of_tables_and_images(tmp_path, seed):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12345\n"
     good = parquet(tmp_path / "a.parquet", rows_of(np.random.default_rng(seed), 3))
