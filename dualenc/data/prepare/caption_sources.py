@@ -30,7 +30,7 @@ from dualenc.data.prepare.pictures import (
 )
 from dualenc.data.prepare.sample_join import joined_samples
 from dualenc.data.shards.index import ShardIndex
-from dualenc.data.shards.patterns import SHARDS, FileKind, Patterns, find_files, require_all
+from dualenc.data.shards.patterns import SHARDS, FileKind, Patterns, find_files, parts_of, require_all
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import stand_in
 from dualenc.utils.urls import is_remote
@@ -45,6 +45,7 @@ _IMAGE_FOLDERS = (
     "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images"
 )  # fmt: skip
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token")
+_TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _TABLE_IN_FOLDER = re.compile(r"(metadata|captions)\.(csv|tsv|jsonl|ndjson|parquet|txt)|results\.csv|.*\.token(\.txt)?")
 _SOURCES = FileKind("sources", (".tar", ".parquet"), tuple(sorted({*SHARDS.others} - {".parquet"})))
 _PART_OF_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as Hugging Face names the parts of a split
@@ -98,7 +99,7 @@ def read_source(
     """
     if images is not None and not os.path.isdir(images):
         raise DataError(f"images {images} must be a folder")
-    paths = _resolve([sources] if isinstance(sources, str | os.PathLike) else sources)
+    paths = _resolve(parts_of(sources))
     if len(paths) == 1 and os.path.isdir(paths[0]):
         if image_column or caption_column or images is not None:
             raise DataError(f"{paths[0]} has class folders: columns and images are options for tables only")
@@ -112,9 +113,9 @@ def read_source(
     return _read_tables(list(map(Path, paths)), images, image_column, caption_column)
 
 
-def _resolve(sources: Sequence[str | os.PathLike[str]]) -> list[str]:
+def _resolve(sources: list[str]) -> list[str]:
     """Return the paths of shards, of Parquet tables, of one other table, or of a folder of class folders."""
-    parts = [os.path.expanduser(os.fspath(part)) for part in sources]
+    parts = list(map(os.path.expanduser, sources))
     source = Path(parts[0]) if len(parts) == 1 and not is_remote(parts[0]) else None
     if source is not None and source.is_dir() and (described := tables_in(source)):
         if len(described) > 1:
@@ -128,6 +129,8 @@ def _resolve(sources: Sequence[str | os.PathLike[str]]) -> list[str]:
     paths, missing = find_files(parts, _SOURCES)
     if source is not None and source.is_dir() and missing:
         return [str(source)]
+    if other := [part for part in parts if os.path.isfile(part) and part.lower().endswith(_TEXT_TABLES)]:
+        raise DataError(f"{other[0]}: only .parquet tables and shards may be several: name one table")
     paths = require_all(paths, missing, _SOURCES)
     shards = [path for path in paths if path.lower().endswith(SHARDS.endings)]
     splits = sorted({found[1] for path in paths if (found := _PART_OF_SPLIT.fullmatch(os.path.basename(path)))})

@@ -30,7 +30,7 @@ from dualenc.data.prepare.caption_sources import (
 )
 from dualenc.data.prepare.pictures import NO_PICTURE, Pictures, image_kind
 from dualenc.data.prepare.resumable import JOURNAL, check_same, read_lines
-from dualenc.data.shards.patterns import Patterns
+from dualenc.data.shards.patterns import Patterns, parts_of
 from dualenc.data.workers import item_loader
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, stand_in, write_json, write_text
@@ -165,8 +165,7 @@ def make_shards(
 
 def _absolute(source: Patterns) -> str:
     """Return the patterns of a source as one text, with absolute paths."""
-    parts = [source] if isinstance(source, str | os.PathLike) else source
-    return ", ".join(shown(part) if is_remote(part) else os.path.abspath(part) for part in map(os.fspath, parts))
+    return ", ".join(shown(part) if is_remote(part) else os.path.abspath(part) for part in parts_of(source))
 
 
 def _write(

@@ -74,6 +74,11 @@ def require_all(paths: list[str], missing: list[DataError], kind: FileKind) -> l
     return paths
 
 
+def parts_of(patterns: Patterns) -> list[str]:
+    """Return patterns as a list of texts."""
+    return [os.fspath(part) for part in ([patterns] if isinstance(patterns, str | os.PathLike) else patterns)]
+
+
 def find_files(patterns: Patterns, kind: FileKind) -> tuple[list[str], list[DataError]]:
     """Find the files of a kind that patterns name: the only place that decides this, for local files and for stores.
 
@@ -126,8 +131,7 @@ def distinct(paths: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _split(patterns: Patterns, kind: FileKind) -> Iterator[str]:
     """Yield the patterns with their braces expanded, and with the home folder for `~`."""
-    for part in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
-        part = os.fspath(part)
+    for part in parts_of(patterns):
         if part.startswith("pipe:"):
             raise DataError(f"{kind.noun} {part!r}: commands are never run; name the files, or URLs of {_STORES}")
         if is_remote(part) and part.partition("://")[0] not in PROTOCOLS:

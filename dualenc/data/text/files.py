@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dualenc.data.shards.patterns import TEXTS, Patterns, find_files, require_all
+from dualenc.data.shards.patterns import TEXTS, Patterns, find_files, parts_of, require_all
 from dualenc.data.shards.shard import content_hash, open_cached
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.utils.errors import BadSample, DataError
@@ -155,7 +155,7 @@ def expand_files(files: Patterns) -> list[str]:
     Raises:
         DataError: If a part is a URL, matches no file or names a file of another kind, or two parts name one file.
     """
-    for part in map(os.fspath, [files] if isinstance(files, str | os.PathLike) else files):
+    for part in parts_of(files):
         if is_remote(part) or part.startswith("pipe:"):
             raise DataError(f"{shown(part)!r}: text is read from local files only: copy it to a local file")
     paths = require_all(*find_files(files, TEXTS), TEXTS)

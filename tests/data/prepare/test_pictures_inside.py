@@ -15,6 +15,7 @@ from test_make_shards import Stop, content, read, stop_after, table_of, texts
 
 import dualenc
 from dualenc.cli import main
+from dualenc.data import ShardIndex
 from dualenc.data.prepare.make_shards import make_shards
 from dualenc.utils.errors import DataError
 
@@ -189,6 +190,26 @@ def test_columns_of_images(tmp_path, seed):
     assert {image_of(sample) for sample in read(tmp_path / "masks")} == {row["mask"] for row in rows}
     with pytest.raises(DataError, match=r"has its images inside.*make-shards"):
         dualenc.data.BenchmarkSet.open(parquet(tmp_path / "set.parquet", rows_of(rng, 3)))
+
+
+def test_what_a_shell_makes_of_a_glob(tmp_path, seed):
+    """Files that img2dataset and dualenc write next to tables and shards are passed over; other tables are refused."""
+    rng = np.random.default_rng(seed)
+    for folder in ("tables", "shards"):
+        for number in range(2):
+            name = f"{tmp_path}/{folder}/{number:05d}"
+            parquet(Path(f"{name}.parquet"), rows_of(rng, 4) if folder == "tables" else [{"caption": "x"}])
+            Path(f"{name}_stats.json").write_text("{}")
+    apart(tmp_path / "shards", tmp_path / "shards", pairs(rng, 7))
+    ShardIndex.build(tmp_path / "shards")
+    for folder, count in (("tables", 8), ("shards", 7)):  # next to shards, tables have no images
+        names = sorted(map(str, (tmp_path / folder).iterdir()))
+        for number, way in enumerate((names, tmp_path / folder, f"{tmp_path}/{folder}/*")):
+            assert make_shards(way, tmp_path / f"{folder}{number}", workers=0).samples == count
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("image,caption\nx.png,y\n")
+    with pytest.raises(DataError, match=r"a\.csv: only \.parquet tables and shards may be several"):
+        make_shards([tmp_path / "a.csv", tmp_path / "b.csv"], tmp_path / "out", workers=0)
 
 
 def test_splits_are_not_mixed(tmp_path, seed):
