@@ -191,6 +191,7 @@ def _read_shards(paths: list[str], caption_column: str | None) -> CaptionSource:
     found = _gather(chain(first, records), "", caption)
     _refuse_empty(where, found)
     found.pictures = ShardPictures(index)
+    found.total = len(found.items)  # a part of the images with captions of all, or the reverse, is understood
     return found
 
 

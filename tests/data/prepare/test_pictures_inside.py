@@ -16,6 +16,7 @@ from test_make_shards import Stop, content, read, stop_after, table_of, texts
 import dualenc
 from dualenc.cli import main
 from dualenc.data import ShardIndex
+from dualenc.data.pairs import only_pairs
 from dualenc.data.prepare.make_shards import make_shards
 from dualenc.utils.errors import DataError
 
@@ -289,21 +290,16 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_images_and_captions_in_different_shards_are_joined_by_key(tmp_path, seed, layout, capsys):
-    """`fit` refuses them and names the command, which makes shards that `fit` trains on."""
+def test_images_and_captions_in_different_shards_are_joined_by_key(tmp_path, seed, layout):
+    """The error of a run names the command whose shards it can train on."""
     pictures, captions, image_prefix, text_prefix, form = LAYOUTS[layout]
     made = pairs(np.random.default_rng(seed), 24)
     folders = list(dict.fromkeys([str(tmp_path / pictures), str(tmp_path / captions)]))
     apart(tmp_path / pictures, tmp_path / captions, made, image_prefix, text_prefix, form)
     source = {"json": "json.caption", "lists": "json.captions"}.get(form, "txt")
-    short = ["--data.val", "null", "--trainer.max_steps", "1", "--data.captions", source]
-    line = fails(capsys, fit(tmp_path, *short, "--data.train", json.dumps(folders)))
-    (command,) = re.findall("`dualenc (make-shards .*) OUT`", line)
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main(["doctor", *folders, "--workers", "0", "--captions", source])
-    assert f"`dualenc {command} OUT`" in " ".join(capsys.readouterr().out.split())
-    main([*shlex.split(command), str(tmp_path / "out"), "--workers", "0"])
+    with pytest.raises(DataError, match=re.escape(f"`dualenc make-shards {shlex.join(folders)} OUT`")):
+        only_pairs(ShardIndex.build(folders), source)
+    make_shards(folders, tmp_path / "out", workers=0)
     joined = {}
     for sample in read(tmp_path / "out"):
         about = json.loads(sample["json"])
@@ -311,21 +307,47 @@ def test_images_and_captions_in_different_shards_are_joined_by_key(tmp_path, see
         assert about.get("source") == ("web" if form == "json" else None)
     second = ["second"] if form == "lists" else []
     assert joined == {key: (data, [text, *second]) for key, (data, text) in made.items()}
-    if layout == "one folder":
-        main(fit(tmp_path, *short[:-2], "--data.train", str(tmp_path / "out")))
+    index, left_out = only_pairs(ShardIndex.build(tmp_path / "out"), "json.captions")
+    assert (len(index), left_out) == (24, [])
+
+
+@pytest.mark.long
+def test_the_command_that_fit_and_doctor_name(tmp_path, seed, capsys):
+    apart(tmp_path / "pictures of 24", tmp_path / "texts", pairs(np.random.default_rng(seed), 24))
+    folders = [str(tmp_path / "pictures of 24"), str(tmp_path / "texts")]
+    short = ["--data.val", "null", "--trainer.max_steps", "1", "--data.train"]
+    line = fails(capsys, fit(tmp_path, *short, json.dumps(folders)))
+    (command,) = re.findall("`dualenc (make-shards .*) OUT`", line)
+    with pytest.raises(SystemExit):
+        main(["doctor", *folders, "--workers", "0"])
+    assert "make-shards" in capsys.readouterr().out
+    main([*shlex.split(command), str(tmp_path / "out"), "--workers", "0"])
+    main(fit(tmp_path, *short, str(tmp_path / "out")))
+    assert "24 pairs to train on" in capsys.readouterr().err
+
+
+def test_keys_that_do_not_meet_are_not_offered_to_be_joined(tmp_path, seed):
+    made = pairs(np.random.default_rng(seed), 6)
+    apart(tmp_path / "a", tmp_path / "b", made, text_prefix="other-")
+    with pytest.raises(DataError, match="give them the same key"):
+        only_pairs(ShardIndex.build([tmp_path / "a", tmp_path / "b"]), "txt")
 
 
 def test_what_cannot_be_joined_is_counted(tmp_path, seed):
     made = pairs(np.random.default_rng(seed), 12)
     apart(tmp_path / "a", tmp_path / "b", made)
-    write_tar(tmp_path / "a" / "more.tar", [{"__key__": "lonely", "png": made["0000"][0]}])
-    write_tar(tmp_path / "b" / "more.tar", [{"__key__": "mute", "txt": b"nothing to see"}])
+    for key in ("lonely", "mute"):  # more of them than of pairs
+        member = {"png": made["0000"][0]} if key == "lonely" else {"txt": b"nothing to see"}
+        samples = [{"__key__": f"{key}{i}", **member} for i in range(15)]
+        write_tar(tmp_path / ("a" if key == "lonely" else "b") / "more.tar", samples)
     summary = make_shards([tmp_path / "a", tmp_path / "b"], tmp_path / "out", workers=0)
     assert summary.samples == 12
-    left_out = {cause: names[0] for cause, names in summary.left_out.items()}
-    assert len(left_out) == 2
-    assert "mute" in left_out["caption without an image"]
-    assert "lonely" in left_out["caption empty"]
+    assert {cause: len(names) for cause, names in summary.left_out.items()} == {
+        "caption without an image": 15,
+        "caption empty": 15,
+    }
+    assert all("mute" in name for name in summary.left_out["caption without an image"])
+    assert all("lonely" in name for name in summary.left_out["caption empty"])
 
 
 def test_keys_of_several_images(tmp_path, seed):
