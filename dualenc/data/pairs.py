@@ -1,6 +1,8 @@
 """The data set of image-text pairs: from requested samples of an index to batches."""
 
+import os
 import random
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +22,7 @@ from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
 from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.urls import folder_of
 
 if TYPE_CHECKING:
     from dualenc.data.image_features import Features
@@ -109,13 +112,29 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
         raise DataError(f"{where}: no captions among {len(index)} samples; expected .{member} members")
     both = image & text
     if not both.any():
-        raise DataError(
-            f"{where}: no sample of {len(index)} has an image and a caption: give them the same key, or name the "
-            "source of captions with data.captions"
+        way_out = join_command(index, image, text) or (
+            "give them the same key, or name the source of captions with data.captions"
         )
+        raise DataError(f"{where}: no sample of {len(index)} has an image and a caption: {way_out}")
     if both.all():
         return index, []
     return index.take(np.flatnonzero(both)), [index.key(int(i)) for i in np.flatnonzero(~both)]
+
+
+def join_command(index: ShardIndex, image: np.ndarray, text: np.ndarray) -> str | None:
+    """Return the way out if images and captions are in different shards under the same keys, else None.
+
+    Args:
+        index: the samples.
+        image: mask (S,) of the samples with an image.
+        text: mask (S,) of the samples with captions.
+    """
+    names = {os.path.basename(index.key(int(i))) for i in np.flatnonzero(image & ~text)}
+    if not any(os.path.basename(index.key(int(i))) in names for i in np.flatnonzero(text & ~image)):
+        return None
+    folders = dict.fromkeys(shlex.quote(folder_of(shard) or ".") for shard in index.shards)
+    command = f"dualenc make-shards {' '.join(folders)} OUT"
+    return f"they are in different shards, under the same keys: join them with `{command}`"
 
 
 class PairDataset(Dataset[Pairs]):

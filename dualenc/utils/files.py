@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -22,6 +23,27 @@ from dualenc.utils.text import plural, reason
 FORMAT = 2
 
 # Files
+
+# First bytes of a file -> what it is instead of the file that was wanted.
+_STAND_INS = {
+    rb"version https://(git-lfs|hawser)": "a Git LFS pointer, not the file itself (get it with `git lfs pull`)",
+    rb"(\.\./)*(\.git)?/annex/objects/": "a git-annex pointer, not the file itself (get it with `git annex get`)",
+    rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype html|<html)": (
+        "an HTML page, not the file itself, such as a page of an error or to sign in (download the file again)"
+    ),
+    rb"(<\?xml[^>]*>\s*)?<Error>": "the error message of a store, not the file itself (download the file again)",
+}
+
+
+def stand_in(data: bytes) -> str | None:
+    """Return what a file is that other programs leave in place of a file, with the way out; None for other files.
+
+    Args:
+        data: the first bytes of the file, at least a hundred if it has them.
+    """
+    data = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return next((what for start, what in _STAND_INS.items() if re.match(start, data, re.IGNORECASE | re.DOTALL)), None)
+
 
 _UMASK = os.umask(0)  # the umask can only be read by setting it
 os.umask(_UMASK)
