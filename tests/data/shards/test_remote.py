@@ -28,7 +28,7 @@ from dualenc.cli import main
 from dualenc.data import Cache, Loader, PairDataset, ShardIndex
 from dualenc.data.loading.epoch_plan import EpochPlan
 from dualenc.data.loading.prefetch import Prefetch
-from dualenc.data.shards.index import expand_shards
+from dualenc.data.shards.patterns import expand_shards
 from dualenc.data.shards.remote import RemoteFile, StorageError
 from dualenc.utils.errors import DataError
 from dualenc.utils.urls import folder_of, redact, shown
@@ -765,7 +765,14 @@ def test_stores_that_tests_cannot_reach(tmp_path, seed, monkeypatch, here, schem
     folder = "datasets/owner/name@v1/data" if scheme == "hf" else "bucket/data"
     for path in paths:
         kind().pipe_file(f"{folder}/{Path(path).name}", Path(path).read_bytes())
+    for other in ("dualenc.index", "a.json", "p[0]/x.tar"):
+        kind().pipe_file(f"{folder}/{other}", b"")
     url = f"{scheme}://{folder}"
+    parts = [f"{url}/part-000.tar", f"{url}/part-001.tar"]
+    assert [expand_shards(way) for way in (url, f"{url}/", f"{url}/*", f"{url}/{{*0,*1}}.tar")] == [parts] * 4
+    assert expand_shards(f"{url}/**") == [f"{url}/p[0]/x.tar", *parts]
+    assert expand_shards(f"{url}/p[0]") == expand_shards(f"{url}/p[0]/x.tar") == [f"{url}/p[0]/x.tar"]
+    kind().rm(f"{folder}/dualenc.index")
     found = ShardIndex.build(f"{url}/*.tar", rescan=True)
     assert found.shards == [f"{url}/part-000.tar", f"{url}/part-001.tar"]
     assert contents(found) == contents(ShardIndex.build(paths))
