@@ -27,6 +27,7 @@ from dualenc.training.lightning_internals import BaseCLI
 from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
 from dualenc.training.task import rank_zero_print
+from dualenc.utils.decoding import read_text
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import reason
 
@@ -209,9 +210,10 @@ def image_tower(config: str | os.PathLike[str]) -> tuple[ImageEncoder, Preproces
     Raises:
         DataError: If the file is not such a configuration.
     """
+    text = read_text(config)
     try:
-        content = yaml.safe_load(Path(config).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{config} cannot be read as YAML: {reason(error)}") from None
     if not isinstance(content, dict) or "model" not in content:
         raise DataError(f"{config} has no section model: it is not a configuration of dualenc fit")

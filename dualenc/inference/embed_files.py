@@ -31,7 +31,7 @@ from dualenc.data.image_features import (
     read_about,
 )
 from dualenc.data.loading.bad_samples import BadRecord, causes
-from dualenc.data.pairs import captions_of, check_captions, decode_and_hash
+from dualenc.data.pairs import caption_member, captions_of, decode_and_hash
 from dualenc.data.prepare.resumable import check_same, other_inputs
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.shard import Shard
@@ -154,10 +154,11 @@ def embed_shards(
     out, began = Path(out), time.monotonic()
     captions = about["captions"] if of_texts else None
     if captions is not None:
-        check_captions(captions)
+        caption_member(captions)  # raises if it is not understood
     if batch_size < 1 or workers < 0:
         raise DataError(f"batch_size {batch_size} must be 1 or more, workers {workers} 0 or more")
     inputs = _inputs(index)
+    about = {**about, "members": list(index.images)}
     plan = _begin(out, {"format": FORMAT, **about, "inputs": dict(sorted(inputs.items()))})
     todo = [number for number, name in enumerate(inputs) if not _finished(out, name, plan)]
     for partial in out.glob("*.part"):
@@ -227,10 +228,14 @@ def _begin(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
     descriptions = {
         "what": "--features" if begun["what"] == "features" else "no --features",
         "made_by": f"another model ({begun['model']}, which differs {same})",
+        "members": f"--image {';'.join(begun['members'])}",
         "inputs": other_inputs(begun["inputs"], plan["inputs"]),
     }
     check_same(
-        out, begun, {name: plan[name] for name in ("format", "what", "captions", "made_by", "inputs")}, descriptions
+        out,
+        begun,
+        {name: plan[name] for name in ("format", "what", "captions", "members", "made_by", "inputs")},
+        descriptions,
     )
     return plan
 

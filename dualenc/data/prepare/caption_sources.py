@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dualenc.data.images import IMAGE_EXTENSIONS
+from dualenc.utils.decoding import open_text, read_text, text_problem, trimmed
 from dualenc.utils.errors import DataError
 
 TEMPLATES = ("a photo of a {c}.",)
@@ -162,8 +163,9 @@ def _records(table: Path) -> tuple[Iterator[Record], bool]:
     if kind in (".jsonl", ".ndjson"):
         return json_lines(table), False
     if kind == ".json":
+        text = read_text(table)
         try:
-            content = json.loads(table.read_bytes())
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{table} cannot be read as JSON ({error})") from None
         if isinstance(content, list):
@@ -178,7 +180,7 @@ def _delimited(path: Path) -> Iterator[Record]:
     It is CSV with commas or semicolons, whose values may be quoted and have line ends; a table with tabs or bars and
     one row per line; or Flickr's `name#number<TAB>caption`.
     """
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path, newline="") as file:
         head = file.readline().rstrip("\r\n")
         if _TOKEN_LINE.fullmatch(head):
             for number, line in enumerate(chain([head], file), 1):
@@ -219,7 +221,7 @@ def _plain_rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[str, list
 
 def json_lines(path: Path) -> Iterator[Record]:
     """Yield the objects of a JSON Lines file."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -304,17 +306,15 @@ def _gather(records: Iterable[Record], image: str, caption: str) -> CaptionSourc
             if problem := caption_problem(text):
                 left_out.append([problem, f"{location}: {clean(name)}"])
             else:
-                item.captions.append(" ".join(str(text).split()))
+                item.captions.append(" ".join(trimmed(str(text)).split()))
     usable = [item for item in items.values() if item.captions]
     return CaptionSource("", usable, len(items) + broken, left_out)
 
 
 def caption_problem(caption: Any) -> str | None:
     """Return the reason why a caption cannot be used, or None."""
-    if isinstance(caption, str) and caption.strip():
-        return None if caption == clean(caption) else "caption not UTF-8"
-    empty = caption is None or caption == [] or caption != caption  # pandas writes NaN for an empty value
-    return "caption empty" if empty or isinstance(caption, str) else "caption not text"
+    problem = text_problem(caption)
+    return problem and f"caption {problem}"
 
 
 def _is_scalar(value: Any) -> bool:

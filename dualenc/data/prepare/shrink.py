@@ -20,9 +20,10 @@ import simplejpeg
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from dualenc.data.images import ImageError, decode_image, resize
+from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image, resize
 from dualenc.data.prepare.resumable import JOURNAL, check_same, other_inputs, read_lines
-from dualenc.data.shards.index import Sample, ShardIndex
+from dualenc.data.shards.index import ShardIndex
+from dualenc.data.shards.sample import Sample, image_members
 from dualenc.data.workers import item_loader
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
@@ -123,6 +124,7 @@ def shrink_shards(
     *,
     size: int = 256,
     quality: int = 90,
+    image: str | None = None,
     workers: int = 2,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Shrunk:
@@ -138,6 +140,7 @@ def shrink_shards(
         out: output folder, for `shrink.json` and a shard of the same name for each input shard.
         size: largest shorter side in pixels.
         quality: quality of JPEG and of lossy WebP, 1 to 100.
+        image: members that may hold the image; see `dualenc.data.shards.sample.image_members`.
         workers: number of processes, each with one shard at a time; 0 for none.
         track: wrapper of the loop over the shards, for a progress bar.
 
@@ -148,9 +151,11 @@ def shrink_shards(
     if size < 1 or not 1 <= quality <= 100 or workers < 0:
         raise DataError(f"size {size} must be 1 or more, quality {quality} 1 to 100, workers {workers} 0 or more")
     out = Path(out)
-    plan: dict[str, Any] = {"format": FORMAT, "size": size, "quality": quality}
+    plan: dict[str, Any] = {"format": FORMAT, "size": size, "quality": quality, "members": list(image_members(image))}
     begun = _begun(out, plan)
-    index = ShardIndex.build(shards, workers=workers)  # raises for a broken shard before anything is written
+    index = ShardIndex.build(
+        shards, image=image, workers=workers
+    )  # raises for a broken shard before anything is written
     names = _output_names(index, out)
     inputs = {name: [shard.facts["size"], shard.facts["digest"]] for name, shard in zip(names, index.parts)}
     plan["inputs"] = dict(sorted(inputs.items()))
@@ -208,9 +213,10 @@ def _begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
     try:
         begun = json.loads(about.read_text("utf-8"))
         begun["inputs"] = dict(begun["inputs"])
+        begun.setdefault("members", list(IMAGE_EXTENSIONS))  # Older versions read these only, and did not say so.
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{about} was not written by shrink: name a new folder") from None
-    check_same(out, begun, options, {})
+    check_same(out, begun, options, {"members": f"--image {';'.join(begun['members'])}"})
     return begun
 
 
