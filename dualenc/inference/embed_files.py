@@ -158,8 +158,7 @@ def embed_shards(
     if batch_size < 1 or workers < 0:
         raise DataError(f"batch_size {batch_size} must be 1 or more, workers {workers} 0 or more")
     inputs = _inputs(index)
-    about = {**about, "members": list(index.images)}
-    plan = _begin(out, {"format": FORMAT, **about, "inputs": dict(sorted(inputs.items()))})
+    plan = _begin(out, {**about, "members": list(index.images)}, inputs)
     todo = [number for number, name in enumerate(inputs) if not _finished(out, name, plan)]
     for partial in out.glob("*.part"):
         partial.unlink()
@@ -213,8 +212,9 @@ def _inputs(index: ShardIndex) -> dict[str, str]:
     return {name: shard.facts["digest"] for name, shard in found.items()}
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Create the folder with its `embed.json`, or check that it was begun with the same options."""
+def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
+    """Create the folder with its `embed.json`, or check that it was begun with the same options; return these."""
+    plan = {"format": FORMAT, **about, "inputs": dict(sorted(inputs.items()))}
     begun = read_about(out)
     if begun is None:
         if out.exists() and not out.is_dir():

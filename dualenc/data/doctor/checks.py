@@ -17,7 +17,7 @@ from braceexpand import braceexpand
 
 from dualenc.data.doctor.scan import Survey, survey
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem, caption_lines
-from dualenc.data.images import thumbnail
+from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
 from dualenc.data.loading.bad_samples import MAX_CONSECUTIVE, BadSampleLog
 from dualenc.data.pairs import caption_member, captions_of, decode_sample
 from dualenc.data.shards.index import Sample, ShardIndex, distinct, expand_shards
@@ -169,7 +169,9 @@ def _open_against(
         findings = [_problem_finding(opened.name, problem) for problem in opened.problems]
         return opened.name, opened.index, caption_lines if opened.kind == "retrieval" else None, findings
     try:
-        return shown(os.fspath(data)), ShardIndex.build(data, image=image), partial(captions_of, source=captions), []
+        # Other shards may hold their images in the usual members, and no image at all would look like no leak.
+        either = image and f"{image};{';'.join(IMAGE_EXTENSIONS)}"
+        return shown(os.fspath(data)), ShardIndex.build(data, image=either), partial(captions_of, source=captions), []
     except DataError as error:
         raise DataError(f"against: not an evaluation set (no <split>/nshards.txt), and as shards: {error}") from None
 
