@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.shards.remote import Cache, fetch_small, glob_remote
 from dualenc.data.shards.sample import Sample, image_members
-from dualenc.data.shards.select import Expression, explain
+from dualenc.data.shards.select import Expression
 from dualenc.data.shards.shard import FILE_NAME, Shard, hash_name, index_files, name_of, read_index, scan, write_index
 from dualenc.data.workers import item_loader
 from dualenc.utils.decoding import lines_of, read_text
@@ -284,7 +284,7 @@ class ShardIndex:
             condition = Expression(choice)
             failures = [condition.failure(sample) for sample in self]
             rows = [i for i, failure in enumerate(failures) if failure is None]
-            why = "" if rows else explain(self, failures)
+            why = "" if rows else f": {condition.explain(self, failures)}"
         else:
             wanted = set(choice)
             keys, why = [self.key(i) for i in range(len(self))], ""

@@ -124,6 +124,22 @@ class Expression:
         except TypeError as error:
             return f"values that do not fit together ({error})"
 
+    def explain(self, samples: Sequence[Sample], failures: Sequence[str | None]) -> str:
+        """Return the reasons why no sample meets the condition, and the fields of one that lacks a field.
+
+        Args:
+            samples: the samples, as a sequence or an index.
+            failures: the `failure` of each sample.
+        """
+        causes = [f"{failure} ({plural(count, 'sample')})" for failure, count in Counter(failures).most_common(4)]
+        lacking = next((i for i, failure in enumerate(failures) if failure and failure.startswith(_NO_FIELD)), None)
+        if lacking is not None:
+            sample = samples[lacking]
+            causes.append(f"the .json of {quoted(sample.key)} has {describe_fields(sample.read_json())}")
+        if self.names == [self._text]:
+            causes.append("there is no file of this name")
+        return "; ".join(causes) or "there are none"
+
     def _compiled(self, node: ast.expr) -> Callable[[dict[str, Any]], Any]:
         """Return the function that computes a node of the expression from the fields in `names`."""
         match node:
@@ -154,20 +170,6 @@ class Expression:
             f"select {self._text!r} is neither a file of keys nor an expression: {problem}; "
             f"an expression has {UNDERSTOOD}"
         )
-
-
-def explain(samples: Sequence[Sample], failures: Sequence[str | None]) -> str:
-    """Return the reasons why no sample meets a condition, and the fields of a sample that lacks one, for a message.
-
-    Args:
-        samples: the samples, as a sequence or an index.
-        failures: `Expression.failure` of each sample.
-    """
-    causes = [f"{failure} ({plural(count, 'sample')})" for failure, count in Counter(failures).most_common(3)]
-    lacking = next((i for i, failure in enumerate(failures) if failure and failure.startswith(_NO_FIELD)), None)
-    if lacking is not None:
-        causes.append(f"the one of {quoted(samples[lacking].key)} has {describe_fields(samples[lacking].read_json())}")
-    return f": {'; '.join(causes)}" if causes else ""
 
 
 def _dotted(node: ast.expr) -> str | None:
