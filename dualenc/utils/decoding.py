@@ -14,7 +14,6 @@ from dualenc.utils.errors import DataError
 
 MARK = "\ufeff"  # the byte-order mark, which some programs write at the beginning of a text
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_HEAD = 4096  # bytes at the beginning of a table in which NULs are searched
 # All white space of Unicode, as `str.isspace` defines it, and the mark.
 _EDGE = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
@@ -52,15 +51,18 @@ def decode_text(data: bytes, *, part: bool = False) -> str:
     Raises:
         TextError: If the bytes are not UTF-8, or after the mark of UTF-16 not UTF-16, or the text has NULs.
     """
-    encoding = "UTF-16" if data.startswith(_UTF16_MARKS) and not part else "UTF-8"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise TextError(f"is not {encoding}", str(error)) from None
+    text = _decode(data, "UTF-16" if data.startswith(_UTF16_MARKS) and not part else "UTF-8")
     if "\0" in text:
         hint = "UTF-16 without a byte-order mark has them, too"
         raise TextError("has NUL characters", f"the first one is character {text.index(chr(0)) + 1:,}; {hint}")
     return text if part else text.lstrip(MARK)  # A text that was saved repeatedly may have several marks.
+
+
+def _decode(data: bytes, encoding: str) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise TextError(f"is not {encoding}", str(error)) from None
 
 
 def mark_size(head: bytes) -> int:
@@ -95,7 +97,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def open_text(path: str | os.PathLike[str], newline: str) -> TextIO:
-    """Open a table to read it row by row. Bytes that are not UTF-8 are escaped, so that they spoil only their own row.
+    """Open a table to read it row by row, decoded as by `decode_text`.
+
+    Bytes that are not UTF-8 become halves of surrogate pairs, and NULs stay, so that both spoil only their own row; see
+    `text_problem`.
 
     Args:
         path: path of the file.
@@ -103,14 +108,17 @@ def open_text(path: str | os.PathLike[str], newline: str) -> TextIO:
 
     Raises:
         OSError: If the file cannot be read.
-        DataError: If it is UTF-16 and broken, or has NULs at its beginning.
+        DataError: If it is UTF-16 without a mark, or broken.
     """
     with open(path, "rb") as file:
-        head = file.read(_HEAD)
+        head = file.read(4)
     if head.startswith(_UTF16_MARKS):
-        return io.StringIO(read_text(path), newline)
+        try:
+            return io.StringIO(_decode(Path(path).read_bytes(), "UTF-16").lstrip(MARK), newline)
+        except TextError as error:
+            raise DataError(f"{path} {error}") from None
     if b"\0" in head:
-        raise DataError(f"{path} has NUL bytes, as UTF-16 without a byte-order mark does: convert it to UTF-8")
+        raise DataError(f"{path} has NULs, as UTF-16 without a byte-order mark does: convert it to UTF-8")
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 

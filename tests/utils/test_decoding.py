@@ -143,7 +143,7 @@ def test_a_table_is_opened_in_its_encoding(tmp_path: Path, seed: int) -> None:
     with open_text(tmp_path / "a.csv", newline="") as file:
         first, second = file
     assert (first, text_problem(first), text_problem(second)) == ("a,b\n", None, "not UTF-8")
-    for data, cause in (("a,b\n".encode("utf-16-le"), "has NUL bytes"), ("a".encode("utf-16")[:-1], "is not UTF-16")):
+    for data, cause in (("a,b\n".encode("utf-16-le"), "has NULs"), ("a".encode("utf-16")[:-1], "is not UTF-16")):
         (tmp_path / "a.csv").write_bytes(data)
         with pytest.raises(DataError, match=rf"a\.csv {cause}"):
             open_text(tmp_path / "a.csv", newline="")
