@@ -203,7 +203,7 @@ def decodes(call: ast.Call) -> bool:
             return not (isinstance(owner, ast.Name) and owner.id in ("sample", "self"))  # `Sample.read_text`
         case ast.Name("open"):
             mode = call.args[1:2] + [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
-            letters = mode[0].value if mode and isinstance(mode[0], ast.Constant) else "r"
+            letters = str(mode[0].value) if mode and isinstance(mode[0], ast.Constant) else "r"
             return "b" not in letters and ("r" in letters or "+" in letters)
         case ast.Attribute(value=ast.Name("io" | "codecs"), attr="open" | "TextIOWrapper" | "StreamReader"):
             return True

@@ -284,7 +284,7 @@ class ShardIndex:
             condition = Expression(choice)
             failures = [condition.failure(sample) for sample in self]
             rows = [i for i, failure in enumerate(failures) if failure is None]
-            why = "" if rows else f": {condition.explain(self, failures)}"
+            why = "" if rows else f": {condition.explain(self.__getitem__, failures)}"
         else:
             wanted = set(choice)
             keys, why = [self.key(i) for i in range(len(self))], ""

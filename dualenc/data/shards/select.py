@@ -124,18 +124,18 @@ class Expression:
         except TypeError as error:
             return f"values that do not fit together ({error})"
 
-    def explain(self, samples: Sequence[Sample], failures: Sequence[str | None]) -> str:
+    def explain(self, sample: Callable[[int], Sample], failures: Sequence[str | None]) -> str:
         """Return the reasons why no sample meets the condition, and the fields of one that lacks a field.
 
         Args:
-            samples: the samples, as a sequence or an index.
+            sample: returns a sample by its number.
             failures: the `failure` of each sample.
         """
         causes = [f"{failure} ({plural(count, 'sample')})" for failure, count in Counter(failures).most_common(4)]
         lacking = next((i for i, failure in enumerate(failures) if failure and failure.startswith(_NO_FIELD)), None)
         if lacking is not None:
-            sample = samples[lacking]
-            causes.append(f"the .json of {quoted(sample.key)} has {describe_fields(sample.read_json())}")
+            example = sample(lacking)
+            causes.append(f"the .json of {quoted(example.key)} has {describe_fields(example.read_json())}")
         if self.names == [self._text]:
             causes.append("there is no file of this name")
         return "; ".join(causes) or "there are none"
