@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
 from dualenc.cli.common import UsageError, WorkError, command_line, config_folder, make_folder, progress, writing
@@ -256,6 +255,7 @@ def tokenizer(
 
     from dualenc import DataError, ShardIndex, Tokenizer
     from dualenc.data.pairs import all_captions, only_pairs
+    from dualenc.data.shards.sample import image_argument
 
     if out.suffix != ".json" or out.is_dir():
         raise UsageError(f"{out} must be a .json file")
@@ -276,10 +276,10 @@ def tokenizer(
         print(f"{len(left_out):,} samples have no image or no caption and were left out")
     if unreadable:
         print(f"{len(unreadable):,} samples have no readable caption and were left out, such as {unreadable[0]}")
-    with_image = f" --data.image {quote(image)}" if image is not None else ""
     print(
         f"{out}: {trained.vocab_size:,} entries from {len(texts):,} captions, with {mean:.1f} tokens on average, "
         f"at most {percentile} in 99% of them, and {longest} in the longest\n"
-        f"next: dualenc fit --config run.yaml --data.captions {captions}{with_image} --data.tokenizer {out} "
-        f"--model.text.vocab_size {trained.vocab_size} --model.text.context_length {min(longest, 512)}"
+        f"next: dualenc fit --config run.yaml --data.captions {captions}{image_argument(index.images)} "
+        f"--data.tokenizer {out} --model.text.vocab_size {trained.vocab_size} "
+        f"--model.text.context_length {min(longest, 512)}"
     )

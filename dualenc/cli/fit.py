@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ from dualenc.training.lightning_internals import BaseCLI
 from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
 from dualenc.training.task import rank_zero_print
-from dualenc.utils.decoding import read_text
+from dualenc.utils.decoding import TextError, decode_text, read_text
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import reason
 
@@ -38,6 +39,19 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Raise a UsageError with the message."""
         raise UsageError(message)
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+        """Parse a configuration file, after a check that it is a text.
+
+        Raises:
+            UsageError: If the file is not UTF-8, which is all that jsonargparse reads; the message names it.
+        """
+        with suppress(OSError):  # jsonargparse tells which file is missing.
+            try:
+                decode_text(Path(path).read_bytes(), part=True)
+            except TextError as error:
+                raise UsageError(f"{path} {error}: a configuration must be a text in UTF-8") from None
+        return super().parse_path(path, *args, **options)
 
 
 class StartRecorder(Callback):

@@ -116,13 +116,10 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
         DataError: If `source` is not understood, or no sample has both.
     """
     member, _ = caption_member(source)
-    where = f"{index.shards[0]}{f' and {len(index.shards) - 1} more shards' if len(index.shards) > 1 else ''}"
+    where = _where(index)
     image, text = index.having(index.images), index.having([member])
     if not image.any():
-        raise DataError(
-            f"{where}: no images among {len(index)} samples; expected .{', .'.join(index.images)}"
-            f"{_members(index)}: name the member of the image with data.image"
-        )
+        raise no_images(index)
     if not text.any():
         raise DataError(
             f"{where}: no captions among {len(index)} samples; expected .{member}{_members(index)}: name the source "
@@ -137,6 +134,20 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     if both.all():
         return index, []
     return index.take(np.flatnonzero(both)), [index.key(int(i)) for i in np.flatnonzero(~both)]
+
+
+def no_images(index: ShardIndex) -> DataError:
+    """Return the error of shards without an image; it names the members that are there."""
+    return DataError(
+        f"{_where(index)}: no images among {len(index)} samples; expected .{', .'.join(index.images)}"
+        f"{_members(index)}: name the member of the image with data.image, or --image of other commands"
+    )
+
+
+def _where(index: ShardIndex) -> str:
+    """Return the shards of an index as text, for a message."""
+    more = f" and {len(index.shards) - 1} more shards" if len(index.shards) > 1 else ""
+    return f"{index.shards[0]}{more}"
 
 
 def _members(index: ShardIndex) -> str:

@@ -30,10 +30,12 @@ from dualenc.data.image_features import (
     file_name,
     read_about,
 )
+from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.loading.bad_samples import BadRecord, causes
 from dualenc.data.pairs import caption_member, captions_of, decode_and_hash
 from dualenc.data.prepare.resumable import check_same, other_inputs
 from dualenc.data.shards.index import ShardIndex
+from dualenc.data.shards.sample import image_argument
 from dualenc.data.shards.shard import Shard
 from dualenc.data.text.dataset import Use, texts_of
 from dualenc.data.text.files import TextFile, TextIndex
@@ -63,6 +65,7 @@ class Embedded:
         bytes: size of all files.
         done: number of samples or texts that this call embedded.
         seconds: duration of this call.
+        images: members of the shards that may hold an image.
     """
 
     out: Path
@@ -76,6 +79,7 @@ class Embedded:
     bytes: int
     done: int
     seconds: float
+    images: tuple[str, ...] = IMAGE_EXTENSIONS
 
     def lines(self) -> list[str]:
         """Return a summary for the terminal, with the next command."""
@@ -106,6 +110,7 @@ class Embedded:
         if self.what == "features":
             text.append(
                 f"next: dualenc fit --config run.yaml --model.image_tuning.locked true --data.features {self.out}"
+                f"{image_argument(self.images)}"
             )
         return text
 
@@ -160,8 +165,6 @@ def embed_shards(
     inputs = _inputs(index)
     plan = _begin(out, {**about, "members": list(index.images)}, inputs)
     todo = [number for number, name in enumerate(inputs) if not _finished(out, name, plan)]
-    for partial in out.glob("*.part"):
-        partial.unlink()
     reader = _Reader(index, transform, captions, batch_size)
     with reader.batches(todo, workers, track) as batches:
         for number in todo:
@@ -184,6 +187,7 @@ def embed_shards(
         bytes=sum(file.path.stat().st_size for file in files),
         done=sum(len(index.parts[number]) for number in todo),
         seconds=time.monotonic() - began,
+        images=index.images,
     )
 
 
@@ -213,7 +217,10 @@ def _inputs(index: ShardIndex) -> dict[str, str]:
 
 
 def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
-    """Create the folder with its `embed.json`, or check that it was begun with the same options; return these."""
+    """Create the folder with its `embed.json`, or check that it was begun with the same options; return these.
+
+    Partial files that a stopped call left are removed.
+    """
     plan = {"format": FORMAT, **about, "inputs": dict(sorted(inputs.items()))}
     begun = read_about(out)
     if begun is None:
@@ -237,6 +244,8 @@ def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str
         {name: plan[name] for name in ("format", "what", "captions", "members", "made_by", "inputs")},
         descriptions,
     )
+    for partial in out.glob("*.part"):
+        partial.unlink()
     return plan
 
 

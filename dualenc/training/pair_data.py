@@ -92,7 +92,7 @@ class TokenData(LightningDataModule):
         unreadable: list[str] = []
         texts = iter(self.all_texts(unreadable))
         if (first := next(texts, None)) is None:
-            example = f", such as {unreadable[0]}" if unreadable else ""
+            example = f" ({unreadable[0]})" if unreadable else ""
             raise DataError(f"none of the {what} can be read{example}: there is nothing to train a tokenizer on")
         tokenizer = Tokenizer.train(chain([first], texts), self.text.vocab_size, self.text.context_length)
         self._trained_tokenizer_path.parent.mkdir(parents=True, exist_ok=True)

@@ -131,6 +131,7 @@ def test_other_commands_read_the_named_image(
     main(["tokenizer", folders[1], str(tmp_path / "t.json"), "--vocab_size", "90", *IMAGE])
     assert "--data.image input.png" in capsys.readouterr().out
     main(["shrink", folders[1], str(tmp_path / "small"), "--size", str(SIZE), "--workers", "0", *IMAGE])
+    assert "--data.image input.png" in capsys.readouterr().out
     main(["shrink", folders[0], str(tmp_path / "small_plain"), "--size", str(SIZE), "--workers", "0"])
     small, plain = ShardIndex.build(tmp_path / "small", image="input.png"), ShardIndex.build(tmp_path / "small_plain")
     assert [sample.read("input.png") for sample in small] == [sample.read("png") for sample in plain]
@@ -138,6 +139,9 @@ def test_other_commands_read_the_named_image(
     for name in ("png", "target.png", "txt"):
         assert [sample.read(name) for sample in small] == [sample.read(name) for sample in before]
     assert "--image input.png" in fails(capsys, ["shrink", folders[1], str(tmp_path / "small"), "--size", str(SIZE)])
+    line = fails(capsys, ["shrink", folders[0], str(tmp_path / "none"), "--image", "input.jpg", "--workers", "0"])
+    assert "no images among 40 samples" in line
+    assert not (tmp_path / "none").exists()
 
 
 def test_without_the_option_the_members_that_are_there_are_named(

@@ -1,7 +1,9 @@
 """A sample of a shard: its members, which of them is the image, and the content of its texts."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from dualenc.data.images import IMAGE_EXTENSIONS
@@ -30,6 +32,11 @@ def image_members(option: str | None) -> tuple[str, ...]:
             f"image {option!r} must be the names of members without the key, separated by ';', such as 'input.jpg'"
         )
     return tuple(names)
+
+
+def image_argument(images: Sequence[str]) -> str:
+    """Return the argument of `dualenc fit` for these members, to follow the others; "" for the usual members."""
+    return "" if tuple(images) == IMAGE_EXTENSIONS else f" --data.image {quote(';'.join(images))}"
 
 
 @dataclass(frozen=True)
