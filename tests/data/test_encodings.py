@@ -13,6 +13,7 @@ from helpers import caption, encode, pixels, tiny_tokenizer, write_benchmark, wr
 from dualenc.data import BenchmarkSet, ShardIndex, Tokenizer
 from dualenc.data.prepare.make_shards import make_shards
 from dualenc.data.text.files import TextIndex
+from dualenc.utils.decoding import is_blank
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import read_json
 
@@ -144,6 +145,10 @@ def test_lines_of_text_files(tmp_path: Path) -> None:
     assert [sample.read()["text"] for sample in list(index)[:2]] == ["a cat", "b\ufeff"]
     with pytest.raises(DataError, match="line 9: it has NUL"):
         index[2].read()
+    invisible = [chr(code) for code in range(1, 0xD800) if is_blank(chr(code))]
+    invisible += [chr(code) for code in range(0xE000, 0x110000) if is_blank(chr(code))]
+    (tmp_path / "a.txt").write_bytes("\n".join(["a", *(c for c in invisible if c != "\n"), "b"]).encode())
+    assert [sample.read()["text"] for sample in TextIndex.build(str(tmp_path / "a.txt"))] == ["a", "b"]
     for suffix, text in ((".csv", "text\na"), (".tsv", "text\na"), (".jsonl", '{"text": "a"}')):
         (tmp_path / f"b{suffix}").write_bytes(b"\xef\xbb\xbf\xef\xbb\xbf" + text.encode())
         assert [sample.read() for sample in TextIndex.build(str(tmp_path / f"b{suffix}"), ["text"])] == [{"text": "a"}]

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from dualenc.cli import main
 from dualenc.data import ShardIndex
+from dualenc.data.image_features import Features
 from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.pairs import decode_sample
 from dualenc.data.shards.sample import image_members
@@ -111,6 +112,11 @@ def test_embeddings_and_features_are_of_the_named_image(
         plain, named = (load_file(tmp_path / f"{number}{len(kind)}" / "0.safetensors") for number in (0, 1))
         assert plain.keys() == named.keys()
         assert all((plain[name] == named[name]).all() for name in plain)
+    ShardIndex.build(folders[1], hashes=("piece",))  # hashes of the usual images, which the features are not of
+    index = ShardIndex.build(folders[1], image="input.png", hashes=("piece",))
+    features = Features(tmp_path / "11", "input.png")
+    rows = [features.read(*index.find(i), index[i])[0].numpy() for i in range(20)]
+    assert (np.stack(rows) == named["features"]).all()
     begun = ["embed", str(tmp_path / "model"), folders[1], str(tmp_path / "10"), "--workers", "0"]
     assert "--image input.png" in fails(capsys, begun)
     run = fit(tmp_path, "--data.train", folders[1], "--data.features", str(tmp_path / "11"), "--data.augment", "null")
