@@ -85,7 +85,7 @@ def test_what_is_not_understood_is_named_with_what_is(index: ShardIndex, express
 @pytest.mark.parametrize(
     ("expression", "parts"),
     [
-        ("meta.wdith > 3", ["no field 'meta.wdith'", "(6 samples)", "'k0' has width, meta.width, meta.tags"]),
+        ("meta.depth > 3", ["no field 'meta.depth'", "(6 samples)", "'k0' has width, meta.width, meta.tags"]),
         ("keys.txt", ["no field 'keys.txt'", "'k0' has width", "no file"]),
         ("width > 10000", ["the condition is not met (5 samples)", "no field 'width'", "no .json (1 sample)"]),
         ("meta > 3", ["values that do not fit together", "'dict' and 'int'"]),
