@@ -20,6 +20,7 @@ import torch
 from fits import SMOKE
 from helpers import tiny_tokenizer, write_benchmark, write_shards
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 
 import dualenc.training.checkpoint as checkpoint_module
 import dualenc.utils.files as files_module
@@ -139,11 +140,22 @@ LIMIT, LIMIT_AT = 0, 0  # largest file in bytes, and the step from which the lim
 
 
 class FullDisk(Callback):
-    """Callback that limits the size of files, from a step on."""
+    """Callback that limits the size of files, from a step on; `until` another step, if it is given."""
+
+    def __init__(self, until: int = -1) -> None:
+        self.until = until
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == LIMIT_AT:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        if trainer.global_step in (LIMIT_AT, self.until):
+            limit = LIMIT if trainer.global_step == LIMIT_AT else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+class FailingLogger(DummyLogger):
+    """Logger of another library whose disk is full."""
+
+    def log_metrics(self, *args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
 
 
 class Rows(Callback):
@@ -192,14 +204,15 @@ class Process:
         self.log = log
         sys.stdout.flush()
         sys.stderr.flush()
+        out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.pid = os.fork()
         if not self.pid:
-            self._run(list(arguments), environment)
+            self._run(list(arguments), environment, out)
+        os.close(out)
 
-    def _run(self, arguments: list[str], environment: dict[str, str]) -> None:
+    def _run(self, arguments: list[str], environment: dict[str, str], out: int) -> None:
         status = 1
         try:
-            out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             for stream in (1, 2):
                 os.dup2(out, stream)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
@@ -213,8 +226,9 @@ class Process:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(OSError):  # the disk of the log may be full
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(status)
 
     def wait(self, seconds: float = 120) -> int:
@@ -295,3 +309,23 @@ def spoil(path: Path, how: str) -> None:
             patch.setattr(checkpoint_module, "FORMAT", checkpoint_module.FORMAT + 1)
             checkpoint_module.write_checkpoint(path, torch.load(path, weights_only=True))
     assert path.read_bytes() != content
+
+
+class Wait(Callback):
+    """Callback that creates a file at a step, and waits until another one exists.
+
+    Args:
+        step: number of completed steps.
+        reached: path of the file that is created.
+        go_on: path of the file that is waited for.
+    """
+
+    def __init__(self, step: int, reached: str, go_on: str) -> None:
+        self.step, self.reached, self.go_on = step, Path(reached), Path(go_on)
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            self.reached.touch()
+            parent = os.getppid()
+            while not self.go_on.exists() and os.getppid() == parent:  # or the test has ended
+                time.sleep(0.01)

@@ -29,7 +29,7 @@ def configs(name: str | None = None) -> None:
 
 
 def make_shards(
-    source: Path,
+    source: list[str],
     out: Path,
     images: Path | None = None,
     image_column: str | None = None,
@@ -40,15 +40,17 @@ def make_shards(
     seed: int = 0,
     workers: int = 2,
 ) -> None:
-    """Write shards from a caption table, COCO captions, Flickr token files or class folders.
+    """Write shards from a caption table, COCO captions, Flickr token files, class folders or other shards.
 
     Args:
         source: table (.csv, .tsv, .jsonl, .parquet), COCO's captions .json, token file of Flickr8k or Flickr30k, a
-            folder with one of these, or a folder with a folder of images for each class.
+            folder with one of these, or a folder with a folder of images for each class; or several .parquet files or
+            shards, whose images and captions may be in different shards under the same keys.
         out: new folder for train-000000.tar ... and summary.json; repeat the command to continue an interrupted one.
         images: folder that the image paths are relative to; absent, found next to the table.
-        image_column: name of the column of image paths; absent, guessed.
-        caption_column: name of the column of captions; absent, guessed.
+        image_column: name of the column of image paths, or in .parquet of images, or in shards of the member of the
+            image, such as "input.jpg"; absent, guessed.
+        caption_column: name of the column of captions, or in shards of the field of .json; absent, guessed.
         templates: captions of class folders, with {c} for the class name, as a list '["a photo of a {c}.", ...]'.
         val: share of the samples to hold out, by image content, as an evaluation set in OUT/held_out.
         samples: samples per shard.

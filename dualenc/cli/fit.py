@@ -24,9 +24,10 @@ from dualenc.models import ImageEncoder
 from dualenc.training.checkpoint import list_checkpoints, newest_checkpoint, verify_checkpoint
 from dualenc.training.contrastive import ContrastiveTask, is_model
 from dualenc.training.csv_logger import MetricsFile
-from dualenc.training.lightning_internals import BaseCLI
+from dualenc.training.lightning_internals import BaseCLI, after_process_group, rank_from_environment
 from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
+from dualenc.training.run_lock import RunLock
 from dualenc.training.task import rank_zero_print
 from dualenc.utils.decoding import TextError, decode_text, read_text
 from dualenc.utils.errors import DataError
@@ -75,6 +76,14 @@ class CLI(BaseCLI):
     """LightningCLI with a run directory, links between model and data, and `--ckpt_path auto`."""
 
     is_new_run = False  # whether --ckpt_path auto has found no checkpoint
+    lock: RunLock | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, without Lightning's warning that they differ from `sys.argv`."""
@@ -111,7 +120,9 @@ class CLI(BaseCLI):
                 f"--ckpt_path {checkpoint} is not a checkpoint of the run in {root}: set --trainer.default_root_dir to "
                 "the folder of its run, or to a new one"
             )
-        self.instance("run").may_exist = bool(checkpoint) or self.is_new_run
+        run = self.instance("run")
+        run.may_exist, run.lock = bool(checkpoint) or self.is_new_run, self.lock
+        after_process_group(self.trainer, lambda: run.take_lock(self.trainer))
         if checkpoint and hasattr(self.model, "pretrained"):
             self.model.pretrained = False  # the checkpoint has all weights, and the pretrained file may be gone
 
@@ -140,8 +151,15 @@ class CLI(BaseCLI):
     after_test = after_validate
 
     def resolve_checkpoint(self) -> None:
-        """Replace `auto`, `last` and folders by the newest undamaged checkpoint; compare a file with its checksum."""
+        """Replace `auto`, `last` and folders by the newest undamaged checkpoint; compare a file with its checksum.
+
+        `fit` locks the run directory before, so that no other run writes a checkpoint in the meantime.
+        """
         config = self.config[self.config["subcommand"]]
+        if self.config["subcommand"] == "fit":
+            self.lock = RunLock(config["trainer"]["default_root_dir"])
+            if rank_from_environment() == 0:
+                self.lock.acquire()
         given = config.get("ckpt_path")
         in_run = given in ("auto", "last")
         if not given:
@@ -207,6 +225,10 @@ def trainer_command(arguments: list[str]) -> None:
     except Stopped as stop:
         rank_zero_print(f"dualenc: {stop}")
         raise SystemExit(STOPPED) from None
+    except OSError as error:
+        if not recorder.started:
+            raise WorkError(f"{error.filename or 'the run cannot begin'}: {reason(error)}") from error
+        raise
     except (ValueError, MisconfigurationException) as error:
         if not recorder.started:
             raise UsageError(error) from error

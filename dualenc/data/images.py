@@ -6,7 +6,7 @@ resize of uint8 in channels-last layout is also the fastest on a CPU. Normalizat
 
 import io
 import math
-import struct
+import typing
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +16,10 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+
+from dualenc.data.image_notes import cut, find_notes
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 1 << 27  # 134 million: more than any photo has, less than a header may claim to exhaust memory
@@ -40,13 +42,18 @@ class ImageError(ValueError):
 def decode_image(data: bytes) -> Tensor:
     """Decode JPEG, PNG or WebP as a viewer shows it: RGB, upright, and on white where it is transparent.
 
+    Notes of a file (color profiles, XMP, texts, previews, later frames of an animated PNG) change no pixel. They are
+    neither unpacked nor checked, so that a large or broken note does not refuse the image. Only the orientation is read
+    from them. If it cannot be read, the image stays as stored.
+
     Returns:
         uint8 (3, H, W), stored channels last.
 
     Raises:
         ImageError: If the format is another, the data is broken, or the header declares more than `MAX_PIXELS` pixels.
     """
-    if data[:3] == b"\xff\xd8\xff" and _is_upright(data):
+    places, notes = find_notes(data)
+    if data[:3] == b"\xff\xd8\xff" and places is not None and _is_upright(notes):
         try:
             height, width, color, _ = simplejpeg.decode_jpeg_header(data)
             if int(height) * int(width) <= MAX_PIXELS and color in ("YCbCr", "Gray", "RGB"):
@@ -57,7 +64,8 @@ def decode_image(data: bytes) -> Tensor:
         with warnings.catch_warnings():
             # Pillow warns of large images, which MAX_PIXELS limits, and of broken tags.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            with Image.open(io.BytesIO(cut(data, places or [])), formats=("JPEG", "PNG", "WEBP")) as image:
+                image.info.update(notes)
                 return to_tensor(image)
     except ImageError:
         raise
@@ -69,65 +77,103 @@ def decode_image(data: bytes) -> Tensor:
         raise ImageError("cannot be decoded", f"{type(error).__name__}: {error}") from error
 
 
-def _is_upright(data: bytes) -> bool:
-    """Return whether a JPEG is stored without an orientation tag that rotates it, which simplejpeg would ignore."""
-    orientation = _orientation(data)
-    if orientation is not None:
-        return orientation == 1
+def _is_upright(notes: dict[str, Any]) -> bool:
+    """Return whether no note tells that the image is rotated, which simplejpeg would ignore."""
+    image = Image.Image()
+    image.info.update(notes)
+    return not notes or _orientation(image) not in _TO_UPRIGHT
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation in the EXIF or XMP of a loaded image; 1, upright, if there is none or it is broken."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    except Exception:  # Pillow raises nearly any error on broken data; decoding will report it.
-        return False
-
-
-def _orientation(data: bytes) -> int | None:
-    """Return the EXIF orientation of a JPEG: 1 without a tag, None for unusual files, which are left to Pillow.
-
-    Pillow reads all files, but opening one may take longer than decoding it with simplejpeg. A JPEG begins with
-    segments (ITU-T T.81, annex B). The EXIF segment has the layout of TIFF 6.0, section 2: a header, then a directory
-    of entries of 12 bytes.
-    """
-    start, found = 2, None
-    try:
-        while True:  # The loop ends at the scan, or at the end of the data.
-            fill, marker, length = struct.unpack_from(">BBH", data, start)
-            if fill != 0xFF or marker == 0xFF:
-                return None
-            if marker == 0xDA:
-                return 1
-            if marker == 0xE1 and data[start + 4 : start + 10] == b"Exif\0\0":
-                break
-            start += 2 + length
-        segment = data[start + 10 : start + 2 + length]
-        order = {b"II*\0": "<", b"MM\0*": ">"}[segment[:4]]
-        (directory,) = struct.unpack_from(f"{order}I", segment, 4)
-        (entries,) = struct.unpack_from(f"{order}H", segment, directory)
-        for entry in range(entries):
-            tag, kind, count, value = struct.unpack_from(f"{order}HHIH", segment, directory + 2 + 12 * entry)
-            if tag == ExifTags.Base.Orientation:
-                if found is not None or (kind, count) != (3, 1):  # Type 3 is a 16-bit number.
-                    return None
-                found = value
-    except (struct.error, KeyError):  # An offset is outside of the data, or the header is invalid.
-        return None
-    return 1 if found is None and b"tiff:Orientation" not in data else found
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of broken tags.
+            return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises nearly any error on broken notes, which cannot refuse the image.
+        return 1
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Convert a Pillow image to uint8 (3, H, W), stored channels last; see `decode_image`."""
+    """Convert a Pillow image of any mode with a known range to uint8 (3, H, W), stored channels last.
+
+    The image becomes upright, and is put on white where it is transparent; see `decode_image`. 16-bit gray is scaled to
+    8 bits.
+
+    Raises:
+        ImageError: If the image has too many pixels, or the mode is I or F, for which Pillow has no range: the same
+            values may mean 0 to 1, 0 to 255 or 0 to 65,535.
+    """
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"has more than {MAX_PIXELS:,} pixels", f"{image.width} x {image.height}")
-    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"has Pillow's mode {image.mode}, whose range is not defined",
+            "scale the values to 0 to 255 and convert to mode L, or to 0 to 65,535 and to mode I;16",
+        )
+    shown = _on_white(image)
+    method = _TO_UPRIGHT.get(_orientation(image))
+    shown = shown if method is None else shown.transpose(method)
+    return torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(
+        shown.height, shown.width, 3
+    ).permute(2, 0, 1)  # fmt: skip
+
+
+_TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Load an image, and return it as RGB, on white where it is transparent.
+
+    A PNG declares its transparent color in the units of the file, and Pillow leaves it so. But it scales gray of 2 and
+    4 bits to 8, and keeps the high bytes of colors of 16 bits.
+    """
+    color, stored = image.info.get("transparency"), _raw_mode(image)
+    opaque = _opaque_16(image) if color is not None and stored == "RGB;16B" else None  # (H, W) bool
+    image.load()
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips to 255.
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        gray = np.asarray(image)
+        opaque = gray != color if isinstance(color, int) else None
+        image = Image.fromarray((gray / 257).round().astype(np.uint8))
+    elif isinstance(color, int) and stored in ("L;2", "L;4"):
+        image = image.copy()
+        image.info["transparency"] = color * (85 if stored == "L;2" else 17)
+    elif image.mode == "La":  # Pillow converts premultiplied gray to LA only.
+        image = image.convert("LA")
+    if opaque is not None:
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)
+        image.putalpha(Image.fromarray(opaque))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, "white")
         image.alpha_composite(rgba)
-    return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(
-        image.height, image.width, 3
-    ).permute(2, 0, 1)  # fmt: skip
+    return image.convert("RGB")
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return the layout of pixels in the file of a PNG that is not loaded yet, as Pillow names it; otherwise ""."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0].args) if image.format == "PNG" and tiles else ""
+
+
+def _opaque_16(image: Image.Image) -> np.ndarray:
+    """Compare the colors of a PNG of 16 bits a channel with its transparent one, (H, W): True where they differ.
+
+    Pillow keeps only the high byte of a color. Read in the other byte order, the same file gives the low byte.
+    """
+    file = typing.cast(Any, image).fp
+    place = file.tell()
+    file.seek(0)
+    low = typing.cast(Any, Image.open(file, formats=("PNG",)))
+    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+    colors = np.asarray(low).astype(np.uint16)  # (H, W, 3)
+    file.seek(place)
+    colors += np.asarray(image).astype(np.uint16) << 8
+    return (colors != np.array(image.info["transparency"])).any(-1)
 
 
 @dataclass(frozen=True)

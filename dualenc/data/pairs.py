@@ -1,6 +1,8 @@
 """The data set of image-text pairs: from requested samples of an index to batches."""
 
+import os
 import random
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +25,7 @@ from dualenc.tokens import Tokens
 from dualenc.utils.decoding import text_problem, trimmed
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.text import quoted
+from dualenc.utils.urls import folder_of
 
 if TYPE_CHECKING:
     from dualenc.data.image_features import Features
@@ -127,10 +130,10 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
         )
     both = image & text
     if not both.any():
-        raise DataError(
-            f"{where}: no sample of {len(index)} has an image and a caption: give them the same key, or name the "
-            "source of captions with data.captions"
+        way_out = join_command(index, image, text) or (
+            "give them the same key, or name the source of captions with data.captions"
         )
+        raise DataError(f"{where}: no sample of {len(index)} has an image and a caption: {way_out}")
     if both.all():
         return index, []
     return index.take(np.flatnonzero(both)), [index.key(int(i)) for i in np.flatnonzero(~both)]
@@ -155,6 +158,22 @@ def _members(index: ShardIndex) -> str:
     found = dict.fromkeys(name for part in index.parts for name in part.facts["extensions"])
     names = [quoted(f".{name}", 40)[1:-1] for name in list(found)[:10] if index.having([name]).any()]
     return f", but they have {', '.join(names)}" if names else ""
+
+
+def join_command(index: ShardIndex, image: np.ndarray, text: np.ndarray) -> str | None:
+    """Return the way out if images and captions are in different shards under the same keys, else None.
+
+    Args:
+        index: the samples.
+        image: mask (S,) of the samples with an image.
+        text: mask (S,) of the samples with captions.
+    """
+    names = {os.path.basename(index.key(int(i))) for i in np.flatnonzero(image & ~text)}
+    if not any(os.path.basename(index.key(int(i))) in names for i in np.flatnonzero(text & ~image)):
+        return None
+    folders = dict.fromkeys(shlex.quote(folder_of(shard) or ".") for shard in index.shards)
+    command = f"dualenc make-shards {' '.join(folders)} OUT"
+    return f"they are in different shards, under the same keys: join them with `{command}`"
 
 
 class PairDataset(Dataset[Pairs]):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dualenc.data.eval_sets.base import Kind, Problem
@@ -45,6 +46,24 @@ class SavedResult(NamedTuple):
 
     result: dict[str, Any]
     items: dict[str, Tensor]
+
+
+class _RandomEmbedder(SetEmbedder):
+    """Embedder that gives random unit vectors of two dimensions, and reads neither images nor texts."""
+
+    def images(self, data: BenchmarkSet) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        return _random_vectors(len(data)), torch.arange(len(data)), []
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        return _random_vectors(len(texts))
+
+    def classifier(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        return _random_vectors(len(names))
+
+
+def _random_vectors(count: int) -> Tensor:
+    """Return unit vectors (count, 2), the same each time, without a change of the global generator."""
+    return F.normalize(torch.randn(count, 2, generator=torch.Generator().manual_seed(0)), dim=-1)
 
 
 class EvaluationKind(ABC):
@@ -102,6 +121,15 @@ class EvaluationKind(ABC):
         Raises:
             ValueError: If nothing is left to measure, or the embeddings are not finite.
         """
+
+    def metric_names(self, data: BenchmarkSet, embedder: Embedder) -> list[str]:
+        """Return the names of the metrics of a set, from random embeddings, without decoding an image.
+
+        Args:
+            data: evaluation set, as `prepare` returns it.
+            embedder: model.
+        """
+        return list(self.score(data, self.embed(data, _RandomEmbedder(embedder)), embedder).metrics)
 
     @abstractmethod
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:

@@ -1,13 +1,12 @@
 """Download of model files from the Hugging Face Hub into its cache."""
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import ModelError, warn_once
 from dualenc.utils.text import one_line
 
 
@@ -45,7 +44,7 @@ def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
     except (HTTPError, OSError) as error:
         folder = _from_cache(spec, download, error)
         if not pinned:
-            _warn_once(
+            warn_once(
                 f"{spec}: the hub cannot be reached ({one_line(error)}); using its last known commit from the cache: "
                 f"{folder.name}"
             )
@@ -116,9 +115,3 @@ def _unwritable(spec: str, cache: str, error: OSError) -> ModelError:
         f"{spec} cannot be written to the cache {cache} ({one_line(error)}): free space there, or set HF_HUB_CACHE to "
         "another folder"
     )
-
-
-@cache
-def _warn_once(line: str) -> None:
-    """Log a warning once per process, since a command opens the same model several times."""
-    logging.getLogger("dualenc").warning("%s", line)

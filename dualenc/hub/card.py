@@ -132,7 +132,8 @@ def check_measured(subject: Subject, measured: Sequence[SetResult]) -> None:
 def measured_in_training(run: Path, name: str) -> tuple[int, dict[str, float]]:
     """Return the step and the metrics of a run's `best` or `last` from its `metrics.csv`, without those of training.
 
-    The step of `best` is that at which the monitored metric was largest.
+    The step of `best` is in the run's record; a record of an older version lacks it: there it is the step at which the
+    monitored metric was largest.
 
     Args:
         run: the run directory.
@@ -152,9 +153,14 @@ def measured_in_training(run: Path, name: str) -> tuple[int, dict[str, float]]:
     rows = [row for row in rows if not row[1].startswith("train/")]
     if name == "best":
         path = run / "run.json"
-        monitor = _part(_part(_object(read_json(path), path), "config", path), "run", path).get("monitor", "")
-        values = [(value, -step) for step, metric, value in rows if metric == monitor and not math.isnan(value)]
-        step = -max(values)[1] if values else 0
+        record = _object(read_json(path), path)
+        best = _part(record, "best", path)
+        if isinstance(best.get("step"), int):
+            step = best["step"]
+        else:  # a run of an older version
+            monitor = _part(_part(record, "config", path), "run", path).get("monitor", "")
+            values = [(value, -step) for step, metric, value in rows if metric == monitor and math.isfinite(value)]
+            step = -max(values)[1] if values else 0
     else:
         step = max((row[0] for row in rows), default=0)
     return step, {metric: value for at, metric, value in rows if at == step}

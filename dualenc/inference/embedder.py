@@ -98,10 +98,14 @@ class Embedder:
         Args:
             images: one path, Pillow image or uint8 tensor (3, H, W) of any size, or an iterable of these; or an
                 iterable of batches (B, 3, S, S) uint8, as loaders yield them. Float tensors must be normalized already.
+                Paths and Pillow images become upright, and are put on white where they are transparent. 16-bit gray
+                is scaled to 8 bits.
             batch_size: images per forward pass, for single images.
 
         Raises:
-            ValueError: If there are no images.
+            ImageError: If an image cannot be decoded, or if a Pillow image has the mode I or F, whose range is not
+                defined: scale its values to 0 to 255 and convert it to mode L, or to 0 to 65,535 and mode I;16.
+            ValueError: If there are no images, or a tensor is neither uint8 nor float.
         """
         images = [images] if isinstance(images, str | os.PathLike | Image.Image) else images
         with evaluating(self.model):
@@ -194,15 +198,15 @@ class Embedder:
         if isinstance(images, Tensor) and images.dim() == 3:
             images = [images]
         if isinstance(images, Tensor):
-            yield from images.split(batch_size)
+            yield from _checked(images).split(batch_size)
             return
         waiting: list[Tensor] = []
         for item in images:
             item = item.images if isinstance(item, Pairs) else item
             if isinstance(item, Tensor) and item.dim() == 4:
-                yield item
+                yield _checked(item)
                 continue
-            image = item if isinstance(item, Tensor) else open_image(item)
+            image = _checked(item) if isinstance(item, Tensor) else open_image(item)
             image = image if image.is_floating_point() else self.preprocess(image)
             if waiting and waiting[0].dtype != image.dtype:  # torch.stack would mix pixels and normalized values
                 yield torch.stack(waiting)
@@ -224,6 +228,17 @@ class Embedder:
         if isinstance(self.preprocess, Preprocess) and not batch.is_floating_point():
             return self.preprocess.normalize(batch, dtype)
         return batch.to(dtype)
+
+
+def _checked(images: Tensor) -> Tensor:
+    """Return images if they are uint8 or float.
+
+    Raises:
+        ValueError: If they have another type, whose range is not defined.
+    """
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: scale them to 0 to 255 and convert them to torch.uint8")
+    return images
 
 
 def facts_of(embedder: Embedder) -> list[tuple[str, str]]:

@@ -330,8 +330,9 @@ def describe_onnx(folder: Path) -> str:
     if "image.onnx" in about["files"]:
         lines.append(
             "`preprocess.json` has the resizing of images, and the mean and standard deviation by channel that "
-            "normalize `pixels`. Both embeddings have unit length. The probabilities of texts for an image are the "
-            "softmax of `logit_scale` times the dot products. With a `logit_bias`, they are the sigmoid of the scaled "
-            "products plus `logit_bias`. Both numbers are in `onnx.json`."
+            "normalize `pixels`. Images are upright, and on white where they are transparent. Both embeddings have "
+            "unit length. The probabilities of texts for an image are the softmax of `logit_scale` times the dot "
+            "products. With a `logit_bias`, they are the sigmoid of the scaled products plus `logit_bias`. Both "
+            "numbers are in `onnx.json`."
         )
     return "\n".join(lines)

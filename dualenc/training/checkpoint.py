@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualenc.formats import format_1
 from dualenc.utils.errors import DataError
@@ -175,6 +175,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return format_1.checkpoint(content) if written == 1 else content
 
 
+def misfit(weights: dict[str, Any], module: nn.Module) -> str:
+    """Return why the weights of a checkpoint do not fit a module, by the first tensor; empty if they do."""
+    own = module.state_dict()
+    for name, tensor in own.items():
+        if name not in weights:
+            return f"the checkpoint lacks {name}"
+        if isinstance(tensor, Tensor) and tensor.shape != weights[name].shape:
+            return f"{name} has the shape {list(weights[name].shape)} there and {list(tensor.shape)} here"
+    return next((f"the model lacks {name}" for name in weights if name not in own), "")
+
+
 class VerifiedIO(CheckpointIO):
     """Lightning plugin that reads and writes checkpoints with the functions of this module."""
 
@@ -204,7 +215,10 @@ class RunState:
         seconds: training time since the last log.
         in_a_row: number of consecutive skipped steps up to now.
         norms: the last gradient norms.
-        best_value: largest value of the monitored metric.
+        monitor: name of the metric that selects `best/`.
+        best_value: value of the monitored metric of the model in `best/`; -inf if there is none.
+        best_step: step of the model in `best/`.
+        last_step: step of the model in `last/`; -1 if there is none.
         samples: samples of all ranks since the start of the run.
         metrics: last value of each metric, for callbacks.
     """
@@ -217,9 +231,23 @@ class RunState:
     seconds: float = 0.0
     in_a_row: int = 0
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=NORMS))
+    monitor: str = ""
     best_value: float = -math.inf
+    best_step: int = 0
+    last_step: int = -1
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """Metric, value and step of the model in `best/`; None if there is none."""
+        if self.best_value == -math.inf:
+            return None
+        return {"metric": self.monitor, "value": self.best_value, "step": self.best_step}
+
+    def is_better(self, value: float) -> bool:
+        """Return whether a value of the monitored metric is better than that of `best/`; a non-finite one never is."""
+        return math.isfinite(value) and value > self.best_value
 
     def reset_sums(self) -> None:
         """Reset what is summed between two logs."""

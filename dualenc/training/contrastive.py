@@ -307,6 +307,13 @@ class ContrastiveTask(Task):
         """See `Task.save_model`."""
         self.embedder().save(path, weights)
 
+    def metric_names(self) -> list[str]:
+        """See `Task.metric_names`."""
+        pairs = min(100, len(self.trainer.datamodule.val_index))  # recall@K needs K pairs
+        vectors = torch.eye(pairs)
+        found = retrieval_metrics(vectors, vectors, torch.arange(pairs), replicates=0).metrics
+        return ["val/loss", *(f"val/{name}" for name in found)]
+
     def about(self) -> dict[str, str]:
         """See `Task.about`."""
         image = self.model.config.image

@@ -11,8 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from dualenc.training.task import rank_zero_print
-from dualenc.utils.files import append_lines, write_text
+from dualenc.utils.files import LineLog, write_bytes
 
 HEADER = "step,metric,value"
 
@@ -20,14 +19,15 @@ HEADER = "step,metric,value"
 class MetricsFile(Logger):
     """Logger that appends `step,metric,value` lines to `metrics.csv`.
 
-    With one number a line, new metrics need no new header. Lines that cannot be written (full disk) are kept in memory
-    and written with the next ones.
+    With one number a line, new metrics need no new header.
+
+    Attributes:
+        log: the file, which loses no line without a message.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
-        self.path = Path(folder) / "metrics.csv"
-        self._unwritten: list[str] = []
+        self.log = LineLog(Path(folder) / "metrics.csv", HEADER)
 
     @property
     def name(self) -> str:
@@ -42,13 +42,13 @@ class MetricsFile(Logger):
     @property
     def save_dir(self) -> str:
         """The run directory."""
-        return str(self.path.parent)
+        return str(self.log.path.parent)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Path:
         """The path of the file."""
-        return self.path
+        return self.log.path
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -56,15 +56,11 @@ class MetricsFile(Logger):
         lines = io.StringIO()
         rows = ((step, name, repr(float(x))) for name, x in metrics.items() if name != "epoch")
         csv.writer(lines, lineterminator="\n").writerows(rows)
-        already_warned = bool(self._unwritten)
-        self._unwritten += lines.getvalue().splitlines()
-        try:
-            has_header = self.path.exists() and self.path.stat().st_size
-            append_lines(self.path, [*([] if has_header else [HEADER]), *self._unwritten])
-            self._unwritten = []
-        except OSError as error:
-            if not already_warned:
-                rank_zero_print(f"{self.path} cannot be written, its lines are kept in memory: {error.strerror}")
+        self.log.append(lines.getvalue().splitlines())
+
+    def finalize(self, status: str) -> None:
+        """Write the lines that are left. Only the first rank has any."""
+        self.log.close()
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Ignore the hyperparameters: the configuration is in `config.yaml`."""
@@ -76,15 +72,23 @@ def truncate_log(path: Path, step: int) -> None:
     Args:
         path: log file; a missing one is left alone.
         step: last step whose lines stay.
+
+    Raises:
+        OSError: If the file cannot be written.
     """
 
-    def step_of(line: str) -> int:
+    def step_of(line: bytes) -> int:
         try:
-            return json.loads(line)["step"] if path.suffix == ".jsonl" else int(line.split(",")[0])
+            return json.loads(line)["step"] if path.suffix == ".jsonl" else int(line.split(b",")[0])
         except (ValueError, KeyError, TypeError):
             return step + 1
 
     if path.exists():
-        lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-        header = [line for line in lines[:1] if path.suffix == ".csv" and line == f"{HEADER}\n"]
-        write_text(path, "".join([*header, *(x for x in lines if x.endswith("\n") and step_of(x) <= step)]))
+        whole = path.read_bytes()
+        lines = whole.splitlines(keepends=True)
+        header = [line for line in lines[:1] if path.suffix == ".csv" and line == f"{HEADER}\n".encode()]
+        kept = b"".join([*header, *(x for x in lines if x.endswith(b"\n") and step_of(x) <= step)])
+        if whole.startswith(kept):
+            os.truncate(path, len(kept))  # a full disk has room for this
+        else:
+            write_bytes(path, kept)

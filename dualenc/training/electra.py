@@ -109,6 +109,12 @@ class ReplacedTokenTask(LanguageTask):
         measured = Measured(metrics, {}, {"accuracy": metrics["always_original"]}, len(logits))
         return {f"rtd/{name}": value for name, value in metrics.items()}, [self.section("rtd", HEADS["rtd"], measured)]
 
+    def metric_names(self) -> list[str]:
+        """See `Task.metric_names`."""
+        flags = torch.tensor([True, False])
+        found = replaced_metrics(torch.tensor([1.0, -1.0]), flags, flags)
+        return [f"val/rtd/{name}" for name in (*found, "loss", "generator_loss", "generator_accuracy")]
+
     def save_model(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         """Write generator and discriminator, see `Task.save_model`.
 

@@ -64,9 +64,15 @@ class EMA(Callback):
         factor = torch.tensor(new, dtype=torch.float64) if skipped is None else (~skipped).double() * new
         torch._foreach_lerp_(averages, weights, [factor.to(average.dtype) for average in averages])
 
+    @property
+    def has_average(self) -> bool:
+        """True if training has begun, or a checkpoint has been loaded."""
+        return bool(self.average or self._loaded)
+
     @contextmanager
     def applied(self, module: LightningModule) -> Iterator[None]:
         """Use the average in place of the trained weights inside the block."""
+        self._initialize(module)
         self._apply(module)
         try:
             yield
@@ -118,7 +124,7 @@ def _local(x: Tensor) -> Tensor:
 def averaged(trainer: Trainer) -> Iterator[None]:
     """Use the averaged weights inside the block if the run has an `EMA` with `evaluate`; else the trained weights."""
     own = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
-    if own and own[0].evaluate and own[0].average and not own[0]._weights:
+    if own and own[0].evaluate and own[0].has_average and not own[0]._weights:
         with own[0].applied(trainer.lightning_module):
             yield
     else:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -14,9 +13,11 @@ from dualenc.evaluation.kinds import OpenSet
 from dualenc.report import Section
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.ema import averaged
-from dualenc.training.ranks import all_gather_object
-from dualenc.training.task import rank_zero_print
+from dualenc.training.ranks import all_gather_object, raise_together
+from dualenc.training.task import Task, rank_zero_print
 from dualenc.utils.errors import DataError
+
+DEFAULT_MONITOR = "val/mrr"
 
 
 class Evaluation(Callback):
@@ -92,6 +93,14 @@ class Evaluation(Callback):
         """Measure."""
         self._measure(trainer, pl_module)
 
+    def metric_names(self, pl_module: ContrastiveTask, monitor: str) -> list[str]:
+        """Return the names of the metrics, for the set that the monitored metric belongs to, or else for all sets."""
+        if not (self.every_n_epochs or self.every_n_steps or self.at_start):
+            return []
+        own = [one for one in self.sets if monitor.startswith(f"{one.data.name}/")]
+        embedder = pl_module.embedder()
+        return [f"{data.name}/{x}" for kind, data in own or self.sets for x in kind.metric_names(data, embedder)]
+
     def complete(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure for the report, if the run measured before it was stopped and not since."""
         assert isinstance(pl_module, ContrastiveTask)
@@ -122,7 +131,7 @@ class Evaluation(Callback):
                 embedded = kind.embed(data, share)
             except (ValueError, OSError) as raised:
                 error = str(raised) if isinstance(raised, DataError) else f"{data.name}: {raised}"
-            _raise_together(error, world)  # Otherwise the other ranks would wait for the embeddings of this one.
+            raise_together(error, world)  # Otherwise the other ranks would wait for the embeddings of this one.
             assert embedded is not None
             whole = SetEmbeddings.join(all_gather_object(embedded, world))
             if trainer.is_global_zero:
@@ -130,7 +139,7 @@ class Evaluation(Callback):
                     sections.append(kind.evaluated(data, whole, embedder).section)
                 except (ValueError, OSError) as raised:
                     error = f"{data.name}: {raised}"
-            _raise_together(error, world)
+            raise_together(error, world)
         self.sections, self._measured = sections, True
         for result in (section.result for section in sections):
             for problem in result["problems"]:
@@ -143,6 +152,31 @@ class Evaluation(Callback):
             for section in sections
             for name, value in section.result["metrics"].items()
         }
+
+
+def check_monitor(monitor: str, trainer: Trainer, task: Task) -> None:
+    """Refuse a monitored metric that the run never measures.
+
+    Nothing is refused if other callbacks may measure more, or the default metric has no held-out data.
+
+    Raises:
+        ValueError: If the metric is never measured; the message names the metrics that are.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    own = task.metric_names() if trainer.limit_val_batches else []
+    known = all(type(one).__module__.split(".")[0] in ("dualenc", "lightning") for one in callbacks)
+    if own is None or not known or monitor in own or monitor.startswith("train/"):
+        return
+    names = list(own)
+    for callback in callbacks:
+        if isinstance(callback, Evaluation) and isinstance(task, ContrastiveTask):
+            names += callback.metric_names(task, monitor)
+    if monitor in names or (monitor == DEFAULT_MONITOR and not names):
+        return
+    measured = f"this run measures {', '.join(names)}: name one of them that is best when largest" if names else (
+        "this run measures nothing: set data.val, or add dualenc.training.Evaluation to trainer.callbacks"
+    )  # fmt: skip
+    raise ValueError(f"run.monitor {monitor} is never measured; {measured}")
 
 
 @contextmanager
@@ -158,16 +192,3 @@ def _unsharded(module: nn.Module) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
             part.reshard()
-
-
-def _raise_together(error: str, world: int) -> None:
-    """Stop all ranks if one has failed; the first rank prints the error.
-
-    Raises:
-        DataError: If a rank has failed, on the first rank.
-        SystemExit: If a rank has failed, on the others.
-    """
-    if found := next(filter(None, all_gather_object(error, world)), None):
-        if world > 1 and dist.get_rank():
-            raise SystemExit(1)
-        raise DataError(found)

@@ -5,9 +5,11 @@ Lightning changes what the function relies on.
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.strategies.launchers import subprocess_script
+from lightning.fabric.utilities import rank_zero
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
@@ -112,6 +114,22 @@ def find_unused_parameters(strategy: DDPStrategy) -> None:
     another step than in an uninterrupted run.
     """
     strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+
+def rank_from_environment() -> int:
+    """Return the rank of this process before a trainer exists; 0 for the only process, or one that starts others."""
+    return rank_zero._get_rank() or 0
+
+
+def after_process_group(trainer: Trainer, function: Callable[[], None]) -> None:
+    """Call a function when the ranks can talk to each other, before any data are prepared."""
+    set_up = trainer.strategy.setup_environment
+
+    def set_up_and_call() -> None:
+        set_up()
+        function()
+
+    trainer.strategy.setup_environment = set_up_and_call  # type: ignore[method-assign]
 
 
 # Command line

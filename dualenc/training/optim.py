@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -103,8 +105,36 @@ def parameter_groups(model: nn.Module, tunings: Mapping[str, Tuning] | None = No
     ]
 
 
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], value: float | None, algorithm: str | None, scale: Tensor | None = None
+) -> Tensor:
+    """Clip gradients in place and return their norm before that, (); all ranks get the norm of the whole gradient.
+
+    Args:
+        parameters: parameters; those without a gradient are ignored.
+        value: largest norm, or largest absolute value of an element; None or 0 clips nothing.
+        algorithm: "norm" or "value"; None for "norm".
+        scale: (), factor by which a gradient scaler has multiplied the gradients, which stay scaled; None for none.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm if scale is None else norm / scale.to(norm.device)
+    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    if value and algorithm == "value":
+        bound = norm.new_tensor(value) * (1.0 if scale is None else scale.to(norm.device))
+        for gradient in own:
+            gradient.clamp_(-bound, bound)
+    elif value:
+        torch._foreach_mul_(own, (value / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_ does
+    return norm
+
+
 class WarmupCosine(LambdaLR):
     """Linear warm-up, then half a cosine (Loshchilov and Hutter 2017) down to `final` times the learning rate.
+
+    The learning rate is a function of the step and of these settings: a resumed run uses its own settings.
 
     Args:
         optimizer: optimizer whose learning rates are the peaks.
@@ -119,12 +149,37 @@ class WarmupCosine(LambdaLR):
     ) -> None:
         if warmup < 0 or total_steps < 1:
             raise ValueError(f"warmup {warmup} must not be negative, total_steps {total_steps} must be at least 1")
-        warmup_steps = max(1, round(warmup * total_steps if warmup < 1 else warmup))
+        self.total_steps, self.warmup, self.final = total_steps, warmup, final
+        super().__init__(optimizer, self.factor, last_epoch)
 
-        def factor(step: int) -> float:
-            if step < warmup_steps:
-                return (step + 1) / warmup_steps
-            progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-            return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+    def factor(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0, as a share of the peak."""
+        warmup_steps = max(1, round(self.warmup * self.total_steps if self.warmup < 1 else self.warmup))
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, self.total_steps - warmup_steps))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
-        super().__init__(optimizer, factor, last_epoch)
+    def set_total_steps(self, total_steps: int) -> None:
+        """Set the number of steps of the whole run, from the current step on."""
+        self.total_steps = total_steps
+        self._set_rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step and the number of steps of the whole run."""
+        return {name: getattr(self, name) for name in ("last_epoch", "_step_count", "total_steps")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` has returned; peaks, `warmup` and `final` stay those of this object."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        self.total_steps = state_dict.get("total_steps", self.total_steps)  # older versions did not save it
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        self._last_lr = [peak * self.factor(self.last_epoch) for peak in self.base_lrs]
+        for group, peak, rate in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
+            group["initial_lr"] = peak
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate

@@ -13,7 +13,7 @@ from dualenc.data import Augment, BadSampleLog, Cache, Loader, PairDataset, Prep
 from dualenc.data.image_features import Features
 from dualenc.data.loading.loader import BatchDataset
 from dualenc.data.pairs import all_captions, only_pairs
-from dualenc.data.shards.index import distinct
+from dualenc.data.shards.patterns import distinct
 from dualenc.data.text.masking import Masking
 from dualenc.models import TextConfig
 from dualenc.training.ranks import all_gather_object

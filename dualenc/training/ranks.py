@@ -127,6 +127,23 @@ def all_gather_object(value: Any, world: int) -> list[Any]:
     return values
 
 
+def raise_together(error: str, world: int) -> None:
+    """End all ranks if one has failed; the first rank prints the error.
+
+    Args:
+        error: error of this rank; empty if it has none.
+        world: number of ranks.
+
+    Raises:
+        DataError: If a rank has failed, on the first rank.
+        SystemExit: If a rank has failed, on the others.
+    """
+    if found := next(filter(None, all_gather_object(error, world)), None):
+        if world > 1 and dist.get_rank():
+            raise SystemExit(1)
+        raise DataError(found)
+
+
 def mean_over_ranks(total: Tensor, number: float | Tensor, world: int) -> Tensor:
     """Compute the mean over the summands of all ranks, for a loss whose gradient is averaged over the ranks.
 

@@ -1,19 +1,9 @@
 """The run directory: the files that a run writes, when it saves checkpoints, and how it stops and resumes."""
 
-import json
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-from dualenc.report import write_report
 from dualenc.training.checkpoint import (
     CheckpointError,
     RunState,
@@ -31,11 +20,12 @@ from dualenc.training.checkpoint import (
     checkpoint_path,
     checkpoint_step,
     list_checkpoints,
+    misfit,
     write_checkpoint,
 )
-from dualenc.training.csv_logger import truncate_log
+from dualenc.training.csv_logger import MetricsFile, truncate_log
 from dualenc.training.ema import averaged
-from dualenc.training.evaluation_callback import Evaluation
+from dualenc.training.evaluation_callback import DEFAULT_MONITOR, Evaluation, check_monitor
 from dualenc.training.lightning_internals import (
     continue_at_next_epoch,
     disable_child_observer,
@@ -45,23 +35,38 @@ from dualenc.training.lightning_internals import (
     epoch_is_done,
     find_unused_parameters,
     loader_state,
+    restore_loader_states,
     validates_by_time,
     validation_follows,
 )
-from dualenc.training.ranks import RankFlags, Signals, Stopped, Watchdog, all_gather_object
+from dualenc.training.ranks import RankFlags, Signals, Stopped, Watchdog, all_gather_object, raise_together
+from dualenc.training.resume import (
+    Changes,
+    OldOptimizer,
+    apply_changes,
+    check_changes,
+    check_scheduler,
+    compared_settings,
+    find_changes,
+    parameter_names,
+    take_optimizer,
+)
+from dualenc.training.run_lock import RunLock
+from dualenc.training.run_record import RunRecord, write_run_report
 from dualenc.training.task import SKIPPED_STEPS, RunError, Task, rank_zero_print
-from dualenc.utils.errors import ModelError
-from dualenc.utils.files import write_json, write_text
-from dualenc.utils.text import millions, one_line, plural, reason
-from dualenc.utils.urls import redact
+from dualenc.utils.errors import DataError
+from dualenc.utils.files import LineLog
+from dualenc.utils.text import plural, reason
 
 
 class RunDirectory(Checkpoint):
     """Callback that writes the run directory: configuration, record, checkpoints, report, `best/` and `last/`.
 
     Checkpoints are `checkpoints/step-N.ckpt`. They are saved by steps, by minutes, at the ends of epochs, and when a
-    signal stops the run. If validation follows a step, its checkpoint is saved after the validation. If saving fails,
-    a message is printed, training continues and the older checkpoints stay.
+    signal stops the run. If validation follows a step, its checkpoint is saved after the validation. If a file cannot
+    be written, a message is printed, training continues and the older files stay.
+
+    The folder is locked from the start to the end of the process, so that a second run cannot use it.
 
     Args:
         monitor: metric whose largest value selects `best/`, which is written whenever the metric improves. If it is
@@ -71,13 +76,14 @@ class RunDirectory(Checkpoint):
         keep: number of checkpoints to keep, the newest; at least 2.
         failed_saves: number of consecutive failed saves that ends the run.
         stall_seconds: seconds without a step after which a rank counts as stalled; the other ranks end and name it.
-        accept_changes: settings that may differ from those of the checkpoint's run, such as `[batch_size]`; the run
-            then resumes at the beginning of the next epoch.
+        accept_changes: settings that may differ from those of the checkpoint's run, such as `[model.optimizer.lr]`;
+            they are used from the next step on. With other data or another order of them, such as
+            `[data.batch_size]`, the run resumes at the beginning of the next epoch.
     """
 
     def __init__(
         self,
-        monitor: str = "val/mrr",
+        monitor: str = DEFAULT_MONITOR,
         every_n_steps: int = 0,
         every_n_minutes: float = 15.0,
         keep: int = 2,
@@ -103,10 +109,10 @@ class RunDirectory(Checkpoint):
         self.may_exist = False  # set by the command line: whether the folder may hold a run already
         self._resumed = False
         self._first_step = 0
-        self._start_time = time.time()
-        self._seconds_before = 0.0  # time of the run before it was resumed
-        self._starts: list[dict[str, Any]] = []
-        self._config: Any = None  # configuration for `run.json`
+        self.lock: RunLock | None = None  # the command line takes it before it looks for a checkpoint
+        self._settings: dict[str, Any] = {}  # compared with those of the checkpoint's run
+        self._changes: Changes = {}
+        self._old_optimizer: OldOptimizer | None = None
         self._save_due = self._stop_due = False
         self._saved_step = -1
         self._saved_at = time.monotonic()
@@ -119,6 +125,7 @@ class RunDirectory(Checkpoint):
         """Set up the folder, the checkpoint plugin and the handling of signals.
 
         Raises:
+            DataError: If another run uses the folder.
             ValueError: If validation is scheduled by time, which differs between ranks and between runs.
         """
         if stage == "fit" and validates_by_time(trainer):
@@ -126,44 +133,77 @@ class RunDirectory(Checkpoint):
         if stage == "fit":
             disable_signal_handlers(trainer)
         self.root, self._trainer = Path(trainer.default_root_dir), trainer
+        if stage == "fit":
+            self.take_lock(trainer)
+            self._settings = compared_settings(yaml.safe_load(self.config_yaml) if self.config_yaml else None)
+            held_out = getattr(getattr(trainer, "datamodule", None), "val_index", None)
+            if self._settings:
+                self._settings["trainer"]["precision"] = str(trainer.precision)  # of which there are several spellings
+                self._settings["data"]["val"] = held_out.fingerprint if held_out else None
         if isinstance(pl_module, Task):
             self._state = pl_module.run_state
+            self._state.monitor = self.monitor
+            pl_module.check_resume = self._check_resume if stage == "fit" else None
         trainer.strategy.checkpoint_io = VerifiedIO()
         several = len(getattr(pl_module, "heads", ())) > 1  # a step may leave out the parameters of a head
         if isinstance(trainer.strategy, DDPStrategy) and (trainer.world_size > 2 or several):
             find_unused_parameters(trainer.strategy)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with other data or in another order, unless `accept_changes` allows it.
+    def take_lock(self, trainer: Trainer) -> None:
+        """Lock the folder for this run, from rank 0.
+
+        Raises:
+            DataError: If another run uses the folder, on all ranks.
+        """
+        self.lock = self.lock or RunLock(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            self.lock.acquire()
+        if refusal := trainer.strategy.broadcast(self.lock.refusal):
+            raise DataError(refusal)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the lock of the folder."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def _check_resume(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume with other settings, unless `accept_changes` allows it.
 
         Raises:
             CheckpointError: If settings differ; names them.
         """
-        if trainer.state.fn != "fit":
-            return
+        trainer = self._trainer
         self._first_step = checkpoint["global_step"]
         loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        changes = loader.changes(loader_state(checkpoint))
-        if changes.get("features", (None, None))[1] is not None:
+        of_loader = loader.changes(loader_state(checkpoint))
+        if of_loader.get("features", (None, None))[1] is not None:
             raise CheckpointError(
                 "the checkpoint's run did not have these data.features: set those that it had, or start a new run"
             )
-        if refused := [name for name in changes if name not in self.accept_changes]:
-            before, now = changes[refused[0]]
-            raise CheckpointError(
-                f"the checkpoint's run had {refused[0]} {before}, this one has {now}; if that is intended, "
-                f"--run.accept_changes '[{', '.join(refused)}]' resumes at the next epoch"
-            )
-        if changes:
+        changes = find_changes(checkpoint.get("settings", {}), self._settings, of_loader)
+        fit = misfit(checkpoint["state_dict"], trainer.lightning_module)
+        check_changes(changes, self.accept_changes, self._settings, fit)
+        check_scheduler(changes, [config.scheduler for config in trainer.lr_scheduler_configs])
+        self._old_optimizer = take_optimizer(checkpoint, changes, trainer)
+        if of_loader:
             continue_at_next_epoch(checkpoint, loader.state_dict())
-            rank_zero_print(f"changed: {', '.join(changes)}; resuming at the beginning of the next epoch")
+        if changes:
+            where = "the beginning of the next epoch" if of_loader else "the next step"
+            rank_zero_print(f"changed: {', '.join(changes)}; used from {where} on")
+        self._changes = changes
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add to a checkpoint what a resumed run is compared with."""
+        checkpoint["settings"] = self._settings
+        checkpoint["parameters"] = parameter_names(pl_module, trainer.optimizers[0])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds another run, and install the signal handlers.
 
         Raises:
             CheckpointError: If the ranks resume from different checkpoints.
-            ValueError: If the folder holds a run that this one does not resume.
+            ValueError: If the folder holds a run that this one does not resume, or the monitored metric is never
+                measured.
         """
         steps = all_gather_object(self._first_step, trainer.world_size)
         if different := [rank for rank, step in enumerate(steps) if step != steps[0]]:
@@ -179,26 +219,29 @@ class RunDirectory(Checkpoint):
                 f"{self.root} holds a run already: resume it with --ckpt_path last, remove it, or name another "
                 "folder with --trainer.default_root_dir"
             )
+        check_scheduler(self._changes, [config.scheduler for config in trainer.lr_scheduler_configs])
+        if isinstance(pl_module, Task):
+            check_monitor(self.monitor, trainer, pl_module)
         self._signals.install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the configuration and the record of the run, and start the watchdog."""
+        """Use the accepted changes, write the configuration and the record of the run, and start the watchdog.
+
+        Raises:
+            DataError: If the logs of a resumed run cannot be cut back to its step.
+        """
         assert isinstance(pl_module, Task)
+        if self._changes:
+            restore_loader_states(trainer)
+            apply_changes(trainer, pl_module, self._changes, self._old_optimizer)
+            if "data.val" in self._changes:  # values of other held-out data cannot be compared
+                self._state.best_value = -math.inf
+        self._old_optimizer = None
+        raise_together(self._clean_folder(trainer) if trainer.is_global_zero else "", trainer.world_size)
+        self._record = RunRecord(self.root, self.config_yaml, self._resumed)
+        self._record.add_start(trainer, self._changes)
         if trainer.is_global_zero:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.csv", SKIPPED_STEPS):
-                truncate_log(self.root / name, trainer.global_step)
-            for path in list_checkpoints(self.root / "checkpoints"):
-                if checkpoint_step(path) > trainer.global_step:  # damaged, or the user resumes from an older one
-                    path.rename(path.with_suffix(".stale"))
-                    rank_zero_print(
-                        f"{path} is damaged, or later than step {trainer.global_step}, from which this run starts: "
-                        "renamed to .stale, may be deleted"
-                    )
-            if self.config_yaml is not None:
-                write_text(self.root / "config.yaml", redact(self.config_yaml))
-            self._start_record(trainer)
-            self._record(trainer, pl_module)
+            self._write_record(trainer, pl_module)
             if self._resumed:
                 rank_zero_print(f"resuming after step {trainer.global_step:,}")
         disable_sigterm_broadcast(trainer)
@@ -208,7 +251,28 @@ class RunDirectory(Checkpoint):
             self._watchdog = pl_module.watchdog = Watchdog(trainer.global_rank, trainer.world_size, self.stall_seconds)
             self._watchdog.start()
         self._saved_at = time.monotonic()
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._state.metrics.items()})
+        # Without a best value, the monitored metric of the checkpoint must not select the weights of a later step.
+        restored = {name: x for name, x in self._state.metrics.items() if name != self.monitor or self._state.best}
+        trainer.callback_metrics.update({name: torch.tensor(x, dtype=torch.float64) for name, x in restored.items()})
+
+    def _clean_folder(self, trainer: Trainer) -> str:
+        """Remove what belongs to later steps than that of the start; return why it cannot be removed, or nothing."""
+        for name in ("metrics.csv", SKIPPED_STEPS):
+            try:
+                truncate_log(self.root / name, trainer.global_step)
+            except OSError as error:
+                return f"{self.root / name} cannot be cut back to step {trainer.global_step:,}: {reason(error)}"
+        for path in list_checkpoints(self.root / "checkpoints"):
+            if checkpoint_step(path) > trainer.global_step:  # damaged, or the user resumes from an older one
+                try:
+                    path.rename(path.with_suffix(".stale"))
+                except OSError as error:
+                    return f"{path} is later than step {trainer.global_step:,} and cannot be renamed: {reason(error)}"
+                rank_zero_print(
+                    f"{path} is damaged, or later than step {trainer.global_step}, from which this run starts: "
+                    "renamed to .stale, may be deleted"
+                )
+        return ""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -246,35 +310,62 @@ class RunDirectory(Checkpoint):
             self._save_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `last/`, the report and the last checkpoint."""
+        """Write `last/`, the report and the last checkpoint.
+
+        Raises:
+            RunError: If `last/` cannot be written.
+        """
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Evaluation):
                 callback.complete(trainer, pl_module)
-        self._save_model(trainer, pl_module, "last")
+        assert isinstance(pl_module, Task)
+        failed = self._save_last(trainer, pl_module)
+        report = ""
         if trainer.is_global_zero:
-            self._record(trainer, pl_module)
+            self._write_record(trainer, pl_module)
+            report = f"; report: {self.root / 'report.html'}"
             try:
-                self._report(trainer, pl_module)
-            except (OSError, ValueError) as error:  # a run does not fail because of its report
-                rank_zero_print(f"{self.root / 'report.html'} cannot be written: {one_line(error)}")
+                write_run_report(self.root, trainer, pl_module)
+            except Exception as error:  # a run does not fail because of its report, whatever its writer raises
+                report = ""
+                print_unwritten(self.root / "report.html", error)
         self._save(trainer, pl_module)
         self._signals.restore()
         if self._watchdog is not None:
             self._watchdog.close()
+        self._close_logs(trainer, pl_module)
         if trainer.is_global_zero:
-            self._record(trainer, pl_module)
-            self._print_summary(trainer)
+            self._write_record(trainer, pl_module)
+            last = f"{self.root / 'last'} cannot be written" if failed else f"the model is in {self.root / 'last'}"
+            self._print_summary(trainer, last, report)
+        if failed:
+            raise RunError(
+                f"{self.root / 'last'} cannot be written: {failed}; make room, then run the same command with "
+                "--ckpt_path auto, which writes it"
+            )
+
+    def _save_last(self, trainer: Trainer, pl_module: Task) -> str:
+        """Write `last/`; return why it cannot be written, the same on all ranks, or nothing."""
+        failed = self._save_model(trainer, pl_module, "last")
+        self._state.last_step = self._state.last_step if failed else trainer.global_step
+        return failed
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print a message if there was nothing to train."""
+        """Print a message if there was nothing to train, and write `last/` if the run could not write it before."""
         if self._rank_flags is None:
+            if self._state.last_step != trainer.global_step and isinstance(pl_module, Task):
+                self._save_last(trainer, pl_module)
             rank_zero_print(
                 f"{self.root} was done already, after {trainer.global_step:,} steps: to train more, raise "
-                "trainer.max_epochs or trainer.max_steps"
+                "trainer.max_epochs or trainer.max_steps, and name it in --run.accept_changes"
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End this rank if there are several: the one that failed first prints its error, the others name that rank."""
+        if self.lock is not None:
+            self.lock.release()
+        if isinstance(pl_module, Task):
+            self._close_logs(trainer, pl_module)
         if isinstance(exception, Stopped):
             return
         if self._watchdog is not None:
@@ -286,13 +377,20 @@ class RunDirectory(Checkpoint):
         """Return the best value, the number of samples so far, and the metrics that callbacks may read."""
         found = self._trainer.callback_metrics.items()
         metrics = {name: float(value) for name, value in found if name != "train/samples_per_second"}
-        return {"best_value": self._state.best_value, "samples": self._state.samples, "metrics": metrics}
+        return {
+            "monitor": self.monitor,
+            **{name: getattr(self._state, name) for name in ("best_value", "best_step", "samples", "last_step")},
+            "metrics": metrics,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state of the run that this one resumes."""
         self._resumed = True
-        for name in ("best_value", "samples", "metrics"):
-            setattr(self._state, name, state_dict[name])
+        for name in ("best_value", "best_step", "samples", "last_step", "metrics"):
+            setattr(self._state, name, state_dict.get(name, getattr(self._state, name)))
+        # A value of another metric cannot be compared; older versions took a NaN for the best value.
+        if state_dict.get("monitor", self.monitor) != self.monitor or not math.isfinite(self._state.best_value):
+            self._state.best_value = -math.inf
 
     # Saving
 
@@ -342,6 +440,8 @@ class RunDirectory(Checkpoint):
         """
         assert isinstance(pl_module, Task)
         pl_module.pause_clock("saving")
+        for log in self._logs(trainer, pl_module):  # a checkpoint is not newer than the lines up to its step
+            log.append()
         content = dump_checkpoint(trainer)
         error = ""
         if trainer.is_global_zero:
@@ -349,13 +449,13 @@ class RunDirectory(Checkpoint):
             try:
                 _check_finite(content["state_dict"])
                 write_checkpoint(checkpoint_path(folder, trainer.global_step), content)
-            except (OSError, ValueError) as raised:
+            except Exception as raised:  # whatever the writer raises, the run continues
                 error = reason(raised)
             else:
                 for path in list_checkpoints(folder)[self.keep :]:
                     with suppress(OSError):
                         path.unlink()
-                self._record(trainer, pl_module)
+                self._write_record(trainer, pl_module)
         error = trainer.strategy.broadcast(error)
         self._saved_at, self._save_due = time.monotonic(), False
         if error:
@@ -373,131 +473,62 @@ class RunDirectory(Checkpoint):
             self._failures, self._saved_step = 0, trainer.global_step
         pl_module.start_clock()
 
-    def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None or float(value) <= max(self._state.best_value, self._tried_value):
-            return
-        self._tried_value = float(value)  # a model that cannot be written is not tried again at each step
-        if self._save_model(trainer, pl_module, "best"):
-            self._state.best_value = float(value)
+    def _logs(self, trainer: Trainer, pl_module: Task) -> list[LineLog]:
+        """Return the logs of this rank."""
+        bad = getattr(getattr(trainer, "datamodule", None), "bad_sample_log", None)  # missing before the setup
+        metrics = [logger.log for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+        return [log for log in (pl_module.skipped_log, None if bad is None else bad.log, *metrics) if log is not None]
 
-    def _save_model(self, trainer: Trainer, pl_module: LightningModule, name: str) -> bool:
-        """Write a model directory; return whether it could be written, the same on all ranks."""
-        error = ""
+    def _close_logs(self, trainer: Trainer, pl_module: Task) -> None:
+        for log in self._logs(trainer, pl_module):
+            log.close()
+
+    def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Task)
+        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        if not self._state.is_better(value) or value <= self._tried_value:
+            return
+        self._tried_value = value  # a model that cannot be written is not tried again at each step
+        if not self._save_model(trainer, pl_module, "best"):
+            self._state.best_value, self._state.best_step = value, trainer.global_step
+            if trainer.is_global_zero:
+                self._write_record(trainer, pl_module)
+
+    def _save_model(self, trainer: Trainer, pl_module: Task, name: str) -> str:
+        """Write a model directory; return why it cannot be written, the same on all ranks, or nothing."""
+        error = ""
         with averaged(trainer):
             weights = trainer.strategy.lightning_module_state_dict()  # unsharded on rank 0, whatever the strategy
             if trainer.is_global_zero:
                 whole = {key.removeprefix("model."): x for key, x in weights.items() if key.startswith("model.")}
                 try:
                     pl_module.save_model(self.root / name, whole)
-                except (OSError, ModelError) as raised:
+                except Exception as raised:  # safetensors has an error of its own for a full disk
                     error = reason(raised)
-                    rank_zero_print(f"{self.root / name} cannot be written: {error}")
-        return not trainer.strategy.broadcast(error)
+                    print_unwritten(self.root / name, raised)
+        return trainer.strategy.broadcast(error)
 
-    # Record and report
+    # Record
 
-    def _start_record(self, trainer: Trainer) -> None:
-        """Read what `run.json` says about the run before it was resumed, and add this start."""
-        path = self.root / "run.json"
+    def _write_record(self, trainer: Trainer, pl_module: Task) -> None:
         try:
-            before = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
-            before = {}
-        self._config = _redacted(yaml.safe_load(self.config_yaml)) if self.config_yaml else None
-        self._starts = before.get("starts", [])
-        self._seconds_before = before.get("seconds", 0.0) if self._resumed else 0.0
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._starts.append({"step": trainer.global_step, "at": now, "ranks": trainer.world_size})
-
-    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Task)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        record = {
-            "command": redact(shlex.join(sys.argv)),
-            "versions": {name: version(name) for name in ("dualenc", "torch", "timm", "lightning", "tokenizers")},
-            "python": platform.python_version(),
-            "git": _revision(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-            "machine": f"{platform.node()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores",
-            "ranks": trainer.world_size,
-            "seed": data.seed,
-            f"train_{pl_module.noun}": len(data.train_index),
-            f"held_out_{pl_module.noun}": len(data.val_index) if data.val_index else 0,
-            "fingerprint": data.train_index.fingerprint,
-            "step": trainer.global_step,
-            "samples_seen": self._state.samples,
-            "bad_samples": len(data.bad_sample_log),
-            "seconds": round(self._seconds_before + time.time() - self._start_time, 1),
-            "restarts": len(self._starts) - 1,
-            "starts": self._starts,
-            "config": self._config,
-        }
-        try:
-            write_json(self.root / "run.json", record)
+            self._record.write(trainer, pl_module)
         except OSError as error:
-            rank_zero_print(f"{self.root / 'run.json'} cannot be written: {error.strerror}")
+            print_unwritten(error.filename or self._record.path, error)
 
-    def _print_summary(self, trainer: Trainer) -> None:
-        if self._state.best_value > -math.inf:
-            best = f"best/ has {self.monitor} {self._state.best_value:.4g}"
+    def _print_summary(self, trainer: Trainer, last: str, report: str) -> None:
+        if best := self._state.best:
+            has_best = f"best/ has {best['metric']} {best['value']:.4g}"
         else:
-            best = f"there is no best/, since {self.monitor} was not measured"
+            has_best = f"there is no best/, since {self.monitor} was not measured"
         count = len(trainer.datamodule.bad_sample_log)  # type: ignore[attr-defined]
         bad = f"; {plural(count, 'bad sample')} left out, see {self.root / 'bad_samples.jsonl'}" if count else ""
-        rank_zero_print(
-            f"{trainer.global_step:,} steps done; the model is in {self.root / 'last'}; {best}; "
-            f"report: {self.root / 'report.html'}{bad}"
-        )
-
-    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `report.html`: the curves, and the last results of each evaluation that this process has run."""
-        assert isinstance(pl_module, Task)
-        record = json.loads((self.root / "run.json").read_text("utf-8"))
-        sections = [
-            section for callback in trainer.callbacks if isinstance(callback, Evaluation)  # type: ignore[attr-defined]
-            for section in callback.sections
-        ]  # fmt: skip
-        sections += pl_module.sections()
-        noun = pl_module.noun
-        minutes, seconds = divmod(round(record["seconds"]), 60)
-        about = {
-            "command": redact(shlex.join(["dualenc", *sys.argv[1:]])),
-            "model": self.root,
-            **pl_module.about(),
-            "parameters": millions(sum(p.numel() for p in pl_module.model.parameters())),
-            "data": "; ".join(map(_describe_source, trainer.datamodule.sources)),  # type: ignore[attr-defined]
-            noun: f"{record[f'train_{noun}']:,} to train on, {record[f'held_out_{noun}']:,} held out; "
-            f"fingerprint {record['fingerprint']}",
-            "training": f"{record['step']:,} steps, {record['samples_seen']:,} samples seen in {minutes} min "
-            f"{seconds} s on {record['ranks']} x {record['device']}",
-        }
-        write_report(self.root, f"Training of {self.root.name}", sections, about, self.root / "metrics.csv")
+        rank_zero_print(f"{trainer.global_step:,} steps done; {last}; {has_best}{report}{bad}")
 
 
-def _describe_source(source: Mapping[str, Any]) -> str:
-    shards, weight = source.get("shards") or source["files"], source.get("weight", 1.0)
-    text = redact(shards if isinstance(shards, str) else " ".join(shards))
-    return text if weight == 1 else f"{text}, weight {weight:g}"
-
-
-def _redacted(value: Any) -> Any:
-    """Return a configuration without the secrets of its URLs."""
-    if isinstance(value, dict):
-        return {key: _redacted(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_redacted(part) for part in value]
-    return redact(value) if isinstance(value, str) else value
-
-
-@cache
-def _revision() -> str | None:
-    """Return the git revision of the working folder, marked "-dirty" if files differ from it; None without one."""
-    if shutil.which("git") is None:
-        return None
-    found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
-    return found.stdout.strip() or None
+def print_unwritten(path: Any, error: BaseException) -> None:
+    """Print that a file of the run cannot be written, on rank 0 only."""
+    rank_zero_print(f"{path} cannot be written: {reason(error)}")
 
 
 def _check_finite(weights: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,19 +14,19 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data.loading.epoch_plan import derive_seed
 from dualenc.models import TextConfig
 from dualenc.report import Section
-from dualenc.training.checkpoint import NORMS, RunState
+from dualenc.training.checkpoint import NORMS, CheckpointError, RunState, misfit
 from dualenc.training.lightning_internals import restore_loader_states
-from dualenc.training.optim import Tuning, parameter_groups
+from dualenc.training.optim import Tuning, clip_gradients, parameter_groups
 from dualenc.training.ranks import Watchdog
 from dualenc.utils.errors import DataError
-from dualenc.utils.files import append_lines
+from dualenc.utils.files import LineLog
+from dualenc.utils.text import reason
 
 SKIPPED_STEPS = "skipped_steps.jsonl"
 SPIKE = 5.0  # a gradient norm above this multiple of the median of the last norms is a spike
@@ -35,7 +36,8 @@ MIN_NORMS = NORMS // 5  # norms needed before a spike can be detected
 @rank_zero_only
 def rank_zero_print(line: str) -> None:
     """Print a line on standard error, on rank 0 only."""
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # standard error may be a file on a full disk, which must not end a run
+        print(line, file=sys.stderr, flush=True)
 
 
 class RunError(DataError):
@@ -96,10 +98,28 @@ class Task(LightningModule):
         self._pending: list[_Step] = []
         self._grad_norm: Tensor | None = None
         self._clock_start: float | None = None  # None while the clock is paused
+        self.skipped_log: LineLog | None = None  # in training
+        self._failed_loggers: set[int] = set()
+        self.check_resume: Callable[[dict[str, Any]], None] | None = None  # set by `RunDirectory`
+        self.optimizer_options: list[dict[str, Any]] = []  # settings of each parameter group of the new optimizer
 
     def setup(self, stage: str) -> None:
-        """Refuse gradient accumulation: the sum over small batches is not the gradient of a large batch."""
-        if stage == "fit" and self.trainer.accumulate_grad_batches != 1:
+        """Refuse settings of the trainer that would train wrongly, and open the log of skipped steps.
+
+        Raises:
+            ValueError: If gradients are accumulated, since the sum over small batches is not the gradient of a large
+                batch; or if weights are kept in half precision, which rounds small updates away.
+        """
+        if stage != "fit":
+            return
+        self.skipped_log = LineLog(Path(self.trainer.default_root_dir) / SKIPPED_STEPS)
+        if str(self.trainer.precision) in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision {self.trainer.precision} keeps the weights in half precision, in which weights "
+                "near 1, such as the gains of LayerNorm, and the temperature do not change by small updates: set "
+                "bf16-mixed"
+            )
+        if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 "trainer.accumulate_grad_batches must be 1: the loss compares the pairs of one batch, so summing "
                 "gradients of small batches is not the gradient of a large one; raise data.batch_size instead, "
@@ -115,6 +135,9 @@ class Task(LightningModule):
         optimizer = self.optimizer(parameter_groups(self, {f"model.{name}": x for name, x in self.tunings.items()}))
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group["factor"]
+        self.optimizer_options = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("set trainer.max_epochs or trainer.max_steps: the schedule needs the number of steps")
@@ -192,20 +215,12 @@ class Task(LightningModule):
         """Compute the gradient norm, clip by `trainer.gradient_clip_val`, and skip a non-finite step."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        clips = bool(gradient_clip_val) and gradient_clip_algorithm in (None, "norm") and scaler is None
-        if clips:
-            assert gradient_clip_val is not None
-            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            norm = norm / scaler._scale  # a fused optimizer unscales the gradients itself, in its step
+        # A fused optimizer unscales the gradients itself, in its step.
+        unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
+        scale = scaler._scale if scaler is not None and unscales else None
+        norm = clip_gradients(parameters, gradient_clip_val, gradient_clip_algorithm, scale)
         assert self._batch is not None
         loss, rows, embedded = self._batch
-        norm = norm.detach()
         self._grad_norm, skip = norm, ~norm.isfinite()
         self.skip = skip
         self.run_state.loss = self.run_state.loss + torch.where(skip, torch.zeros_like(loss), loss)
@@ -237,12 +252,13 @@ class Task(LightningModule):
             if not math.isfinite(norm):
                 self.run_state.skipped += 1
                 self.run_state.in_a_row += 1
+                assert self.skipped_log is not None
                 samples = self._log_samples(step, "skipped", norm)
                 if self.run_state.in_a_row >= self.max_skipped:
                     raise RunError(
                         f"loss or gradient was not finite in {self.run_state.in_a_row} consecutive steps, up to step "
-                        f"{step.number} with the samples {samples}; {self._skipped_path} lists all samples: lower the "
-                        "learning rate, or set trainer.precision to bf16-mixed or 32-true"
+                        f"{step.number} with the samples {samples}; {self.skipped_log.path} lists all samples: lower "
+                        "the learning rate, or set trainer.precision to bf16-mixed or 32-true"
                     )
                 continue
             self.run_state.in_a_row = 0
@@ -251,9 +267,10 @@ class Task(LightningModule):
                 self._log_samples(step, "spike", norm)
             self.run_state.norms.append(norm)
 
-    @property
-    def _skipped_path(self) -> Path:
-        return Path(self.trainer.default_root_dir) / SKIPPED_STEPS
+    def teardown(self, stage: str) -> None:
+        """Close the log of skipped steps."""
+        if self.skipped_log is not None:
+            self.skipped_log.close()
 
     def _log_samples(self, step: _Step, what: str, norm: float) -> str:
         """Append this rank's samples of a step to `skipped_steps.jsonl`, and return the names of up to five samples."""
@@ -278,10 +295,8 @@ class Task(LightningModule):
             "not_finite": non_finite,
             "samples": shards,
         }
-        try:
-            append_lines(self._skipped_path, [json.dumps(line)])
-        except OSError as error:
-            rank_zero_print(f"{self._skipped_path} cannot be written: {error.strerror}")
+        assert self.skipped_log is not None
+        self.skipped_log.append([json.dumps(line)])
         names = non_finite or [f"{shard} {key!r}" for shard, keys in shards.items() for key in keys]
         return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
@@ -340,15 +355,24 @@ class Task(LightningModule):
             step: step of the values; absent, the current one.
             bar: names of the metrics that the progress bar shows.
         """
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.global_step if step is None else step)
+        for number, logger in enumerate(self.trainer.loggers):
+            try:
+                logger.log_metrics(metrics, step=self.global_step if step is None else step)
+            except OSError as error:  # a full disk must not end a run because of a log
+                if number not in self._failed_loggers:
+                    rank_zero_print(f"{type(logger).__name__} cannot log step {self.global_step:,}: {reason(error)}")
+                self._failed_loggers.add(number)
         for name, value in metrics.items():
-            self.trainer.callback_metrics[name] = torch.tensor(value)
+            self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)  # exactly as logged
             if name in bar:
                 short = name.removeprefix("train/").replace("samples_per_second", "samples/s")
                 self.trainer.progress_bar_metrics[short] = value
 
     # Hooks of `RunDirectory`
+
+    def metric_names(self) -> list[str] | None:
+        """Return the names of the metrics of held-out data; None if they are not known before they are measured."""
+        return None
 
     def save_model(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a model directory.
@@ -378,7 +402,13 @@ class Task(LightningModule):
         self.run_state.save_to(checkpoint, self._counts_of_all_ranks())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what `on_save_checkpoint` has added."""
+        """Refuse the checkpoint of a run with other settings, and restore what `on_save_checkpoint` has added."""
+        if self.check_resume is not None:
+            self.check_resume(checkpoint)
+        if found := misfit(checkpoint["state_dict"], self):
+            raise CheckpointError(
+                f"the checkpoint does not fit the model: {found}; use the configuration of its run, config.yaml"
+            )
         self.run_state.load_from(checkpoint, self.trainer.is_global_zero)
 
 

@@ -314,6 +314,16 @@ class TextTask(LanguageTask):
             sections.append(self.section(name, head, measured))
         return metrics, sections
 
+    def metric_names(self) -> list[str] | None:
+        """See `Task.metric_names`."""
+        found: list[str] = []
+        for name in self.trainer.datamodule.given["val"]:
+            own = self.kinds[name].metric_names()
+            if own is None:
+                return None
+            found += [f"val/{name}/{metric}" for metric in own]
+        return found
+
     def _held_out(self, name: str, stage: Literal["val", "test"]) -> HeldOut:
         data = self.trainer.datamodule
 

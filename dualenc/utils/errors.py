@@ -1,6 +1,9 @@
 """Errors that a user can fix: each message is one line that names the file, key or option and the way out."""
 
+import logging
+import os
 from collections.abc import Iterable
+from functools import cache
 
 
 class DataError(ValueError):
@@ -50,3 +53,10 @@ def first_failure(checks: Iterable[tuple[object, str]]) -> str | None:
         checks: pairs of a truth value and the reason to give where it is false; a generator stops at the first failure.
     """
     return next((reason for holds, reason in checks if not holds), None)
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Log a warning once, and only in the first one of the processes that a launcher starts on a machine."""
+    if all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID")):
+        logging.getLogger("dualenc").warning("%s", line)

@@ -5,7 +5,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 import types
 import typing
@@ -17,10 +19,32 @@ from typing import Any
 
 from dualenc.utils.decoding import decode_text
 from dualenc.utils.errors import ModelError
+from dualenc.utils.text import plural, reason
 
 FORMAT = 2
 
 # Files
+
+# First bytes of a file -> what it is instead of the file that was wanted.
+_STAND_INS = {
+    rb"version https://(git-lfs|hawser)": "a Git LFS pointer, not the file itself (get it with `git lfs pull`)",
+    rb"(\.\./)*(\.git)?/annex/objects/": "a git-annex pointer, not the file itself (get it with `git annex get`)",
+    rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype html|<html)": (
+        "an HTML page, not the file itself, such as a page of an error or to sign in (download the file again)"
+    ),
+    rb"(<\?xml[^>]*>\s*)?<Error>": "the error message of a store, not the file itself (download the file again)",
+}
+
+
+def stand_in(data: bytes) -> str | None:
+    """Return what a file is that other programs leave in place of a file, with the way out; None for other files.
+
+    Args:
+        data: the first bytes of the file, at least a hundred if it has them.
+    """
+    data = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return next((what for start, what in _STAND_INS.items() if re.match(start, data, re.IGNORECASE | re.DOTALL)), None)
+
 
 _UMASK = os.umask(0)  # the umask can only be read by setting it
 os.umask(_UMASK)
@@ -78,10 +102,15 @@ def _mode(path: Path) -> int:
         return 0o666 & ~_UMASK
 
 
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file atomically; see `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file atomically; see `atomic_write`."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(text.encode())
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike[str], data: Any, indent: int = 2) -> None:
@@ -119,6 +148,43 @@ def append_lines(path: str | os.PathLike[str], lines: Iterable[str], *, sync: bo
         except OSError:
             file.truncate(size)
             raise
+
+
+class LineLog:
+    """Log of a run that loses no line without a message.
+
+    Lines that cannot be written (full disk) are kept in memory and written with the next ones.
+
+    Args:
+        path: path of the file.
+        header: first line of the file; empty for none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: str = "") -> None:
+        self.path, self.header = Path(path), header
+        self._unwritten: list[str] = []
+
+    def append(self, lines: Iterable[str] = ()) -> None:
+        """Append lines, after those that could not be written before. If writing fails, print a message once."""
+        already_told = bool(self._unwritten)
+        self._unwritten += lines
+        if not self._unwritten:
+            return
+        try:
+            begins = bool(self.header) and not (self.path.exists() and self.path.stat().st_size)
+            append_lines(self.path, [self.header, *self._unwritten] if begins else self._unwritten)
+            self._unwritten = []
+        except OSError as error:
+            if not already_told:
+                message = f"{self.path} cannot be written, its lines are kept in memory: {reason(error)}"
+                print(message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Write the lines that are left; if that fails, print how many lines are lost."""
+        self.append()
+        if self._unwritten:
+            print(f"{self.path} lacks the last {plural(len(self._unwritten), 'line')}", file=sys.stderr, flush=True)
+            self._unwritten = []
 
 
 # Folders and configurations

@@ -150,6 +150,12 @@ def test_other_commands_read_the_named_image(
     assert not (tmp_path / "none").exists()
 
 
+def test_make_shards_takes_the_named_image(folders: tuple[str, str], tmp_path: Path) -> None:
+    main(["make-shards", folders[1], str(tmp_path / "made"), "--image_column", "input.png", "--workers", "0"])
+    made, plain = (ShardIndex.build(folder, hashes=("image",)) for folder in (str(tmp_path / "made"), folders[0]))
+    assert sorted(made.hashes("image")) == sorted(plain.hashes("image"))
+
+
 def test_without_the_option_the_members_that_are_there_are_named(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import dualenc.data.images as images_module
 from dualenc.data import Augment, ImageError, Preprocess, decode_image
+from dualenc.data.image_notes import find_notes
 from dualenc.data.images import open_image, thumbnail, to_tensor
 
 
@@ -79,8 +80,8 @@ def test_every_exif_orientation_is_decoded_upright(seed, orientation, kind):
     assert orientation == 1 or np.abs(image[:20, :20] - np.asarray(stored)[:20, :20]).mean() > 4  # control
 
 
-def test_the_exif_orientation_equals_pillows(seed):
-    """For every content of the segment Pillow agrees where `_orientation` is certain, as it is for ordinary files."""
+def test_the_orientation_of_a_jpeg_equals_pillows(seed):
+    """A JPEG goes to simplejpeg, which ignores rotations, only where Pillow finds none: for every content of notes."""
     rng = random.Random(seed)
     picture = Image.new("RGB", (8, 8))
     files = []
@@ -90,26 +91,32 @@ def test_the_exif_orientation_equals_pillows(seed):
         exif[ExifTags.Base.Make] = "maker"
         if orientation is not None:
             exif[ExifTags.Base.Orientation] = orientation
-        data = encode(picture, "jpeg", exif=exif, comment=b"Exif\0\0")
-        assert images_module._orientation(data) == (1 if orientation is None else orientation)
-        files.append(data)
+        files.append(encode(picture, "jpeg", exif=exif, comment=b"Exif\0\0"))
+        assert is_upright(files[-1]) == (orientation not in range(2, 9))
     files.append(encode(picture, "jpeg", exif=Image.Exif(), xmp=b'<x tiff:Orientation="6"/>'))
+    assert not is_upright(files[-1])
     plain = encode(picture, "jpeg")
-    assert images_module._orientation(plain) == 1
-    assert images_module._orientation(plain[:9]) is None
+    assert is_upright(plain)
+    assert is_upright(plain[:9]) is None
     certain, wrong = 0, []
     for _ in range(2000):
         data = bytearray(rng.choice(files))
         for _ in range(rng.randint(0, 3)):
             data[rng.randrange(30, 90)] = rng.choice([0, 1, 3, 6, 0x12, 255, rng.randrange(256)])
-        ours = images_module._orientation(bytes(data))
+        ours = is_upright(bytes(data))
         with warnings.catch_warnings(), contextlib.suppress(Exception):  # Pillow raises on files that it cannot open.
             warnings.simplefilter("ignore")
             theirs = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1)
-            wrong += [bytes(data[:90])] if ours == 1 and theirs in range(2, 9) else []
-            certain += ours == 1
+            wrong += [bytes(data[:90])] if ours is not None and ours != (theirs not in range(2, 9)) else []
+            certain += ours is not None
     assert not wrong
-    assert certain > 100
+    assert certain > 1000
+
+
+def is_upright(data):
+    """Return whether `decode_image` takes a JPEG for upright; None where the structure is left to Pillow."""
+    places, notes = find_notes(data)
+    return None if places is None else images_module._is_upright(notes)
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])

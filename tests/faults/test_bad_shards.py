@@ -294,3 +294,18 @@ def test_a_gzip_bomb_as_a_shard(tmp_path, capsys, web):
         assert "gzip" in line
     assert peak() - before < 1 << 28
     assert no_run(tmp_path)
+
+
+@pytest.mark.long
+def test_a_run_on_a_glob_that_also_matches_its_index_is_resumed(tmp_path, seed, capsys):
+    """`fit` writes `dualenc.index` next to the shards; the next call with `shards/*` finds the same shards."""
+    write_shards(tmp_path / "shards", [12, 12], seed)
+    command = fit(tmp_path, *SHORT, "--data.train", f"{tmp_path}/shards/*")
+    main(command)
+    assert (tmp_path / "shards" / "dualenc.index").exists()
+    main(["index", f"{tmp_path}/shards/*", "--workers", "0"])
+    main(["index", *map(str, sorted((tmp_path / "shards").iterdir())), "--workers", "0"])  # as a shell expands it
+    main(["doctor", f"{tmp_path}/shards/*", "--workers", "0"])
+    capsys.readouterr()
+    main([*command, "--ckpt_path", "auto"])
+    assert "was done already, after 4 steps" in capsys.readouterr().err

@@ -228,38 +228,6 @@ def test_too_many_failed_saves_end_the_run_on_all_ranks(stopped, tmp_path, world
     )
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "name"),
-    [
-        ("--data.batch_size", "8", "batch_size"),
-        ("--seed_everything", "8", "seed"),
-        ("--data.window", "2", "window"),
-        ("--data.captions", "txt", "captions"),
-        ("--data.select", "number > 3", "fingerprint"),
-    ],
-)
-def test_changed_settings_are_refused_by_name(stopped, part, capsys, option, value, name):
-    again = [*stopped[1], "--trainer.default_root_dir", str(part / "run"), "--ckpt_path", "last", option, value]
-    line = fails(capsys, again)
-    assert f"the checkpoint's run had {name} " in line
-    assert f"--run.accept_changes '[{name}]'" in line
-    assert name in fails(capsys, [*again, "--run.accept_changes", "[other]"])  # accepting something else does not help
-
-
-def test_changed_settings_that_are_accepted(stopped, part, whole):
-    """The run resumes at the beginning of the next epoch, with all of its samples."""
-    rows = f'[{{"class_path": "runs.Rows", "init_args": {{"folder": "{part / "rows"}"}}}}]'
-    change = ["--data.batch_size", "6", "--run.accept_changes", "[batch_size]", "--trainer.callbacks", rows]
-    assert run([*stopped[1], *change, "--ckpt_path", "last"], part) == [0], (part / "log-0").read_text()
-    lines = [json.loads(line) for line in (part / "rows" / "0.jsonl").read_text().splitlines()]
-    assert [step for step, _ in lines] == list(range(7, 19))  # 6 steps, then two epochs of 6 steps
-    for epoch in (lines[:6], lines[6:]):
-        seen = [row for _, rows in epoch for row in rows]
-        assert len(set(seen)) == 36
-    record = json.loads((part / "run" / "run.json").read_text())
-    assert record["samples_seen"] == 6 * 4 + 12 * 6
-
-
 def test_checkpoints_that_are_not_local_files_are_refused(stopped, part, capsys, tmp_path):
     root = ["--trainer.default_root_dir", str(tmp_path / "new")]
     for url in ("https://example.org/step-00000001.ckpt", "http://127.0.0.1:1/x.ckpt", "s3://bucket/x.ckpt"):

@@ -174,6 +174,23 @@ def test_normalized_and_plain_images_together(embedder, photos):
     assert (embedder.embed_images([photos[0], floats, photos[2]]) - whole).abs().max() < 1e-6
 
 
+def test_pillow_images_of_16_bits_and_of_no_range(embedder, seed):
+    """Gray of 16 bits is scaled; where the range is not defined, the numbers are refused and nothing is guessed."""
+    gray = pixels(np.random.default_rng(seed), 50, 40)[..., 0]
+    expected = embedder.embed_images(Image.fromarray(gray))
+    assert (embedder.embed_images(Image.fromarray(gray.astype(np.uint16) * 257)) - expected).abs().max() < 1e-6
+    for values in (gray.astype(np.int32) * 257, gray.astype(np.float32), gray.astype(np.float32) / 255):
+        image = Image.fromarray(values)
+        assert image.mode in ("I", "F")
+        with pytest.raises(ImageError, match=f"mode {image.mode}"):
+            embedder.embed_images([image])
+    for dtype in (torch.int32, torch.int64, torch.uint16, torch.bool):
+        wide = torch.from_numpy(gray).to(dtype).expand(3, 50, 40)
+        for images in (wide, [wide], wide[None], [wide[None]]):
+            with pytest.raises(ValueError, match=str(dtype)):
+                embedder.embed_images(images)
+
+
 def test_no_inputs_are_refused(embedder):
     with pytest.raises(ValueError, match="no images"):
         embedder.embed_images([])

@@ -103,6 +103,29 @@ def test_a_folder_of_open_clip_embeds_as_open_clip_does(folder, seed):
     assert (probabilities - expected).abs().max() < 1e-5
 
 
+def test_figures_differ_from_open_clips_own_only_where_its_conversion_does_not_show_the_image(folder, seed):
+    """The table of docs/evaluation.md: transparent, rotated and 16-bit images."""
+    embedder = load(f"open_clip:local-dir:{folder[0]}", "cpu")
+    transform = open_clip.create_model_and_transforms(f"local-dir:{folder[0]}")[2]
+    rng = np.random.default_rng(seed)
+    color = Image.fromarray(smooth(rng, 40, 33))
+    transparent, rotated, exif = color.copy(), color.copy(), Image.Exif()
+    transparent.putalpha(Image.fromarray(rng.integers(0, 256, (40, 33), dtype=np.uint8)))
+    exif[0x0112] = 6
+    rotated.info["exif"] = exif.tobytes()
+    gray = np.asarray(color.convert("L"))
+    wide = Image.fromarray(gray.astype(np.uint16) * 257)
+    white = Image.alpha_composite(Image.new("RGBA", color.size, "white"), transparent).convert("RGB")
+    shown = [color, white, color.transpose(Image.Transpose.ROTATE_270), Image.fromarray(gray)]
+    expected = embedder.embed_images(torch.stack([transform(picture) for picture in shown]))
+    pictures = [color, transparent, rotated, wide]
+    assert (embedder.embed_images(pictures) - expected).abs().max() < 2e-6
+    theirs = embedder.embed_images(torch.stack([transform(picture) for picture in pictures]))
+    differences = (theirs - expected).abs().amax(1)
+    assert differences[0] < 2e-6
+    assert (differences[1:] > 1e-3).all()
+
+
 def test_the_transform_is_its_settings(folder):
     embedder = load(f"open_clip:local-dir:{folder[0]}", "cpu")
     assert embedder.preprocess == OpenClipTransform((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", "squash", 0)

@@ -351,27 +351,41 @@ def test_the_onnx_reference_runs_without_torch(tmp_path: Path, monkeypatch: Any,
 
 
 def test_the_example_of_the_docs(tmp_path: Path, seed: int) -> None:
-    """The program of docs/interop.md runs unchanged without torch, transformers and dualenc."""
+    """The program of docs/interop.md runs without torch, transformers and dualenc, and sees what dualenc sees."""
     section = (
         (ROOT / "docs" / "interop.md").read_text("utf-8").partition("## ONNX without torch")[2].partition("\n## ")[0]
     )
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
+    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 12
     it = dual()
     (tmp_path / "onnx").mkdir()
     onnx.write_onnx(it, tmp_path / "onnx")
-    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    code = code.replace("photo.jpg", "photo.png")
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 4), dtype=np.uint8)
+    pixels[:8, :, 3] = 0
+    opaque, exif = Image.fromarray(pixels[..., :3]), Image.Exif()
+    exif[0x0112] = 6
+    opaque.save(tmp_path / "opaque.png")
+    opaque.save(tmp_path / "rotated.png", exif=exif)
+    opaque.quantize(16).save(tmp_path / "palette.png", transparency=bytes(range(0, 256, 16)))
+    Image.fromarray(pixels).save(tmp_path / "transparent.png")
+    names = ["opaque", "rotated", "palette", "transparent"]
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'transformers', 'dualenc']));\n"
-    code += "np.savez('out.npz', image=image, texts=texts)"
-    done = subprocess.run([sys.executable, "-c", blocked + code], cwd=tmp_path, capture_output=True, text=True)
+    run = (
+        f"{blocked}import numpy as np\nfor name in {names!r}:\n"
+        f"    exec({code!r}.replace('photo.jpg', name + '.png'))\n    np.savez(name, image=image, texts=texts)"
+    )
+    done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     captions = ["a dog on a beach", "two cats"]
-    with np.load(tmp_path / "out.npz") as out:
-        image, texts = (torch.from_numpy(out[name]) for name in ("image", "texts"))
-    torch.testing.assert_close(image, it.embed_images([tmp_path / "photo.png"]), **CLOSE)
-    torch.testing.assert_close(texts, it.embed_texts(captions), **CLOSE)
-    assert apart({"": texts}, {"": it.embed_texts(captions[::-1])})
-    printed = [float(number) for number in done.stdout.strip().strip("[]").split()]
-    assert printed == pytest.approx((image @ texts.T)[0].tolist(), abs=1e-4)
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
+        with np.load(tmp_path / f"{name}.npz") as out:
+            image, texts = (torch.from_numpy(out[key]) for key in ("image", "texts"))
+        torch.testing.assert_close(image, it.embed_images([tmp_path / f"{name}.png"]), **CLOSE)
+        torch.testing.assert_close(texts, it.embed_texts(captions), **CLOSE)
+        assert apart({"": texts}, {"": it.embed_texts(captions[::-1])})
+        printed = [float(number) for number in line.strip("[]").split()]
+        assert printed == pytest.approx((image @ texts.T)[0].tolist(), abs=1e-4)
+        plain = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGBA"))[..., :3].copy()
+        # The control: opacity and orientation are ignored.
+        as_stored = it.embed_images(torch.from_numpy(plain).permute(2, 0, 1))
+        assert apart({"": image}, {"": as_stored}) == (name != "opaque"), name

@@ -39,7 +39,7 @@ def test_lines_that_cannot_be_written_are_written_later(tmp_path, seed, monkeypa
         )
         log.log_metrics({"a": value, "epoch": 3.0}, step)
         expected += f"{step},a,{value!r}\n"
-    assert log.path.read_text() == expected
+    assert log.log.path.read_text() == expected
     assert "No space left on device" in capsys.readouterr().err
 
 

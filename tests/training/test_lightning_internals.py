@@ -252,3 +252,29 @@ def test_base_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     CLI(Model, args=arguments, save_config_callback=None, seed_everything_default=0)
     assert steps == ["resolve", "instantiate", "run"]
     assert callable(LightningCLI._parse_ckpt_path)
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
+def test_rank_from_environment(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    assert internals.rank_from_environment() == 0
+    monkeypatch.setenv(name, "3")
+    assert internals.rank_from_environment() == 3
+
+
+def test_function_is_called_after_the_process_group_and_before_the_data(tmp_path: Path) -> None:
+    order = []
+
+    class Data(Model):
+        def prepare_data(self) -> None:
+            order.append("data")
+
+        def train_dataloader(self) -> Loader:
+            return self.loader
+
+    made = trainer(tmp_path, max_epochs=1, strategy=DDPStrategy(process_group_backend="gloo"))
+    internals.after_process_group(made, lambda: order.append(str(torch.distributed.is_initialized())))
+    made.fit(Data())
+    torch.distributed.destroy_process_group()
+    assert order == ["True", "data"]

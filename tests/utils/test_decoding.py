@@ -157,6 +157,7 @@ EXEMPT = {
     "dualenc.utils.decoding": {"*"},
     "dualenc.cli.data": {"configs"},  # the configurations of the package
     "dualenc.data.image_features": {"read_about"},  # files of `dualenc embed`
+    "dualenc.data.image_notes": {"_png_content"},  # letters that stand for bytes
     "dualenc.data.prepare.caption_sources": {"clean"},  # a string in place of bytes
     "dualenc.data.prepare.make_shards": {"_finished"},  # summary.json
     "dualenc.data.prepare.shrink": {"_begun"},  # shrink.json
@@ -171,7 +172,8 @@ EXEMPT = {
     "dualenc.report.plots": {"*"},  # metrics of a run
     "dualenc.training.csv_logger": {"*"},  # metrics of a run
     "dualenc.training.ranks": {"*"},  # addresses of ranks
-    "dualenc.training.run_directory": {"*"},  # records of a run
+    "dualenc.training.run_lock": {"*"},  # the process that holds a run
+    "dualenc.training.run_record": {"*"},  # records of a run
 }
 
 

@@ -22,7 +22,7 @@ from torchvision.transforms import functional as F
 from dualenc.data import Augment, Loader, PairDataset, Preprocess, ShardIndex, Tokenizer, decode_image
 from dualenc.data.images import resized_crop
 from dualenc.data.pairs import captions_of, only_pairs
-from dualenc.data.shards.index import expand_shards
+from dualenc.data.shards.patterns import expand_shards
 from tools.bench.runner import Side, compare, fork_workers, process_memory, process_tree
 
 CONTEXT = 77

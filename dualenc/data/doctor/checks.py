@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from braceexpand import braceexpand
 
 from dualenc.data.doctor.scan import Survey, survey
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem, caption_lines
 from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
 from dualenc.data.loading.bad_samples import MAX_CONSECUTIVE, BadSampleLog
-from dualenc.data.pairs import caption_member, captions_of, decode_sample
-from dualenc.data.shards.index import Sample, ShardIndex, distinct, expand_shards
+from dualenc.data.pairs import caption_member, captions_of, decode_sample, join_command
+from dualenc.data.shards.index import Sample, ShardIndex
+from dualenc.data.shards.patterns import SHARDS, Patterns, distinct, find_files
 from dualenc.data.shards.shard import content_hash
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.utils.errors import DataError
@@ -135,7 +135,7 @@ def examine(
     caption_member(captions)  # raises if it is not understood
     sets = [_open_against(data, captions, image) for data in against]
     found = Examination(findings=[finding for *_, findings in sets for finding in findings])
-    paths = _existing_paths([shards] if isinstance(shards, str | os.PathLike) else shards, found)
+    paths = _existing_paths(shards, found)
     index = _build_index(paths, image, workers, found)
     if index is not None:
         pairs = rows = _pair_rows(index, captions, found)
@@ -186,20 +186,10 @@ def _problem_finding(name: str, problem: Problem) -> Finding:
 # Checks of the tar headers
 
 
-def _existing_paths(parts: Sequence[str | os.PathLike[str]], found: Examination) -> list[str]:
+def _existing_paths(shards: Patterns, found: Examination) -> list[str]:
     """Return the shards that exist; shards that are missing or named twice are findings."""
-    paths: list[str] = []
-    missing = []
-    for part in map(str, parts):
-        try:
-            patterns = [part] if os.path.exists(part) else list(braceexpand(part))
-        except ValueError as error:
-            raise DataError(f"shards {shown(part)!r}: {error}") from None
-        for pattern in patterns:
-            try:
-                paths += expand_shards(pattern)
-            except DataError as error:
-                missing.append(printable(str(error)))
+    paths, errors = find_files(shards, SHARDS)
+    missing = [printable(str(error)) for error in errors]
     if not paths:
         raise DataError(missing[0] if missing else "the list of shards is empty")
     if missing:
@@ -249,7 +239,10 @@ def _pair_rows(index: ShardIndex, captions: str, found: Examination) -> np.ndarr
             advice = f"such samples are left out; expected {wanted}"
             found.findings.append(Finding("warning", f"no {what}", len(lacking), samples, "samples", examples, advice))
     if not len(both):
-        advice = "a run would not start: add what is missing, or name what there is with --captions and --image"
+        way_out = join_command(index, image, text) or (
+            "add what is missing, or name what there is with --captions and --image"
+        )
+        advice = f"a run would not start: {way_out}"
         found.findings.append(Finding("error", "no pair of image and caption", samples, samples, "samples", [], advice))
     found.facts |= {
         "samples": samples,

@@ -18,6 +18,7 @@ from dualenc.data.shards.shard import content_hash
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.data.workers import item_loader
 from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.files import stand_in
 
 _CHUNK = 32  # samples that a worker returns at a time
 _DETAILS = 100  # details kept for each cause
@@ -139,6 +140,7 @@ class _Reader(Dataset[Survey]):
             other = next((name for magic, name in _OTHER_FORMATS.items() if data.lstrip().startswith(magic)), None)
             # The containers of AVIF, HEIC and MP4 have "ftyp" after four bytes of length.
             other = "AVIF, HEIC or a video" if data[4:8] == b"ftyp" else other if data else "an empty file"
+            other = stand_in(data) or other
             if other:
                 raise BadSample(sample, f".{sample.image} is {other}") from None
             raise

@@ -29,10 +29,10 @@ from dualenc.data.prepare.caption_sources import (
     class_name,
     clean,
     json_lines,
-    path_inside,
     read_source,
     tables_in,
 )
+from dualenc.data.prepare.pictures import PictureFiles, path_inside
 from dualenc.utils.decoding import read_text, trimmed
 from dualenc.utils.errors import DataError
 from dualenc.utils.urls import join
@@ -142,6 +142,11 @@ def read_table(path: Path) -> Content:
     if rows := _winoground(table) or _sugar_crepe(table):
         return _read_choices(table, rows)
     source = read_source(table, None, None, None, None)
+    if not isinstance(source.pictures, PictureFiles):
+        raise DataError(
+            f"{table} has its images inside: `dualenc make-shards {table} OUT --val 0.5` writes an evaluation set of a "
+            "part of it to OUT/held_out"
+        )
     problems: Problems = defaultdict(list)
     for what, name in source.left_out:
         problems[what].append(name)

@@ -2,15 +2,13 @@
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dualenc.data.workers import CurrentSample
 from dualenc.utils.errors import BadSample, DataError
-from dualenc.utils.files import append_lines
+from dualenc.utils.files import LineLog
 
 MAX_CONSECUTIVE = 100  # consecutive bad samples that end a run whatever its budget, since no good one may follow
 MIN_BUDGET = 10  # bad samples that every budget allows
@@ -105,7 +103,7 @@ class BadSampleLog:
 
     def __init__(self, total: int, path: str | os.PathLike[str] | None = None, budget: float = 0.001) -> None:
         self.limit = max(MIN_BUDGET, int(budget * total))
-        self.path = Path(path) if path is not None else None
+        self.log = LineLog(path) if path is not None else None
         self._known: dict[tuple[str, str], BadRecord] = {}
         self._bytes_read = 0  # of the file
 
@@ -130,17 +128,14 @@ class BadSampleLog:
         new = {(record.shard, record.key): record for record in map(BadRecord._make, bad)}
         new = {name: record for name, record in new.items() if name not in self._known}
         self._known |= new
-        if self.path is not None and new:
+        if self.log is not None:
             lines = (
                 {"shard": record.shard, "key": record.key, "cause": record.cause, "detail": record.detail}
                 for record in new.values()
             )
-            try:
-                append_lines(self.path, map(json.dumps, lines))
-            except OSError as error:  # not raised: the samples are counted even without the file
-                print(f"{self.path} cannot be written: {error.strerror}", file=sys.stderr)
+            self.log.append(map(json.dumps, lines))
         if len(self) > self.limit:
-            where = f"; all are named in {self.path}" if self.path is not None else ""
+            where = f"; all are named in {self.log.path}" if self.log is not None else ""
             raise DataError(
                 f"{len(self):,} bad samples, more than the {self.limit:,} that data.bad_samples allows: "
                 f"{causes(self._known.values())}{where}"
@@ -148,9 +143,9 @@ class BadSampleLog:
 
     def _read_new_lines(self) -> None:
         """Read what other ranks have appended, and what this run wrote before it was stopped."""
-        if self.path is None or not self.path.exists():
+        if self.log is None or not self.log.path.exists():
             return
-        with open(self.path, "rb") as file:
+        with open(self.log.path, "rb") as file:
             file.seek(self._bytes_read)
             for line in file:
                 if not line.endswith(b"\n"):  # another process is writing this line

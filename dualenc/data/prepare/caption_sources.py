@@ -1,4 +1,4 @@
-"""Readers of images with captions: tables, COCO's JSON, Flickr's token files, class folders.
+"""Readers of images with captions: tables, COCO's JSON, Flickr's token files, shards, class folders.
 
 Each source becomes a list of items, an image's name and its captions, which no longer depends on the kind of source.
 """
@@ -12,13 +12,29 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from glob import has_magic
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from dualenc.data.images import IMAGE_EXTENSIONS
+from dualenc.data.prepare.pictures import (
+    PictureFiles,
+    PictureRef,
+    Pictures,
+    ShardPictures,
+    TablePictures,
+    parquet_rows,
+    path_inside,
+    picture_columns,
+)
+from dualenc.data.prepare.sample_join import joined_samples
+from dualenc.data.shards.index import ShardIndex
+from dualenc.data.shards.patterns import SHARDS, FileKind, Patterns, find_files, parts_of, require_all
 from dualenc.utils.decoding import open_text, read_text, text_problem, trimmed
 from dualenc.utils.errors import DataError
+from dualenc.utils.files import stand_in
+from dualenc.utils.urls import is_remote
 
 TEMPLATES = ("a photo of a {c}.",)
 _IMAGE_COLUMNS = (
@@ -30,7 +46,10 @@ _IMAGE_FOLDERS = (
     "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images"
 )  # fmt: skip
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token")
+_TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _TABLE_IN_FOLDER = re.compile(r"(metadata|captions)\.(csv|tsv|jsonl|ndjson|parquet|txt)|results\.csv|.*\.token(\.txt)?")
+_SOURCES = FileKind("sources", (".tar", ".parquet"), tuple(sorted({*SHARDS.others} - {".parquet"})))
+_PART_OF_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as Hugging Face names the parts of a split
 _TOKEN_LINE = re.compile(r"(\S.*)#\d+\t(.*)")
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,12})?")
 
@@ -44,29 +63,31 @@ class CaptionedImage:
     image: str  # path, relative to the image folder or absolute
     captions: list[str]
     fields: dict[str, Any]
+    number: int = -1  # of its `PictureRef`; -1 for an image that is a file
 
 
 @dataclass
 class CaptionSource:
     """The content of a source."""
 
-    images: str  # folder that the image names are relative to
+    images: str  # folder that the image names are relative to; empty if the images are not files
     items: list[CaptionedImage]
     total: int  # items, and rows that are unusable before any image is read
     left_out: list[list[str]]  # cause, location or name
     classnames: list[str] = field(default_factory=list)
+    pictures: Pictures = field(default_factory=Pictures)
 
     def fingerprint(self) -> str:
         """Hash all of the content, except the image files."""
         digest = hashlib.blake2b(digest_size=16)
         for item in self.items:
             digest.update(json.dumps([item.image, item.captions, item.fields]).encode())
-        digest.update(json.dumps([self.left_out, self.classnames]).encode())
+        digest.update(json.dumps([self.left_out, self.classnames, self.pictures.content]).encode())
         return digest.hexdigest()
 
 
 def read_source(
-    source: Path,
+    sources: Patterns,
     images: str | os.PathLike[str] | None,
     image_column: str | None,
     caption_column: str | None,
@@ -77,42 +98,112 @@ def read_source(
     Raises:
         DataError: If the source does not exist, is not understood, or holds nothing.
     """
-    if not source.exists():
-        raise DataError(f"source {source} does not exist")
     if images is not None and not os.path.isdir(images):
         raise DataError(f"images {images} must be a folder")
-    table = source
-    if source.is_dir():
-        tables = tables_in(source)
-        if len(tables) > 1:
-            raise DataError(
-                f"{source} holds {' and '.join(path.name for path in tables)}: name one of them as the source"
-            )
-        if not tables:
-            if image_column or caption_column or images is not None:
-                raise DataError(f"{source} has class folders: columns and images are options for tables only")
-            return _class_folders(source, templates or TEMPLATES)
-        table = tables[0]
+    paths = _resolve(parts_of(sources))
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        if image_column or caption_column or images is not None:
+            raise DataError(f"{paths[0]} has class folders: columns and images are options for tables only")
+        return _class_folders(Path(paths[0]), templates or TEMPLATES)
     if templates:
-        raise DataError(f"{table} has captions: templates are for folders of classes only")
+        raise DataError(f"{paths[0]} has captions: templates are for folders of classes only")
+    if paths[0].lower().endswith(SHARDS.endings):
+        if images is not None:
+            raise DataError(f"{paths[0]} is a shard: images is an option for tables only")
+        return _read_shards(paths, image_column, caption_column)
+    return _read_tables(list(map(Path, paths)), images, image_column, caption_column)
+
+
+def _resolve(sources: list[str]) -> list[str]:
+    """Return the paths of shards, of Parquet tables, of one other table, or of a folder of class folders."""
+    parts = list(map(os.path.expanduser, sources))
+    source = Path(parts[0]) if len(parts) == 1 and not is_remote(parts[0]) else None
+    if source is not None and source.is_dir() and (described := tables_in(source)):
+        if len(described) > 1:
+            names = " and ".join(path.name for path in described)
+            raise DataError(f"{source} holds {names}: name one of them as the source")
+        return [str(described[0])]
+    if source is not None and source.is_file():
+        return [str(source)]
+    if source is not None and not source.exists() and not has_magic(parts[0]) and "{" not in parts[0]:
+        raise DataError(f"source {source} does not exist")
+    paths, missing = find_files(parts, _SOURCES)
+    if source is not None and source.is_dir() and missing:
+        return [str(source)]
+    if other := [part for part in parts if os.path.isfile(part) and part.lower().endswith(_TEXT_TABLES)]:
+        raise DataError(f"{other[0]}: only .parquet tables and shards may be several: name one table")
+    paths = require_all(paths, missing, _SOURCES)
+    shards = [path for path in paths if path.lower().endswith(SHARDS.endings)]
+    splits = sorted({found[1] for path in paths if (found := _PART_OF_SPLIT.fullmatch(os.path.basename(path)))})
+    if not shards and len(splits) > 1:
+        raise DataError(
+            f"{parts[0]} has tables of the splits {', '.join(splits)}, which must not be mixed: name one of them, such "
+            f"as {os.path.join(os.path.dirname(paths[0]), splits[-1])}-*.parquet"
+        )
+    return shards or paths
+
+
+def _read_tables(
+    tables: list[Path], images: str | os.PathLike[str] | None, image_column: str | None, caption_column: str | None
+) -> CaptionSource:
+    """Read a table, or several Parquet tables of the same columns; the arguments are those of `make_shards`."""
+    table = tables[0]
     try:
-        records, coco = _records(table)
+        for path in tables:
+            with open(path, "rb") as file:
+                if what := stand_in(file.read(1024)):
+                    raise DataError(f"{path} is {what}")
+        inside = picture_columns(tables) if table.suffix.lower() == ".parquet" else {}
+        records, coco = (parquet_rows(tables, inside), False) if table.suffix.lower() == ".parquet" else _records(table)
         first = list(islice(records, 100))
         columns = list(dict.fromkeys(name for _, record in first for name in record or ()))
         if coco and (image_column or caption_column):
             raise DataError(f"{table} is COCO's captions JSON: columns are options for tables only")
-        image = "file_name" if coco else _find_column(table, columns, image_column, _IMAGE_COLUMNS, "image")
+        image = "file_name" if coco else _find_image_column(table, columns, image_column, list(inside))
         caption = "caption" if coco else _find_column(table, columns, caption_column, _CAPTION_COLUMNS, "caption")
         found = _gather(chain(first, records), image, caption)
     except OSError as error:
         raise DataError(f"{table} cannot be read ({error.strerror})") from None
-    if not found.items:
-        causes = ", ".join(f"{cause} {n}" for cause, n in Counter(cause for cause, _ in found.left_out).items())
-        raise DataError(f"{table}: no row has an image and a caption ({causes or 'it is empty'})")
+    _refuse_empty(str(table), found)
+    if image in inside:
+        if images is not None:
+            raise DataError(f"{table} has the images in its column {image!r}: images is an option for names of files")
+        found.pictures = TablePictures(tables, inside[image])
+        return found
     if table.suffix.lower() in (".csv", ".tsv", ".txt"):
         _parse_numbers(found.items)
     found.images = os.path.abspath(images) if images is not None else _find_images(table, found.items)
+    found.pictures = PictureFiles(found.images)
     return found
+
+
+def _read_shards(paths: list[str], image: str | None, caption_column: str | None) -> CaptionSource:
+    """Read shards, whose images and captions may be in different shards, under the same keys."""
+    index = ShardIndex.build(paths, image=image)
+    where = index.shards[0]
+    if not index.having(index.images).any():
+        raise DataError(
+            f"{where}: no images among {len(index)} samples, expected .{', .'.join(index.images)}: name the shards of "
+            "images too, or their member with --image_column"
+        )
+    records = joined_samples(index)
+    first = list(islice(records, 100))
+    columns = list(dict.fromkeys(name for _, record in first for name in record or () if name))
+    if not columns:
+        raise DataError(f"{where}: no captions, neither .txt nor .json with fields: name the shards of captions too")
+    caption = _find_column(Path(where), columns, caption_column, ("captions", "txt", *_CAPTION_COLUMNS), "caption")
+    found = _gather(chain(first, records), "", caption)
+    _refuse_empty(where, found)
+    found.pictures = ShardPictures(index)
+    found.total = len(found.items)  # a part of the images with captions of all, or the reverse, is understood
+    return found
+
+
+def _refuse_empty(where: str, found: CaptionSource) -> None:
+    """Raise if a source has no item with an image and a caption."""
+    if not found.items:
+        causes = ", ".join(f"{cause} {n}" for cause, n in Counter(cause for cause, _ in found.left_out).items())
+        raise DataError(f"{where}: no row has an image and a caption ({causes or 'it is empty'})")
 
 
 def tables_in(folder: Path) -> list[Path]:
@@ -138,7 +229,7 @@ def _class_folders(source: Path, templates: Sequence[str]) -> CaptionSource:
         tables = [path.name for path in sorted(source.iterdir()) if path.suffix in _TABLES]
         below = [path.name for path in sorted(source.iterdir()) if path.is_dir()]
         raise DataError(
-            f"{source} has no class folders with images and no metadata.csv or similar table (found "
+            f"{source} has no class folders with images and no metadata.csv or similar table, .parquet or .tar (found "
             f"{', '.join([*tables, *below]) or 'nothing'}): name a table or a folder of class folders as the source"
         )
     found = CaptionSource(str(source), [], 0, [])
@@ -150,6 +241,7 @@ def _class_folders(source: Path, templates: Sequence[str]) -> CaptionSource:
             first = len(found.items) % len(filled)  # the templates take turns as the first caption
             found.items.append(CaptionedImage(f"{folder}/{file}", filled[first:] + filled[:first], {"class": name}))
     found.images, found.total = os.path.abspath(source), len(found.items)
+    found.pictures = PictureFiles(found.images)
     return found
 
 
@@ -158,8 +250,6 @@ def _records(table: Path) -> tuple[Iterator[Record], bool]:
     kind = table.suffix.lower()
     if kind not in _TABLES:
         raise DataError(f"source {table} must be a folder, or a table {', '.join(_TABLES)}")
-    if kind == ".parquet":
-        return _parquet(table), False
     if kind in (".jsonl", ".ndjson"):
         return json_lines(table), False
     if kind == ".json":
@@ -232,22 +322,6 @@ def json_lines(path: Path) -> Iterator[Record]:
             yield f"line {number}", record if isinstance(record, dict) else None
 
 
-def _parquet(path: Path) -> Iterator[Record]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise DataError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        number = 0
-        for batch in ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"row {number}", record
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error})") from None
-
-
 def _coco(path: Path, content: Any) -> Iterator[Record]:
     try:
         images = {image["id"]: {"file_name": None, **image, "caption": None} for image in content["images"]}
@@ -266,6 +340,21 @@ def _coco(path: Path, content: Any) -> Iterator[Record]:
         yield f"image {id}", images[id]
 
 
+def _find_image_column(table: Path, columns: list[str], given: str | None, inside: list[str]) -> str:
+    """Return the column of the images, or of their names; columns with images inside come first.
+
+    Args:
+        table: the table, for messages.
+        columns: all columns.
+        given: the column that the user names.
+        inside: columns with images inside.
+    """
+    if given is None and len(inside) == 1:
+        return inside[0]
+    usual = (*IMAGE_EXTENSIONS, *_IMAGE_COLUMNS)
+    return _find_column(table, inside if given is None and inside else columns, given, usual, "image")
+
+
 def _find_column(table: Path, columns: list[str], given: str | None, usual: Sequence[str], kind: str) -> str:
     if given is not None and given in columns:
         return given
@@ -282,7 +371,7 @@ def _find_column(table: Path, columns: list[str], given: str | None, usual: Sequ
 
 def _gather(records: Iterable[Record], image: str, caption: str) -> CaptionSource:
     """Merge the rows of each image into one item, which keeps the further columns in which they agree."""
-    items: dict[str, CaptionedImage] = {}
+    items: dict[str | int, CaptionedImage] = {}
     broken, left_out = 0, []
     for location, record in records:
         if record is None:
@@ -290,16 +379,20 @@ def _gather(records: Iterable[Record], image: str, caption: str) -> CaptionSourc
             left_out.append(["row broken", location])
             continue
         name = record.get(image)
+        number = -1
+        if isinstance(name, PictureRef):
+            number, name = name.number, name.name or location
         if not isinstance(name, str) or not name.strip():
             broken += 1
-            left_out.append(["image not named", location])
+            left_out.append(["image not named" if image else "caption without an image", location])
             continue
         name = name.strip()
         fields = {
             clean(key): clean(value) for key, value in record.items()
             if key not in (image, caption, "") and _is_scalar(value)
         }  # fmt: skip
-        item = items.setdefault(os.path.normpath(name), CaptionedImage(name, [], fields))
+        key = os.path.normpath(name) if number < 0 else number
+        item = items.setdefault(key, CaptionedImage(name, [], fields, number))
         item.fields = {key: value for key, value in item.fields.items() if key in fields and fields[key] == value}
         texts = record.get(caption)
         for text in texts if isinstance(texts, list) and texts else [texts]:
@@ -355,9 +448,3 @@ def _find_images(table: Path, items: list[CaptionedImage]) -> str:
             "name the folder that they are relative to with --images of make-shards"
         )
     return candidates[hits.index(max(hits))]
-
-
-def path_inside(folder: str, name: str) -> str | None:
-    """Return the path of an image, or None if its name leads out of the folder. Symbolic links are followed."""
-    path = os.path.normpath(os.path.join(folder, name))
-    return path if "\0" not in path and "://" not in name and path.startswith(folder.rstrip("/") + "/") else None

@@ -26,18 +26,18 @@ from dualenc.data.prepare.caption_sources import (
     CaptionedImage,
     CaptionSource,
     clean,
-    path_inside,
     read_source,
 )
+from dualenc.data.prepare.pictures import NO_PICTURE, Pictures, image_kind
 from dualenc.data.prepare.resumable import JOURNAL, check_same, read_lines
+from dualenc.data.shards.patterns import Patterns, parts_of
 from dualenc.data.workers import item_loader
 from dualenc.utils.errors import DataError
-from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
+from dualenc.utils.files import append_lines, atomic_write, stand_in, write_json, write_text
 from dualenc.utils.text import plural
+from dualenc.utils.urls import is_remote, shown
 
 FORMAT = 1  # of summary.json and of the journal
-# First bytes of a file -> extension of the image.
-_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class _Part:
 
 
 def make_shards(
-    source: str | os.PathLike[str],
+    source: Patterns,
     out: str | os.PathLike[str],
     *,
     images: str | os.PathLike[str] | None = None,
@@ -116,7 +116,7 @@ def make_shards(
     workers: int = 2,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Summary:
-    """Write webdataset shards of images and captions from a table or folder.
+    """Write webdataset shards of images and captions from tables, a folder or other shards.
 
     A sample has the bytes of the image file (`.jpg`, `.png` or `.webp`, by content), its first caption (`.txt`), and a
     `.json` with all `captions`, the name of the `file` and the further columns. White space and line ends in a caption
@@ -126,10 +126,13 @@ def make_shards(
     Args:
         source: a table (.csv, .tsv, .jsonl, .parquet, or .json with a list) with columns of image files and captions;
             COCO's captions JSON; a token file of Flickr8k or Flickr30k; a folder that holds such a `metadata.*`,
-            `captions.*`, `results.csv` or `*.token.txt`; or a folder with a folder of images for each class.
+            `captions.*`, `results.csv` or `*.token.txt`; or a folder with a folder of images for each class. Or one or
+            several patterns (see `dualenc.data.shards.patterns.find_files`) of Parquet tables, which may have the
+            images inside, or of shards, whose images and captions are joined by key.
         out: new folder for `train-000000.tar` ... and `summary.json`.
         images: folder that the image names are relative to; by default it is searched in and near the table's folder.
-        image_column: column of the image names; by default the one with a usual name.
+        image_column: column of the image names, or in Parquet of the images, or member of shards that is the image,
+            such as "input.jpg"; by default the one with a usual name.
         caption_column: column of captions or lists of captions, likewise; rows of one image become one sample.
         templates: captions of class folders, with `{c}` for the class name; they take turns as the first caption.
         val: share of the samples, by image content, that go to an evaluation set in OUT/held_out instead, in the layout
@@ -146,27 +149,46 @@ def make_shards(
         raise DataError(f"samples {samples} must be at least 1, workers {workers} and seed {seed} at least 0")
     if not 0 <= val < 1:
         raise DataError(f"val {val} must be at least 0 and below 1")
-    source, out = Path(source), Path(out)
+    out = Path(out)
     found = read_source(source, images, image_column, caption_column, templates)
     plan = {
-        "format": FORMAT, "source": os.path.abspath(source), "images": found.images, "image_column": image_column,
+        "format": FORMAT, "source": _absolute(source), "images": found.images, "image_column": image_column,
         "caption_column": caption_column, "templates": list(templates) if templates else None, "val": val,
         "samples": samples, "seed": seed, "content": found.fingerprint(),
     }  # fmt: skip
     if finished := _finished(out, plan):
         return finished
     parts = _resume(out, plan)
-    order = permutation(len(found.items), seed).tolist()
+    with found.pictures.opened(out):
+        _write(out, found, parts, plan, workers, track)
+    return _finish(out, found, parts, plan)
+
+
+def _absolute(source: Patterns) -> str:
+    """Return the patterns of a source as one text, with absolute paths."""
+    return ", ".join(shown(part) if is_remote(part) else os.path.abspath(part) for part in parts_of(source))
+
+
+def _write(
+    out: Path,
+    found: CaptionSource,
+    parts: list[_Part],
+    plan: dict[str, Any],
+    workers: int,
+    track: Callable[[Iterable[Any]], Iterable[Any]],
+) -> None:
+    """Write the remaining shards and the evaluation set, with the options in the plan; see `make_shards`."""
+    order = permutation(len(found.items), plan["seed"]).tolist()
     start = parts[-1].stop if parts else 0
     pictures = enumerate(track(_read_pictures(found, order[start:], workers)), start)
     items = ((position, found.items[order[position]], *picture) for position, picture in pictures)
-    _write_train(out, parts, items, len(order), _UnusableCount(source, found, parts), val, samples)
+    unusable = _UnusableCount(plan["source"], found, parts)
+    _write_train(out, parts, items, len(order), unusable, plan["val"], plan["samples"])
     if not any(part.samples for part in parts):
-        raise DataError(f"{source}: val {val} leaves 0 of {len(order)} samples for training: lower val")
-    held = [order[position] for part in parts for position in part.held]
-    if held:
-        _write_val(out / "held_out", zip(held, _read_pictures(found, held, workers)), found, templates, samples)
-    return _finish(out, found, parts, plan)
+        raise unusable.none_left(plan["val"])
+    if held := [order[position] for part in parts for position in part.held]:
+        pairs = zip(held, _read_pictures(found, held, workers))
+        _write_val(out / "held_out", pairs, found, plan["templates"], plan["samples"])
 
 
 def _write_train(
@@ -186,7 +208,8 @@ def _write_train(
             for position, item, kind, data in items:
                 part.stop = position + 1
                 if kind is None:  # Then `data` is the reason why the image is unusable; see `_read_pictures`.
-                    part.left_out.append([data, clean(item.image)])
+                    status = item.fields.get("status") if data == NO_PICTURE else None  # of img2dataset's tables
+                    part.left_out.append([f"{data} ({status})" if status else data, clean(item.image)])
                     unusable.add(*part.left_out[-1])
                     continue
                 # The hash decides on the side, so that equal images are on the same side whatever the order.
@@ -356,32 +379,24 @@ def _summary(out: Path, found: CaptionSource, parts: list[_Part]) -> Summary:
 
 def _read_pictures(found: CaptionSource, order: list[int], workers: int) -> Iterable[tuple[str | None, Any]]:
     """Read images in an order; yield extension and bytes of each, or None and the reason why it is unusable."""
-    names = [item.image for item in found.items]
-    return item_loader(_Pictures(found.images, names), order, workers, prefetch_factor=4 if workers else None)
+    names = [(item.image, item.number) for item in found.items]
+    return item_loader(_PictureReader(found.pictures, names), order, workers, prefetch_factor=4 if workers else None)
 
 
-class _Pictures(Dataset[tuple[str | None, Any]]):
-    """Data set of image files, each as its extension and bytes, or as None and the reason why it is unusable."""
+class _PictureReader(Dataset[tuple[str | None, Any]]):
+    """Data set of images, each as its extension and bytes, or as None and the reason why it is unusable."""
 
-    def __init__(self, folder: str, names: list[str]) -> None:
-        self.folder, self.names = folder, names
+    def __init__(self, pictures: Pictures, names: list[tuple[str, int]]) -> None:
+        self.pictures, self.names = pictures, names
 
     def __getitem__(self, i: int) -> tuple[str | None, Any]:
-        name = self.names[i]
-        path = path_inside(self.folder, name)
-        if path is None:
-            return None, "a URL, not a file" if "://" in name else "outside of the image folder"
-        if not os.path.isfile(path):  # opening a pipe or a device could block
-            return None, "not a regular file" if os.path.exists(path) else "image missing"
         try:
-            with open(path, "rb") as file:
-                data = file.read(12)
-                kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
-                if kind is None or (kind == "webp" and data[8:] != b"WEBP"):
-                    return None, "neither JPEG, PNG nor WebP"
-                data += file.read()
-        except OSError as error:
-            return None, f"image cannot be read ({error.strerror})"
+            data = self.pictures.read(*self.names[i])
+        except ImageError as error:
+            return None, error.cause
+        kind = image_kind(data)
+        if kind is None:
+            return None, stand_in(data) or "neither JPEG, PNG nor WebP"
         try:
             decode_image(data)
         except ImageError:
@@ -395,8 +410,8 @@ class _UnusableCount:
     A source of which more than half is unusable was probably not understood, so that the count then raises.
     """
 
-    def __init__(self, source: Path, found: CaptionSource, parts: list[_Part]) -> None:
-        self.source, self.images, self.total = source, found.images, found.total
+    def __init__(self, source: str, found: CaptionSource, parts: list[_Part]) -> None:
+        self.source, self.where, self.total = source, found.pictures.where, found.total
         self.bad, self.causes = found.total - len(found.items), Counter(cause for cause, _ in found.left_out)
         if found.left_out:
             self._check(*found.left_out[-1])
@@ -409,14 +424,21 @@ class _UnusableCount:
         Raises:
             DataError: If more than half of all samples are unusable.
         """
-        self.bad += 1
         self.causes[cause] += 1
-        self._check(cause, name)
+        if not cause.startswith(NO_PICTURE):  # a table of downloads is understood even if most of them failed
+            self.bad += 1
+            self._check(cause, name)
+
+    def none_left(self, val: float) -> DataError:
+        """Return the error of a source of which no sample is left for training."""
+        counts = ", ".join(f"{cause} {count}" for cause, count in self.causes.most_common())
+        left_out = f" ({counts})" if counts else ""
+        return DataError(f"{self.source}: val {val} leaves 0 of {self.total} samples for training{left_out}: lower val")
 
     def _check(self, cause: str, name: str) -> None:
         if 2 * self.bad > self.total:
             counts = ", ".join(f"{cause} {count}" for cause, count in self.causes.most_common())
             raise DataError(
                 f"{self.source}: more than half of {self.total} samples are unusable ({counts}), such as {name!r}: "
-                f"{cause}; the images were searched in {self.images}: name another folder with --images"
+                f"{cause}; {self.where}"
             )

@@ -14,87 +14,26 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 from torch.utils.data import Dataset
 
 from dualenc.data.images import IMAGE_EXTENSIONS
-from dualenc.data.shards.remote import Cache, fetch_small, glob_remote
+from dualenc.data.shards.patterns import Patterns, expand_shards
+from dualenc.data.shards.remote import Cache, fetch_small
 from dualenc.data.shards.sample import Sample, image_members
 from dualenc.data.shards.select import Expression
 from dualenc.data.shards.shard import FILE_NAME, Shard, hash_name, index_files, name_of, read_index, scan, write_index
 from dualenc.data.workers import item_loader
 from dualenc.utils.decoding import lines_of, read_text
 from dualenc.utils.errors import BadSample, DataError
-from dualenc.utils.files import atomic_write
-from dualenc.utils.urls import PROTOCOLS, folder_of, is_remote, shown
+from dualenc.utils.files import atomic_write, stand_in
+from dualenc.utils.urls import folder_of, is_remote, shown
 
-__all__ = ["BadSample", "DataError", "Sample", "ShardIndex", "expand_shards"]
+__all__ = ["BadSample", "DataError", "Sample", "ShardIndex"]
 SAVE_SECONDS = 300  # between writes of an index file while shards are scanned
-
-Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-
-
-def expand_shards(shards: Shards) -> list[str]:
-    """Return the paths and URLs that are named by a path, glob, brace pattern, folder, URL, or a list of these.
-
-    Raises:
-        DataError: If a part matches no file, or is neither a local path nor a URL of a known store.
-    """
-    parts = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
-    paths: list[str] = []
-    for part in (os.fspath(part) for part in parts):
-        if part.startswith("pipe:"):
-            raise DataError(f"shards {part!r}: commands are never run; name the files, or URLs of {_STORES}")
-        if is_remote(part) and part.partition("://")[0] not in PROTOCOLS:
-            raise DataError(f"shards {shown(part)!r} must be local paths, or URLs of {_STORES}")
-        try:
-            patterns = [part] if os.path.exists(part) else list(braceexpand(part))
-        except ValueError as error:
-            raise DataError(f"shards {shown(part)!r}: {error}") from None
-        for pattern in patterns:
-            found = _expand_remote(pattern) if is_remote(pattern) else _expand_local(pattern)
-            if not found:
-                raise DataError(f"shards {shown(pattern)!r} match no file")
-            paths += found
-    if not paths:
-        raise DataError("the list of shards is empty")
-    paths, repeated = distinct(paths)
-    if repeated:
-        raise DataError(f"shards named twice: {', '.join(repeated[:3])}")
-    return paths
-
-
-def distinct(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return one path of each file, and the paths that name an earlier file again, the latter without secrets."""
-    files: dict[str, str] = {}
-    repeated = []
-    for path in paths:
-        file = shown(path) if is_remote(path) else os.path.realpath(path)
-        if file in files:
-            repeated.append(shown(path))
-        files.setdefault(file, path)
-    return list(files.values()), repeated
-
-
-_STORES = ", ".join(f"{name}://" for name in PROTOCOLS)
-
-
-def _expand_local(pattern: str) -> list[str]:
-    if os.path.isdir(pattern):
-        return sorted(glob(os.path.join(escape(pattern), "*.tar")))
-    return [pattern] if os.path.exists(pattern) else sorted(glob(pattern))
-
-
-def _expand_remote(pattern: str) -> list[str]:
-    path = shown(pattern)
-    if any(character in path for character in "*?["):
-        return glob_remote(pattern)
-    return [pattern] if path.endswith(".tar") else glob_remote(f"{pattern.rstrip('/')}/*.tar")
 
 
 class ShardIndex:
@@ -126,7 +65,7 @@ class ShardIndex:
     @classmethod
     def build(
         cls,
-        urls: Shards,
+        urls: Patterns,
         *,
         image: str | None = None,
         rescan: bool = False,
@@ -142,7 +81,7 @@ class ShardIndex:
         with `rescan`; without it they need an index that was made before, or a `dualenc.index` in their folder.
 
         Args:
-            urls: shards as in `expand_shards`.
+            urls: patterns of shards; see `dualenc.data.shards.patterns.find_files`.
             image: members that may hold the image of a sample; see `dualenc.data.shards.sample.image_members`.
             rescan: scan all shards, remote ones too, and ignore the index files that exist.
             hashes: content hashes to include, of "piece", "image" and "text"; see `DTYPES` in `shards/shard.py`.
@@ -436,7 +375,7 @@ def _read_indexes(folder: str, cache: Cache, rescan: bool = False) -> dict[str, 
 def _fetch_published_index(folder: str, cache: Cache) -> dict[str, Shard]:
     """Fetch the index file in the folder of remote shards, if there is one, and store it in the user's cache."""
     data = fetch_small(f"{folder}/{FILE_NAME}")
-    if data is None:
+    if data is None or stand_in(data):  # some web servers answer with a page where a file is missing
         return {}
     path = index_files(folder)[0].with_suffix(".published")
     try:

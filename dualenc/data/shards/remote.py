@@ -11,7 +11,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from dualenc.data.shards.tar import TarError, members
 from dualenc.utils.errors import DataError
+from dualenc.utils.files import stand_in
 from dualenc.utils.urls import PROTOCOLS, cache_folder, redact_url, shown
 
 TRIES = 6  # requests, before an error that may be temporary is raised
@@ -40,8 +41,8 @@ class StorageError(DataError):
         self.absent = absent
 
 
-def glob_remote(pattern: str) -> list[str]:
-    """Return the URLs of the remote files that match a pattern with `*`, `?` or `[`, sorted.
+def glob_remote(pattern: str) -> list[tuple[str, bool]]:
+    """Return the URLs of the remote files and folders that match a pattern, sorted, and whether each is a folder.
 
     Raises:
         StorageError: If the store cannot be listed.
@@ -51,14 +52,23 @@ def glob_remote(pattern: str) -> list[str]:
         raise StorageError(
             f"{shown(pattern)}: web servers do not list files: write braces, such as {{000000..000099}}.tar"
         )
-    for wait in _waits():
-        try:
-            found = _filesystem(pattern).glob(rest)
-        except Exception as error:  # every store has its own classes of errors
-            _wait_or_raise(error, pattern, wait)
-            continue
-        return [f"{protocol}://{str(path).lstrip('/')}" for path in sorted(map(str, found))]
-    raise AssertionError
+    found = _retry(pattern, lambda: _filesystem(pattern).glob(rest, detail=True))
+    return [(f"{protocol}://{path.lstrip('/')}", found[path]["type"] == "directory") for path in sorted(found)]
+
+
+def exists_remote(url: str) -> bool:
+    """Return whether a remote file or folder exists.
+
+    Raises:
+        StorageError: If the store does not answer.
+    """
+    try:
+        _retry(url, lambda: _filesystem(url).info(url if PROTOCOLS.get(urlsplit(url).scheme) == "http" else _bare(url)))
+    except StorageError as error:
+        if error.absent:
+            return False
+        raise
+    return True
 
 
 class RemoteFile(NamedTuple):
@@ -146,6 +156,9 @@ class Cache:
                 if (etag := _info(file.url)[1]) and file.etag and etag != file.etag:
                     break
             url = shown(file.url)
+            with open(temporary, "rb") as received:
+                if what := stand_in(received.read(1024)):
+                    raise StorageError(f"{url} is {what}")
             raise StorageError(f"{url} changed since it was indexed; if this is intended, run: dualenc index {url}")
 
     @contextmanager
@@ -294,6 +307,16 @@ def _download(url: str, path: Path) -> tuple[int, str]:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
             os.fsync(file.fileno())
             return file.tell(), digest.hexdigest()
+    raise AssertionError
+
+
+def _retry(url: str, ask: Callable[[], Any]) -> Any:
+    """Return the answer of a store, and ask again after errors that may be temporary."""
+    for wait in _waits():
+        try:
+            return ask()
+        except Exception as error:  # every store has its own classes of errors
+            _wait_or_raise(error, url, wait)
     raise AssertionError
 
 

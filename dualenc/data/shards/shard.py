@@ -29,7 +29,7 @@ from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.shards.remote import Cache, RemoteFile
 from dualenc.data.shards.tar import Member, TarError, members
 from dualenc.utils.errors import DataError
-from dualenc.utils.files import atomic_write
+from dualenc.utils.files import atomic_write, stand_in
 from dualenc.utils.urls import cache_folder, is_remote, shown
 
 MAGIC = b"dualenc index 1\n"
@@ -425,11 +425,13 @@ def read_index(path: str | os.PathLike[str], folder: str, cache: Cache) -> dict[
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            magic = file.read(len(MAGIC))
+            head = file.read(1024)
             file.seek(max(0, size - 24))
             tail = file.read(24)
             length = int.from_bytes(tail[:8], "little")
-            if magic != MAGIC or not 0 < length <= size - 40:
+            if what := stand_in(head):
+                raise DataError(f"{path} is {what}")
+            if not head.startswith(MAGIC) or not 0 < length <= size - 40:
                 raise _damaged_error(path)
             file.seek(size - 24 - length)
             text = file.read(length)

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from dualenc.utils.files import stand_in
+
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of a long name or of PAX fields; limited because a header may claim any size
 _READ_SIZE = 4096  # bytes of a read; one read covers several headers where members are small
@@ -40,6 +42,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
     read, size = reader.read, os.fstat(file.fileno()).st_size
     if kind := next((kind for magic, kind in _COMPRESSED.items() if read(0, 8).startswith(magic)), None):
         raise TarError(f"it is compressed ({kind}): unpack it to a plain .tar, whose samples can be read by position")
+    if (what := stand_in(read(0, BLOCK))) and read(257, 5) != b"ustar":  # the first member may have such a name
+        raise TarError(f"it is {what}")
     at = 0
     name: bytes | None = None  # given by a GNU or PAX header for the member after it
     true_size: int | None = None

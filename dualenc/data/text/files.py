@@ -16,21 +16,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from glob import glob
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 
-from dualenc.data.shards.index import Shards, distinct
+from dualenc.data.shards.patterns import TEXTS, Patterns, find_files, parts_of, require_all
 from dualenc.data.shards.shard import content_hash, open_cached
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.utils.decoding import TextError, decode_text, is_blank, mark_size
 from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.files import stand_in
 from dualenc.utils.urls import is_remote, shown
 
-KINDS = (".txt", ".tsv", ".csv", ".jsonl")
+KINDS = TEXTS.endings
 TEXT = "text"  # name of the only column of plain text
 _INVISIBLE_HEADS = (0x7F, 0xC2, 0xCD, 0xD8, 0xE1, 0xE2, 0xE3, 0xEF, 0xF0, 0xF3)  # see `dualenc.utils.decoding.is_blank`
 CHUNK = 1 << 24  # bytes to scan at a time
@@ -153,34 +152,19 @@ def _record(text: str) -> list[str]:
     return next(csv.reader([text], strict=True), [])
 
 
-def expand_files(files: Shards) -> list[str]:
-    """Expand what users write into paths.
-
-    Args:
-        files: a path, a glob, a brace pattern, or a list of these.
+def expand_files(files: Patterns) -> list[str]:
+    """Return the paths of text files that are named by patterns; see `dualenc.data.shards.patterns.find_files`.
 
     Raises:
-        DataError: If a part does not name a file of a known kind, or a file is named twice.
+        DataError: If a part is a URL, matches no file or names a file of another kind, or two parts name one file.
     """
-    parts = [files] if isinstance(files, str | os.PathLike) else list(files)
-    paths: list[str] = []
-    for part in (os.fspath(part) for part in parts):
+    for part in parts_of(files):
         if is_remote(part) or part.startswith("pipe:"):
             raise DataError(f"{shown(part)!r}: text is read from local files only: copy it to a local file")
-        try:
-            found = [part] if os.path.isfile(part) else [p for x in braceexpand(part) for p in sorted(glob(x))]
-        except ValueError as error:
-            raise DataError(f"files {part!r}: {error}") from None
-        if not found:
-            raise DataError(f"files {part!r} match no file: correct the path or the pattern")
-        paths += found
-    if not paths:
-        raise DataError("the list of files is empty")
+    paths = require_all(*find_files(files, TEXTS), TEXTS)
     for path in paths:
-        if os.path.isdir(path) or os.path.splitext(path)[1].lower() not in KINDS:
+        if not path.lower().endswith(KINDS):
             raise DataError(f"{path} must be one of {', '.join(KINDS)}")
-    if twice := distinct(paths)[1]:
-        raise DataError(f"{twice[0]} is named twice: name it once")
     return paths
 
 
@@ -196,7 +180,7 @@ class TextIndex:
         self.starts = [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
 
     @classmethod
-    def build(cls, files: Shards, columns: Sequence[str] = ()) -> "TextIndex":
+    def build(cls, files: Patterns, columns: Sequence[str] = ()) -> "TextIndex":
         """Build the index of files, each of which is scanned once.
 
         Args:
@@ -295,6 +279,8 @@ def _scan(path: str) -> TextFile:
             whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if what := stand_in(whole[:1024].tobytes()):
+        raise DataError(f"{path} is {what}")
     digest, starts, stops = _lines(whole)
     try:
         starts[0] = mark_size(whole[:64].tobytes())

@@ -201,7 +201,7 @@ class Tokenizer:
         backend = Backend.from_str(self.backend.to_str())
         backend.no_truncation()
         backend.encode_special_tokens = False
-        backend.save(os.fspath(path))
+        Path(path).write_text(backend.to_str(pretty=True), "utf-8")  # `save` of the library raises no OSError
 
     def __getstate__(self) -> dict[str, Any]:
         return {

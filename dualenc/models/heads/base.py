@@ -240,6 +240,13 @@ class Head(ABC):
         """
         raise NotImplementedError
 
+    def metric_names(self) -> Sequence[str] | None:
+        """Return the names of the metrics during training, with "baseline_" before those of `Measured.chance`.
+
+        They are compared with `run.monitor` before the first step. None if they are not known before they are measured.
+        """
+        return None
+
     def answers(self, logits: Tensor) -> list[dict[str, Any]]:
         """Return a prediction for each of n texts or pairs, as JSON.
 

@@ -42,9 +42,11 @@ class LabelProblem(ABC):
 
     Attributes:
         name: see `HeadConfig.problem`.
+        metric_names: see `Head.metric_names`.
     """
 
     name: ClassVar[Literal["single_label", "multi_label", "regression"]]
+    metric_names: ClassVar[tuple[str, ...]]
 
     def check(self, labels: Sequence[str]) -> None:
         """Raise ValueError if there are too few labels or too many."""
@@ -72,6 +74,7 @@ class SingleLabel(LabelProblem):
     """One label a text."""
 
     name = "single_label"
+    metric_names = ("accuracy", "f1", "matthews", "loss", "baseline_accuracy")
 
     def reader(self, names: tuple[str, ...]) -> LabelReader:
         """See `LabelProblem.reader`."""
@@ -95,6 +98,7 @@ class MultiLabel(LabelProblem):
     """Any number of labels a text."""
 
     name = "multi_label"
+    metric_names = ("accuracy", "f1_micro", "f1_macro", "loss", "baseline_accuracy")
 
     def reader(self, names: tuple[str, ...]) -> LabelReader:
         """See `LabelProblem.reader`."""
@@ -117,6 +121,7 @@ class Regression(LabelProblem):
     """A number."""
 
     name = "regression"
+    metric_names = ("pearson", "spearman", "mse", "loss", "baseline_mse")
 
     def check(self, labels: Sequence[str]) -> None:
         """Raise ValueError if there is not exactly one label."""
@@ -179,6 +184,10 @@ class Classification(Head):
         chance = problem.baseline(held_out.train_labels(), labels)
         found["loss"] = float(problem.loss(logits, labels)) / len(labels)
         return Measured(found, intervals, chance, len(labels))
+
+    def metric_names(self) -> Sequence[str]:
+        """See `Head.metric_names`."""
+        return self.problem.metric_names
 
     def answers(self, logits: Tensor) -> list[dict[str, Any]]:
         """Return a prediction for each text: "label", "labels" or "value", by the problem; see `LabelProblem`."""

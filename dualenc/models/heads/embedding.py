@@ -45,6 +45,11 @@ class PairProblem(ABC):
     def metrics(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float) -> Measured:
         """Compute metrics of n pairs of unit vectors (n, D)."""
 
+    def metric_names(self) -> Sequence[str]:
+        """See `Head.metric_names`."""
+        vectors = torch.eye(100)  # recall@K needs K pairs
+        return list(self.metrics(vectors, vectors, torch.arange(100.0), 100.0).metrics)
+
 
 class Negatives(PairProblem):
     """Pairs that belong together; the other texts of the batch are negatives."""
@@ -154,6 +159,10 @@ class Embedding(Head):
         first, second = torch.cat([vectors for vectors, _ in states], 1)
         labels = [labels for _, labels in states if labels is not None]
         return self.problem.metrics(first, second, torch.cat(labels) if labels else None, self.scale)
+
+    def metric_names(self) -> Sequence[str]:
+        """See `Head.metric_names`."""
+        return self.problem.metric_names()
 
     def answers(self, logits: Tensor) -> list[dict[str, Any]]:
         """Return "cosine" of each pair of vectors (2, n, D)."""

@@ -86,6 +86,10 @@ class MaskedLanguage(Head):
             metrics |= pseudo_perplexity_with_baseline(held_out)
         return Measured(metrics, {}, {}, int(number))
 
+    def metric_names(self) -> Sequence[str]:
+        """See `Head.metric_names`."""
+        return ("loss", "perplexity", "accuracy")
+
     def matches(self, other: Head, same_name: bool) -> bool:
         """See `Head.matches`; the name does not matter."""
         return other.config.kind == self.config.kind

@@ -89,7 +89,7 @@ def faulty(folder: Path, seed: int) -> tuple[list[str], dict[str, set[str]], int
         ("no caption", lambda: {"without": [("txt",)]}),
         (".jpg cannot be decoded", lambda: {"image": b"\xff\xd8\xff" + rng.bytes(200)}),
         (".jpg cannot be decoded", lambda: {"image": whole[: len(whole) // int(rng.integers(2, 9))]}),
-        (".webp is HTML or XML", lambda: {"image": b"\n<!doctype html>404"}),
+        (".webp is an HTML page", lambda: {"image": b"\n<!doctype html>404"}),
         (".webp is an empty file", lambda: {"image": b""}),
         (".webp is a GIF", lambda: {"image": encode(pixels(rng), "gif")}),
         (".txt is not UTF-8", lambda: {"text": b"caf\xe9 " + rng.bytes(1)}),
@@ -192,7 +192,7 @@ def test_every_bad_shard_is_named(tmp_path: Path, seed: int) -> None:
         "bzip2": (bz2.compress(whole), "compressed (bzip2)"),
         "zero": (b"", "empty"),
         "noise": (b"no tar" + rng.bytes(5000), "not a tar"),
-        "html": (b"<html>404", "not a tar"),
+        "html": (b"<html>404", "an HTML page"),
     }
     for name, (data, _) in bad.items():
         (tmp_path / f"{name}.tar").write_bytes(data)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dualenc
-import dualenc.data.prepare.make_shards as convert_module
+import dualenc.data.prepare.pictures as pictures_module
 from dualenc.data import BenchmarkSet, ShardIndex, decode_image
 from dualenc.data.pairs import captions_of
 from dualenc.data.prepare.make_shards import make_shards
@@ -764,7 +764,7 @@ def test_permissions(tmp_path, seed, monkeypatch):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
             return open(path, *how)
 
-        monkeypatch.setattr(convert_module, "open", refusing, raising=False)
+        monkeypatch.setattr(pictures_module, "open", refusing, raising=False)
     table = table_of(tmp_path / "t.csv", [{"image": name, "caption": "x"} for name in made])
     assert make_shards(table, tmp_path / "out", workers=0).left_out == {
         "image cannot be read (Permission denied)": [made[0]]

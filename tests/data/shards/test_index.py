@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import encode, pixels, write_shards, write_tar
+from helpers import encode, forget_copies, pixels, write_shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -23,9 +23,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 import dualenc.data.shards.index as shards_module
 import dualenc.data.shards.shard as index_module
 from dualenc.data import ShardIndex
-from dualenc.data.shards.index import expand_shards
+from dualenc.data.shards.patterns import expand_shards
 from dualenc.data.shards.shard import MAGIC, scan
 from dualenc.data.shards.tar import Member
+from dualenc.data.text.files import TextIndex
 from dualenc.utils.errors import DataError
 
 
@@ -792,3 +793,62 @@ def test_having(tmp_path):
     assert index.having(["jpg", "png"]).tolist() == [True, False, True]
     assert index.having(["webp"]).tolist() == [False, False, False]
     assert isinstance(index[0].members, dict | types.MappingProxyType)
+
+
+STAND_INS = {
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "Git LFS pointer.*git lfs pull",
+    ),
+    "annex": (b"../../.git/annex/objects/aa/bb/SHA256E-s12--cd.tar/SHA256E-s12--cd.tar\n", "git-annex pointer"),
+    "html": (b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n", "HTML page"),
+    "page": (b'\xef\xbb\xbf\n<?xml version="1.0"?>\n<!-- x -->\n<HTML lang="en">' + b" " * 3000, "HTML page"),
+    "store": (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "error message of a store"),
+}
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_what_lies_in_place_of_a_file_is_named(tmp_path, kind, web, here):
+    """The same words for a shard, a remote shard, an index file, a text file and an image."""
+    data, message = STAND_INS[kind]
+    for name in ("a.tar", "t/a.txt", "t/a.jsonl", "t/a.csv", "i/dualenc.index"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    (web.folder / "a.tar").write_bytes(data)
+    write_tar(tmp_path / "i" / "b.tar", [{"__key__": "x", "txt": b"x"}])
+    for build, name in (
+        (lambda: ShardIndex.build(tmp_path / "a.tar"), "a.tar"),
+        (lambda: ShardIndex.build(f"{web.url}/a.tar", rescan=True), f"{web.url}/a.tar"),
+        (lambda: ShardIndex.build(tmp_path / "i"), "dualenc.index"),
+        *((lambda name=name: TextIndex.build(tmp_path / "t" / name), name) for name in ("a.txt", "a.jsonl", "a.csv")),
+    ):
+        with pytest.raises(DataError, match=message) as error:
+            build()
+        assert name in str(error.value)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_shards_and_texts_that_resemble_a_pointer_are_read(tmp_path):
+    write_tar(tmp_path / "a.tar", [{"__key__": "<html>", "txt": b"x"}, {"__key__": "<Error>", "txt": b"x"}])
+    assert len(ShardIndex.build(tmp_path / "a.tar")) == 2
+    (tmp_path / "a.txt").write_text("a version https://git-lfs\n<b>not a page</b>\nabout <html>\n")
+    assert len(TextIndex.build(tmp_path / "a.txt")) == 3
+
+
+def test_a_page_in_place_of_a_published_index_is_a_missing_index(web, seed, here):
+    """Some web servers answer with a page and status 200 where a file is missing."""
+    write_shards(web.folder, [3], seed)
+    (web.folder / "dualenc.index").write_bytes(STAND_INS["html"][0])
+    with pytest.raises(DataError, match="has no index: run `dualenc index`"):
+        ShardIndex.build(f"{web.url}/part-000.tar")
+    ShardIndex.build(f"{web.url}/part-000.tar", rescan=True)
+    assert len(ShardIndex.build(f"{web.url}/part-000.tar")) == 3
+
+
+def test_a_page_in_place_of_an_indexed_shard_is_named(web, seed, here):
+    write_shards(web.folder, [3], seed)
+    index = ShardIndex.build(f"{web.url}/part-000.tar", rescan=True)
+    forget_copies(here)
+    (web.folder / "part-000.tar").write_bytes(STAND_INS["html"][0])
+    with pytest.raises(DataError, match=r"part-000\.tar is an HTML page"):
+        index[0].read("txt")

@@ -177,13 +177,13 @@ def test_expand_files(tmp_path):
     a, b = (write(tmp_path / name, "x\n") for name in ("a.txt", "b.txt"))
     assert expand_files(str(tmp_path / "*.txt")) == [a, b]
     assert expand_files(str(tmp_path / "{b,a}.txt")) == [b, a]
+    assert expand_files(tmp_path) == [a, b]
     for files, message in (
         ([], "list of files is empty"),
         (str(tmp_path / "c*.txt"), "match no file"),
-        ([a, a], r"a\.txt is named twice"),
+        ([a, a], r"named twice: .*a\.txt"),
         ("https://example.org/a.txt", "local files only"),
         ("pipe:cat a.txt", "local files only"),
-        (str(tmp_path), "match no file|must be one of"),
     ):
         with pytest.raises(DataError, match=message):
             expand_files(files)
