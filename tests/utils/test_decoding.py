@@ -170,7 +170,6 @@ EXEMPT = {
     "dualenc.interop.references": {"*"},  # exchanged with a process of dualenc
     "dualenc.report.formatting": {"*"},  # base64
     "dualenc.report.plots": {"*"},  # metrics of a run
-    "dualenc.training.csv_logger": {"*"},  # metrics of a run
     "dualenc.training.ranks": {"*"},  # addresses of ranks
     "dualenc.training.run_lock": {"*"},  # the process that holds a run
     "dualenc.training.run_record": {"*"},  # records of a run
