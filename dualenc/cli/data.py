@@ -48,7 +48,8 @@ def make_shards(
             shards, whose images and captions may be in different shards under the same keys.
         out: new folder for train-000000.tar ... and summary.json; repeat the command to continue an interrupted one.
         images: folder that the image paths are relative to; absent, found next to the table.
-        image_column: name of the column of image paths, or in .parquet of images; absent, guessed.
+        image_column: name of the column of image paths, or in .parquet of images, or in shards of the member of the
+            image, such as "input.jpg"; absent, guessed.
         caption_column: name of the column of captions, or in shards of the field of .json; absent, guessed.
         templates: captions of class folders, with {c} for the class name, as a list '["a photo of a {c}.", ...]'.
         val: share of the samples to hold out, by image content, as an evaluation set in OUT/held_out.
@@ -75,7 +76,9 @@ def make_shards(
     print("\n".join(summary.lines()))
 
 
-def shrink(shards: list[str], out: Path, size: int = 256, quality: int = 90, workers: int = 2) -> None:
+def shrink(
+    shards: list[str], out: Path, size: int = 256, quality: int = 90, image: str | None = None, workers: int = 2
+) -> None:
     """Rewrite shards with smaller images, and all other members unchanged.
 
     Args:
@@ -83,18 +86,23 @@ def shrink(shards: list[str], out: Path, size: int = 256, quality: int = 90, wor
         out: folder for shards of the same names and shrink.json; repeat the command to continue an interrupted one.
         size: maximum length of an image's shorter side in pixels.
         quality: quality of JPEG and lossy WebP, 1 to 100.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
+            .jpeg, .png or .webp.
         workers: processes that rewrite a shard each.
     """
     from dualenc.data.prepare.shrink import shrink_shards
 
     with writing(out):
-        summary = shrink_shards(shards, out, size=size, quality=quality, workers=workers, track=progress("shards"))
+        summary = shrink_shards(
+            shards, out, size=size, quality=quality, image=image, workers=workers, track=progress("shards")
+        )
     print("\n".join(summary.lines()))
 
 
 def doctor(
     shards: list[str],
     captions: str = "txt",
+    image: str | None = None,
     sample: int = 1000,
     all: bool = False,
     against: tuple[str, ...] = (),
@@ -110,7 +118,9 @@ def doctor(
 
     Args:
         shards: paths, globs, brace patterns or folders.
-        captions: "txt", or "json.FIELD" for a field of the .json, which may be a list of captions.
+        captions: "txt", or "json.FIELD" for a field of the .json, nested as in json.meta.caption; it may be a list.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
+            .jpeg, .png or .webp.
         sample: number of pairs to read and decode, drawn from all shards.
         all: check all pairs instead of a sample.
         against: evaluation sets or shards whose images must not be in these shards.
@@ -139,6 +149,7 @@ def doctor(
     found = examine(
         shards,
         captions,
+        image=image,
         sample=None if all else sample,
         against=against,
         tokenizer=vocabulary,
@@ -181,12 +192,14 @@ def _show(found: "Examination", shards: list[str], context_length: int | None, a
     print(f"report: {page}", file=sys.stderr if as_json else sys.stdout)
 
 
-def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
+def index(shards: list[str], hash: bool = False, image: str | None = None, workers: int = 2) -> None:
     """Scan shards and write an index next to them; remote shards are read whole.
 
     Args:
         shards: paths, URLs, globs, brace patterns or folders.
         hash: also store hashes of each image and caption, which takes reading all of them.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
+            .jpeg, .png or .webp.
         workers: processes that scan.
     """
     import time
@@ -194,12 +207,12 @@ def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
     import numpy as np
 
     from dualenc import ShardIndex
-    from dualenc.data.images import IMAGE_EXTENSIONS
     from dualenc.utils.text import plural
 
     began = time.monotonic()
     found = ShardIndex.build(
         shards,
+        image=image,
         rescan=True,
         hashes=("piece", "image", "text") if hash else (),
         workers=workers,
@@ -209,7 +222,7 @@ def index(shards: list[str], hash: bool = False, workers: int = 2) -> None:
     print(
         f"{len(found):,} samples in {plural(len(found.parts), 'shard')}, "
         f"{sum(part.facts['size'] for part in found.parts) / 1e6:,.1f} MB, in {seconds:.1f} s\n"
-        f"{int(found.having(IMAGE_EXTENSIONS).sum()):,} with an image, {int(found.having(['txt']).sum()):,} with .txt, "
+        f"{int(found.having(found.images).sum()):,} with an image, {int(found.having(['txt']).sum()):,} with .txt, "
         f"{int(found.having(['json']).sum()):,} with .json\nfingerprint {found.fingerprint}"
     )
     if hash:
@@ -225,6 +238,7 @@ def tokenizer(
     shards: list[str],
     out: Path,
     captions: str = "txt",
+    image: str | None = None,
     kind: Literal["wordpiece", "bpe"] = "wordpiece",
     vocab_size: int = 30_000,
 ) -> None:
@@ -233,7 +247,9 @@ def tokenizer(
     Args:
         shards: paths, globs, brace patterns or folders.
         out: .json file to write.
-        captions: "txt", or "json.FIELD" for a field of the .json, which may be a list of captions.
+        captions: "txt", or "json.FIELD" for a field of the .json, nested as in json.meta.caption; it may be a list.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
+            .jpeg, .png or .webp.
         kind: "wordpiece" as in BERT, or "bpe" on bytes as in GPT-2.
         vocab_size: maximum number of entries.
     """
@@ -241,11 +257,12 @@ def tokenizer(
 
     from dualenc import DataError, ShardIndex, Tokenizer
     from dualenc.data.pairs import all_captions, only_pairs
+    from dualenc.data.shards.sample import image_argument
 
     if out.suffix != ".json" or out.is_dir():
         raise UsageError(f"{out} must be a .json file")
     make_folder(out.parent, "folder")
-    index, left_out = only_pairs(ShardIndex.build(shards), captions)
+    index, left_out = only_pairs(ShardIndex.build(shards, image=image), captions)
     unreadable: list[str] = []
     texts = list(all_captions(index, captions, unreadable))
     if not texts:
@@ -264,6 +281,7 @@ def tokenizer(
     print(
         f"{out}: {trained.vocab_size:,} entries from {len(texts):,} captions, with {mean:.1f} tokens on average, "
         f"at most {percentile} in 99% of them, and {longest} in the longest\n"
-        f"next: dualenc fit --config run.yaml --data.captions {captions} --data.tokenizer {out} "
-        f"--model.text.vocab_size {trained.vocab_size} --model.text.context_length {min(longest, 512)}"
+        f"next: dualenc fit --config run.yaml --data.captions {captions}{image_argument(index.images)} "
+        f"--data.tokenizer {out} --model.text.vocab_size {trained.vocab_size} "
+        f"--model.text.context_length {min(longest, 512)}"
     )

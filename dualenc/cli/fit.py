@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,7 @@ from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
 from dualenc.training.run_lock import RunLock
 from dualenc.training.task import rank_zero_print
+from dualenc.utils.decoding import TextError, decode_text, read_text
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import reason
 
@@ -38,6 +40,19 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Raise a UsageError with the message."""
         raise UsageError(message)
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+        """Parse a configuration file, after a check that it is a text.
+
+        Raises:
+            UsageError: If the file is not UTF-8, which is all that jsonargparse reads; the message names it.
+        """
+        with suppress(OSError):  # jsonargparse tells which file is missing.
+            try:
+                decode_text(Path(path).read_bytes(), part=True)
+            except TextError as error:
+                raise UsageError(f"{path} {error}: a configuration must be a text in UTF-8") from None
+        return super().parse_path(path, *args, **options)
 
 
 class StartRecorder(Callback):
@@ -231,9 +246,10 @@ def image_tower(config: str | os.PathLike[str]) -> tuple[ImageEncoder, Preproces
     Raises:
         DataError: If the file is not such a configuration.
     """
+    text = read_text(config)
     try:
-        content = yaml.safe_load(Path(config).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{config} cannot be read as YAML: {reason(error)}") from None
     if not isinstance(content, dict) or "model" not in content:
         raise DataError(f"{config} has no section model: it is not a configuration of dualenc fit")

@@ -22,6 +22,7 @@ def import_(
     seed: int = 0,
     data: tuple[str, ...] = (),
     captions: str = "txt",
+    image: str | None = None,
 ) -> None:
     """Read a model that another library wrote, check it with that library, and write a model directory.
 
@@ -34,13 +35,14 @@ def import_(
         seed: random seed of the projections that join them.
         data: shards, some of whose pairs are compared in addition to drawn inputs.
         captions: captions of these shards, "txt" or "json.FIELD".
+        image: member of these shards that is the image, such as "input.jpg"; absent, the .jpg, .jpeg, .png or .webp.
     """
     from dualenc.formats.model_folder import OWN_FILES
     from dualenc.interop.importing import import_model
     from dualenc.utils.files import check_replaceable
 
     check_replaceable(out, {*OWN_FILES, "README.md"})
-    found = import_model(spec, text, embed_dim, seed, _inputs(data, captions))
+    found = import_model(spec, text, embed_dim, seed, _inputs(data, captions, image))
     with writing(out):
         found.embedder.save(out)
     config = found.embedder.dual_encoder.config
@@ -57,6 +59,7 @@ def export(
     format: str = "",
     data: tuple[str, ...] = (),
     captions: str = "txt",
+    image: str | None = None,
 ) -> None:
     """Write a model in the format of another library, and check it with that library in a fresh process.
 
@@ -67,14 +70,15 @@ def export(
             such as my_package.my_module.MyFormat.
         data: shards, some of whose pairs are compared in addition to drawn inputs.
         captions: captions of these shards, "txt" or "json.FIELD".
+        image: member of these shards that is the image, such as "input.jpg"; absent, the .jpg, .jpeg, .png or .webp.
     """
     from dualenc.interop import exporting
 
     with writing(out):
-        print("\n".join(exporting.export(model, out, format, _inputs(data, captions)).lines()))
+        print("\n".join(exporting.export(model, out, format, _inputs(data, captions, image)).lines()))
 
 
-def _inputs(data: tuple[str, ...], captions: str) -> "Callable[[Embedder], Inputs]":
+def _inputs(data: tuple[str, ...], captions: str, image: str | None) -> "Callable[[Embedder], Inputs]":
     """Return a function that draws inputs for both libraries, and adds the first pairs of the shards."""
     from torchvision.transforms.v2.functional import to_pil_image
 
@@ -84,7 +88,7 @@ def _inputs(data: tuple[str, ...], captions: str) -> "Callable[[Embedder], Input
 
     if not data:
         return make_inputs
-    index, _ = only_pairs(ShardIndex.build(list(data)), captions)
+    index, _ = only_pairs(ShardIndex.build(list(data), image=image), captions)
     samples = [index[i] for i in range(min(8, len(index)))]
     images = [to_pil_image(decode_sample(sample)) for sample in samples]
     return partial(make_inputs, images=images, texts=[captions_of(sample, captions)[0] for sample in samples])
@@ -146,6 +150,7 @@ def embed(
     out: Path,
     features: bool = False,
     captions: str = "txt",
+    image: str | None = None,
     column: str = "text",
     tokens: bool = False,
     workers: int = 2,
@@ -160,7 +165,9 @@ def embed(
         out: folder for a .safetensors of each shard or file, and embed.json of shards; the same command continues a
             stopped one.
         features: write the output of the image tower before the projection instead of embeddings; for `data.features`.
-        captions: "txt", or "json.FIELD" for a field of the .json that may list several.
+        captions: "txt", or "json.FIELD" for a field of the .json that may list several; nested as in json.meta.caption.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
+            .jpeg, .png or .webp.
         column: column of the texts in text files.
         tokens: write one embedding for each token of a text instead of one for the text.
         workers: processes that decode images.
@@ -180,7 +187,7 @@ def embed(
 
     about, preprocess, of_images, of_texts = _towers(model, features, captions, batch_size)
     with writing(out):
-        index, bar = ShardIndex.build(shards, workers=workers), progress("images")
+        index, bar = ShardIndex.build(shards, image=image, workers=workers), progress("images")
         options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": bar}
         made = embed_shards(index, out, about, preprocess, of_images, of_texts, **options)
     print("\n".join(made.lines()))

@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dualenc.data.shards.index import Sample
-from dualenc.data.shards.shard import Shard
+from dualenc.data.images import IMAGE_EXTENSIONS
+from dualenc.data.shards.sample import Sample, image_members
+from dualenc.data.shards.shard import Shard, hash_name
 from dualenc.utils.errors import BadSample, DataError
 
 FORMAT = 1
@@ -27,22 +28,31 @@ class Features:
 
     Args:
         folder: the folder OUT of that command.
+        image: the members that hold the images in this run; see `dualenc.data.shards.sample.image_members`.
 
     Attributes:
         made_by: fingerprint of the image tower and the preprocessing that made the features.
         model: name of the model that made the features, for display.
 
     Raises:
-        DataError: If the folder does not hold image features.
+        DataError: If the folder does not hold image features, or those of other images.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], image: str | None = None) -> None:
         self.folder = Path(folder)
         about = read_about(self.folder)
         if about is None or about["what"] != "features":
             raise DataError(
                 f"{self.folder} holds no image features: make them with dualenc embed MODEL SHARDS OUT --features"
             )
+        images = image_members(image)
+        if about["members"] != list(images):
+            raise DataError(
+                f"{self.folder} has features of the images .{', .'.join(about['members'])}, and data.image names "
+                f".{', .'.join(images)}: set it to {';'.join(about['members'])}, or make other features by "
+                "dualenc embed --image"
+            )
+        self._piece = hash_name("piece", images)
         self.made_by: str = about["made_by"]
         self.model: str = about["model"]
         self._inputs: dict[str, str] = about["inputs"]
@@ -98,7 +108,7 @@ class Features:
             if not same or len(file.image_hashes) != len(shard):
                 raise damaged(file.path)
             # Shards with the same headers may hold other images, which the hashes show if the index has them.
-            known = shard.arrays.get("piece", file.image_hashes)
+            known = shard.arrays.get(self._piece, file.image_hashes)
             if ((file.image_hashes != known) & (file.image_hashes != 0)).any():
                 raise DataError(f"{file.path} is of other images than {shard}: run dualenc embed into a new folder")
             self._files[shard.url] = file
@@ -176,7 +186,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
             if os.path.basename(name) != name:
                 raise ValueError
         _ = about["what"], about["made_by"], about["model"]
-        return about
+        return {"members": list(IMAGE_EXTENSIONS), **about}  # Older versions read these only, and did not say so.
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

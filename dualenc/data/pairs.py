@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image
+from dualenc.data.images import ImageError, decode_image
 from dualenc.data.loading.bad_samples import BadRecord, SampleReader
 from dualenc.data.loading.epoch_plan import derive_seed
 from dualenc.data.loading.loader import Request
 from dualenc.data.shards.index import Sample, ShardIndex
+from dualenc.data.shards.select import describe_fields, find_field
 from dualenc.data.shards.shard import content_hash, partial_hash
 from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
+from dualenc.utils.decoding import text_problem, trimmed
 from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.text import quoted
 from dualenc.utils.urls import folder_of
 
 if TYPE_CHECKING:
@@ -39,44 +42,57 @@ class Pairs(NamedTuple):
     bad: Sequence[BadRecord] = ()  # samples that could not be used, and were replaced
 
 
-def check_captions(source: str) -> None:
-    """Check the source of captions.
+def caption_member(source: str) -> tuple[str, str | None]:
+    """Return the member that holds the captions, and the field in it for a JSON.
+
+    Args:
+        source: "txt" or "json.FIELD"; a member of another name comes before, as in "long.txt" or "meta.json.FIELD".
 
     Raises:
-        DataError: If `source` is neither "txt" nor "json.FIELD".
+        DataError: If `source` is something else.
     """
-    if source != "txt" and not source.startswith("json."):
-        raise DataError(f"captions {source!r} must be 'txt' or 'json.FIELD'")
+    parts = source.split(".")
+    if "json" in parts[:-1]:
+        end = parts.index("json") + 1
+        member, name = ".".join(parts[:end]), ".".join(parts[end:])
+        if name:
+            return member.lower(), name
+    if parts[-1] == "txt" and all(parts):
+        return source.lower(), None
+    raise DataError(f"captions {source!r} must be 'txt' or 'json.FIELD', where FIELD may be nested as in meta.caption")
 
 
 def captions_of(sample: Sample, source: str) -> list[str]:
-    """Read the captions of a sample.
+    """Read the captions of a sample without white space around them; empty ones are left out.
 
     Args:
         sample: the sample.
-        source: "txt" for the text file, or "json.FIELD" for a string or a list of strings in the `.json`.
+        source: "txt" for the text file, or "json.FIELD" for a string or a list of strings in the `.json`, which may be
+            nested as in "json.meta.caption"; see `caption_member`.
 
     Raises:
-        BadSample: If there is no caption, a caption is empty, or the text is not UTF-8.
+        BadSample: If there is no caption or only empty ones, or one is not a text, not UTF-8, or has NULs.
     """
-    if source == "txt":
-        try:
-            found: Any = sample.read("txt").decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise BadSample(sample, ".txt is not UTF-8", str(error)) from None
+    member, name = caption_member(source)
+    if name is None:
+        found: Any = sample.read_text(member)
     else:
-        fields = sample.read_json()
-        field = source.removeprefix("json.")
-        if not isinstance(fields, dict) or field not in fields:
-            raise BadSample(sample, f"its .json has no field {field!r}")
-        found = fields[field]
-    captions = found if isinstance(found, list) else [found]
-    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise BadSample(sample, f"{source} holds no caption, or an empty one")
-    try:
-        "".join(captions).encode()
-    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair.
-        raise BadSample(sample, f"{source} is not valid Unicode", error.reason) from None
+        fields = sample.read_json(member)
+        try:
+            found = find_field(fields, name)
+        except KeyError:
+            cause = f"its .{member} has no field {name!r}"
+            raise BadSample(sample, cause, f"it has {describe_fields(fields)}") from None
+    captions = []
+    for caption in found if isinstance(found, list) else [found]:
+        problem = text_problem(caption)
+        if problem is None:
+            captions.append(trimmed(caption))
+        elif problem != "empty":
+            detail = quoted(caption) if isinstance(caption, str) else type(caption).__name__
+            raise BadSample(sample, f"{source} holds a caption {problem}", detail)
+    if not captions:
+        raise BadSample(sample, f"{source} holds no caption, or only empty ones")
     return captions
 
 
@@ -100,16 +116,18 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     """Return the samples that have an image and a caption file, and the keys of all other samples.
 
     Raises:
-        DataError: If `source` is neither "txt" nor "json.FIELD", or no sample has both.
+        DataError: If `source` is not understood, or no sample has both.
     """
-    check_captions(source)
-    where = f"{index.shards[0]}{f' and {len(index.shards) - 1} more shards' if len(index.shards) > 1 else ''}"
-    member = source.partition(".")[0]
-    image, text = index.having(IMAGE_EXTENSIONS), index.having([member])
+    member, _ = caption_member(source)
+    where = _where(index)
+    image, text = index.having(index.images), index.having([member])
     if not image.any():
-        raise DataError(f"{where}: no images among {len(index)} samples; expected .{', .'.join(IMAGE_EXTENSIONS)}")
+        raise no_images(index)
     if not text.any():
-        raise DataError(f"{where}: no captions among {len(index)} samples; expected .{member} members")
+        raise DataError(
+            f"{where}: no captions among {len(index)} samples; expected .{member}{_members(index)}: name the source "
+            "of captions with data.captions"
+        )
     both = image & text
     if not both.any():
         way_out = join_command(index, image, text) or (
@@ -119,6 +137,27 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     if both.all():
         return index, []
     return index.take(np.flatnonzero(both)), [index.key(int(i)) for i in np.flatnonzero(~both)]
+
+
+def no_images(index: ShardIndex) -> DataError:
+    """Return the error of shards without an image; it names the members that are there."""
+    return DataError(
+        f"{_where(index)}: no images among {len(index)} samples; expected .{', .'.join(index.images)}"
+        f"{_members(index)}: name the member of the image with data.image, or --image of other commands"
+    )
+
+
+def _where(index: ShardIndex) -> str:
+    """Return the shards of an index as text, for a message."""
+    more = f" and {len(index.shards) - 1} more shards" if len(index.shards) > 1 else ""
+    return f"{index.shards[0]}{more}"
+
+
+def _members(index: ShardIndex) -> str:
+    """Return the extensions of the members that some samples have as text, for a message."""
+    found = dict.fromkeys(name for part in index.parts for name in part.facts["extensions"])
+    names = [quoted(f".{name}", 40)[1:-1] for name in list(found)[:10] if index.having([name]).any()]
+    return f", but they have {', '.join(names)}" if names else ""
 
 
 def join_command(index: ShardIndex, image: np.ndarray, text: np.ndarray) -> str | None:

@@ -30,10 +30,12 @@ from dualenc.data.image_features import (
     file_name,
     read_about,
 )
+from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.loading.bad_samples import BadRecord, causes
-from dualenc.data.pairs import captions_of, check_captions, decode_and_hash
+from dualenc.data.pairs import caption_member, captions_of, decode_and_hash
 from dualenc.data.prepare.resumable import check_same, other_inputs
 from dualenc.data.shards.index import ShardIndex
+from dualenc.data.shards.sample import image_argument
 from dualenc.data.shards.shard import Shard
 from dualenc.data.text.dataset import Use, texts_of
 from dualenc.data.text.files import TextFile, TextIndex
@@ -63,6 +65,7 @@ class Embedded:
         bytes: size of all files.
         done: number of samples or texts that this call embedded.
         seconds: duration of this call.
+        images: members of the shards that may hold an image.
     """
 
     out: Path
@@ -76,6 +79,7 @@ class Embedded:
     bytes: int
     done: int
     seconds: float
+    images: tuple[str, ...] = IMAGE_EXTENSIONS
 
     def lines(self) -> list[str]:
         """Return a summary for the terminal, with the next command."""
@@ -106,6 +110,7 @@ class Embedded:
         if self.what == "features":
             text.append(
                 f"next: dualenc fit --config run.yaml --model.image_tuning.locked true --data.features {self.out}"
+                f"{image_argument(self.images)}"
             )
         return text
 
@@ -154,14 +159,12 @@ def embed_shards(
     out, began = Path(out), time.monotonic()
     captions = about["captions"] if of_texts else None
     if captions is not None:
-        check_captions(captions)
+        caption_member(captions)  # raises if it is not understood
     if batch_size < 1 or workers < 0:
         raise DataError(f"batch_size {batch_size} must be 1 or more, workers {workers} 0 or more")
     inputs = _inputs(index)
-    plan = _begin(out, {"format": FORMAT, **about, "inputs": dict(sorted(inputs.items()))})
+    plan = _begin(out, {**about, "members": list(index.images)}, inputs)
     todo = [number for number, name in enumerate(inputs) if not _finished(out, name, plan)]
-    for partial in out.glob("*.part"):
-        partial.unlink()
     reader = _Reader(index, transform, captions, batch_size)
     with reader.batches(todo, workers, track) as batches:
         for number in todo:
@@ -184,6 +187,7 @@ def embed_shards(
         bytes=sum(file.path.stat().st_size for file in files),
         done=sum(len(index.parts[number]) for number in todo),
         seconds=time.monotonic() - began,
+        images=index.images,
     )
 
 
@@ -212,8 +216,12 @@ def _inputs(index: ShardIndex) -> dict[str, str]:
     return {name: shard.facts["digest"] for name, shard in found.items()}
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Create the folder with its `embed.json`, or check that it was begun with the same options."""
+def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
+    """Create the folder with its `embed.json`, or check that it was begun with the same options; return these.
+
+    Partial files that a stopped call left are removed.
+    """
+    plan = {"format": FORMAT, **about, "inputs": dict(sorted(inputs.items()))}
     begun = read_about(out)
     if begun is None:
         if out.exists() and not out.is_dir():
@@ -227,11 +235,17 @@ def _begin(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
     descriptions = {
         "what": "--features" if begun["what"] == "features" else "no --features",
         "made_by": f"another model ({begun['model']}, which differs {same})",
+        "members": f"--image {';'.join(begun['members'])}",
         "inputs": other_inputs(begun["inputs"], plan["inputs"]),
     }
     check_same(
-        out, begun, {name: plan[name] for name in ("format", "what", "captions", "made_by", "inputs")}, descriptions
+        out,
+        begun,
+        {name: plan[name] for name in ("format", "what", "captions", "members", "made_by", "inputs")},
+        descriptions,
     )
+    for partial in out.glob("*.part"):
+        partial.unlink()
     return plan
 
 

@@ -62,8 +62,12 @@ class TokenData(LightningDataModule):
         self.tokenizer: Tokenizer | None = None
         self._loaders: list[Loader] = []
 
-    def all_texts(self) -> Iterable[str]:
-        """Return the texts to train a tokenizer on."""
+    def all_texts(self, bad: list[str]) -> Iterable[str]:
+        """Return the texts to train a tokenizer on.
+
+        Args:
+            bad: list that takes the reason for each sample without a readable text.
+        """
         raise NotImplementedError
 
     @property
@@ -85,9 +89,11 @@ class TokenData(LightningDataModule):
         if given or run_exists or self.trainer.state.fn != "fit":
             return
         rank_zero_print(f"training a tokenizer of {self.text.vocab_size:,} entries on the {what}")
-        texts = iter(self.all_texts())
+        unreadable: list[str] = []
+        texts = iter(self.all_texts(unreadable))
         if (first := next(texts, None)) is None:
-            raise DataError(f"none of the {what} can be read: there is nothing to train a tokenizer on")
+            example = f" ({unreadable[0]})" if unreadable else ""
+            raise DataError(f"none of the {what} can be read{example}: there is nothing to train a tokenizer on")
         tokenizer = Tokenizer.train(chain([first], texts), self.text.vocab_size, self.text.context_length)
         self._trained_tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._trained_tokenizer_path) as temporary:
@@ -160,8 +166,10 @@ class PairData(TokenData):
         preprocess: evaluation transform; the command line takes it from the task.
         text: architecture of the text encoder; the command line takes it from the task.
         val: share of the pairs to hold out, by image content; or shards of held-out pairs; or null for none.
-        captions: "txt" for the `.txt` member, or "json.FIELD" for a string or list of strings in the `.json`; one of
-            several captions is drawn at each step.
+        captions: "txt" for the `.txt` member, or "json.FIELD" for a string or list of strings in the `.json`, which may
+            be nested as in "json.meta.caption"; one of several captions is drawn at each step.
+        image: member that is the image, such as "input.jpg" where samples have several images; several names are
+            separated by ";"; null for the `.jpg`, `.jpeg`, `.png` or `.webp`.
         select: keys or an expression over `.json` fields; see `ShardIndex.select`.
         tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one of them; absent, that of the checkpoint from which
             the task takes its text tower; without one, a tokenizer of `text.vocab_size` entries is trained on the
@@ -191,6 +199,7 @@ class PairData(TokenData):
         text: TextConfig,
         val: float | str | list[str] | None = 0.01,
         captions: str = "txt",
+        image: str | None = None,
         select: str | list[str] | None = None,
         tokenizer: str | None = None,
         batch_size: int = 256,
@@ -216,7 +225,7 @@ class PairData(TokenData):
             Source(**item) if isinstance(item, dict) else Source(shards=item) for item in items
         ]
         self.val_shards, self.bad_samples, self.cache = val, bad_samples, Cache(int(cache_gb * 1e9))
-        self.preprocess, self.captions, self.selection = preprocess, captions, select
+        self.preprocess, self.captions, self.image, self.selection = preprocess, captions, image, select
         self.batch_size, self.window, self.workers, self.seed = batch_size, window, workers, seed
         self.micro_batch_size, self.timeout, self.mask = micro_batch_size, timeout, mask
         self.augment = augment(preprocess.size) if augment else preprocess
@@ -233,10 +242,10 @@ class PairData(TokenData):
         self._build_indexes()
         self._train_tokenizer("captions")
 
-    def all_texts(self) -> Iterable[str]:
-        """Return the captions of the training pairs."""
+    def all_texts(self, bad: list[str]) -> Iterable[str]:
+        """Return the captions of the training pairs; see `TokenData.all_texts`."""
         assert self.train_index is not None
-        return all_captions(self.train_index, self.captions)
+        return all_captions(self.train_index, self.captions, bad)
 
     def setup(self, stage: str) -> None:
         """Index the shards, split off the held-out pairs, and read the tokenizer.
@@ -274,7 +283,7 @@ class PairData(TokenData):
             self.val_index, _ = self._index([self.val_shards])
         # Validation outside of `fit` decodes images: its checkpoint may have another image tower than the features.
         if self.features_path is not None and self.trainer.state.fn == "fit":
-            self.features = Features(self.features_path)
+            self.features = Features(self.features_path, self.image)
             self.features.check([*train.parts, *(self.val_index.parts if self.val_index else [])])
         self.train_index = train
         total = len(train) + (len(self.val_index) if self.val_index else 0)
@@ -284,7 +293,8 @@ class PairData(TokenData):
 
     def _index(self, shards: list[Any], hashes: tuple[str, ...] = ()) -> tuple[ShardIndex, list[int]]:
         """Return one index of the pairs in several lists of shards, and the number of shards in each list."""
-        parts = [ShardIndex.build(urls, hashes=hashes, workers=self.workers, cache=self.cache) for urls in shards]
+        options: dict[str, Any] = {"hashes": hashes, "workers": self.workers, "cache": self.cache}
+        parts = [ShardIndex.build(urls, image=self.image, **options) for urls in shards]
         index = ShardIndex.join(parts)
         if repeated := distinct([part.url for part in index.parts])[1]:
             raise DataError(f"{repeated[0]} is in two sources: name it in one, with the sum of their weights")

@@ -184,10 +184,10 @@ class TextData(TokenData):
         assert reader is not None
         return torch.tensor(self._labels[head], dtype=reader.dtype)
 
-    def all_texts(self) -> Iterable[str]:
-        """Return the training texts."""
+    def all_texts(self, bad: list[str]) -> Iterable[str]:
+        """Return the training texts; see `TokenData.all_texts`."""
         found = self._raw["train"]
-        return chain.from_iterable(all_texts(index, self.uses["train"][name]) for name, index in found.items())
+        return chain.from_iterable(all_texts(index, self.uses["train"][name], bad) for name, index in found.items())
 
     def prepare_data(self) -> None:
         """Index the lines and train the tokenizer, in one process of each machine."""

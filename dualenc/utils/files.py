@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dualenc.utils.decoding import decode_text
 from dualenc.utils.errors import ModelError
 from dualenc.utils.text import plural, reason
 
@@ -308,6 +309,6 @@ def read_json(path: Path) -> Any:
         ModelError: If the file cannot be read or parsed.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(decode_text(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error})") from None

@@ -89,6 +89,16 @@ def test_unknown_keys_are_named(shards: Path, capsys: pytest.CaptureFixture[str]
     assert "batchsize" in fails(capsys, fit(shards, "--data.batchsize", "3"))
 
 
+@pytest.mark.parametrize("data", ["a: 1\n".encode("utf-16"), "a: é\n".encode("latin-1"), b"a: \0\n"])
+def test_configurations_that_are_not_utf8_are_named(
+    tmp_path: Path, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.yaml").write_bytes(data)
+    line = fails(capsys, ["fit", "--config", str(tmp_path / "wrong.yaml")])
+    assert "wrong.yaml" in line
+    assert "UTF-8" in line
+
+
 def test_unknown_timm_models_are_named(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "vit_huge_patch99" in fails(capsys, fit(shards, "--model.image.name", "vit_huge_patch99"))
     assert "resnet18" in fails(capsys, fit(shards, "--model.image.name", "resnet18"))

@@ -80,7 +80,7 @@ def spoiled(kind, rng):
             cannot,
         ),
         "bad UTF-8": ({"txt": b"a \xff\xfe cat"}, ".txt is not UTF-8"),
-        "empty caption": ({"txt": b" \n "}, "txt holds no caption, or an empty one"),
+        "empty caption": ({"txt": b" \n "}, "txt holds no caption, or only empty ones"),
     }[kind]
 
 
@@ -212,8 +212,8 @@ def test_captions_in_json_that_are_not_text(tmp_path, seed):
     index = ShardIndex.build(write_tar(tmp_path / "a.tar", samples))
     taken = loader(index, 8, seed=seed, captions="json.caption")
     rows = {row for batch in taken for *_, row in prints(batch)}
-    assert {0, 1} <= rows <= {0, 1, 6}
-    assert {item.key for item in taken.bad_sample_log._known.values()} >= {f"{i:05d}" for i in (2, 3, 4, 5, 7)}
+    assert rows == {0, 1, 5}
+    assert {item.key for item in taken.bad_sample_log._known.values()} >= {f"{i:05d}" for i in (2, 3, 4, 6, 7)}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

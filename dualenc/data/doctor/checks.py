@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from dualenc.data.doctor.scan import Survey, survey
-from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem
+from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem, caption_lines
 from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
 from dualenc.data.loading.bad_samples import MAX_CONSECUTIVE, BadSampleLog
-from dualenc.data.pairs import captions_of, check_captions, decode_sample, join_command
+from dualenc.data.pairs import caption_member, captions_of, decode_sample, join_command
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.shards.patterns import SHARDS, Patterns, distinct, find_files
 from dualenc.data.shards.shard import content_hash
@@ -102,6 +102,7 @@ def examine(
     shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     captions: str = "txt",
     *,
+    image: str | None = None,
     sample: int | None = 1000,
     against: Sequence[str | os.PathLike[str]] = (),
     tokenizer: Tokenizer | None = None,
@@ -116,6 +117,7 @@ def examine(
     Args:
         shards: shards as for `ShardIndex.build`.
         captions: source of the captions; see `dualenc.data.pairs.captions_of`.
+        image: members that may hold the image; see `dualenc.data.shards.sample.image_members`.
         sample: number of pairs to read and decode, drawn from all shards; None for all. Findings from the tar headers
             are of all samples in any case.
         against: evaluation sets in the layout of CLIP_benchmark (the split that an evaluation uses), or shards, whose
@@ -128,13 +130,13 @@ def examine(
         track: wrapper of the loop over chunks of samples, for a progress bar.
 
     Raises:
-        DataError: If `captions` is neither "txt" nor "json.FIELD", no shard exists, or `against` cannot be read.
+        DataError: If `captions` or `image` is not understood, no shard exists, or `against` cannot be read.
     """
-    check_captions(captions)
-    sets = [_open_against(data, captions) for data in against]
+    caption_member(captions)  # raises if it is not understood
+    sets = [_open_against(data, captions, image) for data in against]
     found = Examination(findings=[finding for *_, findings in sets for finding in findings])
     paths = _existing_paths(shards, found)
-    index = _build_index(paths, workers, found)
+    index = _build_index(paths, image, workers, found)
     if index is not None:
         pairs = rows = _pair_rows(index, captions, found)
         if sample is not None and sample < len(pairs):
@@ -155,7 +157,7 @@ def examine(
 
 
 def _open_against(
-    data: str | os.PathLike[str], captions: str
+    data: str | os.PathLike[str], captions: str, image: str | None
 ) -> tuple[str, ShardIndex, Callable[[Sample], list[str]] | None, list[Finding]]:
     """Open an evaluation set or shards to compare with.
 
@@ -165,9 +167,11 @@ def _open_against(
     if Path(data).is_dir() and any(Path(data).glob("*/nshards.txt")):
         opened = BenchmarkSet.open(data)
         findings = [_problem_finding(opened.name, problem) for problem in opened.problems]
-        return opened.name, opened.index, _caption_lines if opened.kind == "retrieval" else None, findings
+        return opened.name, opened.index, caption_lines if opened.kind == "retrieval" else None, findings
     try:
-        return shown(os.fspath(data)), ShardIndex.build(data), partial(captions_of, source=captions), []
+        # Other shards may hold their images in the usual members, and no image at all would look like no leak.
+        either = image and f"{image};{';'.join(IMAGE_EXTENSIONS)}"
+        return shown(os.fspath(data)), ShardIndex.build(data, image=either), partial(captions_of, source=captions), []
     except DataError as error:
         raise DataError(f"against: not an evaluation set (no <split>/nshards.txt), and as shards: {error}") from None
 
@@ -177,11 +181,6 @@ def _problem_finding(name: str, problem: Problem) -> Finding:
     count, examples = len(problem.names), list(map(printable, problem.names[:SHOWN]))
     what = f"{printable(problem.what)}, in {printable(name)}"
     return Finding("warning", what, count, count, "places", examples, "the rest of the set is compared and measured")
-
-
-def _caption_lines(sample: Sample) -> list[str]:
-    """Read the captions of a sample of an evaluation set."""
-    return [line for line in sample.read("txt").decode("utf-8", "replace").split("\n") if line.strip()]
 
 
 # Checks of the tar headers
@@ -206,10 +205,10 @@ def _existing_paths(shards: Patterns, found: Examination) -> list[str]:
     return paths
 
 
-def _build_index(paths: list[str], workers: int, found: Examination) -> ShardIndex | None:
+def _build_index(paths: list[str], image: str | None, workers: int, found: Examination) -> ShardIndex | None:
     """Build the index of the shards that can be read; the others are a finding."""
     unreadable: list[DataError] = []
-    index = ShardIndex.build(paths, unreadable=unreadable, workers=workers)
+    index = ShardIndex.build(paths, image=image, unreadable=unreadable, workers=workers)
     found.facts |= {"shards": len(paths), "shards that can be read": len(paths) - len(unreadable)}
     if unreadable:
         advice = (
@@ -227,20 +226,21 @@ def _pair_rows(index: ShardIndex, captions: str, found: Examination) -> np.ndarr
     if empty:
         advice = "leave them out, or write them again"
         found.findings.append(Finding("warning", "no samples", len(empty), len(index.shards), "shards", empty, advice))
-    member = captions.partition(".")[0]
-    image, text = index.having(IMAGE_EXTENSIONS), index.having([member])
+    member, _ = caption_member(captions)
+    image, text = index.having(index.images), index.having([member])
     both = np.flatnonzero(image & text)
-    for has, what, wanted in ((image, "image", f".{', .'.join(IMAGE_EXTENSIONS)}"), (text, "caption", f".{member}")):
+    images = f".{', .'.join(index.images)}; --image names their member"
+    for has, what, wanted in (
+        (image, "image", images), (text, "caption", f".{member}; --captions names their source"),
+    ):  # fmt: skip
         if len(lacking := np.flatnonzero(~has)):
             shown_samples = [index[int(row)] for row in lacking[:SHOWN]]
             examples = [f"{_name(sample)} has {quoted(', '.join(sorted(sample.members)))}" for sample in shown_samples]
             advice = f"such samples are left out; expected {wanted}"
-            if what == "caption":
-                advice += "; --captions names the source of captions"
             found.findings.append(Finding("warning", f"no {what}", len(lacking), samples, "samples", examples, advice))
     if not len(both):
         way_out = join_command(index, image, text) or (
-            "add what is missing, or name the source of captions with --captions"
+            "add what is missing, or name what there is with --captions and --image"
         )
         advice = f"a run would not start: {way_out}"
         found.findings.append(Finding("error", "no pair of image and caption", samples, samples, "samples", [], advice))
@@ -248,7 +248,7 @@ def _pair_rows(index: ShardIndex, captions: str, found: Examination) -> np.ndarr
         "samples": samples,
         "pairs": len(both),
         "bytes": sum(part.facts["size"] for part in index.parts),
-        "images": {name: int(n) for name in IMAGE_EXTENSIONS if (n := index.having([name]).sum())},
+        "images": {name: int(n) for name in index.images if (n := index.having([name]).sum())},
     }
     return both
 
@@ -459,7 +459,7 @@ class _PairChecks:
 
     def _caption(self, text_hash: np.uint64, row: np.uint64) -> str:
         """Return the caption of a sample that has this hash."""
-        texts = (text.strip() for text in captions_of(self.index[int(row)], self.source))
+        texts = captions_of(self.index[int(row)], self.source)
         return quoted(next((text for text in texts if content_hash(text.encode()) == text_hash), "?"))
 
     def _largest(self, numbers: np.ndarray) -> list[str]:

@@ -150,8 +150,8 @@ class _Reader(Dataset[Survey]):
         return content_hash(data), len(data), image.shape[2], image.shape[1], plain
 
     def _captions(self, sample: Sample) -> list[str]:
-        """Return the captions of a sample without surrounding white space."""
-        return [text.strip() for text in self.captions(sample)] if self.captions else []
+        """Return the captions of a sample."""
+        return self.captions(sample) if self.captions else []
 
     def _measure(self, texts: list[str]) -> tuple[list[int], list[int]]:
         """Count the words, or the tokens and the unknown tokens, of each text."""

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dualenc.data.images import ImageError, decode_image
 from dualenc.data.prepare.caption_sources import clean
-from dualenc.data.shards.index import MAX_IMAGE
 from dualenc.data.shards.remote import fetch_small
+from dualenc.data.shards.sample import MAX_IMAGE
 from dualenc.data.shards.shard import content_hash
+from dualenc.utils.decoding import TextError, decode_text, is_blank, lines_of
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.urls import is_remote, shown
 
@@ -159,7 +160,7 @@ def read_text(path: str) -> str | None:
     """Read a small local or remote file; None if it does not exist.
 
     Raises:
-        DataError: If the file cannot be read, or is not UTF-8.
+        DataError: If the file cannot be read, or is not a text.
     """
     try:
         data = fetch_small(path) if is_remote(path) else Path(path).read_bytes()
@@ -168,9 +169,9 @@ def read_text(path: str) -> str | None:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
     try:
-        return None if data is None else data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{shown(path)} cannot be read ({error})") from None
+        return None if data is None else decode_text(data)
+    except TextError as error:
+        raise DataError(f"{shown(path)} {error}") from None
 
 
 def read_classnames(path: str, problems: Problems) -> list[str] | None:
@@ -220,11 +221,11 @@ def _lines(path: str) -> list[str] | None:
     text = read_text(path)
     if text is None:
         return None
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    if not lines:
+    if is_blank(text):
         raise DataError(f"{shown(path)} is empty: write one entry on each line, or remove the file")
-    if "" in lines:
-        raise DataError(
-            f"{shown(path)}: line {lines.index('') + 1} is blank, which would shift the lines after it: remove it"
-        )
+    lines = lines_of(text)
+    while is_blank(lines[-1]):
+        lines.pop()
+    if blank := [number for number, line in enumerate(lines, 1) if is_blank(line)]:
+        raise DataError(f"{shown(path)}: line {blank[0]} is blank, which would shift the lines after it: remove it")
     return lines

@@ -41,6 +41,7 @@ from dualenc.data.images import thumbnail
 from dualenc.data.pairs import decode_sample
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.workers import item_loader
+from dualenc.utils.decoding import is_blank, trimmed
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.urls import is_remote, join, shown
 
@@ -321,7 +322,7 @@ def _read_layout(base: str, split: str) -> Content:
     read_label = {
         "classification": partial(_read_class, classes=len(classnames or [])),
         "multilabel": partial(_read_classes, classes=len(classnames or [])),
-        "retrieval": _read_captions,
+        "retrieval": caption_lines,
     }[kind]
     rows, labels = _read_labels(index, read_label, problems)
     return Content(
@@ -404,7 +405,7 @@ def _read_labels(
 
 def _read_class(sample: Sample, classes: int) -> np.ndarray:
     """Read the class of a sample, 0-d."""
-    text = sample.read("cls").decode("utf-8", "replace").strip()
+    text = trimmed(sample.read_text("cls"))
     if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise BadSample(sample, ".cls is not a class number", repr(text[:40]))
     if not 0 <= int(text) < classes:
@@ -426,15 +427,16 @@ def _read_classes(sample: Sample, classes: int) -> np.ndarray:
     return label != 0
 
 
-def _read_captions(sample: Sample) -> list[str]:
-    """Read the captions of a sample, one on each line of its .txt."""
-    try:
-        lines = [line.strip() for line in sample.read("txt").decode("utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise BadSample(sample, ".txt is not UTF-8", str(error)) from None
-    if not any(lines):
+def caption_lines(sample: Sample) -> list[str]:
+    """Read the captions of a sample of a retrieval set, one on each line of its .txt; blank lines are left out.
+
+    Raises:
+        BadSample: If there is no caption, or the .txt is not a text.
+    """
+    lines = [trimmed(line) for line in sample.read_text("txt").split("\n") if not is_blank(line)]
+    if not lines:
         raise BadSample(sample, "no caption in its .txt")
-    return [line for line in lines if line]
+    return lines
 
 
 class _ShardImages:

@@ -33,6 +33,7 @@ from dualenc.data.prepare.caption_sources import (
     tables_in,
 )
 from dualenc.data.prepare.pictures import PictureFiles, path_inside
+from dualenc.utils.decoding import read_text, trimmed
 from dualenc.utils.errors import DataError
 from dualenc.utils.urls import join
 
@@ -201,7 +202,7 @@ def _sugar_crepe(table: Path) -> Iterator[_Row] | None:
     if table.suffix.lower() != ".json":
         return None
     try:
-        content = json.loads(table.read_bytes())
+        content = json.loads(read_text(table))
     except (ValueError, RecursionError):  # The reader of the other tables will report the error.
         return None
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
@@ -239,7 +240,7 @@ def _read_choices(table: Path, rows: Iterator[_Row]) -> Content:
             continue
         numbers = [files.setdefault(str(path), (len(files), name))[0] for path, name in zip(found, names)]
         images.append([*numbers, -1][:2])  # -1 is in place of the second image, which SugarCrepe does not have.
-        captions.append([texts.setdefault(text.strip(), len(texts)) for text in two_captions])
+        captions.append([texts.setdefault(trimmed(text), len(texts)) for text in two_captions])
         keys.append(clean(key))
     return Content(
         kind="choice",

@@ -25,13 +25,15 @@ class BadRecord(NamedTuple):
 
 
 def causes(bad: Iterable[BadRecord]) -> str:
-    """Return the most frequent causes as text, each with its count and an example."""
+    """Return the most frequent causes as text, each with its count and an example with its detail."""
     bad = list(bad)
     example = {record.cause: record for record in reversed(bad)}
-    return "; ".join(
-        f"{cause} ({count:,}, such as {example[cause].shard} sample {example[cause].key!r})"
-        for cause, count in Counter(record.cause for record in bad).most_common(3)
-    )
+    found = []
+    for cause, count in Counter(record.cause for record in bad).most_common(3):
+        one = example[cause]
+        detail = f": {one.detail}" if one.detail else ""
+        found.append(f"{cause} ({count:,}, such as {one.shard} sample {one.key!r}{detail})")
+    return "; ".join(found)
 
 
 class SampleReader:

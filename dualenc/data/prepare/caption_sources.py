@@ -31,6 +31,7 @@ from dualenc.data.prepare.pictures import (
 from dualenc.data.prepare.sample_join import joined_samples
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.patterns import SHARDS, FileKind, Patterns, find_files, parts_of, require_all
+from dualenc.utils.decoding import open_text, read_text, text_problem, trimmed
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import stand_in
 from dualenc.utils.urls import is_remote
@@ -107,9 +108,9 @@ def read_source(
     if templates:
         raise DataError(f"{paths[0]} has captions: templates are for folders of classes only")
     if paths[0].lower().endswith(SHARDS.endings):
-        if image_column or images is not None:
-            raise DataError(f"{paths[0]} is a shard: image_column and images are options for tables only")
-        return _read_shards(paths, caption_column)
+        if images is not None:
+            raise DataError(f"{paths[0]} is a shard: images is an option for tables only")
+        return _read_shards(paths, image_column, caption_column)
     return _read_tables(list(map(Path, paths)), images, image_column, caption_column)
 
 
@@ -176,12 +177,15 @@ def _read_tables(
     return found
 
 
-def _read_shards(paths: list[str], caption_column: str | None) -> CaptionSource:
+def _read_shards(paths: list[str], image: str | None, caption_column: str | None) -> CaptionSource:
     """Read shards, whose images and captions may be in different shards, under the same keys."""
-    index = ShardIndex.build(paths)
+    index = ShardIndex.build(paths, image=image)
     where = index.shards[0]
-    if not index.having(IMAGE_EXTENSIONS).any():
-        raise DataError(f"{where}: no images among {len(index)} samples: name the shards of images too")
+    if not index.having(index.images).any():
+        raise DataError(
+            f"{where}: no images among {len(index)} samples, expected .{', .'.join(index.images)}: name the shards of "
+            "images too, or their member with --image_column"
+        )
     records = joined_samples(index)
     first = list(islice(records, 100))
     columns = list(dict.fromkeys(name for _, record in first for name in record or () if name))
@@ -249,8 +253,9 @@ def _records(table: Path) -> tuple[Iterator[Record], bool]:
     if kind in (".jsonl", ".ndjson"):
         return json_lines(table), False
     if kind == ".json":
+        text = read_text(table)
         try:
-            content = json.loads(table.read_bytes())
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{table} cannot be read as JSON ({error})") from None
         if isinstance(content, list):
@@ -265,7 +270,7 @@ def _delimited(path: Path) -> Iterator[Record]:
     It is CSV with commas or semicolons, whose values may be quoted and have line ends; a table with tabs or bars and
     one row per line; or Flickr's `name#number<TAB>caption`.
     """
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path, newline="") as file:
         head = file.readline().rstrip("\r\n")
         if _TOKEN_LINE.fullmatch(head):
             for number, line in enumerate(chain([head], file), 1):
@@ -306,7 +311,7 @@ def _plain_rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[str, list
 
 def json_lines(path: Path) -> Iterator[Record]:
     """Yield the objects of a JSON Lines file."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -394,17 +399,15 @@ def _gather(records: Iterable[Record], image: str, caption: str) -> CaptionSourc
             if problem := caption_problem(text):
                 left_out.append([problem, f"{location}: {clean(name)}"])
             else:
-                item.captions.append(" ".join(str(text).split()))
+                item.captions.append(" ".join(trimmed(str(text)).split()))
     usable = [item for item in items.values() if item.captions]
     return CaptionSource("", usable, len(items) + broken, left_out)
 
 
 def caption_problem(caption: Any) -> str | None:
     """Return the reason why a caption cannot be used, or None."""
-    if isinstance(caption, str) and caption.strip():
-        return None if caption == clean(caption) else "caption not UTF-8"
-    empty = caption is None or caption == [] or caption != caption  # pandas writes NaN for an empty value
-    return "caption empty" if empty or isinstance(caption, str) else "caption not text"
+    problem = text_problem(caption)
+    return problem and f"caption {problem}"
 
 
 def _is_scalar(value: Any) -> bool:

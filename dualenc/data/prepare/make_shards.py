@@ -131,7 +131,8 @@ def make_shards(
             images inside, or of shards, whose images and captions are joined by key.
         out: new folder for `train-000000.tar` ... and `summary.json`.
         images: folder that the image names are relative to; by default it is searched in and near the table's folder.
-        image_column: column of the image names, or in Parquet of the images; by default the one with a usual name.
+        image_column: column of the image names, or in Parquet of the images, or member of shards that is the image,
+            such as "input.jpg"; by default the one with a usual name.
         caption_column: column of captions or lists of captions, likewise; rows of one image become one sample.
         templates: captions of class folders, with `{c}` for the class name; they take turns as the first caption.
         val: share of the samples, by image content, that go to an evaluation set in OUT/held_out instead, in the layout

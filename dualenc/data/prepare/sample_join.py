@@ -57,5 +57,5 @@ def _fields_of(samples: list[Sample], picture: PictureRef) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for found in (sample.read_json() for sample in samples if "json" in sample):
         fields |= found if isinstance(found, dict) else {}
-    texts = [sample.read("txt").decode("utf-8", "surrogateescape") for sample in samples if "txt" in sample]
+    texts = [sample.read_text("txt") for sample in samples if "txt" in sample]
     return {**fields, **({"txt": texts if len(texts) > 1 else texts[0]} if texts else {}), "": picture}

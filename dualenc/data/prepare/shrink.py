@@ -20,9 +20,11 @@ import simplejpeg
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from dualenc.data.images import ImageError, decode_image, resize
+from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image, resize
+from dualenc.data.pairs import no_images
 from dualenc.data.prepare.resumable import JOURNAL, check_same, other_inputs, read_lines
-from dualenc.data.shards.index import Sample, ShardIndex
+from dualenc.data.shards.index import ShardIndex
+from dualenc.data.shards.sample import Sample, image_argument, image_members
 from dualenc.data.workers import item_loader
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
@@ -44,6 +46,7 @@ class Shrunk:
     undecodable: list[tuple[str, str, str]]  # shard, key, cause; the images are copied unchanged
     bytes_before: int  # of all shards
     bytes_after: int
+    images: tuple[str, ...] = IMAGE_EXTENSIONS  # members that may hold the image
     finished_before: bool = False
 
     def lines(self) -> list[str]:
@@ -63,7 +66,7 @@ class Shrunk:
                 f"{len(self.undecodable):,} images cannot be made smaller and are copied unchanged: {examples}"
                 f"{', ...' if len(self.undecodable) > 3 else ''}; all are named in {Path(self.out) / 'shrink.json'}"
             )
-        text.append(f"next: dualenc fit --config run.yaml --data.train {self.out}")
+        text.append(f"next: dualenc fit --config run.yaml --data.train {self.out}{image_argument(self.images)}")
         return text
 
 
@@ -123,6 +126,7 @@ def shrink_shards(
     *,
     size: int = 256,
     quality: int = 90,
+    image: str | None = None,
     workers: int = 2,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Shrunk:
@@ -138,19 +142,24 @@ def shrink_shards(
         out: output folder, for `shrink.json` and a shard of the same name for each input shard.
         size: largest shorter side in pixels.
         quality: quality of JPEG and of lossy WebP, 1 to 100.
+        image: members that may hold the image; see `dualenc.data.shards.sample.image_members`.
         workers: number of processes, each with one shard at a time; 0 for none.
         track: wrapper of the loop over the shards, for a progress bar.
 
     Raises:
-        DataError: If a shard cannot be read, two shards have one name, or OUT holds other files or was begun with other
-            options.
+        DataError: If a shard cannot be read, no sample has the member `image`, two shards have one name, or OUT holds
+            other files or was begun with other options.
     """
     if size < 1 or not 1 <= quality <= 100 or workers < 0:
         raise DataError(f"size {size} must be 1 or more, quality {quality} 1 to 100, workers {workers} 0 or more")
     out = Path(out)
-    plan: dict[str, Any] = {"format": FORMAT, "size": size, "quality": quality}
+    plan: dict[str, Any] = {"format": FORMAT, "size": size, "quality": quality, "members": list(image_members(image))}
     begun = _begun(out, plan)
-    index = ShardIndex.build(shards, workers=workers)  # raises for a broken shard before anything is written
+    index = ShardIndex.build(
+        shards, image=image, workers=workers
+    )  # raises for a broken shard before anything is written
+    if image is not None and not index.having(index.images).any():
+        raise no_images(index)
     names = _output_names(index, out)
     inputs = {name: [shard.facts["size"], shard.facts["digest"]] for name, shard in zip(names, index.parts)}
     plan["inputs"] = dict(sorted(inputs.items()))
@@ -174,11 +183,16 @@ def shrink_shards(
             parts[part["shard"]] = part
         write_json(description, {**plan, "shards": [parts[name] for name in sorted(names)]}, indent=1)
         journal.unlink()
-    return _shrunk(out, size, inputs, parts, finished_before)
+    return _shrunk(out, size, inputs, parts, index.images, finished_before)
 
 
 def _shrunk(
-    out: Path, size: int, inputs: dict[str, list[Any]], parts: dict[str, dict[str, Any]], finished_before: bool
+    out: Path,
+    size: int,
+    inputs: dict[str, list[Any]],
+    parts: dict[str, dict[str, Any]],
+    images: tuple[str, ...],
+    finished_before: bool,
 ) -> Shrunk:
     """Sum up the lines of the journal, one for each shard."""
     count = {name: sum(part[name] for part in parts.values()) for name in ("samples", "shrunk", "kept", "bytes")}
@@ -192,6 +206,7 @@ def _shrunk(
         undecodable=[(name, key, cause) for name in inputs for key, cause in parts[name]["undecodable"]],
         bytes_before=sum(bytes_before for bytes_before, _ in inputs.values()),
         bytes_after=count["bytes"],
+        images=images,
         finished_before=finished_before,
     )
 
@@ -208,9 +223,10 @@ def _begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
     try:
         begun = json.loads(about.read_text("utf-8"))
         begun["inputs"] = dict(begun["inputs"])
+        begun.setdefault("members", list(IMAGE_EXTENSIONS))  # Older versions read these only, and did not say so.
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{about} was not written by shrink: name a new folder") from None
-    check_same(out, begun, options, {})
+    check_same(out, begun, options, {"members": f"--image {';'.join(begun['members'])}"})
     return begun
 
 

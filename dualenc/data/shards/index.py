@@ -13,7 +13,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,67 +23,17 @@ from torch.utils.data import Dataset
 from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.shards.patterns import Patterns, expand_shards
 from dualenc.data.shards.remote import Cache, fetch_small
-from dualenc.data.shards.select import expression
-from dualenc.data.shards.shard import FILE_NAME, Shard, index_files, name_of, read_index, scan, write_index
+from dualenc.data.shards.sample import Sample, image_members
+from dualenc.data.shards.select import Expression
+from dualenc.data.shards.shard import FILE_NAME, Shard, hash_name, index_files, name_of, read_index, scan, write_index
 from dualenc.data.workers import item_loader
+from dualenc.utils.decoding import lines_of, read_text
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, stand_in
 from dualenc.utils.urls import folder_of, is_remote, shown
 
 __all__ = ["BadSample", "DataError", "Sample", "ShardIndex"]
-MAX_IMAGE, MAX_OTHER = 1 << 28, 1 << 24  # bytes of the largest member that is read
 SAVE_SECONDS = 300  # between writes of an index file while shards are scanned
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample of a shard: its key and the locations of its members."""
-
-    source: Shard
-    key: str
-    members: dict[str, tuple[int, int]]  # extension -> offset, size in bytes
-
-    def __contains__(self, extension: str) -> bool:
-        return extension in self.members
-
-    @property
-    def shard(self) -> str:
-        """The shard's path, or its URL without secrets."""
-        return str(self.source)
-
-    def read(self, extension: str) -> bytes:
-        """Read the bytes of one member.
-
-        Raises:
-            BadSample: If there is no such member, or it is larger than `MAX_IMAGE` or `MAX_OTHER`.
-            DataError: If the shard is gone or was changed.
-        """
-        if extension not in self.members:
-            raise BadSample(self, f"no .{extension} among its members", ", ".join(sorted(self.members)))
-        offset, size = self.members[extension]
-        if size > (MAX_IMAGE if extension in IMAGE_EXTENSIONS else MAX_OTHER):
-            raise BadSample(self, f".{extension} is too large", f"{size:,} bytes")
-        return self.source.read(offset, size)
-
-    def read_json(self) -> Any:
-        """Read and parse the `.json` member.
-
-        Raises:
-            BadSample: If the member is missing or cannot be parsed.
-        """
-        data = self.read("json")  # outside of the `try`, because its DataError is a ValueError, too
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise BadSample(self, ".json cannot be read", str(error)) from None
-
-    @property
-    def image(self) -> str | None:
-        """The extension of the image, or None if there is no image."""
-        return next((extension for extension in IMAGE_EXTENSIONS if extension in self.members), None)
-
-    def __str__(self) -> str:
-        return f"{self.shard} sample {self.key!r}"
 
 
 class ShardIndex:
@@ -106,8 +55,10 @@ class ShardIndex:
         >>> folder.cleanup()
     """
 
-    def __init__(self, shards: Sequence[Shard], rows: np.ndarray | None = None) -> None:
-        self.parts = list(shards)
+    def __init__(
+        self, shards: Sequence[Shard], rows: np.ndarray | None = None, images: tuple[str, ...] = IMAGE_EXTENSIONS
+    ) -> None:
+        self.parts, self.images = list(shards), images
         self.rows = rows  # (S,) ascending sample numbers of the shards; None if all samples are in the index
         self.starts = [0, *np.cumsum([len(shard) for shard in self.parts]).tolist()]
 
@@ -116,6 +67,7 @@ class ShardIndex:
         cls,
         urls: Patterns,
         *,
+        image: str | None = None,
         rescan: bool = False,
         hashes: Sequence[str] = (),
         workers: int = 0,
@@ -130,6 +82,7 @@ class ShardIndex:
 
         Args:
             urls: patterns of shards; see `dualenc.data.shards.patterns.find_files`.
+            image: members that may hold the image of a sample; see `dualenc.data.shards.sample.image_members`.
             rescan: scan all shards, remote ones too, and ignore the index files that exist.
             hashes: content hashes to include, of "piece", "image" and "text"; see `DTYPES` in `shards/shard.py`.
             workers: number of processes that scan.
@@ -141,10 +94,12 @@ class ShardIndex:
             DataError: If a pattern matches nothing; or a shard is not a readable uncompressed tar, has changed since it
                 was indexed, or is remote and has no index.
         """
-        build = _Build(expand_shards(urls), rescan, tuple(hashes), cache or Cache(), unreadable)
+        images = image_members(image)
+        names = tuple(hash_name(kind, images) for kind in hashes)
+        build = _Build(expand_shards(urls), rescan, names, cache or Cache(), unreadable)
         build.look_up()
-        build.scan(workers, track)
-        return cls(build.shards())
+        build.scan(workers, track, hash_name("piece", images))
+        return cls(build.shards(), images=images)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ShardIndex":
@@ -157,12 +112,13 @@ class ShardIndex:
 
     @classmethod
     def join(cls, indexes: Sequence["ShardIndex"]) -> "ShardIndex":
-        """Return the index of the samples of several indexes, one after the other."""
+        """Return the index of the samples of several indexes of the same image members, one after the other."""
         shards = [shard for index in indexes for shard in index.parts]
         if all(index.rows is None for index in indexes):
-            return cls(shards)
+            return cls(shards, images=indexes[0].images)
         starts = np.cumsum([0, *(index.starts[-1] for index in indexes)])
-        return cls(shards, np.concatenate([index._all_rows() + start for index, start in zip(indexes, starts)]))
+        rows = np.concatenate([index._all_rows() + start for index, start in zip(indexes, starts)])
+        return cls(shards, rows, indexes[0].images)
 
     @property
     def shards(self) -> list[str]:
@@ -174,7 +130,7 @@ class ShardIndex:
 
     def __getitem__(self, i: int) -> Sample:
         shard, number = self.find(i)
-        return Sample(shard, shard.key(number), shard.members(number))
+        return Sample(shard, shard.key(number), shard.members(number), self.images)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -197,7 +153,8 @@ class ShardIndex:
 
     def take(self, rows: np.ndarray) -> "ShardIndex":
         """Return the index of a part of the samples, given by ascending numbers."""
-        return ShardIndex(self.parts, np.asarray(rows, np.int64) if self.rows is None else self.rows[rows])
+        rows = np.asarray(rows, np.int64) if self.rows is None else self.rows[rows]
+        return ShardIndex(self.parts, rows, self.images)
 
     def having(self, extensions: Sequence[str]) -> np.ndarray:
         """Return a mask (S,) of the samples that have a member with one of these extensions."""
@@ -211,6 +168,7 @@ class ShardIndex:
 
     def hashes(self, name: str) -> np.ndarray:
         """Return the content hashes (S,) uint64 of a name that `build` was given."""
+        name = hash_name(name, self.images)
         return self._of_rows([shard.arrays[name] for shard in self.parts], np.uint64)
 
     def _of_rows(self, of_shards: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -232,11 +190,16 @@ class ShardIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the shards' names without their folders, of their tar headers, and of the chosen samples."""
+        """A hash of the shards' names without their folders, of their tar headers, and of the chosen samples.
+
+        The members of the images are hashed too, except the usual ones.
+        """
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps([[part.facts["name"], part.facts["digest"]] for part in self.parts]).encode())
         if self.rows is not None and len(self.rows) < self.starts[-1]:
             digest.update(self.rows.astype("<i8").tobytes())
+        if self.images != IMAGE_EXTENSIONS:
+            digest.update(json.dumps(self.images).encode())
         return digest.hexdigest()
 
     def select(self, choice: str | Sequence[str]) -> "ShardIndex":
@@ -244,29 +207,31 @@ class ShardIndex:
 
         Args:
             choice: a list of keys; the path of a text file with one key per line; or an expression such as
-                `width >= 200 and license in ["cc0", "cc-by"]` of field names, literals, comparisons, `and`, `or`,
-                `not`, `in`. A sample that lacks a field of the expression, or whose `.json` cannot be read, is not
-                selected.
+                `meta.width >= 200 and license in ["cc0", "cc-by"]` of field names, literals, comparisons, `and`, `or`,
+                `not`, `in`, `len(...)`. A sample that lacks a field of the expression, or whose `.json` cannot be read,
+                is not selected.
 
         Raises:
             DataError: If no sample is selected, a key is unknown, or the expression cannot be parsed.
         """
         if isinstance(choice, str) and os.path.isfile(choice):
             option = f"select {choice}"
-            choice = [line.strip() for line in Path(choice).read_text("utf-8").splitlines() if line.strip()]
+            choice = [line for line in lines_of(read_text(choice)) if line]
         else:
             option = f"select {choice!r}" if isinstance(choice, str) else "select"
         if isinstance(choice, str):
-            test = expression(choice)
-            rows = [i for i, sample in enumerate(self) if "json" in sample and test(_fields(sample))]
+            condition = Expression(choice)
+            failures = [condition.failure(sample) for sample in self]
+            rows = [i for i, failure in enumerate(failures) if failure is None]
+            why = "" if rows else f": {condition.explain(self.__getitem__, failures)}"
         else:
             wanted = set(choice)
-            keys = [self.key(i) for i in range(len(self))]
+            keys, why = [self.key(i) for i in range(len(self))], ""
             rows = [i for i, key in enumerate(keys) if key in wanted]
             if unknown := sorted(wanted - set(keys)):
                 raise DataError(f"{option}: {len(unknown)} keys are in no shard, such as {unknown[0]!r}")
         if not rows:
-            raise DataError(f"{option} selects 0 of {len(self)} samples")
+            raise DataError(f"{option} selects 0 of {len(self)} samples{why}")
         return self.take(np.array(rows, dtype=np.int64))
 
     def split(self, share: float) -> tuple["ShardIndex", "ShardIndex"]:
@@ -278,18 +243,14 @@ class ShardIndex:
         Raises:
             DataError: If one of the sides would be empty.
         """
-        shards = [shard.with_hashes("piece") for shard in self.parts]  # reads images if `build` did not hash them
-        held = ShardIndex(shards, self.rows).hashes("piece") < np.uint64(min(int(share * 2**64), 2**64 - 1))
+        name = hash_name("piece", self.images)
+        shards = [shard.with_hashes(name) for shard in self.parts]  # reads images if `build` did not hash them
+        held = ShardIndex(shards, self.rows, self.images).hashes("piece") < np.uint64(
+            min(int(share * 2**64), 2**64 - 1)
+        )
         if not held.any() or held.all():
             raise DataError(f"val: {share} of {len(self)} samples leaves one side empty; give another share or shards")
         return self.take(np.flatnonzero(~held)), self.take(np.flatnonzero(held))
-
-
-def _fields(sample: Sample) -> Any:
-    try:
-        return sample.read_json()
-    except BadSample:
-        return None
 
 
 class _Build:
@@ -349,11 +310,17 @@ class _Build:
         if shard.facts["mtime"] != mtime:
             self.outdated.add(folder)
 
-    def scan(self, workers: int, track: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
-        """Scan the missing shards, hash those that lack wanted hashes, and write the index files."""
+    def scan(self, workers: int, track: Callable[[Iterable[Any]], Iterable[Any]], piece: str) -> None:
+        """Scan the missing shards, hash those that lack wanted hashes, and write the index files.
+
+        Args:
+            workers: see `ShardIndex.build`.
+            track: see `ShardIndex.build`.
+            piece: `hash_name` of the hash by which held-out samples are chosen; remote shards are always given it.
+        """
         ready = self.ready.values()
         unhashed = [shard for shard in ready if not set(self.hashes) <= shard.arrays.keys()] if self.hashes else []
-        scanner = _Scanner([*self.missing, *unhashed], self.hashes, self.cache)
+        scanner = _Scanner([*self.missing, *unhashed], self.hashes, self.cache, piece)
         saved = time.monotonic()
         try:
             workers = workers if len(scanner) > 3 else 0  # scanning a few shards takes less time than starting workers
@@ -458,8 +425,8 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 class _Scanner(Dataset[Any]):
     """Dataset of scanned shards, from paths and URLs to scan and shards to hash. Errors are returned, not raised."""
 
-    def __init__(self, items: list[Any], hashes: tuple[str, ...], cache: Cache) -> None:
-        self.items, self.hashes, self.cache = items, hashes, cache
+    def __init__(self, items: list[Any], hashes: tuple[str, ...], cache: Cache, piece: str) -> None:
+        self.items, self.hashes, self.cache, self.piece = items, hashes, cache, piece
 
     def __len__(self) -> int:
         return len(self.items)
@@ -482,4 +449,4 @@ class _Scanner(Dataset[Any]):
         shard = scan(url, self.cache, str(path))
         shard.facts |= {"etag": file.etag, "content": file.digest}
         # Hashed while the copy is in the cache: a run that splits off held-out pairs would have to fetch it again.
-        return shard.with_hashes("piece")
+        return shard.with_hashes(self.piece)

@@ -41,7 +41,8 @@ DTYPES = {
     "size": "<i8",  # (M,) bytes
     "key_end": "<u4",  # (S,) end of each sample's key in `keys`
     "keys": "|u1",  # (K,) all keys joined, UTF-8
-    # The hashes are optional; see `Shard.with_hashes`.
+    # The hashes are optional; see `Shard.with_hashes`. Those of images that are other members have a name with the
+    # members, such as "piece:input.jpg"; see `hash_name`.
     "piece": "<u8",  # (S,) of the image's size and up to 8 KiB from its middle: cheap, and equal for equal images
     "image": "<u8",  # (S,) of the whole image
     "text": "<u8",  # (S,) of the caption member: .txt, or .json if there is no .txt
@@ -103,7 +104,7 @@ class Shard:
                 and (not len(size) or found["extension"].max() < len(self.facts["extensions"]))
                 and (not len(size) or (offset.min() >= 0 and size.min() >= 0))
                 and (not len(size) or (offset + size).max() <= self.facts["size"])
-                and all(len(found[name]) == len(self) for name in HASHES if name in found)
+                and all(len(array) == len(self) for name, array in found.items() if _kind(name) in HASHES)
             )
             if not valid:
                 raise _damaged_error(self._arrays.path)
@@ -186,28 +187,39 @@ class Shard:
         return status
 
     def with_hashes(self, name: str) -> "Shard":
-        """Return this shard with one of the `HASHES` among its arrays, computed if it is missing."""
+        """Return this shard with a hash of a `hash_name` among its arrays, computed if it is missing."""
         if name in self.arrays:
             return self
-        hashes = np.array([self._hash(name, i) for i in range(len(self))], dtype=DTYPES[name])
+        hashes = np.array([self._hash(name, i) for i in range(len(self))], dtype=DTYPES[_kind(name)])
         return Shard(self.url, self.facts, {**self.arrays, name: hashes}, self.cache)
 
     def without_hashes(self) -> "Shard":
         """Return this shard without the hashes of its content."""
-        kept = {name: array for name, array in self.arrays.items() if name not in HASHES}
+        kept = {name: array for name, array in self.arrays.items() if _kind(name) not in HASHES}
         return Shard(self.url, self.facts, kept, self.cache)
 
     def _hash(self, name: str, i: int) -> int:
         found = self.members(i)
-        wanted = ("txt", "json") if name == "text" else IMAGE_EXTENSIONS
+        kind, _, images = name.partition(":")
+        wanted = ("txt", "json") if kind == "text" else images.split(";") if images else IMAGE_EXTENSIONS
         extension = next((extension for extension in wanted if extension in found), None)
         if extension is None:
             return 0
         offset, size = found[extension]
-        if name != "piece":
+        if kind != "piece":
             return content_hash(self.read(offset, size))
         piece = _piece(size)
         return content_hash(self.read(offset + piece.start, len(piece)), size)
+
+
+def hash_name(kind: str, images: Sequence[str]) -> str:
+    """Return the name of the array of one of the `HASHES`, where `images` are the members that may hold the image."""
+    return kind if kind == "text" or tuple(images) == IMAGE_EXTENSIONS else f"{kind}:{';'.join(images)}"
+
+
+def _kind(name: str) -> str:
+    """Return which of the `DTYPES` an array has."""
+    return name.partition(":")[0]
 
 
 def _piece(size: int) -> range:
@@ -354,10 +366,11 @@ class _MappedArrays:
             buffer = self._buffer = self._map()
             self._arrays = {}
             for name, (offset, count) in self.spans.items():
-                end = offset + count * np.dtype(DTYPES[name]).itemsize
+                dtype = np.dtype(DTYPES[_kind(name)])
+                end = offset + count * dtype.itemsize
                 if not 0 <= offset <= end <= len(buffer):
                     raise _damaged_error(self.path)
-                self._arrays[name] = buffer[offset:end].view(DTYPES[name])
+                self._arrays[name] = buffer[offset:end].view(dtype)
         return self._arrays
 
     def _map(self) -> np.ndarray:
@@ -429,7 +442,7 @@ def read_index(path: str | os.PathLike[str], folder: str, cache: Cache) -> dict[
         shards = {}
         for facts in json.loads(text)["shards"]:
             spans, check = facts.pop("arrays"), facts.pop("check")
-            if not DTYPES.keys() >= spans.keys() or os.path.basename(facts["name"]) != facts["name"]:
+            if not DTYPES.keys() >= set(map(_kind, spans)) or os.path.basename(facts["name"]) != facts["name"]:
                 raise _damaged_error(path)
             arrays = _MappedArrays(os.fspath(path), stamp, facts, spans, check)
             shards[facts["name"]] = Shard(os.path.join(folder, facts["name"]), facts, arrays, cache)

@@ -16,6 +16,7 @@ from dualenc.data.text.labels import Label, LabelReader
 from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.tokens import Tokens
+from dualenc.utils.decoding import text_problem
 from dualenc.utils.errors import BadSample, DataError
 
 Pairs = Literal["joined", "apart", "none"]
@@ -115,7 +116,7 @@ def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) ->
         fields: content of the line by column, where it has been read already.
 
     Raises:
-        BadSample: If a text is missing, empty, or not a string.
+        BadSample: If a text is missing, empty, not a string, not UTF-8, or has NULs.
     """
     fields = sample.read() if fields is None else fields
     found = []
@@ -123,12 +124,9 @@ def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) ->
         if name is None:
             continue
         text = field(sample, fields, name)
-        if not isinstance(text, str) or not text.strip():
-            raise BadSample(sample, f"its column {name!r} holds no text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair.
-            raise BadSample(sample, f"its column {name!r} holds text that is not Unicode", error.reason) from None
+        if problem := text_problem(text):
+            cause = "no text" if problem in ("empty", "not text") else f"a text {problem}"
+            raise BadSample(sample, f"its column {name!r} holds {cause}")
         found.append(text)
     return found
 
@@ -198,13 +196,20 @@ def _check_names(sample: Line, use: Use, fields: Mapping[str, Any]) -> None:
         )
 
 
-def all_texts(index: TextIndex, use: Use) -> Iterator[str]:
-    """Yield every text of the lines; lines without a readable text are passed over."""
+def all_texts(index: TextIndex, use: Use, bad: list[str] | None = None) -> Iterator[str]:
+    """Yield every text of the lines; lines without a readable text are left out.
+
+    Args:
+        index: the lines.
+        use: columns to read.
+        bad: a list that takes the reason for each line that is left out.
+    """
     for sample in index:
         try:
             yield from texts_of(sample, use)
-        except BadSample:
-            continue
+        except BadSample as error:
+            if bad is not None:
+                bad.append(str(error))
 
 
 class TextDataset(Dataset[Texts]):

@@ -2,7 +2,8 @@
 
 The files are plain text (`.txt`), tables whose first line names the columns (`.tsv`, `.csv`), or one JSON object on
 each line (`.jsonl`). In a `.tsv` a tab always ends a field, and quotes have no meaning. A `.csv` follows RFC 4180, so
-that a quoted field may hold line ends. All files are UTF-8; lines end with "\\n" or "\\r\\n". Empty lines are skipped.
+that a quoted field may hold line ends. All files are UTF-8, with or without a byte-order mark; lines end with "\\n" or
+"\\r\\n". Empty lines are skipped.
 """
 
 import csv
@@ -23,18 +24,19 @@ import numpy as np
 from dualenc.data.shards.patterns import TEXTS, Patterns, find_files, parts_of, require_all
 from dualenc.data.shards.shard import content_hash, open_cached
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.utils.decoding import TextError, decode_text, is_blank, mark_size
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import stand_in
 from dualenc.utils.urls import is_remote, shown
 
 KINDS = TEXTS.endings
 TEXT = "text"  # name of the only column of plain text
+_INVISIBLE_HEADS = (0x7F, 0xC2, 0xCD, 0xD8, 0xE1, 0xE2, 0xE3, 0xEF, 0xF0, 0xF3)  # see `dualenc.utils.decoding.is_blank`
 CHUNK = 1 << 24  # bytes to scan at a time
 AT_ONCE = 256  # lines to tokenize at a time when lines are cut
 LONGEST = 1 << 24  # largest line to read, in bytes
 # Beyond the default limit of 128 KiB the csv module would split a field into records.
 csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
-MARK = b"\xef\xbb\xbf"  # byte order mark, which some programs write at the beginning of UTF-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,17 +113,18 @@ class Line:
         """Return the fields of the line by column; plain text has one.
 
         Raises:
-            BadSample: If the line is not UTF-8, not a JSON object, wrongly quoted, has another number of fields than
-                the header, or is larger than `LONGEST`.
+            BadSample: If the line is not UTF-8, has NULs, is not a JSON object, is wrongly quoted, has another number
+                of fields than the header, or is larger than `LONGEST`.
             DataError: If the file has been changed or removed.
         """
         size = int(self.source.sizes[self.number])
         if size > LONGEST:
             raise BadSample(self, "it is too large", f"{size:,} bytes, at most {LONGEST:,}")
+        data = self.source.bytes(self.number)  # outside of the `try`, because its DataError is a ValueError, too
         try:
-            text = self.source.bytes(self.number).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadSample(self, "it is not UTF-8", str(error)) from None
+            text = decode_text(data, part=True)
+        except TextError as error:
+            raise BadSample(self, f"it {error.cause}", error.detail) from None
         kind, columns = self.source.kind, self.source.columns
         if kind == ".txt":
             return {TEXT: text}
@@ -279,6 +282,10 @@ def _scan(path: str) -> TextFile:
     if what := stand_in(whole[:1024].tobytes()):
         raise DataError(f"{path} is {what}")
     digest, starts, stops = _lines(whole)
+    try:
+        starts[0] = mark_size(whole[:64].tobytes())
+    except TextError as error:
+        raise DataError(f"{path} {error}") from None
     numbers = np.arange(1, len(starts) + 1)
     if kind == ".csv":
         starts, stops, numbers = _records(whole, starts, stops)
@@ -305,8 +312,6 @@ def _lines(whole: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
         ends.append(np.flatnonzero(whole[at : at + CHUNK] == 10) + at)  # 10 is "\n".
     stops = np.concatenate([*ends, [len(whole)]] if whole[-1] != 10 else ends)
     starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
-    if whole[:3].tobytes() == MARK:
-        starts[0] = 3
     return digest.hexdigest(), starts, stops
 
 
@@ -316,12 +321,20 @@ def _full(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray, kind: str) -
     if kind == ".csv":
         return full
     head = whole[np.minimum(starts, len(whole) - 1)]
-    # White space beyond ASCII begins with one of these bytes of UTF-8. A line of up to 64 bytes may consist of it.
-    maybe_blank = np.isin(head, (0xC2, 0xE1, 0xE2, 0xE3)) & (stops - starts <= 64)
+    # Invisible characters beyond ASCII begin with one of these bytes of UTF-8. A line of up to 64 bytes may consist of
+    # them.
+    maybe_blank = np.isin(head, _INVISIBLE_HEADS) & (stops - starts <= 64)
     for i in np.flatnonzero(full & ((head <= 32) | maybe_blank)).tolist():
         line = whole[starts[i] : stops[i]].tobytes()
-        full[i] = bool(line.strip(b" ") if kind == ".tsv" else line.decode("utf-8", "replace").strip())
+        full[i] = bool(line.strip(b" ")) if kind == ".tsv" else not _is_blank(line)
     return full
+
+
+def _is_blank(line: bytes) -> bool:
+    """Return whether a line is a text of which nothing is visible."""
+    with suppress(TextError):
+        return is_blank(decode_text(line, part=True))
+    return False
 
 
 def _columns(path: str, kind: str, first: bytes) -> tuple[str, ...]:
@@ -333,9 +346,9 @@ def _columns(path: str, kind: str, first: bytes) -> tuple[str, ...]:
     if kind == ".txt":
         return (TEXT,)
     try:
-        text = first.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: its first line is not UTF-8 ({error}): convert it") from None
+        text = decode_text(first, part=True)
+    except TextError as error:
+        raise DataError(f"{path}: its first line {error}: convert the file to UTF-8") from None
     if kind == ".jsonl":
         try:
             fields = json.loads(text)
@@ -412,13 +425,13 @@ def _cut(file: TextFile, tokenizer: Tokenizer) -> TextFile:
                 continue
             data = file.bytes(i)
             if len(data) > room or not data.isascii():
-                with suppress(UnicodeDecodeError):  # It becomes a bad sample when it is read.
-                    texts[i] = data.decode("utf-8")
+                with suppress(TextError):  # It becomes a bad sample when it is read.
+                    texts[i] = decode_text(data, part=True)
         for (i, text), cut_points in zip(texts.items(), tokenizer.cut(list(texts.values()))):
             if len(cut_points) > 1:
                 pieces = [text[a:b] for a, b in pairwise([0, *cut_points])]
                 bounds = pairwise(np.cumsum([0, *(len(piece.encode()) for piece in pieces)]).tolist())
-                cuts[i] = [bound for bound, piece in zip(bounds, pieces) if piece.strip()]
+                cuts[i] = [bound for bound, piece in zip(bounds, pieces) if not is_blank(piece)]
     if not cuts:
         return file
     counts = np.ones(len(file), dtype=np.int64)

@@ -13,6 +13,7 @@ from tokenizers import Encoding, Regex, decoders, models, normalizers, pre_token
 from tokenizers import Tokenizer as Backend
 
 from dualenc.tokens import Tokens
+from dualenc.utils.decoding import read_text
 from dualenc.utils.errors import DataError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -67,11 +68,12 @@ class Tokenizer:
             path = found[0]
         if not path.is_file():
             raise DataError(f"tokenizer {path} does not exist")
+        text = read_text(path)
         try:
             if path.suffix == ".txt":  # Only "\n" ends an entry, because U+2028 and its like are entries.
-                backend = _wordpiece(path.read_text("utf-8").removesuffix("\n").split("\n"))
+                backend = _wordpiece(text.removesuffix("\n").split("\n"))
             else:
-                backend = Backend.from_file(str(path))
+                backend = Backend.from_str(text)
             return cls(backend, context_length, pad_to, pad_id)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None

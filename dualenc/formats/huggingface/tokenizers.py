@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.models.text_encoder import TextConfig
+from dualenc.utils.decoding import read_text
 from dualenc.utils.errors import DataError, ModelError
 from dualenc.utils.files import read_json
 
@@ -101,7 +102,7 @@ def _content(token: Any) -> Any:
 
 def _read_backend(path: Path) -> Backend:
     try:
-        return Backend.from_file(str(path))
+        return Backend.from_str(read_text(path))
     except Exception as error:  # The library raises plain Exception.
         raise ModelError(f"{path} cannot be read by the tokenizers library ({error})") from None
 

@@ -41,6 +41,7 @@ from dualenc.formats.huggingface.tokenizers import (
     tokenizer_of,
 )
 from dualenc.models.text_encoder import TextConfig
+from dualenc.utils.decoding import decode_text
 from dualenc.utils.errors import ModelError
 
 Clean = Literal["lower", "whitespace", "canonicalize"]
@@ -82,7 +83,7 @@ def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     path = Path(spec.origin or "").parent / "bpe_simple_vocab_16e6.txt.gz" if spec else Path()
     if not path.is_file():
         raise ModelError("CLIP's vocabulary comes with open_clip, which is not installed: pip install open_clip_torch")
-    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    lines = decode_text(gzip.decompress(path.read_bytes())).split("\n")
     merges = [(left, right) for left, right in map(str.split, lines[1 : 49152 - 256 - 2 + 1])]
     letters = _byte_letters()
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]

@@ -331,7 +331,7 @@ def test_leakage(tmp_path: Path, seed: int, kind: str) -> None:
         other = Path(write_shards(tmp_path / "other", [12], seed)[0])
     else:
         other = write_benchmark(tmp_path / "set", seed, kind, counts=(5, 7))
-    index = doctor._open_against(other, "txt")[1]
+    index = doctor._open_against(other, "txt", None)[1]
     theirs = {sample.key: sample.read(str(sample.image)) for sample in index}
     taken = rng.choice(sorted(theirs), 4, replace=False).tolist()
     samples = [{"__key__": f"k{i}", "png": picture(rng), "txt": f"{i}".encode()} for i in range(10)]
@@ -429,10 +429,10 @@ def test_captions_that_cannot_be_tokenized(tmp_path: Path, seed: int) -> None:
     tokenizer.backend.post_processor = None
     samples = [
         {"__key__": f"{i}", "png": picture(rng), "json": f'{{"said": "{text}"}}'.encode()}
-        for i, text in enumerate(["a cat", "a \\ud83d cat", "\\u0001"])
+        for i, text in enumerate(["a cat", "a \\ud83d cat", "\\ufffd"])
     ]
     found = examine(write_tar(tmp_path / "a.tar", samples), "json.said", tokenizer=tokenizer, workers=0)
-    assert named(finding(found, "json.said is not valid Unicode")) == {"1"}
+    assert named(finding(found, "json.said holds a caption not UTF-8")) == {"1"}
     assert named(finding(found, "caption without any token")) == {"2"}
     assert [item.count for item in found.findings] == [1, 1]
 

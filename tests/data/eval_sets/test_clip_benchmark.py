@@ -142,10 +142,10 @@ LAYOUT = {
     "superscript": (lambda f: (f / "test/nshards.txt").write_text("²"), r"test/nshards\.txt: '²' is not a number"),
     "zero": (lambda f: (f / "test/nshards.txt").write_text("0"), r"test/nshards\.txt: '0' is not a number"),
     "negative": (lambda f: (f / "test/nshards.txt").write_text("-1"), r"test/nshards\.txt: '-1' is not a number"),
-    "bytes": (lambda f: (f / "test/nshards.txt").write_bytes(b"\xff"), r"test/nshards\.txt cannot be read"),
+    "bytes": (lambda f: (f / "test/nshards.txt").write_bytes(b"\xff"), r"test/nshards\.txt is not UTF-8"),
     "names": (lambda f: (f / "classnames.txt").unlink(), r"classnames\.txt is missing"),
     "no names": (lambda f: (f / "classnames.txt").write_text("\n \n"), r"classnames\.txt is empty"),
-    "names' bytes": (lambda f: (f / "classnames.txt").write_bytes(b"\xff"), r"classnames\.txt cannot be read"),
+    "names' bytes": (lambda f: (f / "classnames.txt").write_bytes(b"\xff"), r"classnames\.txt is not UTF-8"),
     "a blank name": (lambda f: (f / "classnames.txt").write_text("a\n\nb\nc\nd\ne\nf"), r"classnames\.txt"),
     "templates": (lambda f: (f / "zeroshot_classification_templates.txt").unlink(), r"templates\.txt is missing"),
     "{c}": (
@@ -324,7 +324,8 @@ def test_a_class_out_of_range(folder, label):
     replace_sample(folder, cls=label)
     data = BenchmarkSet.open(folder)
     what, name = problem(data)
-    assert what == ("class out of range" if label in (b"6", b"-1") else ".cls is not a class number")
+    other = ".cls is not UTF-8" if label == b"\xff" else ".cls is not a class number"
+    assert what == ("class out of range" if label in (b"6", b"-1") else other)
     assert name.startswith(f"{folder}/test/1.tar sample 'x/odd one': {what} (")
     assert len(name) < len(str(folder)) + 150
     assert ("not one of 0 to 5" in name) == (label in (b"6", b"-1"))

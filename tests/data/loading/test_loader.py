@@ -285,17 +285,20 @@ def test_captions_from_txt_and_one_string_of_json(tmp_path, seed):
 @pytest.mark.parametrize(
     ("members", "source", "cause"),
     [
-        ({"txt": b"\xff\xfe"}, "txt", "not UTF-8"),
+        ({"txt": b"\xff"}, "txt", "txt is not UTF-8"),
+        ({"txt": b"a \0 cat"}, "txt", "txt has NUL"),
+        ({"txt": b"\xff\xfea"}, "txt", "txt is not UTF-16"),
         ({"txt": b" \n"}, "txt", "no caption"),
         ({"json": b"{"}, "json.a", ".json cannot be read"),
-        ({"json": b"\xff"}, "json.a", ".json cannot be read"),
+        ({"json": b"\xff"}, "json.a", ".json is not UTF-8"),
         ({"json": b"1" * 5000}, "json.a", ".json cannot be read"),  # more digits than Python's int accepts
         ({"json": b"[" * 200_000}, "json.a", ".json cannot be read"),  # nested too deep
         ({"json": b"[]"}, "json.a", "no field 'a'"),
         ({"json": b'{"b": 1}'}, "json.a", "no field 'a'"),
         ({"json": b'{"a": []}'}, "json.a", "no caption"),
-        ({"json": b'{"a": ["x", ""]}'}, "json.a", "no caption"),
-        ({"json": b'{"a": ["x", 3]}'}, "json.a", "no caption"),
+        ({"json": b'{"a": ["", null]}'}, "json.a", "no caption"),
+        ({"json": b'{"a": ["x", 3]}'}, "json.a", "a caption not text"),
+        ({"json": b'{"a": ["x", "a\\u0000"]}'}, "json.a", "a caption with NUL"),
         ({"json": b'{"a": null}'}, "json.a", "no caption"),
         ({"cls": b"1"}, "txt", "no .txt"),
     ],
@@ -324,7 +327,7 @@ def test_a_bad_sample_is_replaced_by_the_next_one_and_named(tmp_path, seed, work
     assert bad.keys() == {"k2", "k5"}
     assert bad["k2"].cause == ".png cannot be decoded"
     assert "truncated" in bad["k2"].detail
-    assert bad["k5"].cause == "txt holds no caption, or an empty one"
+    assert bad["k5"].cause == "txt holds no caption, or only empty ones"
     assert bad["k2"].shard == index.shards[0]
     assert len(loader.bad_sample_log) == 2
 

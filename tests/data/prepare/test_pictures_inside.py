@@ -369,7 +369,7 @@ def test_shards_without_captions_are_refused(tmp_path, seed):
     apart(tmp_path / "a", tmp_path / "b", pairs(np.random.default_rng(seed), 4))
     with pytest.raises(DataError, match="no captions, neither"):
         make_shards(tmp_path / "a", tmp_path / "out", workers=0)
-    with pytest.raises(DataError, match="no images among 4 samples: name the shards of images"):
+    with pytest.raises(DataError, match=r"no images among 4 samples.*: name the shards of images"):
         make_shards(tmp_path / "b", tmp_path / "out", workers=0)
-    with pytest.raises(DataError, match="options for tables only"):
+    with pytest.raises(DataError, match="images is an option for tables only"):
         make_shards(tmp_path / "a", tmp_path / "out", images=tmp_path, workers=0)

@@ -272,8 +272,10 @@ def test_invalid_number_is_a_bad_sample(tmp_path, value):
         ({"t": "", "u": "x"}, "its column 't' holds no text"),
         ({"t": "x", "u": " "}, "its column 'u' holds no text"),
         ({"t": 3, "u": "x"}, "its column 't' holds no text"),
+        ({"t": "x", "u": "\ufeff\u200b"}, "its column 'u' holds no text"),
+        ({"t": "a\0", "u": "x"}, "its column 't' holds a text with NUL characters"),
         ({"t": "x"}, "it has no field 'u'"),
-        ({"t": "\ud800", "u": "x"}, "its column 't' holds text that is not Unicode"),
+        ({"t": "\ud800", "u": "x"}, "its column 't' holds a text not UTF-8"),
     ],
 )
 def test_lines_without_text_are_bad_samples(tmp_path, line, cause):

@@ -160,7 +160,10 @@ def test_too_large_line_is_a_bad_sample(tmp_path, monkeypatch):
         ("a.jsonl", b'{"x": 1}\n', ["text"], "has no column 'text', only 'x'"),
         ("a.jsonl", b"[]\n", [], "every line must be a JSON object"),
         ("a.txt", b"a\n", ["label"], "has no column 'label', only 'text'"),
-        ("a.tsv", "a\tb\n".encode("utf-16"), [], "first line is not UTF-8"),
+        ("a.tsv", "a\tb\n".encode("utf-16"), [], r"a\.tsv is UTF-16"),
+        ("a.txt", "a b\n".encode("utf-16"), [], r"a\.txt is UTF-16"),
+        ("a.csv", b"a\0,b\n1,2\n", [], "first line has NUL"),
+        ("a.txt", "\ufeff\n\u200b\n".encode(), [], "only empty lines"),
         ("a.json", b"{}", [], r"must be one of \.txt, \.tsv, \.csv, \.jsonl"),
     ],
 )
