@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -24,12 +24,13 @@ from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dualenc.utils.errors import DataError
-from dualenc.utils.limits import file_limit, hits_file_limit
+from dualenc.utils.limits import file_limit, hits_file_limit, require_spare_files
 from dualenc.utils.text import plural
 
 POLL_SECONDS = 1.0  # between checks of the workers during the wait for a batch
 GRACE_SECONDS = 3.0  # in which workers may end by themselves before they are killed
 PREFETCH = 4  # batches that each worker makes ahead
+SPARE_FILES = 8  # that a worker must be able to open after it has made a batch
 SHARED_MEMORY = "/dev/shm"  # file system through which Linux shares the memory of tensors
 # A terminal or SLURM sends these to all processes of a run, but only the trainer should act on them.
 TRAINER_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
@@ -272,6 +273,8 @@ class _Shared:
     def __init__(self, batch: Any) -> None:
         with _naming_limits():
             self.content = bytes(ForkingPickler.dumps(batch))
+            # A thread of multiprocessing opens files to pass the memory on, and would print its errors for ever.
+            require_spare_files(SPARE_FILES)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ForkingPickler.loads, (self.content,)
@@ -286,16 +289,32 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
         worker.join(1)
 
 
+def _forget_worker_pids(iterator: _MultiProcessingDataLoaderIter) -> None:
+    """Keep torch from raising the death of a worker in the handler of SIGCHLD."""
+    signal_handling._remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
+
+
+def _abandon(iterator: _MultiProcessingDataLoaderIter) -> None:
+    """Kill the workers of an iterator of which only a part exists, and keep torch from ending it in its own way."""
+    iterator._shutdown = True
+    with suppress(ValueError):  # from torch if it has not registered them yet
+        _forget_worker_pids(iterator)
+    _kill(getattr(iterator, "_workers", []))
+
+
 class _Iterator(_MultiProcessingDataLoaderIter):
     """Torch's iterator, with other errors when no batch arrives."""
 
     def __init__(self, loader: WorkerLoader) -> None:
         self._locate_row, self._records, self._longest_wait = loader.locate, loader.records.numpy(), loader.longest_wait
         self._waits_since: float | None = None
-        super().__init__(loader)
-        # Torch raises in the handler of SIGCHLD as long as these process ids are registered.
-        signal_handling._remove_worker_pids(id(self))
-        self._worker_pids_set = False
+        try:
+            super().__init__(loader)
+        except BaseException:
+            _abandon(self)
+            raise
+        _forget_worker_pids(self)
         # When Python exits, torch would send SIGTERM, which the workers ignore, and would wait for them. A finalizer
         # runs before that. It also runs when this object is garbage collected, where torch would wait as well.
         Finalize(self, _kill, [self._workers], exitpriority=0)

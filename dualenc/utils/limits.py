@@ -14,11 +14,22 @@ def hits_file_limit(error: object) -> bool:
 
 def file_limit() -> str:
     """Return the limit on open files and the way to raise it, for messages."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = max(4096, 4 * soft)
-    way_out = (
-        f"raise it with `ulimit -n {enough}`"
-        if enough <= hard or hard == resource.RLIM_INFINITY
-        else (f"raise it with `ulimit -n {hard}`" if soft < hard else "let the administrator raise it")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+        f"the limit is {limit:,} files (ulimit -n): raise it with `ulimit -n {max(4096, 4 * limit)}`, in a container "
+        "with `docker run --ulimit nofile=...`, or use fewer workers"
     )
-    return f"the limit of open files is {soft:,} (ulimit -n): {way_out}, or use fewer workers"
+
+
+def require_spare_files(number: int) -> None:
+    """Raise if this process could not open `number` more files.
+
+    Raises:
+        OSError: With the error number EMFILE.
+    """
+    try:
+        opened = len(os.listdir("/proc/self/fd"))
+    except FileNotFoundError:  # not Linux
+        return
+    if opened + number > resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
