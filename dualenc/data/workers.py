@@ -231,8 +231,7 @@ class WorkerLoader(DataLoader[Any]):
 
     def close(self) -> None:
         """End the workers, even those that hang; the next epoch starts new ones."""
-        iterator: Any = self._iterator
-        self._iterator = None
+        iterator = _take_iterator(self)
         if iterator is None:
             return
         killer = threading.Timer(GRACE_SECONDS, _kill, [iterator._workers])
@@ -287,6 +286,12 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
             worker.kill()
     for worker in workers:
         worker.join(1)
+
+
+def _take_iterator(loader: DataLoader[Any]) -> Any:
+    """Return the running iterator of a loader, which forgets it and starts another one next time; None without one."""
+    iterator, loader._iterator = loader._iterator, None
+    return iterator
 
 
 def _forget_worker_pids(iterator: _MultiProcessingDataLoaderIter) -> None:

@@ -208,8 +208,8 @@ class PairData(TokenData):
         super().__init__(text, tokenizer)
         if batch_size < 2:
             raise DataError(
-                f"data.batch_size {batch_size} must be at least 2: a contrastive loss compares the pairs of a batch, and "
-                "that of one pair teaches nothing"
+                f"data.batch_size {batch_size} must be at least 2: a contrastive loss compares pairs, and the loss of "
+                "one pair teaches nothing"
             )
         if not 0 <= bad_samples <= 1 or cache_gb <= 0:
             raise DataError(
