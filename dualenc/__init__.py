@@ -8,8 +8,6 @@ from dualenc.utils.lazy import lazy_names
 
 TYPE_CHECKING = False  # type checkers take it as true; the module `typing` takes a while to load
 if TYPE_CHECKING:
-    from typing import Any
-
     from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
     from dualenc.data.images import Preprocess
     from dualenc.data.loading.epoch_plan import EpochPlan
@@ -80,7 +78,7 @@ _named, __dir__ = lazy_names(
 )
 
 
-def __getattr__(name: str) -> "Any":
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 

@@ -86,7 +86,7 @@ def prefetch_that_fits(batch_bytes: int, workers: int, prefetch: int, held: int,
 
 
 def _free_shared_memory() -> float:
-    """Return the free bytes of shared memory; infinity where it is no file system."""
+    """Return the free bytes of shared memory; infinity where it does not exist."""
     try:
         status = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -303,7 +303,7 @@ def _forget_worker_pids(iterator: _MultiProcessingDataLoaderIter) -> None:
 def _abandon(iterator: _MultiProcessingDataLoaderIter) -> None:
     """Kill the workers of an iterator of which only a part exists, and keep torch from ending it in its own way."""
     iterator._shutdown = True
-    with suppress(ValueError):  # from torch if it has not registered them yet
+    with suppress(ValueError):  # torch may not have registered them yet
         _forget_worker_pids(iterator)
     _kill(getattr(iterator, "_workers", []))
 

@@ -88,7 +88,7 @@ def test_interrupt_while_python_ends(tmp_path):
 
 
 def test_ignored_interrupt_stays_ignored(tmp_path):
-    """`nohup` and the background jobs of a shell start a program with SIGINT ignored."""
+    """Start a program as `nohup` and the background jobs of a shell do, with SIGINT ignored."""
     (tmp_path / "jsonargparse.py").write_text(f"{READY}sys.stdin.readline()\nraise SystemExit(7)")
     process = start(
         ["-m", "dualenc", "zeroshot", "--help"],

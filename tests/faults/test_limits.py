@@ -227,7 +227,7 @@ def test_really_small_and_full_memory(index, tmp_path):
 @pytest.mark.parametrize("spare", [0, 6, 14, 22])
 @pytest.mark.parametrize("path", ["fit", "evaluate"])
 def test_low_limit_of_open_files_is_named(index, tmp_path, seed, spare, path):
-    """A loader works or names the limit, wherever it is met."""
+    """Check that a loader works or names the limit, wherever it meets it."""
     mine, other = FORK.Pipe()
 
     def read():
