@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import pickle
 import random
 import signal
 import sys
@@ -14,6 +15,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
+from types import TracebackType
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -199,7 +201,7 @@ class WorkerLoader(DataLoader[Any]):
                 file=sys.stderr,
             )
         self.longest_wait = timeout  # torch's own `timeout` would end the wait without a look at the workers
-        self.locate = getattr(dataset, "locate", None)
+        self.locate: Any = getattr(dataset, "locate", None)  # None for a dataset that is not watched
         with _naming_limits():
             # (W, 2), the `CurrentSample.record` of each worker
             records = torch.tensor([[-1, torch.inf]] * workers, dtype=torch.float64)
@@ -254,12 +256,22 @@ def _identity(item: Any) -> Any:  # not a lambda: processes that are spawned hav
 def _start_worker(records: Tensor | None, then: Callable[[int], None] | None, worker: int) -> None:
     for number in TRAINER_SIGNALS:  # SIGTERM too: `close` and a finalizer kill these workers
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _handle_thread_error
     info = get_worker_info()
     assert info is not None
     if records is not None:
         cast(WatchedDataset, info.dataset).current_sample.record = records[worker].numpy()
     if then is not None:
         then(worker)
+
+
+def _handle_thread_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Handle an error of the thread in which multiprocessing passes memory on; nothing else in a worker calls this.
+
+    The main process may be gone. If the thread cannot open a file, the main process would wait for ever.
+    """
+    if hits_file_limit(error):
+        os._exit(errno.EMFILE)
 
 
 class _Shared:
@@ -272,11 +284,11 @@ class _Shared:
     def __init__(self, batch: Any) -> None:
         with _naming_limits():
             self.content = bytes(ForkingPickler.dumps(batch))
-            # A thread of multiprocessing opens files to pass the memory on, and would print its errors for ever.
+            # A thread of multiprocessing opens files to pass the memory on.
             require_spare_files(SPARE_FILES)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForkingPickler.loads, (self.content,)
+        return pickle.loads, (self.content,)
 
 
 def _kill(workers: Sequence[BaseProcess]) -> None:
@@ -324,7 +336,7 @@ class _Iterator(_MultiProcessingDataLoaderIter):
         # runs before that. It also runs when this object is garbage collected, where torch would wait as well.
         Finalize(self, _kill, [self._workers], exitpriority=0)
 
-    def _try_get_data(self, timeout: float = POLL_SECONDS) -> tuple[bool, Any]:
+    def _try_get_data(self, timeout: float = POLL_SECONDS) -> Any:
         self._waits_since = self._waits_since or time.monotonic()
         try:
             with _naming_limits():
@@ -351,6 +363,7 @@ class _Iterator(_MultiProcessingDataLoaderIter):
             sample = f" at {self._locate_row(int(row))[1]}" if since < torch.inf else ""
             use_less = "use fewer workers or smaller batches"
             way_out = {
+                errno.EMFILE: f"too many open files; {file_limit()}",
                 -signal.SIGKILL: f"the kernel's out-of-memory killer is likely; {use_less}",
                 -signal.SIGBUS: f"/dev/shm is likely full; {use_less}, or give the container more of it (--shm-size)",
             }.get(

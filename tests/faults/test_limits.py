@@ -153,7 +153,7 @@ def test_memory_that_others_fill_is_named(index, tmp_path, seed, monkeypatch, pa
     def full(batch):
         raise RuntimeError(f"unable to allocate shared memory(shm) for file </torch_1>: {os.strerror(28)} (28)")
 
-    monkeypatch.setattr(workers_module, "ForkingPickler", types.SimpleNamespace(dumps=full, loads=None))
+    monkeypatch.setattr(workers_module, "ForkingPickler", types.SimpleNamespace(dumps=full))
     line = failures({path: paths(index, tmp_path, seed)[path]})[path]
     assert line.startswith("/dev/shm is full")
     assert "--shm-size" in line
@@ -163,7 +163,7 @@ def test_full_disk_is_not_called_full_memory(index, seed, monkeypatch):
     def full(batch):
         raise OSError(28, os.strerror(28), "/tmp/pymp-1")
 
-    monkeypatch.setattr(workers_module, "ForkingPickler", types.SimpleNamespace(dumps=full, loads=None))
+    monkeypatch.setattr(workers_module, "ForkingPickler", types.SimpleNamespace(dumps=full))
     with pytest.raises(OSError, match="/tmp/pymp-1"):
         list(loader(index, seed, workers=1))
 

@@ -107,7 +107,7 @@ class Loader:
         prefetch_that_fits(prefetch=PREFETCH, **self._memory)  # raises now and not when training has started
         self._loader: WorkerLoader | None = None  # kept from epoch to epoch because its workers live on
 
-    def _memory_needs(self) -> dict[str, int]:
+    def _memory_needs(self) -> dict[str, Any]:
         """Return the arguments of `prefetch_that_fits`."""
         of_rank = -(-self.batch_size // self.world)
         size = min(self.micro_batch_size or of_rank, of_rank)
