@@ -217,8 +217,12 @@ def test_really_small_and_full_memory(index, tmp_path):
     # Semaphores fit until the memory is filled, and so do some of the tensors, which take a page each.
     run = in_small_memory("64k", sys.executable, "-c", PROGRAM, str(tmp_path))
     assert run.returncode == 0, run.stderr
-    for lines in json.loads(run.stdout.splitlines()[-1]):
-        assert all(line.startswith("/dev/shm ") for line in lines.values()), lines
+    checked, unchecked, filled = json.loads(run.stdout.splitlines()[-1])
+    for lines in (checked, unchecked, filled):
+        assert all(line.startswith("/dev/shm ") for line in lines.values() if line), lines
+        assert lines["fit"], lines  # its batches have many tensors, and all are kept
+        assert lines["validate"], lines
+    assert all(filled.values()), filled
 
 
 # Open files
