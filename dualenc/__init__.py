@@ -4,10 +4,9 @@ These names need plain torch only; the Lightning modules are in `dualenc.trainin
 so that `import dualenc` is fast.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from dualenc.utils.lazy import lazy_names
 
+TYPE_CHECKING = False  # type checkers take it as true; the module `typing` takes a while to load
 if TYPE_CHECKING:
     from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
     from dualenc.data.images import Preprocess
@@ -79,7 +78,7 @@ _named, __dir__ = lazy_names(
 )
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,5 +1,68 @@
-"""The command line: `main` runs a command, `parser.py` lists the commands."""
+"""The command line: `main` runs a command, `parser.py` lists the commands.
 
-from dualenc.cli.parser import main
+This module loads little, so that Ctrl-C ends a command in one line while the libraries are still being loaded.
+"""
 
-__all__ = ["main"]
+import os
+import signal
+import sys
+from contextlib import suppress
+
+TYPE_CHECKING = False  # type checkers take it as true
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+INTERRUPTED = 130  # exit status of a command that Ctrl-C ends, as shells report it
+
+
+def main(arguments: "Sequence[str] | None" = None) -> None:
+    """Run a command; if it fails or is interrupted, exit with its status.
+
+    Args:
+        arguments: the command and its options; absent, those of the program.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    # Another handler is somebody's choice: `nohup` and background jobs of a shell ignore the signal.
+    handles = before is signal.default_int_handler
+    try:
+        if handles:
+            try:
+                signal.signal(signal.SIGINT, _interrupt)
+            except ValueError:  # Python allows handlers in the main thread only
+                handles = False
+        from dualenc.cli.parser import run
+
+        run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        _end()
+    except SystemExit as stop:
+        # Lightning turns an interrupt before the first step into a failure.
+        if stop.code == 1 and isinstance(stop.__context__, KeyboardInterrupt):
+            _end()
+        raise
+    finally:
+        if handles:
+            # A program that is ending dies at once, without a message from whatever Python is cleaning up.
+            signal.signal(signal.SIGINT, signal.SIG_DFL if arguments is None else before)
+
+
+def _end() -> None:
+    """Exit with the message and the status of an interrupted command."""
+    print("dualenc: error: interrupted", file=sys.stderr)
+    raise SystemExit(INTERRUPTED) from None
+
+
+def _interrupt(number: int, frame: "FrameType | None") -> None:
+    """Raise KeyboardInterrupt, or end the process at once if Ctrl-C comes while a module is being imported.
+
+    An import has nothing to clean up, and may lose the exception, print it, or raise another one in its place.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            with suppress(Exception):  # the signal may have interrupted a write to the same buffer
+                sys.stdout.flush()
+            os.write(2, b"dualenc: error: interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt

@@ -2,19 +2,21 @@
 
 LightningCLI parses `fit`, `validate`, `test` and `predict`. Every other command is a plain function in a module of this
 package, and jsonargparse parses its signature. A user's mistake is one line on standard error, never a traceback. The
-exit status is 2 for wrong use, 1 for failed work, and 75 for a run that a signal stopped and that can be resumed.
+exit status is 2 for wrong use, 1 for failed work, 75 for a run that a signal stopped and that can be resumed, and 130
+for a command that Ctrl-C ended.
 """
 
 import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from dualenc.cli import data, demo, evaluate, models
 from dualenc.cli.common import UsageError, WorkError
 from dualenc.utils.errors import DataError, ModelError
+from dualenc.utils.limits import file_limit, hits_file_limit
 from dualenc.utils.text import one_line
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -44,16 +46,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; if it fails, exit with its status."""
+def run(arguments: list[str]) -> None:
+    """Run a command; if it fails, print one line and exit with its status."""
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        _run(arguments)
     except (UsageError, DataError, ModelError) as error:
         _fail(error, 2)
     except WorkError as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except Exception as error:
+        if not hits_file_limit(error):  # any library may meet the limit anywhere
+            raise
+        _fail(error, 1)
 
 
 def _run(arguments: list[str]) -> None:
@@ -126,5 +130,7 @@ def _fail(error: object, status: int) -> NoReturn:
     # jsonargparse lists an error for each type that a value may have, and repeats the value: keep the first error only.
     text = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: - ", "", text)
     text = re.sub(r" - Expected a <class 'NoneType'> Given value type: .*", "", text)
+    if hits_file_limit(text) and "ulimit" not in text:
+        text = f"{text}; {file_limit()}"
     print(f"dualenc: error: {text}", file=sys.stderr)
     raise SystemExit(status)

@@ -21,6 +21,7 @@ from dualenc.data.shards.select import describe_fields, find_field
 from dualenc.data.shards.shard import content_hash, partial_hash
 from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.data.workers import tensor_bytes
 from dualenc.tokens import Tokens
 from dualenc.utils.decoding import text_problem, trimmed
 from dualenc.utils.errors import BadSample, DataError
@@ -254,6 +255,10 @@ class PairDataset(Dataset[Pairs]):
             with _as_bad_sample(sample, extension):
                 image, image_hash = decode_image(data), partial_hash(data)
         return image, captions_of(sample, self.captions), image_hash
+
+    def sample_bytes(self) -> int:
+        """See `BatchDataset.sample_bytes`."""
+        return 0 if self.features else tensor_bytes(self.transform)
 
     def facts(self) -> dict[str, Any]:
         """See `BatchDataset.facts`."""

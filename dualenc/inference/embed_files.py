@@ -39,7 +39,7 @@ from dualenc.data.shards.sample import image_argument
 from dualenc.data.shards.shard import Shard
 from dualenc.data.text.dataset import Use, texts_of
 from dualenc.data.text.files import TextFile, TextIndex
-from dualenc.data.workers import CurrentSample, TimeoutDataLoader
+from dualenc.data.workers import CurrentSample, WorkerLoader, tensor_bytes
 from dualenc.inference.text_model import TextPredictor
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, write_json, write_text
@@ -303,8 +303,8 @@ class _Reader(Dataset["_Read"]):
         """Give an iterator over the batches of shards, shard by shard."""
         requests = [request for number in numbers for request in self.requests(number)]
         workers = workers if requests else 0
-        options = {"prefetch_factor": 4} if workers else {}
-        loader = TimeoutDataLoader(self, workers=workers, timeout=TIMEOUT, sampler=requests, **options)
+        size = self.batch_size * tensor_bytes(self.transform) if workers else 0
+        loader = WorkerLoader(self, workers=workers, timeout=TIMEOUT, sampler=requests, batch_bytes=size)
         try:
             batches = iter(track(loader, total=len(requests)))
             yield batches

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dualenc.models.tower import Tower
 
@@ -171,12 +171,14 @@ class WarmupCosine(LambdaLR):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` has returned; peaks, `warmup` and `final` stay those of this object."""
-        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
-        self.total_steps = state_dict.get("total_steps", self.total_steps)  # older versions did not save it
+        # Older versions did not save the number of steps.
+        kept = {name: state_dict[name] for name in ("last_epoch", "_step_count", "total_steps") if name in state_dict}
+        LRScheduler.load_state_dict(self, kept)
         self._set_rates()
 
     def _set_rates(self) -> None:
-        self._last_lr = [peak * self.factor(self.last_epoch) for peak in self.base_lrs]
+        rates = [peak * self.factor(self.last_epoch) for peak in self.base_lrs]
+        LRScheduler.load_state_dict(self, {"_last_lr": rates})
         for group, peak, rate in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
             group["initial_lr"] = peak
             if isinstance(group["lr"], Tensor):

@@ -215,6 +215,11 @@ class PairData(TokenData):
         seed: int = 0,
     ) -> None:
         super().__init__(text, tokenizer)
+        if batch_size < 2:
+            raise DataError(
+                f"data.batch_size {batch_size} must be at least 2: a contrastive loss compares pairs, and the loss of "
+                "one pair teaches nothing"
+            )
         if not 0 <= bad_samples <= 1 or cache_gb <= 0:
             raise DataError(
                 f"data.bad_samples {bad_samples} must lie between 0 and 1, data.cache_gb {cache_gb} above 0"

@@ -97,6 +97,11 @@ class TextData(TokenData):
         self.heads = {name: make_head(head) for name, head in heads.items()}
         if len(masking := [name for name, head in self.heads.items() if head.masking is not None]) > 1:
             raise DataError(f"heads {' and '.join(masking)} read masked tokens: keep one of them")
+        if batch_size < 2 and (comparing := [name for name, head in self.heads.items() if head.compares_ranks]):
+            raise DataError(
+                f"data.batch_size {batch_size} must be at least 2: model.heads.{comparing[0]} compares the pairs of a "
+                "batch, and one pair teaches it nothing"
+            )
         self.batch_size, self.seed = batch_size, seed
         self.mix: Mix = mix
         self.mask, self.whole_words = mask, whole_words

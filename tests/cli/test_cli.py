@@ -10,7 +10,10 @@ from fits import CONFIGS, SMALL, SMOKE, fails, fit
 from helpers import encode, pixels, tiny_embedder, write_benchmark, write_choices, write_shards, write_tar
 from servers import WebServer
 
+from dualenc import DataError, ShardIndex, TextConfig
 from dualenc.cli import main
+from dualenc.models import HeadConfig
+from dualenc.training import TextData
 
 
 @pytest.fixture
@@ -128,6 +131,37 @@ def test_batch_larger_than_the_data_is_refused(shards: Path, capsys: pytest.Capt
     line = fails(capsys, fit(shards, "--data.batch_size", "1000"))
     assert "1000" in line
     assert "larger than the data" in line
+
+
+@pytest.mark.parametrize("size", ["1", "0", "-4"])
+def test_batch_without_two_pairs_is_refused(shards: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+    line = fails(capsys, fit(shards, "--data.batch_size", size))
+    assert f"data.batch_size {size}" in line
+
+
+def test_contrastive_head_needs_two_pairs() -> None:
+    def data(problem: str) -> None:
+        heads = {"same": HeadConfig("embedding", problem=problem)}
+        source = {"files": "no.jsonl", "pair": "other", **({"label": "score"} if problem == "cosine" else {})}
+        TextData({"same": source}, TextConfig(100), heads, batch_size=1)
+
+    data("cosine")
+    with pytest.raises(DataError, match=r"data\.batch_size 1 .*model\.heads\.same"):
+        data("negatives")
+
+
+@pytest.mark.parametrize("root", ["file", "file/run", "/proc/run"])
+def test_run_folder_that_cannot_be_made_is_named_before_the_data_are_read(
+    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    def build(*args: object, **options: object) -> None:
+        raise AssertionError("the shards are read")
+
+    monkeypatch.setattr(ShardIndex, "build", build)
+    (shards / "file").touch()
+    line = fails(capsys, fit(shards, "--trainer.default_root_dir", str(shards / root)))
+    assert "trainer.default_root_dir" in line
+    assert str(shards / root) in line
 
 
 def test_gradient_accumulation_is_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

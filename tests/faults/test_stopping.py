@@ -101,9 +101,11 @@ def test_signals_to_all_ranks_at_once(uninterrupted, tmp_path):
 
 
 def test_signal_before_training_starts(uninterrupted, tmp_path):
-    """Ctrl-C ends the program, which has written nothing."""
+    """Ctrl-C ends the program, which has written nothing, with the status of an interrupted command."""
     (process,) = begin([*uninterrupted[1], *callbacks(("KillAtSetup", {}))], tmp_path)
-    assert process.wait() != 0
+    assert process.wait() == 130
+    assert process.text().endswith("dualenc: error: interrupted\n")
+    assert "Traceback" not in process.text()
     assert not (tmp_path / "run" / "run.json").exists()
 
 

@@ -131,8 +131,8 @@ def test_slow_storage_is_told_from_a_hanging_sample(index, seed, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (signal.SIGKILL, "out-of-memory killer is likely; lower data.workers or data.batch_size"),
-        (signal.SIGBUS, "/dev/shm is likely full; lower data.workers or data.batch_size, or give"),
+        (signal.SIGKILL, "out-of-memory killer is likely; use fewer workers or smaller batches"),
+        (signal.SIGBUS, "/dev/shm is likely full; use fewer workers or smaller batches, or give"),
         (signal.SIGSEGV, ": "),  # the message may name a sample
     ],
 )

@@ -40,7 +40,7 @@ from dualenc.data.eval_sets.folders import class_folders, is_described, read_cla
 from dualenc.data.images import thumbnail
 from dualenc.data.pairs import decode_sample
 from dualenc.data.shards.index import Sample, ShardIndex
-from dualenc.data.workers import item_loader
+from dualenc.data.workers import item_loader, tensor_bytes
 from dualenc.utils.decoding import is_blank, trimmed
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.urls import is_remote, join, shown
@@ -192,7 +192,8 @@ class BenchmarkSet(Content):
         """
         numbers = list(map(int, range(len(self)) if rows is None else rows))
         batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-        return cast(Batches, item_loader(_Images(self.source, transform), batches, workers))
+        size = batch_size * tensor_bytes(transform) if workers else 0
+        return cast(Batches, item_loader(_Images(self.source, transform), batches, workers, batch_bytes=size))
 
     def thumbnail(self, i: int) -> bytes:
         """Encode image i for a page; see `dualenc.data.images.thumbnail`."""

@@ -1,5 +1,6 @@
 """The loader of training and validation batches, of pairs and of texts: in the order of a plan, resumable anywhere."""
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -9,7 +10,7 @@ import numpy as np
 from dualenc.data.loading.bad_samples import BadSampleLog
 from dualenc.data.loading.epoch_plan import EpochPlan, RoundRobinPlan
 from dualenc.data.loading.prefetch import Prefetch
-from dualenc.data.workers import TimeoutDataLoader, WatchedDataset
+from dualenc.data.workers import PREFETCH, WatchedDataset, WorkerLoader, prefetch_that_fits
 from dualenc.utils.errors import DataError
 
 Request = tuple[int, int, np.ndarray]  # epoch, position in the epoch of the first sample, (B,) sample numbers
@@ -23,6 +24,10 @@ class BatchDataset(WatchedDataset, Protocol):
 
     def __getitem__(self, request: Request) -> Any:
         """Return the batch of the requested samples; its `bad` lists the bad samples that were replaced."""
+        ...
+
+    def sample_bytes(self) -> int:
+        """Return the size of a sample's image in a batch; texts and features are small."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -60,7 +65,8 @@ class Loader:
 
     Raises:
         DataError: If the batch is larger than the data or not a multiple of `world`, there are fewer unshuffled samples
-            than ranks, or `timeout` is not positive. From the iteration, if a worker hangs or was killed.
+            than ranks, `timeout` is not positive, or shared memory is too small for the workers. From the iteration, if
+            a worker hangs or was killed.
     """
 
     def __init__(
@@ -97,7 +103,21 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self._length = len(self._plan(0))
         self._requests = _Requests(rank, world, batch_size, micro_batch_size)
-        self._loader: TimeoutDataLoader | None = None  # kept from epoch to epoch because its workers live on
+        self._memory = self._memory_needs()
+        prefetch_that_fits(prefetch=PREFETCH, **self._memory)  # raises now and not when training has started
+        self._loader: WorkerLoader | None = None  # kept from epoch to epoch because its workers live on
+
+    def _memory_needs(self) -> dict[str, Any]:
+        """Return the arguments of `prefetch_that_fits`."""
+        of_rank = -(-self.batch_size // self.world)
+        size = min(self.micro_batch_size or of_rank, of_rank)
+        on_machine = os.environ.get("LOCAL_WORLD_SIZE") or self.world // int(os.environ.get("SLURM_NNODES", 1))
+        return {
+            "batch_bytes": size * self.dataset.sample_bytes() if self.workers else 0,
+            "workers": self.workers,
+            "held": 2 * -(-of_rank // size),  # the trainer holds a batch while it asks for the next one
+            "ranks": max(1, int(on_machine)),
+        }
 
     def _plan(self, epoch: int) -> Sequence[np.ndarray]:
         if not self.shuffle:
@@ -123,13 +143,14 @@ class Loader:
             self.batch = 0  # the trainer's sanity check or a limit may have left the last pass early
         plan = self._plan(self.epoch)
         if self._loader is None:
-            self._loader = TimeoutDataLoader(
+            self._loader = WorkerLoader(
                 self.dataset,
-                workers=self.workers,
                 timeout=self.timeout,
+                persistent=True,
                 sampler=self._requests,
                 pin_memory=self.pin_memory,
-                prefetch_factor=4 if self.workers else None,
+                rank=self.rank,
+                **self._memory,
             )
         self._requests.reset(plan, self.epoch, self.batch)
         try:
@@ -152,7 +173,6 @@ class Loader:
         """End the workers, which otherwise wait for the next epoch. Another epoch may still follow."""
         if self._loader is not None:
             self._loader.close()
-            self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the loader, which is equal on all ranks."""

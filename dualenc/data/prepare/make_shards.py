@@ -380,7 +380,7 @@ def _summary(out: Path, found: CaptionSource, parts: list[_Part]) -> Summary:
 def _read_pictures(found: CaptionSource, order: list[int], workers: int) -> Iterable[tuple[str | None, Any]]:
     """Read images in an order; yield extension and bytes of each, or None and the reason why it is unusable."""
     names = [(item.image, item.number) for item in found.items]
-    return item_loader(_PictureReader(found.pictures, names), order, workers, prefetch_factor=4 if workers else None)
+    return item_loader(_PictureReader(found.pictures, names), order, workers)
 
 
 class _PictureReader(Dataset[tuple[str | None, Any]]):

@@ -252,7 +252,7 @@ def _shrink_rest(shards: "_Shards", done: list[str], workers: int) -> Iterable[A
     """Shrink the shards that are not done; yield a line for the journal, or an error, as each one finishes."""
     rest = [number for number, name in enumerate(shards.names) if name not in done]
     workers = min(workers, len(rest))
-    options = {"worker_init_fn": _remember_parent, "prefetch_factor": 1 if workers else None, "in_order": False}
+    options = {"worker_init_fn": _remember_parent, "prefetch": 1, "in_order": False}
     return item_loader(shards, rest, workers, **options)
 
 

@@ -316,6 +316,10 @@ class TextDataset(Dataset[Texts]):
         segments = [types.get(i, [0] * len(ids)) for i, ids in enumerate(texts)] if self._segments else None
         return Tokens.pack(texts, segments), words
 
+    def sample_bytes(self) -> int:
+        """See `BatchDataset.sample_bytes`."""
+        return 0
+
     def facts(self) -> dict[str, Any]:
         """See `BatchDataset.facts`."""
         meanings = [use.needs.meaning for _, use in self.uses]
