@@ -112,6 +112,7 @@ def test_parts_from_import_paths_and_a_selection(tmp_path: Path, seed: int) -> N
     text = text.replace("    embed_dim: 96\n", "    embed_dim: 96\n    loss: helpers.upside_down_loss\n")
     text += "    augment: {class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {scale: [0.5, 1.0]}}\n"
     config.write_text(text)
-    run = small_fit(config, tmp_path, seed, "--data.select", "number < 40", "--data.val", "null")
+    run = small_fit(config, tmp_path, seed, "--data.select", "number < 40", "--data.val", "null",
+                    "--run.monitor", "set/mrr")  # fmt: skip
     assert json.loads((run / "run.json").read_text())["train_pairs"] == 40
     assert all(loss < 0 for loss in metrics(run, "train/loss"))

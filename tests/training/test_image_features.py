@@ -253,9 +253,9 @@ def test_batches_from_features(tmp_path: Path, seed: int, workers: int) -> None:
                 expected = embedder.model.image(embedder.preprocess.normalize(x.images))
             torch.testing.assert_close(y.images, expected, atol=1e-5, rtol=1e-5)
             assert y.images.dtype == torch.float32
-        assert logs[0].path is not None
-        assert logs[1].path is not None
-        assert logs[0].path.read_text() == logs[1].path.read_text()
+        assert logs[0].log is not None
+        assert logs[1].log is not None
+        assert logs[0].log.path.read_text() == logs[1].log.path.read_text()
 
 
 def test_features_of_other_images_are_refused(tmp_path: Path, seed: int) -> None:

@@ -1,5 +1,6 @@
 """The private parts of Lightning that a run needs: these tests fail when Lightning changes them."""
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -264,6 +265,7 @@ def test_rank_from_environment(monkeypatch: pytest.MonkeyPatch, name: str) -> No
 
 
 def test_function_is_called_after_the_process_group_and_before_the_data(tmp_path: Path) -> None:
+    """In a forked process, since a process group leaves variables and threads behind."""
     order = []
 
     class Data(Model):
@@ -273,8 +275,12 @@ def test_function_is_called_after_the_process_group_and_before_the_data(tmp_path
         def train_dataloader(self) -> Loader:
             return self.loader
 
-    made = trainer(tmp_path, max_epochs=1, strategy=DDPStrategy(process_group_backend="gloo"))
-    internals.after_process_group(made, lambda: order.append(str(torch.distributed.is_initialized())))
-    made.fit(Data())
-    torch.distributed.destroy_process_group()
-    assert order == ["True", "data"]
+    pid = os.fork()
+    if not pid:
+        try:
+            made = trainer(tmp_path, max_epochs=1, strategy=DDPStrategy(process_group_backend="gloo"))
+            internals.after_process_group(made, lambda: order.append(str(torch.distributed.is_initialized())))
+            made.fit(Data())
+        finally:
+            os._exit(7 if order == ["True", "data"] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7

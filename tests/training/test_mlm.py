@@ -138,7 +138,9 @@ def test_wrong_use(tmp_path, seed, capsys):
         small_fit(SMOKE, tmp_path, seed, "--model.mlm_weight", "0.5", "--model.text_tuning.locked", "true")
     assert "model.text_tuning.locked" in capsys.readouterr().err
     task = task_of()
-    task._trainer = SimpleNamespace(accumulate_grad_batches=1, datamodule=SimpleNamespace(mask=0.0))
+    task._trainer = SimpleNamespace(
+        accumulate_grad_batches=1, precision="32-true", default_root_dir=".", datamodule=SimpleNamespace(mask=0.0)
+    )
     with pytest.raises(ValueError, match=r"mask=0\.15 to PairData"):
         task.setup("fit")
 

@@ -88,7 +88,8 @@ def task(source: Path, given: dualenc.Embedder, **changes: Any) -> ContrastiveTa
     }  # fmt: skip
     tokenizer = settings.pop("tokenizer", given.tokenizer)
     made = ContrastiveTask(**settings)
-    trainer = SimpleNamespace(accumulate_grad_batches=1, datamodule=SimpleNamespace(tokenizer=tokenizer))
+    data = SimpleNamespace(tokenizer=tokenizer)
+    trainer = SimpleNamespace(accumulate_grad_batches=1, precision="32-true", default_root_dir=".", datamodule=data)
     made._trainer = trainer  # type: ignore[assignment]
     return made
 
@@ -202,7 +203,11 @@ def test_run_without_an_architecture_takes_that_of_its_model(tmp_path: Path, see
     assert made.text_checkpoint is not None
     assert made.text_checkpoint.tokenizer().fingerprint == given.tokenizer.fingerprint
     made._trainer = SimpleNamespace(  # type: ignore[assignment]
-        accumulate_grad_batches=1, ckpt_path=None, datamodule=SimpleNamespace(tokenizer=given.tokenizer)
+        accumulate_grad_batches=1,
+        precision="32-true",
+        default_root_dir=".",
+        ckpt_path=None,
+        datamodule=SimpleNamespace(tokenizer=given.tokenizer),
     )
     made.setup("fit")
     ours = made.model.state_dict()

@@ -296,7 +296,8 @@ def test_predictions(tmp_path, seed, capsys):
 def test_an_mlm_head_is_tested_with_its_baseline(tmp_path, seed, capsys):
     write_texts(tmp_path, seed)
     heads = {"words": {"kind": "mlm"}}
-    run = fit(tmp_path / "run", tmp_path, seed, heads=heads, scored_tokens=60)
+    monitor = ("--run.monitor", "val/words/accuracy")
+    run = fit(tmp_path / "run", tmp_path, seed, *monitor, heads=heads, scored_tokens=60)
     main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", "last"])
     said = dict(line.split() for line in capsys.readouterr().out.splitlines())
     for name in ("pseudo_perplexity", "unigram_perplexity"):
