@@ -103,7 +103,7 @@ class RunDirectory(Checkpoint):
         self.monitor, self.every_n_steps, self.every_n_minutes = monitor, every_n_steps, every_n_minutes
         self.keep, self.failed_saves, self.stall_seconds = keep, failed_saves, stall_seconds
         self.accept_changes = list(accept_changes)
-        self._tried_value = -math.inf  # largest value of the metric for which `best/` was written, or failed to be
+        self._tried_value = -math.inf  # last value of the metric for which `best/` was written, or failed to be
         self._state = RunState()  # replaced by the task's in `setup`
         self.config_yaml: str | None = None
         self.may_exist = False  # set by the command line: whether the folder may hold a run already
@@ -362,10 +362,10 @@ class RunDirectory(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End this rank if there are several: the one that failed first prints its error, the others name that rank."""
-        if self.lock is not None:
-            self.lock.release()
         if isinstance(pl_module, Task):
             self._close_logs(trainer, pl_module)
+        if self.lock is not None:
+            self.lock.release()
         if isinstance(exception, Stopped):
             return
         if self._watchdog is not None:
@@ -486,9 +486,9 @@ class RunDirectory(Checkpoint):
     def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Task)
         value = float(trainer.callback_metrics.get(self.monitor, math.nan))
-        if not self._state.is_better(value) or value <= self._tried_value:
+        if not self._state.is_better(value) or value == self._tried_value:
             return
-        self._tried_value = value  # a model that cannot be written is not tried again at each step
+        self._tried_value = value  # a model that cannot be written is not tried again until the next measurement
         if not self._save_model(trainer, pl_module, "best"):
             self._state.best_value, self._state.best_step = value, trainer.global_step
             if trainer.is_global_zero:

@@ -1,5 +1,6 @@
 """Shared memory that is small or full, and a low limit on open files: one line names the limit on every path."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -8,15 +9,17 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
-from helpers import Shake, tiny_embedder, tiny_tokenizer, write_benchmark, write_shards
+from helpers import Shake, encode, smooth, tiny_embedder, tiny_tokenizer, write_benchmark, write_shards
 
 import dualenc.data.workers as workers_module
 from dualenc import BenchmarkSet
 from dualenc.cli import main
 from dualenc.cli.parser import COMMANDS
 from dualenc.data import Loader, PairDataset, ShardIndex
+from dualenc.data.prepare.pictures import PictureFiles
 from dualenc.data.workers import item_loader, prefetch_that_fits, tensor_bytes
 from dualenc.inference.embed_files import embed_shards
 from dualenc.utils.errors import DataError
@@ -288,3 +291,23 @@ def test_other_errors_are_not_taken_for_the_limit(monkeypatch):
     monkeypatch.setitem(COMMANDS, "configs", configs)
     with pytest.raises(KeyError, match="something else"):
         main(["configs"])
+
+
+def test_an_open_file_too_many_is_not_a_bad_sample(tmp_path, seed):
+    """The picture is good, and another time it is read."""
+    rng = np.random.default_rng(seed)
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "1.png").write_bytes(encode(smooth(rng, 8, 9)))
+    data = BenchmarkSet.open(str(tmp_path / "set"))
+    pictures = PictureFiles(str(tmp_path / "set"))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard[1]))
+    try:
+        for read in (lambda: data.source.decode(0), lambda: pictures.read("a/1.png", 0)):
+            with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+                read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, hard)
+    assert pictures.read("a/1.png", 0)
+    assert data.source.decode(0).shape == (3, 8, 9)

@@ -17,6 +17,7 @@ from dualenc.data.shards.sample import MAX_IMAGE
 from dualenc.data.shards.shard import content_hash
 from dualenc.utils.decoding import TextError, decode_text, is_blank, lines_of
 from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.limits import hits_file_limit
 from dualenc.utils.urls import is_remote, shown
 
 SPLITS = ("test", "train", "val", "valid", "validation")  # names of folders that are taken as splits
@@ -142,6 +143,8 @@ class ImageFiles:
             with open(self.paths[i], "rb") as file:
                 data = file.read(MAX_IMAGE + 1)
         except OSError as error:
+            if hits_file_limit(error):  # the fault of the machine, not of the file
+                raise
             raise BadSample(clean(self.paths[i]), "cannot be read", error.strerror or "") from None
         if len(data) > MAX_IMAGE:
             raise BadSample(clean(self.paths[i]), "is too large", f"more than {MAX_IMAGE:,} bytes")

@@ -12,6 +12,7 @@ import numpy as np
 from dualenc.data.images import ImageError
 from dualenc.data.shards.index import ShardIndex
 from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.limits import hits_file_limit
 
 NO_PICTURE = "no image in its row"
 # First bytes of a file -> extension of the image.
@@ -76,6 +77,8 @@ class PictureFiles(Pictures):
                 head = file.read(1024)
                 return head + file.read() if image_kind(head) else head  # other files may be very large
         except OSError as error:
+            if hits_file_limit(error):  # the fault of the machine, not of the file
+                raise
             raise ImageError(f"image cannot be read ({error.strerror})") from None
 
 
