@@ -178,7 +178,7 @@ def test_a_run_trains_on_it(folder: Folder, tmp_path: Path, seed: int) -> None:
     """The second run, on the same folder, finds the index of the first one there and trains on the same pairs."""
     for number in range(2):
         run = tmp_path / f"run{number}"
-        more = ("--data.val", "null", "--run.monitor", "null", "--trainer.max_steps", "6")
+        more = ("--data.val", "null", "--trainer.max_steps", "6")
         main([*fit(tmp_path, *more), "--seed_everything", str(seed), "--trainer.default_root_dir", str(run)])
         record = json.loads((run / "run.json").read_text())
         assert record["train_pairs"] == len(folder.good)

@@ -158,7 +158,7 @@ def test_features_that_do_not_fit_are_refused(
         assert str(tmp_path / "wrong.yaml") in error
         assert message in error
     more = tmp_path / "more"
-    write_shards(more, [20], seed)
+    write_shards(more, [80], seed)
     assert f"no features of shard {more}" in fails(capsys, [*begin, "--data.train", str(more)])
     assert f"no features of shard {more}" in fails(capsys, [*begin, "--data.val", str(more)])
     assert "holds no image features" in fails(capsys, [*begin, "--data.features", str(tmp_path)])

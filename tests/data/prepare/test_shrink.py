@@ -138,7 +138,7 @@ def test_the_visible_image_is_resized(seed, kind):
         error = np.abs(found - wanted)
         exact = kind.endswith("png") or kind == "lossless webp"
         assert error.mean() < (0.4 if exact else 13 if kind.endswith("webp") else 6)
-        assert np.abs(found[::-1] - wanted).mean() > 20  # the control: upside down
+        assert np.abs(found[::-1] - wanted).mean() > 1.5 * error.mean()  # the control: upside down
         assert Image.open(io.BytesIO(small)).format == FORMATS[kind.split()[-1]]
         if "gray" in kind:
             assert Image.open(io.BytesIO(small)).mode == "L"
