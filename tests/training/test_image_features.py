@@ -110,7 +110,7 @@ def test_stopped_run_resumes_bit_equal(config: Path, seed: int, capsys: pytest.C
         fit(config, "stopped", *from_features, *stop_at(stop))
     begun = ["fit", "--config", str(config), "--trainer.default_root_dir", str(config.parent / "stopped")]
     begun += ["--data.batch_size", "8"]
-    assert "had features" in fails(capsys, [*begun, "--ckpt_path", "last"])
+    assert "had data.features" in fails(capsys, [*begun, "--ckpt_path", "last"])
     resumed = fit(config, "stopped", *from_features, "--ckpt_path", "last")
     names = ["train/loss", "val/loss", "val/mrr"]
     assert [metrics(resumed, name) for name in names] == [metrics(uninterrupted, name) for name in names]

