@@ -6,6 +6,7 @@ import sys
 import warnings
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +29,7 @@ from dualenc.training.lightning_internals import BaseCLI, after_process_group, r
 from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
 from dualenc.training.run_lock import RunLock
-from dualenc.training.task import rank_zero_print
+from dualenc.training.task import RunError, rank_zero_print
 from dualenc.utils.decoding import TextError, decode_text, read_text
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import reason
@@ -122,7 +123,7 @@ class CLI(BaseCLI):
             )
         run = self.instance("run")
         run.may_exist, run.lock = bool(checkpoint) or self.is_new_run, self.lock
-        after_process_group(self.trainer, lambda: run.take_lock(self.trainer))
+        after_process_group(self.trainer, partial(run.take_lock, self.trainer))
         if checkpoint and hasattr(self.model, "pretrained"):
             self.model.pretrained = False  # the checkpoint has all weights, and the pretrained file may be gone
 
@@ -156,15 +157,16 @@ class CLI(BaseCLI):
         `fit` locks the run directory before, so that no other run writes a checkpoint in the meantime.
         """
         config = self.config[self.config["subcommand"]]
+        root = Path(config["trainer"]["default_root_dir"] or os.getcwd()).expanduser()  # as the trainer does
         if self.config["subcommand"] == "fit":
-            self.lock = RunLock(config["trainer"]["default_root_dir"])
+            self.lock = RunLock(root)
             if rank_from_environment() == 0:
                 self.lock.acquire()
         given = config.get("ckpt_path")
         in_run = given in ("auto", "last")
         if not given:
             return
-        path = Path(config["trainer"]["default_root_dir"] if in_run else given)
+        path = root if in_run else Path(given)
         if path.is_dir() or in_run:
             folder = path / "checkpoints" if in_run or (path / "checkpoints").is_dir() else path
             found = newest_checkpoint(folder, rank_zero_print)
@@ -229,6 +231,8 @@ def trainer_command(arguments: list[str]) -> None:
         if not recorder.started:
             raise WorkError(f"{error.filename or 'the run cannot begin'}: {reason(error)}") from error
         raise
+    except RunError as error:
+        raise WorkError(error) from error
     except (ValueError, MisconfigurationException) as error:
         if not recorder.started:
             raise UsageError(error) from error

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -175,9 +175,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return format_1.checkpoint(content) if written == 1 else content
 
 
-def misfit(weights: dict[str, Any], module: nn.Module) -> str:
-    """Return why the weights of a checkpoint do not fit a module, by the first tensor; empty if they do."""
-    own = module.state_dict()
+def check_finite(weights: Mapping[str, Any]) -> None:
+    """Refuse non-finite weights: a run that has lost its weights must resume from an older checkpoint.
+
+    Raises:
+        ValueError: If a weight is non-finite; names it.
+    """
+    for name, weight in weights.items():
+        if isinstance(weight, Tensor) and weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+
+
+def misfit(content: dict[str, Any], module: nn.Module) -> str:
+    """Return why the weights of a checkpoint do not fit a module, by the first tensor; empty if they do.
+
+    Nothing is compared if the strategy has already loaded the weights and removed them, as ModelParallelStrategy does.
+    """
+    if "state_dict" not in content:
+        return ""
+    own, weights = module.state_dict(), content["state_dict"]
     for name, tensor in own.items():
         if name not in weights:
             return f"the checkpoint lacks {name}"
@@ -219,6 +235,7 @@ class RunState:
         best_value: value of the monitored metric of the model in `best/`; -inf if there is none.
         best_step: step of the model in `best/`.
         last_step: step of the model in `last/`; -1 if there is none.
+        changes: settings that have changed since the start of the run: from which step on, and their values.
         samples: samples of all ranks since the start of the run.
         metrics: last value of each metric, for callbacks.
     """
@@ -235,6 +252,7 @@ class RunState:
     best_value: float = -math.inf
     best_step: int = 0
     last_step: int = -1
+    changes: list[dict[str, Any]] = field(default_factory=list)
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 

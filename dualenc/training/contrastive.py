@@ -309,7 +309,9 @@ class ContrastiveTask(Task):
 
     def metric_names(self) -> list[str]:
         """See `Task.metric_names`."""
-        pairs = min(100, len(self.trainer.datamodule.val_index))  # recall@K needs K pairs
+        data, limit = self.trainer.datamodule, self.trainer.limit_val_batches
+        most = limit * data.batch_size if isinstance(limit, int) else 100
+        pairs = min(100, most, len(data.val_index))  # recall@K needs K pairs
         vectors = torch.eye(pairs)
         found = retrieval_metrics(vectors, vectors, torch.arange(pairs), replicates=0).metrics
         return ["val/loss", *(f"val/{name}" for name in found)]

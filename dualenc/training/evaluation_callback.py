@@ -95,7 +95,8 @@ class Evaluation(Callback):
 
     def metric_names(self, pl_module: ContrastiveTask, monitor: str) -> list[str]:
         """Return the names of the metrics, for the set that the monitored metric belongs to, or else for all sets."""
-        if not (self.every_n_epochs or self.every_n_steps or self.at_start):
+        by_epochs = bool(self.every_n_epochs) and _comes(self.every_n_epochs, pl_module.trainer)
+        if not (by_epochs or self.every_n_steps or self.at_start):
             return []
         own = [one for one in self.sets if monitor.startswith(f"{one.data.name}/")]
         embedder = pl_module.embedder()
@@ -157,14 +158,17 @@ class Evaluation(Callback):
 def check_monitor(monitor: str, trainer: Trainer, task: Task) -> None:
     """Refuse a monitored metric that the run never measures.
 
-    Nothing is refused if other callbacks may measure more, or the default metric has no held-out data.
+    Nothing is refused if a task, head or callback of the user's own may measure more, if the default metric has no
+    held-out data, or of the metrics of training.
 
     Raises:
         ValueError: If the metric is never measured; the message names the metrics that are.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    own = task.metric_names() if trainer.limit_val_batches else []
-    known = all(type(one).__module__.split(".")[0] in ("dualenc", "lightning") for one in callbacks)
+    measures = trainer.limit_val_batches and _comes(trainer.check_val_every_n_epoch, trainer)
+    own = task.metric_names() if measures else []
+    parts = [task, *getattr(task, "kinds", {}).values(), *callbacks]
+    known = all(type(one).__module__.split(".")[0] in ("dualenc", "lightning") for one in parts)
     if own is None or not known or monitor in own or monitor.startswith("train/"):
         return
     names = list(own)
@@ -177,6 +181,12 @@ def check_monitor(monitor: str, trainer: Trainer, task: Task) -> None:
         "this run measures nothing: set data.val, or add dualenc.training.Evaluation to trainer.callbacks"
     )  # fmt: skip
     raise ValueError(f"run.monitor {monitor} is never measured; {measured}")
+
+
+def _comes(every_n_epochs: int | None, trainer: Trainer) -> bool:
+    """Return whether a run has at least a number of epochs, as far as its settings tell."""
+    epochs = trainer.max_epochs
+    return every_n_epochs is None or epochs is None or epochs < 1 or every_n_epochs <= epochs
 
 
 @contextmanager

@@ -4,8 +4,10 @@ Each function says why it is needed. `tests/training/test_lightning_internals.py
 Lightning changes what the function relies on.
 """
 
+import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lightning.fabric.strategies.launchers import subprocess_script
@@ -118,18 +120,39 @@ def find_unused_parameters(strategy: DDPStrategy) -> None:
 
 def rank_from_environment() -> int:
     """Return the rank of this process before a trainer exists; 0 for the only process, or one that starts others."""
-    return rank_zero._get_rank() or 0
+    found = rank_zero._get_rank()
+    if found is None:  # Lightning knows the others only when a trainer exists
+        names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "NODE_RANK")
+        found = next((os.environ[name] for name in names if name in os.environ), 0)
+    return int(found)
 
 
 def after_process_group(trainer: Trainer, function: Callable[[], None]) -> None:
     """Call a function when the ranks can talk to each other, before any data are prepared."""
-    set_up = trainer.strategy.setup_environment
+    # Not a closure, because the trainer may be sent to a process that is spawned.
+    trainer.strategy.setup_environment = partial(  # type: ignore[method-assign]
+        _call_both, trainer.strategy.setup_environment, function
+    )
 
-    def set_up_and_call() -> None:
-        set_up()
-        function()
 
-    trainer.strategy.setup_environment = set_up_and_call  # type: ignore[method-assign]
+def _call_both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    first()
+    second()
+
+
+def steps_at_end(trainer: Trainer) -> int:
+    """Return the number of steps that a run will have at its end, from the start of training on.
+
+    After a resume these are the steps that are done, and those that are left of this epoch and the next ones.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    counts = vars(progress.current)  # a checkpoint after a step counts the step as processed and not yet as completed
+    done = 0 if progress.is_last_batch else max(counts["processed"], counts["completed"])
+    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        left = (trainer.max_epochs - trainer.current_epoch) * int(trainer.num_training_batches) - done
+        ends.append(trainer.global_step + left)
+    return max(1, min(ends))
 
 
 # Command line

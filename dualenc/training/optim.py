@@ -134,7 +134,8 @@ def clip_gradients(
 class WarmupCosine(LambdaLR):
     """Linear warm-up, then half a cosine (Loshchilov and Hutter 2017) down to `final` times the learning rate.
 
-    The learning rate is a function of the step and of these settings: a resumed run uses its own settings.
+    The learning rate is a function of the step and of these settings. A resumed run uses its own settings; of the steps
+    of the whole run, the number that the checkpoint has, if it was planned for as many as this run.
 
     Args:
         optimizer: optimizer whose learning rates are the peaks.
@@ -149,7 +150,8 @@ class WarmupCosine(LambdaLR):
     ) -> None:
         if warmup < 0 or total_steps < 1:
             raise ValueError(f"warmup {warmup} must not be negative, total_steps {total_steps} must be at least 1")
-        self.total_steps, self.warmup, self.final = total_steps, warmup, final
+        self.total_steps = self.planned_steps = total_steps
+        self.warmup, self.final = warmup, final
         super().__init__(optimizer, self.factor, last_epoch)
 
     def factor(self, step: int) -> float:
@@ -167,13 +169,15 @@ class WarmupCosine(LambdaLR):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step and the number of steps of the whole run."""
-        return {name: getattr(self, name) for name in ("last_epoch", "_step_count", "total_steps")}
+        names = ("last_epoch", "_step_count", "total_steps", "planned_steps")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` has returned; peaks, `warmup` and `final` stay those of this object."""
         # Older versions did not save the number of steps.
-        kept = {name: state_dict[name] for name in ("last_epoch", "_step_count", "total_steps") if name in state_dict}
-        LRScheduler.load_state_dict(self, kept)
+        same = state_dict.get("planned_steps") == self.planned_steps
+        names = ("last_epoch", "_step_count", *(("total_steps",) if same else ()))
+        LRScheduler.load_state_dict(self, {name: state_dict[name] for name in names})
         self._set_rates()
 
     def _set_rates(self) -> None:

@@ -1,5 +1,6 @@
 """Resuming with other settings: which settings differ from the checkpoint's, and their use from the next step on."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 
 from dualenc.training.checkpoint import CheckpointError
+from dualenc.training.lightning_internals import steps_at_end
 from dualenc.training.optim import WarmupCosine
 from dualenc.training.task import Task, rank_zero_print
 
@@ -18,10 +20,11 @@ _MODEL_IGNORED = ("pretrained", "text_from", "grad_checkpointing", "max_skipped"
 _DATA_BY_CONTENT = ("train", "val", "test", "predict", "tokenizer", "select", "features")
 _DATA_IGNORED = ("workers", "timeout", "bad_samples", "cache_gb", "seed")
 _TRAINER_COMPARED = (
-    "precision", "max_epochs", "max_steps", "limit_train_batches", "overfit_batches", "gradient_clip_val",
+    "max_epochs", "max_steps", "limit_train_batches", "overfit_batches", "gradient_clip_val",
     "gradient_clip_algorithm",
 )  # fmt: skip
 _ONLY_AT_START = ("model.init_scale", "model.init_bias")
+_HEAD_MEANING = re.compile(r"model\.heads(\..+\.(kind|problem|labels))?")
 _TUNINGS = ("model.image_tuning", "model.text_tuning", "model.tuning")
 _LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.overfit_batches",
            "data.batch_size", "data.train", "data.mix")  # fmt: skip
@@ -38,28 +41,45 @@ _LOADER_NAMES = {
 Changes = dict[str, tuple[Any, Any]]  # values of the checkpoint and of this run, by the key on the command line
 
 
-def compared_settings(config: Mapping[str, Any] | None) -> dict[str, Any]:
+def compared_settings(config: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
     """Return the settings of a run that a resumed run must share, as nested dicts with the keys of the command line.
 
     Args:
-        config: configuration of `dualenc fit`; None for a run without one, of which nothing is returned.
+        config: configuration of `dualenc fit`.
+        trainer: trainer, whose data have been set up.
     """
-    if config is None:
-        return {}
     model, data = (_flattened(config.get(name) or {}) for name in ("model", "data"))
-    trainer = config.get("trainer") or {}
+    own = config.get("trainer") or {}
+    callbacks = own.get("callbacks") or []
     averages = [
         callback.get("init_args") or {}
-        for callback in trainer.get("callbacks") or []
+        for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
         if isinstance(callback, Mapping) and str(callback.get("class_path")).endswith(".EMA")
     ]
     return {
         "dualenc": version("dualenc"),
         "seed_everything": config.get("seed_everything"),
         "model": {key: value for key, value in model.items() if key not in _MODEL_IGNORED},
-        "data": {key: value for key, value in data.items() if key not in (*_DATA_BY_CONTENT, *_DATA_IGNORED)},
-        "trainer": {**{key: trainer.get(key) for key in _TRAINER_COMPARED}, "callbacks": averages},
+        "data": {
+            **{key: value for key, value in data.items() if key not in (*_DATA_BY_CONTENT, *_DATA_IGNORED)},
+            "val": _held_out(data.get("val"), trainer),
+        },
+        "trainer": {
+            **{key: own.get(key) for key in _TRAINER_COMPARED},
+            "precision": str(trainer.precision),  # of which a configuration has several spellings
+            "callbacks": averages,
+        },
     }
+
+
+def _held_out(sources: Any, trainer: Any) -> str | None:
+    """Return the content of the held-out data, with the columns that text tasks name; None for no data."""
+    index = getattr(getattr(trainer, "datamodule", None), "val_index", None)
+    if not index:
+        return None
+    heads = sources.items() if isinstance(sources, Mapping) else ()
+    columns = {head: {key: x for key, x in source.items() if key != "files"} for head, source in heads}
+    return f"{index.fingerprint} {columns}" if columns else index.fingerprint
 
 
 def _flattened(value: Any) -> Any:
@@ -127,7 +147,8 @@ def check_changes(changes: Changes, accepted: Sequence[str], settings: Mapping[s
                 f"run.accept_changes names {name}, which is not a setting that is compared with the checkpoint's run: "
                 "name it as on the command line, such as data.batch_size"
             )
-    never = [name for name in changes if name in _ONLY_AT_START or misfit]
+    meanings = [name for name in changes if _HEAD_MEANING.fullmatch(name)]
+    never = [name for name in changes if name in (*_ONLY_AT_START, *meanings) or misfit]
     refused = never or [name for name in changes if not any(_covers(one, name) for one in accepted)]
     if not refused:
         if misfit:
@@ -138,6 +159,8 @@ def check_changes(changes: Changes, accepted: Sequence[str], settings: Mapping[s
     what = f"the checkpoint's run had {refused[0]} {_short(before)}, this one has {_short(now)}{more}"
     if misfit:
         raise CheckpointError(f"{what}: the weights do not fit ({misfit}); set it back, or start a new run")
+    if refused[0] in meanings:
+        raise CheckpointError(f"{what}: the weights of a head belong to its labels; set them back, or start a new run")
     if never:
         raise CheckpointError(f"{what}: it is used only where a run begins; set it back, or start a new run")
     raise CheckpointError(
@@ -170,7 +193,8 @@ class OldOptimizer(NamedTuple):
     """Optimizer state of a checkpoint that the new optimizer cannot load unchanged."""
 
     state: Mapping[str, Any]
-    names: Sequence[str]  # of the parameters, in the order of the state; empty if the class of the optimizer differs
+    kind: str  # name of the optimizer's class; empty if it is unknown
+    names: Sequence[str]  # of the parameters, in the order of the state
 
 
 def take_optimizer(checkpoint: dict[str, Any], changes: Changes, trainer: Trainer) -> OldOptimizer | None:
@@ -184,8 +208,7 @@ def take_optimizer(checkpoint: dict[str, Any], changes: Changes, trainer: Traine
     Raises:
         CheckpointError: If the strategy has loaded the state already.
     """
-    other_class = "model.optimizer" in changes or "model.optimizer.class_path" in changes
-    if not other_class and not any(_covers(one, name) for name in changes for one in _TUNINGS):
+    if not any(_covers(one, name) for name in changes for one in ("model.optimizer", *_TUNINGS)):
         return None
     if isinstance(trainer.strategy, ModelParallelStrategy):
         raise CheckpointError(
@@ -193,13 +216,15 @@ def take_optimizer(checkpoint: dict[str, Any], changes: Changes, trainer: Traine
             "the last model with model.pretrained"
         )
     (state,), checkpoint["optimizer_states"] = checkpoint["optimizer_states"], []
-    return OldOptimizer(state, [] if other_class else checkpoint.get("parameters", []))
+    about = checkpoint.get("optimizer", {})
+    return OldOptimizer(state, about.get("class", ""), about.get("parameters", []))
 
 
-def parameter_names(module: LightningModule, optimizer: Optimizer) -> list[str]:
-    """Return the names of the parameters of an optimizer, in the order of its state."""
+def describe_optimizer(module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
+    """Return the class of an optimizer, and the names of its parameters in the order of its state."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    return {"class": type(optimizer).__name__, "parameters": parameters}
 
 
 def check_scheduler(changes: Changes, schedulers: Iterable[Any]) -> None:
@@ -218,7 +243,10 @@ def check_scheduler(changes: Changes, schedulers: Iterable[Any]) -> None:
 
 
 def apply_changes(trainer: Trainer, task: Task, changes: Changes, old: OldOptimizer | None) -> None:
-    """Use the accepted changes of optimizer and schedule from the next step on.
+    """Use the settings of this run from the next step on, where Lightning has restored those of the checkpoint.
+
+    Under another schedule than `WarmupCosine`, which may change options of the optimizer itself, nothing is done; see
+    `check_scheduler`.
 
     Args:
         trainer: trainer, whose optimizer and schedule Lightning has restored.
@@ -227,28 +255,20 @@ def apply_changes(trainer: Trainer, task: Task, changes: Changes, old: OldOptimi
         old: return of `take_optimizer`.
     """
     (optimizer,) = trainer.optimizers
-    if any(_covers(one, name) for name in changes for one in ("model.optimizer", *_TUNINGS)):
-        for group, options in zip(optimizer.param_groups, task.optimizer_options, strict=True):
-            group.update({name: value for name, value in options.items() if name not in ("lr", "initial_lr")})
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for scheduler in schedulers:
+        if not isinstance(scheduler, WarmupCosine):
+            return
+        if any(name in _LENGTH for name in changes):
+            scheduler.set_total_steps(steps_at_end(trainer))
+    for group, options in zip(optimizer.param_groups, task.optimizer_options, strict=True):
+        group.update({name: value for name, value in options.items() if name not in ("lr", "initial_lr")})
     if old is not None:
-        state = optimizer.state_dict()
-        new = {name: number for number, name in enumerate(parameter_names(task, optimizer))}
-        kept = {new[name]: old.state["state"][number] for number, name in enumerate(old.names)
-                if name in new and number in old.state["state"]}  # fmt: skip
-        optimizer.load_state_dict({**state, "state": kept})
-        missing = len(new) - len(kept)
-        rank_zero_print(f"the optimizer starts without a state for {missing} of {len(new)} parameters")
-    if any(name in _LENGTH for name in changes):
-        for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, WarmupCosine):
-                config.scheduler.set_total_steps(_total_steps(trainer))
-
-
-def _total_steps(trainer: Trainer) -> int:
-    """Return the number of steps that the run will have at its end: those that are done and those that are left."""
-    loader: Any = trainer.train_dataloader
-    epochs, steps = trainer.max_epochs, trainer.max_steps
-    total = int(trainer.num_training_batches)
-    left = ((epochs or 0) - loader.epoch) * total - loader.batch if epochs and epochs > 0 else steps
-    ends = [trainer.global_step + left] if epochs and epochs > 0 else []
-    return max(1, min([*ends, *([steps] if steps > 0 else [])]))
+        about = describe_optimizer(task, optimizer)
+        number_of = {name: number for number, name in enumerate(about["parameters"])}
+        states = old.state["state"] if about["class"] == old.kind else {}
+        found = [(name, states[number]) for number, name in enumerate(old.names) if number in states]
+        kept = {number_of[name]: state for name, state in found if name in number_of}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
+        if missing := len(number_of) - len(kept):
+            rank_zero_print(f"the optimizer starts without a state for {missing} of {len(number_of)} parameters")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dualenc.training.checkpoint import (
     CheckpointError,
     RunState,
     VerifiedIO,
+    check_finite,
     checkpoint_path,
     checkpoint_step,
     list_checkpoints,
@@ -35,7 +36,6 @@ from dualenc.training.lightning_internals import (
     epoch_is_done,
     find_unused_parameters,
     loader_state,
-    restore_loader_states,
     validates_by_time,
     validation_follows,
 )
@@ -47,16 +47,18 @@ from dualenc.training.resume import (
     check_changes,
     check_scheduler,
     compared_settings,
+    describe_optimizer,
     find_changes,
-    parameter_names,
     take_optimizer,
 )
 from dualenc.training.run_lock import RunLock
 from dualenc.training.run_record import RunRecord, write_run_report
-from dualenc.training.task import SKIPPED_STEPS, RunError, Task, rank_zero_print
+from dualenc.training.task import SKIPPED_STEPS, RunError, Task, print_unwritten, rank_zero_print
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import LineLog
 from dualenc.utils.text import plural, reason
+
+KEPT = ("best_value", "best_step", "samples", "last_step", "changes")  # of the state, in checkpoints
 
 
 class RunDirectory(Checkpoint):
@@ -66,7 +68,7 @@ class RunDirectory(Checkpoint):
     signal stops the run. If validation follows a step, its checkpoint is saved after the validation. If a file cannot
     be written, a message is printed, training continues and the older files stay.
 
-    The folder is locked from the start to the end of the process, so that a second run cannot use it.
+    The folder is locked until the run ends, so that a second run cannot use it.
 
     Args:
         monitor: metric whose largest value selects `best/`, which is written whenever the metric improves. If it is
@@ -135,11 +137,7 @@ class RunDirectory(Checkpoint):
         self.root, self._trainer = Path(trainer.default_root_dir), trainer
         if stage == "fit":
             self.take_lock(trainer)
-            self._settings = compared_settings(yaml.safe_load(self.config_yaml) if self.config_yaml else None)
-            held_out = getattr(getattr(trainer, "datamodule", None), "val_index", None)
-            if self._settings:
-                self._settings["trainer"]["precision"] = str(trainer.precision)  # of which there are several spellings
-                self._settings["data"]["val"] = held_out.fingerprint if held_out else None
+            self._settings = compared_settings(yaml.safe_load(self.config_yaml), trainer) if self.config_yaml else {}
         if isinstance(pl_module, Task):
             self._state = pl_module.run_state
             self._state.monitor = self.monitor
@@ -181,8 +179,7 @@ class RunDirectory(Checkpoint):
                 "the checkpoint's run did not have these data.features: set those that it had, or start a new run"
             )
         changes = find_changes(checkpoint.get("settings", {}), self._settings, of_loader)
-        fit = misfit(checkpoint["state_dict"], trainer.lightning_module)
-        check_changes(changes, self.accept_changes, self._settings, fit)
+        check_changes(changes, self.accept_changes, self._settings, misfit(checkpoint, trainer.lightning_module))
         check_scheduler(changes, [config.scheduler for config in trainer.lr_scheduler_configs])
         self._old_optimizer = take_optimizer(checkpoint, changes, trainer)
         if of_loader:
@@ -195,7 +192,7 @@ class RunDirectory(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add to a checkpoint what a resumed run is compared with."""
         checkpoint["settings"] = self._settings
-        checkpoint["parameters"] = parameter_names(pl_module, trainer.optimizers[0])
+        checkpoint["optimizer"] = describe_optimizer(pl_module, trainer.optimizers[0])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that holds another run, and install the signal handlers.
@@ -231,15 +228,17 @@ class RunDirectory(Checkpoint):
             DataError: If the logs of a resumed run cannot be cut back to its step.
         """
         assert isinstance(pl_module, Task)
-        if self._changes:
-            restore_loader_states(trainer)
+        if self._resumed:
             apply_changes(trainer, pl_module, self._changes, self._old_optimizer)
-            if "data.val" in self._changes:  # values of other held-out data cannot be compared
-                self._state.best_value = -math.inf
+        if self._changes:
+            both = {name: list(values) for name, values in self._changes.items()}
+            self._state.changes.append({"step": trainer.global_step, "settings": both})
+        if "data.val" in self._changes:  # values of other held-out data cannot be compared
+            self._state.best_value = -math.inf
         self._old_optimizer = None
         raise_together(self._clean_folder(trainer) if trainer.is_global_zero else "", trainer.world_size)
         self._record = RunRecord(self.root, self.config_yaml, self._resumed)
-        self._record.add_start(trainer, self._changes)
+        self._record.add_start(trainer)
         if trainer.is_global_zero:
             self._write_record(trainer, pl_module)
             if self._resumed:
@@ -251,8 +250,9 @@ class RunDirectory(Checkpoint):
             self._watchdog = pl_module.watchdog = Watchdog(trainer.global_rank, trainer.world_size, self.stall_seconds)
             self._watchdog.start()
         self._saved_at = time.monotonic()
-        # Without a best value, the monitored metric of the checkpoint must not select the weights of a later step.
-        restored = {name: x for name, x in self._state.metrics.items() if name != self.monitor or self._state.best}
+        # A value of the checkpoint that is better than that of `best/` must not select the weights of a later step.
+        better = {self.monitor} if self._state.is_better(self._state.metrics.get(self.monitor, math.nan)) else set()
+        restored = {name: x for name, x in self._state.metrics.items() if name not in better}
         trainer.callback_metrics.update({name: torch.tensor(x, dtype=torch.float64) for name, x in restored.items()})
 
     def _clean_folder(self, trainer: Trainer) -> str:
@@ -338,11 +338,7 @@ class RunDirectory(Checkpoint):
             self._write_record(trainer, pl_module)
             last = f"{self.root / 'last'} cannot be written" if failed else f"the model is in {self.root / 'last'}"
             self._print_summary(trainer, last, report)
-        if failed:
-            raise RunError(
-                f"{self.root / 'last'} cannot be written: {failed}; make room, then run the same command with "
-                "--ckpt_path auto, which writes it"
-            )
+        self._require_last(failed)
 
     def _save_last(self, trainer: Trainer, pl_module: Task) -> str:
         """Write `last/`; return why it cannot be written, the same on all ranks, or nothing."""
@@ -350,11 +346,22 @@ class RunDirectory(Checkpoint):
         self._state.last_step = self._state.last_step if failed else trainer.global_step
         return failed
 
+    def _require_last(self, failed: str) -> None:
+        if failed:
+            raise RunError(
+                f"{self.root / 'last'} cannot be written: {failed}; make room, then run the same command with "
+                "--ckpt_path auto, which writes it"
+            )
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print a message if there was nothing to train, and write `last/` if the run could not write it before."""
+        """Print a message if there was nothing to train, and write `last/` if the run could not write it before.
+
+        Raises:
+            RunError: If `last/` cannot be written.
+        """
         if self._rank_flags is None:
             if self._state.last_step != trainer.global_step and isinstance(pl_module, Task):
-                self._save_last(trainer, pl_module)
+                self._require_last(self._save_last(trainer, pl_module))
             rank_zero_print(
                 f"{self.root} was done already, after {trainer.global_step:,} steps: to train more, raise "
                 "trainer.max_epochs or trainer.max_steps, and name it in --run.accept_changes"
@@ -379,14 +386,14 @@ class RunDirectory(Checkpoint):
         metrics = {name: float(value) for name, value in found if name != "train/samples_per_second"}
         return {
             "monitor": self.monitor,
-            **{name: getattr(self._state, name) for name in ("best_value", "best_step", "samples", "last_step")},
+            **{name: getattr(self._state, name) for name in KEPT},
             "metrics": metrics,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state of the run that this one resumes."""
         self._resumed = True
-        for name in ("best_value", "best_step", "samples", "last_step", "metrics"):
+        for name in (*KEPT, "metrics"):
             setattr(self._state, name, state_dict.get(name, getattr(self._state, name)))
         # A value of another metric cannot be compared; older versions took a NaN for the best value.
         if state_dict.get("monitor", self.monitor) != self.monitor or not math.isfinite(self._state.best_value):
@@ -447,7 +454,7 @@ class RunDirectory(Checkpoint):
         if trainer.is_global_zero:
             folder = self.root / "checkpoints"
             try:
-                _check_finite(content["state_dict"])
+                check_finite(content["state_dict"])
                 write_checkpoint(checkpoint_path(folder, trainer.global_step), content)
             except Exception as raised:  # whatever the writer raises, the run continues
                 error = reason(raised)
@@ -524,19 +531,3 @@ class RunDirectory(Checkpoint):
         count = len(trainer.datamodule.bad_sample_log)  # type: ignore[attr-defined]
         bad = f"; {plural(count, 'bad sample')} left out, see {self.root / 'bad_samples.jsonl'}" if count else ""
         rank_zero_print(f"{trainer.global_step:,} steps done; {last}; {has_best}{report}{bad}")
-
-
-def print_unwritten(path: Any, error: BaseException) -> None:
-    """Print that a file of the run cannot be written, on rank 0 only."""
-    rank_zero_print(f"{path} cannot be written: {reason(error)}")
-
-
-def _check_finite(weights: Mapping[str, Any]) -> None:
-    """Refuse non-finite weights: a run that has lost its weights must resume from an older checkpoint.
-
-    Raises:
-        ValueError: If a weight is non-finite; names it.
-    """
-    for name, weight in weights.items():
-        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not bool(weight.isfinite().all()):
-            raise ValueError(f"{name} is not finite")

@@ -49,17 +49,10 @@ class RunRecord:
         self._starts: list[dict[str, Any]] = before.get("starts", [])
         self._seconds_before = before.get("seconds", 0.0) if resumed else 0.0
 
-    def add_start(self, trainer: Trainer, changes: Mapping[str, tuple[Any, Any]]) -> None:
-        """Add the start of this process.
-
-        Args:
-            trainer: trainer.
-            changes: settings that are used from this step on: their values before and now, by key.
-        """
+    def add_start(self, trainer: Trainer) -> None:
+        """Add the start of this process."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        start = {"step": trainer.global_step, "at": now, "ranks": trainer.world_size}
-        more = {"changes": {name: list(values) for name, values in changes.items()}} if changes else {}
-        self._starts.append({**start, **more})
+        self._starts.append({"step": trainer.global_step, "at": now, "ranks": trainer.world_size})
 
     def write(self, trainer: Trainer, task: Task) -> None:
         """Write `config.yaml`, once, and `run.json`.
@@ -90,6 +83,7 @@ class RunRecord:
             "seconds": round(self._seconds_before + time.time() - self._start_time, 1),
             "restarts": len(self._starts) - 1,
             "starts": self._starts,
+            "changes": state.changes,
             "config": self._config,
         }
         write_json(self.path, record)

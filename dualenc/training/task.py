@@ -3,10 +3,8 @@
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ from dualenc.training.optim import Tuning, clip_gradients, parameter_groups
 from dualenc.training.ranks import Watchdog
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import LineLog
-from dualenc.utils.text import reason
+from dualenc.utils.text import print_message, reason
 
 SKIPPED_STEPS = "skipped_steps.jsonl"
 SPIKE = 5.0  # a gradient norm above this multiple of the median of the last norms is a spike
@@ -36,8 +34,12 @@ MIN_NORMS = NORMS // 5  # norms needed before a spike can be detected
 @rank_zero_only
 def rank_zero_print(line: str) -> None:
     """Print a line on standard error, on rank 0 only."""
-    with suppress(OSError):  # standard error may be a file on a full disk, which must not end a run
-        print(line, file=sys.stderr, flush=True)
+    print_message(line)
+
+
+def print_unwritten(path: Any, error: BaseException) -> None:
+    """Print that a file of the run cannot be written, on rank 0 only."""
+    rank_zero_print(f"{path} cannot be written: {reason(error)}")
 
 
 class RunError(DataError):
@@ -405,7 +407,7 @@ class Task(LightningModule):
         """Refuse the checkpoint of a run with other settings, and restore what `on_save_checkpoint` has added."""
         if self.check_resume is not None:
             self.check_resume(checkpoint)
-        if found := misfit(checkpoint["state_dict"], self):
+        if found := misfit(checkpoint, self):
             raise CheckpointError(
                 f"the checkpoint does not fit the model: {found}; use the configuration of its run, config.yaml"
             )

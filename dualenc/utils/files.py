@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import types
 import typing
@@ -19,7 +18,7 @@ from typing import Any
 
 from dualenc.utils.decoding import decode_text
 from dualenc.utils.errors import ModelError
-from dualenc.utils.text import plural, reason
+from dualenc.utils.text import plural, print_message, reason
 
 FORMAT = 2
 
@@ -176,14 +175,13 @@ class LineLog:
             self._unwritten = []
         except OSError as error:
             if not already_told:
-                message = f"{self.path} cannot be written, its lines are kept in memory: {reason(error)}"
-                print(message, file=sys.stderr, flush=True)
+                print_message(f"{self.path} cannot be written, its lines are kept in memory: {reason(error)}")
 
     def close(self) -> None:
         """Write the lines that are left; if that fails, print how many lines are lost."""
         self.append()
         if self._unwritten:
-            print(f"{self.path} lacks the last {plural(len(self._unwritten), 'line')}", file=sys.stderr, flush=True)
+            print_message(f"{self.path} lacks the last {plural(len(self._unwritten), 'line')}")
             self._unwritten = []
 
 

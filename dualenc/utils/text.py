@@ -1,6 +1,8 @@
 """Formatting of errors, counts and untrusted texts for the terminal."""
 
 import re
+import sys
+from contextlib import suppress
 
 from dualenc.utils.urls import redact
 
@@ -22,6 +24,12 @@ def one_line(error: object) -> str:
 def reason(error: BaseException) -> str:
     """Return the reason of an operating-system error without its number and file, or another error's first line."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def print_message(line: str) -> None:
+    """Print a line on standard error, which may be a file on a full disk: that must not end what is running."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def plural(count: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dualenc.training.checkpoint import list_checkpoints, read_checkpoint, write
 from dualenc.training.resume import check_changes, compared_settings, find_changes
 
 STEPS = 27  # of the whole run
+TRAINER = SimpleNamespace(precision="32-true")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_paths_workers_and_the_run_section_may_change_without_a_word(stopped, pa
 def test_checkpoint_of_an_older_version_has_no_settings_and_resumes(stopped, part):
     newest = list_checkpoints(part / "run" / "checkpoints")[0]
     content = read_checkpoint(newest)
-    for name in ("settings", "parameters"):
+    for name in ("settings", "optimizer"):
         del content[name]
     write_checkpoint(newest, content)
     assert run([*stopped[1], "--model.optimizer.lr", "0.004", "--ckpt_path", "last"], part) == [0]
@@ -149,11 +151,12 @@ def test_accepted_settings_of_the_optimizer_are_used_and_recorded(stopped, part)
     groups = final_optimizer(part)["param_groups"]
     assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
     assert {group["weight_decay"] for group in groups} == {0.05, 0.0}
-    starts = json.loads((part / "run" / "run.json").read_text())["starts"]
-    assert [start["step"] for start in starts] == [0, 6, 12]
-    assert starts[1]["changes"]["model.optimizer.lr"] == [0.003, 0.001]
-    assert "model.text.dropout" in starts[1]["changes"]
-    assert "changes" not in starts[2]
+    record = json.loads((part / "run" / "run.json").read_text())
+    assert [start["step"] for start in record["starts"]] == [0, 6, 12]
+    (change,) = record["changes"]
+    assert change["step"] == 6
+    assert change["settings"]["model.optimizer.lr"] == [0.003, 0.001]
+    assert "model.text.dropout" in change["settings"]
 
 
 def test_accepted_settings_give_the_run_that_a_changed_checkpoint_gives(stopped, part, tmp_path):
@@ -171,7 +174,10 @@ def test_accepted_settings_give_the_run_that_a_changed_checkpoint_gives(stopped,
     write_checkpoint(newest, content)
     assert run([*stopped[1], *betas], other) == [0], (other / "log-0").read_text()
     assert logged(part) == logged(other)
-    assert end(part) == end(other)
+    ends = end(part), end(other)
+    assert ends[0]["callbacks"]["RunDirectory"].pop("changes")
+    assert not ends[1]["callbacks"]["RunDirectory"].pop("changes")
+    assert ends[0] == ends[1]
 
 
 def test_best_of_other_held_out_data_is_chosen_again(stopped, part):
@@ -222,12 +228,12 @@ def test_accepted_tuning_keeps_the_state_of_each_parameter(stopped, part):
     assert run([*stopped[1], *options, "--run.accept_changes", "[model]"], part) == [0], (part / "log-0").read_text()
     newest = list_checkpoints(part / "run" / "checkpoints")[0]
     content = read_checkpoint(newest)
-    names, state = content["parameters"], content["optimizer_states"][0]["state"]
+    names, state = content["optimizer"]["parameters"], content["optimizer_states"][0]["state"]
     assert {float(one["step"]) for one in state.values()} == {float(STEPS)}
     for number, name in enumerate(names):
         assert not name.startswith("model.text."), name
         assert state[number]["exp_avg"].shape == content["state_dict"][name].shape
-    assert "without a state" in (part / "log-0").read_text()
+    assert "without a state" not in (part / "log-0").read_text()
 
 
 def test_unlocked_layers_start_without_a_state(stopped, tmp_path):
@@ -236,9 +242,29 @@ def test_unlocked_layers_start_without_a_state(stopped, tmp_path):
     accept = ["--run.accept_changes", "[model.image_tuning]", "--ckpt_path", "last"]
     assert run([*stopped[1], *accept], tmp_path) == [0], (tmp_path / "log-0").read_text()
     content = read_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
-    for number, name in enumerate(content["parameters"]):
+    for number, name in enumerate(content["optimizer"]["parameters"]):
         steps = STEPS - 6 if name.startswith("model.image.") else STEPS
         assert float(content["optimizer_states"][0]["state"][number]["step"]) == steps, name
+
+
+def test_optimizer_of_the_same_class_keeps_its_state_whatever_names_it(stopped, part):
+    """The configuration names a class, this command a function that returns an object of it."""
+    change = ["--model.optimizer", "dualenc.training.contrastive.adamw", "--ckpt_path", "last"]
+    assert run([*stopped[1], *change, "--run.accept_changes", "[model.optimizer]"], part) == [0]
+    assert {float(one["step"]) for one in final_optimizer(part)["state"].values()} == {float(STEPS)}
+    assert "without a state" not in (part / "log-0").read_text()
+
+
+def test_longer_run_of_limited_epochs_ends_at_rate_zero(stopped, tmp_path):
+    """Epochs of 3 of the 9 batches: the data are not passed over as often as there are epochs."""
+    limit = [*stopped[1], "--trainer.limit_train_batches", "3", "--trainer.val_check_interval", "3"]
+    assert run([*limit, *callbacks(("Kill", {"step": 5}))], tmp_path) == [-9]
+    longer = ["--trainer.max_epochs", "5", "--run.accept_changes", "[trainer.max_epochs]", "--ckpt_path", "last"]
+    assert run([*limit, *longer], tmp_path) == [0], (tmp_path / "log-0").read_text()
+    rates = logged_rates(tmp_path)
+    assert max(rates) == 15
+    for step in range(5, 16):
+        assert rates[step] == pytest.approx(rate(step, 0.003, total=15), rel=1e-12)
 
 
 def test_rates_of_another_schedule_cannot_change(stopped, tmp_path, capsys):
@@ -306,7 +332,7 @@ def changed(settings, keys, value):
         (("model", "init_args", "loss"), "my.loss", "model.loss"),
         (("model", "init_args", "optimizer"), "my.adamw", "model.optimizer"),
         (("data", "class_path"), "my.Data", "data"),
-        (("trainer", "precision"), "bf16-mixed", "trainer.precision"),
+        (("trainer", "max_epochs"), 7, "trainer.max_epochs"),
         (("trainer", "callbacks"), [], "trainer.callbacks"),
         (("model", "init_args", "pretrained"), "vit.safetensors", None),
         (("data", "init_args", "train"), "b", None),
@@ -315,7 +341,10 @@ def changed(settings, keys, value):
     ],
 )
 def test_compared_settings(seed, keys, value, name):
-    before, after = compared_settings(config(seed)), compared_settings(changed(config(seed), keys, value))
+    before, after = (
+        compared_settings(config(seed), TRAINER),
+        compared_settings(changed(config(seed), keys, value), TRAINER),
+    )
     found = find_changes(before, after, {})
     assert [key for key in found if not (name and key.startswith(name))] == []
     assert bool(found) == (name is not None)
@@ -328,7 +357,7 @@ def test_compared_settings(seed, keys, value, name):
 
 
 def test_names_of_accepted_changes_cover_what_is_below_them(seed):
-    settings = compared_settings(config(seed))
+    settings = compared_settings(config(seed), TRAINER)
     changes = {"model.optimizer.lr": (1, 2), "model.optimizer.betas": (3, 4)}
     check_changes(changes, ["model.optimizer"], settings, "")
     with pytest.raises(ValueError, match=r"model\.optimizer\.betas 3, this one has 4"):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -99,6 +100,66 @@ def test_lock_is_given_again_after_release_and_tells_who_holds_it(tmp_path):
         other.acquire()
         os._exit(7 if not other.refusal else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_processes_of_the_run_share_its_lock(tmp_path, how):
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    context = multiprocessing.get_context(how)
+    child = context.Process(target=use_and_release, args=(lock,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 7
+    assert (tmp_path / "run" / ".lock").exists()  # the child has not ended it
+
+
+def use_and_release(lock):
+    lock.acquire()
+    refusal = lock.refusal
+    lock.release()
+    os._exit(1 if refusal else 7)
+
+
+def test_folder_of_the_user_stays(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert tmp_path.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_that_fails_otherwise_is_not_told_as_in_use(tmp_path, monkeypatch):
+    def broken(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", broken)
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    assert "cannot be locked" in lock.refusal
+    assert os.strerror(errno.EIO) in lock.refusal
+
+
+def test_home_folder_is_expanded(tmp_path, seed, capsys, monkeypatch):
+    """The lock is where the run is, also in a configuration file, in which no shell expands `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fit = data(tmp_path, seed)
+    pid = os.fork()
+    if not pid:
+        lock = RunLock(tmp_path / "runs")
+        lock.acquire()
+        (tmp_path / "locked").touch()
+        time.sleep(600)
+    try:
+        while not (tmp_path / "locked").exists():
+            time.sleep(0.01)
+        line = fails(capsys, [*fit, "--trainer.default_root_dir", "~/runs"])
+        assert f"is in use by process {pid}" in line
+        assert not (tmp_path / "~").exists()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])

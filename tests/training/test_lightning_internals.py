@@ -255,9 +255,12 @@ def test_base_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert callable(LightningCLI._parse_ckpt_path)
 
 
-@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "NODE_RANK")
+
+
+@pytest.mark.parametrize("name", RANKS)
 def test_rank_from_environment(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
+    for variable in RANKS:
         monkeypatch.delenv(variable, raising=False)
     assert internals.rank_from_environment() == 0
     monkeypatch.setenv(name, "3")
@@ -284,3 +287,47 @@ def test_function_is_called_after_the_process_group_and_before_the_data(tmp_path
         finally:
             os._exit(7 if order == ["True", "data"] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("saved", ["step", "validation", "epoch", "end"])
+@pytest.mark.parametrize("epochs", [3, 5])
+def test_steps_at_end_of_a_resumed_run(tmp_path: Path, saved: str, epochs: int) -> None:
+    """Checkpoints of every place of a run of 2 epochs give the steps that a longer run really takes."""
+
+    class Save(Callback):
+        def on_train_batch_end(self, made: Trainer, *args: Any) -> None:
+            if saved == "step" and made.global_step == BATCHES + 1:
+                made.save_checkpoint(tmp_path / "at.ckpt")
+
+        def on_validation_end(self, made: Trainer, *args: Any) -> None:
+            if saved == "validation" and made.global_step == BATCHES + 2:
+                made.save_checkpoint(tmp_path / "at.ckpt")
+
+        def on_train_epoch_end(self, made: Trainer, *args: Any) -> None:
+            if saved == "epoch" and made.current_epoch == 0:
+                made.save_checkpoint(tmp_path / "at.ckpt")
+
+        def on_train_end(self, made: Trainer, *args: Any) -> None:
+            if saved == "end":
+                made.save_checkpoint(tmp_path / "at.ckpt")
+
+    class Count(Callback):
+        found = 0
+
+        def on_train_start(self, made: Trainer, *args: Any) -> None:
+            self.found = internals.steps_at_end(made)
+
+    class Data(Model):
+        def train_dataloader(self) -> Loader:
+            return self.loader
+
+        def val_dataloader(self) -> DataLoader[Any]:
+            return DataLoader([torch.zeros(1)])
+
+    count = Count()
+    made = trainer(tmp_path, Save(), count, max_epochs=2, val_check_interval=2)
+    made.fit(Data())
+    assert count.found == made.global_step == 2 * BATCHES
+    made = trainer(tmp_path, count, max_epochs=epochs, val_check_interval=2)
+    made.fit(Data(restore=True), ckpt_path=tmp_path / "at.ckpt", weights_only=True)
+    assert count.found == made.global_step == epochs * BATCHES

@@ -256,3 +256,35 @@ def test_warmup_cosine(warmup: float, warmup_steps: int) -> None:
         for k in range(41)
     ]
     assert rates == pytest.approx(expected)
+
+
+def test_schedule_of_a_longer_run_continues_on_its_own_curve(seed: int) -> None:
+    """In plain torch: what is restored is the step, and of the number of steps what the run was planned for."""
+    steps = torch.randint(5, 40, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def made(total: int) -> tuple[torch.optim.Optimizer, WarmupCosine]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        return optimizer, WarmupCosine(optimizer, total, warmup=2)
+
+    first, schedule = made(steps[0])
+    for _ in range(3):
+        first.step()
+        schedule.step()
+    for total in (steps[0], steps[0] + steps[1]):
+        second, restored = made(total)
+        second.load_state_dict(first.state_dict())
+        restored.load_state_dict(schedule.state_dict())
+        whole, expected = made(total)
+        for _ in range(3):
+            whole.step()
+            expected.step()
+        while expected.last_epoch < total:
+            assert restored.get_last_lr() == expected.get_last_lr() == [group["lr"] for group in second.param_groups]
+            for optimizer, one in ((second, restored), (whole, expected)):
+                optimizer.step()
+                one.step()
+    # A run whose length has been changed keeps that.
+    schedule.set_total_steps(77)
+    _, restored = made(steps[0])
+    restored.load_state_dict(schedule.state_dict())
+    assert restored.total_steps == 77
