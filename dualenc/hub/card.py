@@ -158,7 +158,7 @@ def measured_in_training(run: Path, name: str) -> tuple[int, dict[str, float]]:
         if isinstance(best.get("step"), int):
             step = best["step"]
         else:  # a run of an older version
-            monitor = _part(_part(record, "config", path), "run", path).get("monitor", "")
+            monitor = _part(_part(record, "config", path), "run", path).get("monitor")
             values = [(value, -step) for step, metric, value in rows if metric == monitor and math.isfinite(value)]
             step = -max(values)[1] if values else 0
     else:

@@ -155,7 +155,7 @@ class Evaluation(Callback):
         }
 
 
-def check_monitor(monitor: str, trainer: Trainer, task: Task) -> None:
+def check_monitor(monitor: str | None, trainer: Trainer, task: Task) -> None:
     """Refuse a monitored metric that the run never measures.
 
     Nothing is refused if a task, head or callback of the user's own may measure more, if the default metric has no
@@ -169,7 +169,7 @@ def check_monitor(monitor: str, trainer: Trainer, task: Task) -> None:
     own = task.metric_names() if measures else []
     parts = [task, *getattr(task, "kinds", {}).values(), *callbacks]
     known = all(type(one).__module__.split(".")[0] in ("dualenc", "lightning") for one in parts)
-    if own is None or not known or monitor in own or monitor.startswith("train/"):
+    if monitor is None or own is None or not known or monitor in own or monitor.startswith("train/"):
         return
     names = list(own)
     for callback in callbacks:

@@ -71,8 +71,8 @@ class RunDirectory(Checkpoint):
     The folder is locked until the run ends, so that a second run cannot use it.
 
     Args:
-        monitor: metric whose largest value selects `best/`, which is written whenever the metric improves. If it is
-            never measured, only `last/` is written, at the end.
+        monitor: metric whose largest value selects `best/`, which is written whenever the metric improves; null for no
+            `best/`.
         every_n_steps: number of steps between checkpoints; 0 for none by steps.
         every_n_minutes: number of minutes between checkpoints; 0 for none by time.
         keep: number of checkpoints to keep, the newest; at least 2.
@@ -85,7 +85,7 @@ class RunDirectory(Checkpoint):
 
     def __init__(
         self,
-        monitor: str = DEFAULT_MONITOR,
+        monitor: str | None = DEFAULT_MONITOR,
         every_n_steps: int = 0,
         every_n_minutes: float = 15.0,
         keep: int = 2,
@@ -93,7 +93,7 @@ class RunDirectory(Checkpoint):
         stall_seconds: float = 600.0,
         accept_changes: Sequence[str] = (),
     ) -> None:
-        if monitor.endswith(("loss", "median_rank", "perplexity", "mse")):
+        if monitor is not None and monitor.endswith(("loss", "median_rank", "perplexity", "mse")):
             raise ValueError(f"run.monitor {monitor} must be a metric that is best when largest: name another metric")
         if keep < 2:
             raise ValueError(f"run.keep {keep} must be at least 2: the newest checkpoint may turn out to be damaged")
@@ -140,7 +140,7 @@ class RunDirectory(Checkpoint):
             self._settings = compared_settings(yaml.safe_load(self.config_yaml), trainer) if self.config_yaml else {}
         if isinstance(pl_module, Task):
             self._state = pl_module.run_state
-            self._state.monitor = self.monitor
+            self._state.monitor = self.monitor or ""
             pl_module.check_resume = self._check_resume if stage == "fit" else None
         trainer.strategy.checkpoint_io = VerifiedIO()
         several = len(getattr(pl_module, "heads", ())) > 1  # a step may leave out the parameters of a head
@@ -251,8 +251,9 @@ class RunDirectory(Checkpoint):
             self._watchdog.start()
         self._saved_at = time.monotonic()
         # A value of the checkpoint that is better than that of `best/` must not select the weights of a later step.
-        better = {self.monitor} if self._state.is_better(self._state.metrics.get(self.monitor, math.nan)) else set()
-        restored = {name: x for name, x in self._state.metrics.items() if name not in better}
+        metrics = self._state.metrics
+        better = {self.monitor} if self._state.is_better(metrics.get(self.monitor or "", math.nan)) else set()
+        restored = {name: x for name, x in metrics.items() if name not in better}
         trainer.callback_metrics.update({name: torch.tensor(x, dtype=torch.float64) for name, x in restored.items()})
 
     def _clean_folder(self, trainer: Trainer) -> str:
@@ -492,7 +493,7 @@ class RunDirectory(Checkpoint):
 
     def _save_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Task)
-        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        value = float(trainer.callback_metrics.get(self.monitor or "", math.nan))
         if not self._state.is_better(value) or value == self._tried_value:
             return
         self._tried_value = value  # a model that cannot be written is not tried again until the next measurement
@@ -527,7 +528,8 @@ class RunDirectory(Checkpoint):
         if best := self._state.best:
             has_best = f"best/ has {best['metric']} {best['value']:.4g}"
         else:
-            has_best = f"there is no best/, since {self.monitor} was not measured"
+            why = f"{self.monitor} was not measured" if self.monitor else "run.monitor is null"
+            has_best = f"there is no best/, since {why}"
         count = len(trainer.datamodule.bad_sample_log)  # type: ignore[attr-defined]
         bad = f"; {plural(count, 'bad sample')} left out, see {self.root / 'bad_samples.jsonl'}" if count else ""
         rank_zero_print(f"{trainer.global_step:,} steps done; {last}; {has_best}{report}{bad}")

@@ -197,7 +197,8 @@ def test_resume_on_one_rank_instead_of_two(uninterrupted, tmp_path):
     rows = [("Rows", {"folder": str(tmp_path / name)}) for name in ("whole", "part")]
     assert run(with_callbacks(uninterrupted, rows[0]), tmp_path / "a") == [0]
     assert run([*with_callbacks(uninterrupted, rows[1]), "--trainer.max_steps", "14"], tmp_path / "b", 2) == [0, 0]
-    assert run([*with_callbacks(uninterrupted, rows[1]), "--ckpt_path", "last"], tmp_path / "b") == [0]
+    more = ["--run.accept_changes", "[trainer.max_steps]", "--ckpt_path", "last"]
+    assert run([*with_callbacks(uninterrupted, rows[1]), *more], tmp_path / "b") == [0]
 
     def batches(folder):
         found = {}

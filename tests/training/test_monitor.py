@@ -9,6 +9,7 @@ from fits import SMOKE, TEXTS, fails, fit, small_fit, small_texts
 from helpers import tiny_embedder, write_benchmark, write_choices, write_shards
 from lightning.pytorch import Callback
 
+from dualenc.cli import main
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
 from dualenc.evaluation import KINDS
 from dualenc.hub.card import measured_in_training
@@ -92,6 +93,15 @@ def test_monitor_that_is_never_measured_is_refused_before_the_first_step(tmp_pat
     assert "measures nothing" in line
 
 
+def test_run_without_a_monitor_has_no_best(tmp_path, seed, capsys):
+    write_shards(tmp_path / "shards", [20, 15], seed)
+    main(fit(tmp_path, "--run.monitor", "null", "--trainer.max_steps", "3"))
+    assert "there is no best/, since run.monitor is null" in capsys.readouterr().err
+    assert (tmp_path / "run" / "last").exists()
+    assert not (tmp_path / "run" / "best").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["best"] is None
+
+
 class Spoil(Callback):
     """Callback that gives the monitored metric a value after some steps."""
 
@@ -108,8 +118,6 @@ def test_value_that_is_not_finite_never_becomes_the_best(tmp_path, seed, bad):
     write_shards(tmp_path / "shards", [20, 15], seed)
     values = {"2": "0.5", "3": "0.869", "4": str(bad), "5": "0.4"}
     spoil = json.dumps([{"class_path": "test_monitor.Spoil", "init_args": {"values": values}}])
-    from dualenc.cli import main
-
     main(fit(tmp_path, "--trainer.callbacks", spoil, "--trainer.max_steps", "6", "--trainer.limit_val_batches", "0",
              "--run.every_n_steps", "3", "--run.keep", "9"))  # fmt: skip
     run = tmp_path / "run"

@@ -165,7 +165,8 @@ def test_size_dropout_and_bias_may_differ(given: dualenc.Embedder, tmp_path: Pat
 @pytest.mark.slow
 def test_run_from_an_earlier_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     """At learning rate 0 the weights stay, and a stopped run resumes without the files of the earlier run."""
-    base = small_fit(SMOKE, tmp_path / "base", seed, "--trainer.max_steps", "3", "--data.val", "null")
+    options = ("--trainer.max_steps", "3", "--data.val", "null", "--run.monitor", "null")
+    base = small_fit(SMOKE, tmp_path / "base", seed, *options)
     write_shards(tmp_path / "other", [24, 24], seed + 1, captions=3)
     common = ["fit", "--config", str(SMOKE), *SMALL, "--data.train", str(tmp_path / "other"), "--data.val", "null"]
     common += ["--data.captions", "json.captions", "--model.pretrained", str(base), "--trainer.callbacks", "[]"]
@@ -253,5 +254,6 @@ def test_run_with_the_architecture_of_a_model_resumes_with_that_model_only(
     assert not all(torch.equal(x, last[name]) for name, x in began.items())
     path = tmp_path / "model" / "preprocess.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "resize": "squash"}))
-    again = [*arguments, "--trainer.max_epochs", "2", "--ckpt_path", "last"]
+    longer = ["--trainer.max_epochs", "2", "--run.accept_changes", "[trainer.max_epochs]"]
+    again = [*arguments, *longer, "--ckpt_path", "last"]
     assert "model.pretrained: preprocess" in fails(capsys, again)
