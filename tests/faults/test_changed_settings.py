@@ -116,25 +116,31 @@ def test_checkpoint_of_an_older_version_has_no_settings_and_resumes(stopped, par
     for name in ("settings", "optimizer"):
         del content[name]
     write_checkpoint(newest, content)
-    assert run([*stopped[1], "--model.optimizer.lr", "0.004", "--ckpt_path", "last"], part) == [0]
-    assert logged_rates(part)[7] == pytest.approx(rate(7, 0.004), rel=1e-12)  # what is recorded is used
+    options = ["--model.optimizer.lr", "0.004", "--model.optimizer.weight_decay", "0.03"]
+    assert run([*stopped[1], *options, "--ckpt_path", "last"], part) == [0]
+    # What is recorded is used.
+    assert logged_rates(part)[7] == pytest.approx(rate(7, 0.004), rel=1e-12)
+    assert {group["weight_decay"] for group in final_optimizer(part)["param_groups"]} == {0.03, 0.0}
 
 
-def test_accepted_order_of_the_data(stopped, part):
+@pytest.mark.parametrize(("size", "steps"), [(6, 6), (12, 3)])
+def test_accepted_order_of_the_data(stopped, part, size, steps):
     """The run resumes at the beginning of the next epoch, with all of its samples; the schedule ends with the run."""
     rows = callbacks(("Rows", {"folder": str(part / "rows")}))
-    change = ["--data.batch_size", "6", "--run.accept_changes", "[data.batch_size]", *rows]
+    change = ["--data.batch_size", str(size), "--run.accept_changes", "[data.batch_size]", *rows]
+    change += ["--trainer.val_check_interval", "1.0"]
     assert run([*stopped[1], *change, "--ckpt_path", "last"], part) == [0], (part / "log-0").read_text()
     lines = [json.loads(line) for line in (part / "rows" / "0.jsonl").read_text().splitlines()]
-    assert [step for step, _ in lines] == list(range(7, 19))  # 6 steps, then two epochs of 6 steps
-    for epoch in (lines[:6], lines[6:]):
+    total = 6 + 2 * steps  # 6 steps, then two epochs
+    assert [step for step, _ in lines] == list(range(7, total + 1))
+    for epoch in (lines[:steps], lines[steps:]):
         seen = [row for _, rows in epoch for row in rows]
         assert len(set(seen)) == 36
     record = json.loads((part / "run" / "run.json").read_text())
-    assert record["samples_seen"] == 6 * 4 + 12 * 6
+    assert record["samples_seen"] == 6 * 4 + 2 * steps * size
     rates = logged_rates(part)
-    for step in range(7, 19):
-        assert rates[step] == pytest.approx(rate(step, 0.003, total=18), rel=1e-12)
+    for step in range(7, total + 1):
+        assert rates[step] == pytest.approx(rate(step, 0.003, total=total), rel=1e-12)
 
 
 def test_accepted_settings_of_the_optimizer_are_used_and_recorded(stopped, part):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fits import fails
-from runs import data, end, everything, logged, run
+from runs import callbacks, data, end, everything, logged, run
 
 from dualenc.data.loading.bad_samples import BadRecord, BadSampleLog
 from dualenc.training.checkpoint import checkpoint_path, list_checkpoints
@@ -50,6 +50,20 @@ def test_disk_that_is_full_for_a_while(whole, tmp_path, monkeypatch, world):
         assert run([*fit, *everything(folder)], reference, world) == [0] * world
     assert logged(tmp_path) == logged(reference)
     assert end(tmp_path) == end(reference)
+
+
+def test_checkpoint_is_not_newer_than_the_log(whole, tmp_path, monkeypatch):
+    """Step 6 is logged while the disk is full, the checkpoint of step 10 takes its lines along, a kill follows."""
+    monkeypatch.setattr("runs.LIMIT", 500)
+    monkeypatch.setattr("runs.LIMIT_AT", 5)
+    fit = [*whole[1], "--trainer.log_every_n_steps", "6", "--trainer.limit_val_batches", "0", "--run.failed_saves", "9"]
+    fit += ["--trainer.limit_train_batches", "9", "--run.monitor", "null"]
+    assert run(fit, tmp_path / "whole") == [0]
+    trouble = callbacks(("FullDisk", {"until": 9}), ("Kill", {"step": 11}))
+    assert run([*fit, *trouble], tmp_path) == [-9]
+    assert "metrics.csv cannot be written" in (tmp_path / "log-0").read_text()
+    assert run([*fit, "--ckpt_path", "auto"], tmp_path) == [0]
+    assert logged(tmp_path) == logged(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("room", [4_000, 20_000, 60_000, 120_000])
