@@ -54,14 +54,13 @@ def test_disk_that_is_full_for_a_while(whole, tmp_path, monkeypatch, world):
 
 def test_checkpoint_is_not_newer_than_the_log(whole, tmp_path, monkeypatch):
     """Step 6 is logged while the disk is full, the checkpoint of step 10 takes its lines along, a kill follows."""
-    monkeypatch.setattr("runs.LIMIT", 500)
+    monkeypatch.setattr("runs.LIMIT", 100)
     monkeypatch.setattr("runs.LIMIT_AT", 5)
     fit = [*whole[1], "--trainer.log_every_n_steps", "6", "--trainer.limit_val_batches", "0", "--run.failed_saves", "9"]
     fit += ["--trainer.limit_train_batches", "9", "--run.monitor", "null"]
     assert run(fit, tmp_path / "whole") == [0]
     trouble = callbacks(("FullDisk", {"until": 9}), ("Kill", {"step": 11}))
     assert run([*fit, *trouble], tmp_path) == [-9]
-    assert "metrics.csv cannot be written" in (tmp_path / "log-0").read_text()
     assert run([*fit, "--ckpt_path", "auto"], tmp_path) == [0]
     assert logged(tmp_path) == logged(tmp_path / "whole")
 
