@@ -9,7 +9,7 @@ time while the first process lives, which must be refused; and the disk is full 
 For the second kind the runs are on a small file system in memory, if this machine lets a user mount one (`unshare`).
 
 The log, weights, optimizer and model directories of a finished run must equal those of the unbroken run to the bit;
-then another run begins. If a full disk has kept a best model from being written, `best/` is left out of the comparison.
+then another run begins. A run that finished on a full disk, without its last checkpoint, is resumed. If a full disk has kept a best model from being written, `best/` is left out of the comparison.
 The exit status is 1 if any run differs.
 """
 
@@ -199,7 +199,7 @@ class Soak:
         """Run one run with trouble until it is finished; return what is wrong with it."""
         folder, log = self.disk.folder / name, self.out / f"{name}.log"
         wrong: str | None = None
-        while wrong is None:
+        while wrong is None or (not wrong and not self.has_last_checkpoint(folder)):
             workers = str(self.chance.choice([0, 1, 2]))
             again = ["--data.workers", workers, "--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
             wrong = self.attempt([*self.fit, *again], folder, log)
@@ -214,6 +214,11 @@ class Soak:
             shutil.copytree(folder, self.out / name)
         shutil.rmtree(folder)
         return found
+
+    def has_last_checkpoint(self, folder: Path) -> bool:
+        """Return whether a finished run has the checkpoint of its end, for which a full disk may have had no room."""
+        newest = [list_checkpoints(run / "checkpoints")[0].name for run in (folder, self.unbroken)]
+        return newest[0] == newest[1]
 
     def attempt(self, command: list[str], folder: Path, log: Path) -> str | None:
         """Start a run once, with some of all trouble; return "" if it finished, None if not, or what is wrong."""
