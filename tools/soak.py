@@ -9,7 +9,8 @@ time while the first process lives, which must be refused; and the disk is full 
 For the second kind the runs are on a small file system in memory, if this machine lets a user mount one (`unshare`).
 
 The log, weights, optimizer and model directories of a finished run must equal those of the unbroken run to the bit;
-then another run begins. A run that finished on a full disk, without its last checkpoint, is resumed. If a full disk has kept a best model from being written, `best/` is left out of the comparison.
+then another run begins. A run that finished on a full disk, without its last checkpoint, is resumed. If a full disk has
+kept a best model from being written, `best/` is left out of the comparison.
 The exit status is 1 if any run differs.
 """
 
