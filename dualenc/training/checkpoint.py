@@ -234,7 +234,6 @@ class RunState:
         monitor: name of the metric that selects `best/`.
         best_value: value of the monitored metric of the model in `best/`; -inf if there is none.
         best_step: step of the model in `best/`.
-        last_step: step of the model in `last/`; -1 if there is none.
         changes: settings that have changed since the start of the run: from which step on, and their values.
         samples: samples of all ranks since the start of the run.
         metrics: last value of each metric, for callbacks.
@@ -251,7 +250,6 @@ class RunState:
     monitor: str = ""
     best_value: float = -math.inf
     best_step: int = 0
-    last_step: int = -1
     changes: list[dict[str, Any]] = field(default_factory=list)
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)

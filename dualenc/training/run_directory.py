@@ -58,7 +58,7 @@ from dualenc.utils.errors import DataError
 from dualenc.utils.files import LineLog
 from dualenc.utils.text import plural, reason
 
-KEPT = ("best_value", "best_step", "samples", "last_step", "changes")  # of the state, in checkpoints
+KEPT = ("best_value", "best_step", "samples", "changes")  # of the state, in checkpoints
 
 
 class RunDirectory(Checkpoint):
@@ -344,7 +344,7 @@ class RunDirectory(Checkpoint):
     def _save_last(self, trainer: Trainer, pl_module: Task) -> str:
         """Write `last/`; return why it cannot be written, the same on all ranks, or nothing."""
         failed = self._save_model(trainer, pl_module, "last")
-        self._state.last_step = self._state.last_step if failed else trainer.global_step
+        self._record.last_step = self._record.last_step if failed else trainer.global_step
         return failed
 
     def _require_last(self, failed: str) -> None:
@@ -361,8 +361,13 @@ class RunDirectory(Checkpoint):
             RunError: If `last/` cannot be written.
         """
         if self._rank_flags is None:
-            if self._state.last_step != trainer.global_step and isinstance(pl_module, Task):
+            self._record = RunRecord(self.root, self.config_yaml, self._resumed)
+            # Only rank 0 decides: the others may not see its files.
+            is_missing = trainer.strategy.broadcast(self._record.last_step != trainer.global_step)
+            if is_missing and isinstance(pl_module, Task):
                 self._require_last(self._save_last(trainer, pl_module))
+                if trainer.is_global_zero:
+                    self._write_record(trainer, pl_module)
             rank_zero_print(
                 f"{self.root} was done already, after {trainer.global_step:,} steps: to train more, raise "
                 "trainer.max_epochs or trainer.max_steps, and name it in --run.accept_changes"

@@ -34,6 +34,9 @@ class RunRecord:
         root: the run directory.
         config_yaml: configuration of the run; None for a run without one.
         resumed: whether this process resumes the run.
+
+    Attributes:
+        last_step: step of the model in `last/`; -1 if there is none.
     """
 
     def __init__(self, root: Path, config_yaml: str | None, resumed: bool) -> None:
@@ -47,6 +50,7 @@ class RunRecord:
         except (OSError, ValueError):
             before = {}
         self._starts: list[dict[str, Any]] = before.get("starts", [])
+        self.last_step: int = before.get("last_step", -1)
         self._seconds_before = before.get("seconds", 0.0) if resumed else 0.0
 
     def add_start(self, trainer: Trainer) -> None:
@@ -79,6 +83,7 @@ class RunRecord:
             "step": trainer.global_step,
             "samples_seen": state.samples,
             "best": state.best,
+            "last_step": self.last_step,
             "bad_samples": len(data.bad_sample_log),
             "seconds": round(self._seconds_before + time.time() - self._start_time, 1),
             "restarts": len(self._starts) - 1,

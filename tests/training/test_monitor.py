@@ -142,7 +142,7 @@ def test_best_value_of_a_checkpoint_that_is_not_finite_counts_for_nothing(bad):
 
 def test_best_value_of_another_metric_counts_for_nothing():
     directory = RunDirectory(monitor="set/acc1")
-    saved = {"best_value": 0.9, "best_step": 4, "samples": 3, "last_step": -1, "metrics": {}}
+    saved = {"best_value": 0.9, "best_step": 4, "samples": 3, "metrics": {}}
     directory.load_state_dict({"monitor": "val/mrr", **saved})
     assert directory._state.best is None
     directory.load_state_dict({"monitor": "set/acc1", **saved})
