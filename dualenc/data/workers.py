@@ -27,7 +27,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dualenc.utils.errors import DataError
 from dualenc.utils.limits import file_limit, hits_file_limit, require_spare_files
-from dualenc.utils.text import plural
+from dualenc.utils.text import plural, print_message
 
 POLL_SECONDS = 1.0  # between checks of the workers during the wait for a batch
 GRACE_SECONDS = 3.0  # in which workers may end by themselves before they are killed
@@ -195,10 +195,9 @@ class WorkerLoader(DataLoader[Any]):
     ) -> None:
         lowered = prefetch_that_fits(batch_bytes, workers, prefetch, held, ranks)
         if lowered < prefetch and not rank:
-            print(
+            print_message(
                 f"data workers prefetch {lowered} of {prefetch} batches: {SHARED_MEMORY} has "
-                f"{_free_shared_memory() / 1e6:,.1f} MB free, and a batch takes {batch_bytes / 1e6:,.1f} MB",
-                file=sys.stderr,
+                f"{_free_shared_memory() / 1e6:,.1f} MB free, and a batch takes {batch_bytes / 1e6:,.1f} MB"
             )
         self.longest_wait = timeout  # torch's own `timeout` would end the wait without a look at the workers
         self.locate: Any = getattr(dataset, "locate", None)  # None for a dataset that is not watched
@@ -288,7 +287,7 @@ class _Shared:
             require_spare_files(SPARE_FILES)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickle.loads, (self.content,)
+        return pickle.loads, (self.content,)  # of our own worker's batch, never of foreign bytes
 
 
 def _kill(workers: Sequence[BaseProcess]) -> None:

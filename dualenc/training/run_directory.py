@@ -534,7 +534,7 @@ class RunDirectory(Checkpoint):
             has_best = f"best/ has {best['metric']} {best['value']:.4g}"
         else:
             why = f"{self.monitor} was not measured" if self.monitor else "run.monitor is null"
-            has_best = f"there is no best/, since {why}"
+            has_best = f"best/ is missing, since {why}"
         count = len(trainer.datamodule.bad_sample_log)  # type: ignore[attr-defined]
         bad = f"; {plural(count, 'bad sample')} left out, see {self.root / 'bad_samples.jsonl'}" if count else ""
         rank_zero_print(f"{trainer.global_step:,} steps done; {last}; {has_best}{report}{bad}")

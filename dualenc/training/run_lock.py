@@ -27,7 +27,7 @@ class RunLock:
         root: the run directory.
 
     Attributes:
-        refusal: why the folder cannot be used; empty if it can, or `acquire` has not been called.
+        refusal: why the folder cannot be used; empty if it can, and before `acquire`.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:

@@ -407,7 +407,7 @@ class Task(LightningModule):
         """Refuse the checkpoint of a run with other settings, and restore what `on_save_checkpoint` has added."""
         if self.check_resume is not None:
             self.check_resume(checkpoint)
-        if found := misfit(checkpoint, self):
+        elif found := misfit(checkpoint, self):
             raise CheckpointError(
                 f"the checkpoint does not fit the model: {found}; use the configuration of its run, config.yaml"
             )

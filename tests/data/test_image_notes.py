@@ -1,4 +1,4 @@
-"""Notes in image files, transparency of every depth, and Pillow's modes: all that is no plain pixel."""
+"""Notes in image files, transparency of every depth, and Pillow's modes."""
 
 import io
 import os

@@ -96,7 +96,7 @@ def test_monitor_that_is_never_measured_is_refused_before_the_first_step(tmp_pat
 def test_run_without_a_monitor_has_no_best(tmp_path, seed, capsys):
     write_shards(tmp_path / "shards", [20, 15], seed)
     main(fit(tmp_path, "--run.monitor", "null", "--trainer.max_steps", "3"))
-    assert "there is no best/, since run.monitor is null" in capsys.readouterr().err
+    assert "best/ is missing, since run.monitor is null" in capsys.readouterr().err
     assert (tmp_path / "run" / "last").exists()
     assert not (tmp_path / "run" / "best").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["best"] is None
