@@ -4,7 +4,7 @@ import os
 import random
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,9 @@ from dualenc.utils.urls import folder_of
 
 if TYPE_CHECKING:
     from dualenc.data.image_features import Features
+
+AUTO = "auto"  # captions where `find_captions` finds them
+PROBED = 100  # samples of an index that `find_captions` reads at most
 
 
 class Pairs(NamedTuple):
@@ -61,6 +64,26 @@ def caption_member(source: str) -> tuple[str, str | None]:
     if parts[-1] == "txt" and all(parts):
         return source.lower(), None
     raise DataError(f"captions {source!r} must be 'txt' or 'json.FIELD', where FIELD may be nested as in meta.caption")
+
+
+def find_captions(index: ShardIndex, source: str = AUTO) -> str:
+    """Return where the captions of shards are, in a form that `captions_of` takes.
+
+    Args:
+        index: the samples.
+        source: "auto" for the field `captions` of the `.json` where the first readable one has it, as in shards of
+            `dualenc make-shards`, or else the `.txt`, or else the field `caption`; anything else is returned unchanged.
+    """
+    if source != AUTO:
+        return source
+    fields: dict[str, Any] = {}
+    for row in np.flatnonzero(index.having(["json"]))[:PROBED].tolist():
+        with suppress(BadSample):
+            fields = index[row].read_json()
+            break
+    if "captions" in fields:
+        return "json.captions"
+    return "json.caption" if "caption" in fields and not index.having(["txt"]).any() else "txt"
 
 
 def captions_of(sample: Sample, source: str) -> list[str]:
