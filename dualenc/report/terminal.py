@@ -11,10 +11,10 @@ from dualenc.utils.text import printable
 
 
 def print_table(results: Sequence[Result]) -> None:
-    """Print the metrics of all sets as one table, and below it the problems of the sets.
+    """Print the metrics of all sets as one table, and below it the problems of the sets and notes on the results.
 
     Args:
-        results: results of one model.
+        results: results of one model, or of several, which are then named in a column.
     """
     lines = [
         [
@@ -28,7 +28,11 @@ def print_table(results: Sequence[Result]) -> None:
         ]
         for result in results
     ]
-    _print_sets(results, ("metric", "value", "95% interval", "chance"), lines)
+    several = len({result["model"] for result in results}) > 1
+    _print_sets(results, ("metric", "value", "95% interval", "chance"), lines, several)
+    notes = [(printable(result["dataset"]), printable(note)) for result in results for note in result.get("notes", ())]
+    for name, note in dict.fromkeys(notes):  # several models may have the same
+        _print_line(name, note)
 
 
 def print_comparison(comparisons: Sequence[Comparison]) -> None:
@@ -41,7 +45,8 @@ def print_comparison(comparisons: Sequence[Comparison]) -> None:
     if results:
         from rich.text import Text
 
-        _console().print(Text(f"A  {printable(results[0]['first'])}\nB  {printable(results[0]['second'])}\n"))
+        same = "A and B are the same model.\n" if all(result["same_model"] for result in results) else ""
+        _console().print(Text(f"A  {printable(results[0]['first'])}\nB  {printable(results[0]['second'])}\n{same}"))
     lines = [
         [
             (
@@ -55,27 +60,41 @@ def print_comparison(comparisons: Sequence[Comparison]) -> None:
     _print_sets(results, ("metric", "A", "B", "B - A", "95% interval", ""), lines)
 
 
-def _print_sets(results: Sequence[Result], head: Sequence[str], lines: Sequence[Sequence[tuple[str, ...]]]) -> None:
+def _print_sets(
+    results: Sequence[Result],
+    head: Sequence[str],
+    lines: Sequence[Sequence[tuple[str, ...]]],
+    several: bool = False,
+) -> None:
+    """Print a table of sets, with a column of models if there are several."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     table.add_column("set", overflow="fold")
+    if several:
+        table.add_column("model", overflow="fold")
     table.add_column("n", justify="right")
     for name in head:
         table.add_column(name, no_wrap=True, justify="left" if name in ("metric", "") else "right")
     for result, metrics in zip(results, lines):
         if table.row_count:
             table.add_row()
-        first = [(Text(printable(result["dataset"]), style="bold"), Text(f"{result['n']:,}"))]
+        model = [Text(printable(result["model"]))] if several else []
+        first = [[Text(printable(result["dataset"]), style="bold"), *model, Text(f"{result['n']:,}")]]
         if result.get("problems") or not result["complete"]:
-            first.append((Text("incomplete", style="bold yellow"), Text()))
+            first.append([Text("incomplete", style="bold yellow"), *(Text() for _ in model), Text()])
         for left, cells in zip_longest(first, metrics):
-            table.add_row(*(left or ("", "")), *map(Text, cells or ()))
-    console = _console()
-    console.print(table)
+            table.add_row(*(left or [""] * len(first[0])), *map(Text, cells or ()))
+    _console().print(table)
     for name, problem in _problems(results):
-        console.print(Text.assemble((f"{name}: ", "bold yellow"), _problem(problem)))
+        _print_line(name, _problem(problem), "bold yellow")
+
+
+def _print_line(name: str, text: str, style: str = "bold") -> None:
+    from rich.text import Text
+
+    _console().print(Text.assemble((f"{name}: ", style), text))
 
 
 def _problems(results: Sequence[Result]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -23,7 +23,9 @@ from dualenc.evaluation import (
     embed_set,
     evaluate,
     open_sets,
+    origin,
     score,
+    with_origin,
     write_results,
 )
 from dualenc.evaluation.probe import FrozenProbes, ProbeSet
@@ -427,9 +429,15 @@ def labeled(embedder, folder, split):
 # Comparisons
 
 
+def described(found, data, embedder):
+    """Add to an outcome what was measured."""
+    kind = KINDS[found.section.result["kind"]]
+    return with_origin(found, origin(kind, data, found.section.result["model"], embedder.fingerprint))
+
+
 def results(embedder, folder, sets):
     found = [score(data, embed_set(embedder, data), embedder) for data in sets]
-    write_results(folder, "zeroshot", found, sets, embedder.fingerprint)
+    write_results(folder, "zeroshot", [described(*pair, embedder) for pair in zip(found, sets)])
     return found
 
 
@@ -488,7 +496,7 @@ def test_different_groups_and_classes_are_not_compared(embedder, tmp_path, seed)
         data = BenchmarkSet.open(write_benchmark(tmp_path / folder / "s", seed, kind, counts=(20,)))
         data = dataclasses.replace(data, **change(data))
         found = [KINDS[between].evaluate(embedder, data)]
-        write_results(tmp_path / folder, "x", found, [data], embedder.fingerprint)
+        write_results(tmp_path / folder, "x", [described(found[0], data, embedder)])
 
     for between, kind, change in (
         ("image-image", "classification", lambda data: {"targets": data.targets.roll(1)}),
@@ -513,7 +521,7 @@ def test_folder_with_two_models_is_not_compared(embedder, tmp_path, seed):
     other = dualenc.Embedder(embedder.model, embedder.tokenizer, embedder.preprocess, "another")
     for data, one in zip(sets, (embedder, other)):
         found = [score(data, embed_set(one, data), one)]
-        write_results(tmp_path / "a", data.kind, found, [data], one.fingerprint)
+        write_results(tmp_path / "a", data.kind, [described(found[0], data, one)])
     with pytest.raises(DataError, match=r"holds results of several models: another, .*; name one of its \.json files"):
         compare(tmp_path / "a", tmp_path / "a")
     compare(tmp_path / "a" / "multilabel.json", tmp_path / "a")
