@@ -32,7 +32,7 @@ from dualenc.data.image_features import (
 )
 from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.loading.bad_samples import BadRecord, causes
-from dualenc.data.pairs import caption_member, captions_of, decode_and_hash
+from dualenc.data.pairs import caption_members, captions_of, decode_and_hash
 from dualenc.data.prepare.resumable import check_same, other_inputs
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.sample import image_argument
@@ -159,7 +159,7 @@ def embed_shards(
     out, began = Path(out), time.monotonic()
     captions = about["captions"] if of_texts else None
     if captions is not None:
-        caption_member(captions)  # raises if it is not understood
+        caption_members(captions)  # raises if it is not understood
     if batch_size < 1 or workers < 0:
         raise DataError(f"batch_size {batch_size} must be 1 or more, workers {workers} 0 or more")
     inputs = _inputs(index)
