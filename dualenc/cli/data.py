@@ -119,8 +119,8 @@ def doctor(
 
     Args:
         shards: paths, globs, brace patterns or folders.
-        captions: "auto" for json.captions as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a field of
-            the .json, which may list several and be nested as in json.meta.caption.
+        captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
+            field of the .json, which may list several and be nested as in json.meta.caption.
         image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
             .jpeg, .png or .webp.
         sample: number of pairs to read and decode, drawn from all shards.
@@ -249,8 +249,8 @@ def tokenizer(
     Args:
         shards: paths, globs, brace patterns or folders.
         out: .json file to write.
-        captions: "auto" for json.captions as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a field of
-            the .json, which may list several and be nested as in json.meta.caption.
+        captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
+            field of the .json, which may list several and be nested as in json.meta.caption.
         image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
             .jpeg, .png or .webp.
         kind: "wordpiece" as in BERT, or "bpe" on bytes as in GPT-2.

@@ -165,8 +165,8 @@ def embed(
         out: folder for a .safetensors of each shard or file, and embed.json of shards; the same command continues a
             stopped one.
         features: write the output of the image tower before the projection instead of embeddings; for `data.features`.
-        captions: "auto" for json.captions as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a field of
-            the .json, which may list several and be nested as in json.meta.caption.
+        captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
+            field of the .json, which may list several and be nested as in json.meta.caption.
         image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
             .jpeg, .png or .webp.
         column: column of the texts in text files.

@@ -153,8 +153,8 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
         raise no_images(index)
     if not text.any():
         raise DataError(
-            f"{where}: no captions among {len(index)} samples; expected .{' or .'.join(members)}{_members(index)}: name the source "
-            "of captions with data.captions"
+            f"{where}: no captions among {len(index)} samples; expected .{' or .'.join(members)}{_members(index)}: "
+            "name the source of captions with data.captions"
         )
     both = image & text
     if not both.any():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -109,8 +110,8 @@ class Embedded:
             text.append(f"{len(self.bad):,} texts could not be read: {causes(self.bad)}")
         if self.what == "features":
             text.append(
-                f"next: dualenc fit --config run.yaml --model.image_tuning.locked true --data.features {self.out}"
-                f"{image_argument(self.images)}"
+                f"next: dualenc fit --config run.yaml --model.image_tuning.locked true "
+                f"--data.features {quote(str(self.out))}{image_argument(self.images)}"
             )
         return text
 

@@ -166,8 +166,8 @@ class PairData(TokenData):
         preprocess: evaluation transform; the command line takes it from the task.
         text: architecture of the text encoder; the command line takes it from the task.
         val: share of the pairs to hold out, by image content; or shards of held-out pairs; or null for none.
-        captions: "auto" for the field `captions` of the `.json`, as `dualenc make-shards` writes it, or else the `.txt`;
-            or "txt"; or "json.FIELD" for a string or list of strings in the `.json`, which may be nested as in
+        captions: "auto" for the field `captions` of the `.json`, as `dualenc make-shards` writes it, or else the
+            `.txt`; or "txt"; or "json.FIELD" for a string or list of strings in the `.json`, which may be nested as in
             "json.meta.caption". One of several captions is drawn at each step.
         image: member that is the image, such as "input.jpg" where samples have several images; several names are
             separated by ";"; null for the `.jpg`, `.jpeg`, `.png` or `.webp`.

@@ -102,7 +102,7 @@ def test_nested_fields_and_members_of_other_names(tmp_path: Path) -> None:
     ("members", "want"),
     [
         ({"txt": b"one"}, ["one"]),
-        ({"txt": b"one", "json": b'{"captions": ["two", "three"], "caption": "four"}'}, ["two", "three"]),  # make-shards
+        ({"txt": b"one", "json": b'{"captions": ["two", "three"], "caption": "four"}'}, ["two", "three"]),
         ({"txt": b"one", "json": b'{"caption": "four"}'}, ["one"]),  # img2dataset
         ({"json": b'{"caption": "four"}'}, ["four"]),
         ({"json": b'["x"]', "txt": b"one"}, ["one"]),

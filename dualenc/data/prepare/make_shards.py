@@ -6,8 +6,8 @@ A line is appended to a journal for each complete shard, so that a stopped run r
 
 import hashlib
 import json
-import shlex
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
