@@ -21,7 +21,7 @@ def import_(
     embed_dim: int = 512,
     seed: int = 0,
     data: tuple[str, ...] = (),
-    captions: str = "txt",
+    captions: str = "auto",
     image: str | None = None,
 ) -> None:
     """Read a model that another library wrote, check it with that library, and write a model directory.
@@ -34,7 +34,7 @@ def import_(
         embed_dim: dimensions of the space that joins both towers.
         seed: random seed of the projections that join them.
         data: shards, some of whose pairs are compared in addition to drawn inputs.
-        captions: captions of these shards, "txt" or "json.FIELD".
+        captions: captions of these shards: "auto", "txt" or "json.FIELD".
         image: member of these shards that is the image, such as "input.jpg"; absent, the .jpg, .jpeg, .png or .webp.
     """
     from dualenc.formats.model_folder import OWN_FILES
@@ -58,7 +58,7 @@ def export(
     out: Path,
     format: str = "",
     data: tuple[str, ...] = (),
-    captions: str = "txt",
+    captions: str = "auto",
     image: str | None = None,
 ) -> None:
     """Write a model in the format of another library, and check it with that library in a fresh process.
@@ -69,7 +69,7 @@ def export(
         format: open_clip, transformers, sentence-transformers, onnx, or the import path of an ExportFormat of your own,
             such as my_package.my_module.MyFormat.
         data: shards, some of whose pairs are compared in addition to drawn inputs.
-        captions: captions of these shards, "txt" or "json.FIELD".
+        captions: captions of these shards: "auto", "txt" or "json.FIELD".
         image: member of these shards that is the image, such as "input.jpg"; absent, the .jpg, .jpeg, .png or .webp.
     """
     from dualenc.interop import exporting
@@ -149,7 +149,7 @@ def embed(
     shards: list[str],
     out: Path,
     features: bool = False,
-    captions: str = "txt",
+    captions: str = "auto",
     image: str | None = None,
     column: str = "text",
     tokens: bool = False,
@@ -165,7 +165,8 @@ def embed(
         out: folder for a .safetensors of each shard or file, and embed.json of shards; the same command continues a
             stopped one.
         features: write the output of the image tower before the projection instead of embeddings; for `data.features`.
-        captions: "txt", or "json.FIELD" for a field of the .json that may list several; nested as in json.meta.caption.
+        captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
+            field of the .json, which may list several and be nested as in json.meta.caption.
         image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
             .jpeg, .png or .webp.
         column: column of the texts in text files.

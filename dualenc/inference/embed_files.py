@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +33,7 @@ from dualenc.data.image_features import (
 )
 from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.loading.bad_samples import BadRecord, causes
-from dualenc.data.pairs import caption_member, captions_of, decode_and_hash
+from dualenc.data.pairs import caption_members, captions_of, decode_and_hash
 from dualenc.data.prepare.resumable import check_same, other_inputs
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.sample import image_argument
@@ -109,8 +110,8 @@ class Embedded:
             text.append(f"{len(self.bad):,} texts could not be read: {causes(self.bad)}")
         if self.what == "features":
             text.append(
-                f"next: dualenc fit --config run.yaml --model.image_tuning.locked true --data.features {self.out}"
-                f"{image_argument(self.images)}"
+                f"next: dualenc fit --config run.yaml --model.image_tuning.locked true "
+                f"--data.features {quote(str(self.out))}{image_argument(self.images)}"
             )
         return text
 
@@ -159,7 +160,7 @@ def embed_shards(
     out, began = Path(out), time.monotonic()
     captions = about["captions"] if of_texts else None
     if captions is not None:
-        caption_member(captions)  # raises if it is not understood
+        caption_members(captions)  # raises if it is not understood
     if batch_size < 1 or workers < 0:
         raise DataError(f"batch_size {batch_size} must be 1 or more, workers {workers} 0 or more")
     inputs = _inputs(index)

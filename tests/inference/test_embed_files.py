@@ -180,7 +180,7 @@ def test_mistakes_are_one_line(
     main([*again, "--workers", "0"])
     kept = everything(tmp_path / "out")
     assert "no --features" in fails(capsys, [*again, "--features"])
-    assert "captions 'txt', not 'json.captions'" in fails(capsys, [*again, "--captions", "json.captions"])
+    assert "captions 'auto', not 'json.captions'" in fails(capsys, [*again, "--captions", "json.captions"])
     tiny_embedder(seed + 1).save(tmp_path / "other")
     assert f"another model ({model}" in fails(capsys, ["embed", str(tmp_path / "other"), shards, out])
     assert "part-002.tar is missing" in fails(
