@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -271,11 +272,15 @@ def _write(out: Path, command: str, title: str, found: "Sequence[Evaluated]", da
     from dualenc.evaluation import write_results
     from dualenc.report import write_report
 
-    names = dict.fromkeys(one.section.result["model"] for one in found)
+    sections = [one.section for one in found]
+    names = list(dict.fromkeys(section.result["model"] for section in sections))
+    if len(names) > 1:  # the page names sections by their set
+        titles = [f"{section.result['dataset']} ({section.result['model']})" for section in sections]
+        sections = [replace(x, result={**x.result, "dataset": name}) for x, name in zip(sections, titles)]
     about = {"model": ", ".join(names), "data": " ".join(map(redact, data)), "command": command_line()}
     with writing(out):
         write_results(out, command, found)
-        page = write_report(out, title, [one.section for one in found], about)
+        page = write_report(out, title, sections, about)
     print(f"report: {page}")
 
 

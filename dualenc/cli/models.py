@@ -156,14 +156,15 @@ def embed(
     workers: int = 2,
     batch_size: int = 64,
 ) -> None:
-    """Write the embeddings of all images and captions of shards, image features to train from, or embeddings of texts.
+    """Write embeddings of the images and captions of shards, of images, or of texts; or image features to train from.
 
     Args:
         model: model directory, run directory, or hf-hub:owner/name[@revision]; with --features also the .yaml of a
             `dualenc fit`, for the image tower with which this run starts; for text files, a text model.
-        shards: paths, globs, brace patterns or folders; or text files, .txt, .tsv, .csv or .jsonl.
-        out: folder for a .safetensors of each shard or file, and embed.json of shards; the same command continues a
-            stopped one.
+        shards: paths, globs, brace patterns or folders of shards; or of images, or a .txt with a path on each line;
+            or text files, .txt, .tsv, .csv or .jsonl.
+        out: folder for a .safetensors of each shard, part of the images or text file, and embed.json; the same command
+            continues a stopped one.
         features: write the output of the image tower before the projection instead of embeddings; for `data.features`.
         captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
             field of the .json, which may list several and be nested as in json.meta.caption.
@@ -175,7 +176,13 @@ def embed(
         batch_size: images or texts embedded at once.
     """
     from dualenc.data.text.files import KINDS
+    from dualenc.inference.image_files import find_images
 
+    if paths := find_images(shards):
+        if features or tokens or image is not None:
+            raise UsageError(f"{shards[0]} names images: --features, --tokens and --image are not for them")
+        _embed_images(model, paths, out, workers, batch_size)
+        return
     if texts := [name for name in shards if name.lower().endswith(KINDS)]:
         if len(texts) < len(shards) or features:
             raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
@@ -191,6 +198,19 @@ def embed(
         index, bar = ShardIndex.build(shards, image=image, workers=workers), progress("images")
         options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": bar}
         made = embed_shards(index, out, about, preprocess, of_images, of_texts, **options)
+    print("\n".join(made.lines()))
+
+
+def _embed_images(model: str, paths: list[str], out: Path, workers: int, batch_size: int) -> None:
+    """Write the embeddings of image files."""
+    from dualenc.inference.embed_files import embed_shards
+    from dualenc.inference.image_files import ImageParts
+
+    about, preprocess, of_images, _ = _towers(model, False, "", batch_size)
+    about |= {"what": "images", "captions": None}
+    with writing(out):
+        options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": progress("images")}
+        made = embed_shards(ImageParts(paths), out, about, preprocess, of_images, **options)
     print("\n".join(made.lines()))
 
 
@@ -226,7 +246,7 @@ def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple
 def _embed_text_files(model: str, files: list[str], out: Path, column: str, tokens: bool, batch_size: int) -> None:
     """Write the embeddings of text files."""
     from dualenc import load_text
-    from dualenc.inference.embed_files import embed_text_files
+    from dualenc.inference.embed_text_files import embed_text_files
 
     with writing(out):
         options: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "track": progress("texts")}

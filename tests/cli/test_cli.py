@@ -327,6 +327,10 @@ def test_results_of_something_else_are_not_replaced(
     assert "second/zeroshot.json" in fails(capsys, [*two, *out[:-1], str(tmp_path / "second")])
 
 
+def rows_of(table: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(table.read_text().splitlines()))
+
+
 def test_several_models_and_sets_fill_one_table(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     models, sets = [], []
     for i in range(2):
@@ -340,7 +344,7 @@ def test_several_models_and_sets_fill_one_table(tmp_path: Path, seed: int, capsy
     main(["zeroshot", models[0], *sets, "--models", models[1], *rest, "--out", str(tmp_path / "out")])
     assert table.read_text().startswith(first)
     results = json.loads((tmp_path / "out" / "zeroshot.json").read_text())
-    rows = {(row["model"], row["set"], row["metric"]): row for row in csv.DictReader(table.open())}
+    rows = {(row["model"], row["set"], row["metric"]): row for row in rows_of(table)}
     assert len(table.read_text().splitlines()) == 1 + len(rows)
     assert rows.keys() == {
         (model, f"set{i}", metric) for model in models for i in range(2) for metric in results[0]["metrics"]
@@ -352,7 +356,8 @@ def test_several_models_and_sets_fill_one_table(tmp_path: Path, seed: int, capsy
             bounds = [float(row[name]) for name in ("low", "high") if row[name]]
             assert bounds == result["intervals"].get(metric, [])
             assert (row["n"], row["split"], row["kind"]) == (str(result["n"]), "test", "classification")
-    assert f"model{1}" in (tmp_path / "out" / "report.html").read_text().replace("<wbr>", "")
+    page = (tmp_path / "out" / "report.html").read_text().replace("<wbr>", "")
+    assert all(f"{result['dataset']} ({result['model']})" in page for result in results)
     full = table.read_text()
     capsys.readouterr()
     main(["zeroshot", models[0], *sets, "--models", models[1], *rest])
@@ -379,7 +384,7 @@ def test_incomplete_results_are_in_a_table_only_if_allowed(
     fails(capsys, command, status=1)
     assert not (tmp_path / "x.csv").exists()
     main([*command, "--allow-partial"])
-    assert {row["complete"] for row in csv.DictReader((tmp_path / "x.csv").open())} == {"false"}
+    assert {row["complete"] for row in rows_of(tmp_path / "x.csv")} == {"false"}
     before = (tmp_path / "x.csv").read_text()
     assert "1.tar" in fails(capsys, command, status=1)
     main([*command, "--allow-partial"])
