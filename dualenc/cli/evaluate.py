@@ -13,7 +13,7 @@ from dualenc.utils.urls import redact
 if TYPE_CHECKING:
     from dualenc.evaluation import Evaluated, EvaluationKind
     from dualenc.evaluation.kinds import OpenSet
-    from dualenc.evaluation.measure import Measured
+    from dualenc.evaluation.measure import MeasuredSet
 
 
 def evaluate(
@@ -212,7 +212,7 @@ def _evaluate(
         UsageError: If an option is wrong.
         WorkError: If the evaluation fails, or a set is incomplete.
     """
-    from dualenc.evaluation import ResultTable, check_out, open_sets, origin
+    from dualenc.evaluation import ResultTable, check_out, open_sets, place
     from dualenc.report import print_table
     from dualenc.utils.text import plural
 
@@ -221,16 +221,19 @@ def _evaluate(
     sets = open_sets(data, kinds, split)
     names = list(dict.fromkeys([model, *models]))
     if out is not None:
-        check_out(out, command, [origin(*one, name, "") for name in names for one in sets])
+        check_out(out, command, [place(*one, name) for name in names for one in sets])
         make_folder(out, "--out")
+    if csv is not None:
+        make_folder(csv.parent, "--csv")
     table = None if csv is None else ResultTable(csv)
     # A report shows more than the table keeps, so that all of it is measured again.
     options = {"table": table, "again": out is not None, "incomplete": allow_partial, "workers": workers}
     measured = [one for number in range(len(names)) for one in _measure(names, number, sets, **options)]
     # Results on one set stand next to each other.
     print_table([one.result for place in range(len(sets)) for one in measured[place :: len(sets)]])
-    if known := sum(one.found is None for one in measured):
-        print(f"{csv} had {known} of {plural(len(measured), 'result')}, measured before with equal weights and data")
+    if table is not None:
+        known = sum(one.found is None for one in measured)
+        print(f"{csv}: {plural(table.added, 'result')} added, {known} found there and not measured again")
     if out is not None:
         titles = list(dict.fromkeys(kind.title for kind, _ in sets))
         title = titles[0] if len(titles) == 1 else "Evaluation"
@@ -238,7 +241,7 @@ def _evaluate(
     _check_complete([one.result for one in measured], allow_partial)
 
 
-def _measure(names: Sequence[str], number: int, sets: "Sequence[OpenSet]", **options: Any) -> "list[Measured]":
+def _measure(names: Sequence[str], number: int, sets: "Sequence[OpenSet]", **options: Any) -> "list[MeasuredSet]":
     """Measure a model, one of several, on sets; see `dualenc.evaluation.measure.measure`."""
     from dualenc import DataError, load
     from dualenc.evaluation import EmbeddingCache
@@ -257,8 +260,7 @@ def _measure(names: Sequence[str], number: int, sets: "Sequence[OpenSet]", **opt
         return progress(what)
 
     try:
-        with writing(Path(options["table"].path if options["table"] else "")):
-            found = list(measure(embedder, sets, track=track, cache=cache, **options))
+        found = list(measure(embedder, sets, track=track, cache=cache, **options))
     except DataError as error:
         raise WorkError(error) from error
     if cache.reused:

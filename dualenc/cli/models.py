@@ -204,13 +204,13 @@ def embed(
 def _embed_images(model: str, paths: list[str], out: Path, workers: int, batch_size: int) -> None:
     """Write the embeddings of image files."""
     from dualenc.inference.embed_files import embed_shards
-    from dualenc.inference.image_files import ImageParts
+    from dualenc.inference.image_files import FileParts
 
     about, preprocess, of_images, _ = _towers(model, False, "", batch_size)
     about |= {"what": "images", "captions": None}
     with writing(out):
         options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": progress("images")}
-        made = embed_shards(ImageParts(paths), out, about, preprocess, of_images, **options)
+        made = embed_shards(FileParts(paths), out, about, preprocess, of_images, **options)
     print("\n".join(made.lines()))
 
 

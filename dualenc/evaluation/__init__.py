@@ -3,7 +3,7 @@
 from dualenc.evaluation.base import Evaluated, EvaluationKind, SavedResult, Scored, image_ids, text_ids
 from dualenc.evaluation.embed import EmbeddingCache, SetEmbedder, SetEmbeddings
 from dualenc.evaluation.kinds import KINDS, find_kind, kinds_of_command, open_sets
-from dualenc.evaluation.results import check_out, compare, origin, with_origin, write_results
+from dualenc.evaluation.results import check_out, compare, origin, place, with_origin, write_results
 from dualenc.evaluation.retrieval import score_retrieval
 from dualenc.evaluation.score import embed_set, evaluate, score
 from dualenc.evaluation.table import ResultTable
@@ -27,6 +27,7 @@ __all__ = [
     "kinds_of_command",
     "open_sets",
     "origin",
+    "place",
     "score",
     "score_retrieval",
     "text_ids",

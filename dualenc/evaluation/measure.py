@@ -12,7 +12,7 @@ from dualenc.inference.embedder import Embedder
 from dualenc.utils.errors import DataError
 
 
-class Measured(NamedTuple):
+class MeasuredSet(NamedTuple):
     """Result of a model on a set."""
 
     result: dict[str, Any]
@@ -29,7 +29,7 @@ def measure(
     workers: int = 0,
     track: Callable[[int], Track] = lambda number: iter,
     cache: EmbeddingCache | None = None,
-) -> Iterator[Measured]:
+) -> Iterator[MeasuredSet]:
     """Measure a model on sets, one after the other; a table is given each result before the next set begins.
 
     Args:
@@ -43,8 +43,7 @@ def measure(
         cache: see `SetEmbedder`.
 
     Raises:
-        DataError: If a set cannot be measured, or the table cannot be read.
-        OSError: If the table cannot be written.
+        DataError: If a set cannot be measured, or the table cannot be read or written.
     """
     fingerprint = embedder.fingerprint
     for number, (kind, data) in enumerate(sets):
@@ -52,7 +51,7 @@ def measure(
         known = None if table is None or again else table.find(described)
         if known is not None and (known["complete"] or incomplete):
             # The names of this command are shown, under which the user looks for the result.
-            yield Measured({**known, "model": embedder.name, "dataset": data.name}, None)
+            yield MeasuredSet({**known, "model": embedder.name, "dataset": data.name}, None)
             continue
         try:
             found = kind.evaluate(embedder, data, workers=workers, track=track(number), cache=cache)
@@ -62,4 +61,4 @@ def measure(
         result = found.section.result
         if table is not None and (result["complete"] or incomplete):
             table.add(result)
-        yield Measured(result, found)
+        yield MeasuredSet(result, found)

@@ -24,8 +24,25 @@ ITEMS = ".items.safetensors"
 REPORT = "report.html"
 
 
+def place(kind: EvaluationKind, data: BenchmarkSet, model: str) -> dict[str, Any]:
+    """Return the entries of a result that say where it comes from, by names and paths.
+
+    Args:
+        kind: evaluation kind.
+        data: evaluation set.
+        model: name of the model.
+    """
+    return {
+        "dataset": data.name,
+        "kind": kind.name,
+        "model": model,
+        "data": data.path if is_remote(data.path) else os.path.abspath(data.path),
+        "split": data.split,
+    }
+
+
 def origin(kind: EvaluationKind, data: BenchmarkSet, model: str, fingerprint: str) -> dict[str, Any]:
-    """Return the entries of a result that say what was measured.
+    """Return the entries of a result that say what was measured, by names and by fingerprints of the content.
 
     Args:
         kind: evaluation kind.
@@ -33,16 +50,8 @@ def origin(kind: EvaluationKind, data: BenchmarkSet, model: str, fingerprint: st
         model: name of the model.
         fingerprint: fingerprint of the model, since its name may later belong to another model.
     """
-    return {
-        "dataset": data.name,
-        "kind": kind.name,
-        "model": model,
-        "fingerprint": fingerprint,
-        "data": data.path if is_remote(data.path) else os.path.abspath(data.path),
-        "split": data.split,
-        "data_fingerprint": data.fingerprint,
-        "settings": kind.settings(data),
-    }
+    content = {"fingerprint": fingerprint, "data_fingerprint": data.fingerprint, "settings": kind.settings(data)}
+    return place(kind, data, model) | content
 
 
 def with_origin(found: Evaluated, described: Mapping[str, Any]) -> Evaluated:

@@ -18,6 +18,7 @@ from typing import Any
 from dualenc.utils.decoding import read_text
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import write_bytes
+from dualenc.utils.text import reason
 
 # What a result depends on. Names of models and sets are not among them, since another model may get the same name.
 KEY = ("model_fingerprint", "set_fingerprint", "kind", "settings")
@@ -34,7 +35,10 @@ class ResultTable:
     Several processes may add to one file. Other columns and the order of the columns are kept.
 
     Args:
-        path: path of the file, which may be missing.
+        path: path of the file, which may be missing; its folder must exist.
+
+    Attributes:
+        added: number of results that were added.
 
     Raises:
         DataError: If the file cannot be read, or is not such a table.
@@ -42,6 +46,7 @@ class ResultTable:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.realpath(path))  # a link stays a link to the file that is replaced
+        self.added = 0
         self._read()
 
     def find(self, result: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -73,30 +78,32 @@ class ResultTable:
         }
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Add the rows of a result, unless another process has added them.
+        """Add the rows of a result, unless the file has them.
 
         Args:
             result: result of a set with its origin.
 
         Raises:
-            DataError: If the file is not such a table.
-            OSError: If the file cannot be written.
+            DataError: If the file is not such a table, or cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.parent):
-            before, columns = self._read()
-            if self.find(result) is not None:
-                return
-            text = io.StringIO()
-            writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-            if not before:
-                writer.writeheader()
-            elif not before.endswith("\n"):
-                text.write("\n")
-            rows = list(_rows(result))
-            writer.writerows(rows)
-            write_bytes(self.path, (before + text.getvalue()).encode("utf-8", "backslashreplace"))
-            self.rows += rows
+        try:
+            with _locked(self.path.parent):
+                before, columns = self._read()
+                if self.find(result) is not None:
+                    return
+                text = io.StringIO()
+                writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+                if not before:
+                    writer.writeheader()
+                elif not before.endswith("\n"):
+                    text.write("\n")
+                rows = list(_rows(result))
+                writer.writerows(rows)
+                write_bytes(self.path, (before + text.getvalue()).encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be written: {reason(error)}") from None
+        self.rows += rows
+        self.added += 1
 
     def _read(self) -> tuple[str, list[str]]:
         """Read the rows, and return the content of the file and its columns."""

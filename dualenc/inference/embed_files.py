@@ -38,7 +38,7 @@ from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.sample import image_argument
 from dualenc.data.shards.shard import Shard
 from dualenc.data.workers import CurrentSample, WorkerLoader, tensor_bytes
-from dualenc.inference.image_files import ImagePart, ImageParts
+from dualenc.inference.image_files import FilePart, FileParts
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, write_json, write_text
 from dualenc.utils.text import plural
@@ -129,7 +129,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: Mapping[str, 
 
 
 def embed_shards(
-    index: ShardIndex | ImageParts,
+    index: ShardIndex | FileParts,
     out: str | os.PathLike[str],
     about: Mapping[str, Any],
     transform: Callable[[Tensor], Tensor],
@@ -195,7 +195,7 @@ def embed_shards(
     )
 
 
-def _write_bad(out: Path, index: ShardIndex | ImageParts, files: Sequence[EmbeddingFile]) -> list[BadRecord]:
+def _write_bad(out: Path, index: ShardIndex | FileParts, files: Sequence[EmbeddingFile]) -> list[BadRecord]:
     """Write OUT/bad.jsonl, if the files name samples that could not be embedded, and return them."""
     bad = [
         BadRecord(start + place, str(shard), shard.key(place), *why)
@@ -208,9 +208,9 @@ def _write_bad(out: Path, index: ShardIndex | ImageParts, files: Sequence[Embedd
     return bad
 
 
-def _inputs(index: ShardIndex | ImageParts) -> dict[str, str]:
+def _inputs(index: ShardIndex | FileParts) -> dict[str, str]:
     """Return the digests of the shards by name."""
-    found: dict[str, Shard | ImagePart] = {}
+    found: dict[str, Shard | FilePart] = {}
     for shard in index.parts:
         name = shard.facts["name"]
         if (other := found.setdefault(name, shard)) is not shard:
@@ -294,7 +294,7 @@ class _Reader(Dataset["_Read"]):
 
     def __init__(
         self,
-        index: ShardIndex | ImageParts,
+        index: ShardIndex | FileParts,
         transform: Callable[[Tensor], Tensor],
         captions: str | None,
         batch_size: int,
@@ -396,7 +396,7 @@ def _embed(
     return _Part(images, texts, read)
 
 
-def _write_shard(out: Path, shard: Shard | ImagePart, about: Mapping[str, Any], parts: list[_Part]) -> None:
+def _write_shard(out: Path, shard: Shard | FilePart, about: Mapping[str, Any], parts: list[_Part]) -> None:
     """Write the file of a shard."""
     reads = [part.read for part in parts]
     arrays = {"piece": np.array([x for read in reads for x in read.hashes], np.uint64).view(np.int64)}

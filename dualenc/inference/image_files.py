@@ -110,7 +110,7 @@ class FileSample:
         return self.files.key(self.number)
 
 
-class ImagePart:
+class FilePart:
     """Some image files, in place of a shard; see `dualenc.data.shards.shard.Shard`.
 
     Args:
@@ -144,7 +144,7 @@ def _state(path: str) -> list[Any]:
     return [path, status.st_size, status.st_mtime_ns]
 
 
-class ImageParts:
+class FileParts:
     """Image files in parts, in place of an index of shards; see `dualenc.data.shards.index.ShardIndex`.
 
     Args:
@@ -155,7 +155,7 @@ class ImageParts:
 
     def __init__(self, paths: Sequence[str]) -> None:
         pieces = [paths[start : start + PART] for start in range(0, len(paths), PART)]
-        self.parts = [ImagePart(number, piece) for number, piece in enumerate(pieces)]
+        self.parts = [FilePart(number, piece) for number, piece in enumerate(pieces)]
         self.starts = [0, *accumulate(map(len, self.parts))]
 
     def __len__(self) -> int:

@@ -45,7 +45,7 @@ def print_comparison(comparisons: Sequence[Comparison]) -> None:
     if results:
         from rich.text import Text
 
-        same = "A and B are the same model.\n" if all(result["same_model"] for result in results) else ""
+        same = "A and B are the same model.\n" if all(result.get("same_model") for result in results) else ""
         _console().print(Text(f"A  {printable(results[0]['first'])}\nB  {printable(results[0]['second'])}\n{same}"))
     lines = [
         [

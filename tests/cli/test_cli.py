@@ -363,11 +363,11 @@ def test_several_models_and_sets_fill_one_table(tmp_path: Path, seed: int, capsy
     main(["zeroshot", models[0], *sets, "--models", models[1], *rest])
     again = capsys.readouterr()
     assert table.read_text() == full
-    assert "4 of 4 results" in again.out
+    assert "0 results added, 4 found there" in again.out
     assert again.out.count("mean_per_class_recall") == 4
     (tmp_path / "set0" / "zeroshot_classification_templates.txt").write_text("the {c}\n")  # other prompts, other rows
     main(["zeroshot", *models[:1], *sets, *rest])
-    assert "1 of 2 results" in capsys.readouterr().out
+    assert "1 result added, 1 found there" in capsys.readouterr().out
     assert len(table.read_text().splitlines()) == len(full.splitlines()) + len(results[0]["metrics"])
     assert "several models" in fails(capsys, ["compare", str(tmp_path / "out"), str(tmp_path / "out")])
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
@@ -388,7 +388,7 @@ def test_incomplete_results_are_in_a_table_only_if_allowed(
     before = (tmp_path / "x.csv").read_text()
     assert "1.tar" in fails(capsys, command, status=1)
     main([*command, "--allow-partial"])
-    assert "1 of 1 result" in capsys.readouterr().out
+    assert "0 results added, 1 found there" in capsys.readouterr().out
     assert (tmp_path / "x.csv").read_text() == before
 
 
