@@ -38,7 +38,7 @@ def evaluate(
         out: folder for evaluate.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
-        csv: table that is given each result as soon as it is there; those that it has are not measured again.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.evaluation import find_kind
@@ -66,7 +66,7 @@ def zeroshot(
         out: folder for zeroshot.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
-        csv: table that is given each result as soon as it is there; those that it has are not measured again.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.evaluation import kinds_of_command
@@ -96,7 +96,7 @@ def retrieval(
         out: folder for retrieval.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
-        csv: table that is given each result as soon as it is there; those that it has are not measured again.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.evaluation import KINDS
@@ -123,7 +123,7 @@ def choice(
         out: folder for choice.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
-        csv: table that is given each result as soon as it is there; those that it has are not measured again.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.evaluation import kinds_of_command
@@ -155,7 +155,7 @@ def probe(
         out: folder for probe.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
-        csv: table that is given each result as soon as it is there; those that it has are not measured again.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
         shots: numbers of images of each class, such as 1 2 4 8 16, for a linear probe of each.
         draws: number of draws of these images; the metrics are means over the draws.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.

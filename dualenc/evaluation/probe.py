@@ -231,7 +231,7 @@ class _SomeImages:
 
 
 def _two_shares(data: BenchmarkSet) -> ProbeSet:
-    """Hold a fifth of each class out to measure on, and learn from the rest.
+    """Divide a set: a fifth of each class to measure on, and the rest to learn from.
 
     The shares depend on the content of the images only. Images of the same bytes are in the same share.
 
@@ -254,16 +254,15 @@ def _two_shares(data: BenchmarkSet) -> ProbeSet:
         return replace(data, source=source, targets=data.targets[rows], **fields)
 
     # The problems of the split are those of one share only, so that they are counted once.
-    rest = share(np.flatnonzero(~measured), split=f"rest of {data.split}", problems=[])
+    rest = share(np.flatnonzero(~measured), split=f"the rest of {data.split}", problems=[])
     return ProbeSet.of(share(np.flatnonzero(measured)), rest, shared=True)
 
 
 def _notes(data: ProbeSet, counts: Mapping[str, int]) -> list[str]:
     """Return sentences that say which images were learned from, given their number in each split."""
-    images = " and ".join(f"{count:,} of {split}" for split, count in counts.items())
-    chosen_on = data.train.split if data.held_out is None else data.held_out.split
-    share = "a fifth of " if data.held_out is None else ""
-    notes = [f"learned from {images} images; C and k were chosen on {share}{chosen_on}, and the last fit is of all"]
+    images = " and ".join(f"{count:,} images of {split}" for split, count in counts.items())
+    chosen_on, all_of = ("a fifth of them", "all") if data.held_out is None else (data.held_out.split, "both")
+    notes = [f"learned from {images}; C and k were chosen on {chosen_on}, and the last fit is of {all_of}"]
     if data.shared:
         notes.insert(0, f"measured on a fifth of each class of {data.split}, which has no other split to learn from")
     return notes

@@ -122,7 +122,7 @@ class ResultTable:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder: the file in it is replaced, so that a lock on the file would be lost."""
+    """Lock a folder inside of the block: the file in it is replaced, so that a lock on the file would be lost."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some file systems have no locks

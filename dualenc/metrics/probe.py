@@ -265,7 +265,7 @@ def _interval(right: Tensor, targets: Tensor) -> tuple[float, float] | None:
     both = right.double().var(0).mean().item() / (draws * images)  # of single answers, which is in either variance
     variance = max(of_draws + of_images - both, of_draws, of_images)
     freedom = variance**2 / max(of_draws**2 / (draws - 1) + of_images**2 / images, 1e-300)
-    half = student_quantile(max(1, int(freedom))) * variance**0.5
+    half = student_quantile(max(draws - 1, int(freedom))) * variance**0.5
     middle = share.mean().item()
     return max(0.0, middle - half), min(1.0, middle + half)
 

@@ -359,7 +359,7 @@ def test_several_models_and_sets_fill_one_table(tmp_path: Path, seed: int, capsy
     page = (tmp_path / "out" / "report.html").read_text().replace("<wbr>", "")
     assert all(f"{result['dataset']} ({result['model']})" in page for result in results)
     full = table.read_text()
-    capsys.readouterr()
+    assert f"4 of 4: {models[1]} on set1" in capsys.readouterr().err
     main(["zeroshot", models[0], *sets, "--models", models[1], *rest])
     again = capsys.readouterr()
     assert table.read_text() == full

@@ -387,7 +387,7 @@ def test_probe_holds_out_a_fifth_of_a_single_split(embedder, tmp_path, seed):
     assert data.targets.unique().tolist() == [0, 1, 2]
     assert measured == set(other.item_ids)
     result = KINDS["probe"].evaluate(embedder, data).section.result
-    assert result["learned_from"] == {"rest of test": len(data.train)}
+    assert result["learned_from"] == {"the rest of test": len(data.train)}
     assert "a fifth of each class of test" in result["notes"][0]
     assert result["n"] == len(data)
     (tmp_path / "few" / "a").mkdir(parents=True)
