@@ -16,6 +16,8 @@ def configs(name: str | None = None) -> None:
     Args:
         name: configuration to print, with or without `.yaml`; absent, list all.
     """
+    from dualenc.utils.text import did_you_mean
+
     found = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
     if name is None:
         for stem, path in found.items():
@@ -25,7 +27,7 @@ def configs(name: str | None = None) -> None:
     elif name.removesuffix(".yaml") in found:
         print(found[name.removesuffix(".yaml")].read_text("utf-8"), end="")
     else:
-        raise UsageError(f"unknown configuration {name!r}: choose one of {', '.join(found)}")
+        raise UsageError(f"unknown configuration {name!r}: {did_you_mean(name.removesuffix('.yaml'), found)}")
 
 
 def make_shards(
