@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -21,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dualenc.cli.common import UsageError, WorkError
-from dualenc.cli.settings import TRAINER_DEFAULTS, Settings, parameters
+from dualenc.cli.settings import TRAINER_DEFAULTS, Settings, decode_config, parameters, read_config
 from dualenc.data.images import Preprocess
 from dualenc.inference.embedder import load
 from dualenc.models import ImageEncoder
@@ -33,7 +32,6 @@ from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
 from dualenc.training.run_lock import RunLock
 from dualenc.training.task import RunError, rank_zero_print
-from dualenc.utils.decoding import TextError, decode_text, read_text
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import one_line, reason
 
@@ -52,10 +50,7 @@ class Parser(LightningArgumentParser):
             UsageError: If the file is not UTF-8, which is all that jsonargparse reads; the message names it.
         """
         with suppress(OSError):  # jsonargparse tells which file is missing.
-            try:
-                decode_text(Path(path).read_bytes(), part=True)
-            except TextError as error:
-                raise UsageError(f"{path} {error}: a configuration must be a text in UTF-8") from None
+            decode_config(Path(path))
         return super().parse_path(path, *args, **options)
 
 
@@ -278,12 +273,11 @@ def image_tower(config: str | os.PathLike[str]) -> tuple[ImageEncoder, Preproces
     Raises:
         DataError: If the file is not such a configuration.
     """
-    text = read_text(config)
     try:
-        content = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{config} cannot be read as YAML: {reason(error)}") from None
-    if not isinstance(content, dict) or "model" not in content:
+        content = read_config(config).values
+    except UsageError as error:
+        raise DataError(error) from None
+    if "model" not in content:
         raise DataError(f"{config} has no section model: it is not a configuration of dualenc fit")
     seed = content.get("seed_everything", 0)
     set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)  # as in `fit`

@@ -15,6 +15,7 @@ from dualenc.utils.text import shorten
 TASKS = ("ContrastiveTask", "TextTask", "ReplacedTokenTask")
 DATA = ("PairData", "TextData")
 LINKED = {"model": ("seed",), "data": ("seed", "preprocess", "text", "heads", "mask")}  # set by the command line itself
+LONGEST = 12  # characters of a metavar
 GENERAL = {
     "--config FILE": "settings in YAML; `dualenc configs` lists those of the package; several are merged",
     "--ckpt_path auto": "resume from the newest checkpoint of the run, or start it; or PATH of a checkpoint or run",
@@ -63,9 +64,9 @@ class Key:
 
     @property
     def label(self) -> str:
-        """Name and metavar."""
+        """Name and metavar, "VALUE" for a long one."""
         word = metavar(self.source)
-        return f"{self.name}.KEY VALUE" if self.parts else f"{self.name} {word if word.count('|') < 2 else 'VALUE'}"
+        return f"{self.name}.KEY VALUE" if self.parts else f"{self.name} {word if len(word) <= LONGEST else 'VALUE'}"
 
     @property
     def shown_default(self) -> str:
@@ -88,7 +89,7 @@ def trainer_help(command: str, summary: str, width: int, whole: bool = False) ->
         "",
         summary,
         *_wrap(
-            "Each key of the file is an option too, without init_args: --data.batch_size 64, --data.batch-size=64.",
+            "Each key of the file is an option too, without init_args: --data.batch_size 64",
             width,
         ),
         "",
@@ -105,10 +106,9 @@ def trainer_help(command: str, summary: str, width: int, whole: bool = False) ->
     else:
         labels = {key.name: key.label for key in trainer_keys()}
         shown = {f"--trainer.{labels[name]}": text + _default(name) for name, text in TRAINER.items()}
-    lines += ["", "trainer: lightning.pytorch.Trainer", *_rows(shown, width, whole), ""]
-    rest = [] if whole else [f"All keys with their descriptions: `dualenc {command} --help=all`."]
-    more = "Keys of any class that a setting names: `--model.help CLASS`, `--data.augment.help CLASS`."
-    return "\n".join([*lines, *rest, *_wrap(more, width)])
+    lines += ["", "trainer: lightning.pytorch.Trainer", *_rows(shown, width, whole)]
+    rest = [] if whole else ["", f"All keys with their descriptions: dualenc {command} --help=all"]
+    return "\n".join([*lines, *rest])
 
 
 def _default(name: str) -> str:

@@ -6,6 +6,7 @@ which an option sets one key. Where the signatures do not say which keys a setti
 
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import typing
@@ -19,9 +20,9 @@ import yaml
 
 from dualenc.cli.annotations import element, fits, members, must_be
 from dualenc.cli.common import UsageError, config_folder
-from dualenc.utils.decoding import read_text
+from dualenc.utils.decoding import TextError, decode_text
 from dualenc.utils.imports import import_by_path
-from dualenc.utils.text import did_you_mean, one_line
+from dualenc.utils.text import did_you_mean, one_line, reason
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs/dualenc",
@@ -88,16 +89,21 @@ def read_configs(words: Sequence[str]) -> list[ConfigFile]:
 
     Raises:
         UsageError: If a file is missing or is not YAML with keys; the message names the file and the line.
-        DataError: If a file cannot be read or is not a text.
     """
     found = []
     for name, value in _options(words):
         if name in ("--config", "-c") and value is not None and "\n" not in value and not value.startswith("{"):
-            found.append(_read_config(value))
+            found.append(read_config(value))
     return found
 
 
-def _read_config(path: str) -> ConfigFile:
+def read_config(path: str | os.PathLike[str]) -> ConfigFile:
+    """Read a configuration file.
+
+    Raises:
+        UsageError: If the file is missing, or is not YAML with keys; the message names the file and the line.
+    """
+    path = str(path)
     if not Path(path).exists():
         stems = {one.stem: one for one in config_folder().glob("*.yaml")}
         near = sorted(one.name for one in Path(path).parent.glob("*.y*ml"))
@@ -106,7 +112,10 @@ def _read_config(path: str) -> ConfigFile:
         else:
             hint = did_you_mean(Path(path).name, near, "`dualenc configs` lists those that come with the package")
         raise UsageError(f"configuration {path} does not exist: {hint}")
-    text = read_text(path)
+    try:
+        text = decode_config(Path(path))
+    except OSError as error:
+        raise UsageError(f"configuration {path} cannot be read: {reason(error)}") from error
     try:
         node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -117,6 +126,19 @@ def _read_config(path: str) -> ConfigFile:
         found = "nothing" if node is None else "something else"
         raise UsageError(f"{path} must hold keys such as model and data, found {found}")
     return ConfigFile(path, node, values)
+
+
+def decode_config(path: Path) -> str:
+    """Return the text of a configuration file.
+
+    Raises:
+        UsageError: If the file is not UTF-8, which is all that jsonargparse reads; the message names it.
+        OSError: If the file cannot be read.
+    """
+    try:
+        return decode_text(path.read_bytes(), part=True)
+    except TextError as error:
+        raise UsageError(f"{path} {error}: a configuration must be a text in UTF-8") from None
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -375,7 +397,7 @@ class Settings:
         self._set(keys, loaded, kind)
         if dict_at is None:
             return [f"--{key}={value}"]
-        whole = yaml.safe_dump(self._get(keys[:dict_at]), default_flow_style=True, width=sys.maxsize)
+        whole = yaml.safe_dump(self._get(keys[:dict_at]), default_flow_style=True, sort_keys=False, width=sys.maxsize)
         return [f"--{'.'.join(keys[:dict_at])}={whole.strip()}"]
 
     def _resolve(self, name: str) -> tuple[list[str], Any, int | None]:
