@@ -62,15 +62,18 @@ class Key:
     text: str
     parts: tuple[str, ...]
 
-    @property
-    def label(self) -> str:
-        """Name and metavar, "VALUE" for a long one."""
+    def label(self, whole: bool) -> str:
+        """Return name and metavar; unless it must be whole, a long metavar is VALUE."""
         word = metavar(self.source)
-        return f"{self.name}.KEY VALUE" if self.parts else f"{self.name} {word if len(word) <= LONGEST else 'VALUE'}"
+        return (
+            f"{self.name}.KEY VALUE"
+            if self.parts
+            else f"{self.name} {word if whole or len(word) <= LONGEST else 'VALUE'}"
+        )
 
     @property
     def shown_default(self) -> str:
-        """Default as it is written in YAML; empty if there is none to show."""
+        """Default, spelled as in YAML; empty if there is none to show."""
         plain = {"None": "", "True": "true", "False": "false", "()": ""}
         return "" if self.parts else plain.get(self.default, self.default.strip("'\""))
 
@@ -88,10 +91,7 @@ def trainer_help(command: str, summary: str, width: int, whole: bool = False) ->
         f"usage: dualenc {command} --config FILE [--KEY VALUE ...]",
         "",
         summary,
-        *_wrap(
-            "Each key of the file is an option too, without init_args: --data.batch_size 64",
-            width,
-        ),
+        "Each key of the file is an option too, without init_args: --data.batch_size 64",
         "",
         *_rows(GENERAL, width, whole),
     ]
@@ -102,9 +102,9 @@ def trainer_help(command: str, summary: str, width: int, whole: bool = False) ->
             listed = ", ".join(key.name for key in class_keys(section, name))
             lines += _wrap(f"  of dualenc.training.{name}: {listed}", width)
     if whole:
-        shown = {f"--trainer.{key.label}": _plain(key.text) for key in trainer_keys()}
+        shown = {f"--trainer.{key.label(whole)}": _plain(key.text) for key in trainer_keys()}
     else:
-        labels = {key.name: key.label for key in trainer_keys()}
+        labels = {key.name: key.label(whole) for key in trainer_keys()}
         shown = {f"--trainer.{labels[name]}": text + _default(name) for name, text in TRAINER.items()}
     lines += ["", "trainer: lightning.pytorch.Trainer", *_rows(shown, width, whole)]
     rest = [] if whole else ["", f"All keys with their descriptions: dualenc {command} --help=all"]
@@ -124,7 +124,9 @@ def _section(section: str, name: str, width: int, whole: bool) -> list[str]:
     for key in main:
         parts = f": {', '.join(key.parts)}" if key.parts else ""
         shown = f" Default: {key.shown_default}." if whole and key.shown_default else ""
-        texts[f"--{section}.{key.label}"] = _plain(key.text).removesuffix(".") + parts + (f".{shown}" if shown else "")
+        texts[f"--{section}.{key.label(whole)}"] = (
+            _plain(key.text).removesuffix(".") + parts + (f".{shown}" if shown else "")
+        )
     rest = ", ".join(key.name for key in keys if key not in main)
     return [*_rows(texts, width, whole), *(_wrap(f"  also {rest}", width) if rest else [])]
 
@@ -135,20 +137,22 @@ def _rows(texts: dict[str, str], width: int, whole: bool) -> list[str]:
     lines = []
     for label, text in texts.items():
         if whole:
-            lines += [f"  {label}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+            lines += [f"  {label}", *_wrap(f"{' ' * 8}{text}", width, more=0)]
         else:
             column = max(indent, len(label) + 4)
             lines.append(f"  {label:{column - 2}}{shorten(text, width - column)}")
     return lines
 
 
-def _wrap(text: str, width: int) -> list[str]:
-    indent = re.match(" *", text)
-    return textwrap.wrap(text, width, subsequent_indent=(indent[0] if indent else "") + "  ")
+def _wrap(text: str, width: int, more: int = 2) -> list[str]:
+    """Return the lines of a text: all begin like the first, and those after it `more` columns further right."""
+    indent = " " * (len(text) - len(text.lstrip()) + more)
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _plain(text: str) -> str:
-    """Return a description without the marks of reStructuredText."""
+    """Return a description without the marks of reStructuredText, and with null as in YAML."""
+    text = re.sub(r"\bNone\b", "null", text)
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text).replace("``", "")
     return " ".join(text.split())
 

@@ -11,6 +11,7 @@ import inspect
 import re
 import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Callable
 from functools import partial
@@ -123,6 +124,13 @@ def _overview() -> str:
     ])  # fmt: skip
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Formatter that does not break names at their hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
 class _Parser(argparse.ArgumentParser):
     """Parser that raises its errors, so that `run` prints them."""
 
@@ -184,7 +192,7 @@ def _function_parser(function: Callable[..., None]) -> tuple[_Parser, list[str]]
         prog=prog,
         usage=" ".join([prog, *(_usage(parameters[name]) for name in places), "[options]"]),
         description="\n\n".join(filter(None, (text.short_description, text.long_description))),
-        formatter_class=partial(argparse.HelpFormatter, width=_columns(), max_help_position=30),
+        formatter_class=partial(_Formatter, width=_columns(), max_help_position=30),
         add_help=False,
         exit_on_error=False,
     )

@@ -38,8 +38,8 @@ EXAMPLES = {"model": "dualenc.training.ContrastiveTask", "data": "dualenc.traini
 OWN = ("dualenc.training", "dualenc.data", "dualenc.losses")  # modules whose names are suggested
 HINTS = {  # what PyYAML says, and what it means
     r"found character '\\t'": "a tab cannot indent YAML: use spaces",
-    r"mapping values are not allowed": "a key is indented differently from the keys around it, or a text with ': ' "
-    "needs quotes",
+    r"mapping values are not allowed": "the key is indented differently from the keys around it, the line before lacks "
+    "its colon, or a text with ': ' needs quotes",
     r"expected <block end>": "a line is indented differently from the lines around it",
     r"could not find expected ':'": "a key lacks its colon, or a line is indented differently from the lines around it",
     r"expected ',' or '\W'": "a bracket is not closed",
@@ -267,7 +267,7 @@ def _unknown(name: str, path: str, known: Mapping[str, Any], places: Mapping[str
 
 
 class Settings:
-    """Checks of the settings of a run.
+    """The settings of a run, checked key by key.
 
     Args:
         sections: keys at the top, each with its type, or with the keys below it.
