@@ -94,6 +94,8 @@ def choices(annotation: Any) -> list[Any]:
 def fits(value: Any, annotation: Any) -> bool:
     """Return whether a value of a configuration may be meant for a parameter; true if the annotation does not tell."""
     kinds = members(annotation)
+    if value is None:  # many parameters that are not annotated with None have it as their default
+        return True
     if isinstance(value, str) and value.isidentifier() and {int, float} & {*kinds}:
         kinds = [one for one in kinds if _is_plain(one)]  # no name of a class is meant where numbers are
     return any(_fits(value, one) for one in kinds)
@@ -105,8 +107,8 @@ def _is_plain(one: Any) -> bool:
 
 def _fits(value: Any, one: Any) -> bool:
     origin = typing.get_origin(one) or one
-    if value is None or one is type(None):
-        return value is None and one not in NOUNS
+    if one is type(None):
+        return False
     if origin is Literal:
         return str(value) in map(str, typing.get_args(one))
     if one is bool:

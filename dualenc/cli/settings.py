@@ -43,6 +43,7 @@ HINTS = {  # what PyYAML says, and what it means
     r"expected <block end>": "a line is indented differently from the lines around it",
     r"could not find expected ':'": "a key lacks its colon, or a line is indented differently from the lines around it",
     r"expected ',' or '\W'": "a bracket is not closed",
+    r"found '<stream end>'": "a bracket is not closed",
     r"unexpected end of stream": "a quote is not closed",
 }
 # Contexts whose beginning is the line of the mistake.
