@@ -90,7 +90,7 @@ OPTIONS = {
     "--confg x": "did you mean config?",
     "--model.optimizer.lrr 3": "did you mean lr?",
     "--model.loss dualenc.losses.clip_los": "did you mean dualenc.losses.clip_loss?",
-    "--model.duplicates maks": "did you mean mask?",
+    "--model.duplicates masked": "did you mean mask?",
     "--model.optimizer.lr fast": "--model.optimizer.lr must be a number, found 'fast'",
     "--data.batch-size many": "--data.batch_size must be an integer, found 'many'",
     "--data.batch_size": "--data.batch_size needs a value",
