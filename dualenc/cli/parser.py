@@ -20,7 +20,7 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, Union
 
 from dualenc.cli import data, demo, evaluate, models
-from dualenc.cli.annotations import fits, members, metavar, must_be
+from dualenc.cli.annotations import choices, fits, members, metavar, must_be
 from dualenc.cli.common import UsageError, WorkError
 from dualenc.utils.errors import DataError, ModelError
 from dualenc.utils.limits import file_limit, hits_file_limit
@@ -245,8 +245,8 @@ def _convert(name: str, annotation: Any, text: str) -> Any:
     if not fits(text, Union[tuple(kinds)]):  # noqa: UP007
         raise UsageError(must_be(name, Union[tuple(kinds)], text))  # noqa: UP007
     if typing.get_origin(kinds[0]) is Literal:
-        return text
-    return kinds[0](text)
+        return next(choice for choice in choices(annotation) if str(choice) == text)
+    return text.lower() in ("true", "yes") if kinds[0] is bool else kinds[0](text)
 
 
 def _fail(error: object, status: int) -> NoReturn:

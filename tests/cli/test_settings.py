@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -127,7 +127,13 @@ def test_options_of_commands_may_have_dashes_and_values_stay(monkeypatch, capsys
     found: dict[str, Any] = {}
 
     def push(
-        model: str, big_data: tuple[str, ...] = (), some_text: str = "", how_many: int = 1, is_it: bool = False
+        model: str,
+        big_data: tuple[str, ...] = (),
+        some_text: str = "",
+        how_many: int = 1,
+        is_it: bool = False,
+        on: bool = True,
+        of: Literal[1, 2] = 1,
     ) -> None:
         """Record.
 
@@ -137,6 +143,8 @@ def test_options_of_commands_may_have_dashes_and_values_stay(monkeypatch, capsys
             some_text: c.
             how_many: d.
             is_it: e.
+            on: f.
+            of: g.
         """
         found.update(locals())
 
@@ -150,6 +158,9 @@ def test_options_of_commands_may_have_dashes_and_values_stay(monkeypatch, capsys
             f"--how{dash}many",
             "-2",
             f"--is{dash}it",
+            "--on=false",
+            "--of",
+            "2",
         ]
         main(["push", *words, "--", "-m-_"])
         assert found.pop("found") is found
@@ -159,6 +170,8 @@ def test_options_of_commands_may_have_dashes_and_values_stay(monkeypatch, capsys
             "some_text": "--x-y_z",
             "how_many": -2,
             "is_it": True,
+            "on": False,
+            "of": 2,
         }
     assert "did you mean --how_many?" in fails(capsys, ["push", "m", "--how-mny", "2"])
     assert "--how_many must be an integer, found 'x'" in fails(capsys, ["push", "m", "--how-many", "x"])
