@@ -149,7 +149,19 @@ def test_the_package_loads_nothing_until_it_is_used() -> None:
     assert loaded("import dualenc; dualenc.Tokens", "torch", "torchvision", "lightning") == ["torch"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["configs"], ["zerosht"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        [],
+        ["--version"],
+        ["configs"],
+        ["zerosht"],
+        ["fit", "--help"],
+        ["test", "--help=all"],
+        ["fit", "--config", "no"],
+    ],
+)
 def test_commands_without_models_do_not_load_torch(arguments: list[str]) -> None:
     heavy = "torch", "numpy", "lightning", "PIL", "transformers"
     assert loaded(f"from dualenc.cli import main; main({arguments!r})", *heavy) == []

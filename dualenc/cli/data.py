@@ -15,8 +15,10 @@ def configs(name: str | None = None) -> None:
     """List the configurations that come with the package, or print one.
 
     Args:
-        name: configuration to print, with or without `.yaml`; absent, list all.
+        name: configuration to print, with or without `.yaml`; by default all are listed.
     """
+    from dualenc.utils.text import did_you_mean
+
     found = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
     if name is None:
         for stem, path in found.items():
@@ -26,7 +28,7 @@ def configs(name: str | None = None) -> None:
     elif name.removesuffix(".yaml") in found:
         print(found[name.removesuffix(".yaml")].read_text("utf-8"), end="")
     else:
-        raise UsageError(f"unknown configuration {name!r}: choose one of {', '.join(found)}")
+        raise UsageError(f"unknown configuration {name!r}: {did_you_mean(name.removesuffix('.yaml'), found)}")
 
 
 def make_shards(
@@ -48,10 +50,11 @@ def make_shards(
             folder with one of these, or a folder with a folder of images for each class; or several .parquet files or
             shards, whose images and captions may be in different shards under the same keys.
         out: new folder for train-000000.tar ... and summary.json; repeat the command to continue an interrupted one.
-        images: folder that the image paths are relative to; absent, found next to the table.
+        images: folder that the image paths are relative to; by default it is looked for next to the table.
         image_column: name of the column of image paths, or in .parquet of images, or in shards of the member of the
-            image, such as "input.jpg"; absent, guessed.
-        caption_column: name of the column of captions, or in shards of the field of .json; absent, guessed.
+            image, such as "input.jpg"; it is guessed by default.
+        caption_column: name of the column of captions, or in shards of the field of .json; it is guessed
+            by default.
         templates: captions of class folders, with {c} for the class name, as a list '["a photo of a {c}.", ...]'.
         val: share of the samples to hold out, by image content, as an evaluation set in OUT/held_out.
         samples: samples per shard.
@@ -87,8 +90,8 @@ def shrink(
         out: folder for shards of the same names and shrink.json; repeat the command to continue an interrupted one.
         size: maximum length of an image's shorter side in pixels.
         quality: quality of JPEG and lossy WebP, 1 to 100.
-        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
-            .jpeg, .png or .webp.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; by default the
+            .jpg, .jpeg, .png or .webp.
         workers: processes that rewrite a shard each.
     """
     from dualenc.data.prepare.shrink import shrink_shards
@@ -121,12 +124,12 @@ def doctor(
         shards: paths, globs, brace patterns or folders.
         captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
             field of the .json, which may list several and be nested as in json.meta.caption.
-        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
-            .jpeg, .png or .webp.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; by default the
+            .jpg, .jpeg, .png or .webp.
         sample: number of pairs to read and decode, drawn from all shards.
         all: check all pairs instead of a sample.
         against: evaluation sets or shards whose images must not be in these shards.
-        tokenizer: tokenizer.json or vocab.txt to measure captions in tokens; absent, words are counted.
+        tokenizer: tokenizer.json or vocab.txt to measure captions in tokens; by default words are counted.
         context_length: context length in tokens, to count the captions that it would truncate.
         bad_samples: share of the pairs that may be bad in the run, at least 10 pairs.
         json: print JSON instead of a table.
@@ -200,8 +203,8 @@ def index(shards: list[str], hash: bool = False, image: str | None = None, worke
     Args:
         shards: paths, URLs, globs, brace patterns or folders.
         hash: also store hashes of each image and caption, which takes reading all of them.
-        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
-            .jpeg, .png or .webp.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; by default the
+            .jpg, .jpeg, .png or .webp.
         workers: processes that scan.
     """
     import time
@@ -251,8 +254,8 @@ def tokenizer(
         out: .json file to write.
         captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
             field of the .json, which may list several and be nested as in json.meta.caption.
-        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
-            .jpeg, .png or .webp.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; by default the
+            .jpg, .jpeg, .png or .webp.
         kind: "wordpiece" as in BERT, or "bpe" on bytes as in GPT-2.
         vocab_size: maximum number of entries.
     """

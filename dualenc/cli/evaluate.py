@@ -33,8 +33,8 @@ def evaluate(
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
         data: folders or URLs of evaluation sets.
         kind: name of an evaluation kind, such as text-text, or import path of your own subclass of
-            dualenc.evaluation.EvaluationKind; absent, the kind of each set.
-        split: absent, "test" or the only split there is.
+            dualenc.evaluation.EvaluationKind; by default the kind of each set.
+        split: split to measure on; by default "test", or the only split there is.
         out: folder for evaluate.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
@@ -62,7 +62,7 @@ def zeroshot(
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
         data: folders or URLs in the layout of CLIP_benchmark, or folders with a folder of images for each class.
-        split: absent, "test" or the only split there is.
+        split: split to measure on; by default "test", or the only split there is.
         out: folder for zeroshot.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
@@ -90,7 +90,7 @@ def retrieval(
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
         data: folders or URLs in the layout of CLIP_benchmark, or tables of images and captions.
-        split: absent, "test" or the only split there is.
+        split: split to measure on; by default "test", or the only split there is.
         between: text-text looks for the other captions of a caption's image; image-image, on sets for classification,
             for the other images of an image's class.
         out: folder for retrieval.json and report.html.
@@ -151,7 +151,7 @@ def probe(
         data: folders or URLs in the layout of CLIP_benchmark, or folders with a folder of images for each class. Of a
             set with a single split a fifth is measured, and the rest is learned from.
         train: split to learn from; the hyperparameters are chosen on "val" or "valid", or else on a fifth of it.
-        split: absent, "test".
+        split: split to measure on; "test" by default.
         out: folder for probe.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
@@ -172,7 +172,7 @@ def compare(first: Path, second: Path, kinds: tuple[str, ...] = (), out: Path | 
 
     Args:
         first: folder that an evaluation wrote by --out.
-        second: another one, of another model or other prompts.
+        second: folder that an evaluation of another model, or with other prompts, wrote by --out.
         kinds: import paths of the evaluation kinds that are not part of dualenc.
         out: folder for compare.json and report.html.
     """

@@ -1,7 +1,9 @@
 """`dualenc fit`, `validate`, `test` and `predict`: LightningCLI with the defaults of this package."""
 
+import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from contextlib import suppress
@@ -10,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dualenc.cli.common import UsageError, WorkError
+from dualenc.cli.settings import TRAINER_DEFAULTS, Settings, decode_config, parameters, read_config
 from dualenc.data.images import Preprocess
 from dualenc.inference.embedder import load
 from dualenc.models import ImageEncoder
@@ -30,9 +32,8 @@ from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
 from dualenc.training.run_lock import RunLock
 from dualenc.training.task import RunError, rank_zero_print
-from dualenc.utils.decoding import TextError, decode_text, read_text
 from dualenc.utils.errors import DataError
-from dualenc.utils.text import reason
+from dualenc.utils.text import one_line, reason
 
 
 class Parser(LightningArgumentParser):
@@ -40,7 +41,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Raise a UsageError with the message."""
-        raise UsageError(message)
+        raise UsageError(plain_message(message))
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
         """Parse a configuration file, after a check that it is a text.
@@ -49,10 +50,7 @@ class Parser(LightningArgumentParser):
             UsageError: If the file is not UTF-8, which is all that jsonargparse reads; the message names it.
         """
         with suppress(OSError):  # jsonargparse tells which file is missing.
-            try:
-                decode_text(Path(path).read_bytes(), part=True)
-            except TextError as error:
-                raise UsageError(f"{path} {error}: a configuration must be a text in UTF-8") from None
+            decode_config(Path(path))
         return super().parse_path(path, *args, **options)
 
 
@@ -182,6 +180,36 @@ class CLI(BaseCLI):
             raise UsageError(f"--ckpt_path {given} does not exist: it must be a local file or folder, auto, or last")
 
 
+def check_settings(command: str, words: list[str]) -> list[str]:
+    """Check the settings of a command; see `Settings.check`."""
+    passed = set(inspect.signature(getattr(Trainer, command)).parameters) - LightningCLI.subcommands()[command]
+    sections = {
+        **dict.fromkeys(passed - {"self"}, Any),
+        "ckpt_path": str | None,
+        "seed_everything": bool | int,
+        "trainer": parameters(Trainer),
+        "model": LightningModule,
+        "data": LightningDataModule,
+        "run": parameters(RunDirectory),
+    }
+    return Settings(sections).check(words)
+
+
+def plain_message(message: str) -> str:
+    """Return a message of jsonargparse without the names of its classes, and with the whole path of the key."""
+    text = one_line(message)
+    path = ".".join(re.findall(r'Parser key "([^"]+)": ', text))
+    text = re.sub(r'Parser key "[^"]+": ', "", text)
+    # jsonargparse lists an error for each type that a value may have, and repeats the value: keep the first error only.
+    text = re.sub(r"Does not validate against any of the Union subtypes .*?Errors: - ", "", text)
+    text = re.sub(r" - Expected an? <class 'NoneType'>", "", text)
+    text = re.sub(r" (Given value type: .*|Got value: (Namespace|\{).*)", "", text)
+    text = re.sub(r"Type \S.* expects a function or a callable class: ", "", text)
+    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: f"one of {found[1]}", text)
+    return f"{path}: {text}" if path else text
+
+
 def heads_as_dicts(configs: dict[str, Any]) -> dict[str, Any]:
     """Return the configurations of heads as dicts, from which jsonargparse makes the dataclasses itself."""
     return {name: asdict(config) for name, config in configs.items()}
@@ -207,12 +235,7 @@ def trainer_command(arguments: list[str]) -> None:
         CLI(
             parser_class=Parser,
             trainer_defaults={
-                "default_root_dir": "runs/dualenc",
-                "logger": False,
-                "use_distributed_sampler": False,  # the epoch plan gives each rank its part
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 10,
-                "enable_model_summary": False,
+                **TRAINER_DEFAULTS,
                 "enable_progress_bar": terminal,
                 "callbacks": [recorder, *([RichProgressBar()] if terminal else [])],
             },
@@ -222,7 +245,7 @@ def trainer_command(arguments: list[str]) -> None:
             auto_configure_optimizers=False,
             save_config_callback=None,
             load_from_checkpoint_support=False,
-            args=arguments,
+            args=[arguments[0], *check_settings(arguments[0], arguments[1:])],
         )
     except Stopped as stop:
         rank_zero_print(f"dualenc: {stop}")
@@ -235,7 +258,7 @@ def trainer_command(arguments: list[str]) -> None:
         raise WorkError(error) from error
     except (ValueError, MisconfigurationException) as error:
         if not recorder.started:
-            raise UsageError(error) from error
+            raise UsageError(plain_message(str(error))) from error
         if isinstance(error, DataError):
             raise WorkError(error) from error
         raise
@@ -250,12 +273,11 @@ def image_tower(config: str | os.PathLike[str]) -> tuple[ImageEncoder, Preproces
     Raises:
         DataError: If the file is not such a configuration.
     """
-    text = read_text(config)
     try:
-        content = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{config} cannot be read as YAML: {reason(error)}") from None
-    if not isinstance(content, dict) or "model" not in content:
+        content = read_config(config).values
+    except UsageError as error:
+        raise DataError(error) from None
+    if "model" not in content:
         raise DataError(f"{config} has no section model: it is not a configuration of dualenc fit")
     seed = content.get("seed_everything", 0)
     set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)  # as in `fit`
@@ -267,7 +289,7 @@ def image_tower(config: str | os.PathLike[str]) -> tuple[ImageEncoder, Preproces
             seed_everything(seed, workers=True, verbose=False)
         task = parser.instantiate_classes(section)["model"]
     except (ValueError, UsageError) as error:
-        raise DataError(f"{config}: {error}") from None
+        raise DataError(f"{config}: {plain_message(str(error))}") from None
     if not isinstance(task, ContrastiveTask):
         raise DataError(f"{config}: model is a {type(task).__name__}, which has no image tower")
     source = task.pretrained

@@ -35,7 +35,8 @@ def import_(
         seed: random seed of the projections that join them.
         data: shards, some of whose pairs are compared in addition to drawn inputs.
         captions: captions of these shards: "auto", "txt" or "json.FIELD".
-        image: member of these shards that is the image, such as "input.jpg"; absent, the .jpg, .jpeg, .png or .webp.
+        image: member of these shards that is the image, such as "input.jpg"; by default the .jpg, .jpeg, .png
+            or .webp.
     """
     from dualenc.formats.model_folder import OWN_FILES
     from dualenc.interop.importing import import_model
@@ -70,7 +71,8 @@ def export(
             such as my_package.my_module.MyFormat.
         data: shards, some of whose pairs are compared in addition to drawn inputs.
         captions: captions of these shards: "auto", "txt" or "json.FIELD".
-        image: member of these shards that is the image, such as "input.jpg"; absent, the .jpg, .jpeg, .png or .webp.
+        image: member of these shards that is the image, such as "input.jpg"; by default the .jpg, .jpeg, .png
+            or .webp.
     """
     from dualenc.interop import exporting
 
@@ -132,7 +134,7 @@ def interpolate(first: str, second: str, out: Path, alpha: float = 0.5) -> None:
 
     Args:
         first: model directory, run directory, or hf-hub:owner/name[@revision].
-        second: likewise.
+        second: model directory, run directory, or hf-hub:owner/name[@revision], of the same architecture.
         out: model directory to write.
         alpha: weight of the second model; 0 gives the first, 1 the second.
     """
@@ -168,8 +170,8 @@ def embed(
         features: write the output of the image tower before the projection instead of embeddings; for `data.features`.
         captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
             field of the .json, which may list several and be nested as in json.meta.caption.
-        image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
-            .jpeg, .png or .webp.
+        image: member that is the image, such as "input.jpg"; several names are separated by ";"; by default the
+            .jpg, .jpeg, .png or .webp.
         column: column of the texts in text files.
         tokens: write one embedding for each token of a text instead of one for the text.
         workers: processes that decode images.

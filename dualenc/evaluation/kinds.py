@@ -15,6 +15,7 @@ from dualenc.evaluation.retrieval import CrossModalRetrieval
 from dualenc.evaluation.within import CaptionRetrieval, ImageRetrieval
 from dualenc.utils.errors import DataError
 from dualenc.utils.imports import import_by_path
+from dualenc.utils.text import did_you_mean
 
 KINDS: Mapping[str, EvaluationKind] = MappingProxyType(
     {
@@ -53,10 +54,8 @@ def find_kind(name: str) -> EvaluationKind:
     if name in KINDS:
         return KINDS[name]
     if "." not in name:
-        raise DataError(
-            f"evaluation kind {name!r} is unknown: name one of {', '.join(KINDS)}, or the import path of a class, such "
-            "as my_module.MyKind"
-        )
+        every = f"name one of {', '.join(KINDS)}, or the import path of a class, such as my_module.MyKind"
+        raise DataError(f"evaluation kind {name!r} is unknown: {did_you_mean(name, KINDS, every)}")
     try:
         found = import_by_path(name)
         kind = found() if isinstance(found, type) and issubclass(found, EvaluationKind) else found

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dualenc.models.dual_encoder import unit
+from dualenc.utils.text import did_you_mean
 
 SCHEMES = ("hf-hub:", "local-dir:")  # prefixes of names that open_clip resolves itself
 
@@ -174,9 +175,9 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
     whole = name.startswith(SCHEMES)
     architecture, _, pretrained = (name, "", "") if whole else name.partition("/")
     if not whole and architecture not in open_clip.list_models():
-        raise ValueError(
-            f"open_clip does not have the architecture {architecture!r}{_near(architecture, open_clip.list_models())}"
-        )
+        known = open_clip.list_models()
+        hint = did_you_mean(architecture, known, f"open_clip.list_models() lists the {len(known)} that it has")
+        raise ValueError(f"open_clip does not have the architecture {architecture!r}: {hint}")
     tags = [] if whole else open_clip.list_pretrained_tags_by_model(architecture)
     if pretrained and not os.path.isfile(pretrained) and open_clip.get_pretrained_cfg(architecture, pretrained) == {}:
         raise ValueError(
@@ -201,11 +202,3 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
         key: tuple(x) if isinstance(x, list) else x for key, x in wrapped.model.visual.preprocess_cfg.items()
     }
     return wrapped, OpenClipTokenizer(tokenizer, wrapped.trims), OpenClipTransform(**settings)
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    """Return the end of a message, with up to three similar names."""
-    from difflib import get_close_matches
-
-    found = get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; it has {', '.join(found)}" if found else f"; it has {len(known)}, listed by open_clip.list_models()"

@@ -23,7 +23,7 @@ from dualenc.report.card import Card, ModelSource, write_card
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import atomic_folder, write_json
 from dualenc.utils.imports import import_by_path
-from dualenc.utils.text import one_line
+from dualenc.utils.text import did_you_mean, one_line
 
 # All export formats of dualenc; a new one is listed here.
 FORMATS: dict[str, ExportFormat] = {
@@ -70,10 +70,11 @@ def find_format(name: str | ExportFormat) -> ExportFormat:
     if name in FORMATS:
         return FORMATS[name]
     if "." not in name:
-        raise ModelError(
-            f"--format must be {', '.join(FORMATS)}, or the import path of an ExportFormat such as "
-            f"my_package.my_module.MyFormat, found {name!r}"
+        every = (
+            f"choose one of {', '.join(FORMATS)}, or the import path of an ExportFormat such as "
+            "my_package.my_module.MyFormat"
         )
+        raise ModelError(f"unknown --format {name!r}: {did_you_mean(name, FORMATS, every)}")
     try:
         found = import_by_path(name)
         found = found() if isinstance(found, type) and issubclass(found, ExportFormat) else found

@@ -1,6 +1,5 @@
 """The image encoder: one class for all vision transformers of timm."""
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from dualenc.models.tower import Tower
+from dualenc.utils.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,8 @@ def _create(config: ImageConfig, weights: dict[str, Any] | None = None, **kwargs
     name = config.name
     base = name.split(".")[0].removeprefix("hf-hub:")
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(base):
-        close = difflib.get_close_matches(base, timm.list_models("*vit*"), n=3)
-        hint = f"; close names: {', '.join(close)}" if close else "; `timm.list_models('vit*')` lists them"
-        raise ValueError(f"timm knows no model {name!r}{hint}")
+        hint = did_you_mean(base, timm.list_models("*vit*"), "`timm.list_models('vit*')` lists them")
+        raise ValueError(f"timm does not know a model {name!r}: {hint}")
     try:
         vit = timm.create_model(
             name,

@@ -16,6 +16,7 @@ from dualenc.training.ema import averaged
 from dualenc.training.ranks import all_gather_object, raise_together
 from dualenc.training.task import Task, rank_zero_print
 from dualenc.utils.errors import DataError
+from dualenc.utils.text import did_you_mean
 
 DEFAULT_MONITOR = "val/mrr"
 
@@ -180,7 +181,8 @@ def check_monitor(monitor: str | None, trainer: Trainer, task: Task) -> None:
     measured = f"this run measures {', '.join(names)}: name one of them that is best when largest" if names else (
         "this run measures nothing: set data.val, or add dualenc.training.Evaluation to trainer.callbacks"
     )  # fmt: skip
-    raise ValueError(f"run.monitor {monitor} is never measured; {measured}")
+    hint = did_you_mean(monitor, names, "")
+    raise ValueError(f"run.monitor {monitor} is never measured{hint and f': {hint}'}; {measured}")
 
 
 def _comes(every_n_epochs: int | None, trainer: Trainer) -> bool:

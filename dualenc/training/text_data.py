@@ -18,6 +18,7 @@ from dualenc.models.heads import HeadConfig, make_head
 from dualenc.training.pair_data import Source, TokenData, stage_name
 from dualenc.training.task import rank_zero_print
 from dualenc.utils.errors import DataError
+from dualenc.utils.text import did_you_mean
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -130,7 +131,8 @@ class TextData(TokenData):
         """
         where = f"data.{part}.{name}"
         if name not in self.heads:
-            raise DataError(f"{where} names an unknown head; model.heads has {', '.join(self.heads) or 'none'}")
+            hint = did_you_mean(name, self.heads, f"model.heads has {', '.join(self.heads) or 'none'}")
+            raise DataError(f"{where} names an unknown head: {hint}")
         head, needs = self.heads[name], self.heads[name].needs
         if head.trained_by is None:
             raise DataError(f"{where}: a head of kind {head.config.kind} cannot be trained or measured: name another")

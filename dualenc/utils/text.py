@@ -1,7 +1,9 @@
 """Formatting of errors, counts and untrusted texts for the terminal."""
 
+import difflib
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 
 from dualenc.utils.urls import redact
@@ -45,3 +47,52 @@ def millions(count: int) -> str:
 def quoted(text: str, longest: int = 100) -> str:
     """Return a text in quotes, cut after `longest` characters, with its unprintable characters escaped."""
     return repr(text if len(text) <= longest else f"{text[: longest - 1]}\N{HORIZONTAL ELLIPSIS}")
+
+
+def shorten(text: str, width: int) -> str:
+    """Return the beginning of a text that fits a line: up to a punctuation mark, or else up to a word.
+
+    Example:
+        >>> shorten("Write a table, and a report; see the docs.", 30)
+        'Write a table, and a report'
+        >>> shorten("Write a table, and a report; see the docs.", 20)
+        'Write a table, ...'
+    """
+    text = " ".join(text.split()).removesuffix(".")
+    if len(text) <= width:
+        return text
+    clause = max(text.rfind(mark, 0, width + 1) for mark in ("; ", ": ", ". ", " ("))
+    if clause > width // 2:
+        return text[:clause]
+    comma = text.rfind(", ", 0, width - 4)
+    return f"{text[: comma + 1] if comma > width // 2 else text[: text.rfind(' ', 0, width - 3)]} ..."
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """Return the end of a message about an unknown name: the most similar known names, or else all of them.
+
+    Upper and lower case, dashes and underscores count as equal.
+
+    Args:
+        name: what the user wrote.
+        known: names that exist.
+        otherwise: end of the message if no known name is similar; absent, the message lists the known names.
+
+    Example:
+        >>> did_you_mean("zeroshto", ["zeroshot", "retrieval"])
+        'did you mean zeroshot?'
+        >>> did_you_mean("x", ["zeroshot", "retrieval"])
+        'choose one of zeroshot, retrieval'
+    """
+    plain: dict[str, str] = {}
+    for one in known:
+        plain.setdefault(_plain(one), one)
+    if near := difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.6):
+        ratio = {one: difflib.SequenceMatcher(None, one, _plain(name)).ratio() for one in near}
+        near = [one for one in near if ratio[one] > ratio[near[0]] - 0.05]
+        return f"did you mean {' or '.join(plain[one] for one in near)}?"
+    return f"choose one of {', '.join(plain.values())}" if otherwise is None else otherwise
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")

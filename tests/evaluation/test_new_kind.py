@@ -184,7 +184,7 @@ def test_kinds_are_found_by_name_or_import_path(module: Path, capsys: pytest.Cap
     assert find_kind(f"{name}.Spread").name == "spread"
     assert vars(find_kind(f"{name}.small_spread")) == {"scale": 1.0}
     wrong = {
-        "retrievel": "retrieval, choice",
+        "retrievel": "did you mean retrieval?",
         f"{name}.Spred": "Spred",
         "kind_of_nothing.Spread": "kind_of_nothing",
         f"{name}.no_kind": "EvaluationKind",

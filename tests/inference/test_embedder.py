@@ -294,7 +294,7 @@ CONFIGS = {
     "no object": ({"text": []}, r"config\.json: text must be an object, not \[\]"),
     "list": ({"image__overrides": [1]}, r"config\.json: image: overrides must be"),
     "indivisible": ({"text__width": 17}, r"config\.json: text: text\.width 17 is not divisible"),
-    "no model": ({"image__name": "vit_nonsense"}, r"config\.json: timm knows no model 'vit_nonsense'"),
+    "no model": ({"image__name": "vit_nonsense"}, r"config\.json: timm does not know a model 'vit_nonsense'"),
     "no vit": ({"image__name": "resnet18", "image__overrides": {}}, r"config\.json: .*vision transformer"),
     "argument": ({"image__overrides": {"nonsense": 1}}, r"config\.json: .*arguments"),
     "no heads": ({"text__heads": 0}, r"config\.json"),

@@ -71,7 +71,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 SPECS = {
     "open_clip:NoSuch": "open_clip does not have the architecture 'NoSuch'",
-    "open_clip:ViT-B-33": "it has ViT-B-32",
+    "open_clip:ViT-B-33": "did you mean ViT-B-32",
     "open_clip:RN50": "ResNet",
     "open_clip:coca_ViT-B-32": "CoCa's decoder",
     "open_clip:ViT-B-32/nothing": "'nothing' must be a file",
@@ -104,7 +104,7 @@ def test_invalid_options(
     refused: Callable[..., str], kept: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs = str(kept["ours"]), str(kept["open_clip"])
-    assert "--format must be open_clip" in refused("export", ours)
+    assert "choose one of open_clip" in refused("export", ours)
     assert "sentence-transformers" in refused("export", ours, "--format", "tensorflow")
     assert "dualenc import open_clip:ViT-B-32 OUT" in refused("export", "open_clip:ViT-B-32", "--format", "onnx")
     assert "timm:NAME" in refused("import", theirs, "--text", "bert")

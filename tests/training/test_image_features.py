@@ -150,7 +150,7 @@ def test_features_that_do_not_fit_are_refused(
             "dualenc.training.Nothing",
         ),
         ("(?s)model:.*", "", "no section model"),
-        ("(?s).*", "[", "cannot be read as YAML"),
+        ("(?s).*", "[", "line 1: a bracket is not closed"),
     ):
         (tmp_path / "wrong.yaml").write_text(re.sub(old, new, text, count=1))
         new_out = str(tmp_path / "new")

@@ -80,7 +80,7 @@ def test_names_of_evaluation_kinds_are_those_that_are_measured(tmp_path, seed, k
 def test_monitor_that_is_never_measured_is_refused_before_the_first_step(tmp_path, seed, capsys):
     write_shards(tmp_path / "shards", [20, 15], seed)
     line = fails(capsys, fit(tmp_path, "--run.monitor", "val/mr"))
-    assert "run.monitor val/mr is never measured" in line
+    assert "run.monitor val/mr is never measured: did you mean val/mrr?" in line
     assert "val/mrr" in line
     assert not (tmp_path / "run" / "run.json").exists()
     sets = write_benchmark(tmp_path / "set", seed, "retrieval")

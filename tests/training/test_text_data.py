@@ -219,7 +219,7 @@ def test_bad_lines_are_logged(files: Path) -> None:
     ("options", "message"),
     [
         ({"train": {}}, "data.train is empty"),
-        ({"train": {"x": {"files": "a.txt"}}}, "data.train.x names an unknown head; model.heads has guess, topic"),
+        ({"train": {"x": {"files": "a.txt"}}}, "data.train.x names an unknown head: model.heads has guess, topic"),
         ({"train": {"old": {"files": "a.txt"}}}, "data.train.old: a head of kind pooler"),
         ({"train": {"near": {"files": "a.tsv"}}}, "data.train.near has no pair"),
         ({"train": {"guess": {"files": "a.tsv", "pair": "b"}}}, "data.train.guess.pair 'b'"),

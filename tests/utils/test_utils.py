@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text
-from dualenc.utils.text import one_line, plural, printable, quoted, reason
+from dualenc.utils.text import did_you_mean, one_line, plural, printable, quoted, reason, shorten
 from dualenc.utils.urls import redact
 
 
@@ -223,3 +223,29 @@ def test_one_line() -> None:
     assert one_line(text) == "a b"
     assert one_line(OSError("\x1b https://me:secret@host/x?sig=1")) == "\\x1b https://host/x"
     assert redact("s3://me:pw@bucket/x") == "s3://bucket/x"
+
+
+def test_the_nearest_names_are_suggested(seed: int) -> None:
+    rng = random.Random(seed)
+    known = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=12)) for _ in range(20)]
+    for name in known:
+        at = rng.randrange(1, 11)
+        typo = name[:at] + rng.choice("_-") + name[at + 1 :].upper()
+        assert did_you_mean(typo, known) == f"did you mean {name}?"
+    assert did_you_mean("0" * 12, known) == f"choose one of {', '.join(known)}"
+    assert did_you_mean("0" * 12, known, "see there") == "see there"
+    assert did_you_mean("x", []) == "choose one of "
+    assert did_you_mean("batch-size", ["batch_size", "batch"]) == "did you mean batch_size?"
+
+
+def test_a_shortened_text_fits_and_is_a_beginning(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(200):
+        text = " ".join(
+            "".join(rng.choices("abc", k=rng.randrange(1, 9))) + rng.choice(["", "", ",", ";"]) for _ in range(20)
+        )
+        width = rng.randrange(20, 120)
+        short = shorten(text, width)
+        assert len(short) <= width
+        assert text.startswith(short.removesuffix(" ..."))
+        assert len(short) > width // 3 or short == text

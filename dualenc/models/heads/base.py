@@ -17,6 +17,7 @@ from dualenc.models.text_encoder import Activation, Pool, TextConfig, TextEncode
 from dualenc.report import Description
 from dualenc.tokens import Tokens
 from dualenc.utils.imports import import_by_path
+from dualenc.utils.text import did_you_mean
 
 HEADS: "dict[str, type[Head]]" = {}  # by kind; `dualenc/models/heads/__init__.py` lists them
 
@@ -314,7 +315,8 @@ def head_class(kind: str) -> type[Head]:
         return HEADS[kind]
     module, _, name = kind.rpartition(".")
     if not module:
-        raise ValueError(f"kind {kind!r} must be one of {', '.join(HEADS)}, or the import path of a Head class")
+        hint = did_you_mean(kind, HEADS, f"choose one of {', '.join(HEADS)}, or the import path of a Head class")
+        raise ValueError(f"unknown kind {kind!r} of a head: {hint}")
     if (loaded := sys.modules.get(module)) is None:
         raise ValueError(f"kind {kind} is a class of {module}: import {module} first, in Python")
     # Read from the dictionary, because looking up an attribute of a lazy module may import others.
