@@ -67,9 +67,7 @@ def test_the_tokenizer_sets_the_vocabulary(
 
 
 @pytest.mark.long
-def test_embeddings_without_a_token_are_said(
-    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embeddings_without_a_token_are_said(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     run = small_fit(SMOKE, tmp_path, seed, "--trainer.max_steps", "1")
     size = dualenc.load(run / "last", "cpu").tokenizer.vocab_size
     assert size < 300
