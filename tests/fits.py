@@ -1,6 +1,7 @@
 """Helpers that run `dualenc` in this process: configurations of the package made small, and commands that must fail."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from dualenc.cli import main
 from dualenc.inference.text_model import TextPredictor
 from dualenc.models import TextModel
 
-EVERY = sorted((ROOT / "configs").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+EVERY = [*SHIPPED, *sorted((ROOT / "tools" / "configs").glob("*.yaml"))]
 TEXTS = [path for path in EVERY if "TextData" in path.read_text()]
 CONFIGS = [path for path in EVERY if path not in TEXTS]
 SMOKE = next(path for path in CONFIGS if path.stem == "smoke")
@@ -51,10 +53,10 @@ def small_fit(config: Path, folder: Path, seed: int, *more: str) -> Path:
 def small_tuning(config: Path, folder: Path, seed: int, sets: str) -> Path:
     """Fine-tune a small model, which defines the architecture, with the configuration's own callbacks."""
     tiny_embedder(seed).save(folder / "model")
-    settings = yaml.safe_load(config.read_text())
-    for callback in settings["trainer"]["callbacks"]:
-        if callback["class_path"].endswith("Evaluation"):
-            callback["init_args"]["data"] = [str(sets)]
+    # The callback that is commented out is part of the run here.
+    settings = yaml.safe_load(re.sub(r"(?m)^    # (?=- |  )", "    ", config.read_text()))
+    (evaluation,) = [one for one in settings["trainer"]["callbacks"] if one["class_path"].endswith("Evaluation")]
+    evaluation["init_args"]["data"] = [str(sets)]
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(settings))
     architecture = ("--model.image", "--model.text", "--model.embed_dim")

@@ -1,4 +1,4 @@
-"""Every configuration of the package, run at toy size: the loss falls and every parameter gets a gradient."""
+"""Every configuration, run at toy size: the loss falls, every parameter gets a gradient, and the model goes out."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,18 +6,41 @@ from typing import Any
 
 import pytest
 import torch
-from fits import CONFIGS, EVERY, TEXTS, metrics, small_fit, small_texts
+import yaml
+from fits import CONFIGS, EVERY, SHIPPED, SMOKE, TEXTS, metrics, small_fit, small_texts
+from helpers import tiny_tokenizer
 
+from dualenc import DualEncoder, Embedder, ImageConfig, ModelError, TextConfig
+from dualenc.data import Preprocess
+from dualenc.inference.text_model import TextPredictor
+from dualenc.interop.exporting import FORMATS, export
+from dualenc.models import HeadConfig, TextModel
 from dualenc.training import ContrastiveTask
 from dualenc.training.task import Task
 
+CLIP = {  # the architecture that finetune_clip.yaml takes from the imported model
+    "image": {"name": "vit_base_patch32_clip_quickgelu_224", "img_size": 224},
+    "text": {
+        "width": 512, "heads": 8, "norm": "pre", "causal": True, "pool": "last", "activation": "quick_gelu",
+        "norm_eps": 1e-5,
+    },
+    "embed_dim": 512,
+}  # fmt: skip
 LONG = ("many_nodes", "large_batch", "vit_b16_bert_base", "replaced_tokens")
 
 
 def with_marks(configs: list[Path]) -> list[Any]:
-    """Return the configurations as parameters of a test; those that take long are marked as slow."""
+    """Return the configurations as parameters of a test; those that take long or repeat another are marked as slow."""
     marks = {True: pytest.mark.slow, False: ()}
-    return [pytest.param(path, id=path.stem, marks=marks[path.stem in LONG]) for path in configs]
+    names = [path.stem for path in SHIPPED]
+    return [
+        pytest.param(
+            path,
+            id=path.stem if path in SHIPPED else f"tools-{path.stem}",
+            marks=marks[path.stem in LONG or (path not in SHIPPED and path.stem in names)],
+        )
+        for path in configs
+    ]
 
 
 @pytest.fixture
@@ -66,6 +89,55 @@ def test_text_configs_train(config: Path, tmp_path: Path, seed: int, untrained: 
     assert sum(losses[16:]) < sum(losses[:16])  # Whole epochs, so that every head has its share in both sums.
     assert not untrained
     assert {path.name for path in run.iterdir()} >= {"best", "last", "config.yaml", "run.json", "checkpoints"}
+
+
+def untrained_model(config: Path, seed: int) -> Embedder | TextPredictor:
+    """Return the model that a configuration would begin with, with two layers in each tower."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer(context_length=24)
+    model = yaml.safe_load(config.read_text())["model"]["init_args"]
+    pretrained = {"pretrained": CLIP, "text_from": {"text": {"types": 2}}}
+    for name, architecture in pretrained.items():
+        model |= architecture if name in model else {}
+    size = {"vocab_size": tokenizer.vocab_size, "layers": 2, "context_length": 24}
+    text = TextConfig(**{**model["text"], **size})
+    if "image" not in model:
+        heads = {name: HeadConfig(**head) for name, head in model.get("heads", {"rtd": {"kind": "rtd"}}).items()}
+        return TextPredictor(TextModel(text, heads), tokenizer, config.stem)
+    image = model["image"]
+    shape = ImageConfig(image["name"], image["img_size"], {**image.get("overrides", {}), "depth": 2})
+    dual = DualEncoder(shape, text, model["embed_dim"], logit_bias=model.get("logit_bias", False))
+    return Embedder(dual, tokenizer, Preprocess(shape.img_size, **dual.image.data_config))
+
+
+@pytest.mark.parametrize("config", with_marks(SHIPPED))
+def test_the_formats_that_a_config_names(config: Path, tmp_path: Path, seed: int) -> None:
+    named = config.read_text().splitlines()[1].removeprefix("# Exports to: ").split(", ")
+    model = untrained_model(config, seed)
+    able = []
+    for name, one in FORMATS.items():
+        (tmp_path / name).mkdir()
+        try:
+            one.write(model, tmp_path / name)
+            able.append(name)
+        except ModelError:
+            assert list(tmp_path.glob(f"{name}/*")) == []
+    assert named == able
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_model_of_the_demo_goes_out(name: str, tmp_path: Path, seed: int) -> None:
+    untrained_model(SMOKE, seed).save(tmp_path / "model")
+    made = export(str(tmp_path / "model"), tmp_path / "out", name)
+    assert all(one.largest <= one.tolerance for one in made.verified)
+
+
+def test_shipped_configs_need_no_files_of_this_project() -> None:
+    for path in SHIPPED:
+        assert "../" not in path.read_text(), path
+        root = yaml.safe_load(path.read_text())["trainer"]["default_root_dir"]
+        assert root == f"runs/{path.stem}"
 
 
 def test_no_config_is_missing() -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def configs(name: str | None = None) -> None:
-    """List the configurations that come with the package, or print one.
+    """List the configurations that come with the package, each with the formats of `dualenc export`, or print one.
 
     Args:
         name: configuration to print, with or without `.yaml`; by default all are listed.
@@ -22,8 +22,9 @@ def configs(name: str | None = None) -> None:
     found = {path.stem: path for path in sorted(config_folder().glob("*.yaml"))}
     if name is None:
         for stem, path in found.items():
-            first = path.read_text("utf-8").splitlines()[0].removeprefix("# ")
-            print(f"{stem:20} {first}")
+            # The first two lines of each file are comments for this list: they are read without torch.
+            about, exports = (line.removeprefix("# ") for line in path.read_text("utf-8").splitlines()[:2])
+            print(f"{stem:20} {about}\n{'':20} {exports}")
         print("\nCopy one with `dualenc configs NAME > run.yaml`, edit it, and run `dualenc fit --config run.yaml`.")
     elif name.removesuffix(".yaml") in found:
         print(found[name.removesuffix(".yaml")].read_text("utf-8"), end="")

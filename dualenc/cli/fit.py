@@ -93,6 +93,7 @@ class CLI(BaseCLI):
         parser.add_lightning_class_args(RunDirectory, "run")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("data.init_args.tokenizer", "model.init_args.tokenizer")
         for source, target in (("preprocess", "preprocess"), ("text_config", "text")):
             # As dicts, from which jsonargparse makes the dataclasses itself.
             parser.link_arguments(f"model.{source}", f"data.init_args.{target}", asdict, apply_on="instantiate")

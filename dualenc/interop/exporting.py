@@ -2,7 +2,9 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -138,7 +140,10 @@ def export(
     _check_place(spec, out)
     model = open_model(spec)
     with atomic_folder(out, _replaceable(out, chosen)) as folder:
-        notes = chosen.write(model, folder)
+        try:
+            notes = chosen.write(model, folder)
+        except ModelError as error:
+            raise ModelError(f"{error}; {_way_out(model, chosen, folder)}") from error
         _check_files(folder, chosen)
         inputs = draw(model) if isinstance(model, Embedder) else make_text_inputs(model)
         verified = [verify(check, chosen.tolerance) for check in chosen.checks(model, folder, inputs)]
@@ -151,6 +156,23 @@ def export(
         write_json(folder / EXPORT, about)
         write_card(folder, _card(model, chosen, folder, notes))
     return Exported(out, verified, notes)
+
+
+def _way_out(model: Embedder | TextPredictor, refused: ExportFormat, folder: Path) -> str:
+    """Return which formats take a model that a format refuses: each of them is asked to write the model.
+
+    Args:
+        model: the model.
+        refused: the format that refuses it.
+        folder: folder for what is written, which is removed afterwards.
+    """
+    able = []
+    for one in FORMATS.values():
+        if one.name != refused.name:
+            with tempfile.TemporaryDirectory(dir=folder) as place, suppress(ModelError, OSError):
+                one.write(model, Path(place))
+                able.append(f"--format {one.name}")
+    return f"the model can be exported with {' or '.join(able)}" if able else "no other format takes the model either"
 
 
 def _card(model: Embedder | TextPredictor, chosen: ExportFormat, folder: Path, notes: list[str]) -> Card:

@@ -38,9 +38,7 @@ class OpenClipFormat(ExportFormat):
     def write(self, model: Embedder | TextPredictor, folder: Path) -> list[str]:
         """Write a dual encoder; see `ExportFormat.write`."""
         if not isinstance(model, Embedder):
-            raise ModelError(
-                f"{model.name} is a text model, but open_clip loads dual encoders only: export to transformers or onnx"
-            )
+            raise ModelError(f"{model.name} is a text model, but open_clip loads dual encoders only")
         text_cfg = write_open_clip(model, folder, str(folder))["text_cfg"]
         notes = []
         if "hf_tokenizer_name" in text_cfg:

@@ -29,7 +29,6 @@ ACTIVATIONS = {
     nn.Tanh: "torch.nn.modules.activation.Tanh",
     nn.Identity: "torch.nn.modules.linear.Identity",
 }
-WAY_OUT = "export it with --format onnx"
 SETTINGS = "config_sentence_transformers.json"
 ENCODER_SETTINGS = "sentence_bert_config.json"
 POOLING = "1_Pooling"
@@ -89,19 +88,19 @@ def write_sentence_transformer(model: Embedder | TextPredictor, folder: Path) ->
     if text.pad_to is not None:
         raise ModelError(
             f"{model.name}: its text tower attends to padding (text.pad_to {text.pad_to}), which sentence-transformers "
-            f"masks: {WAY_OUT}"
+            "masks"
         )
     found = fitted(text, [name for name in FAMILIES if name != "siglip_text_model"])
     if found is None:
-        raise ModelError(f"{model.name}: no family of transformers has the architecture of its text tower: {WAY_OUT}")
+        raise ModelError(f"{model.name}: no family of transformers has the architecture of its text tower")
     family, text = found
     if not counts_positions(text, tokenizer):
         raise ModelError(
             f"{model.name}: {family.name} counts positions by its padding token, number {text.position_offset - 1}, "
-            f"which is another token in the tokenizer: {WAY_OUT}"
+            "which is another token in the tokenizer"
         )
     if "pad_token" not in tokenizer_config(tokenizer, text):
-        raise ModelError(f"{model.name}: its tokenizer has no padding token ([PAD] or <pad>): {WAY_OUT}")
+        raise ModelError(f"{model.name}: its tokenizer has no padding token ([PAD] or <pad>)")
     state = with_segment({f"text.{name}": x for name, x in encoder.state_dict().items()}, text)
     state = {f"encoder.{name.removeprefix('text.')}": x for name, x in state.items()}
     write_text_model(folder, family, text, {}, tokenizer, state)

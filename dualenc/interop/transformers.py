@@ -102,9 +102,7 @@ def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
     model, (tokenizer, preprocess) = embedder.dual_encoder, parts_of(embedder)
     form = hugging_face.choose_format(model.config)
     if not counts_positions(form.text, tokenizer):
-        raise ModelError(
-            f"transformers counts positions by another padding token than {embedder.name}: export to open_clip or onnx"
-        )
+        raise ModelError(f"transformers counts positions by another padding token than {embedder.name}")
     config = dataclasses.replace(model.config, text=form.text)
     state, config = hugging_face.add_identity_pooler(with_segment(model.state_dict(), form.text), form, config)
     tensors = write_state(state, hugging_face.rules_of(form, config))
@@ -137,11 +135,9 @@ def _write_text(predictor: TextPredictor, folder: Path) -> list[str]:
     family = choose_family(text, heads)
     if family is None:
         reason = unlike(text, FAMILIES)
-        raise ModelError(f"transformers has no text encoder like this one: {reason}; export to onnx")
+        raise ModelError(f"transformers has no text encoder like this one: {reason}")
     if not counts_positions(text, tokenizer):
-        raise ModelError(
-            f"transformers counts positions by another padding token than {predictor.name}: export to onnx"
-        )
+        raise ModelError(f"transformers counts positions by another padding token than {predictor.name}")
     slots = slots_of(family, text, heads)
     kept = TextModel(text, {name: heads[name] for name in slots})
     kept.load_state_dict({name: x for name, x in model.state_dict().items() if name in kept.state_dict()})

@@ -39,7 +39,7 @@ from dualenc.tokens import Tokens
 from dualenc.training.auxiliary import auxiliary_losses
 from dualenc.training.metrics import PairEmbeddings
 from dualenc.training.optim import Tuning, WarmupCosine
-from dualenc.training.task import Task, describe_text_encoder, rank_zero_print
+from dualenc.training.task import Task, describe_text_encoder, rank_zero_print, with_vocabulary
 from dualenc.utils.errors import DataError, ModelError
 from dualenc.utils.text import millions
 
@@ -155,6 +155,8 @@ class ContrastiveTask(Task):
             must have, except for `image.img_size` and dropout, and it may add a bias.
         text_from: a text checkpoint, see `dualenc.load_text`: the text tower has its architecture in place of `text`,
             its weights, and its tokenizer unless the data name another.
+        tokenizer: path of the data's tokenizer, whose number of entries replaces `text.vocab_size`, except where
+            `text_from` or `pretrained` names weights; the command line takes it from the data.
         image_tuning: parts of the image tower that are trained, and their learning rates.
         text_tuning: parts of the text tower that are trained, and their learning rates.
         patch_dropout: share of image patches left out in training.
@@ -182,6 +184,7 @@ class ContrastiveTask(Task):
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
         pretrained: bool | str = False,
         text_from: str | None = None,
+        tokenizer: str | None = None,
         image_tuning: Tuning = PLAIN,
         text_tuning: Tuning = PLAIN,
         patch_dropout: float = 0.0,
@@ -190,6 +193,8 @@ class ContrastiveTask(Task):
         max_skipped: int = 20,
         seed: int = 0,
     ) -> None:
+        # A resumed run must find the same size where the folder of its pretrained model is gone.
+        text = text if text_from or isinstance(pretrained, str) else with_vocabulary(text, tokenizer)
         found = resolve_architecture(image, text, embed_dim, projection, logit_bias, pretrained, text_from, resize)
         shape, text = found.config, found.config.text
         self._described = image is None

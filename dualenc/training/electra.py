@@ -20,6 +20,7 @@ from dualenc.report import Section
 from dualenc.training.contrastive import adamw
 from dualenc.training.optim import WarmupCosine
 from dualenc.training.ranks import mean_over_ranks
+from dualenc.training.task import with_vocabulary
 from dualenc.training.text import LanguageTask
 from dualenc.utils.errors import DataError
 
@@ -36,6 +37,8 @@ class ReplacedTokenTask(LanguageTask):
         text: architecture of the discriminator.
         generator_size: heads and widths of the generator, as a share of the discriminator's; see `generator_config`.
         discriminator_weight: factor of the discriminator's loss; the generator's has 1; 50 in the paper (section 3.1).
+        tokenizer: path of the data's tokenizer, whose number of entries replaces `text.vocab_size`; the command line
+            takes it from the data.
         optimizer: function of parameter groups, see `parameter_groups`.
         scheduler: class of the schedule, from the optimizer and the number of steps.
         max_skipped: number of consecutive steps with a non-finite loss or gradient that ends the run.
@@ -47,11 +50,13 @@ class ReplacedTokenTask(LanguageTask):
         text: TextConfig,
         generator_size: float = 0.25,
         discriminator_weight: float = 50.0,
+        tokenizer: str | None = None,
         optimizer: Callable[[Iterable], Optimizer] = adamw,
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
         max_skipped: int = 20,
         seed: int = 0,
     ) -> None:
+        text = with_vocabulary(text, tokenizer)
         model = ReplacedTokenModel(text, generator_config(text, generator_size))
         super().__init__(model, {"rtd": DISCRIMINATOR}, text, optimizer, scheduler, seed, max_skipped)
         self.discriminator_weight = discriminator_weight

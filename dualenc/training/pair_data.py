@@ -110,8 +110,13 @@ class TokenData(LightningDataModule):
             tokenizer = Tokenizer.from_file(path, text.context_length, text.pad_to, text.pad_id)
         if tokenizer.vocab_size > text.vocab_size:
             raise DataError(
-                f"tokenizer {path} has {tokenizer.vocab_size} entries: set model.text.vocab_size to at least that, "
-                f"it is {text.vocab_size}"
+                f"tokenizer {path} has {tokenizer.vocab_size} entries, the text encoder {text.vocab_size}: set "
+                "model.text.vocab_size, or leave data.tokenizer out for that of the pretrained text encoder"
+            )
+        if (unused := text.vocab_size - tokenizer.vocab_size) and self._text_checkpoint is None:
+            rank_zero_print(
+                f"{path} has {tokenizer.vocab_size:,} entries: {unused:,} of the {text.vocab_size:,} token embeddings "
+                "are not used"
             )
         return tokenizer
 

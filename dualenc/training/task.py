@@ -1,8 +1,10 @@
 """The base class of the tasks: optimizer and schedule, reproducible dropout, skipped steps, and the log."""
 
+import dataclasses
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dualenc.data.loading.epoch_plan import derive_seed
+from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.models import TextConfig
 from dualenc.report import Section
 from dualenc.training.checkpoint import NORMS, CheckpointError, RunState, misfit
@@ -421,6 +424,27 @@ def describe_text_encoder(config: TextConfig) -> str:
         f"{family}{config.layers} layers of width {config.width}, {config.vocab_size:,} entries, up to "
         f"{config.context_length} tokens"
     )
+
+
+def with_vocabulary(text: TextConfig, tokenizer: str | None) -> TextConfig:
+    """Return an architecture of a text encoder with one token embedding for each entry of a tokenizer.
+
+    Args:
+        text: the architecture, from the settings of a run.
+        tokenizer: path of the tokenizer that the data name; None keeps `vocab_size`, for a tokenizer to be trained.
+
+    Raises:
+        DataError: If the tokenizer cannot be read.
+    """
+    if tokenizer is None:
+        return text
+    size = Tokenizer.from_file(tokenizer, sys.maxsize).vocab_size
+    if text.vocab_size not in (size, TextConfig.vocab_size):
+        rank_zero_print(
+            f"{tokenizer} has {size:,} entries, and so has the text encoder: model.text.vocab_size {text.vocab_size} "
+            "is for a run that trains its tokenizer"
+        )
+    return dataclasses.replace(text, vocab_size=size)
 
 
 def _for_json(value: float) -> float | str:

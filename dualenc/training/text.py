@@ -23,7 +23,7 @@ from dualenc.tokens import Tokens
 from dualenc.training.contrastive import BASE, PLAIN, adamw
 from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.ranks import all_gather_object, mean_over_ranks
-from dualenc.training.task import Task, describe_text_encoder, rank_zero_print
+from dualenc.training.task import Task, describe_text_encoder, rank_zero_print, with_vocabulary
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines
 from dualenc.utils.text import millions
@@ -212,6 +212,8 @@ class TextTask(LanguageTask):
         text_from: a text checkpoint, see `dualenc.load_text`: the encoder has its architecture in place of `text`, its
             weights, and its tokenizer unless the data name another. Heads that are the same there and here have its
             weights too, and a classification head takes up the layer of a pooler.
+        tokenizer: path of the data's tokenizer, whose number of entries replaces `text.vocab_size`, except with
+            `text_from`; the command line takes it from the data.
         optimizer: function of parameter groups, see `parameter_groups`; its learning rate is multiplied by their
             factors.
         scheduler: class of the schedule, from the optimizer and the number of steps.
@@ -228,6 +230,7 @@ class TextTask(LanguageTask):
         heads: dict[str, HeadConfig],
         text: TextConfig = BASE,
         text_from: str | None = None,
+        tokenizer: str | None = None,
         optimizer: Callable[[Iterable], Optimizer] = adamw,
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
         tuning: Tuning = PLAIN,
@@ -238,7 +241,7 @@ class TextTask(LanguageTask):
     ) -> None:
         _check_heads(heads)
         checkpoint = open_text(text_from) if text_from else None
-        text = checkpoint.config if checkpoint is not None else text
+        text = checkpoint.config if checkpoint is not None else with_vocabulary(text, tokenizer)
         model = TextModel(text, heads)
         super().__init__(model, heads, text, optimizer, scheduler, seed, max_skipped)
         self.kinds = model.kinds

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fits import CONFIGS, SMALL, SMOKE, fails, fit
+from fits import SHIPPED, SMALL, SMOKE, fails, fit
 from helpers import encode, pixels, tiny_embedder, write_benchmark, write_choices, write_shards, write_tar
 from servers import WebServer
 
@@ -64,7 +64,7 @@ def test_report_escapes_html(tmp_path: Path, seed: int) -> None:
 def test_configs_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["configs"])
     listed = capsys.readouterr().out
-    assert all(path.stem in listed for path in CONFIGS)
+    assert all(path.stem in listed for path in SHIPPED)
     main(["configs", "smoke"])
     assert capsys.readouterr().out == SMOKE.read_text()
 

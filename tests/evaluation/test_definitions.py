@@ -121,9 +121,9 @@ def test_generated_sets_equal_the_definitions(tmp_path, seed, kind, classes):
 def trained(tmp_path_factory):
     """Train a model on Flickr8k for a hundred steps, a minute on two cores."""
     folder = tmp_path_factory.mktemp("trained")
-    config = ROOT / "configs" / "flickr8k.yaml"
+    config = ROOT / "tools" / "configs" / "flickr8k.yaml"
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(config.parent.parent)
+        patch.chdir(ROOT)  # The configuration names ../shared/data.
         main([
             "fit", "--config", str(config), "--trainer.default_root_dir", str(folder / "run"),
             "--trainer.max_epochs", "-1", "--trainer.max_steps", "100", "--trainer.precision", "32-true",

@@ -42,7 +42,7 @@ def test_the_first_check_that_fails_is_the_reason() -> None:
     ],
 )
 def test_an_image_tower_that_open_clip_does_not_have(image: dict[str, Any], field: str) -> None:
-    with pytest.raises(ModelError, match=f"no image tower.*{field}.*export to"):
+    with pytest.raises(ModelError, match=f"no image tower.*{field}"):
         open_clip.write_config(dual(image), 3, "folder")
 
 

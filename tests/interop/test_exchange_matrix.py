@@ -1,5 +1,6 @@
 """Architectures by export format: each is written and its library agrees, or it is refused and nothing is left."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from helpers import perturb, tiny_tokenizer
 from dualenc import ModelError
 from dualenc.formats.huggingface.dual import SMALL
 from dualenc.inference.text_model import TextPredictor
-from dualenc.interop.exporting import export
+from dualenc.interop.exporting import FORMATS, export
 from dualenc.interop.inputs import make_inputs, outputs_of
 from dualenc.interop.reading import open_dual
 from dualenc.models import HeadConfig, Projection, TextConfig, TextModel
@@ -92,7 +93,7 @@ def goes_out(it: Any, form: Form, expected: str, tmp_path: Path) -> dict[str, An
     if expected.startswith("!"):
         with pytest.raises(ModelError, match=expected[1:]) as caught:
             export(str(tmp_path / "ours"), tmp_path / "out", form)
-        assert "export to" in str(caught.value)
+        assert "with --format " in str(caught.value)
         assert not (tmp_path / "out").exists()
         return {}
     made = export(str(tmp_path / "ours"), tmp_path / "out", form)
@@ -154,6 +155,32 @@ def test_the_other_formats(form: Any, tmp_path: Path, seed: int, monkeypatch: py
         with pytest.raises(ModelError, match="padding"):
             export(str(tmp_path / "filled"), tmp_path / "no", form)
         assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "refused", "formats"),
+    [
+        ({"global_pool": "avg", "class_token": False}, BERT, "open_clip", 3),
+        ({}, {**PRE, "pool": "mean"}, "transformers", 1),
+        ({"class_token": False, "global_pool": "avg"}, SIGLIP_TEXT, "sentence-transformers", 1),
+    ],
+)
+def test_a_refusal_names_the_formats_that_work(
+    image: Any, text: Any, refused: str, formats: int, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the reference of onnx needs a process without torch
+    of_ours(image, text, {}).save(tmp_path / "ours")
+    with pytest.raises(ModelError) as caught:
+        export(str(tmp_path / "ours"), tmp_path / "out", refused)
+    assert not list(tmp_path.glob("out*"))
+    named = set(re.findall(r"--format ([\w-]+)", str(caught.value)))
+    assert len(named) == formats
+    for name in FORMATS:
+        if name in named:
+            assert export(str(tmp_path / "ours"), tmp_path / name, name).verified
+        else:
+            with pytest.raises(ModelError):
+                export(str(tmp_path / "ours"), tmp_path / name, name)
 
 
 def test_a_folder_whose_name_json_escapes(tmp_path: Path, seed: int) -> None:

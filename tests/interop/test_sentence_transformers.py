@@ -201,8 +201,8 @@ def test_unsupported_models_are_refused(tmp_path: Path, seed: int) -> None:
     bare = json.loads(tokenizer.backend.to_str().replace("[PAD]", "[FILL]"))
     nothing = Tokenizer(type(tokenizer.backend).from_str(json.dumps(bare)), tokenizer.context_length)
     for it, message in (
-        (text_model(tokenizer, pad_to=8), r"attends to padding \(text\.pad_to 8\).*--format onnx"),
-        (text_model(tokenizer, positions="rotary", activation=odd), "no family of transformers .*--format onnx"),
+        (text_model(tokenizer, pad_to=8), r"attends to padding \(text\.pad_to 8\)"),
+        (text_model(tokenizer, positions="rotary", activation=odd), "no family of transformers"),
         (text_model(tokenizer, types=1, position_offset=3), "counts positions by its padding token, number 2"),
         (text_model(nothing, types=2), "has no padding token"),
     ):

@@ -46,6 +46,34 @@ def test_files_of_a_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture
     assert metrics(tmp_path / "again", "train/loss") == metrics(run, "train/loss")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("numbers", [30, 400])  # fewer entries than the 300 of SMALL, and more
+def test_the_tokenizer_sets_the_vocabulary(
+    numbers: int, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *map(str, range(numbers))]
+    (tmp_path / "vocab.txt").write_text("".join(f"{entry}\n" for entry in entries))
+    given = ["--data.tokenizer", str(tmp_path / "vocab.txt"), "--trainer.max_steps", "1"]
+    run = small_fit(SMOKE, tmp_path, seed, *given)
+    size = dualenc.Tokenizer.from_file(tmp_path / "vocab.txt", 24).vocab_size
+    assert size == len(entries)
+    assert "model.text.vocab_size 300" in capsys.readouterr().err
+    model = dualenc.load(run / "last", "cpu").dual_encoder
+    assert model.config.text.vocab_size == len(model.text.embeddings.token_embeddings.weight) == size
+    # A stopped run resumes, and a run that is repeated from its own file has the same vocabulary.
+    more = ["--ckpt_path", "last", "--trainer.max_steps", "2", "--run.accept_changes", '["trainer.max_steps"]']
+    main(["fit", "--config", str(run / "config.yaml"), *more])
+    assert len(metrics(run, "train/loss")) == 2
+
+
+@pytest.mark.long
+def test_embeddings_without_a_token_are_said(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_fit(SMOKE, tmp_path, seed, "--trainer.max_steps", "1")
+    size = dualenc.load(run / "last", "cpu").tokenizer.vocab_size
+    assert size < 300
+    assert f"{300 - size} of the 300 token embeddings are not used" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, seed: int) -> None:
     """Stop at step 5 of 24 and resume: losses and weights are bit-equal to those of an uninterrupted run."""

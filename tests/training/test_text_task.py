@@ -377,19 +377,10 @@ def test_wrong_use(tmp_path, seed, capsys):
     spread = json.dumps({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
     assert "use trainer.strategy ddp" in error("--trainer.strategy", spread)
     assert "2 or more labels" in error(heads={"mood": {"kind": "classification", "labels": ["bad"]}})
-    assert "set model.text.vocab_size" in error("--data.tokenizer", str(big_vocabulary(tmp_path)))
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in error(text_from=str(tmp_path / "empty"))
     (tmp_path / "labels.tsv").write_text("")
     assert "labels.tsv" in error()
-
-
-def big_vocabulary(folder: Path) -> Path:
-    path = folder / "vocab.txt"
-    path.write_text(
-        "".join(f"{word}\n" for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(500))))
-    )
-    return path
 
 
 def test_head_with_a_space_in_its_name_is_reported_as_loaded(tmp_path, seed, capsys):

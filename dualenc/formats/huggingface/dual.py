@@ -307,10 +307,7 @@ def write_preprocess(preprocess: Preprocess) -> Config:
         ModelError: If no image processor of transformers computes the same.
     """
     if preprocess.resize == "longest":
-        raise ModelError(
-            "transformers has no image processor for preprocess.resize longest, which pads with black: export to "
-            "open_clip or onnx"
-        )
+        raise ModelError("transformers has no image processor for preprocess.resize longest, which pads with black")
     size, squash = preprocess.size, preprocess.resize == "squash"
     sides = {"height": size, "width": size}
     fields: Config = {
@@ -362,7 +359,7 @@ def choose_format(config: DualConfig) -> Format:
         (pooler or named or config.image.norm_eps is None, f"norm_eps {config.image.norm_eps} with {others}"),
     ]
     if reason := first_failure(checks):
-        raise ModelError(f"transformers has no image tower like {config.image.name}: {reason}; export to onnx")
+        raise ModelError(f"transformers has no image tower like {config.image.name}: {reason}")
     vision = "vit" if pooler else [*named, WRAPPED][0]
     if is_clip and text_projection == Projection():
         return Format(JOINED, vision, clip, text)
@@ -376,7 +373,7 @@ def choose_format(config: DualConfig) -> Format:
     if (reason := first_failure(checks)) or found is None:
         raise ModelError(
             f"transformers' joined models have no text tower like this one: {reason}; they take the first token of "
-            "BERT, RoBERTa or ALBERT, or CLIP's text encoder; export to open_clip, sentence-transformers or onnx"
+            "BERT, RoBERTa or ALBERT, or CLIP's text encoder"
         )
     return Format(JOINED, vision, *found, identity_pooler=not pooled)
 

@@ -396,7 +396,7 @@ def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
     if vision is None:
         raise ModelError(
             f"open_clip has no image tower like this one: its own towers differ in {reason}, and timm's "
-            f"{config.image.name} is another tower; export to transformers or onnx"
+            f"{config.image.name} is another tower"
         )
     try:
         text = _write_text(config.text, text_projection, eos_id)
@@ -407,10 +407,10 @@ def write_config(config: DualConfig, eos_id: int | None, name: str) -> Config:
         except ModelError as theirs:
             raise ModelError(
                 f"open_clip has no text tower like this one: CLIP's and SigLIP's differ in {own}, BERT's and RoBERTa's "
-                f"in {theirs}; export to onnx"
+                f"in {theirs}"
             ) from None
     if len(set(quick.values())) > 1:
-        raise ModelError("open_clip has quick_gelu in both towers or in neither: export to onnx")
+        raise ModelError("open_clip has quick_gelu in both towers or in neither")
     model_cfg: Config = {"embed_dim": config.embed_dim, "quick_gelu": any(quick.values())}
     model_cfg |= {"custom_text": True} if config.logit_bias or "timm_model_name" in vision else {}
     model_cfg |= {"init_logit_bias": -10.0} if config.logit_bias else {}
