@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from dualenc.cli.common import UsageError, WorkError, command_line, make_folder, progress, writing
 
 if TYPE_CHECKING:
+    from dualenc.data import SetOptions
     from dualenc.evaluation import EvaluationKind
 
 
@@ -15,6 +16,11 @@ def evaluate(
     data: list[str],
     kind: str | None = None,
     split: str | None = None,
+    captions: str = "auto",
+    classnames: str | None = None,
+    templates: str | None = None,
+    images: str | None = None,
+    image: str | None = None,
     out: Path | None = None,
     workers: int = 2,
     allow_partial: bool = False,
@@ -23,24 +29,36 @@ def evaluate(
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs of evaluation sets.
+        data: evaluation sets: folders, plain shards, tables, URLs, or names of `dualenc sets`.
         kind: name of an evaluation kind, such as text-text, or import path of your own subclass of
             dualenc.evaluation.EvaluationKind; absent, the kind of each set.
         split: absent, "test" or the only split there is.
+        captions: captions of plain shards: txt, json.FIELD, or a member such as long.txt; auto, the field captions
+            of .json, else .txt, else the field caption.
+        classnames: file of class names, one on each line in the order of the classes; absent, those of the set.
+        templates: file of templates, one on each line with {c} for the class name; or openai for CLIP's 80 of ImageNet,
+            simple for 7 of them; absent, those of the set.
+        images: folder that the image paths of caption tables are relative to; absent, found next to the table.
+        image: member that holds the image in plain shards, such as input.jpg; absent, .jpg, .jpeg, .png or .webp.
         out: folder for evaluate.json and report.html.
         workers: number of worker processes that decode images.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation import find_kind
 
     kinds = None if kind is None else [find_kind(kind)]
-    _evaluate("evaluate", kinds, model, data, split, out, workers, allow_partial)
+    options = SetOptions(captions=captions, classnames=classnames, templates=templates, images=images, image=image)
+    _evaluate("evaluate", kinds, model, data, split, options, out, workers, allow_partial)
 
 
 def zeroshot(
     model: str,
     data: list[str],
     split: str | None = None,
+    classnames: str | None = None,
+    templates: str | None = None,
+    image: str | None = None,
     out: Path | None = None,
     workers: int = 2,
     allow_partial: bool = False,
@@ -49,21 +67,31 @@ def zeroshot(
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs in the layout of CLIP_benchmark, or folders with a folder of images for each class.
+        data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, plain shards with .cls, or
+            folders with a folder of images for each class.
         split: absent, "test" or the only split there is.
+        classnames: file of class names, one on each line in the order of the classes; absent, those of the set.
+        templates: file of templates, one on each line with {c} for the class name; or openai for CLIP's 80 of ImageNet,
+            simple for 7 of them; absent, those of the set.
+        image: member that holds the image in plain shards, such as input.jpg; absent, .jpg, .jpeg, .png or .webp.
         out: folder for zeroshot.json and report.html.
         workers: number of worker processes that decode images.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation import kinds_of_command
 
-    _evaluate("zeroshot", kinds_of_command("zeroshot"), model, data, split, out, workers, allow_partial)
+    options = SetOptions(classnames=classnames, templates=templates, image=image)
+    _evaluate("zeroshot", kinds_of_command("zeroshot"), model, data, split, options, out, workers, allow_partial)
 
 
 def retrieval(
     model: str,
     data: list[str],
     split: str | None = None,
+    captions: str = "auto",
+    images: str | None = None,
+    image: str | None = None,
     between: Literal["image-text", "text-text", "image-image"] = "image-text",
     out: Path | None = None,
     workers: int = 2,
@@ -73,19 +101,39 @@ def retrieval(
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs in the layout of CLIP_benchmark, or tables of images and captions.
+        data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, plain shards with captions, or
+            tables of images and captions.
         split: absent, "test" or the only split there is.
+        captions: captions of plain shards: txt, json.FIELD, or a member such as long.txt; auto, the field captions
+            of .json, else .txt, else the field caption.
+        images: folder that the image paths of caption tables are relative to; absent, found next to the table.
+        image: member that holds the image in plain shards, such as input.jpg; absent, .jpg, .jpeg, .png or .webp.
         between: text-text looks for the other captions of a caption's image; image-image, on sets for classification,
             for the other images of an image's class.
         out: folder for retrieval.json and report.html.
         workers: number of worker processes that decode images.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation import KINDS
 
     across = between == "image-text"
     kind, name = ("retrieval", "retrieval") if across else (between, f"retrieval-{between}")
-    _evaluate(name, [KINDS[kind]], model, data, split, out, workers, allow_partial)
+    options = SetOptions(captions=captions, images=images, image=image)
+    _evaluate(name, [KINDS[kind]], model, data, split, options, out, workers, allow_partial)
+
+
+def sets() -> None:
+    """List the evaluation sets that are known by name, with their sizes and pages."""
+    from dualenc.data.eval_sets.known_sets import KNOWN_SETS, LICENSE
+
+    for name, known in KNOWN_SETS.items():
+        size = "" if known.megabytes is None else known.size_of("test")
+        print(f"{name:20} {known.kind:15} {size:>7}  {known.page}")
+    print(
+        f"\nSizes are those of the split test; the others are said before the download. License: {LICENSE}.\n"
+        "Measure one by its name: `dualenc evaluate MODEL cifar10`."
+    )
 
 
 def choice(
@@ -104,9 +152,10 @@ def choice(
         workers: number of worker processes that decode images.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation import kinds_of_command
 
-    _evaluate("choice", kinds_of_command("choice"), model, data, None, out, workers, allow_partial)
+    _evaluate("choice", kinds_of_command("choice"), model, data, None, SetOptions(), out, workers, allow_partial)
 
 
 def probe(
@@ -114,6 +163,8 @@ def probe(
     data: list[str],
     train: str = "train",
     split: str | None = None,
+    classnames: str | None = None,
+    image: str | None = None,
     out: Path | None = None,
     workers: int = 2,
     allow_partial: bool = False,
@@ -122,16 +173,21 @@ def probe(
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs in the layout of CLIP_benchmark, with a split to learn from.
+        data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, or folders with plain shards or
+            class folders for each split; with a split to learn from.
         train: split to learn from; the hyperparameters are chosen on "val" or "valid", or else on a fifth of it.
         split: absent, "test".
+        classnames: file of class names, one on each line in the order of the classes; absent, those of the set.
+        image: member that holds the image in plain shards, such as input.jpg; absent, .jpg, .jpeg, .png or .webp.
         out: folder for probe.json and report.html.
         workers: number of worker processes that decode images.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation.probe import FrozenProbes
 
-    _evaluate("probe", [FrozenProbes(train)], model, data, split, out, workers, allow_partial)
+    options = SetOptions(classnames=classnames, image=image)
+    _evaluate("probe", [FrozenProbes(train)], model, data, split, options, out, workers, allow_partial)
 
 
 def compare(first: Path, second: Path, kinds: tuple[str, ...] = (), out: Path | None = None) -> None:
@@ -165,6 +221,7 @@ def _evaluate(
     model: str,
     data: list[str],
     split: str | None,
+    options: "SetOptions",
     out: Path | None,
     workers: int,
     allow_partial: bool,
@@ -180,7 +237,7 @@ def _evaluate(
     from dualenc.report import print_table, write_report
     from dualenc.utils.urls import redact
 
-    sets = open_sets(data, kinds, split)
+    sets = open_sets(data, kinds, split, options)
     if workers < 0:
         raise UsageError(f"--workers {workers} must not be negative")
     if out is not None:

@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         evaluate.retrieval,
         evaluate.choice,
         evaluate.probe,
+        evaluate.sets,
         evaluate.compare,
         models.embed,
         models.interpolate,

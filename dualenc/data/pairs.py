@@ -149,8 +149,8 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
         raise no_images(index)
     if not text.any():
         raise DataError(
-            f"{where}: no captions among {len(index)} samples; expected .{member}{_members(index)}: name the source "
-            "of captions with data.captions"
+            f"{where}: no captions among {len(index)} samples; expected .{member}{member_names(index)}: name the "
+            "source of captions with data.captions"
         )
     both = image & text
     if not both.any():
@@ -167,7 +167,7 @@ def no_images(index: ShardIndex) -> DataError:
     """Return the error of shards without an image; it names the members that are there."""
     return DataError(
         f"{_where(index)}: no images among {len(index)} samples; expected .{', .'.join(index.images)}"
-        f"{_members(index)}: name the member of the image with data.image, or --image of other commands"
+        f"{member_names(index)}: name the member of the image with data.image, or --image of other commands"
     )
 
 
@@ -177,7 +177,7 @@ def _where(index: ShardIndex) -> str:
     return f"{index.shards[0]}{more}"
 
 
-def _members(index: ShardIndex) -> str:
+def member_names(index: ShardIndex) -> str:
     """Return the extensions of the members that some samples have as text, for a message."""
     found = dict.fromkeys(name for part in index.parts for name in part.facts["extensions"])
     names = [quoted(f".{name}", 40)[1:-1] for name in list(found)[:10] if index.having([name]).any()]

@@ -16,7 +16,7 @@ from dualenc.evaluation.kinds import KINDS
 from dualenc.report import Comparison
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import atomic_write, write_json
-from dualenc.utils.urls import is_remote
+from dualenc.utils.urls import is_remote, shown
 
 ITEMS = ".items.safetensors"
 
@@ -43,6 +43,7 @@ def write_results(
             "fingerprint": fingerprint,
             "data": data.path if is_remote(data.path) else os.path.abspath(data.path),
             "split": data.split,
+            **({"options": given} if (given := _given(data)) else {}),
         }
         for one, data in zip(found, sets, strict=True)
     ]
@@ -51,6 +52,15 @@ def write_results(
     items = {f"{i}/{name}": x.clone() for i, one in enumerate(found) for name, x in one.items.items()}
     with atomic_write(Path(folder) / f"{command}{ITEMS}") as temporary:
         save_file(items, temporary)
+
+
+def _given(data: BenchmarkSet) -> dict[str, str]:
+    """Return the options by which a set can be opened again, with whole paths and without the secrets of URLs."""
+    files = {"classnames", "images"}
+    return {
+        name: os.path.abspath(value) if name in files and not is_remote(value) else shown(value)
+        for name, value in data.options.given().items()
+    }
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[tuple[str, str], SavedResult]:

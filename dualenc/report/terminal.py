@@ -74,8 +74,19 @@ def _print_sets(results: Sequence[Result], head: Sequence[str], lines: Sequence[
             table.add_row(*(left or ("", "")), *map(Text, cells or ()))
     console = _console()
     console.print(table)
+    for name, key, text in _remarks(results):
+        console.print(Text.assemble((f"{name}: ", "bold"), (f"{key}: " if key else ""), printable(text)))
     for name, problem in _problems(results):
         console.print(Text.assemble((f"{name}: ", "bold yellow"), _problem(problem)))
+
+
+def _remarks(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
+    """Yield what is said below the table of each set: its name, a key or "", and the prompts or a note."""
+    for result in results:
+        if result.get("prompts"):
+            yield printable(result["dataset"]), "prompts", result["prompts"]
+        for note in result.get("notes", ()):
+            yield printable(result["dataset"]), "", note
 
 
 def _problems(results: Sequence[Result]) -> Iterator[tuple[str, Mapping[str, Any]]]:
