@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from dualenc.data.eval_sets.base import Kind, read_text
-from dualenc.data.shards.remote import remote_size
+from dualenc.data.shards.remote import fetch_small, remote_size
 from dualenc.utils.errors import warn_once
+
+if TYPE_CHECKING:
+    from dualenc.data.eval_sets.base import Kind
 
 LICENSE = "see the page, and the authors of the set"
 
@@ -22,7 +24,7 @@ LICENSE = "see the page, and the authors of the set"
 class KnownSet(NamedTuple):
     """An evaluation set on the hub, in the layout of CLIP_benchmark."""
 
-    kind: Kind
+    kind: "Kind"
     repository: str
     megabytes: int | None  # size of the shards of the split "test"; None where it was not seen
 
@@ -41,8 +43,9 @@ class KnownSet(NamedTuple):
         """Return the size of a split for display: of the table, or else what the store says; "unknown" otherwise."""
         if split == "test" and self.megabytes is not None:
             return _in_words(self.megabytes)
-        number = (read_text(f"{self.url}/{split}/nshards.txt") or "").strip()
-        paths = [f"{self.url}/{split}/{i}.tar" for i in range(int(number) if re.fullmatch("[0-9]{1,4}", number) else 0)]
+        number = (fetch_small(f"{self.url}/{split}/nshards.txt") or b"").strip()
+        count = int(number) if re.fullmatch(b"[0-9]{1,4}", number) else 0
+        paths = [f"{self.url}/{split}/{i}.tar" for i in range(count)]
         sizes = [remote_size(path) for path in paths]
         return _in_words(sum(filter(None, sizes)) / 1e6) if sizes and None not in sizes else "unknown"
 
@@ -52,7 +55,7 @@ def _in_words(megabytes: float) -> str:
 
 
 # fmt: off
-_SETS: tuple[tuple[str, Kind, str, int | None], ...] = (
+_SETS: "tuple[tuple[str, Kind, str, int | None], ...]" = (
     ("caltech101", "classification", "wds_vtab-caltech101", 439),
     ("cars", "classification", "wds_cars", 1008),
     ("cifar10", "classification", "wds_vtab-cifar10", None),

@@ -53,8 +53,10 @@ def set_name(location: str) -> str:
     """Return the name of a set: that of its folder, repository or table, or of the folder of its shards."""
     if is_pattern(location):  # The folders before the first pattern, or of several shards, are the same for all shards.
         parts = shown(location).split("/")
-        first = next((i for i, part in enumerate(parts) if has_magic(part) or "{" in part), len(parts) - 1)
+        first = next(i for i, part in enumerate(parts) if has_magic(part) or "{" in part)
         location = "/".join(parts[:first]) or "."
+    elif re.search(r"(^|/)[0-9]+\.tar$", shown(location)):  # The number of a shard is not a name.
+        location = shown(folder_of(location)) or "."
     if not is_remote(location):
         path = Path(location).resolve()
         return path.name if path.is_dir() else path.stem
