@@ -29,7 +29,7 @@ Problems = defaultdict[str, list[str]]  # `Problem.what` -> `Problem.names`
 
 @dataclass(frozen=True)
 class SetOptions:
-    """What a user says about evaluation sets, besides their place and their split.
+    """Options of evaluation sets, for what the files of a set do not say, or say otherwise.
 
     Attributes:
         captions: where the captions of plain shards are; see `dualenc.data.pairs.find_captions`.

@@ -91,7 +91,9 @@ _SETS: "tuple[tuple[str, Kind, str, int | None], ...]" = (
     ("mscoco_captions2017", "retrieval", "wds_mscoco_captions2017", 834),
 )
 # fmt: on
-KNOWN_SETS: Mapping[str, KnownSet] = MappingProxyType({name: KnownSet(*facts) for name, *facts in _SETS})
+KNOWN_SETS: "Mapping[str, KnownSet]" = MappingProxyType(
+    {name: KnownSet(kind, repository, megabytes) for name, kind, repository, megabytes in _SETS}
+)
 
 
 def short_name(name: str) -> str:

@@ -170,36 +170,42 @@ def read_shards(shards: str, options: SetOptions, texts_in: str | None = None) -
     problems: Problems = defaultdict(list)
     paths = expand_shards(shards)
     index = _build_index(paths, problems, options.image)
-    texts = class_texts(texts_in or folder_of(paths[0]) or ".", options, problems, set_name(texts_in or shards))
-    source = find_captions(index, options.captions)
-    has_class = index.having(["cls"]).any()
-    has_captions = index.having([caption_member(source)[0]]).any()
-    by_content = "classification" if has_class and (texts.classnames or not has_captions) else "retrieval"
-    kind = options.kind or by_content
-    if not len(index):
-        return Content(kind=kind, source=ShardImages(index), problems=problem_list(problems))
-    if not index.having(index.images).any():
+    if len(index) and not index.having(index.images).any():
         raise no_images(index)
-    where = f"{shown(shards)}: {plural(len(index), 'sample')}{member_names(index)}"
-    if kind == "retrieval" and not has_captions:
-        way_out = "; `dualenc zeroshot` measures shards with .cls" if has_class else ""
-        raise DataError(
-            f"{where}; no captions in .{caption_member(source)[0]}: name their place with --captions{way_out}"
-        )
-    if kind == "classification" and not has_class:
-        way_out = "; `dualenc retrieval` measures shards with captions" if has_captions else ""
-        raise DataError(f"{where}; no .cls with the number of the class, which zero-shot classification needs{way_out}")
-    if kind == "classification" and texts.classnames is None:
+    source = find_captions(index, options.captions)
+    has_class, has_captions = (bool(index.having([name]).any()) for name in ("cls", caption_member(source)[0]))
+    texts, wrong_texts = None, defaultdict(list)
+    if has_class and options.kind != "retrieval":
+        folder = texts_in or folder_of(paths[0]) or "."
+        texts = class_texts(folder, options, wrong_texts, set_name(texts_in or shards))
+    has_names = texts is not None and texts.classnames is not None
+    kind = options.kind or ("classification" if has_class and (has_names or not has_captions) else "retrieval")
+    if len(index):
+        _require(has_class if kind == "classification" else has_captions, kind, index, source, shown(shards))
+    if kind == "retrieval" or texts is None:
+        content = _content(kind, index, partial(caption_lines, source=source), problems)
+        return replace(content, takes=("captions", "image"))
+    if not has_names:
         raise DataError(
             f"{shown(shards)}: the classes have no names: name a file with --classnames, one on each line in the order "
             f"of .cls, or put {CLASSNAMES} next to the shards"
         )
-    if kind == "retrieval":
-        content = _content(kind, index, partial(caption_lines, source=source), problems)
-        return replace(content, takes=("captions", "image"))
-    content = _with_texts(_content(kind, index, _read_class, problems), texts)
-    _refuse_other_classes(content, options, where)
+    content = _with_texts(_content(kind, index, _read_class, problems | wrong_texts), texts)
+    _refuse_other_classes(content, options, shown(shards))
     return replace(content, takes=(*content.takes, "image"))
+
+
+def _require(has_labels: bool, kind: Kind, index: ShardIndex, captions: str, where: str) -> None:
+    """Refuse plain shards without the labels of a kind."""
+    if has_labels:
+        return
+    among, there = f"among {plural(len(index), 'sample')}", member_names(index)
+    if kind == "retrieval":
+        way_out = "; `dualenc zeroshot` measures shards with .cls" if index.having(["cls"]).any() else ""
+        expected = f"expected .{caption_member(captions)[0]}"
+        raise DataError(f"{where}: no captions {among}; {expected}{there}: name their place with --captions{way_out}")
+    way_out = "; `dualenc retrieval` measures shards with captions" if index.having(["txt", "json"]).any() else ""
+    raise DataError(f"{where}: no .cls {among}{there}: classification needs the number of the class there{way_out}")
 
 
 def _refuse_other_classes(content: Content, options: SetOptions, where: str) -> None:
@@ -207,7 +213,7 @@ def _refuse_other_classes(content: Content, options: SetOptions, where: str) -> 
     count, last = len(content.classnames), int(content.targets.max()) if len(content.targets) else 0
     if last >= count:
         source = f"classnames {shown(options.classnames)}" if options.classnames else CLASSNAMES
-        raise DataError(f"{where}; .cls has classes up to {last:,}, but {source} names only 0 to {count - 1:,}")
+        raise DataError(f"{where}: .cls has classes up to {last:,}, but {source} names only 0 to {count - 1:,}")
 
 
 # Samples of both

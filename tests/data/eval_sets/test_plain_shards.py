@@ -64,7 +64,7 @@ def test_classes_of_plain_shards(tmp_path, seed):
         BenchmarkSet.open(folder, options=SetOptions(classnames=str(few)))
     with pytest.raises(DataError, match=r"few\.txt has 3 class names, but .*classnames\.txt has 6 classes"):
         BenchmarkSet.open(layout, options=SetOptions(classnames=str(few)))
-    with pytest.raises(DataError, match=r"no captions in \.txt: .*--captions; `dualenc zeroshot` measures"):
+    with pytest.raises(DataError, match=r"no captions among 7 .*, but they have .*--captions; `dualenc zeroshot`"):
         BenchmarkSet.open(folder, options=SetOptions(kind="retrieval"))
 
 
@@ -114,7 +114,7 @@ def test_captions_of_plain_shards(tmp_path, seed):
     assert other.source.decode(3).shape == (3, 20, 24)
     with pytest.raises(DataError, match=r"no images among 5 samples; expected \.bmp"):
         BenchmarkSet.open(tmp_path / "plain", options=SetOptions(image="bmp"))
-    with pytest.raises(DataError, match=r"no captions in \.long\.txt: name their place with --captions"):
+    with pytest.raises(DataError, match=r"expected \.long\.txt, but they have .*: name their place with --captions"):
         captions(captions="long.txt", kind="retrieval")
 
 
