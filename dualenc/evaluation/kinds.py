@@ -137,15 +137,23 @@ _USES = {
 
 def _join_shards(sources: Iterable[str]) -> list[str]:
     """Replace local shards of one folder that are named in full, as a shell expands a glob, by one pattern."""
-    found: dict[str, list[str]] = {}  # a source or the folder of shards -> shards of that folder
+    joined: list[str | list[str]] = []  # a list holds the shards of a folder
+    folders: dict[str, list[str]] = {}
     for source in sources:
-        is_shard = source.lower().endswith(".tar") and not is_remote(source) and os.path.isfile(source)
-        found.setdefault(os.path.dirname(source) if is_shard else f"{source}\0", []).append(source)
-    return [shards[0] if len(shards) == 1 else _pattern(folder, shards) for folder, shards in found.items()]
+        folder = os.path.dirname(source)
+        if not source.lower().endswith(".tar") or is_remote(source) or not os.path.isfile(source):
+            joined.append(source)
+        elif folder in folders:
+            folders[folder].append(source)
+        else:
+            folders[folder] = [source]
+            joined.append(folders[folder])
+    return [one if isinstance(one, str) else one[0] if len(one) == 1 else _pattern(one) for one in joined]
 
 
-def _pattern(folder: str, shards: Sequence[str]) -> str:
-    """Return a pattern that names exactly these shards of a folder."""
+def _pattern(shards: Sequence[str]) -> str:
+    """Return a pattern that names exactly these shards of one folder."""
+    folder = os.path.dirname(shards[0])
     every = os.path.join(escape(folder), "*.tar")
     if set(glob(every)) == set(shards):
         return every
