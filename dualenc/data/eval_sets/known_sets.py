@@ -127,6 +127,10 @@ def did_you_mean(location: str) -> str:
     """Return a hint that names what exists or is known under a name similar to a wrong one; "" if nothing is."""
     path = Path(location)
     here = [str(path.parent / other.name) for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = get_close_matches(str(path), here, 1) or get_close_matches(short_name(location).lower(), KNOWN_SETS, 1)
-    known = "" if os.sep in location else "; `dualenc sets` lists the sets that are known by name"
-    return f": did you mean {close[0]}?{known}" if close else known
+    short = short_name(location).lower()
+    close = get_close_matches(str(path), here, 1) or get_close_matches(short, KNOWN_SETS, 3)
+    close = close or [name for name in KNOWN_SETS if short in name]
+    hint = f": did you mean {' or '.join(close)}?" if close else ";"
+    if os.sep in location:
+        return hint if close else ""
+    return f"{hint} `dualenc sets` lists the sets that are known by name"
