@@ -11,6 +11,7 @@ from dualenc.utils.text import print_message, printable
 from dualenc.utils.urls import redact
 
 if TYPE_CHECKING:
+    from dualenc.data import SetOptions
     from dualenc.evaluation import Evaluated, EvaluationKind
     from dualenc.evaluation.kinds import OpenSet
     from dualenc.evaluation.measure import MeasuredSet
@@ -21,6 +22,11 @@ def evaluate(
     data: list[str],
     kind: str | None = None,
     split: str | None = None,
+    captions: str = "auto",
+    classnames: str | None = None,
+    templates: str | None = None,
+    images: str | None = None,
+    image: str | None = None,
     out: Path | None = None,
     workers: int = 2,
     models: tuple[str, ...] = (),
@@ -31,26 +37,38 @@ def evaluate(
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs of evaluation sets.
+        data: evaluation sets: folders, plain shards, tables, URLs, or names of `dualenc sets`.
         kind: name of an evaluation kind, such as text-text, or import path of your own subclass of
             dualenc.evaluation.EvaluationKind; by default the kind of each set.
         split: split to measure on; by default "test", or the only split there is.
+        captions: captions of plain shards: txt, json.FIELD, or a member such as long.txt; auto, the field captions
+            of .json, else .txt, else the field caption.
+        classnames: file of class names, one on each line in the order of the classes; by default those of the set.
+        templates: file of templates, one on each line with {c} for the class name; or openai for CLIP's 80 of ImageNet,
+            simple for 7 of them; by default those of the set.
+        images: folder that the image paths of caption tables are relative to; by default found next to the table.
+        image: member that holds the image in plain shards, such as input.jpg; by default .jpg, .jpeg, .png or .webp.
         out: folder for evaluate.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation import find_kind
 
     kinds = None if kind is None else [find_kind(kind)]
-    _evaluate("evaluate", kinds, model, data, split, out, workers, models, csv, allow_partial)
+    options = SetOptions(captions=captions, classnames=classnames, templates=templates, images=images, image=image)
+    _evaluate("evaluate", kinds, model, data, split, options, out, workers, models, csv, allow_partial)
 
 
 def zeroshot(
     model: str,
     data: list[str],
     split: str | None = None,
+    classnames: str | None = None,
+    templates: str | None = None,
+    image: str | None = None,
     out: Path | None = None,
     workers: int = 2,
     models: tuple[str, ...] = (),
@@ -61,23 +79,35 @@ def zeroshot(
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs in the layout of CLIP_benchmark, or folders with a folder of images for each class.
+        data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, plain shards with .cls, or
+            folders with a folder of images for each class.
         split: split to measure on; by default "test", or the only split there is.
+        classnames: file of class names, one on each line in the order of the classes; by default those of the set.
+        templates: file of templates, one on each line with {c} for the class name; or openai for CLIP's 80 of ImageNet,
+            simple for 7 of them; by default those of the set.
+        image: member that holds the image in plain shards, such as input.jpg; by default .jpg, .jpeg, .png or .webp.
         out: folder for zeroshot.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation import kinds_of_command
 
-    _evaluate("zeroshot", kinds_of_command("zeroshot"), model, data, split, out, workers, models, csv, allow_partial)
+    options = SetOptions(classnames=classnames, templates=templates, image=image)
+    _evaluate(
+        "zeroshot", kinds_of_command("zeroshot"), model, data, split, options, out, workers, models, csv, allow_partial
+    )
 
 
 def retrieval(
     model: str,
     data: list[str],
     split: str | None = None,
+    captions: str = "auto",
+    images: str | None = None,
+    image: str | None = None,
     between: Literal["image-text", "text-text", "image-image"] = "image-text",
     out: Path | None = None,
     workers: int = 2,
@@ -89,8 +119,13 @@ def retrieval(
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs in the layout of CLIP_benchmark, or tables of images and captions.
+        data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, plain shards with captions, or
+            tables of images and captions.
         split: split to measure on; by default "test", or the only split there is.
+        captions: captions of plain shards: txt, json.FIELD, or a member such as long.txt; auto, the field captions
+            of .json, else .txt, else the field caption.
+        images: folder that the image paths of caption tables are relative to; by default found next to the table.
+        image: member that holds the image in plain shards, such as input.jpg; by default .jpg, .jpeg, .png or .webp.
         between: text-text looks for the other captions of a caption's image; image-image, on sets for classification,
             for the other images of an image's class.
         out: folder for retrieval.json and report.html.
@@ -99,11 +134,26 @@ def retrieval(
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation import KINDS
 
     across = between == "image-text"
     kind, name = ("retrieval", "retrieval") if across else (between, f"retrieval-{between}")
-    _evaluate(name, [KINDS[kind]], model, data, split, out, workers, models, csv, allow_partial)
+    options = SetOptions(captions=captions, images=images, image=image)
+    _evaluate(name, [KINDS[kind]], model, data, split, options, out, workers, models, csv, allow_partial)
+
+
+def sets() -> None:
+    """List the evaluation sets that are known by name, with their sizes and pages."""
+    from dualenc.data.eval_sets.known_sets import KNOWN_SETS, LICENSE
+
+    for name, known in KNOWN_SETS.items():
+        size = "" if known.megabytes is None else known.size_of("test")
+        print(f"{name:20} {known.kind:15} {size:>7}  {known.page}")
+    print(
+        f"\nSizes are those of the split test; the others are said before the download. License: {LICENSE}.\n"
+        "Measure one by its name: `dualenc evaluate MODEL cifar10`."
+    )
 
 
 def choice(
@@ -126,9 +176,12 @@ def choice(
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation import kinds_of_command
 
-    _evaluate("choice", kinds_of_command("choice"), model, data, None, out, workers, models, csv, allow_partial)
+    _evaluate(
+        "choice", kinds_of_command("choice"), model, data, None, SetOptions(), out, workers, models, csv, allow_partial
+    )
 
 
 def probe(
@@ -136,6 +189,8 @@ def probe(
     data: list[str],
     train: str = "train",
     split: str | None = None,
+    classnames: str | None = None,
+    image: str | None = None,
     out: Path | None = None,
     workers: int = 2,
     models: tuple[str, ...] = (),
@@ -148,10 +203,12 @@ def probe(
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs in the layout of CLIP_benchmark, or folders with a folder of images for each class. Of a
-            set with a single split a fifth is measured, and the rest is learned from.
+        data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, or folders with plain shards or
+            class folders for each split. Of a set with a single split a fifth is measured, and the rest is learned from.
         train: split to learn from; the hyperparameters are chosen on "val" or "valid", or else on a fifth of it.
         split: split to measure on; "test" by default.
+        classnames: file of class names, one on each line in the order of the classes; by default those of the set.
+        image: member that holds the image in plain shards, such as input.jpg; by default .jpg, .jpeg, .png or .webp.
         out: folder for probe.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
@@ -160,10 +217,22 @@ def probe(
         draws: number of draws of these images; the metrics are means over the draws.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.data import SetOptions
     from dualenc.evaluation.probe import FrozenProbes
 
+    options = SetOptions(classnames=classnames, image=image)
     _evaluate(
-        "probe", [FrozenProbes(train, shots, draws)], model, data, split, out, workers, models, csv, allow_partial
+        "probe",
+        [FrozenProbes(train, shots, draws)],
+        model,
+        data,
+        split,
+        options,
+        out,
+        workers,
+        models,
+        csv,
+        allow_partial,
     )
 
 
@@ -200,6 +269,7 @@ def _evaluate(
     model: str,
     data: list[str],
     split: str | None,
+    options: "SetOptions",
     out: Path | None,
     workers: int,
     models: tuple[str, ...],
@@ -218,7 +288,7 @@ def _evaluate(
 
     if workers < 0:
         raise UsageError(f"--workers {workers} must not be negative")
-    sets = open_sets(data, kinds, split)
+    sets = open_sets(data, kinds, split, options)
     names = list(dict.fromkeys([model, *models]))
     if out is not None:
         check_out(out, command, [place(*one, name) for name in names for one in sets])
@@ -227,8 +297,8 @@ def _evaluate(
         make_folder(csv.parent, "--csv")
     table = None if csv is None else ResultTable(csv)
     # A report shows more than the table keeps, so that all of it is measured again.
-    options = {"table": table, "again": out is not None, "incomplete": allow_partial, "workers": workers}
-    measured = [one for number in range(len(names)) for one in _measure(names, number, sets, **options)]
+    settings = {"table": table, "again": out is not None, "incomplete": allow_partial, "workers": workers}
+    measured = [one for number in range(len(names)) for one in _measure(names, number, sets, **settings)]
     # Results on one set stand next to each other.
     print_table([one.result for place in range(len(sets)) for one in measured[place :: len(sets)]])
     if table is not None:

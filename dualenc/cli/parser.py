@@ -41,6 +41,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
         evaluate.choice,
         evaluate.probe,
         evaluate.evaluate,
+        evaluate.sets,
         evaluate.compare,
     ),
     "Use and exchange models": (models.embed, models.interpolate, models.import_, models.export, models.push),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from dualenc.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from dualenc.data.eval_sets.base import SetOptions
     from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
     from dualenc.data.images import Augment, ImageError, Preprocess, decode_image
     from dualenc.data.loading.bad_samples import BadSampleLog
@@ -26,6 +27,7 @@ __all__ = [
     "PairDataset",
     "Pairs",
     "Preprocess",
+    "SetOptions",
     "ShardIndex",
     "Tokenizer",
     "decode_image",
@@ -44,6 +46,7 @@ __getattr__, __dir__ = lazy_names(
         "Pairs": "pairs",
         "Preprocess": "images",
         "BadSampleLog": "loading.bad_samples",
+        "SetOptions": "eval_sets.base",
         "ShardIndex": "shards.index",
         "Tokenizer": "text.tokenizer",
         "decode_image": "images",

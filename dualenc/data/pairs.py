@@ -85,6 +85,11 @@ def captions_of(sample: Sample, source: str) -> list[str]:
     Raises:
         BadSample: If there is no caption or only empty ones, or one is not a text, not UTF-8, or has NULs.
     """
+    return captions_with_source(sample, source)[0]
+
+
+def captions_with_source(sample: Sample, source: str) -> tuple[list[str], str]:
+    """Read the captions of a sample; see `captions_of`. Also return the source, which says what "auto" found."""
     source, found = _read_any(sample) if source == AUTO else (source, _read_member(sample, *_caption_member(source)))
     captions = []
     for caption in found if isinstance(found, list) else [found]:
@@ -96,7 +101,7 @@ def captions_of(sample: Sample, source: str) -> list[str]:
             raise BadSample(sample, f"{source} holds a caption {problem}", detail)
     if not captions:
         raise BadSample(sample, f"{source} holds no caption, or only empty ones")
-    return captions
+    return captions, source
 
 
 def _read_any(sample: Sample) -> tuple[str, Any]:
@@ -153,7 +158,7 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
         raise no_images(index)
     if not text.any():
         raise DataError(
-            f"{where}: no captions among {len(index)} samples; expected .{' or .'.join(members)}{_members(index)}: "
+            f"{where}: no captions among {len(index)} samples; expected .{' or .'.join(members)}{member_names(index)}: "
             "name the source of captions with data.captions"
         )
     both = image & text
@@ -171,7 +176,7 @@ def no_images(index: ShardIndex) -> DataError:
     """Return the error of shards without an image; it names the members that are there."""
     return DataError(
         f"{_where(index)}: no images among {len(index)} samples; expected .{', .'.join(index.images)}"
-        f"{_members(index)}: name the member of the image with data.image, or --image of other commands"
+        f"{member_names(index)}: name the member of the image with data.image, or --image of other commands"
     )
 
 
@@ -181,7 +186,7 @@ def _where(index: ShardIndex) -> str:
     return f"{index.shards[0]}{more}"
 
 
-def _members(index: ShardIndex) -> str:
+def member_names(index: ShardIndex) -> str:
     """Return the extensions of the members that some samples have as text, for a message."""
     found = dict.fromkeys(name for part in index.parts for name in part.facts["extensions"])
     names = [quoted(f".{name}", 40)[1:-1] for name in list(found)[:10] if index.having([name]).any()]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualenc.data.eval_sets.base import Kind, Problem
+from dualenc.data.eval_sets.base import Kind, Problem, SetOptions
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
 from dualenc.data.shards.shard import content_hash
 from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
@@ -234,6 +234,20 @@ def problems(data: BenchmarkSet, bad: Sequence[tuple[int, str]], suffix: str = "
     return [Problem(problem.what + suffix, problem.names) for problem in found]
 
 
+def too_few(count: int, noun: str) -> dict[str, Any]:
+    """Return a note for the facts of a result whose metrics mean nothing, since there is one of what is told apart.
+
+    Args:
+        count: number of what the model tells apart.
+        noun: name of one of them.
+    """
+    return (
+        {"notes": [f"there is one {noun} only, so that nothing is told apart: the metrics mean nothing"]}
+        if (count == 1)
+        else {}
+    )
+
+
 def image_ids(data: BenchmarkSet, rows: Tensor) -> Tensor:
     """Return a hash of the bytes of some images, (n,) int64.
 
@@ -261,8 +275,9 @@ def reopen(saved: SavedResult) -> tuple[BenchmarkSet, list[int]] | None:
         The set, and the number of each measured image in it; None if the set is gone or holds other images.
     """
     try:
-        data = BenchmarkSet.open(saved.result["data"], saved.result["split"])
+        options = SetOptions(**saved.result.get("options", {}))
+        data = BenchmarkSet.open(saved.result["data"], saved.result["split"], options)
         row_of = {int(x): i for i, x in enumerate(data.item_ids.view(np.int64))}
         return data, [row_of[int(x)] for x in saved.items["ids"]]
-    except (DataError, KeyError):
+    except (DataError, KeyError, TypeError):
         return None

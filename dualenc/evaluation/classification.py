@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
-from dualenc.evaluation.base import EvaluationKind, SavedResult, Scored, image_ids, problems, reopen
+from dualenc.evaluation.base import EvaluationKind, SavedResult, Scored, image_ids, problems, reopen, too_few
 from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
 from dualenc.evaluation.points import points
 from dualenc.inference.embedder import Embedder
@@ -43,7 +43,8 @@ class ZeroShotClassification(EvaluationKind):
         scale = float(embedder.model.logits()[0].detach())
         found = classification_metrics(embedded.image, embedded.text, data.targets[embedded.rows], scale)
         items = {"ids": image_ids(data, embedded.rows), **found.items}
-        return Scored(found.metrics, found.intervals, found.chance, items, by_class(data, found.items))
+        facts = {"prompts": data.prompts} | by_class(data, found.items) | too_few(len(data.classnames), "class")
+        return Scored(found.metrics, found.intervals, found.chance, items, facts)
 
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""

@@ -1,10 +1,13 @@
 """The table of evaluation kinds, and how a kind and its sets are found."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from glob import escape, glob
 from types import MappingProxyType
 from typing import NamedTuple, get_args
 
-from dualenc.data.eval_sets.base import Kind
+from dualenc.data.eval_sets.base import NO_OPTIONS, Kind, SetOptions
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
 from dualenc.evaluation.base import EvaluationKind
 from dualenc.evaluation.choice import CompositionalChoice
@@ -16,6 +19,7 @@ from dualenc.evaluation.within import CaptionRetrieval, ImageRetrieval
 from dualenc.utils.errors import DataError
 from dualenc.utils.imports import import_by_path
 from dualenc.utils.text import did_you_mean
+from dualenc.utils.urls import is_remote
 
 KINDS: Mapping[str, EvaluationKind] = MappingProxyType(
     {
@@ -82,22 +86,30 @@ def kinds_of_command(command: str) -> list[EvaluationKind]:
 
 
 def open_sets(
-    sources: Iterable[str], kinds: Sequence[EvaluationKind] | None = None, split: str | None = None
+    sources: Iterable[str],
+    kinds: Sequence[EvaluationKind] | None = None,
+    split: str | None = None,
+    options: SetOptions = NO_OPTIONS,
 ) -> list[OpenSet]:
     """Open evaluation sets, each with the first kind that can measure it.
 
     Args:
-        sources: what `BenchmarkSet.open` takes.
+        sources: what `BenchmarkSet.open` takes; shards of one folder that are named in full are one set.
         kinds: kinds to choose from; None for `own_kinds`.
         split: split of all sets; None for "test", or the only one.
+        options: what the user says about the sets; each set takes the options that it has a use for.
 
     Raises:
-        DataError: If a set cannot be opened, no kind can measure it, or two sets have the same name.
+        DataError: If a set cannot be opened, no kind can measure it, two sets have the same name, or no set has a use
+            for an option.
     """
     kinds = own_kinds() if kinds is None else kinds
+    wanted = {name for kind in kinds for name in kind.sets} & {"classification", "retrieval"}
+    if options.kind is None and len(wanted) == 1:
+        options = replace(options, kind=wanted.pop())
     found: list[OpenSet] = []
-    for source in sources:
-        data = BenchmarkSet.open(source, split)
+    for source in _join_shards(sources):
+        data = BenchmarkSet.open(source, split, options)
         kind = next((kind for kind in kinds if data.kind in kind.sets), None)
         if kind is None:
             raise DataError(f"{data.path} is a {data.kind} set: {_way_out(data, kinds)}")
@@ -106,7 +118,46 @@ def open_sets(
                 f"two evaluation sets are called {data.name!r}, so their results would be mixed up: rename a folder"
             )
         found.append(OpenSet(kind, kind.prepare(data, source)))
+    taken = {name for _, data in found for name in (*data.takes, "kind")}
+    for name, value in options.given().items():
+        if name not in taken:
+            raise DataError(f"option {name} {value!r} has no use here: it is for {_USES[name]}")
     return found
+
+
+_USES = {
+    "captions": "plain shards with captions",
+    "classnames": "sets with classes",
+    "templates": "sets with classes",
+    "images": "tables of captions whose images are files",
+    "image": "plain shards",
+}
+
+
+def _join_shards(sources: Iterable[str]) -> list[str]:
+    """Replace local shards of one folder that are named in full, as a shell expands a glob, by one pattern."""
+    joined: list[str | list[str]] = []  # a list holds the shards of a folder
+    folders: dict[str, list[str]] = {}
+    for source in sources:
+        folder = os.path.dirname(source)
+        if not source.lower().endswith(".tar") or is_remote(source) or not os.path.isfile(source):
+            joined.append(source)
+        elif folder in folders:
+            folders[folder].append(source)
+        else:
+            folders[folder] = [source]
+            joined.append(folders[folder])
+    return [one if isinstance(one, str) else one[0] if len(one) == 1 else _pattern(one) for one in joined]
+
+
+def _pattern(shards: Sequence[str]) -> str:
+    """Return a pattern that names exactly these shards of one folder."""
+    folder = os.path.dirname(shards[0])
+    every = os.path.join(escape(folder), "*.tar")
+    if set(glob(every)) == set(shards):
+        return every
+    names = ",".join(os.path.basename(shard) for shard in shards)
+    return os.path.join(folder, f"{{{names}}}")
 
 
 def _way_out(data: BenchmarkSet, kinds: Sequence[EvaluationKind]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
-from dualenc.evaluation.base import EvaluationKind, Scored, image_ids, problems
+from dualenc.evaluation.base import EvaluationKind, Scored, image_ids, problems, too_few
 from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
 from dualenc.inference.embedder import Embedder
 from dualenc.metrics import BootstrapMetrics, average_precision, multilabel_bootstrap, multilabel_metrics
@@ -36,7 +36,8 @@ class MultilabelClassification(EvaluationKind):
         """See `EvaluationKind`."""
         found = multilabel_metrics(embedded.image @ embedded.text.T, data.targets[embedded.rows])
         items = {"ids": image_ids(data, embedded.rows), **found.items}
-        return Scored(found.metrics, found.intervals, found.chance, items)
+        facts = {"prompts": data.prompts} | too_few(len(embedded.rows), "image")
+        return Scored(found.metrics, found.intervals, found.chance, items, facts)
 
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""

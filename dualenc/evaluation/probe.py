@@ -108,9 +108,9 @@ class FrozenProbes(EvaluationKind):
                 f"{data.path}: split {self.train!r} cannot be both learned from and measured on: choose two of "
                 f"{', '.join(splits)}"
             )
-        train = BenchmarkSet.open(source, self.train)
+        train = BenchmarkSet.open(source, self.train, data.options)
         held_out = next((name for name in HELD_OUT if name in splits and name not in (self.train, data.split)), None)
-        return ProbeSet.of(data, train, None if held_out is None else BenchmarkSet.open(source, held_out))
+        return ProbeSet.of(data, train, None if held_out is None else BenchmarkSet.open(source, held_out, data.options))
 
     def embed(self, data: BenchmarkSet, embedder: SetEmbedder) -> SetEmbeddings:
         """See `EvaluationKind`."""

@@ -18,7 +18,7 @@ from dualenc.evaluation.kinds import KINDS
 from dualenc.report import Comparison
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import atomic_write, write_json
-from dualenc.utils.urls import is_remote
+from dualenc.utils.urls import is_remote, shown
 
 ITEMS = ".items.safetensors"
 REPORT = "report.html"
@@ -51,7 +51,8 @@ def origin(kind: EvaluationKind, data: BenchmarkSet, model: str, fingerprint: st
         fingerprint: fingerprint of the model, since its name may later belong to another model.
     """
     content = {"fingerprint": fingerprint, "data_fingerprint": data.fingerprint, "settings": kind.settings(data)}
-    return place(kind, data, model) | content
+    given = _given(data)
+    return place(kind, data, model) | content | ({"options": given} if given else {})
 
 
 def with_origin(found: Evaluated, described: Mapping[str, Any]) -> Evaluated:
@@ -119,6 +120,15 @@ def check_out(
 def _described(result: Mapping[str, Any]) -> str:
     """Return entries of a result for a message."""
     return ", ".join(f"{name} {value}" for name, value in result.items())
+
+
+def _given(data: BenchmarkSet) -> dict[str, str]:
+    """Return the options by which a set can be opened again, with whole paths and without the secrets of URLs."""
+    files = {"classnames", "images"}
+    return {
+        name: os.path.abspath(value) if name in files and not is_remote(value) else shown(value)
+        for name, value in data.options.given().items()
+    }
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[tuple[str, str], SavedResult]:

@@ -19,6 +19,7 @@ from dualenc.evaluation.base import (
     problems,
     reopen,
     text_ids,
+    too_few,
 )
 from dualenc.evaluation.classification import thumbnails
 from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
@@ -75,7 +76,9 @@ class CrossModalRetrieval(EvaluationKind):
         pairs = _pairs(data, embedded)
         found = retrieval_metrics(pairs.image, pairs.text, pairs.owner)
         ids = {"ids": image_ids(data, embedded.rows)[pairs.rows], "text_ids": text_ids(pairs.captions)}
-        return Scored(found.metrics, found.intervals, found.chance, {**found.items, **ids})
+        return Scored(
+            found.metrics, found.intervals, found.chance, {**found.items, **ids}, too_few(len(pairs.image), "image")
+        )
 
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""

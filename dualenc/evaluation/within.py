@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
-from dualenc.evaluation.base import EvaluationKind, Scored, image_ids, problems, text_ids
+from dualenc.evaluation.base import EvaluationKind, Scored, image_ids, problems, text_ids, too_few
 from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
 from dualenc.inference.embedder import Embedder
 from dualenc.metrics import BootstrapMetrics, Scores, group_bootstrap, group_metrics
@@ -52,7 +52,8 @@ class CaptionRetrieval(_Within):
         """See `EvaluationKind`."""
         captions, owner = data.captions
         found = prefixed(group_metrics(embedded.text, owner, unit=owner), self.prefix)
-        return Scored(found.metrics, found.intervals, found.chance, {"text_ids": text_ids(captions), **found.items})
+        items = {"text_ids": text_ids(captions), **found.items}
+        return Scored(found.metrics, found.intervals, found.chance, items, too_few(len(owner.unique()), "image"))
 
     def section(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder, scores: Scored) -> Section:
         """See `EvaluationKind`."""
@@ -78,9 +79,10 @@ class ImageRetrieval(_Within):
 
     def score(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder) -> Scored:
         """See `EvaluationKind`."""
-        found = prefixed(group_metrics(embedded.image, data.targets[embedded.rows]), self.prefix)
+        group = data.targets[embedded.rows]
+        found = prefixed(group_metrics(embedded.image, group), self.prefix)
         items = {"ids": image_ids(data, embedded.rows), **found.items}
-        return Scored(found.metrics, found.intervals, found.chance, items)
+        return Scored(found.metrics, found.intervals, found.chance, items, too_few(len(group.unique()), "class"))
 
 
 def prefixed(scores: Scores, prefix: str) -> Scores:

@@ -30,8 +30,7 @@ def print_table(results: Sequence[Result]) -> None:
     ]
     several = len({result["model"] for result in results}) > 1
     _print_sets(results, ("metric", "value", "95% interval", "chance"), lines, several)
-    notes = [(printable(result["dataset"]), printable(note)) for result in results for note in result.get("notes", ())]
-    for name, note in dict.fromkeys(notes):  # several models may have the same
+    for name, note in dict.fromkeys(_remarks(results)):  # several models may have the same
         _print_line(name, note)
 
 
@@ -95,6 +94,16 @@ def _print_line(name: str, text: str, style: str = "bold") -> None:
     from rich.text import Text
 
     _console().print(Text.assemble((f"{name}: ", style), text))
+
+
+def _remarks(results: Sequence[Result]) -> Iterator[tuple[str, str]]:
+    """Yield what is said below the table: the name of a set, and its prompts or a note."""
+    for result in results:
+        name = printable(result["dataset"])
+        if result.get("prompts"):
+            yield name, printable(f"prompts: {result['prompts']}")
+        for note in result.get("notes", ()):
+            yield name, printable(note)
 
 
 def _problems(results: Sequence[Result]) -> Iterator[tuple[str, Mapping[str, Any]]]:

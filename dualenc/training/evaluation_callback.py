@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from dualenc.data.eval_sets.base import NO_OPTIONS, SetOptions
 from dualenc.evaluation import SetEmbedder, SetEmbeddings, find_kind, open_sets
 from dualenc.evaluation.kinds import OpenSet
 from dualenc.report import Section
@@ -25,13 +26,14 @@ class Evaluation(Callback):
     """Measurement of evaluation sets during training.
 
     Args:
-        data: folders or URLs of evaluation sets.
+        data: evaluation sets: folders, plain shards, tables, URLs, or names of `dualenc sets`.
         every_n_epochs: measure at the end of every N-th epoch; 0 for never.
         every_n_steps: measure after every N-th step, too; 0 for never.
         workers: number of worker processes per rank that decode images.
         at_start: measure before the first step, too: the metrics of a pretrained model.
         kind: evaluation kind of all sets: a key of `dualenc.evaluation.KINDS`, or the import path of a subclass of
             `dualenc.evaluation.EvaluationKind`; None for the kind of each set.
+        options: class names, templates, captions and images, where the sets do not say them.
 
     The metrics equal those of `dualenc evaluate`, logged as `SET/METRIC`. Each rank embeds its share of the images and
     texts of a set. Missing or unreadable parts of a set are reported once. `dualenc validate` and `test` measure the
@@ -46,8 +48,10 @@ class Evaluation(Callback):
         workers: int = 0,
         at_start: bool = False,
         kind: str | None = None,
+        options: SetOptions = NO_OPTIONS,
     ) -> None:
         self.folders, self.workers, self.at_start, self.kind = list(data), workers, at_start, kind
+        self.options = options
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.sets: list[OpenSet] = []
         self.sections: list[Section] = []  # sections of the last measurement, on the first rank
@@ -61,7 +65,8 @@ class Evaluation(Callback):
                 f"Evaluation needs a model of images and texts: remove it from trainer.callbacks, since the model is a "
                 f"{type(pl_module).__name__}"
             )
-        self.sets = open_sets(self.folders, None if self.kind is None else [find_kind(self.kind)])
+        kinds = None if self.kind is None else [find_kind(self.kind)]
+        self.sets = open_sets(self.folders, kinds, options=self.options)
         if taken := {"train", "val", "test"} & self._names():
             raise DataError(
                 f"evaluation set {taken.pop()!r} has the name of a group of the run's metrics: rename its folder"

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from dualenc.data.doctor.scan import Survey, survey
-from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem, caption_lines
+from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem
+from dualenc.data.eval_sets.shard_sets import caption_lines
 from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
 from dualenc.data.loading.bad_samples import MAX_CONSECUTIVE, BadSampleLog
 from dualenc.data.pairs import caption_members, captions_of, decode_sample, join_command

@@ -1,6 +1,6 @@
-"""The content of an evaluation set, common to all layouts, and the text files next to its images."""
+"""The content of an evaluation set, common to all layouts, and what a user says about it."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,20 +11,49 @@ import torch
 from torch import Tensor
 
 from dualenc.data.images import ImageError, decode_image
+from dualenc.data.pairs import AUTO
 from dualenc.data.prepare.caption_sources import clean
 from dualenc.data.shards.remote import fetch_small
 from dualenc.data.shards.sample import MAX_IMAGE
 from dualenc.data.shards.shard import content_hash
-from dualenc.utils.decoding import TextError, decode_text, is_blank, lines_of
+from dualenc.utils.decoding import TextError, decode_text
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.limits import hits_file_limit
 from dualenc.utils.urls import is_remote, shown
 
 SPLITS = ("test", "train", "val", "valid", "validation")  # names of folders that are taken as splits
-CLASSNAMES, TEMPLATE_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
 
 Kind = Literal["classification", "multilabel", "retrieval", "choice"]
 Problems = defaultdict[str, list[str]]  # `Problem.what` -> `Problem.names`
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """Options of evaluation sets, for what the files of a set do not say, or say otherwise.
+
+    Attributes:
+        captions: where the captions of plain shards are; see `dualenc.data.pairs.captions_of`.
+        classnames: file of class names by number, one on each line or CLIP_benchmark's JSON; None for those of the set.
+        templates: file of templates, one on each line or CLIP_benchmark's JSON; "openai" for the 80 of CLIP's paper on
+            ImageNet; "simple" for 7 of them; None for those of the set.
+        images: folder of the images of a caption table; None to search next to it.
+        image: member that holds the image of a sample of plain shards; see `dualenc.data.shards.sample.image_members`.
+        kind: kind to take a set as that could be read as several; None to decide by what it has.
+    """
+
+    captions: str = AUTO
+    classnames: str | None = None
+    templates: str | None = None
+    images: str | None = None
+    image: str | None = None
+    kind: Kind | None = None
+
+    def given(self) -> dict[str, str]:
+        """Return the options that differ from their defaults, by name."""
+        return {name: value for name, value in vars(self).items() if value != getattr(NO_OPTIONS, name)}
+
+
+NO_OPTIONS = SetOptions()
 
 
 @dataclass(frozen=True)
@@ -84,10 +113,12 @@ class Content:
         problems: all problems that are known without decoding an image.
         classnames: C names of classes, for "classification" and "multilabel".
         templates: sentences with `{c}` in place of the class name, for the same kinds.
+        prompts: which templates these are, for display.
         targets: class of each image (N,) int64, or (N, C) bool, true where the class is on the image (multilabel).
         captions: T captions of a retrieval set, and the number of each caption's image (T,) int64.
         texts: texts of a set of choices, each once.
         choices: the choices between these texts.
+        takes: names of the `SetOptions` that such a set takes.
     """
 
     kind: Kind
@@ -95,12 +126,14 @@ class Content:
     problems: list[Problem]
     classnames: list[str] = field(default_factory=list)
     templates: list[str] = field(default_factory=list)
+    prompts: str = ""
     targets: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     captions: tuple[list[str], Tensor] = field(default_factory=lambda: ([], torch.empty(0, dtype=torch.int64)))
     texts: list[str] = field(default_factory=list)
     choices: Choices = field(
         default_factory=lambda: Choices(*(torch.empty(0, 2, dtype=torch.int64) for _ in range(2)), keys=[])
     )
+    takes: tuple[str, ...] = ()
 
 
 class ImageFiles:
@@ -161,9 +194,6 @@ def problem_list(problems: Problems) -> list[Problem]:
     return [Problem(what, names) for what, names in problems.items() if names]
 
 
-# Text files next to the images
-
-
 def read_text(path: str) -> str | None:
     """Read a small local or remote file; None if it does not exist.
 
@@ -180,60 +210,3 @@ def read_text(path: str) -> str | None:
         return None if data is None else decode_text(data)
     except TextError as error:
         raise DataError(f"{shown(path)} {error}") from None
-
-
-def read_classnames(path: str, problems: Problems) -> list[str] | None:
-    """Read class names, one on each line; None if the file does not exist. Duplicates are kept, and are a problem.
-
-    Raises:
-        DataError: If the file is empty, or a line is blank.
-    """
-    names = _lines(path)
-    if names is not None:
-        note_duplicates(names, problems)
-    return names
-
-
-def note_duplicates(names: list[str], problems: Problems) -> None:
-    """Note the names that several classes share: no text distinguishes these classes."""
-    for name, count in Counter(names).items():
-        if count > 1:
-            classes = ", ".join(str(i) for i, other in enumerate(names) if other == name)
-            problems["duplicate class name"].append(f"{name!r} (classes {classes})")
-
-
-def read_templates(path: str, problems: Problems) -> list[str] | None:
-    """Read templates, one on each line; None if the file does not exist. Those without `{c}` are left out.
-
-    Raises:
-        DataError: If the file is empty, a line is blank, or no template has `{c}`.
-    """
-    templates = _lines(path)
-    if templates is None:
-        return None
-    for number, template in enumerate(templates, 1):
-        if "{c}" not in template:
-            problems["template without {c}"].append(f"{shown(path)} line {number}: {template!r}")
-    usable = [template for template in templates if "{c}" in template]
-    if not usable:
-        raise DataError(f"{shown(path)}: {templates[0]!r} has no {{c}} for the class name, and no other line has one")
-    return usable
-
-
-def _lines(path: str) -> list[str] | None:
-    """Read the lines of a file, which are names by number or templates; None if the file does not exist.
-
-    Raises:
-        DataError: If the file is empty, or a line is blank.
-    """
-    text = read_text(path)
-    if text is None:
-        return None
-    if is_blank(text):
-        raise DataError(f"{shown(path)} is empty: write one entry on each line, or remove the file")
-    lines = lines_of(text)
-    while is_blank(lines[-1]):
-        lines.pop()
-    if blank := [number for number, line in enumerate(lines, 1) if is_blank(line)]:
-        raise DataError(f"{shown(path)}: line {blank[0]} is blank, which would shift the lines after it: remove it")
-    return lines

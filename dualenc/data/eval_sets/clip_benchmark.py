@@ -1,53 +1,42 @@
-"""Evaluation sets, local or remote, in the layout of CLIP_benchmark or of loose files.
-
-The layout is a folder of tar shards for each split, with files of class names and templates next to the folders. What
-cannot be used is left out, and listed by shard and key.
-"""
+"""Evaluation sets: a split with its images, and how the layout of a set is found by what the user names."""
 
 import hashlib
-import io
 import json
 import os
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dualenc.data.eval_sets.base import (
-    CLASSNAMES,
-    SPLITS,
-    TEMPLATE_FILE,
-    Choices,
-    Content,
-    ImageSource,
-    Kind,
-    Problem,
-    Problems,
-    problem_list,
-    read_classnames,
-    read_templates,
-    read_text,
-)
+from dualenc.data.eval_sets.base import NO_OPTIONS, SPLITS, Choices, Content, ImageSource, Problem, SetOptions
 from dualenc.data.eval_sets.folders import class_folders, is_described, read_class_folders, read_table
+from dualenc.data.eval_sets.known_sets import did_you_mean, find_known
+from dualenc.data.eval_sets.shard_sets import (
+    ShardImages,
+    files_url,
+    is_pattern,
+    names_shards,
+    number_of_shards,
+    read_layout,
+    read_shards,
+    set_name,
+    shard_folders,
+)
 from dualenc.data.images import thumbnail
-from dualenc.data.pairs import decode_sample
-from dualenc.data.shards.index import Sample, ShardIndex
+from dualenc.data.shards.index import ShardIndex
+from dualenc.data.shards.patterns import expand_shards
 from dualenc.data.workers import item_loader, tensor_bytes
-from dualenc.utils.decoding import is_blank, trimmed
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.urls import is_remote, join, shown
 
-__all__ = ["Batch", "BenchmarkSet", "Choices", "Problem"]
-KINDS = ("classification", "multilabel", "retrieval")  # of the layout
-_HUB = re.compile(r"(https://huggingface\.co/datasets/([^/]+)/([^/]+))(?:/(?:tree|resolve|raw)/([^/]+)(/.*)?)?/?")
+__all__ = ["Batch", "BenchmarkSet", "Choices", "Problem", "SetOptions"]
+_Reader = Callable[[str, SetOptions], Content]  # from the name of a split
 
 
 class Batch(NamedTuple):
@@ -74,6 +63,7 @@ class BenchmarkSet(Content):
         path: folder, table or URL, for display.
         name: name of the folder or table.
         split: name of the split; "test" for sets without splits.
+        options: options that the set was opened with.
 
     Example:
         >>> import tempfile
@@ -97,9 +87,12 @@ class BenchmarkSet(Content):
     path: str
     name: str
     split: str
+    options: SetOptions = NO_OPTIONS
 
     @classmethod
-    def open(cls, data: str | os.PathLike[str], split: str | None = None) -> "BenchmarkSet":
+    def open(
+        cls, data: str | os.PathLike[str], split: str | None = None, options: SetOptions = NO_OPTIONS
+    ) -> "BenchmarkSet":
         """Read all of a split except its images.
 
         Args:
@@ -108,12 +101,15 @@ class BenchmarkSet(Content):
                 - a folder in the layout of CLIP_benchmark (`<split>/nshards.txt`, `<split>/0.tar` ...,
                   `dataset_type.txt`, `classnames.txt`, `zeroshot_classification_templates.txt`), its URL, or its page
                   `https://huggingface.co/datasets/OWNER/NAME/tree/REV`;
+                - the name of a well-known set in that layout; see `dualenc.data.eval_sets.known_sets`;
+                - plain shards: a path, glob, brace pattern or URL, a folder of shards, or with one for each split;
                 - a folder with a folder of images for each class, or with such a folder for each split;
                 - a caption table as for `make_shards`, for retrieval;
                 - the folder of Winoground's `examples.jsonl`, or a JSON of SugarCrepe, for choices.
 
                 The images of tables and choices are searched for next to them.
             split: the split; absent, "test", or the only split.
+            options: class names, templates, captions and images, where the set does not say them.
 
         Raises:
             DataError: If nothing can be measured: the set is none of these, lacks class names or templates, or no
@@ -121,20 +117,21 @@ class BenchmarkSet(Content):
         """
         location = os.fspath(data)
         try:
-            return cls._open(location, split)
+            return cls._open(location, split, options)
         except OSError as error:  # of a local folder or file
             raise DataError(f"{error.filename or location} cannot be read ({error.strerror})") from None
 
     @classmethod
-    def _open(cls, location: str, split: str | None) -> "BenchmarkSet":
-        splits, read = _find_splits(location, split)
+    def _open(cls, location: str, split: str | None, options: SetOptions) -> "BenchmarkSet":
+        found = _find(location, split, options)
+        location, splits = found.location, found.splits
         if split is None:
             if "test" not in splits and len(splits) > 1:
                 raise DataError(f"{shown(location)} has the splits {', '.join(splits)} but no test: name one of them")
             split = "test" if "test" in splits else splits[0]
         elif split not in splits:
             raise DataError(f"{shown(location)} has no split {split!r}, only {', '.join(splits)}")
-        content = read(split)
+        content = found.read(split, options)
         if not len(content.source):
             where = shown(join(location, split)) if len(splits) > 1 or split != "test" else shown(location)
             causes = ", ".join(f"{problem.what} {len(problem.names):,}" for problem in content.problems)
@@ -142,7 +139,7 @@ class BenchmarkSet(Content):
             raise DataError(
                 f"{where} holds no samples that can be used{f' ({causes}), such as {example}' if example else ''}"
             )
-        return cls(path=shown(location), name=_set_name(location), split=split, **vars(content))
+        return cls(path=shown(location), name=found.name, split=split, options=options, **vars(content))
 
     @staticmethod
     def splits(data: str | os.PathLike[str]) -> list[str]:
@@ -151,7 +148,7 @@ class BenchmarkSet(Content):
         Raises:
             DataError: If `data` is not an evaluation set.
         """
-        return _find_splits(os.fspath(data), None, every=True)[0]
+        return _find(os.fspath(data), None, NO_OPTIONS, every=True).splits
 
     def __len__(self) -> int:
         """Return the number of images that can be used, as far as is known without decoding them."""
@@ -164,7 +161,7 @@ class BenchmarkSet(Content):
         Raises:
             DataError: If the set consists of loose files.
         """
-        if not isinstance(self.source, _ShardImages):
+        if not isinstance(self.source, ShardImages):
             raise DataError(f"{self.path} is a set of loose files, without shards")
         return self.source.index
 
@@ -233,231 +230,73 @@ class _Images(Dataset[Batch]):
 # Layouts of a set
 
 
-def _find_splits(location: str, split: str | None, every: bool = False) -> tuple[list[str], Callable[[str], Content]]:
-    """Find the splits of a set.
+class _Found(NamedTuple):
+    """A set that was found: its place, the name of its splits, and the function that reads a split."""
+
+    location: str
+    name: str
+    splits: list[str]
+    read: _Reader
+
+
+def _find(location: str, split: str | None, options: SetOptions, every: bool = False) -> _Found:
+    """Find a set and its splits.
 
     Args:
-        location: folder, table or URL.
+        location: folder, table, shards, URL or name of a known set.
         split: the split that is needed; absent, "test".
+        options: options of the set.
         every: whether to find all splits of a remote set, not only the one that is needed.
-
-    Returns:
-        The names of the splits, and the function that reads a split.
     """
-    if is_remote(location):
-        base = _files_url(location)
-        first = split or "test"
-        if not every and _number_of_shards(base, first) is not None:
-            return [first], partial(_read_layout, base)
-        splits = [name for name in SPLITS if _number_of_shards(base, name) is not None]
-        if not splits:
-            raise DataError(
-                f"{shown(location)} is not in the CLIP_benchmark layout: no <split>/nshards.txt there, or access is "
-                "denied"
-            )
-        return splits, partial(_read_layout, base)
+    if known := find_known(location, split or "test"):
+        return _find(known[1].url, split, options, every)._replace(name=known[0])
+    if not is_remote(location) and Path(location, "nshards.txt").is_file():  # a split of the layout of CLIP_benchmark
+        return _find(str(Path(location).parent), split, options)._replace(splits=[Path(location).name])
+    name = set_name(location)
+    if names_shards(location) and not Path(location).is_dir():
+        return _Found(location, name, ["test"], lambda _, given: read_shards(location, given))
+    splits, read = _find_remote(location, split, every) if is_remote(location) else _find_local(location, options)
+    return _Found(location, name, splits, read)
+
+
+def _find_remote(location: str, split: str | None, every: bool) -> tuple[list[str], _Reader]:
+    base = files_url(location)
+    first = split or "test"
+    if not every and number_of_shards(base, first) is not None:
+        return [first], partial(read_layout, base)
+    if splits := [name for name in SPLITS if number_of_shards(base, name) is not None]:
+        return splits, partial(read_layout, base)
+    hint = ""
+    if not location.startswith("http"):  # Other stores can be listed.
+        try:
+            expand_shards(location)
+            return ["test"], lambda _, given: read_shards(location, given)
+        except DataError as error:
+            hint = f"; {error}"
+    raise DataError(
+        f"{shown(location)} is not in the CLIP_benchmark layout: no <split>/nshards.txt there, or access is denied; "
+        f"plain shards are named by their files, such as {{000000..000099}}.tar{hint}"
+    )
+
+
+def _find_local(location: str, options: SetOptions) -> tuple[list[str], _Reader]:
     path = Path(location)
     if not path.exists():
-        raise DataError(f"evaluation set {path} does not exist")
+        if is_pattern(location):  # of tables, since shards were found before
+            return ["test"], lambda _, given: read_table(path, given)
+        raise DataError(f"evaluation set {path} does not exist{did_you_mean(location)}")
     if splits := sorted(file.parent.name for file in path.glob("*/nshards.txt")):
-        return splits, partial(_read_layout, location)
-    if not path.is_dir() or is_described(path):
-        return ["test"], lambda _: read_table(path)
-    if splits := list(class_folders(path)):
-        return splits, partial(read_class_folders, path)
+        return splits, partial(read_layout, location)
+    classes = class_folders(path) if path.is_dir() else {}
+    if not path.is_dir() or (is_described(path) and not (classes and options.kind == "classification")):
+        return ["test"], lambda _, given: read_table(path, given)
+    if classes:
+        return list(classes), partial(read_class_folders, path)
+    if folders := shard_folders(path):
+        return list(folders), lambda name, given: read_shards(str(folders[name]), given, location)
+    if any(path.glob("*.parquet")):
+        return ["test"], lambda _, given: read_table(path, given)
     raise DataError(
-        f"{path} is not in the CLIP_benchmark layout: no <split>/nshards.txt in it; it also lacks a folder of images "
-        "for each class, a caption table, and examples.jsonl"
+        f"{path} is not in the CLIP_benchmark layout: no <split>/nshards.txt in it; it also lacks shards, a folder of "
+        "images for each class, a caption table, and examples.jsonl"
     )
-
-
-def _files_url(url: str) -> str:
-    """Convert the URL of a set's page on the Hugging Face hub to that of its files; others are returned unchanged."""
-    if page := _HUB.fullmatch(shown(url)):
-        return f"{page[1]}/resolve/{page[4] or 'main'}{page[5] or ''}"
-    return url
-
-
-def _set_name(location: str) -> str:
-    if not is_remote(location):
-        path = Path(location).resolve()
-        return path.name if path.is_dir() else path.stem
-    url = shown(location)
-    on_hub = re.match(r"(?:https://huggingface\.co|hf:/)/datasets/[^/]+/([^/@]+)", url)
-    return on_hub[1] if on_hub else url.rstrip("/").rpartition("/")[2]
-
-
-# The layout of CLIP_benchmark
-
-
-def _number_of_shards(base: str, split: str) -> str | None:
-    """Read `nshards.txt` of a split; None if it does not exist."""
-    return read_text(join(base, f"{split}/nshards.txt"))
-
-
-def _read_layout(base: str, split: str) -> Content:
-    problems: Problems = defaultdict(list)
-    text = read_text(join(base, "dataset_type.txt"))
-    kind = "classification" if text is None else text.strip().lower()
-    if kind not in KINDS:
-        raise DataError(f"{shown(join(base, 'dataset_type.txt'))}: {kind[:40]!r} is not one of {', '.join(KINDS)}")
-    classnames, templates = None, None
-    if kind != "retrieval":
-        classnames = read_classnames(join(base, CLASSNAMES), problems)
-        templates = read_templates(join(base, TEMPLATE_FILE), problems)
-        for found, name in ((classnames, CLASSNAMES), (templates, TEMPLATE_FILE)):
-            if found is None:
-                raise DataError(f"{shown(base)} is not in the CLIP_benchmark layout: {name} is missing")
-    number = (_number_of_shards(base, split) or "").strip()
-    if not re.fullmatch("[0-9]{1,6}", number) or int(number) == 0:
-        raise DataError(f"{shown(join(base, f'{split}/nshards.txt'))}: {number[:40]!r} is not a number of shards")
-    paths = [join(base, f"{split}/{i}.tar") for i in range(int(number))]
-    existing: list[str] = []
-    for path in paths:
-        if is_remote(path) or os.path.isfile(path):
-            existing.append(path)
-        else:
-            problems["shard missing"].append(f"{path}; nshards.txt declares {number} shards")
-    index = _build_index(existing, problems)
-    _check_counts(join(base, split), index, problems)
-    read_label = {
-        "classification": partial(_read_class, classes=len(classnames or [])),
-        "multilabel": partial(_read_classes, classes=len(classnames or [])),
-        "retrieval": caption_lines,
-    }[kind]
-    rows, labels = _read_labels(index, read_label, problems)
-    return Content(
-        kind=cast(Kind, kind),
-        source=_ShardImages(index if len(rows) == len(index) else index.take(rows)),
-        problems=problem_list(problems),
-        classnames=classnames or [],
-        templates=templates or [],
-        **_gather_labels(kind, labels),
-    )
-
-
-def _gather_labels(kind: str, labels: list[Any]) -> dict[str, Any]:
-    """Gather the labels of all samples, by their name in `Content`."""
-    if kind == "retrieval":
-        owner = [i for i, captions in enumerate(labels) for _ in captions]
-        return {"captions": ([caption for captions in labels for caption in captions], torch.tensor(owner).long())}
-    return {"targets": torch.from_numpy(np.stack(labels)) if labels else torch.empty(0, dtype=torch.int64)}
-
-
-def _build_index(paths: list[str], problems: Problems) -> ShardIndex:
-    """Build the index of the shards that can be read; shards that are new or have changed are scanned."""
-    unreadable: list[DataError] = []
-    try:
-        parts = ShardIndex.build(paths, unreadable=unreadable).parts if paths else []
-    except DataError:  # The index file itself is damaged.
-        parts = []
-    known = {part.url: part for part in parts}
-    if others := [path for path in paths if path not in known]:
-        unreadable.clear()
-        known |= {part.url: part for part in ShardIndex.build(others, rescan=True, unreadable=unreadable).parts}
-    if unreadable:
-        problems["shard cannot be read"] += map(str, unreadable)
-    return ShardIndex([known[path] for path in paths if path in known])
-
-
-def _check_counts(folder: str, index: ShardIndex, problems: Problems) -> None:
-    """Compare the numbers of samples with open_clip's `sizes.json` (of each shard) and `__len__` (of all shards)."""
-    wrong = problems["unexpected number of samples"]
-    for name in ("sizes.json", "__len__"):
-        path = join(folder, name)
-        text = read_text(path)
-        if text is None:
-            continue
-        try:
-            expected = json.loads(text)
-            if name == "__len__":
-                if int(expected) != len(index):
-                    wrong.append(f"{shown(folder)}: {len(index):,}, expected {int(expected):,} ({name})")
-                continue
-            for part in index.parts:
-                size = expected.get(part.facts["name"], len(part))
-                if int(size) != len(part):
-                    wrong.append(f"{part}: {len(part):,}, expected {int(size):,} ({name})")
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-            problems["invalid number of samples"].append(shown(path))
-
-
-def _read_labels(
-    index: ShardIndex, read_label: Callable[[Sample], Any], problems: Problems
-) -> tuple[np.ndarray, list[Any]]:
-    """Return the numbers of the samples that have an image and a label, and the labels."""
-    labels: dict[int, Any] = {}
-    lost: set[str] = set()  # URLs of shards that cannot be read
-    for row, sample in enumerate(index):
-        if sample.source.url in lost:
-            continue
-        try:
-            if sample.image is None:
-                raise BadSample(sample, "no image among its members", ", ".join(sorted(sample.members)))
-            labels[row] = read_label(sample)
-        except BadSample as error:
-            problems[error.cause].append(str(error))
-        except DataError as error:  # A remote shard is downloaded only now.
-            problems["shard cannot be read"].append(str(error))
-            lost.add(sample.source.url)
-    rows = [row for row in labels if not lost or index.find(row)[0].url not in lost]
-    return np.array(rows, np.int64), [labels[row] for row in rows]
-
-
-def _read_class(sample: Sample, classes: int) -> np.ndarray:
-    """Read the class of a sample, 0-d."""
-    text = trimmed(sample.read_text("cls"))
-    if not re.fullmatch(r"-?[0-9]{1,9}", text):
-        raise BadSample(sample, ".cls is not a class number", repr(text[:40]))
-    if not 0 <= int(text) < classes:
-        raise BadSample(sample, "class out of range", f"{text} is not one of 0 to {classes - 1}")
-    return np.array(int(text))
-
-
-def _read_classes(sample: Sample, classes: int) -> np.ndarray:
-    """Read the labels of a multilabel sample, (C,) bool."""
-    data = sample.read("npy")
-    try:
-        label = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False).reshape(-1)
-    except Exception as error:  # numpy raises nearly any error on broken data.
-        raise BadSample(sample, ".npy cannot be read", str(error)) from None
-    if label.dtype.kind not in "biuf" or not np.isfinite(label).all():
-        raise BadSample(sample, ".npy does not hold finite numbers", str(label.dtype))
-    if len(label) != classes:
-        raise BadSample(sample, "wrong number of labels", f"{len(label)} for {classes} classes")
-    return label != 0
-
-
-def caption_lines(sample: Sample) -> list[str]:
-    """Read the captions of a sample of a retrieval set, one on each line of its .txt; blank lines are left out.
-
-    Raises:
-        BadSample: If there is no caption, or the .txt is not a text.
-    """
-    lines = [trimmed(line) for line in sample.read_text("txt").split("\n") if not is_blank(line)]
-    if not lines:
-        raise BadSample(sample, "no caption in its .txt")
-    return lines
-
-
-class _ShardImages:
-    """The images of an index of shards; see `ImageSource`."""
-
-    def __init__(self, index: ShardIndex) -> None:
-        self.index = index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def key(self, i: int) -> str:
-        return self.index.key(i)
-
-    def decode(self, i: int) -> Tensor:
-        return decode_sample(self.index[i])
-
-    def hashes(self) -> np.ndarray:
-        parts = self.index.parts
-        indexed = ShardIndex.build([part.url for part in parts], hashes=("image",), unreadable=[])
-        known = {part.url: part for part in indexed.parts}
-        hashed = [known[part.url] if part.url in known else part.with_hashes("image") for part in parts]
-        return ShardIndex(hashed, self.index.rows).hashes("image")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,22 +10,10 @@ from typing import Any
 
 import torch
 
-from dualenc.data.eval_sets.base import (
-    CLASSNAMES,
-    SPLITS,
-    TEMPLATE_FILE,
-    Choices,
-    Content,
-    ImageFiles,
-    Problems,
-    note_duplicates,
-    problem_list,
-    read_classnames,
-    read_templates,
-)
+from dualenc.data.eval_sets.base import SPLITS, Choices, Content, ImageFiles, Problems, SetOptions, problem_list
+from dualenc.data.eval_sets.class_texts import CLASSNAMES, check_count, class_texts, note_duplicates
 from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.prepare.caption_sources import (
-    TEMPLATES,
     caption_problem,
     class_name,
     clean,
@@ -35,7 +24,6 @@ from dualenc.data.prepare.caption_sources import (
 from dualenc.data.prepare.pictures import PictureFiles, path_inside
 from dualenc.utils.decoding import read_text, trimmed
 from dualenc.utils.errors import DataError
-from dualenc.utils.urls import join
 
 # Class folders
 
@@ -52,14 +40,18 @@ def class_folders(root: Path) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if any(map(_has_image, _subfolders(folder)))}
 
 
-def read_class_folders(root: Path, split: str) -> Content:
+def read_class_folders(root: Path, split: str, options: SetOptions) -> Content:
     """Read a classification set with a folder for each class.
 
     The classes are the folder names of all splits, in sorted order.
 
+    Args:
+        root: folder of the class folders, or of the splits.
+        split: name of the split.
+        options: the user's class names and templates.
+
     Raises:
-        DataError: If there are fewer than two class folders, or `classnames.txt` next to them has another number of
-            lines.
+        DataError: If there are fewer than two class folders, or another number of class names.
     """
     problems: Problems = defaultdict(list)
     splits = class_folders(root)
@@ -68,16 +60,17 @@ def read_class_folders(root: Path, split: str) -> Content:
         tables = ", ".join(sorted(path.name for path in root.iterdir() if path.suffix in (".json", ".jsonl", ".csv")))
         hint = f"; if a table next to it describes the images, name the table: {tables}" if tables else ""
         raise DataError(f"{root} has one folder with images, {folders[0]}: it needs a folder for each class{hint}")
-    names = read_classnames(join(str(root), CLASSNAMES), problems)
+    texts = class_texts(str(root), options, problems, root.resolve().name)
+    names = texts.classnames
     if names is None:
         names = list(map(class_name, folders))
         note_duplicates(names, problems)
+    check_count(names, len(folders), options, str(root))
     if len(names) != len(folders):
         raise DataError(
             f"{root / CLASSNAMES} has {len(names)} lines for {len(folders)} class folders: it needs one for each, "
             "in sorted order"
         )
-    templates = read_templates(join(str(root), TEMPLATE_FILE), problems) or list(TEMPLATES)
     paths, keys, targets = [], [], []
     for number, name in enumerate(folders):
         folder = splits[split] / name
@@ -96,8 +89,10 @@ def read_class_folders(root: Path, split: str) -> Content:
         source=ImageFiles(paths, keys),
         problems=problem_list(problems),
         classnames=names,
-        templates=templates,
+        templates=texts.templates,
+        prompts=texts.prompts,
         targets=torch.tensor(targets, dtype=torch.int64),
+        takes=("classnames", "templates"),
     )
 
 
@@ -129,11 +124,12 @@ def is_described(folder: Path) -> bool:
     return (folder / "examples.jsonl").is_file() or bool(tables_in(folder))
 
 
-def read_table(path: Path) -> Content:
+def read_table(path: Path, options: SetOptions) -> Content:
     """Read a caption table as a retrieval set, or a table of Winoground or SugarCrepe as a set of choices.
 
     Args:
-        path: path of the table, or of a folder that holds one.
+        path: path of the table, or of a folder that holds one, or a pattern of Parquet tables.
+        options: the user's folder of images.
 
     Raises:
         DataError: If the table is not understood, or its images are not found.
@@ -141,11 +137,11 @@ def read_table(path: Path) -> Content:
     table = path / "examples.jsonl" if (path / "examples.jsonl").is_file() else path
     if rows := _winoground(table) or _sugar_crepe(table):
         return _read_choices(table, rows)
-    source = read_source(table, None, None, None, None)
+    source = read_source(table, options.images, None, None, None)
     if not isinstance(source.pictures, PictureFiles):
         raise DataError(
-            f"{table} has its images inside: `dualenc make-shards {table} OUT --val 0.5` writes an evaluation set of a "
-            "part of it to OUT/held_out"
+            f"{table} has its images inside: write them to shards with `dualenc make-shards {shlex.quote(str(table))} "
+            "OUT`, and measure on OUT"
         )
     problems: Problems = defaultdict(list)
     for what, name in source.left_out:
@@ -165,6 +161,7 @@ def read_table(path: Path) -> Content:
         source=ImageFiles(files, keys),
         problems=problem_list(problems),
         captions=(texts, torch.tensor(owner, dtype=torch.int64)),
+        takes=("images",),
     )
 
 

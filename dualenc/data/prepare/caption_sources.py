@@ -447,6 +447,6 @@ def _find_images(table: Path, items: list[CaptionedImage]) -> str:
         searched = ", ".join(os.path.relpath(candidate, folder) for candidate in candidates)
         raise DataError(
             f"{table}: images such as {clean(names[0])!r} are not in {folder} (searched {searched}): "
-            "name the folder that they are relative to with --images of make-shards"
+            "name the folder that they are relative to with --images"
         )
     return candidates[hits.index(max(hits))]

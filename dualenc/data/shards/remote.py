@@ -72,6 +72,12 @@ def exists_remote(url: str) -> bool:
     return True
 
 
+def remote_size(url: str) -> int | None:
+    """Return the size of a remote file in bytes; None if the store does not say it."""
+    size = _info(url)[0]
+    return None if size < 0 else size
+
+
 class RemoteFile(NamedTuple):
     """A remote file as it was when it was indexed. Fields that are not known are empty, or -1."""
 

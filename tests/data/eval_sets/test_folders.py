@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import SIZE, WORDS, caption, encode, pixels, smooth, write_tar
 
-from dualenc.data import BenchmarkSet, Preprocess, decode_image
+from dualenc.data import BenchmarkSet, Preprocess, SetOptions, decode_image
 from dualenc.data.shards.shard import content_hash
 from dualenc.utils.errors import DataError
 
@@ -217,6 +217,20 @@ def test_caption_tables(tmp_path, seed, kind):
     if kind == "token":  # A table of this name is found in its folder.
         assert BenchmarkSet.open(table.parent).name == "set"
         assert BenchmarkSet.open(table.parent).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["coco", "parquet"])
+def test_images_of_a_table_in_another_place(tmp_path, seed, kind):
+    table, captions, _ = write_table(tmp_path / "set", np.random.default_rng(seed), kind)
+    expected = BenchmarkSet.open(table).fingerprint
+    folder = (tmp_path / "set" / "images").rename(tmp_path / "val2017 of mine")
+    with pytest.raises(DataError, match=r"images such as .* name the folder .* with --images$"):
+        BenchmarkSet.open(table)
+    places = {"coco": [table], "parquet": [table, table.parent, table.parent / "*.parquet"]}[kind]
+    for place in places:
+        data = BenchmarkSet.open(place, options=SetOptions(images=str(folder)))
+        assert data.fingerprint == expected
+        assert data.captions[0] == [text for those in captions for text in those]
 
 
 def test_problems_of_a_caption_table(tmp_path, seed):

@@ -242,7 +242,7 @@ def test_s3(s3, web, seed, here):
 
 
 def test_names_on_the_hub(web, seed, monkeypatch):
-    from dualenc.data.eval_sets.clip_benchmark import _set_name
+    from dualenc.data.eval_sets.shard_sets import set_name
 
     for url, name in (
         ("hf://datasets/owner/name", "name"),
@@ -251,4 +251,4 @@ def test_names_on_the_hub(web, seed, monkeypatch):
         ("s3://bucket/some/set/", "set"),
         ("gs://bucket", "bucket"),
     ):
-        assert _set_name(url) == name
+        assert set_name(url) == name

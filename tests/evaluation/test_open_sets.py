@@ -1,0 +1,94 @@
+"""Sets as users name them: shards that a shell expanded, options that a set takes, and what the results say."""
+
+import shutil
+
+import numpy as np
+import pytest
+from helpers import caption, encode, smooth, tiny_embedder, write_benchmark, write_tar
+
+from dualenc.cli import main
+from dualenc.data import SetOptions
+from dualenc.evaluation import KINDS, open_sets, write_results
+from dualenc.evaluation.base import reopen
+from dualenc.evaluation.results import read_results
+from dualenc.utils.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def measure(sets, embedder):
+    return [kind.evaluate(embedder, data) for kind, data in sets]
+
+
+def plain(layout, folder):
+    """Copy the shards of a set to a folder that lacks everything else of the layout of CLIP_benchmark."""
+    folder.mkdir()
+    return [shutil.copy(path, folder) for path in sorted((layout / "test").glob("*.tar"))]
+
+
+@pytest.mark.parametrize("kind", ["classification", "retrieval"])
+def test_plain_shards_give_the_result_of_the_layout(tmp_path, seed, kind):
+    """A shell gives the shards one by one; the result of a set with options says how to open it again."""
+    layout = write_benchmark(tmp_path / "layout", seed, kind, counts=(5, 4, 6))
+    shards = plain(layout, tmp_path / "plain")
+    files = {"classnames": "classnames.txt", "templates": "zeroshot_classification_templates.txt"}
+    given = {name: str(layout / file) for name, file in files.items()} if kind == "classification" else {}
+    embedder = tiny_embedder(seed)
+    (expected,) = measure(open_sets([str(layout)]), embedder)
+    (found,) = sets = open_sets(shards, [KINDS[kind]], options=SetOptions(**given))
+    assert (found.data.name, found.data.path) == ("plain", f"{tmp_path}/plain/*.tar")
+    (outcome,) = measure(sets, embedder)
+    same = ("metrics", "intervals", "chance", "n", "problems")
+    assert {name: outcome.section.result[name] for name in same} == {
+        name: expected.section.result[name] for name in same
+    }
+    write_results(tmp_path / "out", "x", [outcome], [found.data], embedder.fingerprint)
+    (saved,) = read_results(tmp_path / "out").values()
+    again = reopen(saved)
+    assert again is not None
+    assert again[0].fingerprint == found.data.fingerprint
+    (part,) = open_sets(shards[::2], [KINDS[kind]], options=SetOptions(**given))
+    assert part.data.name == "plain"
+    assert [str(path) for path in part.data.index.shards] == shards[::2]
+
+
+def test_options_that_no_set_takes(tmp_path, seed):
+    layouts = [str(write_benchmark(tmp_path / kind, seed, kind)) for kind in ("classification", "retrieval")]
+    both = open_sets(layouts, options=SetOptions(templates="simple"))
+    assert [len(data.templates) for _, data in both] == [7, 0]
+    for name, value, use in (
+        ("templates", "simple", "sets with classes"), ("captions", "txt", "plain shards"), ("images", "x", "tables"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=f"option {name} '{value}' has no use here: it is for {use}"):
+            open_sets(layouts[1:], options=SetOptions(**{name: value}))
+
+
+def test_notes_about_sets_that_tell_nothing_apart(tmp_path, seed, capsys):
+    """Metrics of one image or one class are perfect for any model, which the result and the terminal say."""
+    rng = np.random.default_rng(seed)
+    one = {
+        "__key__": "a",
+        "jpg": encode(smooth(rng, 20, 24), "jpeg"),
+        "txt": f"{caption(rng)}\n{caption(rng)}".encode(),
+    }
+    write_tar(tmp_path / "picture" / "0.tar", [one])
+    write_benchmark(tmp_path / "class", seed, classes=1)
+    write_benchmark(tmp_path / "many", seed)
+    embedder = tiny_embedder(seed)
+    named = [str(tmp_path / name) for name in ("picture", "class", "many")]
+    picture, single, many = (outcome.section.result for outcome in measure(open_sets(named), embedder))
+    assert picture["metrics"]["mean_recall@1"] == single["metrics"]["acc1"] == 1
+    assert "one image only" in picture["notes"][0]
+    assert "one class only" in single["notes"][0]
+    assert "notes" not in many
+    embedder.save(tmp_path / "model")
+    main(["evaluate", str(tmp_path / "model"), *named, "--templates", "simple", "--workers", "0"])
+    printed = capsys.readouterr().out
+    for line in (
+        "picture: there is one image only",
+        "class: there is one class only",
+        "many: prompts: 7 templates of s",
+    ):
+        assert line in printed
+    main(["sets"])
+    assert "datasets/clip-benchmark/wds_flickr30k" in capsys.readouterr().out
