@@ -11,7 +11,7 @@ from dualenc.utils.text import printable
 
 
 def print_table(results: Sequence[Result]) -> None:
-    """Print the metrics of all sets as one table, and below it the problems of the sets.
+    """Print the metrics of all sets as one table, and below it their verdicts, notes and problems.
 
     Args:
         results: results of one model.
@@ -28,7 +28,9 @@ def print_table(results: Sequence[Result]) -> None:
         ]
         for result in results
     ]
-    _print_sets(results, ("metric", "value", "95% interval", "chance"), lines)
+    baselines = [bool(result.get("baseline")) for result in results]
+    compared = "baseline" if baselines and all(baselines) else "chance or baseline" if any(baselines) else "chance"
+    _print_sets(results, ("metric", "value", "95% interval", compared), lines)
 
 
 def print_comparison(comparisons: Sequence[Comparison]) -> None:
@@ -74,8 +76,21 @@ def _print_sets(results: Sequence[Result], head: Sequence[str], lines: Sequence[
             table.add_row(*(left or ("", "")), *map(Text, cells or ()))
     console = _console()
     console.print(table)
+    if remarks := list(_remarks(results)):
+        console.print()
+    for name, remark in remarks:
+        console.print(Text.assemble((f"{name}: ", "bold"), remark))
     for name, problem in _problems(results):
         console.print(Text.assemble((f"{name}: ", "bold yellow"), _problem(problem)))
+
+
+def _remarks(results: Sequence[Result]) -> Iterator[tuple[str, str]]:
+    """Yield a set's name with its verdict, each of its notes, and its prompts."""
+    for result in results:
+        prompts = f"prompts: {result['prompts']}" if result.get("prompts") else ""
+        for remark in (result.get("verdict"), *result.get("notes", ()), prompts):
+            if remark:
+                yield printable(result["dataset"]), printable(remark)
 
 
 def _problems(results: Sequence[Result]) -> Iterator[tuple[str, Mapping[str, Any]]]:
