@@ -93,8 +93,9 @@ def _lines(lines: Mapping[str, list[tuple[int, float]]], axes: Any) -> None:
         axes.set_xticks(list(steps))
         axes.set_xlim(min(steps) - 1, min(steps) + 1)
     axes.set_xlabel("step")
-    if min(value for points in lines.values() for _, value in points) >= 0:
-        axes.set_ylim(bottom=0)
+    values = [value for points in lines.values() for _, value in points if math.isfinite(value)]
+    if values and min(values) >= 0:
+        axes.set_ylim(0, 1.1 * max(values) or 1)
     if len(lines) > 1:
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 

@@ -120,8 +120,8 @@ def verdict_on_two(result: Result, description: Description) -> str:
         description: explanation of the metrics.
 
     Returns:
-        The sentence, such as "acc1: the second model is better than the first by 0.043, 0.011 to 0.075"; empty without
-        a headline among the differences.
+        The sentence, such as "acc1: the second model (B) is better than the first (A) by 0.043, 0.011 to 0.075"; empty
+        without a headline among the differences.
     """
     name = next((name for name in description.headlines if name in result["differences"]), "")
     if not name:
@@ -131,7 +131,7 @@ def verdict_on_two(result: Result, description: Description) -> str:
     if not winner:
         value, low, high = map(change, difference)
         return f"{name}: no clear difference: {value}, {low} to {high}"
-    one, other = ("second", "first") if winner == "B" else ("first", "second")
+    one, other = ("second model (B)", "first (A)") if winner == "B" else ("first model (A)", "second (B)")
     size, (least, most) = abs(difference[0]), sorted(map(abs, difference[1:]))
     by = f"{number(size)}, {number(least)} to {number(most)}"
-    return f"{name}: the {one} model is better than the {other} by {by}"
+    return f"{name}: the {one} is better than the {other} by {by}"
