@@ -1,4 +1,4 @@
-"""How to read a metric, and the verdict in words, derived from its interval and from chance, a baseline or a model."""
+"""The reading of a metric and the verdict on it, derived from its interval and from chance, a baseline or a model."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -16,7 +16,7 @@ _WORDS: dict[tuple[Side, bool], str] = {
 
 
 def reading(name: str, description: Description) -> dict[str, bool]:
-    """Return how to read a metric: if it lies in 0 to 1, if lower is better, and if it is a headline.
+    """Return the reading of a metric: if it lies in 0 to 1, if lower is better, and if it is a headline.
 
     Args:
         name: name of the metric.
