@@ -1,5 +1,6 @@
 """Verdicts in words follow from intervals, and from chance, a baseline or the other model."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -116,8 +117,12 @@ def test_a_baseline_is_called_so(tmp_path: Any, capsys: pytest.CaptureFixture[st
     one = result("acc1", (0.3, 0.4), 0.1, baseline="the most frequent label")
     page = write_report(tmp_path, "Pets", [Section(one, description=ACCURACY)]).read_text("utf-8")
     body = page[page.index("<body>") : page.index("<footer")]
-    assert body.count("baseline") == 4  # on the card with its verdict, below the title, and above the column
-    assert "chance<" not in body
+    card, rest = body.split("<dl>")
+    assert "baseline 0.100" in card
+    assert "above the baseline" in card
+    assert "baseline: the most frequent label" in rest
+    assert '<th class="figure">baseline</th>' in rest
+    assert not re.search(r"\bchance [\d]|>chance|chance<", body)
     print_table([one])
     assert capsys.readouterr().out.splitlines()[0].split()[-1] == "baseline"
     print_table([one, result("acc1", (0.3, 0.4), 0.1)])
