@@ -11,10 +11,10 @@ from dualenc.utils.text import printable
 
 
 def print_table(results: Sequence[Result]) -> None:
-    """Print the metrics of all sets as one table, and below it their verdicts, notes and problems.
+    """Print the metrics of all sets as one table, and below it verdicts, prompts, notes and problems.
 
     Args:
-        results: results of one model.
+        results: results of one model, or of several, which are then named in a column.
     """
     lines = [
         [
@@ -28,9 +28,10 @@ def print_table(results: Sequence[Result]) -> None:
         ]
         for result in results
     ]
+    several = len({result["model"] for result in results}) > 1
     baselines = [bool(result.get("baseline")) for result in results]
     compared = "baseline" if baselines and all(baselines) else "chance or baseline" if any(baselines) else "chance"
-    _print_sets(results, ("metric", "value", "95% interval", compared), lines)
+    _print_sets(results, ("metric", "value", "95% interval", compared), lines, several)
 
 
 def print_comparison(comparisons: Sequence[Comparison]) -> None:
@@ -43,7 +44,8 @@ def print_comparison(comparisons: Sequence[Comparison]) -> None:
     if results:
         from rich.text import Text
 
-        _console().print(Text(f"A  {printable(results[0]['first'])}\nB  {printable(results[0]['second'])}\n"))
+        same = "A and B are the same model.\n" if all(result.get("same_model") for result in results) else ""
+        _console().print(Text(f"A  {printable(results[0]['first'])}\nB  {printable(results[0]['second'])}\n{same}"))
     lines = [
         [
             (
@@ -57,40 +59,58 @@ def print_comparison(comparisons: Sequence[Comparison]) -> None:
     _print_sets(results, ("metric", "A", "B", "B - A", "95% interval", ""), lines)
 
 
-def _print_sets(results: Sequence[Result], head: Sequence[str], lines: Sequence[Sequence[tuple[str, ...]]]) -> None:
+def _print_sets(
+    results: Sequence[Result],
+    head: Sequence[str],
+    lines: Sequence[Sequence[tuple[str, ...]]],
+    several: bool = False,
+) -> None:
+    """Print a table of sets, with a column of models if there are several."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     table.add_column("set", overflow="fold")
+    if several:
+        table.add_column("model", overflow="fold")
     table.add_column("n", justify="right")
     for name in head:
         table.add_column(name, no_wrap=True, justify="left" if name in ("metric", "") else "right")
     for result, metrics in zip(results, lines):
         if table.row_count:
             table.add_row()
-        first = [(Text(printable(result["dataset"]), style="bold"), Text(f"{result['n']:,}"))]
+        model = [Text(printable(result["model"]))] if several else []
+        first = [[Text(printable(result["dataset"]), style="bold"), *model, Text(f"{result['n']:,}")]]
         if result.get("problems") or not result["complete"]:
-            first.append((Text("incomplete", style="bold yellow"), Text()))
+            first.append([Text("incomplete", style="bold yellow"), *(Text() for _ in model), Text()])
         for left, cells in zip_longest(first, metrics):
-            table.add_row(*(left or ("", "")), *map(Text, cells or ()))
-    console = _console()
-    console.print(table)
-    if remarks := list(_remarks(results)):
-        console.print()
+            table.add_row(*(left or [""] * len(first[0])), *map(Text, cells or ()))
+    _console().print(table)
+    remarks = list(dict.fromkeys(_remarks(results, several)))  # Several models may have the same.
+    if remarks:
+        _console().print()
     for name, remark in remarks:
-        console.print(Text.assemble((f"{name}: ", "bold"), remark))
+        _print_line(name, remark)
     for name, problem in _problems(results):
-        console.print(Text.assemble((f"{name}: ", "bold yellow"), _problem(problem)))
+        _print_line(name, _problem(problem), "bold yellow")
 
 
-def _remarks(results: Sequence[Result]) -> Iterator[tuple[str, str]]:
-    """Yield a set's name with its verdict, each of its notes, and its prompts."""
+def _print_line(name: str, text: str, style: str = "bold") -> None:
+    from rich.text import Text
+
+    _console().print(Text.assemble((f"{name}: ", style), text))
+
+
+def _remarks(results: Sequence[Result], several: bool) -> Iterator[tuple[str, str]]:
+    """Yield the name of a set, and of the model if there are several, with its verdict, its prompts and its notes."""
     for result in results:
-        prompts = f"prompts: {result['prompts']}" if result.get("prompts") else ""
-        for remark in (result.get("verdict"), *result.get("notes", ()), prompts):
-            if remark:
-                yield printable(result["dataset"]), printable(remark)
+        name = printable(result["dataset"])
+        if verdict := result.get("verdict"):
+            yield f"{name}, {printable(result['model'])}" if several else name, printable(verdict)
+        if prompts := result.get("prompts"):
+            yield name, printable(f"prompts: {prompts}")
+        for note in result.get("notes", ()):
+            yield name, printable(note)
 
 
 def _problems(results: Sequence[Result]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -105,6 +105,12 @@ def test_verdict_notes_and_prompts_stand_on_the_page_and_under_the_table(
         assert f"\npets: {text}\n" in printed, text
     assert "\x1b" not in printed
 
+    print_table([one, {**one, "model": "runs/y"}])
+    printed = capsys.readouterr().out
+    for model in ("runs/x", "runs/y"):
+        assert f"\npets, {model}: {one['verdict']}\n" in printed
+    assert printed.count("one class") == printed.count("prompts:") == 1
+
     both = two("acc1", 0.2, (0.1, 0.3))
     both["verdict"] = verdict_on_two(both, ACCURACY)
     comparison = Comparison(both, description=ACCURACY)
