@@ -1,5 +1,6 @@
 """The commands on shards and captions: plain functions, whose signatures `dualenc.cli.parser` turns into options."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -101,7 +102,7 @@ def shrink(
 
 def doctor(
     shards: list[str],
-    captions: str = "txt",
+    captions: str = "auto",
     image: str | None = None,
     sample: int = 1000,
     all: bool = False,
@@ -118,7 +119,8 @@ def doctor(
 
     Args:
         shards: paths, globs, brace patterns or folders.
-        captions: "txt", or "json.FIELD" for a field of the .json, nested as in json.meta.caption; it may be a list.
+        captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
+            field of the .json, which may list several and be nested as in json.meta.caption.
         image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
             .jpeg, .png or .webp.
         sample: number of pairs to read and decode, drawn from all shards.
@@ -237,7 +239,7 @@ def index(shards: list[str], hash: bool = False, image: str | None = None, worke
 def tokenizer(
     shards: list[str],
     out: Path,
-    captions: str = "txt",
+    captions: str = "auto",
     image: str | None = None,
     kind: Literal["wordpiece", "bpe"] = "wordpiece",
     vocab_size: int = 30_000,
@@ -247,7 +249,8 @@ def tokenizer(
     Args:
         shards: paths, globs, brace patterns or folders.
         out: .json file to write.
-        captions: "txt", or "json.FIELD" for a field of the .json, nested as in json.meta.caption; it may be a list.
+        captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
+            field of the .json, which may list several and be nested as in json.meta.caption.
         image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
             .jpeg, .png or .webp.
         kind: "wordpiece" as in BERT, or "bpe" on bytes as in GPT-2.
@@ -274,6 +277,7 @@ def tokenizer(
         raise WorkError(f"{out} cannot be written ({error})") from error
     lengths = np.diff(trained(texts).offsets.numpy())
     longest, percentile, mean = lengths.max(), int(np.quantile(lengths, 0.99, method="higher")), lengths.mean()
+    chosen = "" if captions == "auto" else f" --data.captions {shlex.quote(captions)}"
     if left_out:
         print(f"{len(left_out):,} samples have no image or no caption and were left out")
     if unreadable:
@@ -281,7 +285,7 @@ def tokenizer(
     print(
         f"{out}: {trained.vocab_size:,} entries from {len(texts):,} captions, with {mean:.1f} tokens on average, "
         f"at most {percentile} in 99% of them, and {longest} in the longest\n"
-        f"next: dualenc fit --config run.yaml --data.captions {captions}{image_argument(index.images)} "
-        f"--data.tokenizer {out} --model.text.vocab_size {trained.vocab_size} "
+        f"next: dualenc fit --config run.yaml{chosen}{image_argument(index.images)} "
+        f"--data.tokenizer {shlex.quote(str(out))} --model.text.vocab_size {trained.vocab_size} "
         f"--model.text.context_length {min(longest, 512)}"
     )

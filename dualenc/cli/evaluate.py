@@ -1,13 +1,19 @@
 """Commands that evaluate: plain functions, which `dualenc.cli.parser` parses from their signatures."""
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dualenc.cli.common import UsageError, WorkError, command_line, make_folder, progress, writing
+from dualenc.utils.text import print_message, printable
+from dualenc.utils.urls import redact
 
 if TYPE_CHECKING:
-    from dualenc.evaluation import EvaluationKind
+    from dualenc.evaluation import Evaluated, EvaluationKind
+    from dualenc.evaluation.kinds import OpenSet
+    from dualenc.evaluation.measure import MeasuredSet
 
 
 def evaluate(
@@ -17,6 +23,8 @@ def evaluate(
     split: str | None = None,
     out: Path | None = None,
     workers: int = 2,
+    models: tuple[str, ...] = (),
+    csv: Path | None = None,
     allow_partial: bool = False,
 ) -> None:
     """Measure a model on evaluation sets of any kind, or by an evaluation kind of your own.
@@ -29,12 +37,14 @@ def evaluate(
         split: absent, "test" or the only split there is.
         out: folder for evaluate.json and report.html.
         workers: number of worker processes that decode images.
+        models: further models, measured on the same sets.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.evaluation import find_kind
 
     kinds = None if kind is None else [find_kind(kind)]
-    _evaluate("evaluate", kinds, model, data, split, out, workers, allow_partial)
+    _evaluate("evaluate", kinds, model, data, split, out, workers, models, csv, allow_partial)
 
 
 def zeroshot(
@@ -43,6 +53,8 @@ def zeroshot(
     split: str | None = None,
     out: Path | None = None,
     workers: int = 2,
+    models: tuple[str, ...] = (),
+    csv: Path | None = None,
     allow_partial: bool = False,
 ) -> None:
     """Measure zero-shot classification on evaluation sets.
@@ -53,11 +65,13 @@ def zeroshot(
         split: absent, "test" or the only split there is.
         out: folder for zeroshot.json and report.html.
         workers: number of worker processes that decode images.
+        models: further models, measured on the same sets.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.evaluation import kinds_of_command
 
-    _evaluate("zeroshot", kinds_of_command("zeroshot"), model, data, split, out, workers, allow_partial)
+    _evaluate("zeroshot", kinds_of_command("zeroshot"), model, data, split, out, workers, models, csv, allow_partial)
 
 
 def retrieval(
@@ -67,6 +81,8 @@ def retrieval(
     between: Literal["image-text", "text-text", "image-image"] = "image-text",
     out: Path | None = None,
     workers: int = 2,
+    models: tuple[str, ...] = (),
+    csv: Path | None = None,
     allow_partial: bool = False,
 ) -> None:
     """Measure retrieval on evaluation sets, between images and captions or within one of them.
@@ -79,13 +95,15 @@ def retrieval(
             for the other images of an image's class.
         out: folder for retrieval.json and report.html.
         workers: number of worker processes that decode images.
+        models: further models, measured on the same sets.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.evaluation import KINDS
 
     across = between == "image-text"
     kind, name = ("retrieval", "retrieval") if across else (between, f"retrieval-{between}")
-    _evaluate(name, [KINDS[kind]], model, data, split, out, workers, allow_partial)
+    _evaluate(name, [KINDS[kind]], model, data, split, out, workers, models, csv, allow_partial)
 
 
 def choice(
@@ -93,6 +111,8 @@ def choice(
     data: list[str],
     out: Path | None = None,
     workers: int = 2,
+    models: tuple[str, ...] = (),
+    csv: Path | None = None,
     allow_partial: bool = False,
 ) -> None:
     """Measure the choice between captions, and images, that differ in little: Winoground, SugarCrepe.
@@ -102,11 +122,13 @@ def choice(
         data: folders in the layout of Winoground (examples.jsonl, images/), or SugarCrepe's .json files.
         out: folder for choice.json and report.html.
         workers: number of worker processes that decode images.
+        models: further models, measured on the same sets.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.evaluation import kinds_of_command
 
-    _evaluate("choice", kinds_of_command("choice"), model, data, None, out, workers, allow_partial)
+    _evaluate("choice", kinds_of_command("choice"), model, data, None, out, workers, models, csv, allow_partial)
 
 
 def probe(
@@ -116,22 +138,33 @@ def probe(
     split: str | None = None,
     out: Path | None = None,
     workers: int = 2,
+    models: tuple[str, ...] = (),
+    csv: Path | None = None,
+    shots: tuple[int, ...] = (),
+    draws: int = 5,
     allow_partial: bool = False,
 ) -> None:
     """Measure logistic regression and nearest neighbors on frozen image embeddings.
 
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs in the layout of CLIP_benchmark, with a split to learn from.
+        data: folders or URLs in the layout of CLIP_benchmark, or folders with a folder of images for each class. Of a
+            set with a single split a fifth is measured, and the rest is learned from.
         train: split to learn from; the hyperparameters are chosen on "val" or "valid", or else on a fifth of it.
         split: absent, "test".
         out: folder for probe.json and report.html.
         workers: number of worker processes that decode images.
+        models: further models, measured on the same sets.
+        csv: table that is given each result once it is measured; what it has already is not measured again.
+        shots: numbers of images of each class, such as 1 2 4 8 16, for a linear probe of each.
+        draws: number of draws of these images; the metrics are means over the draws.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.evaluation.probe import FrozenProbes
 
-    _evaluate("probe", [FrozenProbes(train)], model, data, split, out, workers, allow_partial)
+    _evaluate(
+        "probe", [FrozenProbes(train, shots, draws)], model, data, split, out, workers, models, csv, allow_partial
+    )
 
 
 def compare(first: Path, second: Path, kinds: tuple[str, ...] = (), out: Path | None = None) -> None:
@@ -143,14 +176,16 @@ def compare(first: Path, second: Path, kinds: tuple[str, ...] = (), out: Path | 
         kinds: import paths of the evaluation kinds that are not part of dualenc.
         out: folder for compare.json and report.html.
     """
-    from dualenc.evaluation import compare, find_kind
+    from dualenc.evaluation import check_out, compare, find_kind
     from dualenc.report import print_comparison, write_comparison
     from dualenc.utils.files import write_json
 
     own = [find_kind(name) for name in kinds]
-    if out is not None:
-        make_folder(out, "--out")
     comparisons = compare(first, second, own)
+    if out is not None:
+        fields = ("dataset", "kind", "first", "second")
+        check_out(out, "compare", [comparison.result for comparison in comparisons], fields)
+        make_folder(out, "--out")
     print_comparison(comparisons)
     if out is not None:
         about = {"results of A": first, "results of B": second}
@@ -167,45 +202,91 @@ def _evaluate(
     split: str | None,
     out: Path | None,
     workers: int,
+    models: tuple[str, ...],
+    csv: Path | None,
     allow_partial: bool,
 ) -> None:
-    """Measure a model on sets, each by the first kind that can measure it; None takes the kind of each set.
+    """Measure models on sets, each by the first kind that can measure it; None takes the kind of each set.
 
     Raises:
         UsageError: If an option is wrong.
         WorkError: If the evaluation fails, or a set is incomplete.
     """
-    from dualenc import DataError, load
-    from dualenc.evaluation import EmbeddingCache, open_sets, write_results
-    from dualenc.report import print_table, write_report
-    from dualenc.utils.urls import redact
+    from dualenc.evaluation import ResultTable, check_out, open_sets, place
+    from dualenc.report import print_table
+    from dualenc.utils.text import plural
 
-    sets = open_sets(data, kinds, split)
     if workers < 0:
         raise UsageError(f"--workers {workers} must not be negative")
+    sets = open_sets(data, kinds, split)
+    names = list(dict.fromkeys([model, *models]))
     if out is not None:
+        check_out(out, command, [place(*one, name) for name in names for one in sets])
         make_folder(out, "--out")
-    embedder = load(model)
+    if csv is not None:
+        make_folder(csv.parent, "--csv")
+    table = None if csv is None else ResultTable(csv)
+    # A report shows more than the table keeps, so that all of it is measured again.
+    options = {"table": table, "again": out is not None, "incomplete": allow_partial, "workers": workers}
+    measured = [one for number in range(len(names)) for one in _measure(names, number, sets, **options)]
+    # Results on one set stand next to each other.
+    print_table([one.result for place in range(len(sets)) for one in measured[place :: len(sets)]])
+    if table is not None:
+        known = sum(one.found is None for one in measured)
+        print(f"{csv}: {plural(table.added, 'result')} added, {known} found there and not measured again")
+    if out is not None:
+        titles = list(dict.fromkeys(kind.title for kind, _ in sets))
+        title = titles[0] if len(titles) == 1 else "Evaluation"
+        _write(out, command, title, [one.found for one in measured if one.found is not None], data)
+    _check_complete([one.result for one in measured], allow_partial)
+
+
+def _measure(names: Sequence[str], number: int, sets: "Sequence[OpenSet]", **options: Any) -> "list[MeasuredSet]":
+    """Measure a model, one of several, on sets; see `dualenc.evaluation.measure.measure`."""
+    from dualenc import DataError, load
+    from dualenc.evaluation import EmbeddingCache
+    from dualenc.evaluation.measure import measure
+
+    total = len(names) * len(sets)
+    embedder = load(names[number])
     cache = EmbeddingCache(embedder)
-    found = []
-    for kind, item in sets:
-        try:
-            found.append(kind.evaluate(embedder, item, workers=workers, track=progress(item.name), cache=cache))
-        except ValueError as error:
-            raise WorkError(error if isinstance(error, DataError) else f"{item.name}: {error}") from error
-    results = [one.section.result for one in found]
-    print_table(results)
+
+    def track(place: int) -> Any:
+        what = sets[place].data.name
+        if total > 1:
+            what = f"{number * len(sets) + place + 1} of {total}: {f'{names[number]} on ' if names[1:] else ''}{what}"
+        if total > 1 and not sys.stderr.isatty():
+            print_message(printable(redact(what)))
+        return progress(what)
+
+    try:
+        found = list(measure(embedder, sets, track=track, cache=cache, **options))
+    except DataError as error:
+        raise WorkError(error) from error
     if cache.reused:
         counts = ", ".join(f"{cache.reused.count(label)} x {label}" for label in dict.fromkeys(cache.reused))
         print(f"reused from {cache.folder}: {counts}")
-    if out is not None:
-        titles = list(dict.fromkeys(kind.title for kind, _ in sets))
-        with writing(out):
-            write_results(out, command, found, [item for _, item in sets], embedder.fingerprint)
-            about = {"data": " ".join(map(redact, data)), "command": command_line()}
-            title = titles[0] if len(titles) == 1 else "Evaluation"
-            page = write_report(out, title, [one.section for one in found], about)
-        print(f"report: {page}")
+    return found
+
+
+def _write(out: Path, command: str, title: str, found: "Sequence[Evaluated]", data: list[str]) -> None:
+    """Write the files of `--out`."""
+    from dualenc.evaluation import write_results
+    from dualenc.report import write_report
+
+    sections = [one.section for one in found]
+    names = list(dict.fromkeys(section.result["model"] for section in sections))
+    if len(names) > 1:  # the page names sections by their set
+        titles = [f"{section.result['dataset']} ({section.result['model']})" for section in sections]
+        sections = [replace(x, result={**x.result, "dataset": name}) for x, name in zip(sections, titles)]
+    about = {"model": ", ".join(names), "data": " ".join(map(redact, data)), "command": command_line()}
+    with writing(out):
+        write_results(out, command, found)
+        page = write_report(out, title, sections, about)
+    print(f"report: {page}")
+
+
+def _check_complete(results: Sequence[Any], allow_partial: bool) -> None:
     if not allow_partial and not all(result["complete"] for result in results):
         name, problem = next((result["dataset"], result["problems"][0]) for result in results if result["problems"])
         raise WorkError(

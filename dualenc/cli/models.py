@@ -21,7 +21,7 @@ def import_(
     embed_dim: int = 512,
     seed: int = 0,
     data: tuple[str, ...] = (),
-    captions: str = "txt",
+    captions: str = "auto",
     image: str | None = None,
 ) -> None:
     """Read a model that another library wrote, check it with that library, and write a model directory.
@@ -34,7 +34,7 @@ def import_(
         embed_dim: dimensions of the space that joins both towers.
         seed: random seed of the projections that join them.
         data: shards, some of whose pairs are compared in addition to drawn inputs.
-        captions: captions of these shards, "txt" or "json.FIELD".
+        captions: captions of these shards: "auto", "txt" or "json.FIELD".
         image: member of these shards that is the image, such as "input.jpg"; absent, the .jpg, .jpeg, .png or .webp.
     """
     from dualenc.formats.model_folder import OWN_FILES
@@ -58,7 +58,7 @@ def export(
     out: Path,
     format: str = "",
     data: tuple[str, ...] = (),
-    captions: str = "txt",
+    captions: str = "auto",
     image: str | None = None,
 ) -> None:
     """Write a model in the format of another library, and check it with that library in a fresh process.
@@ -69,7 +69,7 @@ def export(
         format: open_clip, transformers, sentence-transformers, onnx, or the import path of an ExportFormat of your own,
             such as my_package.my_module.MyFormat.
         data: shards, some of whose pairs are compared in addition to drawn inputs.
-        captions: captions of these shards, "txt" or "json.FIELD".
+        captions: captions of these shards: "auto", "txt" or "json.FIELD".
         image: member of these shards that is the image, such as "input.jpg"; absent, the .jpg, .jpeg, .png or .webp.
     """
     from dualenc.interop import exporting
@@ -149,23 +149,25 @@ def embed(
     shards: list[str],
     out: Path,
     features: bool = False,
-    captions: str = "txt",
+    captions: str = "auto",
     image: str | None = None,
     column: str = "text",
     tokens: bool = False,
     workers: int = 2,
     batch_size: int = 64,
 ) -> None:
-    """Write the embeddings of all images and captions of shards, image features to train from, or embeddings of texts.
+    """Write embeddings of the images and captions of shards, of images, or of texts; or image features to train from.
 
     Args:
         model: model directory, run directory, or hf-hub:owner/name[@revision]; with --features also the .yaml of a
             `dualenc fit`, for the image tower with which this run starts; for text files, a text model.
-        shards: paths, globs, brace patterns or folders; or text files, .txt, .tsv, .csv or .jsonl.
-        out: folder for a .safetensors of each shard or file, and embed.json of shards; the same command continues a
-            stopped one.
+        shards: paths, globs, brace patterns or folders of shards; or of images, or a .txt with a path on each line;
+            or text files, .txt, .tsv, .csv or .jsonl.
+        out: folder for a .safetensors of each shard, part of the images or text file, and embed.json; the same command
+            continues a stopped one.
         features: write the output of the image tower before the projection instead of embeddings; for `data.features`.
-        captions: "txt", or "json.FIELD" for a field of the .json that may list several; nested as in json.meta.caption.
+        captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD" for a
+            field of the .json, which may list several and be nested as in json.meta.caption.
         image: member that is the image, such as "input.jpg"; several names are separated by ";"; absent, the .jpg,
             .jpeg, .png or .webp.
         column: column of the texts in text files.
@@ -174,7 +176,13 @@ def embed(
         batch_size: images or texts embedded at once.
     """
     from dualenc.data.text.files import KINDS
+    from dualenc.inference.image_files import find_images
 
+    if paths := find_images(shards):
+        if features or tokens or image is not None:
+            raise UsageError(f"{shards[0]} names images: --features, --tokens and --image are not for them")
+        _embed_images(model, paths, out, workers, batch_size)
+        return
     if texts := [name for name in shards if name.lower().endswith(KINDS)]:
         if len(texts) < len(shards) or features:
             raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
@@ -190,6 +198,19 @@ def embed(
         index, bar = ShardIndex.build(shards, image=image, workers=workers), progress("images")
         options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": bar}
         made = embed_shards(index, out, about, preprocess, of_images, of_texts, **options)
+    print("\n".join(made.lines()))
+
+
+def _embed_images(model: str, paths: list[str], out: Path, workers: int, batch_size: int) -> None:
+    """Write the embeddings of image files."""
+    from dualenc.inference.embed_files import embed_shards
+    from dualenc.inference.image_files import FileParts
+
+    about, preprocess, of_images, _ = _towers(model, False, "", batch_size)
+    about |= {"what": "images", "captions": None}
+    with writing(out):
+        options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": progress("images")}
+        made = embed_shards(FileParts(paths), out, about, preprocess, of_images, **options)
     print("\n".join(made.lines()))
 
 
@@ -225,7 +246,7 @@ def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple
 def _embed_text_files(model: str, files: list[str], out: Path, column: str, tokens: bool, batch_size: int) -> None:
     """Write the embeddings of text files."""
     from dualenc import load_text
-    from dualenc.inference.embed_files import embed_text_files
+    from dualenc.inference.embed_text_files import embed_text_files
 
     with writing(out):
         options: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "track": progress("texts")}

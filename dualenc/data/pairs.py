@@ -4,7 +4,7 @@ import os
 import random
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,8 +31,7 @@ from dualenc.utils.urls import folder_of
 if TYPE_CHECKING:
     from dualenc.data.image_features import Features
 
-AUTO = "auto"  # captions where `find_captions` finds them
-PROBED = 100  # samples of an index that `find_captions` reads at most
+AUTO = "auto"  # captions of whatever source a sample has; see `captions_of`
 
 
 class Pairs(NamedTuple):
@@ -46,15 +45,20 @@ class Pairs(NamedTuple):
     bad: Sequence[BadRecord] = ()  # samples that could not be used, and were replaced
 
 
-def caption_member(source: str) -> tuple[str, str | None]:
-    """Return the member that holds the captions, and the field in it for a JSON.
+def caption_members(source: str) -> list[str]:
+    """Return the members that may hold the captions, one of which a sample must have.
 
     Args:
-        source: "txt" or "json.FIELD"; a member of another name comes before, as in "long.txt" or "meta.json.FIELD".
+        source: see `captions_of`.
 
     Raises:
-        DataError: If `source` is something else.
+        DataError: If `source` is not understood.
     """
+    return ["json", "txt"] if source == AUTO else [_caption_member(source)[0]]
+
+
+def _caption_member(source: str) -> tuple[str, str | None]:
+    """Return the member that holds the captions, and the field in it for a JSON."""
     parts = source.split(".")
     if "json" in parts[:-1]:
         end = parts.index("json") + 1
@@ -63,27 +67,9 @@ def caption_member(source: str) -> tuple[str, str | None]:
             return member.lower(), name
     if parts[-1] == "txt" and all(parts):
         return source.lower(), None
-    raise DataError(f"captions {source!r} must be 'txt' or 'json.FIELD', where FIELD may be nested as in meta.caption")
-
-
-def find_captions(index: ShardIndex, source: str = AUTO) -> str:
-    """Return where the captions of shards are, in a form that `captions_of` takes.
-
-    Args:
-        index: the samples.
-        source: "auto" for the field `captions` of the `.json` where the first readable one has it, as in shards of
-            `dualenc make-shards`, or else the `.txt`, or else the field `caption`; anything else is returned unchanged.
-    """
-    if source != AUTO:
-        return source
-    fields: dict[str, Any] = {}
-    for row in np.flatnonzero(index.having(["json"]))[:PROBED].tolist():
-        with suppress(BadSample):
-            fields = index[row].read_json()
-            break
-    if "captions" in fields:
-        return "json.captions"
-    return "json.caption" if "caption" in fields and not index.having(["txt"]).any() else "txt"
+    raise DataError(
+        f"captions {source!r} must be 'auto', 'txt' or 'json.FIELD', where FIELD may be nested as in meta.caption"
+    )
 
 
 def captions_of(sample: Sample, source: str) -> list[str]:
@@ -92,21 +78,14 @@ def captions_of(sample: Sample, source: str) -> list[str]:
     Args:
         sample: the sample.
         source: "txt" for the text file, or "json.FIELD" for a string or a list of strings in the `.json`, which may be
-            nested as in "json.meta.caption"; see `caption_member`.
+            nested as in "json.meta.caption"; a member of another name comes before, as in "long.txt" or
+            "meta.json.FIELD". Or "auto": the field `captions` of the `.json`, as `dualenc make-shards` writes it, or
+            else the `.txt`, or else the field `caption` of the `.json`.
 
     Raises:
         BadSample: If there is no caption or only empty ones, or one is not a text, not UTF-8, or has NULs.
     """
-    member, name = caption_member(source)
-    if name is None:
-        found: Any = sample.read_text(member)
-    else:
-        fields = sample.read_json(member)
-        try:
-            found = find_field(fields, name)
-        except KeyError:
-            cause = f"its .{member} has no field {name!r}"
-            raise BadSample(sample, cause, f"it has {describe_fields(fields)}") from None
+    source, found = _read_any(sample) if source == AUTO else (source, _read_member(sample, *_caption_member(source)))
     captions = []
     for caption in found if isinstance(found, list) else [found]:
         problem = text_problem(caption)
@@ -118,6 +97,31 @@ def captions_of(sample: Sample, source: str) -> list[str]:
     if not captions:
         raise BadSample(sample, f"{source} holds no caption, or only empty ones")
     return captions
+
+
+def _read_any(sample: Sample) -> tuple[str, Any]:
+    """Return the source of captions that "auto" stands for in a sample, and what it holds."""
+    fields = sample.read_json() if "json" in sample else {}
+    names = fields if isinstance(fields, dict) else {}
+    if "captions" in names:
+        return "json.captions", names["captions"]
+    if "txt" in sample or "json" not in sample:
+        return "txt", sample.read_text("txt")
+    if "caption" in names:
+        return "json.caption", names["caption"]
+    cause = "no .txt, and its .json has no field 'captions' or 'caption'"
+    raise BadSample(sample, cause, f"it has {describe_fields(fields)}")
+
+
+def _read_member(sample: Sample, member: str, name: str | None) -> Any:
+    """Return the text of a member, or the value of a field of its JSON."""
+    if name is None:
+        return sample.read_text(member)
+    fields = sample.read_json(member)
+    try:
+        return find_field(fields, name)
+    except KeyError:
+        raise BadSample(sample, f"its .{member} has no field {name!r}", f"it has {describe_fields(fields)}") from None
 
 
 def all_captions(index: ShardIndex, source: str, bad: list[str] | None = None) -> Iterator[str]:
@@ -142,15 +146,15 @@ def only_pairs(index: ShardIndex, source: str) -> tuple[ShardIndex, list[str]]:
     Raises:
         DataError: If `source` is not understood, or no sample has both.
     """
-    member, _ = caption_member(source)
+    members = caption_members(source)
     where = _where(index)
-    image, text = index.having(index.images), index.having([member])
+    image, text = index.having(index.images), index.having(members)
     if not image.any():
         raise no_images(index)
     if not text.any():
         raise DataError(
-            f"{where}: no captions among {len(index)} samples; expected .{member}{_members(index)}: name the source "
-            "of captions with data.captions"
+            f"{where}: no captions among {len(index)} samples; expected .{' or .'.join(members)}{_members(index)}: "
+            "name the source of captions with data.captions"
         )
     both = image & text
     if not both.any():

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
@@ -36,6 +36,33 @@ SPARE_FILES = 8  # that a worker must be able to open after it has made a batch
 SHARED_MEMORY = "/dev/shm"  # file system through which Linux shares the memory of tensors
 # A terminal or SLURM sends these to all processes of a run, but only the trainer should act on them.
 TRAINER_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, which on shared machines are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_workers(workers: int, rank: int = 0) -> int:
+    """Return the number of workers, at most one for each core; a line on standard error says if there are fewer.
+
+    More workers than cores decode nothing faster, and take memory. What they read does not depend on their number.
+
+    Args:
+        workers: number that was asked for.
+        rank: number of this process; the first one prints.
+    """
+    cores = usable_cores()
+    if workers <= cores:
+        return workers
+    if not rank:
+        _tell_lowered(workers, cores)
+    return cores
+
+
+@cache  # one line for each number, however many loaders there are
+def _tell_lowered(workers: int, cores: int) -> None:
+    print_message(f"workers: {cores} instead of {workers}, since this process may use {plural(cores, 'core')}")
 
 
 def item_loader(dataset: Dataset[Any], order: Sequence[Any], workers: int, **options: Any) -> "WorkerLoader":
@@ -162,7 +189,7 @@ class WorkerLoader(DataLoader[Any]):
 
     Args:
         dataset: dataset that is asked for one batch at a time. If it is a `WatchedDataset`, errors name its samples.
-        workers: number of processes; 0 for none.
+        workers: number of processes, at most one for each core; 0 for none.
         timeout: seconds that the next batch may take, for a `WatchedDataset`.
         persistent: whether workers live from epoch to epoch, until `close` ends them.
         prefetch: batches that each worker makes ahead.
@@ -170,6 +197,7 @@ class WorkerLoader(DataLoader[Any]):
         held: number of batches that the consumer holds at a time.
         ranks: number of processes on this machine with such a loader; the first one prints.
         rank: number of this process.
+        waiting: whether the workers wait for storage and not for a core; then there may be more of them than cores.
         worker_init_fn: function of the worker's number that each worker calls first.
         options: further options of the `DataLoader`.
 
@@ -190,9 +218,11 @@ class WorkerLoader(DataLoader[Any]):
         held: int = 2,
         ranks: int = 1,
         rank: int = 0,
+        waiting: bool = False,
         worker_init_fn: Callable[[int], None] | None = None,
         **options: Any,
     ) -> None:
+        workers = workers if waiting else usable_workers(workers, rank)
         lowered = prefetch_that_fits(batch_bytes, workers, prefetch, held, ranks)
         if lowered < prefetch and not rank:
             print_message(

@@ -1,5 +1,7 @@
 """The interface of an evaluation kind, and what several kinds share."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -104,6 +106,19 @@ class EvaluationKind(ABC):
             DataError: If something is missing.
         """
         return data
+
+    def settings(self, data: BenchmarkSet) -> dict[str, Any]:
+        """Return what a result depends on besides the model and `data.fingerprint`, ready for JSON.
+
+        Results that differ in it are different rows of a table. By default it is a hash of the prompts.
+
+        Args:
+            data: evaluation set, as `prepare` returns it.
+        """
+        if not data.templates:
+            return {}
+        prompts = json.dumps([data.classnames, data.templates]).encode()
+        return {"prompts": hashlib.blake2b(prompts, digest_size=8).hexdigest()}
 
     def embed(self, data: BenchmarkSet, embedder: SetEmbedder) -> SetEmbeddings:
         """Embed what the evaluation needs of a set, or the share of one rank; by default its images."""

@@ -3,7 +3,9 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,38 +21,104 @@ from dualenc.utils.files import atomic_write, write_json
 from dualenc.utils.urls import is_remote
 
 ITEMS = ".items.safetensors"
+REPORT = "report.html"
 
 
-def write_results(
-    folder: str | os.PathLike[str],
-    command: str,
-    found: Sequence[Evaluated],
-    sets: Sequence[BenchmarkSet],
-    fingerprint: str,
-) -> None:
+def place(kind: EvaluationKind, data: BenchmarkSet, model: str) -> dict[str, Any]:
+    """Return the entries of a result that say where it comes from, by names and paths.
+
+    Args:
+        kind: evaluation kind.
+        data: evaluation set.
+        model: name of the model.
+    """
+    return {
+        "dataset": data.name,
+        "kind": kind.name,
+        "model": model,
+        "data": data.path if is_remote(data.path) else os.path.abspath(data.path),
+        "split": data.split,
+    }
+
+
+def origin(kind: EvaluationKind, data: BenchmarkSet, model: str, fingerprint: str) -> dict[str, Any]:
+    """Return the entries of a result that say what was measured, by names and by fingerprints of the content.
+
+    Args:
+        kind: evaluation kind.
+        data: evaluation set.
+        model: name of the model.
+        fingerprint: fingerprint of the model, since its name may later belong to another model.
+    """
+    content = {"fingerprint": fingerprint, "data_fingerprint": data.fingerprint, "settings": kind.settings(data)}
+    return place(kind, data, model) | content
+
+
+def with_origin(found: Evaluated, described: Mapping[str, Any]) -> Evaluated:
+    """Return an outcome whose result also says what was measured, as files of results need it.
+
+    Args:
+        found: the outcome.
+        described: see `origin`.
+    """
+    return found._replace(section=replace(found.section, result={**found.section.result, **described}))
+
+
+def write_results(folder: str | os.PathLike[str], command: str, found: Sequence[Evaluated]) -> None:
     """Write `<command>.json` and, for comparisons, `<command>.items.safetensors`.
 
     Args:
         folder: folder of the files, made if missing.
         command: name of the command that measured.
-        found: outcome on each set.
-        sets: evaluation sets.
-        fingerprint: fingerprint of the model, since its name may later belong to another model.
+        found: outcome on each set, see `with_origin`.
     """
-    results = [
-        {
-            **one.section.result,
-            "fingerprint": fingerprint,
-            "data": data.path if is_remote(data.path) else os.path.abspath(data.path),
-            "split": data.split,
-        }
-        for one, data in zip(found, sets, strict=True)
-    ]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_json(Path(folder) / f"{command}.json", results)
+    write_json(Path(folder) / f"{command}.json", [one.section.result for one in found])
     items = {f"{i}/{name}": x.clone() for i, one in enumerate(found) for name, x in one.items.items()}
     with atomic_write(Path(folder) / f"{command}{ITEMS}") as temporary:
         save_file(items, temporary)
+
+
+def check_out(
+    folder: Path,
+    command: str,
+    new: Sequence[Mapping[str, Any]],
+    fields: Sequence[str] = ("model", "data", "split", "kind"),
+) -> None:
+    """Refuse a folder that holds another result than the one that a command will write into it.
+
+    Args:
+        folder: output folder, which may be missing.
+        command: name of the command, and of its `.json`.
+        new: what the results will say.
+        fields: entries of the results that must be the same.
+
+    Raises:
+        DataError: If another result would be lost.
+    """
+    way_out = "name another folder by --out, or remove this one"
+    path = folder / f"{command}.json"
+    if other := sorted(file for file in folder.glob(f"*{ITEMS}") if file.name != f"{command}{ITEMS}"):
+        name = other[0].name.removesuffix(ITEMS)
+        raise DataError(f"{folder} holds the results of dualenc {name}: {way_out}")
+    if not path.exists():
+        if (folder / REPORT).exists():
+            raise DataError(f"{folder} holds a {REPORT} of something else: {way_out}")
+        return
+    try:
+        old = [{name: result[name] for name in fields} for result in json.loads(path.read_text("utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path} is not a result of dualenc {command}: {way_out}") from None
+    wanted = [{name: result[name] for name in fields} for result in new]
+    if lost := [result for result in old if result not in wanted]:
+        raise DataError(f"{folder} holds the result of {_described(lost[0])}: {way_out}")
+    if more := [result for result in wanted if result not in old]:
+        raise DataError(f"{folder} holds results without {_described(more[0])}: {way_out}")
+
+
+def _described(result: Mapping[str, Any]) -> str:
+    """Return entries of a result for a message."""
+    return ", ".join(f"{name} {value}" for name, value in result.items())
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[tuple[str, str], SavedResult]:
@@ -72,8 +140,16 @@ def read_results(path: str | os.PathLike[str]) -> dict[tuple[str, str], SavedRes
             items = load_file(items_file)
             for i, one in enumerate(results):
                 own = {name.partition("/")[2]: x for name, x in items.items() if name.startswith(f"{i}/")}
-                found[one["kind"], one["dataset"]] = SavedResult(one, own)
+                key = one["kind"], one["dataset"]
+                if key in found and found[key].result["model"] != one["model"]:
+                    models = f"{found[key].result['model']} and {one['model']}"
+                    raise DataError(
+                        f"{path} holds results of several models, {models}: measure each with an --out of its own"
+                    )
+                found[key] = SavedResult(one, own)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{file} and {items_file.name} cannot be read as a result ({error})") from None
     return found
 
@@ -90,8 +166,9 @@ def compare(
 
     Returns:
         A comparison for each set that both measured. Its `result` holds `dataset`, `kind`, `n`, `complete`, `problems`,
-        `first` and `second` (names of the models), and `differences` (metric to first, second, difference, lower and
-        upper 95% bound). It holds the answers of both if the set still lies where it was.
+        `first` and `second` (names of the models), `same_model` (true if their fingerprints are equal), and
+        `differences` (metric to first, second, difference, lower and upper 95% bound). It holds the answers of both if
+        the set still lies where it was.
 
     Raises:
         DataError: If they have no set in common, its items differ, or its kind is unknown.
@@ -122,12 +199,14 @@ def _comparison(kind: EvaluationKind, first: SavedResult, second: SavedResult) -
     here, there = (kind.metrics_of_items(saved.items) for saved in (first, second))
     before, after = here.values(), there.values()
     both = [first.result, second.result]
+    fingerprints = {part.get("fingerprint") for part in both}
     result = {
         "dataset": first.result["dataset"],
         "kind": kind.name,
         "n": first.result["n"],
         "first": first.result["model"],
         "second": second.result["model"],
+        "same_model": None not in fingerprints and len(fingerprints) == 1,
         "complete": all(part["complete"] for part in both),
         "problems": list({problem["what"]: problem for part in both for problem in part["problems"]}.values()),
         "differences": {

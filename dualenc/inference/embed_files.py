@@ -1,4 +1,4 @@
-"""Embeddings and image features in files: one safetensors file for each shard or text file, written atomically.
+"""Embeddings and image features in files: one safetensors file for each shard or part of the images.
 
 The same call resumes a stopped one and keeps the files that exist.
 """
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -32,32 +32,29 @@ from dualenc.data.image_features import (
 )
 from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.loading.bad_samples import BadRecord, causes
-from dualenc.data.pairs import caption_member, captions_of, decode_and_hash
+from dualenc.data.pairs import caption_members, captions_of, decode_and_hash
 from dualenc.data.prepare.resumable import check_same, other_inputs
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.sample import image_argument
 from dualenc.data.shards.shard import Shard
-from dualenc.data.text.dataset import Use, texts_of
-from dualenc.data.text.files import TextFile, TextIndex
 from dualenc.data.workers import CurrentSample, WorkerLoader, tensor_bytes
-from dualenc.inference.text_model import TextPredictor
+from dualenc.inference.image_files import FilePart, FileParts
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, write_json, write_text
 from dualenc.utils.text import plural
 
-CHUNK = 4096  # lines read at once
 Track = Callable[..., Iterable[Any]]  # wraps an iterable whose length is `total`
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Files that `embed_shards` or `embed_text_files` wrote.
+    """Files that `embed_shards`, for shards or images, or `embed_text_files` wrote.
 
     Attributes:
         out: the folder.
-        what: "features" or "embeddings" for shards, "texts" or "tokens" for text files.
+        what: "features" or "embeddings" for shards, "images" for images, "texts" or "tokens" for text files.
         dims: dimensions of each vector.
-        samples: number of samples in the shards; 0 for text files.
+        samples: number of samples in the shards, or of images; 0 for text files.
         texts: number of captions, or of lines in the text files.
         files: number of files.
         before: number of files that an earlier call wrote.
@@ -69,7 +66,7 @@ class Embedded:
     """
 
     out: Path
-    what: Literal["features", "embeddings", "texts", "tokens"]
+    what: Literal["features", "embeddings", "images", "texts", "tokens"]
     dims: int
     samples: int
     texts: int
@@ -86,6 +83,7 @@ class Embedded:
         contents = {
             "features": f"image features of {self.samples:,} samples",
             "embeddings": f"embeddings of {self.samples:,} samples and {self.texts:,} captions",
+            "images": f"embeddings of {plural(self.samples, 'image')}",
             "texts": f"embeddings of {self.texts:,} texts",
             "tokens": f"embeddings of the tokens of {self.texts:,} texts",
         }
@@ -97,9 +95,14 @@ class Embedded:
             kept = "all of them" if self.before == self.files else f"{self.before:,} of them"
             text.append(f"{kept} were there before")
         if self.done:
-            unit = "samples" if self.samples else "texts"
+            unit = "images" if self.what == "images" else "samples" if self.samples else "texts"
             text.append(f"{self.done:,} {unit} in {self.seconds:.1f} s, {self.done / self.seconds:,.0f} {unit}/s")
-        if self.bad and self.samples:
+        if self.bad and self.what == "images":
+            text.append(
+                f"{plural(len(self.bad), 'image')} cannot be used: {causes(self.bad)}; all are listed in "
+                f"{self.out / BAD}"
+            )
+        elif self.bad and self.samples:
             content = "image" if self.what == "features" else "image or caption"
             text.append(
                 f"{len(self.bad):,} samples lack a usable {content}: {causes(self.bad)}; all are listed in "
@@ -109,13 +112,13 @@ class Embedded:
             text.append(f"{len(self.bad):,} texts could not be read: {causes(self.bad)}")
         if self.what == "features":
             text.append(
-                f"next: dualenc fit --config run.yaml --model.image_tuning.locked true --data.features {self.out}"
-                f"{image_argument(self.images)}"
+                f"next: dualenc fit --config run.yaml --model.image_tuning.locked true "
+                f"--data.features {quote(str(self.out))}{image_argument(self.images)}"
             )
         return text
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray], about: Mapping[str, Any]) -> None:
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """Write a safetensors file atomically."""
     with atomic_write(path) as partial:
         # A single key makes the bytes reproducible: safetensors writes several keys in random order.
@@ -126,7 +129,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], about: Mapping[str, Any]) 
 
 
 def embed_shards(
-    index: ShardIndex,
+    index: ShardIndex | FileParts,
     out: str | os.PathLike[str],
     about: Mapping[str, Any],
     transform: Callable[[Tensor], Tensor],
@@ -137,18 +140,19 @@ def embed_shards(
     batch_size: int = 64,
     track: Track = lambda items, total: items,
 ) -> Embedded:
-    """Write image features, or embeddings of images and captions, for every sample of shards.
+    """Write image features, or embeddings of images and captions, for every sample of shards, or for image files.
 
     A resumed call writes the same files as one without a stop, since batches end with their shard.
 
     Args:
-        index: index of complete shards.
-        out: folder for a file of each shard, `embed.json` and `bad.jsonl`.
-        about: content of `embed.json`: `what` is "features" or "embeddings", `made_by` a fingerprint, `model` the name
-            of the model, `captions` the source of the captions, `dims` the dimensions of each vector.
+        index: index of complete shards, or image files in parts.
+        out: folder for a file of each shard or part, `embed.json` and `bad.jsonl`.
+        about: content of `embed.json`: `what` is "features", "embeddings" or, for image files, "images"; `made_by` a
+            fingerprint, `model` the name of the model, `captions` the source of the captions, `dims` the dimensions of
+            each vector.
         transform: function from uint8 (3, H, W) to uint8 (3, S, S).
         of_images: function from uint8 (B, 3, S, S) to (B, dims).
-        of_texts: function from n strings to (n, dims); None for features.
+        of_texts: function from n strings to (n, dims); None for features and image files.
         workers: processes that decode; 0 to decode in this process.
         batch_size: images per forward pass.
         track: wraps the batches, whose number is `total`, for a progress bar.
@@ -159,7 +163,7 @@ def embed_shards(
     out, began = Path(out), time.monotonic()
     captions = about["captions"] if of_texts else None
     if captions is not None:
-        caption_member(captions)  # raises if it is not understood
+        caption_members(captions)  # raises if it is not understood
     if batch_size < 1 or workers < 0:
         raise DataError(f"batch_size {batch_size} must be 1 or more, workers {workers} 0 or more")
     inputs = _inputs(index)
@@ -191,7 +195,7 @@ def embed_shards(
     )
 
 
-def _write_bad(out: Path, index: ShardIndex, files: Sequence[EmbeddingFile]) -> list[BadRecord]:
+def _write_bad(out: Path, index: ShardIndex | FileParts, files: Sequence[EmbeddingFile]) -> list[BadRecord]:
     """Write OUT/bad.jsonl, if the files name samples that could not be embedded, and return them."""
     bad = [
         BadRecord(start + place, str(shard), shard.key(place), *why)
@@ -204,9 +208,9 @@ def _write_bad(out: Path, index: ShardIndex, files: Sequence[EmbeddingFile]) -> 
     return bad
 
 
-def _inputs(index: ShardIndex) -> dict[str, str]:
+def _inputs(index: ShardIndex | FileParts) -> dict[str, str]:
     """Return the digests of the shards by name."""
-    found: dict[str, Shard] = {}
+    found: dict[str, Shard | FilePart] = {}
     for shard in index.parts:
         name = shard.facts["name"]
         if (other := found.setdefault(name, shard)) is not shard:
@@ -233,10 +237,12 @@ def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str
         return plan
     same = "in weights, architecture or preprocessing"
     descriptions = {
-        "what": "--features" if begun["what"] == "features" else "no --features",
+        "what": {"features": "--features", "images": "image files"}.get(begun["what"], "shards and no --features"),
         "made_by": f"another model ({begun['model']}, which differs {same})",
         "members": f"--image {';'.join(begun['members'])}",
-        "inputs": other_inputs(begun["inputs"], plan["inputs"]),
+        "inputs": "other images, or images that have changed since"
+        if begun["what"] == "images"
+        else other_inputs(begun["inputs"], plan["inputs"]),
     }
     check_same(
         out,
@@ -287,10 +293,15 @@ class _Reader(Dataset["_Read"]):
     """Reader of shards in batches that end with their shard."""
 
     def __init__(
-        self, index: ShardIndex, transform: Callable[[Tensor], Tensor], captions: str | None, batch_size: int
+        self,
+        index: ShardIndex | FileParts,
+        transform: Callable[[Tensor], Tensor],
+        captions: str | None,
+        batch_size: int,
     ) -> None:
         self.current_sample = CurrentSample()
-        self.index, self.transform, self.captions, self.batch_size = index, transform, captions, batch_size
+        self.index: Any = index  # whose samples have the same methods
+        self.transform, self.captions, self.batch_size = transform, captions, batch_size
 
     def requests(self, number: int) -> list[tuple[int, range]]:
         """Return the batches of a shard, at least one, as pairs of its number and rows of the index."""
@@ -385,16 +396,14 @@ def _embed(
     return _Part(images, texts, read)
 
 
-def _write_shard(out: Path, shard: Shard, about: Mapping[str, Any], parts: list[_Part]) -> None:
+def _write_shard(out: Path, shard: Shard | FilePart, about: Mapping[str, Any], parts: list[_Part]) -> None:
     """Write the file of a shard."""
     reads = [part.read for part in parts]
     arrays = {"piece": np.array([x for read in reads for x in read.hashes], np.uint64).view(np.int64)}
     images = np.concatenate([part.images for part in parts])
-    if about["what"] == "features":
-        arrays["features"] = images
-    else:
+    arrays["features" if about["what"] == "features" else "image"] = images
+    if about["what"] == "embeddings":
         arrays["text_rows"] = np.array([row for read in reads for row in read.text_rows], np.int64)
-        arrays["image"] = images
         arrays["text"] = np.concatenate([part.texts for part in parts if part.texts is not None])
     bad = sorted(item for read in reads for item in read.bad)
     once = {item[0]: item for item in reversed(bad)}  # the first cause of each sample
@@ -405,139 +414,4 @@ def _write_shard(out: Path, shard: Shard, about: Mapping[str, Any], parts: list[
         "keys": [shard.key(number) for number in range(len(shard))],
         "bad": [once[number] for number in sorted(once)],
     }
-    _write(out / file_name(shard.facts["name"]), arrays, metadata)
-
-
-# Text files
-
-
-def embed_text_files(
-    predictor: TextPredictor,
-    files: Sequence[str],
-    out: str | os.PathLike[str],
-    column: str = "text",
-    *,
-    tokens: bool = False,
-    batch_size: int = 256,
-    track: Track = lambda items, total: items,
-) -> Embedded:
-    """Write OUT/NAME.safetensors for each text file.
-
-    The file holds `embeddings` (N, D) of unit length, one for each line. With `tokens`, it holds `tokens` (M, D), the
-    hidden states of the tokens of all lines with special tokens, their `ids` (M,), and `offsets` (N + 1,): the tokens
-    of line i are `offsets[i]` to `offsets[i + 1]`. A line that cannot be read has a row of NaN, or zero tokens, and is
-    listed in the result.
-
-    Args:
-        predictor: the model.
-        files: `.txt`, `.tsv`, `.csv`, `.jsonl`: paths, globs, brace patterns.
-        out: folder, created if missing.
-        column: column of the text.
-        tokens: write hidden states of tokens instead of embeddings of lines.
-        batch_size: texts per forward pass.
-        track: wraps the chunks of lines, whose number is `total`, for a progress bar.
-
-    Raises:
-        DataError: If a file is missing, does not have the column, or shares its name with another; or if a file in the
-            folder is of another model or other texts.
-    """
-    out, began = Path(out), time.monotonic()
-    index = TextIndex.build(list(files), [column])
-    names = [Path(file.url).name for file in index.parts]
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise DataError(f"two files have the name {twice[0]}: embed them into two folders")
-    out.mkdir(parents=True, exist_ok=True)
-    what: Literal["texts", "tokens"] = "tokens" if tokens else "texts"
-    common = {"made_by": predictor.fingerprint, "column": column, "what": what}
-    paths, bad = [out / f"{name}.safetensors" for name in names], []
-    todo: list[tuple[TextFile, Path, dict[str, Any]]] = []
-    for file, path in zip(index.parts, paths):
-        about = {"digest": file.digest, **common}
-        if path.exists():
-            bad += _bad_lines(path, about)
-        else:
-            todo.append((file, path, about))
-    bad += _write_texts(predictor, todo, batch_size, track)
-    return Embedded(
-        out=out,
-        what=what,
-        dims=predictor.model.config.width,
-        samples=0,
-        texts=len(index),
-        files=len(paths),
-        before=len(paths) - len(todo),
-        bad=bad,
-        bytes=sum(path.stat().st_size for path in paths),
-        done=sum(len(file) for file, _, _ in todo),
-        seconds=time.monotonic() - began,
-    )
-
-
-def _write_texts(
-    predictor: TextPredictor, todo: list[tuple[TextFile, Path, dict[str, Any]]], batch_size: int, track: Track
-) -> list[BadRecord]:
-    """Write the embeddings of each text file, and return the lines that cannot be read."""
-    chunks = [(n, first) for n, (file, _, _) in enumerate(todo) for first in range(0, len(file), CHUNK)]
-    parts: list[dict[str, np.ndarray]] = []
-    bad, bad_of_file = [], []
-    for n, first in track(chunks, total=len(chunks)):
-        file, path, about = todo[n]
-        tokens, use = about["what"] == "tokens", Use("", about["column"])
-        rows, texts = _read_lines(file, use, range(first, min(first + CHUNK, len(file))), bad_of_file)
-        parts.append(_vectors(predictor, rows, texts, min(CHUNK, len(file) - first), tokens, batch_size))
-        if first + CHUNK >= len(file):
-            arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            if tokens:
-                arrays["offsets"] = np.concatenate([[0], np.cumsum(arrays.pop("lengths"))])
-            _write(path, arrays, {**about, "bad": bad_of_file})
-            bad, parts, bad_of_file = [*bad, *bad_of_file], [], []
-    return bad
-
-
-def _bad_lines(path: Path, about: Mapping[str, Any]) -> list[BadRecord]:
-    """Return the bad lines in a file that an earlier call wrote.
-
-    Raises:
-        DataError: If the file is damaged, or of another model, text or option.
-    """
-    try:
-        with safe_open(path, "numpy") as file:
-            kept = json.loads(file.metadata()[KEY])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{path} is damaged, or dualenc embed did not write it: remove it, or name a new folder"
-        ) from None
-    if {name: kept.get(name) for name in about} != about:
-        raise DataError(f"{path} is of another model, other texts or other options: name a new folder")
-    return [BadRecord(*item) for item in kept["bad"]]
-
-
-def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[BadRecord]) -> tuple[list[int], list[str]]:
-    """Return the row numbers and texts of the readable lines, and add the others to `bad`."""
-    index = TextIndex([file])
-    rows, texts = [], []
-    for row in numbers:
-        try:
-            texts.append(texts_of(index[row], use)[0])
-            rows.append(row - numbers.start)
-        except BadSample as error:
-            bad.append(BadRecord(row, file.url, file.key(row), error.cause, error.detail))
-    return rows, texts
-
-
-def _vectors(
-    predictor: TextPredictor, rows: list[int], texts: list[str], count: int, tokens: bool, batch_size: int
-) -> dict[str, np.ndarray]:
-    """Embed texts as the arrays of a file: one row for each line, or the tokens of all lines with their numbers."""
-    width = predictor.model.config.width
-    if not tokens:
-        embeddings = np.full((count, width), np.nan, np.float32)
-        if texts:
-            embeddings[rows] = predictor.embed(texts, batch_size).numpy()
-        return {"embeddings": embeddings}
-    lengths, ids, vectors = np.zeros(count, np.int64), [np.zeros(0, np.int64)], [np.zeros((0, width), np.float32)]
-    for row, tokens_of_row, (_, hidden) in zip(rows, predictor.tokenizer.encode(texts), predictor.embed_tokens(texts)):
-        lengths[row] = len(tokens_of_row)
-        ids.append(np.array(tokens_of_row, np.int64))
-        vectors.append(hidden.numpy())
-    return {"lengths": lengths, "ids": np.concatenate(ids), "tokens": np.concatenate(vectors)}
+    write_arrays(out / file_name(shard.facts["name"]), arrays, metadata)

@@ -8,6 +8,7 @@ import os
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -331,7 +332,7 @@ def model_directory(spec: str | os.PathLike[str]) -> Path:
     folder = open_folder(spec, [*OWN_FILES, "README.md"])
     if missing := [name for name in OWN_FILES if not (folder.path / name).is_file()]:
         foreign = folder.first("open_clip", "transformers", "dual_encoder") is not None
-        hint = f"; import a model of another library by dualenc import {os.fspath(spec)} OUT" if foreign else ""
+        hint = f"; import a model of another library by dualenc import {quote(os.fspath(spec))} OUT" if foreign else ""
         raise ModelError(f"{folder.path} is not a complete model directory: {', '.join(missing)} missing{hint}")
     return folder.path
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 
 from dualenc.formats.model_folder import CONFIG, EXPORT, TEXT_MODEL, detect, open_folder
 from dualenc.inference.embedder import Embedder, facts_of, load
@@ -108,7 +109,7 @@ def open_model(spec: str) -> Embedder | TextPredictor:
         ModelError: If the spec names something else, or it cannot be loaded.
     """
     if spec.startswith("open_clip:"):
-        raise ModelError(f"{spec} is a model of open_clip: import it first, with dualenc import {spec} OUT")
+        raise ModelError(f"{spec} is a model of open_clip: import it first, with dualenc import {quote(spec)} OUT")
     found = open_folder(spec, [CONFIG, TEXT_MODEL])
     kind = found.first("text_model", "dual_encoder", "transformers")
     return load_text(spec, "cpu") if kind in ("text_model", "transformers") else load(spec, "cpu")

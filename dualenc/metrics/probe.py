@@ -1,10 +1,11 @@
 """Probes of frozen embeddings: simple classifiers that are trained on them.
 
-Each probe chooses one hyperparameter by the accuracy on held-out images, is trained again on all images, and is tested
-once. The embeddings are used as given, neither standardized nor normalized to unit length.
+A probe of all images chooses one hyperparameter by the accuracy on held-out images, is trained again on all images, and
+is tested once. A probe of a few images of each class is trained several times, on other images each time. The
+embeddings are used as given, neither standardized nor normalized to unit length.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ TEMPERATURE = 0.07  # of the votes
 NEIGHBORS = (1, 5, 10, 20, 50, 100, 200)  # values of k to choose from
 GRADIENT, ITERATIONS = 1e-7, 1000  # the gradient at which a fit has converged, and the limit of its iterations
 
+FEW_SHOT_C = 1.0  # scikit-learn's default: to choose another one would need more labels than the shots
+
 Labeled = tuple[Tensor, Tensor]  # embeddings (N, E), class of each (N,)
 
 
@@ -28,6 +31,14 @@ class Probe(NamedTuple):
     chosen: dict[str, float]
     held_out_accuracy: dict[str, float]  # accuracy on the held-out images for each value that was tried
     missing: list[int]  # classes without a training image, which are never predicted
+
+
+class FewShot(NamedTuple):
+    """The result of `few_shot_probe` for one number of images of each class."""
+
+    right: Tensor  # (D, M) bool, whether the probe of each draw is right on each image
+    interval: tuple[float, float] | None  # 95% interval of the mean accuracy; None for a single draw
+    fewer: list[int]  # classes with fewer images to learn from than were asked for
 
 
 class LogisticRegression(NamedTuple):
@@ -186,6 +197,90 @@ def knn_probe(
     return Probe(classification_scores(items, replicates=replicates), {"k": k}, tried, data.missing)
 
 
+def few_shot_probe(
+    train: Tensor,
+    train_targets: Tensor,
+    test: Tensor,
+    test_targets: Tensor,
+    *,
+    shots: Sequence[int],
+    draws: int = 5,
+    seed: int = 0,
+) -> dict[int, FewShot]:
+    """Train and test logistic regressions on a few images of each class, several times with other images.
+
+    C of `logistic_regression` is `FEW_SHOT_C`. The images of a draw for a smaller number are among those for a larger
+    one, and the draws depend on the order and the classes of the images only, so that they are the same for two models.
+
+    The interval holds for other draws and other test images of the same classes. Its variance is that of the draws and
+    that of the test images within their classes, each counted once (Owen 2007, The pigeonhole bootstrap). Its width
+    follows Student's distribution with the degrees of freedom of the sum (Satterthwaite 1946).
+
+    Args:
+        train: (N, E) embeddings.
+        train_targets: (N,) class of each.
+        test: (M, E) embeddings.
+        test_targets: (M,) class of each.
+        shots: numbers of images of each class; of a class with fewer, all are used.
+        draws: D, the number of draws for each of them.
+        seed: seed of the draws.
+
+    Returns:
+        The outcome for each number of images.
+
+    Raises:
+        ValueError: If a number is not positive, embeddings are not finite, or embeddings and classes differ in number.
+    """
+    if draws < 1 or min(shots) < 1:
+        raise ValueError(f"shots {min(shots)} and draws {draws} must be at least 1")
+    _check({"train": (train, train_targets), "test": (test, test_targets)})
+    targets, wanted = train_targets.cpu(), test_targets.cpu()
+    classes = 1 + max(int(targets.max()), int(wanted.max()))
+    sizes = torch.bincount(targets, minlength=classes)
+    place = torch.arange(len(targets)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # of an image in its class
+    generator = torch.Generator().manual_seed(seed)
+    right: dict[int, list[Tensor]] = {k: [] for k in shots}
+    for _ in range(draws):
+        order = _by_class(targets, generator)
+        for k in right:
+            rows = order[place < k].to(train.device)
+            fit = logistic_regression(train[rows], train_targets[rows], FEW_SHOT_C)
+            ranks = classification_items(_logits(fit, test, classes), test_targets, classes)["rank"]
+            right[k].append(ranks < 1)
+    return {
+        k: FewShot(torch.stack(parts), _interval(torch.stack(parts), wanted), torch.nonzero(sizes < k)[:, 0].tolist())
+        for k, parts in right.items()
+    }
+
+
+def _interval(right: Tensor, targets: Tensor) -> tuple[float, float] | None:
+    """Return the interval of `few_shot_probe` for the outcomes (D, M); None for a single draw."""
+    draws, images = right.shape
+    if draws < 2:
+        return None
+    share = right.double().mean(0)  # (M,)
+    parts = [share[targets == c] for c in targets.unique()]
+    of_images = sum(len(part) * part.var().item() for part in parts if len(part) > 1) / images**2
+    of_draws = right.double().mean(1).var().item() / draws
+    both = right.double().var(0).mean().item() / (draws * images)  # of single answers, which is in either variance
+    variance = max(of_draws + of_images - both, of_draws, of_images)
+    freedom = variance**2 / max(of_draws**2 / (draws - 1) + of_images**2 / images, 1e-300)
+    half = student_quantile(max(draws - 1, int(freedom))) * variance**0.5
+    middle = share.mean().item()
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def student_quantile(freedom: int) -> float:
+    """Return the 97.5% quantile of Student's t distribution, to 1%.
+
+    Args:
+        freedom: degrees of freedom; above two the series of Abramowitz and Stegun (1964, 26.7.5) is used.
+    """
+    z = 1.959964
+    series = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return {1: 12.7062, 2: 4.3027}.get(freedom) or sum(term / freedom**i for i, term in enumerate(series))
+
+
 class _Split(NamedTuple):
     train: Labeled
     held_out: Labeled
@@ -200,16 +295,10 @@ def _split(
     """Check the data, and hold out images of the training set if none are given."""
     given = {"train": (train, train_targets), "test": (test, test_targets)}
     given |= {"held_out": held_out} if held_out else {}
-    for name, (x, targets) in given.items():
-        if not len(x) == len(targets) > 0:
-            raise ValueError(f"{name} has {len(x)} embeddings and {len(targets)} classes")
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{name} holds embeddings that are not finite")
-        if int(targets.min()) < 0:
-            raise ValueError(f"{name} holds a negative class")
+    _check(given)
     fit_on = everything = (train, train_targets.to(train.device))
     if held_out is None:
-        out = _every_fifth(train_targets.cpu(), seed).to(train.device)
+        out = every_fifth(train_targets.cpu(), seed).to(train.device)
         fit_on, held_out = (train[~out], fit_on[1][~out]), (train[out], fit_on[1][out])
     else:
         everything = (torch.cat([train, held_out[0]]), torch.cat([fit_on[1], held_out[1].to(train.device)]))
@@ -218,10 +307,34 @@ def _split(
     return _Split(fit_on, held_out, everything, classes, torch.nonzero(~known)[:, 0].tolist())
 
 
-def _every_fifth(targets: Tensor, seed: int) -> Tensor:
-    """Draw the images to hold out, as a mask (N,): a fifth of each class, rounded, and no image alone in its class."""
-    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
-    ordered = shuffled[torch.argsort(targets[shuffled], stable=True)]
+def _check(given: Mapping[str, Labeled]) -> None:
+    """Check embeddings and their classes, by name."""
+    for name, (x, targets) in given.items():
+        if not len(x) == len(targets) > 0:
+            raise ValueError(f"{name} has {len(x)} embeddings and {len(targets)} classes")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name} holds embeddings that are not finite")
+        if int(targets.min()) < 0:
+            raise ValueError(f"{name} holds a negative class")
+
+
+def _by_class(targets: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the numbers of the images (N,) class by class, in random order within each class."""
+    shuffled = torch.randperm(len(targets), generator=generator)
+    return shuffled[torch.argsort(targets[shuffled], stable=True)]
+
+
+def every_fifth(targets: Tensor, seed: int) -> Tensor:
+    """Draw images to hold out, as a mask (N,): a fifth of each class, rounded, and no image alone in its class.
+
+    Args:
+        targets: (N,) class of each image.
+        seed: seed of the draw.
+
+    Raises:
+        ValueError: If no class has two images.
+    """
+    ordered = _by_class(targets, torch.Generator().manual_seed(seed))
     ordered = ordered[torch.bincount(targets)[targets[ordered]] > 1]
     if not len(ordered):
         raise ValueError("no class has two images, one to train on and one to hold out: give held-out data")

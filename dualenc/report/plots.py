@@ -87,8 +87,8 @@ def _lines(lines: Mapping[str, list[tuple[int, float]]], axes: Any) -> None:
         mark = {"marker": "o", "markersize": 5 if len(x) == 1 else 3} if len(x) < 25 else {}
         label = f"{name}  {number(y[0])}" if len(x) == 1 and len(lines) > 1 else name
         axes.plot(x, y, color=color, label=label, linewidth=1.6, **mark)
-        if len(lines) == len(x) == 1:
-            axes.annotate(number(y[0]), (x[0], y[0]), (0, 7), textcoords="offset points", ha="center", color=INK)
+        if len(lines) == len(points) == 1:
+            axes.annotate(number(points[0][1]), points[0], (0, 7), textcoords="offset points", ha="center", color=INK)
     if len(steps := {step for points in lines.values() for step, _ in points}) == 1:
         axes.set_xticks(list(steps))
         axes.set_xlim(min(steps) - 1, min(steps) + 1)

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -102,7 +103,7 @@ def resolve_architecture(
         ValueError: If settings contradict each other or one is missing; the message names it.
     """
     if isinstance(pretrained, str) and pretrained.startswith("open_clip:"):
-        raise ValueError(f"model.pretrained {pretrained}: run `dualenc import {pretrained} OUT`, then name OUT")
+        raise ValueError(f"model.pretrained {pretrained}: run `dualenc import {quote(pretrained)} OUT`, then name OUT")
     checkpoint = open_text(text_from) if text_from else None
     if checkpoint is not None and is_model(pretrained):
         raise ValueError(f"model.text_from {text_from}: model.pretrained {pretrained} has a text tower already")

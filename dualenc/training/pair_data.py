@@ -12,7 +12,7 @@ from torch import nn
 from dualenc.data import Augment, BadSampleLog, Cache, Loader, PairDataset, Preprocess, ShardIndex, Tokenizer
 from dualenc.data.image_features import Features
 from dualenc.data.loading.loader import BatchDataset
-from dualenc.data.pairs import all_captions, only_pairs
+from dualenc.data.pairs import AUTO, all_captions, only_pairs
 from dualenc.data.shards.patterns import distinct
 from dualenc.data.text.masking import Masking
 from dualenc.models import TextConfig
@@ -166,8 +166,9 @@ class PairData(TokenData):
         preprocess: evaluation transform; the command line takes it from the task.
         text: architecture of the text encoder; the command line takes it from the task.
         val: share of the pairs to hold out, by image content; or shards of held-out pairs; or null for none.
-        captions: "txt" for the `.txt` member, or "json.FIELD" for a string or list of strings in the `.json`, which may
-            be nested as in "json.meta.caption"; one of several captions is drawn at each step.
+        captions: "auto" for the field `captions` of the `.json`, as `dualenc make-shards` writes it, or else the
+            `.txt`; or "txt"; or "json.FIELD" for a string or list of strings in the `.json`, which may be nested as in
+            "json.meta.caption". One of several captions is drawn at each step.
         image: member that is the image, such as "input.jpg" where samples have several images; several names are
             separated by ";"; null for the `.jpg`, `.jpeg`, `.png` or `.webp`.
         select: keys or an expression over `.json` fields; see `ShardIndex.select`.
@@ -198,7 +199,7 @@ class PairData(TokenData):
         preprocess: Preprocess,
         text: TextConfig,
         val: float | str | list[str] | None = 0.01,
-        captions: str = "txt",
+        captions: str = AUTO,
         image: str | None = None,
         select: str | list[str] | None = None,
         tokenizer: str | None = None,

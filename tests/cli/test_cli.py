@@ -1,5 +1,6 @@
 """The command line as users see it: the files it writes, and one line for each mistake."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -27,11 +28,11 @@ def test_evaluating_commands_write_results(tmp_path: Path, seed: int, capsys: py
     kinds = {"zeroshot": "classification", "retrieval": "retrieval"}
     for command, kind in kinds.items():
         data = [str(write_benchmark(tmp_path / f"{kind}{i}", seed + i, kind)) for i in range(2)]
-        main([command, str(tmp_path / "model"), *data, "--out", str(tmp_path / "out"), "--workers", "0"])
-        results = json.loads((tmp_path / "out" / f"{command}.json").read_text())
+        main([command, str(tmp_path / "model"), *data, "--out", str(tmp_path / command), "--workers", "0"])
+        results = json.loads((tmp_path / command / f"{command}.json").read_text())
         assert [result["dataset"] for result in results] == [f"{kind}0", f"{kind}1"]
         assert all(set(result) >= {"dataset", "model", "n", "complete", "metrics", "intervals"} for result in results)
-        html = (tmp_path / "out" / "report.html").read_text().replace("<wbr>", "")
+        html = (tmp_path / command / "report.html").read_text().replace("<wbr>", "")
         printed = capsys.readouterr().out
         for name in results[0]["metrics"]:
             assert name in printed
@@ -252,25 +253,33 @@ def test_incomplete_results_are_failed_work_unless_allowed(
 
 
 def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
-    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    model = str(tmp_path / "model")
     tiny_embedder(seed).save(model)
     for split, count in (("train", 30), ("test", 20)):
         write_benchmark(tmp_path / "set", seed + len(split), counts=(count,), split=split, classes=3)
     data = str(tmp_path / "set")
-    main(["probe", model, data, "--out", out, "--workers", "0"])
+    main(["probe", model, data, "--out", str(tmp_path / "probe"), "--workers", "0"])
     assert "linear_acc1" in capsys.readouterr().out
-    main(["retrieval", model, data, "--between", "image-image", "--out", out, "--workers", "0"])
+    within = ["retrieval", model, data, "--between", "image-image", "--workers", "0"]
+    main([*within, "--out", str(tmp_path / "retrieval-image-image")])
     assert "image_image_retrieval_recall@1" in capsys.readouterr().out
     write_choices(tmp_path / "winoground", seed)
-    main(["choice", model, str(tmp_path / "winoground"), "--out", out, "--workers", "0"])
+    main(["choice", model, str(tmp_path / "winoground"), "--out", str(tmp_path / "choice"), "--workers", "0"])
     assert "group_score" in capsys.readouterr().out
-    for name in ("probe", "retrieval-image-image", "choice"):
-        assert json.loads((tmp_path / "out" / f"{name}.json").read_text())[0]["complete"]
-    main(["compare", out, out, "--out", str(tmp_path / "both")])
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in ("linear_acc1", "group_score", "image_image_retrieval_recall@1"))
-    assert len(json.loads((tmp_path / "both" / "compare.json").read_text())) == 3
-    assert "linear_acc1" in (tmp_path / "both" / "report.html").read_text().replace("<wbr>", "")
+    metrics = {
+        "probe": "linear_acc1",
+        "choice": "group_score",
+        "retrieval-image-image": "image_image_retrieval_recall@1",
+    }
+    for name, metric in metrics.items():
+        out = tmp_path / name
+        assert json.loads((out / f"{name}.json").read_text())[0]["complete"]
+        main(["compare", str(out), str(out), "--out", str(tmp_path / f"both_{name}")])
+        printed = capsys.readouterr().out
+        assert metric in printed
+        assert "A and B are the same model" in printed
+        assert json.loads((tmp_path / f"both_{name}" / "compare.json").read_text())[0]["same_model"]
+        assert metric in (tmp_path / f"both_{name}" / "report.html").read_text().replace("<wbr>", "")
     assert "cannot be both learned from and measured on" in fails(capsys, ["probe", model, data, "--train", "test"])
     assert "no split 'val'" in fails(capsys, ["probe", model, data, "--train", "val"])
     assert "dualenc zeroshot" in fails(capsys, ["retrieval", model, data])
@@ -278,13 +287,109 @@ def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.Capt
     wrong = fails(capsys, ["retrieval", model, pairs, "--between", "image-image"])
     assert "name a set of another kind: classification" in wrong
     assert "dualenc retrieval" in fails(capsys, ["probe", model, pairs])
-    (tmp_path / "taken" / "zeroshot.json").mkdir(parents=True)
-    assert "taken/zeroshot.json: Is a directory" in fails(
-        capsys, ["zeroshot", model, data, "--out", str(tmp_path / "taken")], 1
-    )
     assert "two evaluation sets are called 'set'" in fails(capsys, ["zeroshot", model, data, data])
-    assert "does not hold results" in fails(capsys, ["compare", out, str(tmp_path)])
+    assert "does not hold results" in fails(capsys, ["compare", str(tmp_path / "probe"), str(tmp_path)])
     assert "ViT-B-23" in fails(capsys, ["zeroshot", "open_clip:ViT-B-23", data])
+
+
+def test_results_of_something_else_are_not_replaced(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command again replaces its result; another command, model, set or kind of page is kept."""
+    for i, name in enumerate(("one", "two")):
+        tiny_embedder(seed + i).save(tmp_path / name)
+        write_benchmark(tmp_path / f"set_{name}", seed + i)
+    one, two = (["zeroshot", str(tmp_path / "one"), str(tmp_path / f"set_{name}")] for name in ("one", "two"))
+    out = ["--workers", "0", "--out", str(tmp_path / "out")]
+    main([*one, *out])
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for arguments, kept in (
+        (two, "set_one"),
+        (["zeroshot", str(tmp_path / "two"), one[2]], f"model {tmp_path}/one"),
+        ([*one, "--models", str(tmp_path / "two")], f"without model {tmp_path}/two"),
+        (["evaluate", *one[1:]], "dualenc zeroshot"),
+        (["retrieval", *one[1:], "--between", "image-image"], "dualenc zeroshot"),
+    ):
+        line = fails(capsys, [*arguments, *out])
+        assert kept in line
+        assert "--out" in line
+    assert "dualenc zeroshot" in fails(capsys, ["compare", *out[-1:] * 2, *out[-2:]])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    main([*one, *out])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.html").write_text("of a run")
+    assert "report.html" in fails(capsys, [*one, *out[:-1], str(tmp_path / "run")])
+    main(["compare", *out[-1:] * 2, "--out", str(tmp_path / "both")])
+    main(["compare", *out[-1:] * 2, "--out", str(tmp_path / "both")])
+    main([*two, *out[:-1], str(tmp_path / "second")])
+    (tmp_path / "second" / "zeroshot.json").write_text("{")
+    assert "second/zeroshot.json" in fails(capsys, [*two, *out[:-1], str(tmp_path / "second")])
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(table.read_text().splitlines()))
+
+
+def test_several_models_and_sets_fill_one_table(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    models, sets = [], []
+    for i in range(2):
+        tiny_embedder(seed + i).save(tmp_path / f"model{i}")
+        models.append(str(tmp_path / f"model{i}"))
+        sets.append(str(write_benchmark(tmp_path / f"set{i}", seed + i)))
+    table = tmp_path / "tables" / "results.csv"
+    rest = ["--csv", str(table), "--workers", "0"]
+    main(["zeroshot", models[0], sets[0], *rest])
+    first = table.read_text()
+    main(["zeroshot", models[0], *sets, "--models", models[1], *rest, "--out", str(tmp_path / "out")])
+    assert table.read_text().startswith(first)
+    results = json.loads((tmp_path / "out" / "zeroshot.json").read_text())
+    rows = {(row["model"], row["set"], row["metric"]): row for row in rows_of(table)}
+    assert len(table.read_text().splitlines()) == 1 + len(rows)
+    assert rows.keys() == {
+        (model, f"set{i}", metric) for model in models for i in range(2) for metric in results[0]["metrics"]
+    }
+    for result in results:
+        for metric, value in result["metrics"].items():
+            row = rows[result["model"], result["dataset"], metric]
+            assert float(row["value"]) == value
+            bounds = [float(row[name]) for name in ("low", "high") if row[name]]
+            assert bounds == result["intervals"].get(metric, [])
+            assert (row["n"], row["split"], row["kind"]) == (str(result["n"]), "test", "classification")
+    page = (tmp_path / "out" / "report.html").read_text().replace("<wbr>", "")
+    assert all(f"{result['dataset']} ({result['model']})" in page for result in results)
+    full = table.read_text()
+    assert f"4 of 4: {models[1]} on set1" in capsys.readouterr().err
+    main(["zeroshot", models[0], *sets, "--models", models[1], *rest])
+    again = capsys.readouterr()
+    assert table.read_text() == full
+    assert "0 results added, 4 found there" in again.out
+    assert again.out.count("mean_per_class_recall") == 4
+    (tmp_path / "set0" / "zeroshot_classification_templates.txt").write_text("the {c}\n")  # other prompts, other rows
+    main(["zeroshot", *models[:1], *sets, *rest])
+    assert "1 result added, 1 found there" in capsys.readouterr().out
+    assert len(table.read_text().splitlines()) == len(full.splitlines()) + len(results[0]["metrics"])
+    assert "several models" in fails(capsys, ["compare", str(tmp_path / "out"), str(tmp_path / "out")])
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert "other.csv" in fails(capsys, ["zeroshot", models[0], sets[0], "--csv", str(tmp_path / "other.csv")])
+
+
+def test_incomplete_results_are_in_a_table_only_if_allowed(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_embedder(seed).save(tmp_path / "model")
+    data = write_benchmark(tmp_path / "set", seed, counts=(9, 4))
+    (data / "test" / "1.tar").unlink()
+    command = ["zeroshot", str(tmp_path / "model"), str(data), "--workers", "0", "--csv", str(tmp_path / "x.csv")]
+    fails(capsys, command, status=1)
+    assert not (tmp_path / "x.csv").exists()
+    main([*command, "--allow-partial"])
+    assert {row["complete"] for row in rows_of(tmp_path / "x.csv")} == {"false"}
+    before = (tmp_path / "x.csv").read_text()
+    assert "1.tar" in fails(capsys, command, status=1)
+    main([*command, "--allow-partial"])
+    assert "0 results added, 1 found there" in capsys.readouterr().out
+    assert (tmp_path / "x.csv").read_text() == before
 
 
 def test_program_ends_after_failed_work(tmp_path: Path, seed: int) -> None:

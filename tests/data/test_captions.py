@@ -11,7 +11,7 @@ from helpers import caption, encode, pixels, write_tar
 
 from dualenc.cli import main
 from dualenc.data import PairDataset, Preprocess, ShardIndex, Tokenizer
-from dualenc.data.pairs import caption_member, captions_of, only_pairs
+from dualenc.data.pairs import caption_members, captions_of, only_pairs
 from dualenc.utils.errors import BadSample, DataError
 
 MARK = "\ufeff"
@@ -94,14 +94,40 @@ def test_nested_fields_and_members_of_other_names(tmp_path: Path) -> None:
         "meta.json.x.y": ["eight"],
     }
     assert {source: captions_of(index[0], source) for source in want} == want
-    assert caption_member("json.a.json") == ("json", "a.json")
+    assert caption_members("json.a.json") == ["json"]
     assert len(only_pairs(index, "meta.json.x.y")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("members", "want"),
+    [
+        ({"txt": b"one"}, ["one"]),
+        ({"txt": b"one", "json": b'{"captions": ["two", "three"], "caption": "four"}'}, ["two", "three"]),
+        ({"txt": b"one", "json": b'{"caption": "four"}'}, ["one"]),  # img2dataset
+        ({"json": b'{"caption": "four"}'}, ["four"]),
+        ({"json": b'["x"]', "txt": b"one"}, ["one"]),
+        ({"json": b'{"url": "x"}'}, "no .txt, and its .json has no field 'captions' or 'caption'"),
+        ({"json": b'{"captions": []}', "txt": b"one"}, "json.captions holds no caption, or only empty ones"),
+        ({"json": b'{"captions"', "txt": b"one"}, ".json cannot be read"),
+    ],
+)
+def test_captions_are_found_sample_by_sample(tmp_path: Path, members: dict[str, bytes], want: Any) -> None:
+    (tmp_path / "other").mkdir()
+    index = ShardIndex.join([index_of(tmp_path, **members), index_of(tmp_path / "other", txt=b"five")])
+    assert len(only_pairs(index, "auto")[0]) == 2
+    assert captions_of(index[1], "auto") == ["five"]
+    if isinstance(want, list):
+        assert captions_of(index[0], "auto") == want
+    else:
+        with pytest.raises(BadSample) as error:
+            captions_of(index[0], "auto")
+        assert error.value.cause == want
 
 
 @pytest.mark.parametrize("source", ["", "json", "json.", "csv", "caption", "meta.caption", "txt.", ".txt"])
 def test_other_sources_are_refused(tmp_path: Path, source: str) -> None:
-    for ask in (lambda: caption_member(source), lambda: only_pairs(index_of(tmp_path, txt=b"a"), source)):
-        with pytest.raises(DataError, match="must be 'txt' or"):
+    for ask in (lambda: caption_members(source), lambda: only_pairs(index_of(tmp_path, txt=b"a"), source)):
+        with pytest.raises(DataError, match="must be 'auto', 'txt' or"):
             ask()
 
 

@@ -23,11 +23,14 @@ from dualenc.evaluation import (
     embed_set,
     evaluate,
     open_sets,
+    origin,
     score,
+    with_origin,
     write_results,
 )
-from dualenc.evaluation.probe import ProbeSet
+from dualenc.evaluation.probe import FrozenProbes, ProbeSet
 from dualenc.evaluation.results import read_results
+from dualenc.metrics.probe import few_shot_probe
 from dualenc.report import Section
 
 SETS = ["classification", "multilabel", "retrieval"]
@@ -351,7 +354,7 @@ def test_probe_reports_both_classifiers(embedder, tmp_path, seed):
     data, train = (BenchmarkSet.open(tmp_path / "c", split) for split in ("test", "train"))
     section, items = KINDS["probe"].evaluate(embedder, ProbeSet.of(data, train))
     result = section.result
-    assert (result["kind"], result["n"], result["trained_on"]) == ("probe", 30, 40)
+    assert (result["kind"], result["n"], result["learned_from"]) == ("probe", 30, {"train": 40})
     names = {f"{kind}_{name}" for kind in ("linear", "knn") for name in ("acc1", "mean_per_class_recall", "ece")}
     assert set(result["metrics"]) == names
     assert set(result["intervals"]) == {name for name in names if "ece" not in name}
@@ -361,16 +364,81 @@ def test_probe_reports_both_classifiers(embedder, tmp_path, seed):
     spoil(tmp_path / "c", "train", 0)
     spoiled = ProbeSet.of(data, BenchmarkSet.open(tmp_path / "c", "train"))
     worse = KINDS["probe"].evaluate(embedder, spoiled).section.result
-    assert (worse["trained_on"], worse["complete"]) == (39, False)
+    assert (worse["learned_from"], worse["complete"]) == ({"train": 39}, False)
     assert worse["problems"][0]["what"] == "image that cannot be decoded (train)"
+
+
+def test_probe_holds_out_a_fifth_of_a_single_split(embedder, tmp_path, seed):
+    """The shares are disjoint, hold every class, keep equal images together, and do not depend on names or order."""
+    rng = np.random.default_rng(seed)
+    pictures = {name: [encode(smooth(rng, 20, 24)) for _ in range(20)] for name in ("a", "b", "c")}
+    for name, images in pictures.items():
+        for folder, order in (("one", range(20)), ("two", reversed(range(20)))):
+            (tmp_path / folder / name).mkdir(parents=True)
+            for place, i in enumerate(order):
+                for copy in range(1 + (i < 8)):  # eight images of each class are there twice
+                    (tmp_path / folder / name / f"{place}-{copy}.png").write_bytes(images[i])
+    data, other = (open_sets([str(tmp_path / name)], [KINDS["probe"]])[0].data for name in ("one", "two"))
+    assert isinstance(data, ProbeSet)
+    assert isinstance(other, ProbeSet)
+    measured, rest = set(data.item_ids), set(data.train.item_ids)
+    assert len(data) + len(data.train) == 3 * 28
+    assert not measured & rest
+    assert len(measured) == 12
+    assert data.targets.unique().tolist() == [0, 1, 2]
+    assert measured == set(other.item_ids)
+    result = KINDS["probe"].evaluate(embedder, data).section.result
+    assert result["learned_from"] == {"the rest of test": len(data.train)}
+    assert "a fifth of each class of test" in result["notes"][0]
+    assert result["n"] == len(data)
+    (tmp_path / "few" / "a").mkdir(parents=True)
+    (tmp_path / "few" / "b").mkdir()
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        (tmp_path / "few" / name).write_bytes(pictures["a"][0])
+    with pytest.raises(DataError, match="no class with two different images"):
+        open_sets([str(tmp_path / "few")], [KINDS["probe"]])
+
+
+def test_probe_of_a_few_images(embedder, tmp_path, seed):
+    for split, count in (("train", 24), ("test", 30)):
+        write_benchmark(tmp_path / "c", seed + len(split), split=split, counts=(count,), classes=3)
+    kind = FrozenProbes(shots=(9, 2), draws=4)
+    data = open_sets([str(tmp_path / "c")], [kind])[0].data
+    section, items = kind.evaluate(embedder, data)
+    result = section.result
+    few = few_shot_probe(
+        *(x for split in ("train", "test") for x in labeled(embedder, tmp_path / "c", split)), shots=(2, 9), draws=4
+    )
+    for k, found in few.items():
+        name = f"linear_acc1_{k}shot"
+        assert result["metrics"][name] == pytest.approx(found.right.double().mean().item())
+        assert result["intervals"][name] == pytest.approx(found.interval)
+        assert result["chance"][name] == pytest.approx(1 / 3)
+    assert kind.metrics_of_items(items).values() == pytest.approx(result["metrics"])
+    assert sum("fewer images in class 0, class 1, class 2" in note for note in result["notes"]) == 1
+    assert kind.settings(data) != FrozenProbes(shots=(2,), draws=4).settings(data) != FrozenProbes().settings(data)
+    with pytest.raises(DataError, match="shots"):
+        FrozenProbes(shots=(0,))
+
+
+def labeled(embedder, folder, split):
+    """Return the embeddings and the classes of a split."""
+    data = BenchmarkSet.open(folder, split)
+    return embed_set(embedder, data).image, data.targets
 
 
 # Comparisons
 
 
+def described(found, data, embedder):
+    """Add to an outcome what was measured."""
+    kind = KINDS[found.section.result["kind"]]
+    return with_origin(found, origin(kind, data, found.section.result["model"], embedder.fingerprint))
+
+
 def results(embedder, folder, sets):
     found = [score(data, embed_set(embedder, data), embedder) for data in sets]
-    write_results(folder, "zeroshot", found, sets, embedder.fingerprint)
+    write_results(folder, "zeroshot", [described(*pair, embedder) for pair in zip(found, sets)])
     return found
 
 
@@ -429,7 +497,7 @@ def test_different_groups_and_classes_are_not_compared(embedder, tmp_path, seed)
         data = BenchmarkSet.open(write_benchmark(tmp_path / folder / "s", seed, kind, counts=(20,)))
         data = dataclasses.replace(data, **change(data))
         found = [KINDS[between].evaluate(embedder, data)]
-        write_results(tmp_path / folder, "x", found, [data], embedder.fingerprint)
+        write_results(tmp_path / folder, "x", [described(found[0], data, embedder)])
 
     for between, kind, change in (
         ("image-image", "classification", lambda data: {"targets": data.targets.roll(1)}),
@@ -454,7 +522,7 @@ def test_folder_with_two_models_is_not_compared(embedder, tmp_path, seed):
     other = dualenc.Embedder(embedder.model, embedder.tokenizer, embedder.preprocess, "another")
     for data, one in zip(sets, (embedder, other)):
         found = [score(data, embed_set(one, data), one)]
-        write_results(tmp_path / "a", data.kind, found, [data], one.fingerprint)
+        write_results(tmp_path / "a", data.kind, [described(found[0], data, one)])
     with pytest.raises(DataError, match=r"holds results of several models: another, .*; name one of its \.json files"):
         compare(tmp_path / "a", tmp_path / "a")
     compare(tmp_path / "a" / "multilabel.json", tmp_path / "a")

@@ -14,6 +14,7 @@ import torch
 from helpers import Shake, tiny_tokenizer, write_shards
 
 import dualenc.data.pairs as pairs_module
+import dualenc.data.workers as workers_module
 from dualenc.data import Loader, PairDataset, ShardIndex
 from dualenc.utils.errors import DataError
 
@@ -25,6 +26,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than this machine has cores
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python >= 3.12
 ]
+
+
+@pytest.fixture(autouse=True)
+def many_cores(monkeypatch):
+    """Let the tests start as many workers as they ask for, whatever the machine has."""
+    monkeypatch.setattr(workers_module, "usable_cores", lambda: 64)
 
 
 @pytest.fixture
@@ -163,6 +170,26 @@ def test_sample_of_a_killed_worker_is_named(index, seed, monkeypatch):
     with pytest.raises(DataError, match=f"was killed by SIGKILL at {sample}: the kernel's out-of-memory killer"):
         list(loader(index, seed, workers=2))
     assert not worker_pids()
+
+
+def test_workers_are_lowered_to_the_cores(index, seed, monkeypatch, capfd):
+    """The batches do not depend on it, and one line says so, for all loaders together."""
+    monkeypatch.setattr(workers_module, "usable_cores", lambda: 2)
+    workers_module._tell_lowered.cache_clear()
+    few, none = loader(index, seed, workers=7), loader(index, seed)
+    found = []
+    for batch in few:
+        assert len(worker_pids()) == 2
+        found += pairs_of(batch)
+    few.close()
+    assert found == [pair for batch in none for pair in pairs_of(batch)]
+    assert loader(index, seed, workers=7).workers == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("workers:")] == [
+        "workers: 2 instead of 7, since this process may use 2 cores"
+    ]
+    waiting = workers_module.item_loader(list(range(9)), range(9), 5, waiting=True)
+    assert waiting.num_workers == 5
 
 
 def test_other_errors_in_workers_are_raised_unchanged(index, seed):

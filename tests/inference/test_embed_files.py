@@ -180,7 +180,7 @@ def test_mistakes_are_one_line(
     main([*again, "--workers", "0"])
     kept = everything(tmp_path / "out")
     assert "no --features" in fails(capsys, [*again, "--features"])
-    assert "captions 'txt', not 'json.captions'" in fails(capsys, [*again, "--captions", "json.captions"])
+    assert "captions 'auto', not 'json.captions'" in fails(capsys, [*again, "--captions", "json.captions"])
     tiny_embedder(seed + 1).save(tmp_path / "other")
     assert f"another model ({model}" in fails(capsys, ["embed", str(tmp_path / "other"), shards, out])
     assert "part-002.tar is missing" in fails(
@@ -213,3 +213,65 @@ def test_mistakes_are_one_line(
     (tmp_path / "shards" / "dualenc.index").unlink()
     changed = fails(capsys, again)
     assert "part-000.tar has changed" in changed
+
+
+def test_images_of_a_folder_are_embedded(
+    model: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder, a glob, a list and the paths give the same files; a stopped command continues; bad images are named."""
+    monkeypatch.setattr("dualenc.inference.image_files.PART", 4)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(seed)
+    names = [f"photos/{'trip é/' if i % 3 == 0 else ''}{i}.{'png' if i % 2 else 'JPG'}" for i in range(10)]
+    (tmp_path / "photos" / "trip é").mkdir(parents=True)
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(encode(smooth(rng, 20, 24), "png" if i % 2 else "jpeg"))
+    (tmp_path / names[4]).write_bytes(b"no picture")
+    (tmp_path / "photos" / "notes.txt").write_text("a text")
+    (tmp_path / "photos" / ".hidden.png").write_bytes(b"")
+    options = ["--workers", "0", "--batch_size", "3"]
+    main(["embed", model, "photos", "out", *options])
+    printed = capsys.readouterr().out
+    assert "10 images in 3 files" in printed
+    assert names[4] in printed
+    found = [read(tmp_path / "out" / f"images-0000{i}.safetensors") for i in range(3)]
+    keys = [key for _, metadata in found for key in metadata["keys"]]
+    assert sorted(keys) == sorted(names)
+    assert {name for arrays, _ in found for name in arrays} == {"image", "piece"}
+    vectors = dict(zip(keys, np.concatenate([arrays["image"] for arrays, _ in found])))
+    assert np.isnan(vectors.pop(names[4])).all()
+    expected = load(model).embed_images(list(vectors)).numpy()
+    np.testing.assert_allclose(np.stack(list(vectors.values())), expected, atol=1e-6)
+    assert [json.loads(line)["key"] for line in (tmp_path / "out" / "bad.jsonl").read_text().splitlines()] == [names[4]]
+    whole = everything(tmp_path / "out")
+    (tmp_path / "out" / "images-00001.safetensors").unlink()
+    main(["embed", model, "./photos", "out", *options])
+    assert everything(tmp_path / "out") == whole
+    (tmp_path / "list.txt").write_text("".join(f"{key}\n" for key in keys))
+    for out, sources in (("a", ["list.txt"]), ("b", keys), ("c", ["photos/**"])):
+        main(["embed", model, *sources, out, *options])
+        assert everything(tmp_path / out).keys() == whole.keys()
+        assert (tmp_path / out / "images-00000.safetensors").read_bytes() == whole["images-00000.safetensors"]
+
+
+def test_images_that_cannot_be_embedded_are_one_line(
+    model: str, shards: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "photos" / f"{name}.png").write_bytes(encode(pixels(np.random.default_rng(seed))))
+    main(["embed", model, "photos", "out", "--workers", "0"])
+    (tmp_path / "gone.txt").write_text("x/1.jpg\nx/2.jpg\n")
+    for arguments, said in (
+        ([model, "photos", "elsewhere", "--features"], "--features"),
+        ([model, "photos", shards, "elsewhere"], "two folders"),
+        ([model, "photos", "photos/a.png", "elsewhere"], "named twice"),
+        ([model, "photos/c.png", "elsewhere"], "photos/c.png"),
+        ([model, "gone.txt", "elsewhere"], "x/1.jpg"),
+        ([model, shards, "out"], "image files"),
+    ):
+        assert said in fails(capsys, ["embed", *arguments, "--workers", "0"])
+    (tmp_path / "photos" / "a.png").write_bytes(encode(pixels(np.random.default_rng(seed + 1), 9)))
+    assert "other images" in fails(capsys, ["embed", model, "photos", "out", "--workers", "0"])

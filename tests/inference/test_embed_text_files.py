@@ -30,7 +30,7 @@ def sentences(count):
 
 
 def test_embeddings_of_texts_and_of_tokens(tmp_path, model, capsys, monkeypatch):
-    monkeypatch.setattr("dualenc.inference.embed_files.CHUNK", 7)
+    monkeypatch.setattr("dualenc.inference.embed_text_files.CHUNK", 7)
     texts = sentences(23)
     lines = [json.dumps({"said": text}) for text in texts]
     lines[5], lines[20] = "{", json.dumps({"said": ""})

@@ -4,13 +4,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import t
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import dualenc.metrics.classification as classification
 from dualenc.metrics.classification import classification_bootstrap
-from dualenc.metrics.probe import NEIGHBORS, _every_fifth, knn_probe, linear_probe, logistic_regression
+from dualenc.metrics.probe import (
+    NEIGHBORS,
+    _interval,
+    every_fifth,
+    few_shot_probe,
+    knn_probe,
+    linear_probe,
+    logistic_regression,
+    student_quantile,
+)
 
 PROBES = [linear_probe, knn_probe]
 
@@ -108,6 +118,46 @@ def test_the_linear_probe_equals_scikit_learn():
     assert probe.missing == []
 
 
+# A few images of each class
+
+
+def test_few_shot_probes_equal_scikit_learn(seed):
+    """Every draw takes K images of each class at most, the draws are nested, and the answers are scikit-learn's."""
+    x, y, test, targets = clouds(4, [160, 90], noise=0.7)
+    y[:3], y[3:] = 3, y[3:] % 3  # class 3 has three images
+    found = few_shot_probe(x, y, test, targets, shots=(1, 8, 2), draws=3, seed=seed)
+    assert list(found) == [1, 8, 2]
+    assert {k: few.fewer for k, few in found.items()} == {1: [], 8: [3], 2: []}
+    generator = torch.Generator().manual_seed(seed)
+    for draw in range(3):
+        shuffled = torch.randperm(160, generator=generator).tolist()
+        for k, few in found.items():
+            rows = [i for c in range(4) for i in [i for i in shuffled if y[i] == c][:k]]
+            fit = LogisticRegression(tol=1e-9, max_iter=20000).fit(x[rows].double().numpy(), y[rows])
+            expected = torch.tensor(fit.predict(test.double().numpy()))
+            # An answer may differ where two classes have nearly the same score.
+            assert (few.right[draw] != (expected == targets)).sum() <= 1
+    assert not torch.equal(found[1].right[0], found[1].right[1])
+
+
+def test_intervals_of_few_shots_cover_the_truth():
+    """The mean over many draws and images lies in 95% of the intervals, of which each is of 4 draws and 100 images."""
+    targets = torch.arange(4).repeat_interleave(25)
+    inside, repeats = 0, 400
+    for _ in range(repeats):
+        difficulty, luck = torch.rand(100) - 0.5, torch.randn(4, 1) * 0.08  # of the images, of the draws
+        right = torch.rand(4, 100) < 0.5 + 0.6 * difficulty + luck
+        low, high = _interval(right, targets)
+        inside += low <= 0.5 <= high
+    assert 0.90 < inside / repeats < 0.99  # 95%, of which 400 intervals may miss four standard deviations
+    assert _interval(right[:1], targets) is None
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 100])
+def test_quantiles_are_those_of_student(freedom):
+    assert student_quantile(freedom) == pytest.approx(t.ppf(0.975, freedom), rel=0.01)
+
+
 # Neighbors
 
 
@@ -196,7 +246,7 @@ def test_the_final_fit_includes_the_held_out_images(probe):
 @pytest.mark.parametrize("probe", PROBES)
 def test_the_seed_determines_the_split(probe):
     x, y, test, targets = clouds(4, [100, 40], noise=0.9)
-    out = _every_fifth(y, 7)
+    out = every_fifth(y, 7)
     given = probe(x[~out], y[~out], test, targets, held_out=(x[out], y[out]), replicates=0)
     drawn = probe(x, y, test, targets, seed=7, replicates=0)
     assert drawn.held_out_accuracy == given.held_out_accuracy
@@ -208,15 +258,15 @@ def test_a_fifth_of_each_class_is_held_out(seed):
     sizes = torch.randint(1, 40, (12,))
     sizes[0], sizes[1] = 1, 2
     y = torch.arange(12).repeat_interleave(sizes)[torch.randperm(int(sizes.sum()))]
-    out = _every_fifth(y, seed)
+    out = every_fifth(y, seed)
     for number, size in enumerate(sizes.tolist()):
         held = int(out[y == number].sum())
         assert size > 1 or held == 0
         assert size == 1 or size // 5 <= held <= -(-size // 5)
         assert held < size
     assert abs(int(out.sum()) - (y.bincount()[y] > 1).sum() / 5) < 1
-    assert torch.equal(_every_fifth(y, seed), out)
-    assert not torch.equal(_every_fifth(y, seed + 1), out)
+    assert torch.equal(every_fifth(y, seed), out)
+    assert not torch.equal(every_fifth(y, seed + 1), out)
 
 
 @pytest.mark.parametrize("probe", PROBES)

@@ -18,7 +18,7 @@ from dualenc.data.doctor.scan import Survey, survey
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem, caption_lines
 from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
 from dualenc.data.loading.bad_samples import MAX_CONSECUTIVE, BadSampleLog
-from dualenc.data.pairs import caption_member, captions_of, decode_sample, join_command
+from dualenc.data.pairs import caption_members, captions_of, decode_sample, join_command
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.shards.patterns import SHARDS, Patterns, distinct, find_files
 from dualenc.data.shards.shard import content_hash
@@ -100,7 +100,7 @@ class Examination:
 
 def examine(
     shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    captions: str = "txt",
+    captions: str = "auto",
     *,
     image: str | None = None,
     sample: int | None = 1000,
@@ -132,7 +132,7 @@ def examine(
     Raises:
         DataError: If `captions` or `image` is not understood, no shard exists, or `against` cannot be read.
     """
-    caption_member(captions)  # raises if it is not understood
+    caption_members(captions)  # raises if it is not understood
     sets = [_open_against(data, captions, image) for data in against]
     found = Examination(findings=[finding for *_, findings in sets for finding in findings])
     paths = _existing_paths(shards, found)
@@ -226,12 +226,12 @@ def _pair_rows(index: ShardIndex, captions: str, found: Examination) -> np.ndarr
     if empty:
         advice = "leave them out, or write them again"
         found.findings.append(Finding("warning", "no samples", len(empty), len(index.shards), "shards", empty, advice))
-    member, _ = caption_member(captions)
-    image, text = index.having(index.images), index.having([member])
+    members = caption_members(captions)
+    image, text = index.having(index.images), index.having(members)
     both = np.flatnonzero(image & text)
     images = f".{', .'.join(index.images)}; --image names their member"
     for has, what, wanted in (
-        (image, "image", images), (text, "caption", f".{member}; --captions names their source"),
+        (image, "image", images), (text, "caption", f".{' or .'.join(members)}; --captions names their source"),
     ):  # fmt: skip
         if len(lacking := np.flatnonzero(~has)):
             shown_samples = [index[int(row)] for row in lacking[:SHOWN]]
@@ -338,7 +338,10 @@ class _PairChecks:
         for cause, count in Counter(cause for _, cause, _ in problems).most_common():
             first = [(row, detail) for row, other, detail in problems if other == cause][:SHOWN]
             examples = [_name(self.index[row]) + (f": {printable(detail)}" if detail else "") for row, detail in first]
-            self.add("warning", printable(cause), count, examples, advice)
+            if count == len(self.rows) and "field" in cause:
+                self.add("error", printable(cause), count, examples, "name one of the fields with --captions")
+            else:
+                self.add("warning", printable(cause), count, examples, advice)
         rows = sorted({row for row, _, _ in problems})
         bad, most = len(rows), BadSampleLog(self.total, budget=budget).limit
         estimated, _, high = estimate(bad, len(self.rows), self.total) if self.sampled else (bad, bad, bad)

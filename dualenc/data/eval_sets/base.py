@@ -124,7 +124,7 @@ class ImageFiles:
     def decode(self, i: int) -> Tensor:
         """See `ImageSource`."""
         try:
-            return decode_image(self._read(i))
+            return decode_image(self.read(i))
         except ImageError as error:
             raise BadSample(clean(self.paths[i]), error.cause, error.detail) from None
 
@@ -133,12 +133,17 @@ class ImageFiles:
         found = np.zeros(len(self), np.uint64)
         for i in range(len(self)):
             try:
-                found[i] = content_hash(self._read(i))
+                found[i] = content_hash(self.read(i))
             except BadSample:
                 continue
         return found
 
-    def _read(self, i: int) -> bytes:
+    def read(self, i: int) -> bytes:
+        """Read the bytes of image i.
+
+        Raises:
+            BadSample: If the file cannot be read, or is too large.
+        """
         try:
             with open(self.paths[i], "rb") as file:
                 data = file.read(MAX_IMAGE + 1)

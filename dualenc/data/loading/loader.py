@@ -10,7 +10,7 @@ import numpy as np
 from dualenc.data.loading.bad_samples import BadSampleLog
 from dualenc.data.loading.epoch_plan import EpochPlan, RoundRobinPlan
 from dualenc.data.loading.prefetch import Prefetch
-from dualenc.data.workers import PREFETCH, WatchedDataset, WorkerLoader, prefetch_that_fits
+from dualenc.data.workers import PREFETCH, WatchedDataset, WorkerLoader, prefetch_that_fits, usable_workers
 from dualenc.utils.errors import DataError
 
 Request = tuple[int, int, np.ndarray]  # epoch, position in the epoch of the first sample, (B,) sample numbers
@@ -58,7 +58,7 @@ class Loader:
             out. Every rank gets a part of every batch, since the other ranks would wait for it.
         rank: number of this process.
         world: world size, the number of processes.
-        workers: number of processes that decode; 0 for none.
+        workers: number of processes that decode, at most one for each core; 0 for none.
         timeout: seconds that the next batch may take, with workers.
         pin_memory: use pinned memory, for a fast copy to a GPU.
         bad_sample_log: log that counts and writes the bad samples; without it they are counted in memory only.
@@ -92,7 +92,7 @@ class Loader:
         # Not `or`: an empty log is false.
         self.bad_sample_log = BadSampleLog(len(dataset.index)) if bad_sample_log is None else bad_sample_log
         self.mix, self.shuffle, self.rank, self.world = mix, shuffle, rank, world
-        self.workers, self.timeout, self.pin_memory = workers, timeout, pin_memory
+        self.workers, self.timeout, self.pin_memory = usable_workers(workers, rank), timeout, pin_memory
         self.epoch, self.batch = 0, 0
         if batch_size % world:
             raise DataError(f"batch_size {batch_size} (over all ranks) must be a multiple of the {world} ranks")

@@ -157,6 +157,8 @@ def _read_tables(
         records, coco = (parquet_rows(tables, inside), False) if table.suffix.lower() == ".parquet" else _records(table)
         first = list(islice(records, 100))
         columns = list(dict.fromkeys(name for _, record in first for name in record or ()))
+        if not columns:
+            raise DataError(f"{table} has no rows with values: give a row for each image")
         if coco and (image_column or caption_column):
             raise DataError(f"{table} is COCO's captions JSON: columns are options for tables only")
         image = "file_name" if coco else _find_image_column(table, columns, image_column, list(inside))

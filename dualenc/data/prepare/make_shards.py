@@ -7,6 +7,7 @@ A line is appended to a journal for each complete shard, so that a stopped run r
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,10 +73,10 @@ class Summary:
             text.append(f"left out, {cause}: {len(names):,}: {examples}")
         if self.left_out:
             text.append(f"everything that was left out is named in {Path(self.out) / 'summary.json'}")
-        text.append(f"next: dualenc fit --config run.yaml --data.train {self.out} --data.captions json.captions")
+        text.append(f"next: dualenc fit --config run.yaml --data.train {shlex.quote(self.out)}")
         if self.held_out:
             command = "zeroshot" if self.classes else "retrieval"
-            text.append(f"then: dualenc {command} RUN {Path(self.out) / 'held_out'}")
+            text.append(f"then: dualenc {command} RUN {shlex.quote(str(Path(self.out) / 'held_out'))}")
         return text
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,9 @@ class Shrunk:
                 f"{len(self.undecodable):,} images cannot be made smaller and are copied unchanged: {examples}"
                 f"{', ...' if len(self.undecodable) > 3 else ''}; all are named in {Path(self.out) / 'shrink.json'}"
             )
-        text.append(f"next: dualenc fit --config run.yaml --data.train {self.out}{image_argument(self.images)}")
+        text.append(
+            f"next: dualenc fit --config run.yaml --data.train {quote(str(self.out))}{image_argument(self.images)}"
+        )
         return text
 
 

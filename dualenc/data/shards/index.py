@@ -324,7 +324,7 @@ class _Build:
         saved = time.monotonic()
         try:
             workers = workers if len(scanner) > 3 else 0  # scanning a few shards takes less time than starting workers
-            for result in track(item_loader(scanner, range(len(scanner)), workers)):
+            for result in track(item_loader(scanner, range(len(scanner)), workers, waiting=True)):
                 if isinstance(result, DataError):
                     self._raise_or_collect(result)
                     continue

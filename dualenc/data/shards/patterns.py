@@ -21,6 +21,7 @@ COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".
 MAX_ENTRIES = 10_000  # names in a folder and below it that are looked at, to tell whether it holds files of a kind
 _STORES = ", ".join(f"{name}://" for name in PROTOCOLS)
 _EXAMPLES = 3
+_TABLES_AND_IMAGES = (".parquet", ".csv", ".jpg", ".jpeg", ".png", ".webp")
 
 
 class FileKind(NamedTuple):
@@ -212,8 +213,8 @@ def _describe(passed: list[str], folders: list[str], kind: FileKind) -> str:
         parts.append(f"{plural(len(passed), 'file')} not named {endings} ({_examples(passed)})")
         if any(path.lower().endswith(COMPRESSED) for path in passed):
             ways_out.append(f"unpack what is compressed to plain {endings}")
-        if kind is SHARDS and any(path.lower().endswith(".parquet") for path in passed):
-            ways_out.append("`dualenc make-shards` makes shards of tables")
+        if kind is SHARDS and any(path.lower().endswith(_TABLES_AND_IMAGES) for path in passed):
+            ways_out.append("`dualenc make-shards` makes shards of images and captions")
     if folders:
         parts.append(f"{plural(len(folders), 'folder')} ({_examples(folders)})")
         inside = f"{glob.escape(os.path.dirname(shown(folders[0])))}/**"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -159,7 +160,9 @@ class Cache:
             with open(temporary, "rb") as received:
                 if what := stand_in(received.read(1024)):
                     raise StorageError(f"{url} is {what}")
-            raise StorageError(f"{url} changed since it was indexed; if this is intended, run: dualenc index {url}")
+            raise StorageError(
+                f"{url} changed since it was indexed; if this is intended, run: dualenc index {quote(str(url))}"
+            )
 
     @contextmanager
     def _new_file(self, url: str, size: int, keep: Collection[str]) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -242,7 +243,9 @@ def content_hash(data: bytes, salt: int = 0) -> int:
 def changed_error(url: str) -> DataError:
     """Return the error of a shard that is not the one that was indexed."""
     url = shown(url)
-    return DataError(f"shard {url} changed since it was indexed; if this is intended, run: dualenc index {url}")
+    return DataError(
+        f"shard {url} changed since it was indexed; if this is intended, run: dualenc index {quote(str(url))}"
+    )
 
 
 def scan(url: str, cache: Cache, path: str | None = None) -> Shard:

@@ -509,7 +509,7 @@ def test_wrong_use(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
         assert len(errors.strip().splitlines()) == 1
         assert what in errors, errors
         assert out == ""
-    printed = run(capsys, shard, "--captions", "json.nothing")[0]
+    printed = run(capsys, shard, "--captions", "json.nothing", status=1)[0]
     assert "'nothing': 3 of 3" in printed
 
 

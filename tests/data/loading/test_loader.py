@@ -358,7 +358,7 @@ def test_samples_without_image_or_caption_are_named(tmp_path, seed):
     assert only_pairs(pairs, "txt") == (pairs, [])
     with pytest.raises(DataError, match=r"no captions among 4 samples; expected \.json"):
         only_pairs(index, "json.caption")
-    with pytest.raises(DataError, match="'caption' must be 'txt' or"):
+    with pytest.raises(DataError, match="'caption' must be 'auto', 'txt' or"):
         only_pairs(index, "caption")
     for taken, cause in (([2], "no images among 1"), ([1, 2], "no sample of 2 has an image and a caption")):
         with pytest.raises(DataError, match=cause):
