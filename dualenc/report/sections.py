@@ -15,6 +15,7 @@ def of_section(section: Section) -> dict[str, Any]:
     """Return what the template shows of a set."""
     return {
         "result": section.result,
+        "model": "",  # named where a page has several
         "reference": "baseline" if section.result.get("baseline") else "chance",
         "rows": rows(section.result, section.description),
         "measured": measured(section.result, section.description),

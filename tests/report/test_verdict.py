@@ -105,7 +105,12 @@ def test_verdict_notes_and_prompts_stand_on_the_page_and_under_the_table(
         assert f"\npets: {text}\n" in printed, text
     assert "\x1b" not in printed
 
-    print_table([one, {**one, "model": "runs/y"}])
+    assert "model: <code>" not in page
+    models = [one, {**one, "model": "runs/y"}]
+    sections = [Section(part, description=ACCURACY) for part in models]
+    page = write_report(tmp_path / "c", "Pets", sections).read_text("utf-8")
+    assert [page.count(f"model: <code>{name}</code>") for name in ("runs/x", "runs/y")] == [1, 1]
+    print_table(models)
     printed = capsys.readouterr().out
     for model in ("runs/x", "runs/y"):
         assert f"\npets, {model}: {one['verdict']}\n" in printed
