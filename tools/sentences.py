@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dualenc.data.text.files import TextIndex
 from dualenc.metrics import label_bootstrap, majority_baseline
-from dualenc.report import Description, Points, Section, print_table, write_report
+from dualenc.report import Description, Points, Section, print_table, verdict, write_report
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import write_json
 
@@ -74,10 +74,12 @@ def sentences(
             "cluster_purity": float(np.mean([purity(clusters, rng.permutation(targets)) for _ in range(SHUFFLES)])),
         },
     }
+    result["baseline"] = "the most frequent training label (of clusters: shuffled labels)"
     note = f"{len(y):,} texts, in the two directions of the largest spread (principal components)."
     description = Description(
         "texts", "logistic regression and clusters on frozen sentence embeddings", ("linear_acc1",)
     )
+    result["verdict"] = verdict(result, description)
     return Section(result, None, Points(points, targets, names, (explained[0], explained[1]), None, note), description)
 
 

@@ -204,7 +204,8 @@ def probe(
     Args:
         model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
         data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, or folders with plain shards or
-            class folders for each split. Of a set with a single split a fifth is measured, and the rest is learned from.
+            class folders for each split. Of a set with a single split a fifth is measured, and the rest is learned
+            from.
         train: split to learn from; the hyperparameters are chosen on "val" or "valid", or else on a fifth of it.
         split: split to measure on; "test" by default.
         classnames: file of class names, one on each line in the order of the classes; by default those of the set.

@@ -18,7 +18,7 @@ from dualenc.data.shards.shard import content_hash
 from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
 from dualenc.inference.embedder import Embedder
 from dualenc.metrics import BootstrapMetrics
-from dualenc.report import Description, Findings, Section
+from dualenc.report import Description, Findings, Section, verdict
 from dualenc.utils.errors import DataError
 
 NAMES = 20  # names of bad samples that a result lists for each problem
@@ -204,7 +204,7 @@ class EvaluationKind(ABC):
             problems: problems of the set.
         """
         every = [*problems, *scores.problems]
-        return {
+        result = {
             "dataset": dataset,
             "kind": self.name,
             "model": model,
@@ -218,6 +218,7 @@ class EvaluationKind(ABC):
             "chance": dict(scores.chance),
             **scores.facts,
         }
+        return {**result, "verdict": verdict(result, self.description)}
 
 
 def problems(data: BenchmarkSet, bad: Sequence[tuple[int, str]], suffix: str = "") -> list[Problem]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dualenc.data import BenchmarkSet
 from dualenc.evaluation.base import Evaluated, EvaluationKind, SavedResult
 from dualenc.evaluation.kinds import KINDS
-from dualenc.report import Comparison
+from dualenc.report import Comparison, verdict_on_two
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import atomic_write, write_json
 from dualenc.utils.urls import is_remote, shown
@@ -225,6 +225,7 @@ def _comparison(kind: EvaluationKind, first: SavedResult, second: SavedResult) -
             if metric in first.result["intervals"]
         },
     }
+    result["verdict"] = verdict_on_two(result, kind.description)
     return Comparison(result, kind.compared(first, second), kind.description)
 
 

@@ -27,8 +27,9 @@ def evaluate(
     Returns:
         `dataset`, `kind`, `model`, `n` (number of images), `complete` (false if the set has problems), `problems`
         (`what`, `count` and some `names` for each problem), `metrics` (name to value), `intervals` (name to lower and
-        upper 95% bound), `chance` (expected values of a random order, where they are known); for classes also
-        `per_class` and `calibration`. All plain Python, ready for JSON.
+        upper 95% bound), `chance` (expected values of a random order, where they are known), `verdict` (a sentence,
+        empty where the intervals tell nothing); for classes also `per_class` and `calibration`. All plain Python, ready
+        for JSON.
 
     Raises:
         DataError: If nothing can be measured.

@@ -148,7 +148,7 @@ def classification_bootstrap(items: Mapping[str, Tensor]) -> BootstrapMetrics:
     Returns:
         The metrics:
 
-        - `acc1`, `acc5` (absent below 5 classes): share of images whose class is first, or among the first five.
+        - `acc1`, `acc5` (only of more than 5 classes): share of images whose class is first, or among the first five.
         - `mean_per_class_recall`: mean of `acc1` over the classes that have images.
         - `ece`: expected calibration error (Guo et al. 2017, equation 3). Images are put into 15 bins of equal width by
           confidence; the absolute differences of accuracy and mean confidence are averaged over the images.
@@ -169,7 +169,7 @@ def classification_bootstrap(items: Mapping[str, Tensor]) -> BootstrapMetrics:
         return share.nanmean(1)  # A class whose images all have weight 0 is left out.
 
     gaps = F.one_hot(_bins(confidence, BINS), BINS).double() * (right - confidence)[:, None]  # (N, bins)
-    statistics = {f"acc{k}": mean(rank < k) for k in (1, 5) if k <= max(classes, 1)}
+    statistics = {f"acc{k}": mean(rank < k) for k in (1, 5) if k < max(classes, 2)}
     statistics["mean_per_class_recall"] = recall
     statistics["ece"] = lambda weights: (weights @ gaps).abs().sum(1) / weights.sum(1)
     return BootstrapMetrics(statistics, len(target), target)

@@ -6,6 +6,7 @@ from dualenc.report.findings import Answers, ChoiceScores, Classes, Labels
 from dualenc.report.html import write_comparison, write_report
 from dualenc.report.model import Comparison, Description, Findings, Points, Result, Section
 from dualenc.report.terminal import print_comparison, print_table
+from dualenc.report.verdict import verdict, verdict_on_two
 
 __all__ = [
     "Answers",
@@ -24,6 +25,8 @@ __all__ = [
     "print_comparison",
     "print_examination",
     "print_table",
+    "verdict",
+    "verdict_on_two",
     "write_comparison",
     "write_examination",
     "write_report",

@@ -10,7 +10,8 @@ from markupsafe import Markup
 from dualenc.report.findings import draw, item
 from dualenc.report.model import Comparison, Picture
 from dualenc.report.render import render
-from dualenc.report.sections import measured, reading
+from dualenc.report.sections import measured
+from dualenc.report.verdict import better, reading
 
 SIDES = ("a", "b")
 
@@ -137,13 +138,9 @@ def differences(comparison: Comparison) -> list[dict[str, Any]]:
     """Return each metric of both models with their difference, its interval, and the model that is clearly better."""
     found = []
     for name, (a, b, difference, low, high) in comparison.result["differences"].items():
-        how = reading(name, comparison.description)
-        better = ""
-        if low > 0 or high < 0:
-            better = "B" if (low > 0) != how["lower"] else "A"
-        found.append(
-            {"name": name, "a": a, "b": b, "difference": difference, "interval": (low, high), "better": better, **how}
-        )
+        values = {"a": a, "b": b, "difference": difference, "interval": (low, high)}
+        winner = better(name, (difference, low, high), comparison.description)
+        found.append({"name": name, **values, "better": winner, **reading(name, comparison.description)})
     return found
 
 

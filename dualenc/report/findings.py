@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from dualenc.report.plots import reliability, spread
 from dualenc.report.render import render
 
 WHOLE_MATRIX = 50  # most classes of a confusion matrix with numbers
+FEW = 12  # most classes of a matrix with large cells, which a phone has room for
 SHOWN_CLASSES = 24  # of more classes, those with most confusions in such a matrix, next to an overview of all
 ALL_BARS = 60  # largest number of classes that all have a bar; of more classes, some at both ends have one
 WORST, BEST = 20, 10  # number of bars at each end then
@@ -25,25 +26,27 @@ DRAWN = 4  # examples of each sort, such as right and wrong, that are drawn for 
 
 @dataclass(frozen=True)
 class Classes:
-    """Predicted class of each image.
+    """Predicted class of each image, or of each text.
 
     Attributes:
         names: names of the classes.
         truth: (N,) class of each image.
         predicted: (N,) predicted class of each image.
-        picture: function that returns the thumbnail of image i.
+        example: function that returns the thumbnail of image i, or text i.
         confidence: (N,) probability of the predicted class.
         calibration: confidence, accuracy and number of images of each bin.
         ece: expected calibration error.
+        unit: what is classified, in the plural.
     """
 
     names: Sequence[str]
     truth: np.ndarray
     predicted: np.ndarray
-    picture: Picture
+    example: Callable[[int], bytes | str]
     confidence: np.ndarray | None = None
     calibration: Sequence[Sequence[float]] = ()
     ece: float | None = None
+    unit: str = "images"
 
     def html(self) -> Markup:
         """See `Findings`."""
@@ -71,12 +74,14 @@ class Classes:
             confusions=[self._confusion(n, size, a, b) for n, size, a, b in wrong[:CONFUSIONS]],
             confident=self._confident_mistakes(),
             matrix_names=[names[c] for c in matrix],
+            few=count <= FEW,
             matrix_rows=[
                 (names[a], [(pairs[a, b], pairs[a, b] / total[a]) for b in matrix]) for a in matrix if total[a]
             ],
             overview=overview,
             classes=count,
             bars=worst_first(bars),
+            unit=self.unit,
         )
 
     def _confusion(self, count: int, total: int, truth: int, predicted: int) -> dict[str, Any]:
@@ -87,7 +92,7 @@ class Classes:
             "predicted": self.names[predicted],
             "n": count,
             "total": total,
-            "pictures": [self._example(int(i)) for i in rows],
+            "examples": [self._example(int(i)) for i in rows],
         }
 
     def _confident_mistakes(self) -> list[dict[str, Any]]:
@@ -103,8 +108,10 @@ class Classes:
         ]
 
     def _example(self, i: int) -> dict[str, Any]:
-        """Return the thumbnail of image i and the confidence of its prediction."""
-        return {"picture": self.picture(i), "confidence": None if self.confidence is None else self.confidence[i]}
+        """Return the thumbnail of image i, or text i, and the confidence of its prediction."""
+        example = self.example(i)
+        shown = {"caption": example} if isinstance(example, str) else {"picture": example}
+        return {**shown, "confidence": None if self.confidence is None else self.confidence[i]}
 
 
 @dataclass(frozen=True)

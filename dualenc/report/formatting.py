@@ -17,7 +17,7 @@ def is_share(name: str) -> bool:
 
 def number(value: float) -> str:
     """Format a share with three decimals, a small one with two significant digits, a rank with one decimal."""
-    if 0 < abs(value) < 0.01:
+    if 0 < abs(value) < 0.00995:
         return f"{value:.2g}"
     return f"{value:.3f}" if abs(value) <= 1 else f"{value:,.1f}"
 

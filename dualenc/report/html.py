@@ -38,6 +38,9 @@ def write_report(
         Path of the file.
     """
     pages = [of_section(section) for section in sections]
+    if len({section.result["model"] for section in sections}) > 1:
+        for page in pages:
+            page["model"] = page["result"]["model"]
     headlines = {row["name"]: row["share"] for page in pages for row in page["rows"] if row["headline"]}
     return write_page(
         "sets.jinja",

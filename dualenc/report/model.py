@@ -10,7 +10,8 @@ from markupsafe import Markup
 # dataset, kind, n (units), complete, problems (a list of {"what", "count", "names"}). A result of one model also holds
 # model, and by metric: metrics, intervals, chance (for some). A comparison holds first and second, the models' names,
 # and differences, by metric: the value of the first, of the second, second minus first, and the interval of that.
-# `dualenc.evaluation` makes both.
+# Both may hold verdict (see `verdict.py`), notes (sentences) and prompts (the prompts of class names). With baseline, a
+# text, chance holds the values of a baseline: what it answers. `dualenc.evaluation` makes both.
 Result = dict[str, Any]
 
 Picture = Callable[[int], bytes]  # number of an image -> a small JPEG or PNG

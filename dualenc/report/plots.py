@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from dualenc.report.formatting import number
 from dualenc.report.model import Points
 
 # Metrics that share one plot for each evaluation set, since their values are of about the same size.
@@ -38,11 +39,24 @@ def curves(path: Path, metrics: Mapping[str, bool] = MappingProxyType({})) -> li
     Returns:
         `title` and `svg` of each plot.
     """
-    shares_plot = {"perplexity": False, **metrics, **dict.fromkeys(CURVES, True)}
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             series[row["metric"]].append((int(row["step"]), float(row["value"])))
+    plots = []
+    for title, names in _groups(list(series), metrics).items():
+        own = [name for name in names if name in series]
+        lines = [(name if title == "loss" else name.rpartition("/")[2], series[name]) for name in own]
+        parts = [lines[i : i + len(LINE_COLORS)] for i in range(0, len(lines), len(LINE_COLORS))]
+        for i, part in enumerate(parts, 1):
+            shown = title if len(parts) == 1 else f"{title}, {i} of {len(parts)}"
+            plots.append({"title": shown, "svg": _svg(partial(_lines, dict(part)), 4.4, 2.9)})
+    return plots
+
+
+def _groups(series: Sequence[str], metrics: Mapping[str, bool]) -> dict[str, list[str]]:
+    """Return the names of the series that share a plot, by the plot's title; see `curves`."""
+    shares_plot = {"perplexity": False, **metrics, **dict.fromkeys(CURVES, True)}
     sets = dict.fromkeys(name.rpartition("/")[0] for name in series if not name.startswith(("train/", "test/")))
     groups = {"loss": ["train/loss", "val/loss"]}
     for name in sets:
@@ -51,27 +65,37 @@ def curves(path: Path, metrics: Mapping[str, bool] = MappingProxyType({})) -> li
         groups[title] = [m for m in own if shares_plot.get(m.rpartition("/")[2])]
         for metric in (metric for metric, together in shares_plot.items() if not together):
             groups[f"{title}: {metric}"] = [m for m in own if m.endswith(f"/{metric}")]
-        groups["loss"] += [m for m in own if m.endswith("/loss") and m not in groups["loss"]]
+        # The loss of a head next to the one that training logs of it.
+        own_losses = [m for m in own if m.endswith("/loss") and m not in groups["loss"]]
+        groups["loss"] += [m for one in own_losses for m in (f"train/{one.removeprefix('val/')}", one) if m in series]
     groups["learning rate"] = ["train/lr"]
     groups["temperature (logit scale)"] = ["train/logit_scale"]
     groups["gradient norm before clipping"] = ["train/grad_norm"]
     groups["samples per second"] = ["train/samples_per_second"]
-    plots = []
-    for title, names in groups.items():
-        lines = {name.rpartition("/")[2] if title != "loss" else name: series[name] for name in names if series[name]}
-        if lines:
-            plots.append({"title": title, "svg": _svg(partial(_lines, lines), 4.4, 2.9)})
-    return plots
+    return groups
 
 
 def _lines(lines: Mapping[str, list[tuple[int, float]]], axes: Any) -> None:
-    """Draw lines through (step, value) by name; few points are marked, since a line of one point is not visible."""
-    for (name, points), color in zip(lines.items(), LINE_COLORS):
+    """Draw lines through (step, value) by name; few points are marked, and a single one shows its value.
+
+    Args:
+        lines: one line for each of `LINE_COLORS` at most.
+        axes: axes to draw on.
+    """
+    for (name, points), color in zip(lines.items(), LINE_COLORS, strict=False):
         x, y = zip(*points)
-        axes.plot(x, y, color=color, label=name, linewidth=1.6, marker="o" if len(x) < 25 else None, markersize=3)
+        mark = {"marker": "o", "markersize": 5 if len(x) == 1 else 3} if len(x) < 25 else {}
+        label = f"{name}  {number(y[0])}" if len(x) == 1 and len(lines) > 1 else name
+        axes.plot(x, y, color=color, label=label, linewidth=1.6, **mark)
+        if len(lines) == len(points) == 1:
+            axes.annotate(number(points[0][1]), points[0], (0, 7), textcoords="offset points", ha="center", color=INK)
+    if len(steps := {step for points in lines.values() for step, _ in points}) == 1:
+        axes.set_xticks(list(steps))
+        axes.set_xlim(min(steps) - 1, min(steps) + 1)
     axes.set_xlabel("step")
-    if min(value for points in lines.values() for _, value in points) >= 0:
-        axes.set_ylim(bottom=0)
+    values = [value for points in lines.values() for _, value in points if math.isfinite(value)]
+    if values and min(values) >= 0:
+        axes.set_ylim(0, 1.1 * max(values) or 1)
     if len(lines) > 1:
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from dualenc.report import formatting
 from dualenc.report.templates import templates
+from dualenc.utils.text import plain
 
 _FILTERS = ("number", "change", "uri", "breakable", "figure", "percent")
 
@@ -25,5 +26,5 @@ def render(template: str, **values: Any) -> Markup:
 @cache
 def _environment() -> Environment:
     environment = templates(autoescape=True)
-    environment.filters |= {name: getattr(formatting, name) for name in _FILTERS}
+    environment.filters |= {"plain": plain, **{name: getattr(formatting, name) for name in _FILTERS}}
     return environment

@@ -4,15 +4,19 @@ from typing import Any
 
 import numpy as np
 
-from dualenc.report.formatting import is_share, lower_is_better
 from dualenc.report.model import Description, Points, Result, Section
 from dualenc.report.plots import COLORS, embedding_map
+from dualenc.report.verdict import against_chance, reading
+
+_TONES = {"above": "yes", "better": "yes", "below": "no", "worse": "no"}  # styles by the first word of a verdict
 
 
 def of_section(section: Section) -> dict[str, Any]:
     """Return what the template shows of a set."""
     return {
         "result": section.result,
+        "model": "",  # named where a page has several
+        "reference": "baseline" if section.result.get("baseline") else "chance",
         "rows": rows(section.result, section.description),
         "measured": measured(section.result, section.description),
         "findings": "" if section.findings is None else section.findings.html(),
@@ -27,36 +31,26 @@ def rows(result: Result, description: Description) -> list[dict[str, Any]]:
         result: metrics of one model.
         description: explanation of the metrics.
     """
+    verdicts = {name: against_chance(name, result, description) for name in result["metrics"]}
     return [
         {
             "name": name,
             "value": value,
             "interval": result["intervals"].get(name),
             "chance": result["chance"].get(name),
+            "verdict": verdicts[name],
+            "tone": _TONES.get(verdicts[name].split(" ")[0], "soft"),
             **reading(name, description),
         }
         for name, value in result["metrics"].items()
     ]
 
 
-def reading(name: str, description: Description) -> dict[str, bool]:
-    """Return how to read a metric: if it lies in 0 to 1, if lower is better, and if it is a headline.
-
-    Args:
-        name: name of the metric.
-        description: explanation of the metrics.
-    """
-    return {
-        "share": is_share(name) and name not in description.unbounded,
-        "lower": lower_is_better(name) or name in description.lower_is_better,
-        "headline": name in description.headlines,
-    }
-
-
 def measured(result: Result, description: Description) -> str:
-    """Return how many units were measured, and what was measured on them."""
+    """Return how many units were measured, what was measured on them, and what a baseline answers."""
     count = f"{result['n']:,} {description.unit}"
-    return f"{count}: {description.measures}" if description.measures else count
+    measured = f"{count}: {description.measures}" if description.measures else count
+    return f"{measured}; baseline: {result['baseline']}" if result.get("baseline") else measured
 
 
 def _map(points: Points) -> dict[str, Any] | None:

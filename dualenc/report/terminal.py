@@ -11,7 +11,7 @@ from dualenc.utils.text import printable
 
 
 def print_table(results: Sequence[Result]) -> None:
-    """Print the metrics of all sets as one table, and below it the problems of the sets and notes on the results.
+    """Print the metrics of all sets as one table, and below it verdicts, prompts, notes and problems.
 
     Args:
         results: results of one model, or of several, which are then named in a column.
@@ -29,9 +29,9 @@ def print_table(results: Sequence[Result]) -> None:
         for result in results
     ]
     several = len({result["model"] for result in results}) > 1
-    _print_sets(results, ("metric", "value", "95% interval", "chance"), lines, several)
-    for name, note in dict.fromkeys(_remarks(results)):  # several models may have the same
-        _print_line(name, note)
+    baselines = [bool(result.get("baseline")) for result in results]
+    compared = "baseline" if baselines and all(baselines) else "chance or baseline" if any(baselines) else "chance"
+    _print_sets(results, ("metric", "value", "95% interval", compared), lines, several)
 
 
 def print_comparison(comparisons: Sequence[Comparison]) -> None:
@@ -86,6 +86,11 @@ def _print_sets(
         for left, cells in zip_longest(first, metrics):
             table.add_row(*(left or [""] * len(first[0])), *map(Text, cells or ()))
     _console().print(table)
+    remarks = list(dict.fromkeys(_remarks(results, several)))  # Several models may have the same.
+    if remarks:
+        _console().print()
+    for name, remark in remarks:
+        _print_line(name, remark)
     for name, problem in _problems(results):
         _print_line(name, _problem(problem), "bold yellow")
 
@@ -96,12 +101,14 @@ def _print_line(name: str, text: str, style: str = "bold") -> None:
     _console().print(Text.assemble((f"{name}: ", style), text))
 
 
-def _remarks(results: Sequence[Result]) -> Iterator[tuple[str, str]]:
-    """Yield what is said below the table: the name of a set, and its prompts or a note."""
+def _remarks(results: Sequence[Result], several: bool) -> Iterator[tuple[str, str]]:
+    """Yield the name of a set, and of the model if there are several, with its verdict, its prompts and its notes."""
     for result in results:
         name = printable(result["dataset"])
-        if result.get("prompts"):
-            yield name, printable(f"prompts: {result['prompts']}")
+        if verdict := result.get("verdict"):
+            yield f"{name}, {printable(result['model'])}" if several else name, printable(verdict)
+        if prompts := result.get("prompts"):
+            yield name, printable(f"prompts: {prompts}")
         for note in result.get("notes", ()):
             yield name, printable(note)
 

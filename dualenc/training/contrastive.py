@@ -41,7 +41,7 @@ from dualenc.training.metrics import PairEmbeddings
 from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.task import Task, describe_text_encoder, rank_zero_print, with_vocabulary
 from dualenc.utils.errors import DataError, ModelError
-from dualenc.utils.text import millions
+from dualenc.utils.text import millions, plain
 
 
 def adamw(parameters: Iterable[Any]) -> AdamW:
@@ -326,7 +326,7 @@ class ContrastiveTask(Task):
         """See `Task.about`."""
         image = self.model.config.image
         return {
-            "image tower": f"{image.name} {image.overrides or ''} at {image.img_size} pixels",
+            "image tower": f"{plain({image.name: image.overrides}).strip()} at {image.img_size} pixels",
             "text tower": describe_text_encoder(self.text_config),
         }
 

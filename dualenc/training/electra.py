@@ -111,7 +111,7 @@ class ReplacedTokenTask(LanguageTask):
         metrics = replaced_metrics(logits, replaced, self._frequent[ids])
         metrics["loss"] = judged / max(1, len(logits))
         metrics |= {"generator_loss": guessed / max(1.0, number), "generator_accuracy": right / max(1.0, number)}
-        measured = Measured(metrics, {}, {"accuracy": metrics["always_original"]}, len(logits))
+        measured = Measured(metrics, {}, {"accuracy": metrics["always_original"]}, len(logits), "always original")
         return {f"rtd/{name}": value for name, value in metrics.items()}, [self.section("rtd", HEADS["rtd"], measured)]
 
     def metric_names(self) -> list[str]:

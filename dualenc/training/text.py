@@ -1,7 +1,8 @@
 """The text task: one text encoder under one head or several, each with data of its own."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from dualenc.formats.huggingface.text_checkpoint import TextCheckpoint, open_tex
 from dualenc.inference.text_model import TextPredictor
 from dualenc.models import HeadConfig, TextConfig, TextModel
 from dualenc.models.heads import Examples, Head, HeldOut, LoadedHeads, Measured, import_head
-from dualenc.report import Section
+from dualenc.report import Section, verdict
 from dualenc.tokens import Tokens
 from dualenc.training.contrastive import BASE, PLAIN, adamw
 from dualenc.training.optim import Tuning, WarmupCosine
@@ -187,8 +188,10 @@ class LanguageTask(Task):
             "metrics": measured.metrics,
             "intervals": measured.intervals,
             "chance": measured.chance,
+            "baseline": measured.baseline,
         }
-        return Section(result, description=head.description)
+        result["verdict"] = verdict(result, head.description)
+        return Section(result, measured.findings, description=head.description)
 
     def about(self) -> dict[str, str]:
         """See `Task.about`."""
@@ -299,9 +302,12 @@ class TextTask(LanguageTask):
         return head.examples(logits, batch, batch.parts[name])
 
     def observe(self, batch: Texts) -> dict[str, Any]:
-        """See `LanguageTask.observe`."""
+        """Return what the heads keep, each with the rows of its samples; see `LanguageTask.observe`."""
         hidden = self._hidden(batch)
-        return {name: self.kinds[name].observe(self._examples(name, hidden, batch)) for name in batch.parts}
+        return {
+            name: (self.kinds[name].observe(self._examples(name, hidden, batch)), batch.rows[part.texts.cpu()].tolist())
+            for name, part in batch.parts.items()
+        }
 
     def measure(
         self, states: dict[str, list[Any]], stage: Literal["val", "test"]
@@ -311,7 +317,8 @@ class TextTask(LanguageTask):
         sections = []
         for name, own in states.items():
             head = self.kinds[name]
-            measured = head.metrics(own, self._held_out(name, stage))
+            rows = [row for _, some in own for row in some]
+            measured = head.metrics([state for state, _ in own], self._held_out(name, stage, rows))
             metrics |= {f"{name}/{key}": value for key, value in measured.metrics.items()}
             metrics |= {f"{name}/baseline_{key}": value for key, value in measured.chance.items()}
             sections.append(self.section(name, head, measured))
@@ -327,17 +334,21 @@ class TextTask(LanguageTask):
             found += [f"val/{name}/{metric}" for metric in own]
         return found
 
-    def _held_out(self, name: str, stage: Literal["val", "test"]) -> HeldOut:
+    def _held_out(self, name: str, stage: Literal["val", "test"], rows: Sequence[int]) -> HeldOut:
         data = self.trainer.datamodule
+        measured = "test" if stage == "test" and data.given["test"] else "val"
 
         def texts(part: Literal["train", "held_out"]) -> Iterable[str]:
-            held_out = "test" if data.given["test"] else "val"
-            return data.texts("train" if part == "train" else held_out, name)
+            return data.texts("train" if part == "train" else measured, name)
 
         def logits(tokens: Tokens, positions: Tensor) -> Tensor:
             return self.model(tokens.to(self.device), name, positions.to(self.device))
 
-        return HeldOut(stage, lambda: data.labels(name), texts, data.tokenizer, logits, self.seed, self.scored_tokens)
+        def text(i: int) -> str:
+            return " / ".join(data.texts_of_row(measured, name, rows[i]))
+
+        labels = partial(data.labels, name)
+        return HeldOut(stage, labels, texts, data.tokenizer, logits, text, self.seed, self.scored_tokens)
 
     # Prediction
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dualenc.data import BadSampleLog, Loader
 from dualenc.data.loading.loader import Mix
-from dualenc.data.text.dataset import TextDataset, Texts, Use, all_labels, all_texts
+from dualenc.data.text.dataset import TextDataset, Texts, Use, all_labels, all_texts, texts_of
 from dualenc.data.text.files import TextIndex
 from dualenc.data.text.masking import Masking
 from dualenc.models import TextConfig
@@ -270,6 +270,18 @@ class TextData(TokenData):
         self._read(part)
         self._cut_into_pieces(part)
         return all_texts(self._pieces[part][head], self.uses[part][head])
+
+    def texts_of_row(self, part: Split, head: str, row: int) -> list[str]:
+        """Return the text, or both texts of a pair, of one sample of a head.
+
+        Args:
+            part: split.
+            head: name of the head.
+            row: row of the sample in the index of the split, as in `dualenc.data.text.dataset.Texts.rows`.
+        """
+        index = self._joined(part)
+        assert index is not None  # A row comes from the index.
+        return texts_of(index[row], self.uses[part][head])
 
     def _check_labels(self, part: Split) -> None:
         """Read all labels of a split, so that a bad label raises before training starts."""

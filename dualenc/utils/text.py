@@ -3,8 +3,9 @@
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import Any
 
 from dualenc.utils.urls import redact
 
@@ -37,6 +38,20 @@ def print_message(line: str) -> None:
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun, such as "1 shard" or "1,200 shards"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def plain(value: Any) -> str:
+    """Return a value without the signs of Python: a mapping as names with values, a sequence as its items.
+
+    Example:
+        >>> plain({"depth": 3, "sizes": [7, 14]})
+        'depth 3, sizes 7 14'
+    """
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {plain(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return " ".join(map(plain, value))
+    return str(value)
 
 
 def millions(count: int) -> str:

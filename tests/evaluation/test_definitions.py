@@ -26,7 +26,7 @@ from dualenc.data.images import to_tensor
 
 PRINTED = {
     "zeroshot_cifar10": {"acc1": 0.1, "acc5": 0.4775, "mean_per_class_recall": 0.1},
-    "zeroshot_flowers5": {"acc1": 0.208, "acc5": 1.0, "mean_per_class_recall": 0.20800000000000002},
+    "zeroshot_flowers5": {"acc1": 0.208, "mean_per_class_recall": 0.20800000000000002},
     "zeroshot_tinyimagenet_a": {"acc1": 0.0075, "acc5": 0.0475, "mean_per_class_recall": 0.0075},
     "retrieval_flickr8k_val": {
         "image_retrieval_recall@1": 0.0006000000284984708,
@@ -82,7 +82,7 @@ def restated(embedder: dualenc.Embedder, folder: Path) -> dict[str, float]:
         "acc1": (logits.argmax(1) == truth).double().mean().item(),
         "mean_per_class_recall": float(balanced_accuracy_score(truth, logits.argmax(1))),
     }
-    if len(names) >= 5:
+    if len(names) > 5:
         found["acc5"] = (logits.topk(5).indices == truth[:, None]).any(1).double().mean().item()
     return found
 

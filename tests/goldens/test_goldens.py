@@ -138,7 +138,8 @@ def test_embeddings(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_results(files: Path) -> None:
     golden.evaluate(Path("again"))
     for path in Path("again").rglob("*.json"):
-        then = Path("results") / path.relative_to("again")
+        then = json.loads((Path("results") / path.relative_to("again")).read_text())
         now = [{**one, "data": os.path.relpath(one["data"])} for one in json.loads(path.read_text())]
-        same(now, json.loads(then.read_text()), 1e-4, str(path))
+        now = [{key: one[key] for key in before} for one, before in zip(now, then, strict=True)]  # A result may grow.
+        same(now, then, 1e-4, str(path))
     main(["compare", "results/zeroshot", "again/zeroshot"])

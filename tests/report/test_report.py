@@ -39,6 +39,7 @@ from dualenc.report import (
     write_examination,
     write_report,
 )
+from dualenc.report.plots import curves as plot_curves
 from dualenc.report.plots import embedding_map, reliability
 from dualenc.utils.files import write_json
 
@@ -364,11 +365,62 @@ def test_confusions_are_counted(tmp_path: Path) -> None:
     found = Classes(["cat", "dog", "yak"], truth, taken, lambda i: picture)
     page = write_report(tmp_path, "Pets", [section(result("pets", {"acc1": 1 / 3}, 6), found)])
     text = re.sub(r"\s", "", Elements(page.read_text("utf-8")).text)
+    assert 'class="matrix few"' in page.read_text("utf-8")
     first, second = text.index("catpredictedasdog3of4images"), text.index("dogpredictedascat1of2images")
     assert first < second
     assert "1classhasnoimages" in text
     assert "cat0.250of4" in text
     assert "dog0.500of2" in text
+
+
+def test_texts_are_escaped_and_cut(tmp_path: Path, seed: int) -> None:
+    """Check the page of classified texts: mistakes with their texts, the most confident first, and no pictures."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(3, size=40)
+    predicted, confidence = (truth + rng.integers(2, size=40)) % 3, rng.permutation(40) / 40
+    texts = [f"{i}. {EVIL}" + "x" * 5000 for i in range(40)]
+    names = [f"{name} {EVIL}" for name in ("good", "bad", "so so")]
+    found = Classes(names, truth, predicted, texts.__getitem__, confidence, unit="texts")
+    page = write_report(tmp_path, "Moods", [section(result("moods", {"acc1": 0.5}, 40), found)]).read_text("utf-8")
+    assert len(page) < 120_000
+    elements = Elements(page)
+    assert not {"img", "script"} & set(elements.tags)
+    assert "7 * 7" in elements.text
+    part = page[page.index("Most confident mistakes") : page.index("Confusion matrix")]
+    shown = [int(i) for i in re.findall(r"<q>(\d+)\.", part)]
+    wrong = np.flatnonzero(truth != predicted)
+    assert shown == wrong[np.argsort(-confidence[wrong])][:8].tolist()
+    assert "images" not in page[page.index("Most frequent") : page.index("<footer")]
+
+
+def test_every_curve_is_drawn_and_one_point_has_its_value(tmp_path: Path, seed: int) -> None:
+    """Check that no curve is lost among many, and that a curve of one point shows its value."""
+    rng = np.random.default_rng(seed)
+    heads = [f"head{i}" for i in range(int(rng.integers(3, 9)))]
+    names = ["train/loss", *(f"{part}/{head}/loss" for head in heads for part in ("train", "val"))]
+    lines = [f"{step},{name},{rng.random() + 1}" for name in names for step in (10, 20)]
+    lines += [f"20,{name},{value}" for name, value in (("pets/acc1", 0.4321), ("pets/acc5", 0.8765))]
+    lines += ["20,train/lr,0.00123", "20,val/loss,nan"]
+    (tmp_path / "metrics.csv").write_text("\n".join(["step,metric,value", *lines]) + "\n")
+    drawn = {plot["title"]: str(plot["svg"]) for plot in plot_curves(tmp_path / "metrics.csv")}
+    losses = [svg for title, svg in drawn.items() if title.startswith("loss")]
+    assert len(losses) == -(-(len(names) + 1) // 6)
+    for name in names:
+        assert sum(f">{name}<" in svg for svg in losses) == 1, name
+    for head in heads[: len(losses)]:  # The two losses of a head share a plot, since their number is even.
+        assert any(f">train/{head}/loss<" in svg and f">val/{head}/loss<" in svg for svg in losses)
+    assert ">acc1  0.432<" in drawn["pets"]
+    assert ">acc5  0.876<" in drawn["pets"] or ">acc5  0.877<" in drawn["pets"]
+    assert ">0.0012<" in drawn["learning rate"]
+
+
+def test_page_holds_no_python(tmp_path: Path) -> None:
+    """Check that mappings and sequences among the facts are written as text."""
+    about = {"tower": {"patch_size": 4, "sizes": [7, 14]}, "data": ["a.tar", "b.tar"], "none": {}}
+    text = Elements(write_report(tmp_path, "A run", [], about).read_text("utf-8")).text
+    assert "patch_size 4, sizes 7 14" in text
+    assert "a.tar b.tar" in text
+    assert not re.search(r"[{\[]['\"]", text.split("A run")[-1])
 
 
 def test_calibration_is_drawn_to_scale(seed: int) -> None:
@@ -436,7 +488,7 @@ def test_choices_are_judged(tmp_path: Path, seed: int, pictures: int) -> None:
     captions = [[f"caption {i} {place}" for place in "ab"] for i in range(40)]
     found = ChoiceScores(captions, images, scores, picture_of)
     page = write_report(tmp_path, "Orders", [section(result("orders", {"text_score": 0.5}, 40, "choice"), found)])
-    shown = page.read_text("utf-8").split('<span class="verdict')[1:]
+    shown = page.read_text("utf-8").split("<h3>Examples")[1].split('<span class="verdict')[1:]
     assert len(shown) == min(4, right.sum()) + min(4, (~right).sum())
     for part in shown:
         i = int(re.search(r"caption (\d+) a", part)[1])  # type: ignore[index]
@@ -542,6 +594,7 @@ def test_page_in_a_browser(tmp_path: Path, curves: Path, seed: int, kind: str) -
             assert page.evaluate("document.images.length") > 20
             assert page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length") == 0
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(ENLARGED) == 0
             assert page.evaluate(COVERED) == []
             red, green, blue = map(int, re.findall(r"\d+", page.evaluate(GROUND))[:3])
             assert (red + green + blue > 600) == (scheme == "light")
@@ -558,6 +611,9 @@ def test_page_in_a_browser(tmp_path: Path, curves: Path, seed: int, kind: str) -
         browser.close()
 
 
+# Pictures that are drawn larger than they are, which blurs them, except the matrix of all classes.
+ENLARGED = """[...document.images].filter(i => !i.matches(".overview")
+  && (i.width > i.naturalWidth + 1 || i.height > i.naturalHeight + 1)).length"""
 # Names on a map that cover each other or lie outside of it.
 COVERED = """() => [...document.querySelectorAll(".map")].flatMap(map => {
   const boxes = [...map.querySelectorAll("span")].map(e => [e.textContent, e.getBoundingClientRect()]);

@@ -1,6 +1,8 @@
 """The text task: several heads, ranks, resuming, predictions, pretrained weights."""
 
+import html
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -300,8 +302,33 @@ def test_an_mlm_head_is_tested_with_its_baseline(tmp_path, seed, capsys):
     run = fit(tmp_path / "run", tmp_path, seed, *monitor, heads=heads, scored_tokens=60)
     main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", "last"])
     said = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    for name in ("pseudo_perplexity", "unigram_perplexity"):
+    for name in ("pseudo_perplexity", "baseline_pseudo_perplexity"):
         assert 1 < float(said[f"test/words/{name}"]) < 130, name
+
+
+def test_report_shows_confusions_and_texts(tmp_path, seed):
+    """The report's matrix counts every held-out text under its label, and shows mistakes with their texts, escaped."""
+    write_texts(tmp_path, seed)
+    lines = (tmp_path / "labels.tsv").read_text().splitlines()
+    evil = [line.replace("\t", f" <img src={n}> & it\t") if n else line for n, line in enumerate(lines)]
+    (tmp_path / "labels.tsv").write_text("\n".join(evil) + "\n")
+    heads = {"mood": {"kind": "classification", "labels": ["bad", "good"], "activation": None}}
+    page = (fit(tmp_path / "run", tmp_path, seed, heads=heads) / "report.html").read_text("utf-8")
+    section = page[page.index('<h2 id="set-1">mood') :]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    rows = re.findall(r'<tr><th title="(\w+)">\w+</th>(.*?)</tr>', section[section.index("<thead>") :])
+    counts = {name: [int(n or 0) for n in re.findall(r"<td[^>]*>(\d*)</td>", row)] for name, row in rows}
+    order = re.findall(r'<th title="(\w+)">', section[section.index("<thead>") : section.index("</thead>")])
+    assert order == ["bad", "good"]
+    assert sum(map(sum, counts.values())) == record["held_out_texts"]
+    wrong = sum(row[1 - order.index(name)] for name, row in counts.items())
+    texts = {html.escape(line.split("\t")[0], quote=True): line.split("\t")[1] for line in evil[1:]}
+    shown = re.findall(r"<figure><q>(.*?)</q><figcaption><b>(\w+)</b> predicted as <b>(\w+)</b>", section)
+    assert len(shown) == min(8, wrong)
+    for text, truth, predicted in shown:
+        assert texts[text] == truth != predicted
+    assert "<img" not in section
+    assert "the most frequent training label" in section
 
 
 def test_batches_without_masked_tokens_or_good_samples(seed):

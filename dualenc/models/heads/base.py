@@ -14,7 +14,7 @@ from dualenc.data.text.dataset import Needs, Pairs, Part, Texts
 from dualenc.data.text.labels import LabelReader
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.models.text_encoder import Activation, Pool, TextConfig, TextEncoder
-from dualenc.report import Description
+from dualenc.report import Description, Findings
 from dualenc.tokens import Tokens
 from dualenc.utils.imports import import_by_path
 from dualenc.utils.text import did_you_mean
@@ -82,6 +82,8 @@ class Measured(NamedTuple):
     intervals: dict[str, tuple[float, float]]
     chance: dict[str, float]  # metrics of a baseline that does not read the texts
     number: int  # of texts, pairs or tokens
+    baseline: str = ""  # what the baseline answers, such as "the most frequent training label"
+    findings: Findings | None = None  # evidence for the report
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class HeldOut:
         texts: function that returns the texts of "train" or "held_out".
         tokenizer: the run's tokenizer.
         logits: function of tokens and masked positions that returns the logits of the head.
+        text: function that returns measured text i, in the order of the states; both texts of a pair.
         seed: seed of draws.
         scored_tokens: number of held-out tokens to score one by one.
     """
@@ -103,6 +106,7 @@ class HeldOut:
     texts: Callable[[Literal["train", "held_out"]], Iterable[str]]
     tokenizer: Tokenizer
     logits: Callable[[Tokens, Tensor], Tensor]
+    text: Callable[[int], str]
     seed: int
     scored_tokens: int
 

@@ -1,7 +1,7 @@
 """Classification of texts and of pairs: one label, any number of labels, or a number; and what a pooler keeps of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from dualenc.data.text.labels import LabelReader, ManyLabelsReader, NumberReader
 from dualenc.metrics.text import label_bootstrap, label_metrics, majority_baseline, mean_baseline
 from dualenc.models.heads.base import Head, HeldOut, Measured, concatenated, linear
 from dualenc.models.text_encoder import ACTIVATIONS, Activation, TextConfig, layer_norm
+from dualenc.report import Classes, Findings
 
 
 class ClassificationHead(nn.Module):
@@ -43,10 +44,12 @@ class LabelProblem(ABC):
     Attributes:
         name: see `HeadConfig.problem`.
         metric_names: see `Head.metric_names`.
+        baseline_name: what the baseline answers.
     """
 
     name: ClassVar[Literal["single_label", "multi_label", "regression"]]
     metric_names: ClassVar[tuple[str, ...]]
+    baseline_name: ClassVar[str] = "the most frequent training label"
 
     def check(self, labels: Sequence[str]) -> None:
         """Raise ValueError if there are too few labels or too many."""
@@ -64,6 +67,19 @@ class LabelProblem(ABC):
     def baseline(self, train: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the metric of always giving the most frequent answer of the training labels."""
         return {"accuracy": majority_baseline(train, labels)}
+
+    def findings(
+        self, logits: Tensor, labels: Tensor, names: Sequence[str], text: Callable[[int], str]
+    ) -> Findings | None:
+        """Return the evidence for the report; by default None, which shows the metrics alone.
+
+        Args:
+            logits: (N, C).
+            labels: labels of the N texts.
+            names: names of the labels.
+            text: function that returns text i.
+        """
+        return None
 
     @abstractmethod
     def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -84,6 +100,11 @@ class SingleLabel(LabelProblem):
         """Return the sum of the cross entropy, of labels (n,)."""
         return F.cross_entropy(logits, labels, reduction="sum")
 
+    def findings(self, logits: Tensor, labels: Tensor, names: Sequence[str], text: Callable[[int], str]) -> Classes:
+        """Return the predicted label of each text; see `LabelProblem.findings`."""
+        confidence, predicted = logits.double().softmax(-1).max(-1)
+        return Classes(names, labels.numpy(), predicted.numpy(), text, confidence.numpy(), unit="texts")
+
     def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return "label", its "score" and the "scores" of all labels, which sum to 1."""
         found = []
@@ -99,6 +120,7 @@ class MultiLabel(LabelProblem):
 
     name = "multi_label"
     metric_names = ("accuracy", "f1_micro", "f1_macro", "loss", "baseline_accuracy")
+    baseline_name = "the most frequent training labels"
 
     def reader(self, names: tuple[str, ...]) -> LabelReader:
         """See `LabelProblem.reader`."""
@@ -122,6 +144,7 @@ class Regression(LabelProblem):
 
     name = "regression"
     metric_names = ("pearson", "spearman", "mse", "loss", "baseline_mse")
+    baseline_name = "the mean of the training numbers"
 
     def check(self, labels: Sequence[str]) -> None:
         """Raise ValueError if there is not exactly one label."""
@@ -183,7 +206,8 @@ class Classification(Head):
         intervals = label_bootstrap(logits, labels, names, problem.name).intervals()
         chance = problem.baseline(held_out.train_labels(), labels)
         found["loss"] = float(problem.loss(logits, labels)) / len(labels)
-        return Measured(found, intervals, chance, len(labels))
+        findings = problem.findings(logits, labels, names, held_out.text)
+        return Measured(found, intervals, chance, len(labels), problem.baseline_name, findings)
 
     def metric_names(self) -> Sequence[str]:
         """See `Head.metric_names`."""

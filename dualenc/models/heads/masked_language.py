@@ -82,9 +82,11 @@ class MaskedLanguage(Head):
         loss, right, number = (sum(column) for column in zip(*states))
         loss, right = (loss / number, right / number) if number else (math.nan, math.nan)
         metrics = {"loss": loss, "perplexity": math.exp(loss), "accuracy": right}
-        if held_out.stage == "test":
-            metrics |= pseudo_perplexity_with_baseline(held_out)
-        return Measured(metrics, {}, {}, int(number))
+        if held_out.stage != "test":
+            return Measured(metrics, {}, {}, int(number))
+        metrics["pseudo_perplexity"], unigrams = pseudo_perplexity_with_baseline(held_out)
+        chance = {"pseudo_perplexity": unigrams}
+        return Measured(metrics, {}, chance, int(number), "a unigram model of the training texts")
 
     def metric_names(self) -> Sequence[str]:
         """See `Head.metric_names`."""
@@ -104,7 +106,7 @@ class MaskedLanguage(Head):
         module.load_state_dict(state)
 
 
-def pseudo_perplexity_with_baseline(held_out: HeldOut) -> dict[str, float]:
+def pseudo_perplexity_with_baseline(held_out: HeldOut) -> tuple[float, float]:
     """Compute the pseudo-perplexity of some held-out texts, and the perplexity of unigrams of the training texts."""
     tokenizer = held_out.tokenizer
     special = list(tokenizer.special.values())
@@ -114,7 +116,7 @@ def pseudo_perplexity_with_baseline(held_out: HeldOut) -> dict[str, float]:
         if sum(map(len, chosen)) < held_out.scored_tokens:
             chosen.append(measured[number])
     assert tokenizer.mask_id is not None
-    return {
-        "pseudo_perplexity": pseudo_perplexity(held_out.logits, chosen, tokenizer.mask_id, special),
-        "unigram_perplexity": unigram_perplexity(train, chosen, tokenizer.vocab_size, special),
-    }
+    return (
+        pseudo_perplexity(held_out.logits, chosen, tokenizer.mask_id, special),
+        unigram_perplexity(train, chosen, tokenizer.vocab_size, special),
+    )
