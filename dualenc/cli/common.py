@@ -2,12 +2,11 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
+from dualenc.utils.progress import progress as progress  # the commands take it from here
 from dualenc.utils.text import reason
 from dualenc.utils.urls import redact
 
@@ -57,20 +56,6 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise WorkError(f"{getattr(error, 'filename', None) or out}: {reason(error)}") from error
-
-
-def progress(description: str, stderr: bool = False) -> Callable[..., Iterable[Any]]:
-    """Return a function that wraps an iterable in a progress bar, which is shown if standard error is a terminal.
-
-    Args:
-        description: noun for the items that are counted.
-        stderr: draw the bar on standard error, for commands whose standard output is read by programs.
-    """
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True) if stderr else None
-    return partial(track, description=description, transient=True, disable=not sys.stderr.isatty(), console=console)
 
 
 def config_folder() -> Path:

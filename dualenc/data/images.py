@@ -6,6 +6,7 @@ resize of uint8 in channels-last layout is also the fastest on a CPU. Normalizat
 
 import io
 import math
+import os
 import typing
 import warnings
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from dualenc.data.image_notes import cut, find_notes
+from dualenc.utils.arguments import shown_value
+from dualenc.utils.text import quoted, reason
+from dualenc.utils.urls import is_remote, shown
 
+# Forms of an image that `open_image` and `dualenc.Embedder` take, for messages.
+IMAGE_FORMS = "paths, Pillow images, arrays (H, W, 3) of uint8, tensors (3, H, W), bytes or open files"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 1 << 27  # 134 million: more than any photo has, less than a header may claim to exhaust memory
 MAX_ASPECT = 50  # largest ratio of the sides that is resized; longer images are cropped first
@@ -395,16 +401,78 @@ def thumbnail(image: Tensor, side: int = 160) -> bytes:
     return simplejpeg.encode_jpeg(pixels, quality=88, colorspace="RGB", colorsubsampling="444")
 
 
-def open_image(source: Any) -> Tensor:
-    """Open a path or a Pillow image as uint8 (3, H, W).
+def open_image(source: Any, name: str = "image") -> Tensor:
+    """Open an image of any form as uint8 (3, H, W), as a viewer shows it; see `decode_image` and `to_tensor`.
+
+    Args:
+        source: path, bytes or binary file of an encoded image; Pillow image; or array (H, W), (H, W, 1), (H, W, 3) or
+            (H, W, 4) uint8 of gray, RGB or RGBA.
+        name: noun for the image in messages, if it comes without a path.
 
     Raises:
-        ImageError: If the image cannot be decoded; the message names the path.
+        ImageError: If the image cannot be decoded, or is given in another form; the message names the path.
+        OSError: If the file cannot be read.
     """
-    if isinstance(source, Image.Image):
-        return to_tensor(source)
+    name = _path_of(source) or name
     try:
-        with open(source, "rb") as file:
-            return decode_image(file.read())
+        if isinstance(source, Image.Image):
+            return _loaded(source)
+        if isinstance(source, np.ndarray):
+            return to_tensor(Image.fromarray(_pixels(source)))
+        return decode_image(_encoded(source))
     except ImageError as error:
-        raise ImageError(f"{source}: {error}") from None
+        raise ImageError(f"{shown(name)}: {error}") from None
+
+
+def _loaded(image: Image.Image) -> Tensor:
+    """Convert a Pillow image, whose file may not be read yet."""
+    try:
+        return to_tensor(image)
+    except ImageError:
+        raise
+    except Exception as error:  # as in `decode_image`
+        raise ImageError("cannot be loaded", reason(error)) from None
+
+
+def _path_of(source: Any) -> str:
+    """Return the path of an image that is a path, or was opened from one; otherwise ""."""
+    path = getattr(source, "filename", None) or getattr(source, "name", None)  # of Pillow; of files
+    path = source if isinstance(source, str | os.PathLike) else path
+    return os.fsdecode(path) if isinstance(path, str | os.PathLike) else ""
+
+
+def _encoded(source: Any) -> bytes:
+    """Return the bytes of an encoded image that is a path, bytes or a file."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if hasattr(source, "read"):
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise ImageError("is a file opened as text", 'open it with the mode "rb"')
+        if not data:
+            raise ImageError("is an empty file, or one that was read to its end", "rewind it with seek(0)")
+        return data
+    if not isinstance(source, str | os.PathLike):
+        raise ImageError(f"cannot be {shown_value(source)}", f"pass {IMAGE_FORMS}")
+    path = os.fsdecode(source)
+    if is_remote(path):
+        raise ImageError("is a URL, which is not downloaded", "pass a local file, or the bytes")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"image {quoted(path)} does not exist")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{quoted(path)} is a folder: pass its files, such as Path({path!r}).glob('*.jpg')")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _pixels(array: np.ndarray) -> np.ndarray:
+    """Return an array of pixels in a shape that Pillow takes."""
+    shape = " x ".join(map(str, array.shape))
+    if array.dtype != np.uint8:
+        raise ImageError(f"is an array of {array.dtype}", "scale it to 0 to 255 and convert it to uint8")
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+        first = "transpose it, " if array.shape[0] in (1, 3, 4) else ""
+        raise ImageError(f"is an array of {shape}", f"{first}the colors come last: (H, W, 3), (H, W, 4) or (H, W)")
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ImageError(f"is an array of {shape}", "an image is (H, W, 3), (H, W, 4) or (H, W)")
+    return array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array

@@ -214,7 +214,7 @@ class PairDataset(Dataset[Pairs]):
 
     Args:
         index: samples that all have an image and captions.
-        captions: source of the captions; see `captions_of`.
+        captions: source of the captions, such as "auto"; see `captions_of`.
         tokenizer: tokenizer of the captions.
         transform: transform from uint8 (3, H, W) to uint8 (3, S, S); may draw from torch's default generator and from
             `random`.
@@ -239,6 +239,9 @@ class PairDataset(Dataset[Pairs]):
         self.current_sample, self.locate = self.samples.current_sample, self.samples.locate
         self.captions, self.features, self.masking = captions, features, masking
         self.tokenizer, self.transform = tokenizer, transform
+
+    def __repr__(self) -> str:
+        return f"PairDataset({self.index!r}, captions {self.captions})"
 
     def __getitem__(self, request: Request) -> Pairs:
         """Read a batch.

@@ -11,28 +11,49 @@ from dualenc.evaluation.base import Evaluated
 from dualenc.evaluation.embed import EmbeddingCache, SetEmbedder, SetEmbeddings, Track
 from dualenc.evaluation.kinds import KINDS
 from dualenc.inference.embedder import Embedder
+from dualenc.report.formatting import number
+from dualenc.utils.arguments import shown_value
+from dualenc.utils.progress import progress as progress_bar
+from dualenc.utils.text import printable
+
+
+class EvaluationResult(dict[str, Any]):
+    """Result of `evaluate`: a dictionary, ready for JSON, which is shown as a table of its metrics."""
+
+    def __repr__(self) -> str:
+        head = f"{printable(self['dataset'])}: {self['kind']} of {self['n']:,} by {printable(self['model'])}"
+        width = max((len(name) for name in self["metrics"]), default=0)
+        lines = [head if self["complete"] else f"{head}, incomplete"]
+        for name, value in self["metrics"].items():
+            bounds, chance = self["intervals"].get(name), self["chance"].get(name)
+            about = [f"95% interval {number(bounds[0])} to {number(bounds[1])}"] if bounds else []
+            about += [f"chance {number(chance)}"] if chance is not None else []
+            lines.append(f"  {name:{width}}  {number(value)}" + (f"  ({', '.join(about)})" if about else ""))
+        lines += [f"  {printable(problem['what'])}: {problem['count']:,}" for problem in self["problems"]]
+        return "\n".join(lines)
 
 
 def evaluate(
-    embedder: Embedder, data: BenchmarkSet | str | os.PathLike[str], workers: int = 0, track: Track = iter
-) -> dict[str, Any]:
+    embedder: Embedder, data: BenchmarkSet | str | os.PathLike[str], workers: int = 0, *, progress: bool = False
+) -> EvaluationResult:
     """Embed and score an evaluation set: zero-shot classification, retrieval or compositional choice, by its kind.
 
     Args:
         embedder: model.
         data: evaluation set, or anything that `BenchmarkSet.open` takes.
         workers: number of worker processes that decode images.
-        track: wraps the image batches, for a progress bar.
+        progress: show a progress bar, on a terminal or in a notebook.
 
     Returns:
-        `dataset`, `kind`, `model`, `n` (number of images), `complete` (false if the set has problems), `problems`
-        (`what`, `count` and some `names` for each problem), `metrics` (name to value), `intervals` (name to lower and
-        upper 95% bound), `chance` (expected values of a random order, where they are known), `verdict` (a sentence,
-        empty where the intervals tell nothing); for classes also `per_class` and `calibration`. All plain Python, ready
-        for JSON.
+        A dictionary of plain Python, ready for JSON, which is printed as a table of the metrics: `dataset`, `kind`,
+        `model`, `n` (number of images), `complete` (false if the set has problems), `problems` (`what`, `count` and
+        some `names` for each problem), `metrics` (name to value), `intervals` (name to lower and upper 95% bound),
+        `chance` (expected values of a random order, where they are known), `verdict` (a sentence, empty
+        where the intervals tell nothing); for classes also `per_class` and `calibration`.
 
     Raises:
         DataError: If nothing can be measured.
+        ValueError: If `embedder` is not one.
 
     Example:
         >>> import tempfile
@@ -54,8 +75,11 @@ def evaluate(
         >>> result["kind"], result["n"], sorted(result["metrics"])
         ('classification', 2, ['acc1', 'ece', 'mean_per_class_recall'])
     """
+    if not isinstance(embedder, Embedder):
+        raise ValueError(f"the model is {shown_value(embedder)}: pass an Embedder, such as dualenc.load(SPEC)")
     data = data if isinstance(data, BenchmarkSet) else BenchmarkSet.open(data)
-    return KINDS[data.kind].evaluate(embedder, data, workers=workers, track=track).section.result
+    track = progress_bar(data.name, stderr=True) if progress else iter
+    return EvaluationResult(KINDS[data.kind].evaluate(embedder, data, workers=workers, track=track).section.result)
 
 
 def embed_set(

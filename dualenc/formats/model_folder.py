@@ -3,14 +3,17 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats.download import hub_folder
 from dualenc.models.text_encoder import TextConfig
+from dualenc.utils.arguments import shown_value
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import read_json
+from dualenc.utils.text import printable, quoted
 
 CONFIG = "config.json"
 TEXT_MODEL = "dualenc.json"
@@ -93,12 +96,54 @@ def open_folder(spec: str | os.PathLike[str], patterns: Sequence[str], what: str
     Raises:
         ModelError: If there is no such folder or repository.
     """
-    name = os.fspath(spec)
+    name = spec_name(spec)
     path = hub_folder(name, patterns) if name.startswith("hf-hub:") else Path(name)
+    if path.is_file():
+        raise ModelError(
+            f"{what} {quoted(name)} is a file: pass the folder of a model or of a run; for a checkpoint of open_clip "
+            "pass open_clip:ARCH/FILE"
+        )
     if not path.is_dir():
         more = " or open_clip:ARCH/PRETRAINED" if what == "model" else ""
-        raise ModelError(f"{what} {name!r} must be a folder that exists, or hf-hub:owner/name{more}")
+        near = f"; did you mean {' or '.join(found)}?" if (found := _similar(path)) else ""
+        raise ModelError(f"{what} {quoted(name)} must be a folder that exists, or hf-hub:owner/name{more}{near}")
     return detect(path)
+
+
+def spec_name(spec: str | os.PathLike[str]) -> str:
+    """Return a spec as a string.
+
+    Raises:
+        ModelError: If it is something else.
+    """
+    if not isinstance(spec, str | os.PathLike):
+        raise ModelError(f"a model cannot be {shown_value(spec)}: pass the path of its folder, or hf-hub:owner/name")
+    return os.fspath(spec)
+
+
+def _similar(path: Path) -> list[str]:
+    """Return the folders whose names are similar to that of a path that does not exist."""
+    parent = path.parent
+    try:
+        names = [one.name for one in parent.iterdir() if one.is_dir()]
+    except OSError:
+        return []
+    return [printable(str(parent / name)) for name in get_close_matches(path.name, names, n=2)]
+
+
+def other_content(path: Path) -> str | None:
+    """Return what a folder without a model holds instead, and the way out, as the end of a message; None if unknown."""
+    if (path / EXPORT).is_file():
+        kind = read_json(path / EXPORT).get("format", "another format")
+        return f"an export to {printable(str(kind))}, which dualenc does not run: load the model that was exported"
+    if (path / "run.json").is_file():
+        return "a run without a model yet: its best/ and last/ are missing"
+    inside = sorted(one for one in path.iterdir() if one.is_dir())
+    if models := [str(one) for one in inside if detect(one).kinds]:
+        return f"a folder of models: pass one of them, such as {printable(models[0])}"
+    if next(path.glob("*.tar"), None) is not None:
+        return "a folder of shards: pass the model that was trained on them"
+    return None
 
 
 def check_tokenizer(tokenizer: Tokenizer, text: TextConfig, where: str = "") -> None:

@@ -6,22 +6,22 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Literal, get_args, overload
 
+import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualenc.data.images import Preprocess, open_image
-from dualenc.data.pairs import Pairs
+from dualenc.data.images import Preprocess
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats import format_1
-from dualenc.formats.model_folder import OWN_FILES, check_tokenizer, open_folder
+from dualenc.formats.model_folder import OWN_FILES, check_tokenizer, open_folder, other_content, spec_name
+from dualenc.inference.image_inputs import image_batches
 from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, load_open_clip
 from dualenc.metrics import zero_shot_classifier
 from dualenc.models.dual_encoder import DualConfig, DualEncoder
@@ -29,9 +29,14 @@ from dualenc.models.heads import TextModel
 from dualenc.models.image_encoder import ImageEncoder
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, dual_encoder_program, write_card
+from dualenc.utils.arguments import check_batch_size, shown_value, strings, usable_device
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import FORMAT, atomic_folder, from_dict, read_json, take_format, write_json
+from dualenc.utils.progress import progress as progress_bar
 from dualenc.utils.text import millions, plural
+
+Score = Literal["softmax", "sigmoid", "cosine"]
+TEMPLATES = ("a photo of a {c}.",)
 
 
 class Embedder:
@@ -93,68 +98,170 @@ class Embedder:
         """The device of the weights."""
         return next(self.model.parameters()).device
 
-    def embed_images(self, images: Any, batch_size: int = 64) -> Tensor:
+    def to(self, device: str | torch.device) -> "Embedder":
+        """Move the weights to a device, and return this embedder.
+
+        Raises:
+            ValueError: If this machine does not have the device.
+        """
+        self.model.to(usable_device(device))
+        return self
+
+    def __repr__(self) -> str:
+        weights = f"{parameters_of(self.model)}, on {self.device}"
+        if isinstance(self.model, OpenClip):
+            return f"Embedder({self.name}: {self.model.embed_dim} dimensions, {weights}, run by open_clip)"
+        facts = dict(facts_of(self))
+        towers = f"images by {facts['image tower']}, texts by {facts['text tower']}"
+        return f"Embedder({self.name}: {towers}, {self.model.embed_dim} dimensions, {weights})"
+
+    @overload
+    def embed_images(
+        self, images: Any, batch_size: int = 64, *, numpy: Literal[False] = False, progress: bool = False
+    ) -> Tensor: ...
+    @overload
+    def embed_images(
+        self, images: Any, batch_size: int = 64, *, numpy: Literal[True], progress: bool = False
+    ) -> np.ndarray: ...
+    def embed_images(
+        self, images: Any, batch_size: int = 64, *, numpy: bool = False, progress: bool = False
+    ) -> Tensor | np.ndarray:
         """Embed images as (N, E) of unit length, on the CPU.
 
         Args:
-            images: one path, Pillow image or uint8 tensor (3, H, W) of any size, or an iterable of these; or an
-                iterable of batches (B, 3, S, S) uint8, as loaders yield them. Float tensors must be normalized already.
-                Paths and Pillow images become upright, and are put on white where they are transparent. 16-bit gray
-                is scaled to 8 bits.
+            images: one image, or an iterable of images in any of these forms: a path; a Pillow image; an array (H, W,
+                3), (H, W, 4) or (H, W) uint8; bytes or an open binary file of a JPEG, PNG or WebP; a tensor (3, H, W)
+                uint8. Or batches of tensors (B, 3, H, W) uint8, one or an iterable of them, such as a loader. Float
+                tensors must be normalized already. Images become upright, and are put on white where they are
+                transparent. 16-bit gray is scaled to 8 bits.
             batch_size: images per forward pass, for single images.
+            numpy: return an array in place of a tensor.
+            progress: show a progress bar, on a terminal or in a notebook.
 
         Raises:
-            ImageError: If an image cannot be decoded, or if a Pillow image has the mode I or F, whose range is not
-                defined: scale its values to 0 to 255 and convert it to mode L, or to 0 to 65,535 and mode I;16.
-            ValueError: If there are no images, or a tensor is neither uint8 nor float.
+            ImageError: If an image cannot be decoded or has another form, or if a Pillow image has the mode I or F,
+                whose range is not defined: scale its values to 0 to 255 and convert it to mode L, or to 0 to 65,535 and
+                mode I;16.
+            ValueError: If there are no images.
         """
-        images = [images] if isinstance(images, str | os.PathLike | Image.Image) else images
+        check_batch_size(batch_size)
+        track = progress_bar("images", stderr=True) if progress else iter
         with evaluating(self.model):
             parts = [
                 self.model.encode_image(self._normalized(batch)).float().cpu()
-                for batch in self._image_batches(images, batch_size)
+                for batch in image_batches(images, self.preprocess, batch_size, track)
             ]
         if not parts:
             raise ValueError("there are no images to embed")
-        return torch.cat(parts)
+        found = torch.cat(parts)
+        return found.numpy() if numpy else found
 
-    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    @overload
+    def embed_texts(
+        self, texts: Iterable[str], batch_size: int = 256, *, numpy: Literal[False] = False, progress: bool = False
+    ) -> Tensor: ...
+    @overload
+    def embed_texts(
+        self, texts: Iterable[str], batch_size: int = 256, *, numpy: Literal[True], progress: bool = False
+    ) -> np.ndarray: ...
+    def embed_texts(
+        self, texts: Iterable[str], batch_size: int = 256, *, numpy: bool = False, progress: bool = False
+    ) -> Tensor | np.ndarray:
         """Embed texts as (N, E) of unit length, on the CPU.
 
         Args:
-            texts: N strings.
+            texts: N strings, or one.
             batch_size: texts per forward pass.
+            numpy: return an array in place of a tensor.
+            progress: show a progress bar, on a terminal or in a notebook.
 
         Raises:
-            ValueError: If there are no texts.
+            ValueError: If there are no texts, or they are not strings.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = strings(texts, "texts", one=True)
+        check_batch_size(batch_size)
         if not texts:
             raise ValueError("there are no texts to embed")
         model, tokenizer = typing.cast(Any, self.model), typing.cast(Any, self.tokenizer)  # of open_clip or of dualenc
         ids = tokenizer.encode(texts)
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # batches of similar lengths need less padding
         out = torch.empty(len(texts), self.model.embed_dim)
+        track = progress_bar("batches of texts", stderr=True) if progress else iter
         with evaluating(self.model):
-            for start in range(0, len(order), batch_size):
+            for start in track(range(0, len(order), batch_size)):
                 part = order[start : start + batch_size]
                 out[part] = model.encode_text(tokenizer.pack([ids[i] for i in part]).to(self.device)).float().cpu()
-        return out
+        return out.numpy() if numpy else out
 
-    def classify(self, images: Any, names: Sequence[str], templates: Sequence[str] = ("a photo of a {c}.",)) -> Tensor:
+    @overload
+    def classify(
+        self,
+        images: Any,
+        names: Iterable[str],
+        templates: Iterable[str] = TEMPLATES,
+        *,
+        scores: Score | None = None,
+        numpy: Literal[False] = False,
+        progress: bool = False,
+    ) -> Tensor: ...
+    @overload
+    def classify(
+        self,
+        images: Any,
+        names: Iterable[str],
+        templates: Iterable[str] = TEMPLATES,
+        *,
+        scores: Score | None = None,
+        numpy: Literal[True],
+        progress: bool = False,
+    ) -> np.ndarray: ...
+    def classify(
+        self,
+        images: Any,
+        names: Iterable[str],
+        templates: Iterable[str] = TEMPLATES,
+        *,
+        scores: Score | None = None,
+        numpy: bool = False,
+        progress: bool = False,
+    ) -> Tensor | np.ndarray:
         """Classify images by the names of classes.
 
         Args:
             images: N images; see `embed_images`.
             names: C names of classes.
             templates: texts in which `{c}` stands for the name; their embeddings are averaged.
+            scores: "softmax" for probabilities that sum to 1 over the classes: softmax(scale * cosine). "sigmoid" for a
+                probability of each class by itself: sigmoid(scale * cosine + bias), see SigLIP (Zhai et al. 2023), for
+                models that have learned a bias. "cosine" for the cosines. None for "sigmoid" if the model has a bias,
+                otherwise "softmax".
+            numpy: return an array in place of a tensor.
+            progress: show a progress bar, on a terminal or in a notebook.
 
         Returns:
-            Probabilities (N, C), on the CPU.
+            Scores (N, C), on the CPU.
+
+        Raises:
+            ValueError: If names or templates are not lists of strings, a template lacks `{c}`, or `scores` is
+                "sigmoid" and the model does not have a bias.
+            ImageError: See `embed_images`.
         """
+        scale, bias = (None if x is None else x.detach().float().cpu() for x in self.model.logits())
+        assert scale is not None
+        scores = scores or ("softmax" if bias is None else "sigmoid")
+        if scores not in get_args(Score):
+            raise ValueError(f"scores is {shown_value(scores)}: choose one of {', '.join(get_args(Score))}")
+        if scores == "sigmoid" and bias is None:
+            raise ValueError(
+                f"{self.name} lacks the bias without which a sigmoid is not a probability: use scores='softmax'"
+            )
         classifier = zero_shot_classifier(self, names, templates)
-        scale = self.model.logits()[0].detach().float().cpu()
-        return torch.softmax(scale * self.embed_images(images) @ classifier.T, dim=-1)
+        found = self.embed_images(images, progress=progress) @ classifier.T  # (N, C) cosines
+        if scores == "softmax":
+            found = torch.softmax(scale * found, dim=-1)
+        elif scores == "sigmoid":
+            found = torch.sigmoid(scale * found + typing.cast(Tensor, bias))
+        return found.numpy() if numpy else found
 
     @property
     def fingerprint(self) -> str:
@@ -194,31 +301,6 @@ class Embedder:
             images=True,
         )
 
-    def _image_batches(self, images: Iterable[Any], batch_size: int) -> Iterator[Tensor]:
-        """Yield batches of images, uint8 or normalized."""
-        if isinstance(images, Tensor) and images.dim() == 3:
-            images = [images]
-        if isinstance(images, Tensor):
-            yield from _checked(images).split(batch_size)
-            return
-        waiting: list[Tensor] = []
-        for item in images:
-            item = item.images if isinstance(item, Pairs) else item
-            if isinstance(item, Tensor) and item.dim() == 4:
-                yield _checked(item)
-                continue
-            image = _checked(item) if isinstance(item, Tensor) else open_image(item)
-            image = image if image.is_floating_point() else self.preprocess(image)
-            if waiting and waiting[0].dtype != image.dtype:  # torch.stack would mix pixels and normalized values
-                yield torch.stack(waiting)
-                waiting = []
-            waiting.append(image)
-            if len(waiting) == batch_size:
-                yield torch.stack(waiting)
-                waiting = []
-        if waiting:
-            yield torch.stack(waiting)
-
     def _normalized(self, batch: Tensor) -> Tensor:
         """Preprocess and normalize a batch on the model's device."""
         resized = isinstance(self.preprocess, Preprocess) and batch.shape[-2:] == (self.preprocess.size,) * 2
@@ -231,15 +313,10 @@ class Embedder:
         return batch.to(dtype)
 
 
-def _checked(images: Tensor) -> Tensor:
-    """Return images if they are uint8 or float.
-
-    Raises:
-        ValueError: If they have another type, whose range is not defined.
-    """
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}: scale them to 0 to 255 and convert them to torch.uint8")
-    return images
+def parameters_of(model: torch.nn.Module) -> str:
+    """Return the number of parameters of a model as text."""
+    count = sum(p.numel() for p in model.parameters())
+    return f"{millions(count) if count >= 100_000 else f'{count:,}'} parameters"
 
 
 def facts_of(embedder: Embedder) -> list[tuple[str, str]]:
@@ -283,8 +360,7 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
         >>> loaded.fingerprint == embedder.fingerprint
         True
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = os.fspath(spec)
+    device, name = usable_device(device), spec_name(spec)
     if name.startswith("open_clip:"):
         try:
             peer, peer_tokenizer, transform = load_open_clip(name.removeprefix("open_clip:"))
@@ -331,6 +407,10 @@ def model_directory(spec: str | os.PathLike[str]) -> Path:
     """
     folder = open_folder(spec, [*OWN_FILES, "README.md"])
     if missing := [name for name in OWN_FILES if not (folder.path / name).is_file()]:
+        if other := "" if folder.kinds else other_content(folder.path):
+            raise ModelError(f"{folder.path} is {other}")
+        if folder.first("text_model"):
+            raise ModelError(f"{folder.path} is a text model, without an image tower: load it with dualenc.load_text")
         foreign = folder.first("open_clip", "transformers", "dual_encoder") is not None
         hint = f"; import a model of another library by dualenc import {quote(os.fspath(spec))} OUT" if foreign else ""
         raise ModelError(f"{folder.path} is not a complete model directory: {', '.join(missing)} missing{hint}")

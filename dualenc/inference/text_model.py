@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,12 +20,13 @@ from dualenc.formats.huggingface.text_checkpoint import open_text, own_rules
 from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
 from dualenc.formats.state_dict import write_state
-from dualenc.inference.embedder import fingerprint
+from dualenc.inference.embedder import fingerprint, parameters_of
 from dualenc.models.heads import HeadConfig, TextModel
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, text_model_program, write_card
 from dualenc.tokens import Tokens
+from dualenc.utils.arguments import check_batch_size, shown_value, strings, usable_device
 from dualenc.utils.files import FORMAT, atomic_folder, write_json
 from dualenc.utils.text import millions, plural
 
@@ -80,11 +81,25 @@ class TextPredictor:
         """A hash of architecture, weights and tokenizer."""
         return fingerprint(self.model, None, self.tokenizer.fingerprint)
 
+    def to(self, device: str | torch.device) -> "TextPredictor":
+        """Move the weights to a device, and return this predictor.
+
+        Raises:
+            ValueError: If this machine does not have the device.
+        """
+        self.model.to(usable_device(device))
+        return self
+
+    def __repr__(self) -> str:
+        text, heads = self.model.config, self.model.head_configs.items()
+        about = [f"{plural(text.layers, 'layer')} of width {text.width}", *(f"head {k} ({v.kind})" for k, v in heads)]
+        return f"TextPredictor({self.name}: {', '.join(about)}, {parameters_of(self.model)}, on {self.device})"
+
     def classify(self, texts: Texts, head: str | None = None, batch_size: int = 64) -> list[dict[str, Any]]:
         """Return the predictions of a classification head for N texts.
 
         Args:
-            texts: strings; or pairs of strings, which the head reads together.
+            texts: strings, or one; or pairs of strings, which the head reads together.
             head: name of the head; None where the model has one.
             batch_size: number of texts in a forward pass.
 
@@ -93,11 +108,11 @@ class TextPredictor:
             "labels" of a score of 0.5 or more, and "scores"; for a regression "value".
 
         Raises:
-            ValueError: If there is no such head, or it must be named.
+            ValueError: If there is no such head, or it must be named; or a text is not a string.
         """
         name = self._head("text-classification", head)
         kind = self.model.kinds[name]
-        texts = [texts] if isinstance(texts, str) else texts
+        texts = _strings_or_pairs(texts)
         out: list[dict[str, Any]] = [{} for _ in texts]
         with evaluating(self.model):
             for part, tokens in self._batches(texts, batch_size):
@@ -116,9 +131,14 @@ class TextPredictor:
             For each mask, in order, its k guesses, the likeliest first.
 
         Raises:
-            ValueError: If the text has no mask or one past the longest text, or the model lacks a head of kind "mlm".
+            ValueError: If `text` is not one string, has no mask or one past the longest text, or the model lacks a head
+                of kind "mlm".
         """
         name = self._head("fill-mask", None)
+        if not isinstance(text, str):
+            raise ValueError(f"text is {shown_value(text)}: pass one string with {MASK}")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"k is {shown_value(k)}: it must be a number of at least 1")
         mask_id = self.tokenizer.mask_id
         if mask_id is None:
             raise ValueError(f"the tokenizer of {self.name} does not have a mask token")
@@ -144,13 +164,13 @@ class TextPredictor:
         """Return vectors (N, D) of unit length, on the CPU, by the pooling of an embedding head or else the encoder's.
 
         Args:
-            texts: N strings.
+            texts: N strings, or one.
             batch_size: number of texts in a forward pass.
 
         Raises:
-            ValueError: If there are no texts.
+            ValueError: If there are no texts, or they are not strings.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = strings(texts, "texts", one=True)
         if not texts:
             raise ValueError("there are no texts to embed")
         out = torch.empty(len(texts), self.model.config.width)
@@ -163,7 +183,7 @@ class TextPredictor:
 
     def embed_tokens(self, texts: Sequence[str]) -> list[tuple[list[str], Tensor]]:
         """Return the tokens of each text, special tokens included, and their vectors (T, D), on the CPU."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = strings(texts, "texts", one=True)
         out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(texts)
         with evaluating(self.model):
             for part, tokens in self._batches(texts, 64):
@@ -222,11 +242,9 @@ class TextPredictor:
 
     def _batches(self, texts: Texts, batch_size: int) -> Iterator[tuple[list[int], Tokens]]:
         """Yield indices of texts in the caller's list, and their tokens, texts of similar lengths together."""
-        pairs = [not isinstance(text, str) for text in texts]
-        if any(pairs) and not all(pairs):
-            raise ValueError("texts must be all strings or all pairs of strings")
+        check_batch_size(batch_size)
         types: list[list[int]] | None = None
-        if any(pairs):
+        if len(texts) and not isinstance(texts[0], str):
             ids, types = self.tokenizer.encode_pairs([(one, other) for one, other in texts])
         else:
             ids = self.tokenizer.encode([str(text) for text in texts])
@@ -263,6 +281,24 @@ class TextPredictor:
         if token.startswith("##"):  # continues the word before it
             before, word = before.rstrip(), token[2:]
         return {"token": token, "probability": probability, "text": before + word + after}
+
+
+def _strings_or_pairs(texts: Any) -> Texts:
+    """Return texts as a list of strings, or of pairs of strings.
+
+    Raises:
+        ValueError: If anything else is given.
+    """
+    texts = texts if isinstance(texts, str | bytes) or not isinstance(texts, Iterable) else list(texts)
+    pairs = isinstance(texts, list) and bool(texts) and all(isinstance(text, list | tuple) for text in texts)
+    if not pairs:
+        if isinstance(texts, list) and any(isinstance(text, list | tuple) for text in texts):
+            raise ValueError("texts must be all strings or all pairs of strings")
+        return strings(texts, "texts", one=True)
+    for text in texts:
+        if len(text) != 2:
+            raise ValueError(f"a pair of texts must be two strings, not {len(text)}")
+    return [(one, other) for one, other in (strings(text, "the texts of a pair") for text in texts)]
 
 
 def facts_of_text(predictor: TextPredictor) -> list[tuple[str, str]]:
@@ -369,6 +405,6 @@ def load_text(spec: str | os.PathLike[str], device: str | torch.device | None = 
         >>> loaded.classify(["a good film"]) == predictor.classify(["a good film"])
         True
     """
+    device = usable_device(device)
     checkpoint = open_text(spec)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return TextPredictor(checkpoint.model().to(device), checkpoint.tokenizer(), checkpoint.spec)

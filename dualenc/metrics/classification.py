@@ -12,6 +12,8 @@ from torch import Tensor
 from dualenc.metrics.bootstrap import BootstrapMetrics, mean
 from dualenc.metrics.ranking import TIE
 from dualenc.metrics.retrieval import Scores
+from dualenc.utils.arguments import strings
+from dualenc.utils.text import quoted
 
 BINS = 15
 _CELLS = 1 << 22  # scores held at a time
@@ -25,7 +27,7 @@ class TextEmbedder(Protocol):
         ...
 
 
-def zero_shot_classifier(embedder: TextEmbedder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+def zero_shot_classifier(embedder: TextEmbedder, names: Iterable[str], templates: Iterable[str]) -> Tensor:
     """Build a classifier from class names: for each class the normalized mean of its prompts' embeddings.
 
     Args:
@@ -36,6 +38,10 @@ def zero_shot_classifier(embedder: TextEmbedder, names: Sequence[str], templates
     Returns:
         (C, E) of unit length.
 
+    Raises:
+        ValueError: If names or templates are not lists of strings or empty, or a template lacks `{c}`: the prompts of
+            all classes would be equal.
+
     Example:
         >>> import torch
         >>> from dualenc import zero_shot_classifier
@@ -45,6 +51,13 @@ def zero_shot_classifier(embedder: TextEmbedder, names: Sequence[str], templates
         >>> zero_shot_classifier(Lengths(), ["cat", "horse"], ["a {c}", "a photo of a {c}"]).shape
         torch.Size([2, 2])
     """
+    names, templates = strings(names, "names of classes"), strings(templates, "templates")
+    if not names or not templates:
+        raise ValueError(f"there are no {'templates' if names else 'names of classes'}: pass one or more")
+    for template in templates:
+        if "{c}" not in template:
+            hint = f": write {quoted(template.replace('{}', '{c}'))}" if "{}" in template else ""
+            raise ValueError(f"template {quoted(template)} does not have {{c}}, which stands for the class{hint}")
     prompts = [template.replace("{c}", name) for name in names for template in templates]
     embedded = embedder.embed_texts(prompts).unflatten(0, (len(names), len(templates)))  # (C, T, E)
     return F.normalize(embedded.mean(1), dim=-1)

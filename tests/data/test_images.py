@@ -246,15 +246,61 @@ def test_sizes_between_pillows_limit_and_max_pixels_do_not_warn():
     assert "DecompressionBomb" not in str(error.value)
 
 
-def test_open_image(tmp_path, picture):
-    (tmp_path / "a.png").write_bytes(encode(picture))
-    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(picture)):
-        assert np.array_equal(array(open_image(source)), picture)
+def test_open_image(tmp_path, picture, seed):
+    path = tmp_path / "ä b.png"
+    path.write_bytes(encode(picture))
+    with open(path, "rb") as file:
+        data = path.read_bytes()
+        for source in (
+            path,
+            str(path),
+            Image.fromarray(picture),
+            picture,
+            data,
+            bytearray(data),
+            io.BytesIO(data),
+            file,
+        ):
+            assert np.array_equal(array(open_image(source)), picture)
+    assert np.array_equal(array(open_image(picture[::-1, ::2])), picture[::-1, ::2])  # any strides
+    gray, rgba = picture[..., 0], pixels(np.random.default_rng(seed), 7, 9, 4)
+    for source in (gray, gray[..., None]):
+        assert np.array_equal(array(open_image(source)), gray[..., None].repeat(3, 2))
+    alpha = rgba[..., 3:] / 255
+    white = rgba[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(array(open_image(rgba)) - white).max() <= 1
     (tmp_path / "b.png").write_bytes(b"x")
     with pytest.raises(ImageError, match=r"b\.png: cannot be decoded"):
         open_image(tmp_path / "b.png")
     with pytest.raises(FileNotFoundError, match=r"c\.png"):
         open_image(tmp_path / "c.png")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        open_image(tmp_path)
+
+
+def test_open_image_refuses_what_has_no_defined_pixels(tmp_path, seed):
+    picture = pixels(np.random.default_rng(seed), 90, 80)
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "cut.jpg").write_bytes(encode(picture, "jpg")[:-900])
+    with open(tmp_path / "a.txt") as text, Image.open(tmp_path / "cut.jpg") as cut:
+        wrong = {
+            "float64": picture / 255,
+            "uint16": picture.astype(np.uint16),
+            "transpose": picture.transpose(2, 0, 1),
+            "colors come last": picture[..., :2],
+            "0 x 80": picture[:0, :, 0],
+            "NoneType|None": None,
+            "dict": {"image": picture},
+            'mode "rb"': text,
+            "seek": io.BytesIO(),
+            "https://example.org/a.jpg: is a URL": "https://example.org/a.jpg?token=secret",
+            r"cut\.jpg: cannot be loaded": cut,
+        }
+        for match, source in wrong.items():
+            with pytest.raises(ImageError, match=match) as error:
+                open_image(source)
+            assert "\n" not in str(error.value)
+            assert "secret" not in str(error.value)
 
 
 # Preprocess

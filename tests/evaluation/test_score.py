@@ -167,8 +167,32 @@ def test_progress_is_tracked_by_batches(embedder, tmp_path, seed):
             seen.append(len(batch.rows))
             yield batch
 
-    assert evaluate(embedder, data, track=track)["n"] == sum(seen) == 70
+    found = KINDS[data.kind].evaluate(embedder, data, track=track)
+    assert found.section.result["n"] == sum(seen) == 70
     assert seen == [64, 6]
+
+
+def test_a_result_is_a_dictionary_printed_as_a_table(embedder, tmp_path, seed):
+    folder = write_benchmark(tmp_path / "s", seed, counts=(9, 5))
+    result = evaluate(embedder, folder)
+    lines = str(result).splitlines()
+    assert lines[0] == f"s: classification of 14 by {embedder.name}"
+    assert [line.split()[0] for line in lines[1:]] == list(result["metrics"])
+    low, high = result["intervals"]["acc1"]
+    assert f"{low:.3f} to {high:.3f}" in lines[1]
+    assert json.loads(json.dumps(result)) == result
+    assert "14 images" in repr(BenchmarkSet.open(folder))
+    (folder / "test" / "0.tar").unlink()
+    assert "incomplete" in str(evaluate(embedder, folder)).splitlines()[0]
+
+
+def test_wrong_arguments_are_refused_in_one_line(embedder, tmp_path, seed):
+    folder = write_benchmark(tmp_path / "s", seed, counts=(9,))
+    with pytest.raises(ValueError, match="the model is 'runs/small': pass an Embedder"):
+        evaluate("runs/small", folder)
+    for data in (None, 3, ["a"]):
+        with pytest.raises(DataError, match="an evaluation set cannot be"):
+            evaluate(embedder, data)
 
 
 def test_accuracy_equals_plain_computation(embedder, tmp_path, seed):

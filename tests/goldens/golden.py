@@ -267,7 +267,7 @@ def of_model(path: Path) -> dict[str, Any]:
         "fingerprint": embedder.fingerprint,
         "images": embedder.embed_images(images).tolist(),
         "texts": embedder.embed_texts(TEXTS).tolist(),
-        "classes": embedder.classify(images, ["cat", "dog"]).tolist(),
+        "classes": embedder.classify(images, ["cat", "dog"], scores="softmax").tolist(),
     }
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -12,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dualenc
-from dualenc import DataError, ModelError, Preprocess, ShardIndex, TextConfig
+from dualenc import DataError, ModelError, Preprocess, ShardIndex, TextConfig, TextPredictor
 from dualenc.data import ImageError, Loader, PairDataset, decode_image
 from dualenc.formats.model_folder import OWN_FILES
 from dualenc.inference.embedder import Embedder, load
+from dualenc.models import TextModel
+from dualenc.utils.errors import warn_once
 
 TEXTS = ["a cat", "", "two hats and boats", "the red dog sits on a blue mat under the green tree", "dog", "a", "a dog"]
 
@@ -118,6 +121,19 @@ def test_embeddings_of_texts_do_not_depend_on_the_batch(embedder):
     assert (whole[0] - whole[2]).abs().max() > 1e-3  # the control
 
 
+class _Numbered(torch.utils.data.Dataset):
+    """A data set whose items have numbers only: it neither iterates nor raises an IndexError at its end."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i % len(self.items)]
+
+
 def test_images_in_every_form(embedder, photos):
     whole = embedder.embed_images(photos)
     tensors = [decode_image(path.read_bytes()) for path in photos]
@@ -134,6 +150,13 @@ def test_images_in_every_form(embedder, photos):
         "mixed": [photos[0], pictures[1], tensors[2], sized[3], str(photos[4])],
         "batches": [sized[:2], sized[2:]],
         "loader": torch.utils.data.DataLoader(list(sized), 3),
+        "arrays": [tensor.permute(1, 2, 0).numpy() for tensor in tensors],
+        "one array": sized.permute(0, 2, 3, 1).numpy(),
+        "array of strings": np.array([str(path) for path in photos]),
+        "bytes": [path.read_bytes() for path in photos],
+        "data set": _Numbered(tensors),
+        "data set of batches": _Numbered([sized[:4], sized[4:]]),
+        "batches between": [photos[0], sized[1:3], sized[:0], tensors[3], photos[4]],
     }
     for name, form in forms.items():
         for batch_size in (64, 2):
@@ -145,19 +168,24 @@ def test_images_in_every_form(embedder, photos):
 
 def test_one_input(embedder, photos):
     whole = embedder.embed_images(photos)
-    with Image.open(photos[1]) as picture:
-        for one in (photos[1], str(photos[1]), picture, decode_image(photos[1].read_bytes())):
+    with Image.open(photos[1]) as picture, open(photos[1], "rb") as file:
+        pixel = decode_image(photos[1].read_bytes())
+        for one in (photos[1], str(photos[1]), picture, pixel, pixel.permute(1, 2, 0).numpy(), file):
             found = embedder.embed_images(one)
             assert found.shape == (1, 8)
             assert (found[0] - whole[1]).abs().max() < 1e-6
     assert (embedder.embed_texts("two hats")[0] - embedder.embed_texts(["two hats", "a"])[0]).abs().max() < 1e-6
 
 
-def test_batches_of_a_pair_loader(embedder, tmp_path, seed):
+def test_samples_of_an_index_and_batches_of_a_pair_loader(embedder, tmp_path, seed):
     index = ShardIndex.build(write_shards(tmp_path / "shards", [3, 4], seed))
     dataset = PairDataset(index, "txt", embedder.tokenizer, embedder.preprocess)
-    found = embedder.embed_images(Loader(dataset, 3, shuffle=False))
-    assert (found - embedder.embed_images([decode_image(s.read("png")) for s in index])).abs().max() < 1e-6
+    whole = embedder.embed_images([decode_image(s.read("png")) for s in index])
+    batches = list(Loader(dataset, 3, shuffle=False))
+    for images in (batches, index):
+        assert (embedder.embed_images(images) - whole).abs().max() < 1e-6
+    for images in (batches[0], index[0]):
+        assert (embedder.embed_images(images)[0] - whole[0]).abs().max() < 1e-6
 
 
 def test_a_batch_of_another_height_is_resized(embedder, seed):
@@ -204,6 +232,152 @@ def test_a_bad_picture_names_its_path(embedder, photos):
         embedder.embed_images(photos)
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         embedder.embed_images(["gone.png"])
+
+
+WRONG_IMAGES = {
+    "images cannot be None": None,
+    "images cannot be 3": 3,
+    "images cannot be of the type dict": {"a": "b"},
+    "image 1: cannot be None": [np.zeros((4, 4), np.uint8), None],
+    "image 0: cannot be of the type dict": [{"pixel_values": 0}],
+    "is an array of float64": np.zeros((4, 4, 3)),
+    "transpose": np.zeros((3, 5, 6), np.uint8),
+    "labels": [(torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(2))],
+    "permute": torch.zeros(5, 6, 3, dtype=torch.uint8),
+    "tensor of 5 x 6": torch.zeros(5, 6),
+    "tensor of 1 x 5 x 6": torch.zeros(1, 5, 6, dtype=torch.uint8),
+    "normalized images have 16 x 16": torch.zeros(3, 5, 6),
+    "is a URL": "https://example.org/a.jpg",
+    "no images": iter(()),
+}
+
+
+@pytest.mark.parametrize("match", WRONG_IMAGES)
+def test_other_inputs_are_refused_in_one_line(embedder, match):
+    with pytest.raises(ValueError, match=match) as error:
+        embedder.embed_images(WRONG_IMAGES[match])
+    assert "\n" not in str(error.value)
+
+
+def test_float_images_that_look_like_plain_ones_are_mentioned(embedder, caplog):
+    warn_once.cache_clear()
+    embedder.embed_images(2 * torch.rand(3, SIZE, SIZE) - 1.5)
+    assert not caplog.messages
+    embedder.embed_images(torch.rand(3, SIZE, SIZE))
+    assert "must be normalized" in caplog.text
+
+
+def test_texts_that_are_not_strings_are_refused(embedder):
+    for texts, match in (
+        (None, "texts are None: pass a string or a list"),
+        (7, "texts are 7"),
+        (b"a", "of the type bytes"),
+        (["a", None], "number 1 .from 0. is None"),
+        ([["a"]], "of the type list"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            embedder.embed_texts(texts)
+    for batch_size in (0, -1, None):
+        for call in (embedder.embed_texts, embedder.embed_images):
+            with pytest.raises(ValueError, match="batch_size"):
+                call(["a"], batch_size)
+
+
+def test_names_and_templates_that_would_be_misread_are_refused(embedder, photos):
+    for names, templates, match in (
+        ("dog", ["a {c}"], r"names of classes are the single string 'dog': pass a list, such as \['dog'\]"),
+        (["dog"], "a {c}", "templates are the single string"),
+        (["dog", "cat"], ["a photo of a {}."], r"does not have \{c\}.*: write 'a photo of a \{c\}\.'"),
+        (["dog", "cat"], ["a {c}", "a photo"], r"'a photo' does not have \{c\}"),
+        ([], ["a {c}"], "no names"),
+        (["dog"], [], "no templates"),
+        ([1], ["a {c}"], "names of classes must be strings"),
+        (["dog"], [str.upper], "templates must be strings"),
+    ):
+        for call in (
+            lambda names, templates: embedder.classify(photos, names, templates),
+            lambda names, templates: dualenc.zero_shot_classifier(embedder, names, templates),
+        ):
+            with pytest.raises(ValueError, match=match):
+                call(names, templates)
+
+
+def test_scores_of_classes(seed, photos):
+    """Only a model with a bias has a sigmoid by itself (SigLIP, Zhai et al. 2023, section 3.2)."""
+    names = ["cat", "dog", "tree"]
+    for biased in (False, True):
+        embedder = tiny_embedder(seed, logit_bias=biased)
+        cosine = embedder.classify(photos, names, scores="cosine")
+        plain = embedder.embed_images(photos) @ embedder.embed_texts([f"a photo of a {name}." for name in names]).T
+        assert (cosine - plain).abs().max() < 1e-6
+        scale = embedder.model.logits.logit_scale.double().exp()
+        softmax = (scale * cosine.double()).softmax(1)
+        assert (embedder.classify(photos, names, scores="softmax") - softmax).abs().max() < 1e-5
+        if biased:
+            torch.nn.init.uniform_(embedder.model.logits.logit_bias, -2, 2)
+            expected = 1 / (1 + (-scale * cosine.double() - embedder.model.logits.logit_bias.double()).exp())
+            assert (embedder.classify(photos, names, scores="sigmoid") - expected).abs().max() < 1e-5
+        else:
+            expected = softmax
+            with pytest.raises(ValueError, match="lacks the bias"):
+                embedder.classify(photos, names, scores="sigmoid")
+        assert (embedder.classify(photos, names) - expected).abs().max() < 1e-5
+        with pytest.raises(ValueError, match="softmax, sigmoid, cosine"):
+            embedder.classify(photos, names, scores="probability")
+
+
+def test_arrays_in_place_of_tensors(embedder, photos):
+    for found, expected in (
+        (embedder.embed_images(photos, numpy=True), embedder.embed_images(photos)),
+        (embedder.embed_texts(TEXTS, numpy=True), embedder.embed_texts(TEXTS)),
+        (embedder.classify(photos, ["a", "b"], numpy=True), embedder.classify(photos, ["a", "b"])),
+    ):
+        assert isinstance(found, np.ndarray)
+        assert found.dtype == np.float32
+        assert np.array_equal(found, expected.numpy())
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_only_where_it_is_wanted_and_seen(embedder, photos, monkeypatch, capsys, terminal):
+    stream = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    embedder.classify(photos, ["a", "b"])
+    assert stream.getvalue() == ""
+    embedder.classify(photos, ["a", "b"], progress=True)
+    embedder.embed_texts(TEXTS, progress=True)
+    assert ("images" in stream.getvalue()) == ("texts" in stream.getvalue()) == terminal
+    assert capsys.readouterr().out == ""
+
+
+def test_to_and_repr(seed, tmp_path):
+    embedder = tiny_embedder(seed)
+    embedder.save(tmp_path / "m")
+    loaded = load(tmp_path / "m", "cpu")
+    count = sum(parameter.numel() for parameter in embedder.model.parameters())
+    for part in (
+        str(tmp_path / "m"),
+        "vit_tiny_patch16_224",
+        "16 x 16",
+        "8 dimensions",
+        f"{count:,} parameters",
+        "on cpu",
+    ):
+        assert part in repr(loaded)
+    assert "\n" not in repr(loaded)
+    assert loaded.to("meta") is loaded
+    assert loaded.device.type == "meta"
+    assert "on meta" in repr(loaded)
+    for device in ("gpu", "cuda:99", 3.5):
+        for call in (embedder.to, lambda device: load(tmp_path / "m", device)):
+            with pytest.raises(ValueError, match=r"cannot be used here.*: choose one of cpu") as error:
+                call(device)
+            assert "\n" not in str(error.value)
 
 
 def test_classify(embedder, photos):
@@ -260,6 +434,34 @@ def test_all_missing_files_are_named(tmp_path):
         load(tmp_path)
     with pytest.raises(ModelError, match=r"absent' must be a folder that exists, or hf-hub:"):
         load("absent")
+
+
+def test_what_a_spec_names_instead_of_a_model(saved, tmp_path, seed):
+    """Each message names what is there, and the way out."""
+    write_shards(tmp_path / "shards", [2], seed)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "export.json").write_text('{"format": "onnx"}')
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    text = TextPredictor(TextModel(tiny_embedder(seed).model.config.text).eval(), tiny_tokenizer())
+    text.save(tmp_path / "text")
+    for spec, match in (
+        (tmp_path / "modell", f"did you mean {saved}"),
+        (tmp_path / "model.ckpt", "is a file"),
+        (tmp_path / "shards", "a folder of shards"),
+        (tmp_path / "run", "a run without a model yet"),
+        (tmp_path / "onnx", "an export to onnx"),
+        (tmp_path, f"a folder of models: pass one of them, such as {saved}"),
+        (None, "cannot be None"),
+        (3, "cannot be 3"),
+    ):
+        for call in (load, dualenc.load_text):
+            with pytest.raises(ModelError, match=match) as error:
+                call(spec, "cpu")
+            assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match=r"text model.*dualenc\.load_text"):
+        load(tmp_path / "text")
 
 
 def change(path, **values):

@@ -103,6 +103,25 @@ def test_a_folder_of_open_clip_embeds_as_open_clip_does(folder, seed):
     assert (probabilities - expected).abs().max() < 1e-5
 
 
+def test_a_model_with_a_bias_gives_open_clips_sigmoids(folder, seed):
+    """open_clip's own logits of a SigLIP model, through its own sigmoid."""
+    path, _ = folder
+    config = json.loads((path / "open_clip_config.json").read_text())
+    config["model_cfg"] |= {"init_logit_bias": -10.0, "init_logit_scale": 2.3}
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    peer = perturbed(open_clip.CLIP(16, VISION, TEXT, init_logit_bias=-10.0, init_logit_scale=2.3), seed)
+    torch.nn.init.uniform_(peer.logit_bias, -3, 3)
+    save_file(peer.state_dict(), path / "open_clip_model.safetensors")
+    embedder = load(f"open_clip:local-dir:{path}", "cpu")
+    images = torch.randn(3, 3, 32, 32)
+    names = open_clip.get_tokenizer(f"local-dir:{path}")(["a photo of a cat.", "a photo of a dog."])
+    with torch.no_grad():
+        expected = peer.get_logits(images, names)[0].sigmoid()
+    assert (embedder.classify(images, ["cat", "dog"]) - expected).abs().max() < 1e-5
+    assert (embedder.classify(images, ["cat", "dog"], scores="softmax").sum(1) - 1).abs().max() < 1e-5
+    assert "run by open_clip" in repr(embedder)
+
+
 def test_figures_differ_from_open_clips_own_only_where_its_conversion_does_not_show_the_image(folder, seed):
     """The table of docs/evaluation.md: transparent, rotated and 16-bit images."""
     embedder = load(f"open_clip:local-dir:{folder[0]}", "cpu")

@@ -82,6 +82,40 @@ def test_choice_of_the_head(seed: int) -> None:
     assert one.classify([]) == []
 
 
+def test_other_inputs_than_texts_are_refused(seed: int) -> None:
+    it = predictor({"mood": HEADS["mood"], "mlm": HeadConfig("mlm")})
+    assert it.classify("a cat") == it.classify(["a cat"]) == it.classify(iter(["a cat"]))
+    assert it.classify([["a cat", "two dogs"]]) == it.classify([("a cat", "two dogs")])  # type: ignore[list-item]
+    for texts, match in (
+        (None, "texts are None"),
+        (3, "texts are 3"),
+        (b"a", "of the type bytes"),
+        (["a", None], "number 1 .from 0. is None"),
+    ):
+        for call in (it.classify, it.embed, it.embed_tokens):
+            with pytest.raises(ValueError, match=match):
+                call(texts)  # type: ignore[arg-type]
+    for pair, match in ((("a",), "two strings, not 1"), (("a", 1), "number 1 .from 0. is 1")):
+        with pytest.raises(ValueError, match=match):
+            it.classify([pair])  # type: ignore[list-item]
+    for text in (None, ["a [MASK]"], 3):
+        with pytest.raises(ValueError, match=r"pass one string with \[MASK\]"):
+            it.fill(text)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k is 0"):
+        it.fill("a [MASK]", 0)
+    for call in (it.classify, it.embed):
+        with pytest.raises(ValueError, match="batch_size is 0"):
+            call(["a"], batch_size=0)
+
+
+def test_to_and_repr(seed: int) -> None:
+    it = predictor(HEADS)
+    for part in ("2 layers of width 16", "head mood (classification)", "parameters, on cpu"):
+        assert part in repr(it)
+    assert it.to("meta") is it
+    assert it.device.type == "meta"
+
+
 def renamed(tokenizer: Tokenizer, names: dict[str, str], lstrip: bool = False) -> Tokenizer:
     """Return the same tokenizer with other names of special tokens."""
     import json

@@ -32,7 +32,9 @@ from dualenc.data.images import thumbnail
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.patterns import expand_shards
 from dualenc.data.workers import item_loader, tensor_bytes
+from dualenc.utils.arguments import shown_value
 from dualenc.utils.errors import BadSample, DataError
+from dualenc.utils.text import plural, printable
 from dualenc.utils.urls import is_remote, join, shown
 
 __all__ = ["Batch", "BenchmarkSet", "Choices", "Problem", "SetOptions"]
@@ -115,6 +117,8 @@ class BenchmarkSet(Content):
             DataError: If nothing can be measured: the set is none of these, lacks class names or templates, or no
                 sample can be used. All other problems are in `problems`.
         """
+        if not isinstance(data, str | os.PathLike):
+            raise DataError(f"an evaluation set cannot be {shown_value(data)}: pass a path or a URL")
         location = os.fspath(data)
         try:
             return cls._open(location, split, options)
@@ -153,6 +157,13 @@ class BenchmarkSet(Content):
     def __len__(self) -> int:
         """Return the number of images that can be used, as far as is known without decoding them."""
         return len(self.source)
+
+    def __repr__(self) -> str:
+        about = [self.kind, f"split {self.split}", plural(len(self), "image")]
+        about += [f"{len(self.classnames):,} classes"] if self.classnames else []
+        about += [plural(len(self.captions[0]), "caption")] if self.captions[0] else []
+        about += ["incomplete, see problems"] if self.problems else []
+        return f"BenchmarkSet({printable(self.name)}: {', '.join(about)})"
 
     @property
     def index(self) -> ShardIndex:

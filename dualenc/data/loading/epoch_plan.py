@@ -89,6 +89,9 @@ class EpochPlan:
         self._bounds = np.cumsum([0, *(int(self._count[chunks].sum()) for chunks in self._windows)])
         self._window = lru_cache(maxsize=3)(self._shuffled_window)  # a batch rarely spans more windows
 
+    def __repr__(self) -> str:
+        return f"EpochPlan(epoch {self.epoch}: {self._length:,} batches of {self.batch:,}, seed {self.seed})"
+
     def _chunks(
         self, source: int, shards: np.ndarray, starts: np.ndarray, sizes: np.ndarray, take: int
     ) -> tuple[np.ndarray, ...]:

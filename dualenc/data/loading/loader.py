@@ -107,6 +107,10 @@ class Loader:
         prefetch_that_fits(prefetch=PREFETCH, **self._memory)  # raises now and not when training has started
         self._loader: WorkerLoader | None = None  # kept from epoch to epoch because its workers live on
 
+    def __repr__(self) -> str:
+        of = f"{len(self):,} batches of {self.batch_size:,}{'' if self.shuffle else ' at most'}"
+        return f"Loader({of} an epoch, of {self.dataset!r}; next is batch {self.batch} of epoch {self.epoch})"
+
     def _memory_needs(self) -> dict[str, Any]:
         """Return the arguments of `prefetch_that_fits`."""
         of_rank = -(-self.batch_size // self.world)

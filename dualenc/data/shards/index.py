@@ -30,6 +30,7 @@ from dualenc.data.workers import item_loader
 from dualenc.utils.decoding import lines_of, read_text
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, stand_in
+from dualenc.utils.text import plural, printable
 from dualenc.utils.urls import folder_of, is_remote, shown
 
 __all__ = ["BadSample", "DataError", "Sample", "ShardIndex"]
@@ -124,6 +125,11 @@ class ShardIndex:
     def shards(self) -> list[str]:
         """The shards' paths, or URLs without secrets."""
         return list(map(str, self.parts))
+
+    def __repr__(self) -> str:
+        more = "" if len(self.parts) < 2 else f" to {printable(self.shards[-1])}"
+        where = f": {printable(self.shards[0])}{more}" if self.parts else ""
+        return f"ShardIndex({plural(len(self), 'sample')} in {plural(len(self.parts), 'shard')}{where})"
 
     def __len__(self) -> int:
         return self.starts[-1] if self.rows is None else len(self.rows)

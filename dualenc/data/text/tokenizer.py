@@ -104,6 +104,9 @@ class Tokenizer:
             raise DataError(f"tokenizer kind {kind!r} cannot be trained: choose wordpiece or bpe")
         return cls(train(captions, vocab_size), context_length)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size:,} entries, at most {self.context_length} tokens a text)"
+
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenize and pack B texts; an empty text has its opening and closing tokens only."""
         return self.pack(self.encode(texts))

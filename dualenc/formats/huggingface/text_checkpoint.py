@@ -17,7 +17,15 @@ from dualenc.formats.download import hub_folder
 from dualenc.formats.huggingface.architecture import family_of, slots_of, text_config
 from dualenc.formats.huggingface.family import Family, FoundHead, Slot
 from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, longest, padding_token, read_tokenizer
-from dualenc.formats.model_folder import CONFIG, MODULES, TEXT_MODEL, check_tokenizer, open_folder
+from dualenc.formats.model_folder import (
+    CONFIG,
+    MODULES,
+    TEXT_MODEL,
+    check_tokenizer,
+    open_folder,
+    other_content,
+    spec_name,
+)
 from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, family_rules, own_rule, prefixes, read_state
 from dualenc.models.dual_encoder import DualConfig
 from dualenc.models.heads import HeadConfig, TextModel, make_head
@@ -93,7 +101,7 @@ def open_text(spec: str | os.PathLike[str]) -> TextCheckpoint:
         ModelError: If the spec is something else, or dualenc cannot compute the checkpoint; the message names the file
             and the key.
     """
-    name = os.fspath(spec)
+    name = spec_name(spec)
     found = open_folder(name, [*CONFIGS, *TOKENIZER_FILES, "model*.safetensors", SAFE[1]], "text checkpoint")
     if name.startswith("hf-hub:") and not any((found.path / file).is_file() for file in SAFE):
         # Pickled weights are fetched only where there are no others, and of the same commit as the other files.
@@ -107,7 +115,9 @@ def open_text(spec: str | os.PathLike[str]) -> TextCheckpoint:
             return _tower(name, found.path, found.config)
         case "transformers":
             return _foreign(name, found.path, found.config)
-    raise ModelError(f"{found.path} cannot be read as a text checkpoint: it has neither {CONFIG} nor {TEXT_MODEL}")
+    other = other_content(found.path)
+    why = f"it is {other}" if other else f"it has neither {CONFIG} nor {TEXT_MODEL}"
+    raise ModelError(f"{found.path} cannot be read as a text checkpoint: {why}")
 
 
 def _own(spec: str, folder: Path) -> TextCheckpoint:
