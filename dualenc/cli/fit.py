@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import warnings
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,7 +13,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -26,6 +25,7 @@ from dualenc.training.checkpoint import list_checkpoints, newest_checkpoint, ver
 from dualenc.training.contrastive import ContrastiveTask, is_model
 from dualenc.training.csv_logger import MetricsFile
 from dualenc.training.lightning_internals import BaseCLI, after_process_group, rank_from_environment
+from dualenc.training.progress import Progress
 from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
 from dualenc.training.run_lock import RunLock
@@ -107,7 +107,13 @@ class CLI(BaseCLI):
         config.pop("config", None)  # the path of the file is not a setting of the run
         config["ckpt_path"], config["run"]["accept_changes"] = None, []  # nor is how it was resumed
         self.instance("run").config_yaml = self.dump(config)
-        trainer = super().instantiate_trainer(**kwargs)
+        options = self.instance("trainer")
+        shown = options["enable_progress_bar"] is not False
+        if shown and not any(isinstance(one, ProgressBar) for one in options["callbacks"] or []):
+            trainer = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
+            trainer.callbacks.insert(0, Progress())
+        else:  # none at all, or one of the user's own
+            trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "fit":
             trainer.loggers = [MetricsFile(trainer.default_root_dir), *trainer.loggers]
         return trainer
@@ -202,7 +208,7 @@ def trainer_command(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", "The number of training batches")  # about its own logging, which is not used
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # about its own use of torch
     use_new_store_after_restart()
-    recorder, terminal = StartRecorder(), sys.stderr.isatty()
+    recorder = StartRecorder()
     try:
         CLI(
             parser_class=Parser,
@@ -213,8 +219,7 @@ def trainer_command(arguments: list[str]) -> None:
                 "num_sanity_val_steps": 0,
                 "log_every_n_steps": 10,
                 "enable_model_summary": False,
-                "enable_progress_bar": terminal,
-                "callbacks": [recorder, *([RichProgressBar()] if terminal else [])],
+                "callbacks": [recorder],
             },
             seed_everything_default=0,
             subclass_mode_model=True,

@@ -450,8 +450,7 @@ class ContrastiveTask(Task):
             raise DataError(metrics)
         if not self.trainer.sanity_checking:
             stage = "test" if self.trainer.testing else "val"
-            bar = ("val/loss", "val/mean_recall@1")
-            self.publish({f"{stage}/{name}": value for name, value in metrics.items()}, bar=bar)
+            self.publish({f"{stage}/{name}": value for name, value in metrics.items()}, printed=("val/loss", "val/mrr"))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
