@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dualenc.cli.common import UsageError, WorkError
 from dualenc.data.images import Preprocess
+from dualenc.formats.timm import load_image_weights
 from dualenc.inference.embedder import load
 from dualenc.models import ImageEncoder
 from dualenc.training.checkpoint import list_checkpoints, newest_checkpoint, verify_checkpoint
@@ -280,7 +281,7 @@ def image_tower(config: str | os.PathLike[str]) -> tuple[ImageEncoder, Preproces
     if isinstance(source, str) and is_model(source):
         tower.load_pretrained(load(source, "cpu").dual_encoder.image.vit.state_dict())
     elif source:
-        tower.load_pretrained(source if isinstance(source, str) else None)
+        load_image_weights(tower, source if isinstance(source, str) else None)
     elif isinstance(seed, bool) or not isinstance(seed, int):
         raise DataError(f"{config}: seed_everything {seed} gives another random tower each time: set it to a number")
     return tower.eval(), task.preprocess
