@@ -188,6 +188,8 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
         if file and file.suffix not in (".npz", ".npy"):  # open_clip reads those of big_vision itself
             pretrained = str(stack.enter_context(plain_copy(file, known=("state_dict", "module."))))
         try:
+            if pretrained and not file:  # asked for again below, where open_clip would print what fails
+                open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, pretrained))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = open_clip.create_model(architecture, pretrained or None, require_pretrained=whole)

@@ -119,7 +119,7 @@ class Progress(Callback):
             self._bad = len(trainer.datamodule.bad_sample_log)
             pl_module.print_metrics = self.print_metrics
 
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the line."""
         if self._first is None:  # the first step has waited for workers and compilers
             self._first = trainer.global_step, time.monotonic()
@@ -131,15 +131,21 @@ class Progress(Callback):
         if self._line is not None:
             self._line.show("")
 
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Update the line."""
         self._count("validating", batch_idx, trainer.num_val_batches)
 
-    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_test_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Update the line."""
         self._count("testing", batch_idx, trainer.num_test_batches)
 
-    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Update the line."""
         self._count("predicting", batch_idx, trainer.num_predict_batches)
 
@@ -177,7 +183,7 @@ class Progress(Callback):
         return f"step {step:,}/{self._total:,}, epoch {epoch:,}{of_epochs}"
 
     def _values(self, step: int) -> list[str]:
-        """Return the loss and the rate of the last log, and the time left, as far as they are known."""
+        """Return the loss and the rate of the last log, and the time left, as far as known."""
         parts: list[str] = []
         if self._logged:
             rate = self._logged["train/samples_per_second"]
