@@ -112,7 +112,7 @@ class CLI(BaseCLI):
         shown = options["enable_progress_bar"] is not False
         if shown and not any(isinstance(one, ProgressBar) for one in options["callbacks"] or []):
             trainer = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
-            trainer.callbacks.insert(0, Progress())
+            trainer.callbacks.insert(0, Progress())  # type: ignore[attr-defined]
         else:  # none at all, or one of the user's own
             trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "fit":

@@ -173,7 +173,7 @@ def _architecture(spec: str, name: str) -> DualCheckpoint:
     file = Path(weights) if weights and Path(weights).is_file() else None
     with one_line_errors(spec):
         check_name(architecture, "" if file else weights)
-    model_cfg: Config = library.get_model_config(architecture)
+    model_cfg: Any = library.get_model_config(architecture)
     known: Any = {} if file or not weights else library.get_pretrained_cfg(architecture, weights)
     if known:
         try:
