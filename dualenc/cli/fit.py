@@ -4,7 +4,6 @@ import inspect
 import logging
 import os
 import re
-import sys
 import warnings
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,19 +14,21 @@ from typing import Any, NoReturn
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dualenc.cli.common import UsageError, WorkError
 from dualenc.cli.settings import TRAINER_DEFAULTS, Settings, decode_config, parameters, read_config
 from dualenc.data.images import Preprocess
+from dualenc.formats.timm import load_image_weights
 from dualenc.inference.embedder import load
 from dualenc.models import ImageEncoder
 from dualenc.training.checkpoint import list_checkpoints, newest_checkpoint, verify_checkpoint
 from dualenc.training.contrastive import ContrastiveTask, is_model
 from dualenc.training.csv_logger import MetricsFile
 from dualenc.training.lightning_internals import BaseCLI, after_process_group, rank_from_environment
+from dualenc.training.progress import Progress
 from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
 from dualenc.training.run_lock import RunLock
@@ -106,7 +107,13 @@ class CLI(BaseCLI):
         config.pop("config", None)  # the path of the file is not a setting of the run
         config["ckpt_path"], config["run"]["accept_changes"] = None, []  # nor is how it was resumed
         self.instance("run").config_yaml = self.dump(config)
-        trainer = super().instantiate_trainer(**kwargs)
+        options = self.instance("trainer")
+        shown = options["enable_progress_bar"] is not False
+        if shown and not any(isinstance(one, ProgressBar) for one in options["callbacks"] or []):
+            trainer = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
+            trainer.callbacks.insert(0, Progress())  # type: ignore[attr-defined]
+        else:  # none at all, or one of the user's own
+            trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "fit":
             trainer.loggers = [MetricsFile(trainer.default_root_dir), *trainer.loggers]
         return trainer
@@ -231,14 +238,13 @@ def trainer_command(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", "The number of training batches")  # about its own logging, which is not used
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # about its own use of torch
     use_new_store_after_restart()
-    recorder, terminal = StartRecorder(), sys.stderr.isatty()
+    recorder = StartRecorder()
     try:
         CLI(
             parser_class=Parser,
             trainer_defaults={
                 **TRAINER_DEFAULTS,
-                "enable_progress_bar": terminal,
-                "callbacks": [recorder, *([RichProgressBar()] if terminal else [])],
+                "callbacks": [recorder],
             },
             seed_everything_default=0,
             subclass_mode_model=True,
@@ -298,7 +304,7 @@ def image_tower(config: str | os.PathLike[str]) -> tuple[ImageEncoder, Preproces
     if isinstance(source, str) and is_model(source):
         tower.load_pretrained(load(source, "cpu").dual_encoder.image.vit.state_dict())
     elif source:
-        tower.load_pretrained(source if isinstance(source, str) else None)
+        load_image_weights(tower, source if isinstance(source, str) else None)
     elif isinstance(seed, bool) or not isinstance(seed, int):
         raise DataError(f"{config}: seed_everything {seed} gives another random tower each time: set it to a number")
     return tower.eval(), task.preprocess

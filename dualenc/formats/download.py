@@ -57,6 +57,45 @@ def hub_folder(spec: str, patterns: Sequence[str]) -> Path:
 
 
 @contextmanager
+def hub_or_cache(what: str) -> Iterator[None]:
+    """Let another library load from the hub: where the hub cannot be reached, from its cache alone.
+
+    Without this the hub's client asks for each file again and again, and prints a line each time.
+
+    Args:
+        what: weights or spec, for messages.
+
+    Raises:
+        ModelError: If the hub cannot be reached, and the files are not in the cache.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HTTPError, OSError) as error:
+        unreachable = one_line(error)
+    else:
+        yield
+        return
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    except Exception as error:  # other libraries put errors of their own around those of the hub's client
+        around: BaseException | None = error
+        while around is not None and not isinstance(around, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            around = around.__cause__ or around.__context__
+        if around is None:
+            raise
+        raise ModelError(
+            f"{what}: not all of its files are in the cache {constants.HF_HUB_CACHE}, and the hub at "
+            f"{constants.ENDPOINT} cannot be reached ({unreachable}): download it once with a connection"
+        ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
 def _hub_errors_in_one_line(spec: str, revision: str) -> Iterator[None]:
     """Turn the hub's refusals into a `ModelError` of one line."""
     from huggingface_hub.errors import (

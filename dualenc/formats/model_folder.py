@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from dualenc.formats.download import hub_folder
 from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.arguments import shown_value
 from dualenc.utils.errors import ModelError
-from dualenc.utils.files import read_json
+from dualenc.utils.files import read_json, similar_paths
 from dualenc.utils.text import printable, quoted
 
 CONFIG = "config.json"
@@ -105,7 +104,8 @@ def open_folder(spec: str | os.PathLike[str], patterns: Sequence[str], what: str
         )
     if not path.is_dir():
         more = " or open_clip:ARCH/PRETRAINED" if what == "model" else ""
-        near = f"; did you mean {' or '.join(found)}?" if (found := _similar(path)) else ""
+        found = [printable(str(one)) for one in similar_paths(path) if one.is_dir()]
+        near = f"; did you mean {' or '.join(found)}?" if found else ""
         raise ModelError(f"{what} {quoted(name)} must be a folder that exists, or hf-hub:owner/name{more}{near}")
     return detect(path)
 
@@ -119,16 +119,6 @@ def spec_name(spec: str | os.PathLike[str]) -> str:
     if not isinstance(spec, str | os.PathLike):
         raise ModelError(f"a model cannot be {shown_value(spec)}: pass the path of its folder, or hf-hub:owner/name")
     return os.fspath(spec)
-
-
-def _similar(path: Path) -> list[str]:
-    """Return the folders whose names are similar to that of a path that does not exist."""
-    parent = path.parent
-    try:
-        names = [one.name for one in parent.iterdir() if one.is_dir()]
-    except OSError:
-        return []
-    return [printable(str(parent / name)) for name in get_close_matches(path.name, names, n=2)]
 
 
 def other_content(path: Path) -> str | None:

@@ -1,25 +1,31 @@
 """Tensors of a checkpoint: one mapping over files of several kinds, and rules of names that are read both ways."""
 
 import re
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dualenc.formats.format_1 import name_in_format_1
 from dualenc.formats.huggingface.family import Family, Slot
+from dualenc.formats.pickled import read_pickled
 from dualenc.models.text_encoder import TextConfig
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import ModelError, warn_once
 from dualenc.utils.files import read_json
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Parts of names that torch.compile, FSDP, DDP and Lightning add. Those of the first line mean nothing else anywhere in
+# a name; the others are taken off where every name begins with them.
+COMPILED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIXES = ("module.", "model.")
+COUNTER = "n_averaged"  # of torch's averaged models, next to their weights
 # Buffers that earlier versions of transformers saved; their values follow from the config.
 STALE = (r".*\bposition_ids", r".*\binv_freq", r".*\bembeddings\.token_type_ids")
 
@@ -27,11 +33,17 @@ STALE = (r".*\bposition_ids", r".*\binv_freq", r".*\bembeddings\.token_type_ids"
 class Weights(Mapping[str, Tensor]):
     """Mapping of the tensors in a checkpoint's files; a tensor is read on access.
 
-    TensorFlow's names "gamma" and "beta" of LayerNorm's parameters become "weight" and "bias".
+    TensorFlow's names "gamma" and "beta" of LayerNorm's parameters become "weight" and "bias". What programs of
+    training put around the weights is taken off and said in one line: the entries of a pickled file that hold them,
+    see `read_pickled`, and what all names begin with.
 
     Args:
         folder: a folder with model.safetensors or pytorch_model.bin, in one file or in several with an index; or the
             path of such a file.
+
+    Attributes:
+        path: the file, or the index of several.
+        taken_off: entries and parts of names that were taken off.
 
     Raises:
         ModelError: If the folder has no such file, or one cannot be read.
@@ -45,10 +57,25 @@ class Weights(Mapping[str, Tensor]):
         if not found:
             raise ModelError(f"{folder} holds no weights: neither {SAFE[0]} nor {PICKLED[0]}")
         self.path = found[0]
+        self.taken_off: list[str] = []
         for path in self._files(found[0]):
             tensors = self._open(path)
             for name in tensors.keys():  # noqa: SIM118 (the reader of safetensors is not a mapping)
                 self._where[re.sub(r"\bLayerNorm\.(gamma|beta)$", _current_name, name)] = tensors, name
+        self._where = self._plain_names()
+        if self.taken_off:
+            warn_once(f"{self.path}: taken off around the weights: {', '.join(self.taken_off)}")
+
+    def _plain_names(self) -> dict[str, tuple[Any, str]]:
+        """Return the tensors by their names without what programs of training add."""
+        found = {COMPILED.sub("", name): where for name, where in self._where.items()}
+        if len(found) < len(self._where):  # two tensors would have one name
+            return self._where
+        self.taken_off += sorted({part for name in self._where for part in COMPILED.findall(name)})
+        while prefix := next((x for x in PREFIXES if len(found) > 1 and all(map(_begins(x), found))), ""):
+            found = {name.removeprefix(prefix): where for name, where in found.items() if name != COUNTER}
+            self.taken_off.append(prefix)
+        return found
 
     def _files(self, path: Path) -> list[Path]:
         if path.suffix != ".json":
@@ -66,25 +93,10 @@ class Weights(Mapping[str, Tensor]):
         try:
             if path.suffix == ".safetensors":
                 return self._stack.enter_context(safe_open(path, "pt"))
-            with warnings.catch_warnings(action="ignore"):  # torch warns about TorchScript before it raises an error.
-                try:
-                    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # Files of torch before 1.6 cannot be memory-mapped.
-                    state = torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-            if "TorchScript" in str(error):
-                raise ModelError(
-                    f"{path} is a TorchScript archive, which holds code: save the tensors alone, by "
-                    "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), OUT)"
-                ) from None
+        except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read ({(str(error).splitlines() or [''])[0]})") from None
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # A training checkpoint.
-            state = state["state_dict"]
-        if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-            raise ModelError(
-                f"{path} must be a dictionary of tensors and nothing else: save it as safetensors with the program "
-                "that wrote it"
-            )
+        state, entries = read_pickled(path)
+        self.taken_off += [entry for entry in entries if entry not in self.taken_off]
         return state
 
     def __getitem__(self, name: str) -> Tensor:
@@ -104,6 +116,35 @@ class Weights(Mapping[str, Tensor]):
         """Close the files."""
         self._stack.close()
         self._where.clear()
+
+
+def _begins(prefix: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(prefix) or name == COUNTER
+
+
+@contextmanager
+def plain_copy(path: Path, folder: Path | None = None, known: Collection[str] = ()) -> Iterator[Path]:
+    """Give the path of weights that other libraries can read: a temporary copy, if something was taken off them.
+
+    Args:
+        path: the weights, see `Weights`.
+        folder: folder that the other library reads the weights from; None if it reads the file alone.
+        known: entries and parts of names that the other library takes off itself.
+
+    Raises:
+        ModelError: If the weights cannot be read.
+    """
+    with closing(Weights(path)) as weights, TemporaryDirectory(prefix="dualenc-weights-") as name:
+        if set(weights.taken_off) <= set(known):
+            yield folder or path
+            return
+        for file in folder.iterdir() if folder else ():
+            if file.suffix not in (".safetensors", ".bin", ".pth") and not file.name.endswith(".index.json"):
+                (Path(name) / file.name).symlink_to(file.resolve())
+        copy = Path(name) / (SAFE[0] if folder else f"{path.stem}.safetensors")
+        # safetensors refuses tensors that share memory.
+        save_file({key: x.clone(memory_format=torch.contiguous_format) for key, x in weights.items()}, copy)
+        yield Path(name) if folder else copy
 
 
 def _current_name(match: re.Match[str]) -> str:
@@ -282,9 +323,10 @@ def _raise_if_wrong(
     """Raise a `ModelError` if there are faults, or tensors that neither a rule nor a pattern accounts for."""
     known = [re.compile(pattern) for pattern in (*STALE, *ignored)]
     left = [f"{n} is unknown" for n in weights if n not in used and not any(p.fullmatch(n) for p in known)]
-    if wrong := [*wrong, *left]:
-        more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ModelError(f"{where} does not match its config: {'; '.join(wrong[:10])}{more}")
+    if count := len(wrong) + len(left):
+        shown = [*wrong[: max(5, 10 - len(left))], *left[: max(5, 10 - len(wrong))]]  # names of both sides tell most
+        more = f", and {count - len(shown)} more" if count > len(shown) else ""
+        raise ModelError(f"{where} does not match its config: {'; '.join(shown)}{more}")
 
 
 def write_state(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:

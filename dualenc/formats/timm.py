@@ -8,6 +8,7 @@ exported by their timm name.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from dualenc.formats.state_dict import Rule
+from dualenc.formats.download import hub_or_cache
+from dualenc.formats.state_dict import Rule, plain_copy
 from dualenc.models.image_encoder import ImageConfig, ImageEncoder
 from dualenc.utils.errors import first_failure
 
@@ -399,3 +401,22 @@ def unfit(layout: str, vit: nn.Module) -> str | None:
         (not shape.norm_last, "fc_norm True"),
     ]
     return first_failure(checks)
+
+
+def load_image_weights(tower: ImageEncoder, source: str | None) -> None:
+    """Load pretrained weights into an image tower, see `ImageEncoder.load_pretrained`.
+
+    Args:
+        tower: the image tower.
+        source: file of weights by timm's names, whatever a program of training has put around them; None for timm's
+            weights of the tower's name.
+
+    Raises:
+        ValueError: If they cannot be read or downloaded, or do not fit.
+    """
+    if source is None or not Path(source).is_file():
+        with hub_or_cache(f"timm's weights of {tower.config.name}"):
+            tower.load_pretrained(source)
+        return
+    with plain_copy(Path(source), known=("state_dict_ema", "model_ema", "state_dict", "model", "module.")) as file:
+        tower.load_pretrained(str(file))

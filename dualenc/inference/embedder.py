@@ -364,6 +364,8 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
     if name.startswith("open_clip:"):
         try:
             peer, peer_tokenizer, transform = load_open_clip(name.removeprefix("open_clip:"))
+        except ModelError:  # names the file or the spec itself
+            raise
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from None
         return Embedder(peer.to(device), peer_tokenizer, transform, name)

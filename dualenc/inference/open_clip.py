@@ -1,12 +1,13 @@
 """Models, transforms and tokenizers of the open_clip library behind the interface of a `DualEncoder`."""
 
 import hashlib
-import os
+import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
-from pickle import UnpicklingError
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms.v2.functional import to_pil_image
 
+from dualenc.formats.download import hub_or_cache
+from dualenc.formats.state_dict import plain_copy
 from dualenc.models.dual_encoder import unit
-from dualenc.utils.text import did_you_mean
+from dualenc.utils.text import did_you_mean, one_line
 
 SCHEMES = ("hf-hub:", "local-dir:")  # prefixes of names that open_clip resolves itself
 
@@ -174,31 +177,70 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
 
     whole = name.startswith(SCHEMES)
     architecture, _, pretrained = (name, "", "") if whole else name.partition("/")
-    if not whole and architecture not in open_clip.list_models():
-        known = open_clip.list_models()
-        hint = did_you_mean(architecture, known, f"open_clip.list_models() lists the {len(known)} that it has")
-        raise ValueError(f"open_clip does not have the architecture {architecture!r}: {hint}")
-    tags = [] if whole else open_clip.list_pretrained_tags_by_model(architecture)
-    if pretrained and not os.path.isfile(pretrained) and open_clip.get_pretrained_cfg(architecture, pretrained) == {}:
-        raise ValueError(
-            f"{pretrained!r} must be a file, or weights that open_clip has for {architecture}: "
-            f"{', '.join(tags) or 'it does not have any'}"
-        )
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = open_clip.create_model(architecture, pretrained or None, require_pretrained=whole)
-        tokenizer = open_clip.get_tokenizer(architecture)
-    except UnpicklingError:
-        raise ValueError(
-            f"{pretrained or name} holds more than weights, which could run code: save its state_dict"
-        ) from None
-    except Exception as error:  # open_clip and the hub's client do not share a base class of errors
-        raise ValueError(
-            f"open_clip cannot load {name}: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+    file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
+    if not whole:
+        check_name(architecture, "" if file else pretrained)
+    text = {} if whole else (open_clip.get_model_config(architecture) or {}).get("text_cfg", {})
+    asks = whole or (pretrained and not file) or any(key.startswith("hf_") for key in text)
+    with ExitStack() as stack:
+        if asks:
+            stack.enter_context(hub_or_cache(f"open_clip:{name}"))
+        if file and file.suffix not in (".npz", ".npy"):  # open_clip reads those of big_vision itself
+            pretrained = str(stack.enter_context(plain_copy(file, known=("state_dict", "module."))))
+        try:
+            if pretrained and not file:  # asked for again below, where open_clip would print what fails
+                open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, pretrained))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = open_clip.create_model(architecture, pretrained or None, require_pretrained=whole)
+            tokenizer = open_clip.get_tokenizer(architecture)
+        except Exception as error:  # open_clip and the hub's client do not share a base class of errors
+            raise ValueError(f"open_clip cannot load {name}: {_misfit(error)}") from error
     wrapped = OpenClip(model.eval(), architecture)
     settings: dict[str, Any] = {
         key: tuple(x) if isinstance(x, list) else x for key, x in wrapped.model.visual.preprocess_cfg.items()
     }
     return wrapped, OpenClipTokenizer(tokenizer, wrapped.trims), OpenClipTransform(**settings)
+
+
+def check_name(architecture: str, tag: str) -> None:
+    """Refuse an architecture or weights that open_clip does not have, or weights of another activation.
+
+    open_clip itself builds a model that computes something else than the one that was trained, and warns.
+
+    Args:
+        architecture: name of the architecture.
+        tag: name of the weights; empty for none.
+
+    Raises:
+        ValueError: If open_clip does not have them, or they belong to the architecture with the other activation; the
+            message names what to write.
+    """
+    import open_clip
+
+    models = open_clip.list_models()
+    if architecture not in models:
+        hint = did_you_mean(architecture, models, f"open_clip.list_models() lists the {len(models)} that it has")
+        raise ValueError(f"open_clip does not have the architecture {architecture!r}: {hint}")
+    known: Any = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    if tag and not known:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "it does not have any"
+        raise ValueError(f"{tag!r} must be a file, or weights that open_clip has for {architecture}: {tags}")
+    quick = bool(known.get("quick_gelu", False))
+    if tag and quick != bool((open_clip.get_model_config(architecture) or {}).get("quick_gelu")):
+        better = f"{architecture}-quickgelu" if quick else architecture.removesuffix("-quickgelu")
+        raise ValueError(
+            f"these weights were trained {'with' if quick else 'without'} quick_gelu, and {architecture} is "
+            f"{'without' if quick else 'with'} it: write open_clip:{better}/{tag}"
+        )
+
+
+def _misfit(error: Exception) -> str:
+    """Return the names that a checkpoint lacks and those that the model lacks, or the first line of another error."""
+    parts = []
+    for title, word in (("Missing", "missing"), ("Unexpected", "unknown")):
+        listed = re.search(rf"{title} key\(s\) in state_dict: (.*)", str(error))
+        names = re.findall(r'"([^"]+)"', listed[1]) if listed else []
+        parts += [f"{name} is {word}" for name in names[:5]]
+        parts += [f"{len(names) - 5} more {'are' if len(names) > 6 else 'is'} {word}"] if len(names) > 5 else []
+    return one_line("; ".join(parts) or (str(error).splitlines() or [type(error).__name__])[0])

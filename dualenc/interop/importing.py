@@ -76,9 +76,8 @@ def import_model(
     ours = outputs_of(embedder, inputs)
     if factor > MAX_SCALE * (1 + TOLERANCE) and ours["scale"].item() < factor:  # the scale of CLIP in half precision
         notes.append(f"the logit scale is {ours.pop('scale').item():.4g}, dualenc's largest, not {factor:.6g}")
-    verified = [
-        verify(Check(reference, model, inputs, ours, tokenizer), TOLERANCE) for reference, model in checkpoint.peers
-    ]
+    with checkpoint.readable_peers() as peers:
+        verified = [verify(Check(one, model, inputs, ours, tokenizer), TOLERANCE) for one, model in peers]
     return Imported(embedder, verified, notes)
 
 
@@ -87,16 +86,17 @@ def _joined(checkpoint: DualCheckpoint, text: str, draw: Callable[[Embedder], In
     embedder = checkpoint.embedder()
     tokenizer, _ = parts_of(embedder)
     inputs, verified = draw(embedder), []
-    for reference, model in checkpoint.peers:
-        if reference is references.TIMM:
-            with evaluating(embedder.model), torch.no_grad():
-                features = unit(embedder.dual_encoder.image(inputs.pixels)).numpy()
-            check = Check(reference, model, inputs, {"features": features})
-        else:
-            encoder = TextModel(embedder.dual_encoder.config.text)
-            encoder.encoder.load_state_dict(embedder.dual_encoder.text.state_dict())
-            predictor = TextPredictor(encoder.eval(), tokenizer, text)
-            check = check_text(predictor, Path(model), make_text_inputs(predictor))
-        verified.append(verify(check, TOLERANCE))
+    with checkpoint.readable_peers() as peers:
+        for reference, model in peers:
+            if reference is references.TIMM:
+                with evaluating(embedder.model), torch.no_grad():
+                    features = unit(embedder.dual_encoder.image(inputs.pixels)).numpy()
+                check = Check(reference, model, inputs, {"features": features})
+            else:
+                encoder = TextModel(embedder.dual_encoder.config.text)
+                encoder.encoder.load_state_dict(embedder.dual_encoder.text.state_dict())
+                predictor = TextPredictor(encoder.eval(), tokenizer, text)
+                check = check_text(predictor, Path(model), make_text_inputs(predictor))
+            verified.append(verify(check, TOLERANCE))
     notes = ["the projections are random: train them before the embeddings mean anything"]
     return Imported(embedder, verified, [*notes, *checkpoint.notes])

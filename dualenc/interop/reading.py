@@ -3,7 +3,7 @@
 import os
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,24 @@ from torch import Tensor
 
 from dualenc.data.images import Preprocess
 from dualenc.data.text.tokenizer import Tokenizer
-from dualenc.formats.download import hub_folder
+from dualenc.formats.download import hub_folder, hub_or_cache
 from dualenc.formats.huggingface import dual as hugging_face
 from dualenc.formats.huggingface.family import Config
 from dualenc.formats.huggingface.text_checkpoint import open_text
-from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, longest, padding_token, read_tokenizer
+from dualenc.formats.huggingface.tokenizers import (
+    TOKENIZER_FILES,
+    check_closing,
+    longest,
+    padding_token,
+    read_tokenizer,
+)
 from dualenc.formats.model_folder import CONFIG, OPEN_CLIP, detect, open_folder
 from dualenc.formats.open_clip import config as open_clip
 from dualenc.formats.open_clip.tokenizer import open_clip_tokenizer, tokenizer_folder
-from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, read_state
+from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, plain_copy, read_state
+from dualenc.formats.timm import load_image_weights
 from dualenc.inference.embedder import Embedder
-from dualenc.inference.open_clip import load_open_clip
+from dualenc.inference.open_clip import check_name, load_open_clip
 from dualenc.interop import references
 from dualenc.interop.references import Reference
 from dualenc.models.dual_encoder import DualConfig, DualEncoder
@@ -56,6 +63,8 @@ class DualCheckpoint:
         preprocess: the evaluation transform.
         peers: the references to check it with, each with what it loads.
         notes: differences from the model that is read.
+        weights: file or folder of the weights, and the folder that the references read, if it is not this file alone;
+            None for weights that the references find themselves.
     """
 
     spec: str
@@ -63,6 +72,7 @@ class DualCheckpoint:
     preprocess: Preprocess
     peers: tuple[tuple[Reference, str], ...]
     notes: tuple[str, ...]
+    weights: tuple[Path, Path | None] | None
     _tokenizer: Callable[[], Tokenizer] = field(repr=False)
     _state: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Tensor]] = field(repr=False)
 
@@ -85,6 +95,20 @@ class DualCheckpoint:
             model = DualEncoder.from_config(self.config)
         model.load_state_dict(state)
         return Embedder(model.eval(), tokenizer, self.preprocess, self.spec)
+
+    @contextmanager
+    def readable_peers(self) -> Iterator[tuple[tuple[Reference, str], ...]]:
+        """Give the references with what they load: plain copies of weights that they could not read."""
+        if self.weights is None:
+            yield self.peers
+            return
+        path, folder = self.weights
+        read = str(folder or path)
+        with plain_copy(path, folder) as copy:
+            yield tuple(
+                (one, f"{model.removesuffix(read)}{copy}" if model.endswith(read) else model)
+                for one, model in self.peers
+            )
 
 
 def open_dual(spec: str | os.PathLike[str]) -> DualCheckpoint:
@@ -146,23 +170,17 @@ def _architecture(spec: str, name: str) -> DualCheckpoint:
     import open_clip as library
 
     architecture, _, weights = name.partition("/")
-    model_cfg: Config | None = library.get_model_config(architecture)
     file = Path(weights) if weights and Path(weights).is_file() else None
+    with one_line_errors(spec):
+        check_name(architecture, "" if file else weights)
+    model_cfg: Any = library.get_model_config(architecture)
     known: Any = {} if file or not weights else library.get_pretrained_cfg(architecture, weights)
-    if model_cfg is None or (weights and not file and not known):
-        with one_line_errors(spec):
-            load_open_clip(name)  # Its error lists what open_clip has instead.
-        raise ModelError(f"open_clip does not have {name}")
-    quick = known.get("quick_gelu", False)
-    if quick != bool(model_cfg.get("quick_gelu")) and known:
-        better = f"{architecture}-quickgelu" if quick else architecture.removesuffix("-quickgelu")
-        raise ModelError(
-            f"{spec}: these weights were trained {'with' if quick else 'without'} quick_gelu, and {architecture} is "
-            f"{'without' if quick else 'with'} it: write open_clip:{better}/{weights}"
-        )
     if known:
         try:
-            file = Path(library.download_pretrained(known))
+            with hub_or_cache(spec):
+                file = Path(library.download_pretrained(known))
+        except ModelError:
+            raise
         except Exception as error:  # errors of the hub's client and of urllib
             raise ModelError(f"{spec} cannot be downloaded ({(str(error).splitlines() or [''])[0]})") from None
     return _open_clip(spec, f"{architecture}/{weights}" if weights else architecture, model_cfg, known, None, file)
@@ -215,12 +233,9 @@ def _open_clip(
             with one_line_errors(spec):
                 theirs: Mapping[str, Tensor] = load_open_clip(peer)[0].model.state_dict()
             return _read(theirs, rules, shapes, spec, bool(positions))
-        weights = Weights(file)
-        try:
+        with closing(Weights(file)) as weights:
             named = _current_names(weights, custom=any("text." in rule.theirs[0][:5] for rule in rules))
             return _read(named, rules, shapes, str(file), bool(positions))
-        finally:
-            weights.close()
 
     return DualCheckpoint(
         spec,
@@ -228,6 +243,7 @@ def _open_clip(
         read_preprocess,
         ((references.OPEN_CLIP, peer),),
         (),
+        None if file is None or not peer.endswith(str(folder or file)) else (file, folder),
         partial(open_clip_tokenizer, model_cfg["text_cfg"], folder, config.text),
         state,
     )
@@ -248,13 +264,11 @@ def _padded(text: TextConfig, text_cfg: Config, folder: Path | None) -> TextConf
 def _current_names(weights: Mapping[str, Tensor], custom: bool) -> Mapping[str, Tensor]:
     """Return the tensors of an open_clip checkpoint under the current names.
 
-    Training under DDP added "module." before all names. The first versions did not write "text." before the names of a
-    text tower.
+    The first versions did not write "text." before the names of a text tower.
     """
-    names = {name: name.removeprefix("module.") for name in weights}
-    if custom and "positional_embedding" in names.values():
-        names = {old: f"text.{new}" if new.startswith(OLD_TEXT_NAMES) else new for old, new in names.items()}
-    return _Renamed(weights, {new: old for old, new in names.items()})
+    if not custom or "positional_embedding" not in weights:
+        return weights
+    return _Renamed(weights, {f"text.{x}" if x.startswith(OLD_TEXT_NAMES) else x: x for x in weights})
 
 
 class _Renamed(Mapping[str, Tensor]):
@@ -310,15 +324,18 @@ def _hugging_face(spec: str, folder: Path, fields: Config) -> DualCheckpoint:
         preprocess = hugging_face.read_preprocess(folder, config.image.img_size)
 
     def state(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
-        weights = Weights(folder)
-        try:
+        with closing(Weights(folder)) as weights:
             rules = hugging_face.rules_of(form, config, weights.keys())
             return _read(weights, rules, shapes, str(weights.path), cut=True)
-        finally:
-            weights.close()
 
-    tokenizer = partial(read_tokenizer, folder, config.text, config.text.context_length)
-    return DualCheckpoint(spec, config, preprocess, ((references.TRANSFORMERS, str(folder)),), (), tokenizer, state)
+    def tokenizer() -> Tokenizer:
+        read = read_tokenizer(folder, config.text, config.text.context_length)
+        eos_id = (fields.get("text_config") or {}).get("eos_token_id")
+        check_closing(form.family.name, eos_id, read, config.text, str(path))
+        return read
+
+    peers = ((references.TRANSFORMERS, str(folder)),)
+    return DualCheckpoint(spec, config, preprocess, peers, (), (folder, folder), tokenizer, state)
 
 
 def join(image: str, text: str, embed_dim: int, seed: int) -> DualCheckpoint:
@@ -344,7 +361,7 @@ def join(image: str, text: str, embed_dim: int, seed: int) -> DualCheckpoint:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = DualEncoder.from_config(config)
-        model.image.load_pretrained(weights or None)
+        load_image_weights(model.image, weights or None)
     except (ValueError, RuntimeError, OSError) as error:
         raise ModelError(f"{image}: {(str(error).splitlines() or [''])[0]}") from None
     model.text.load_state_dict(found.model().encoder.state_dict())
@@ -359,5 +376,12 @@ def join(image: str, text: str, embed_dim: int, seed: int) -> DualCheckpoint:
     if "transformers" in detect(found.folder).kinds:  # No other library loads a text tower of dualenc.
         peers.append((references.TRANSFORMERS_TEXT, str(found.folder)))
     return DualCheckpoint(
-        f"{image} and {text}", config, preprocess, tuple(peers), tuple(notes), found.tokenizer, lambda shapes: state
+        f"{image} and {text}",
+        config,
+        preprocess,
+        tuple(peers),
+        tuple(notes),
+        (Path(weights), None) if weights else None,
+        found.tokenizer,
+        lambda shapes: state,
     )

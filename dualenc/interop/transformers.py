@@ -16,7 +16,7 @@ from dualenc.formats.huggingface.architecture import (
     with_segment,
 )
 from dualenc.formats.huggingface.families import FAMILIES
-from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, tokenizer_config
+from dualenc.formats.huggingface.tokenizers import TOKENIZER_FILES, check_closing, tokenizer_config
 from dualenc.formats.model_folder import CONFIG
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import Embedder
@@ -109,6 +109,7 @@ def write_transformers(embedder: Embedder, folder: Path) -> list[str]:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     written = hugging_face.write_config(form, config)
     if ids := tokenizer.backend.encode("").ids:
+        check_closing(form.family.name, ids[-1], tokenizer, form.text, f"{embedder.name} cannot go to transformers")
         written["text_config"] |= {"bos_token_id": ids[0], "eos_token_id": ids[-1]}
     write_json(folder / CONFIG, written)
     write_json(folder / PROCESSOR, hugging_face.write_preprocess(preprocess))
@@ -138,6 +139,8 @@ def _write_text(predictor: TextPredictor, folder: Path) -> list[str]:
         raise ModelError(f"transformers has no text encoder like this one: {reason}")
     if not counts_positions(text, tokenizer):
         raise ModelError(f"transformers counts positions by another padding token than {predictor.name}")
+    closing = (tokenizer.backend.encode("").ids or [None])[-1]
+    check_closing(family.name, closing, tokenizer, text, f"{predictor.name} cannot go to transformers")
     slots = slots_of(family, text, heads)
     kept = TextModel(text, {name: heads[name] for name in slots})
     kept.load_state_dict({name: x for name, x in model.state_dict().items() if name in kept.state_dict()})

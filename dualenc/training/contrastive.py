@@ -23,6 +23,7 @@ from dualenc.data.images import thumbnail
 from dualenc.data.pairs import captions_of, decode_sample
 from dualenc.evaluation import score_retrieval
 from dualenc.formats.huggingface.text_checkpoint import TextCheckpoint, open_text
+from dualenc.formats.timm import load_image_weights
 from dualenc.inference.embedder import Embedder, difference, fingerprint, load, model_directory, read_config
 from dualenc.losses import Duplicates, clip_loss
 from dualenc.metrics import retrieval_metrics
@@ -236,7 +237,7 @@ class ContrastiveTask(Task):
         if stage == "fit" and isinstance(source, str) and is_model(source):
             self._load(source)
         elif stage == "fit" and source:
-            self.model.image.load_pretrained(source if isinstance(source, str) else None)
+            load_image_weights(self.model.image, source if isinstance(source, str) else None)
         if stage == "fit" and self.text_checkpoint is not None and not is_model(source) and not self.trainer.ckpt_path:
             self.model.text.load_state_dict(self.text_checkpoint.model().encoder.state_dict())
         for auxiliary in self.auxiliary if stage == "fit" else ():
@@ -456,8 +457,7 @@ class ContrastiveTask(Task):
             raise DataError(metrics)
         if not self.trainer.sanity_checking:
             stage = "test" if self.trainer.testing else "val"
-            bar = ("val/loss", "val/mean_recall@1")
-            self.publish({f"{stage}/{name}": value for name, value in metrics.items()}, bar=bar)
+            self.publish({f"{stage}/{name}": value for name, value in metrics.items()}, printed=("val/loss", "val/mrr"))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

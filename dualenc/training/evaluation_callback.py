@@ -14,6 +14,7 @@ from dualenc.evaluation.kinds import OpenSet
 from dualenc.report import Section
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.ema import averaged
+from dualenc.training.progress import primary_metrics
 from dualenc.training.ranks import all_gather_object, raise_together
 from dualenc.training.task import Task, rank_zero_print
 from dualenc.utils.errors import DataError
@@ -124,7 +125,7 @@ class Evaluation(Callback):
         pl_module.pause_clock()
         with averaged(trainer), _unsharded(pl_module):
             metrics = self._metrics(trainer, pl_module)
-        pl_module.publish(trainer.strategy.broadcast(metrics))
+        pl_module.publish(trainer.strategy.broadcast(metrics), printed=primary_metrics(self.sections))
         pl_module.start_clock()
 
     def _metrics(self, trainer: Trainer, pl_module: ContrastiveTask) -> dict[str, float]:

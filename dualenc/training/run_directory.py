@@ -484,6 +484,7 @@ class RunDirectory(Checkpoint):
                 )
         else:
             self._failures, self._saved_step = 0, trainer.global_step
+            rank_zero_print(f"saved {checkpoint_path(self.root / 'checkpoints', trainer.global_step)}")
         pl_module.start_clock()
 
     def _logs(self, trainer: Trainer, pl_module: Task) -> list[LineLog]:
@@ -504,6 +505,7 @@ class RunDirectory(Checkpoint):
         self._tried_value = value  # a model that cannot be written is not tried again until the next measurement
         if not self._save_model(trainer, pl_module, "best"):
             self._state.best_value, self._state.best_step = value, trainer.global_step
+            rank_zero_print(f"saved {self.root / 'best'}: {self.monitor} {value:.4g} is the best so far")
             if trainer.is_global_zero:
                 self._write_record(trainer, pl_module)
 

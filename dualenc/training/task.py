@@ -106,6 +106,7 @@ class Task(LightningModule):
         self.skipped_log: LineLog | None = None  # in training
         self._failed_loggers: set[int] = set()
         self.check_resume: Callable[[dict[str, Any]], None] | None = None  # set by `RunDirectory`
+        self.print_metrics: Callable[[Mapping[str, float], int, Iterable[str]], None] | None = None  # by `Progress`
         self.optimizer_options: list[dict[str, Any]] = []  # settings of each parameter group of the new optimizer
 
     def setup(self, stage: str) -> None:
@@ -258,6 +259,10 @@ class Task(LightningModule):
                 self.run_state.skipped += 1
                 self.run_state.in_a_row += 1
                 assert self.skipped_log is not None
+                if self.run_state.skipped == 1:  # the log counts those that follow
+                    rank_zero_print(
+                        f"step {step.number:,} skipped: loss or gradient was not finite, see {self.skipped_log.path}"
+                    )
                 samples = self._log_samples(step, "skipped", norm)
                 if self.run_state.in_a_row >= self.max_skipped:
                     raise RunError(
@@ -336,7 +341,7 @@ class Task(LightningModule):
             "train/bad_samples": bad,
         }
         self.run_state.reset_sums()
-        self.publish(metrics, step, bar=("train/loss", "train/samples_per_second"))
+        self.publish(metrics, step)
 
     def after_optimizer_step(self) -> None:
         """Run after each step of the optimizer; subclasses override this."""
@@ -350,28 +355,28 @@ class Task(LightningModule):
         counts = torch.tensor(self.run_state.counts, device=self.device)
         return self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
 
-    def publish(self, metrics: dict[str, float], step: int | None = None, bar: Iterable[str] = ()) -> None:
-        """Send metrics to the loggers, the callbacks and the progress bar.
+    def publish(self, metrics: dict[str, float], step: int | None = None, printed: Iterable[str] = ()) -> None:
+        """Send metrics to the loggers and the callbacks, and print them.
 
         This does not use the trainer's own logging, which takes up to a millisecond a step whether it writes or not.
 
         Args:
             metrics: values by name.
             step: step of the values; absent, the current one.
-            bar: names of the metrics that the progress bar shows.
+            printed: names of the metrics to print of a measurement, the monitored one aside.
         """
+        step = self.global_step if step is None else step
         for number, logger in enumerate(self.trainer.loggers):
             try:
-                logger.log_metrics(metrics, step=self.global_step if step is None else step)
+                logger.log_metrics(metrics, step=step)
             except OSError as error:  # a full disk must not end a run because of a log
                 if number not in self._failed_loggers:
                     rank_zero_print(f"{type(logger).__name__} cannot log step {self.global_step:,}: {reason(error)}")
                 self._failed_loggers.add(number)
         for name, value in metrics.items():
             self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)  # exactly as logged
-            if name in bar:
-                short = name.removeprefix("train/").replace("samples_per_second", "samples/s")
-                self.trainer.progress_bar_metrics[short] = value
+        if self.print_metrics is not None:
+            self.print_metrics(metrics, step, printed)
 
     # Hooks of `RunDirectory`
 

@@ -23,6 +23,7 @@ from dualenc.report import Section, verdict
 from dualenc.tokens import Tokens
 from dualenc.training.contrastive import BASE, PLAIN, adamw
 from dualenc.training.optim import Tuning, WarmupCosine
+from dualenc.training.progress import primary_metrics
 from dualenc.training.ranks import all_gather_object, mean_over_ranks
 from dualenc.training.task import Task, describe_text_encoder, rank_zero_print, with_vocabulary
 from dualenc.utils.errors import DataError
@@ -164,7 +165,8 @@ class LanguageTask(Task):
         if isinstance(metrics, str):
             raise DataError(metrics)
         if not self.trainer.sanity_checking:
-            self.publish({f"{stage}/{name}": value for name, value in metrics.items()})
+            printed = [f"{stage}/{name}" for name in primary_metrics(self._sections)]
+            self.publish({f"{stage}/{name}": value for name, value in metrics.items()}, printed=printed)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

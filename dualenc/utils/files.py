@@ -1,6 +1,7 @@
 """Atomic writing of files, appending of lines by several processes, and JSON of declared types."""
 
 import dataclasses
+import difflib
 import errno
 import fcntl
 import json
@@ -310,3 +311,12 @@ def read_json(path: Path) -> Any:
         return json.loads(decode_text(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error})") from None
+
+
+def similar_paths(path: Path) -> list[Path]:
+    """Return up to two paths of the same folder whose names are similar to that of a path that does not exist."""
+    try:
+        names = [one.name for one in path.parent.iterdir()]
+    except OSError:
+        return []
+    return [path.parent / name for name in difflib.get_close_matches(path.name, names, n=2)]

@@ -54,6 +54,12 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+def clock_time(seconds: float) -> str:
+    """Return a length of time in hours, minutes and seconds, such as "1:23:45"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60:,}:{minutes % 60:02}:{rest:02}"
+
+
 def millions(count: int) -> str:
     """Return a count in millions, such as "1.2 M"."""
     return f"{count / 1e6:.1f} M"

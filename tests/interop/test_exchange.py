@@ -316,3 +316,23 @@ def test_weights_of_a_file_for_an_architecture(tmp_path: Path, seed: int, monkey
     assert all(torch.equal(x, expected[n]) for n, x in found.embedder.dual_encoder.state_dict().items())
     random = import_model("open_clip:Tiny-B-8")
     assert random.verified[0].largest < TOLERANCE
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("name", ["laion", "vit-bert"])
+def test_wrapped_checkpoints_are_imported_as_the_plain_ones(name: str, tmp_path: Path, seed: int) -> None:
+    """The other library, which cannot read them, is given a plain copy to compare with."""
+    folder = (
+        of_open_clip(tmp_path / "theirs", name) if name in OPEN_CLIP else of_hugging_face(tmp_path / "theirs", name)
+    )
+    plain = open_dual(str(folder)).embedder()
+    (file,) = folder.glob("*.safetensors")
+    state = {f"model._orig_mod.{key}": x for key, x in load_file(file).items()}
+    file.unlink()
+    wrapped = folder / ("open_clip_pytorch_model.bin" if name in OPEN_CLIP else "pytorch_model.bin")
+    torch.save({"epoch": np.int64(3), "best": np.float64(0.5), "model_state_dict": state}, wrapped)
+    before = sorted(folder.iterdir())
+    found = import_model(str(folder))
+    assert found.verified[0].largest < TOLERANCE
+    assert same(found.embedder, plain)
+    assert sorted(folder.iterdir()) == before

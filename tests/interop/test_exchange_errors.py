@@ -13,7 +13,7 @@ from exchanges import of_hugging_face, of_open_clip, of_ours
 from fits import fails
 from safetensors.torch import load_file, save_file
 
-from dualenc import ModelError
+from dualenc import ModelError, Tokenizer
 from dualenc.interop import references
 from dualenc.interop import verify as verify_module
 from dualenc.interop.inputs import Inputs
@@ -372,3 +372,31 @@ def test_invalid_configs_give_one_line(name: str, file: str, copy_of: Callable[[
         except Exception as error:
             found = error
         assert found is None or (isinstance(found, ModelError) and "\n" not in str(found)), f"{what}: {found!r}"
+
+
+def closed_by_2(backend: Any) -> Any:
+    """Return a tokenizer whose closing token has the id 2 and whose opening token has the id 3."""
+    fields = json.loads(backend.to_str())
+    ids = {"[CLS]": 3, "[SEP]": 2}
+    fields["model"]["vocab"] |= ids
+    for token in fields["added_tokens"]:
+        token["id"] = ids.get(token["content"], token["id"])
+    for name, number in ids.items():
+        fields["post_processor"]["special_tokens"][name]["ids"] = [number]
+    return type(backend).from_str(json.dumps(fields))
+
+
+def test_causal_tower_closed_by_id_2(
+    refused: Callable[..., str], copy_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For this id transformers pools at the largest id of a text: it is refused before anything is compared."""
+    monkeypatch.setattr(verify_module, "run", lambda *given: pytest.fail("compares"))
+    theirs = copy_of("clip-clip")
+    edit(theirs / "config.json", lambda fields: fields["text_config"].update(eos_token_id=2))
+    assert "eos_token_id 2" in refused("import", str(theirs))
+    edit(theirs / "config.json", lambda fields: fields["text_config"].update(eos_token_id=3))
+    ours = open_dual(theirs).embedder()
+    ours.tokenizer = Tokenizer(closed_by_2(ours.tokenizer.backend), ours.dual_encoder.config.text.context_length)
+    assert ours.tokenizer.encode([""])[0][-1] == 2
+    ours.save(tmp_path / "ours")
+    assert "eos_token_id 2" in refused("export", str(tmp_path / "ours"), "--format", "transformers")

@@ -3,7 +3,6 @@
 import json
 import os
 from collections import Counter
-from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from dualenc.data.eval_sets.known_sets import short_name
 from dualenc.data.prepare.caption_sources import TEMPLATES
 from dualenc.utils.decoding import is_blank, lines_of, text_problem
 from dualenc.utils.errors import DataError
-from dualenc.utils.text import plural, printable, quoted
+from dualenc.utils.text import did_you_mean, plural, printable, quoted
 from dualenc.utils.urls import join, shown
 
 CLASSNAMES, TEMPLATE_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -167,7 +166,6 @@ def _of_set(content: dict[str, Any], name: str, where: str) -> Any:
     short = short_name(name)
     if len(content) == 1 or short in content or name in content:
         return content.get(name, content.get(short, next(iter(content.values()))))
-    close = get_close_matches(short, content, 1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
     some = ", ".join(map(quoted, list(content)[:5])) + (", ..." if len(content) > 5 else "")
-    raise DataError(f"{where} has no entry {short!r}, the name of the set: {hint}it has {some}")
+    hint = did_you_mean(short, map(printable, content), f"it has {some}")
+    raise DataError(f"{where} has no entry {short!r}, the name of the set: {hint}")

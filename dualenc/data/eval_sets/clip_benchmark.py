@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from dualenc.data.eval_sets.base import NO_OPTIONS, SPLITS, Choices, Content, ImageSource, Problem, SetOptions
 from dualenc.data.eval_sets.folders import class_folders, is_described, read_class_folders, read_table
-from dualenc.data.eval_sets.known_sets import did_you_mean, find_known
+from dualenc.data.eval_sets.known_sets import find_known, near_names
 from dualenc.data.eval_sets.shard_sets import (
     ShardImages,
     files_url,
@@ -295,7 +295,7 @@ def _find_local(location: str, options: SetOptions) -> tuple[list[str], _Reader]
     if not path.exists():
         if is_pattern(location):  # of tables, since shards were found before
             return ["test"], lambda _, given: read_table(path, given)
-        raise DataError(f"evaluation set {path} does not exist{did_you_mean(location)}")
+        raise DataError(f"evaluation set {path} does not exist{near_names(location)}")
     if splits := sorted(file.parent.name for file in path.glob("*/nshards.txt")):
         return splits, partial(read_layout, location)
     classes = class_folders(path) if path.is_dir() else {}

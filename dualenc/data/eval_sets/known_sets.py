@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dualenc.data.shards.remote import fetch_small, remote_size
 from dualenc.utils.errors import warn_once
+from dualenc.utils.files import similar_paths
+from dualenc.utils.text import printable
 
 if TYPE_CHECKING:
     from dualenc.data.eval_sets.base import Kind
@@ -123,13 +125,11 @@ def find_known(location: str, split: str) -> tuple[str, KnownSet] | None:
     return name, known
 
 
-def did_you_mean(location: str) -> str:
+def near_names(location: str) -> str:
     """Return a hint that names what exists or is known under a name similar to a wrong one; "" if nothing is."""
-    path = Path(location)
-    here = [str(path.parent / other.name) for other in path.parent.iterdir()] if path.parent.is_dir() else []
     short = short_name(location).lower()
-    close = get_close_matches(str(path), here, 1) or get_close_matches(short, KNOWN_SETS, 3)
-    close = close or [name for name in KNOWN_SETS if short in name]
+    close = [printable(str(path)) for path in similar_paths(Path(location))[:1]]
+    close = close or get_close_matches(short, KNOWN_SETS, 3) or [name for name in KNOWN_SETS if short in name]
     hint = f": did you mean {' or '.join(close)}?" if close else ";"
     if os.sep in location:
         return hint if close else ""

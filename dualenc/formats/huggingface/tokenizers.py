@@ -228,3 +228,24 @@ def tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         **roles,
     }
+
+
+def check_closing(family: str, eos_id: int | None, tokenizer: Tokenizer, text: TextConfig, where: str) -> None:
+    """Refuse a text tower that transformers would pool at another token than the one that closes a text.
+
+    Args:
+        family: family of the text tower.
+        eos_id: `eos_token_id` of its config.
+        tokenizer: its tokenizer.
+        text: its architecture.
+        where: model or file, for the error.
+
+    Raises:
+        ModelError: If transformers takes the largest id for the closing token, as in the first configs of CLIP.
+    """
+    ids = tokenizer.backend.encode("").ids
+    if family == "clip_text_model" and eos_id == 2 and ids and ids[-1] < text.vocab_size - 1:
+        raise ModelError(
+            f"{where}: with eos_token_id 2 transformers pools a causal text tower at the largest id of a text, as the "
+            f"first configs of CLIP mean it, and not at the token that closes a text, whose id is {ids[-1]}"
+        )
