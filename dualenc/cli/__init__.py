@@ -3,6 +3,7 @@
 This module loads little, so that Ctrl-C ends a command in one line while the libraries are still being loaded.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
+PIPE_CLOSED = 141  # exit status of a command whose output is no longer read, as shells report it
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ends, as shells report it
 
 
@@ -34,8 +36,14 @@ def main(arguments: "Sequence[str] | None" = None) -> None:
         from dualenc.cli.parser import run
 
         run(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # so that an error is caught here
     except KeyboardInterrupt:
         _end()
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):
+            _end_without_output()
+        raise
     except SystemExit as stop:
         # Lightning turns an interrupt before the first step into a failure.
         if stop.code == 1 and isinstance(stop.__context__, KeyboardInterrupt):
@@ -51,6 +59,18 @@ def _end() -> None:
     """Exit with the message and the status of an interrupted command."""
     print("dualenc: error: interrupted", file=sys.stderr)
     raise SystemExit(INTERRUPTED) from None
+
+
+def _end_without_output() -> None:
+    """Exit if standard output is closed or full, which one more line shows."""
+    try:
+        os.write(1, b"\n")
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes at its end too
+        if isinstance(error, BrokenPipeError):  # `| head` has its lines
+            raise SystemExit(PIPE_CLOSED) from None
+        print(f"dualenc: error: standard output: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _interrupt(number: int, frame: "FrameType | None") -> None:

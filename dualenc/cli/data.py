@@ -290,6 +290,5 @@ def tokenizer(
         f"{out}: {trained.vocab_size:,} entries from {len(texts):,} captions, with {mean:.1f} tokens on average, "
         f"at most {percentile} in 99% of them, and {longest} in the longest\n"
         f"next: dualenc fit --config run.yaml{chosen}{image_argument(index.images)} "
-        f"--data.tokenizer {shlex.quote(str(out))} --model.text.vocab_size {trained.vocab_size} "
-        f"--model.text.context_length {min(longest, 512)}"
+        f"--data.tokenizer {shlex.quote(str(out))} --model.text.context_length {min(longest, 512)}"
     )

@@ -395,6 +395,8 @@ class Settings:
         if plus:
             return [f"--{key}+={value}"]
         self._check_value(key, kind, loaded)
+        if keys[-1] == "class_path" and isinstance(loaded, str):
+            self._check_import(f"--{key}", loaded)
         self._set(keys, loaded, kind)
         if dict_at is None:
             return [f"--{key}={value}"]

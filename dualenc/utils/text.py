@@ -77,16 +77,18 @@ def shorten(text: str, width: int) -> str:
         >>> shorten("Write a table, and a report; see the docs.", 30)
         'Write a table, and a report'
         >>> shorten("Write a table, and a report; see the docs.", 20)
-        'Write a table, ...'
+        'Write a table'
     """
     text = " ".join(text.split()).removesuffix(".")
     if len(text) <= width:
         return text
     clause = max(text.rfind(mark, 0, width + 1) for mark in ("; ", ": ", ". ", " ("))
-    if clause > width // 2:
+    if clause > width // 3:
         return text[:clause]
-    comma = text.rfind(", ", 0, width - 4)
-    return f"{text[: comma + 1] if comma > width // 2 else text[: text.rfind(' ', 0, width - 3)]} ..."
+    comma = text.rfind(", ", 0, width)
+    if comma > width // 2 and text.count("(", 0, comma) == text.count(")", 0, comma):
+        return text[:comma]
+    return f"{text[: text.rfind(' ', 0, width - 3)]} ..."
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:

@@ -6,7 +6,6 @@ Ctrl-C is in `test_interrupt.py`, two runs in one folder in `tests/faults/test_r
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ def hour(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [f"{name}/{i}.png,a {name}" for name in ("cat", "dog") for i in range(3)]
     Path("photos/table.csv").write_text("\n".join(["file,words", *rows]))
     tiny_embedder(seed).save("runs/small/best")
-    write_benchmark(Path("pairs"), "retrieval", seed)
+    write_benchmark(Path("pairs"), seed, "retrieval")
     return folder
 
 
@@ -54,7 +53,6 @@ def hour(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("zeroshot runs/small photos --workers two", ["--workers", "two"]),
         ("zeroshot runs/small pairs", ["pairs", "retrieval"]),
         ("evaluate runs/small pairs --kind retreival", ["retreival", "retrieval"]),
-        ("retrieval runs/small pairs --out photos", ["photos"]),
         ("export runs/small out --format onx", ["onx", "onnx"]),
         ("embed runs/small shards photos", ["photos"]),
         ("compare runs shards", ["runs"]),
@@ -90,7 +88,7 @@ def test_a_wrong_option_of_fit(hour: Path, capsys: pytest.CaptureFixture[str], l
         ("data:\n", " data:\n", ["run.yaml", "line"]),  # indentation
         ("  max_epochs:", "\tmax_epochs:", ["run.yaml", "line"]),  # a tab
         ("optimizer:", "optimiser:", ["run.yaml", "optimiser", "optimizer"]),
-        ("embed_dim: 96", "embed_dim: wide", ["run.yaml", "embed_dim", "wide"]),
+        ("    embed_dim: 96", "    embed_dim: wide", ["run.yaml", "embed_dim", "wide"]),
     ],
 )
 def test_a_wrong_line_of_yaml(
@@ -113,10 +111,9 @@ def test_results_of_another_command_are_kept(hour: Path, capsys: pytest.CaptureF
 
 
 def test_one_image_measures_nothing_and_says_so(hour: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("one/cat").mkdir(parents=True)
-    shutil.copy("photos/cat/0.png", "one/cat")
-    main(["zeroshot", "runs/small", "one", "--out", "results"])
-    (result,) = json.loads(Path("results/zeroshot.json").read_text())
+    Path("photos/one.csv").write_text("image,caption\ncat/0.png,a cat\n")
+    main(["retrieval", "runs/small", "photos/one.csv", "--out", "results"])
+    (result,) = json.loads(Path("results/retrieval.json").read_text())
     assert result["notes"]
     assert result["notes"][0] in " ".join(capsys.readouterr().out.split())
 
