@@ -57,13 +57,13 @@ def members(annotation: Any) -> list[Any]:
 
 
 def element(annotation: Any) -> Any:
-    """Return the type of the items of a list; Any if the annotation does not say."""
+    """Return the type of the items of a list, a union where there are several; Any if the annotation does not say."""
     found = [
         typing.get_args(one)[0]
         for one in members(annotation)
         if typing.get_args(one) and _is_list(typing.get_origin(one))
     ]
-    return found[0] if len(found) == 1 else Any
+    return Union[tuple(found)] if found else Any  # noqa: UP007 (of a list of types)
 
 
 def _is_list(kind: Any) -> bool:

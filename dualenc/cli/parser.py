@@ -11,7 +11,6 @@ import inspect
 import re
 import shutil
 import sys
-import textwrap
 import typing
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +46,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Use and exchange models": (models.embed, models.interpolate, models.import_, models.export, models.push),
 }
 WIDTH = 100  # columns of a help text on wider terminals
+UNBROKEN = "\N{NON-BREAKING HYPHEN}"
 
 
 def command_name(function: Callable[..., None]) -> str:
@@ -129,7 +129,8 @@ class _Formatter(argparse.HelpFormatter):
     """Formatter that does not break names at their hyphens."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)
+        lines = super()._split_lines(text.replace("-", UNBROKEN), width)
+        return [line.replace(UNBROKEN, "-") for line in lines]
 
 
 class _Parser(argparse.ArgumentParser):

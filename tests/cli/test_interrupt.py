@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from fits import SMOKE
 
 from dualenc.cli import INTERRUPTED, main
 
@@ -35,11 +36,11 @@ def start(program: list[str], folder: Path, **options) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("command", ["zeroshot", "fit"])
+@pytest.mark.parametrize("command", [["zeroshot", "model", "data"], ["fit", "--config", str(SMOKE)]], ids=" ".join)
 @pytest.mark.parametrize("body", list(IMPORTS))
 def test_interrupt_during_an_import(tmp_path, command, body):
-    (tmp_path / "jsonargparse.py").write_text(READY + IMPORTS[body])
-    process = start(["-m", "dualenc", command, "--help"], tmp_path)
+    (tmp_path / "torch.py").write_text(READY + IMPORTS[body])
+    process = start(["-m", "dualenc", *command], tmp_path)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert (process.returncode, errors) == (INTERRUPTED, INTERRUPTED_LINE)
@@ -89,9 +90,9 @@ def test_interrupt_while_python_ends(tmp_path):
 
 def test_ignored_interrupt_stays_ignored(tmp_path):
     """Start a program as `nohup` and the background jobs of a shell do, with SIGINT ignored."""
-    (tmp_path / "jsonargparse.py").write_text(f"{READY}sys.stdin.readline()\nraise SystemExit(7)")
+    (tmp_path / "torch.py").write_text(f"{READY}sys.stdin.readline()\nraise SystemExit(7)")
     process = start(
-        ["-m", "dualenc", "zeroshot", "--help"],
+        ["-m", "dualenc", "zeroshot", "model", "data"],
         tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )

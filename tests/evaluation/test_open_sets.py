@@ -8,7 +8,7 @@ from helpers import caption, encode, smooth, tiny_embedder, write_benchmark, wri
 
 from dualenc.cli import main
 from dualenc.data import SetOptions
-from dualenc.evaluation import KINDS, open_sets, write_results
+from dualenc.evaluation import KINDS, open_sets, origin, with_origin, write_results
 from dualenc.evaluation.base import reopen
 from dualenc.evaluation.results import read_results
 from dualenc.utils.errors import DataError
@@ -42,7 +42,7 @@ def test_plain_shards_give_the_result_of_the_layout(tmp_path, seed, kind):
     assert {name: outcome.section.result[name] for name in same} == {
         name: expected.section.result[name] for name in same
     }
-    write_results(tmp_path / "out", "x", [outcome], [found.data], embedder.fingerprint)
+    write_results(tmp_path / "out", "x", [with_origin(outcome, origin(*found, "tiny", embedder.fingerprint))])
     (saved,) = read_results(tmp_path / "out").values()
     again = reopen(saved)
     assert again is not None

@@ -331,8 +331,8 @@ def test_the_card_has_metrics_with_intervals(hub: Hub, tmp_path: Path, seed: int
     data = write_benchmark(tmp_path / "set", seed, counts=(12, 12))
     pairs = write_benchmark(tmp_path / "pairs", seed, "retrieval", counts=(12,))
     for command, where in (("zeroshot", data), ("retrieval", pairs)):
-        main([command, str(tmp_path / "model"), str(where), "--out", str(tmp_path / "out"), "--workers", "0"])
-    results = [tmp_path / "out" / "zeroshot.json", tmp_path / "out" / "retrieval.json"]
+        main([command, str(tmp_path / "model"), str(where), "--out", str(tmp_path / command), "--workers", "0"])
+    results = [tmp_path / name / f"{name}.json" for name in ("zeroshot", "retrieval")]
     push(tmp_path / "model", REPO, results=results, license="apache-2.0")
     text = hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]["README.md"].decode()
     found = ModelCard(text).data

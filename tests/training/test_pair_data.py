@@ -56,6 +56,6 @@ def test_mistakes_in_sources_are_named(two: Path, capsys: pytest.CaptureFixture[
     line = fails(capsys, [*fit(two), "--data.train", twice])
     assert "part-000.tar is in two sources" in line
     line = fails(capsys, [*fit(two), "--data.train", json.dumps([{"shard": str(two / "more")}])])
-    assert "shard" in line
+    assert "data.train.0.shard: did you mean shards?" in line
     for option, value in (("bad_samples", "2"), ("cache_gb", "0")):
         assert f"data.{option} {value}" in fails(capsys, [*fit(two), f"--data.{option}", value])

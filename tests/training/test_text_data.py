@@ -195,7 +195,7 @@ def test_which_tokenizer(files: Path) -> None:
     (files / "train.txt").write_text("zzz " * 100)
     attached(TextData(**options), files)
     assert (files / "run" / "tokenizer.json").read_bytes() == before
-    with pytest.raises(DataError, match=r"own\.json has \d+ entries: set model\.text\.vocab_size"):
+    with pytest.raises(DataError, match=r"own\.json has \d+ entries, the text encoder 20: set model\.text\.vocab_size"):
         attached(TextData(**{**options, "text": TextConfig(20, 16, 1, 2)}, tokenizer=str(files / "own.json")), files)
 
 

@@ -492,7 +492,7 @@ def test_status(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -
 def test_wrong_use(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     (shard,) = write_shards(tmp_path / "shards", [3], seed)
     for arguments, what in (
-        ([], "shards"),
+        ([], "SHARDS"),
         ([str(tmp_path / "none.tar")], "none.tar"),
         ([str(tmp_path / "none-{0..3}.tar")], "none-0.tar"),
         ([shard, "--captions", "text"], "json.FIELD"),
