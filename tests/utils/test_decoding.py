@@ -155,6 +155,8 @@ def test_a_table_is_opened_in_its_encoding(tmp_path: Path, seed: int) -> None:
 # for all. Texts of users, of data sets and of other people's models are decoded by `dualenc.utils.decoding` only.
 EXEMPT = {
     "dualenc.utils.decoding": {"*"},
+    "dualenc.cli.fit_help": {"_parse"},  # modules of Python
+    "dualenc.inference.image_files": {"_listed"},  # the extension of a file name
     "dualenc.cli.data": {"configs"},  # the configurations of the package
     "dualenc.data.image_features": {"read_about"},  # files of `dualenc embed`
     "dualenc.data.image_notes": {"_png_content"},  # letters that stand for bytes
