@@ -338,6 +338,9 @@ def test_several_models_and_sets_fill_one_table(tmp_path: Path, seed: int, capsy
         models.append(str(tmp_path / f"model{i}"))
         sets.append(str(write_benchmark(tmp_path / f"set{i}", seed + i)))
     table = tmp_path / "tables" / "results.csv"
+    wrong = ["zeroshot", models[0], sets[0], "--models", f"{tmp_path}/model9", "--csv", str(table), "--workers", "0"]
+    assert "did you mean" in fails(capsys, wrong)
+    assert not table.exists()  # nothing is measured before each model is known to be there
     rest = ["--csv", str(table), "--workers", "0"]
     main(["zeroshot", models[0], sets[0], *rest])
     first = table.read_text()
