@@ -322,6 +322,12 @@ def test_results_of_something_else_are_not_replaced(
     assert "report.html" in fails(capsys, [*one, *out[:-1], str(tmp_path / "run")])
     main(["compare", *out[-1:] * 2, "--out", str(tmp_path / "both")])
     main(["compare", *out[-1:] * 2, "--out", str(tmp_path / "both")])
+    assert "prompts: A" not in capsys.readouterr().out
+    main([*one, "--templates", "simple", *out[:-1], str(tmp_path / "simple")])
+    capsys.readouterr()
+    main(["compare", out[-1], str(tmp_path / "simple"), "--out", str(tmp_path / "prompts")])
+    assert "B 7 templates of simple" in capsys.readouterr().out
+    assert "B 7 templates of simple" in (tmp_path / "prompts" / "report.html").read_text()
     main([*two, *out[:-1], str(tmp_path / "second")])
     (tmp_path / "second" / "zeroshot.json").write_text("{")
     assert "second/zeroshot.json" in fails(capsys, [*two, *out[:-1], str(tmp_path / "second")])
