@@ -284,6 +284,7 @@ def _evaluate(
         WorkError: If the evaluation fails, or a set is incomplete.
     """
     from dualenc.evaluation import ResultTable, check_out, open_sets, place
+    from dualenc.inference.embedder import check_spec
     from dualenc.report import print_table
     from dualenc.utils.text import plural
 
@@ -291,6 +292,8 @@ def _evaluate(
         raise UsageError(f"--workers {workers} must not be negative")
     sets = open_sets(data, kinds, split, options)
     names = list(dict.fromkeys([model, *models]))
+    for name in names:  # a name that is wrong must not end the command after hours with the models before it
+        check_spec(name)
     if out is not None:
         check_out(out, command, [place(*one, name) for name in names for one in sets])
         make_folder(out, "--out")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
@@ -109,7 +110,7 @@ def read_config(path: str | os.PathLike[str]) -> ConfigFile:
         stems = {one.stem: one for one in config_folder().glob("*.yaml")}
         near = sorted(one.name for one in Path(path).parent.glob("*.y*ml"))
         if Path(path).stem in stems:
-            hint = f"write it by `dualenc configs {Path(path).stem} > {path}`"
+            hint = f"write it by `dualenc configs {Path(path).stem} > {Path(path).with_suffix('.yaml')}`"
         else:
             hint = did_you_mean(Path(path).name, near, "`dualenc configs` lists those that come with the package")
         raise UsageError(f"configuration {path} does not exist: {hint}")
@@ -162,7 +163,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         name, equals, value = words[i].partition("=")
         i += 1
         if not _is_option(name):
-            raise UsageError(f"unexpected argument {words[i - 1]!r}: a setting is written --KEY VALUE")
+            raise UsageError(f"unexpected argument {words[i - 1]!r}: {_stray(words[: i - 1], name)}")
         if equals:
             yield name, value
         elif i < len(words) and not _is_option(words[i]):
@@ -170,6 +171,15 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             i += 1
         else:
             yield name, None
+
+
+def _stray(before: Sequence[str], word: str) -> str:
+    """Return what to write for a word that is neither an option nor the value of one."""
+    if word.endswith((".yaml", ".yml")):
+        return f"write --config {quote(word)}"
+    if len(before) > 1 and _is_option(before[-2]) and Path(word).suffix == Path(before[-1]).suffix != "":
+        return f"{before[-2]} takes one value: quote a pattern, '*.tar', or write a list, '[a, b]'"
+    return "a setting is written --KEY VALUE"
 
 
 def _is_option(word: str) -> bool:

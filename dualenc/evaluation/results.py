@@ -177,8 +177,8 @@ def compare(
     Returns:
         A comparison for each set that both measured. Its `result` holds `dataset`, `kind`, `n`, `complete`, `problems`,
         `first` and `second` (names of the models), `same_model` (true if their fingerprints are equal), and
-        `differences` (metric to first, second, difference, lower and upper 95% bound). It holds the answers of both if
-        the set still lies where it was.
+        `differences` (metric to first, second, difference, lower and upper 95% bound), and `prompts` if theirs have
+        different descriptions. It holds the answers of both if the set still lies where it was.
 
     Raises:
         DataError: If they have no set in common, its items differ, or its kind is unknown.
@@ -226,6 +226,9 @@ def _comparison(kind: EvaluationKind, first: SavedResult, second: SavedResult) -
         },
     }
     result["verdict"] = verdict_on_two(result, kind.description)
+    prompts = [part.get("prompts") for part in both]
+    if prompts[0] != prompts[1] and all(prompts):
+        result["prompts"] = f"A {prompts[0]}, B {prompts[1]}"
     return Comparison(result, kind.compared(first, second), kind.description)
 
 

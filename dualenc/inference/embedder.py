@@ -22,7 +22,7 @@ from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats import format_1
 from dualenc.formats.model_folder import OWN_FILES, check_tokenizer, open_folder, other_content, spec_name
 from dualenc.inference.image_inputs import image_batches
-from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, load_open_clip
+from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, check_open_clip, load_open_clip
 from dualenc.metrics import zero_shot_classifier
 from dualenc.models.dual_encoder import DualConfig, DualEncoder
 from dualenc.models.heads import TextModel
@@ -382,6 +382,22 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
         raise ModelError(f"{path / 'config.json'}: {error}") from None
     _load_state(model, state, path / "model.safetensors")
     return Embedder(model.to(device).eval(), tokenizer, preprocess, name)
+
+
+def check_spec(spec: str | os.PathLike[str]) -> None:
+    """Refuse a spec of `load` whose model is missing or unknown, before its weights are read.
+
+    Raises:
+        ModelError: If there is no such model, or a file of it is missing or invalid.
+    """
+    name = spec_name(spec)
+    if not name.startswith("open_clip:"):
+        read_config(spec)
+        return
+    try:
+        check_open_clip(name.removeprefix("open_clip:"))
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}") from None
 
 
 def read_config(spec: str | os.PathLike[str]) -> tuple[Path, DualConfig, Preprocess]:

@@ -178,8 +178,7 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
     whole = name.startswith(SCHEMES)
     architecture, _, pretrained = (name, "", "") if whole else name.partition("/")
     file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
-    if not whole:
-        check_name(architecture, "" if file else pretrained)
+    check_open_clip(name)
     text = {} if whole else (open_clip.get_model_config(architecture) or {}).get("text_cfg", {})
     asks = whole or (pretrained and not file) or any(key.startswith("hf_") for key in text)
     with ExitStack() as stack:
@@ -201,6 +200,17 @@ def load_open_clip(name: str) -> tuple[OpenClip, OpenClipTokenizer, OpenClipTran
         key: tuple(x) if isinstance(x, list) else x for key, x in wrapped.model.visual.preprocess_cfg.items()
     }
     return wrapped, OpenClipTokenizer(tokenizer, wrapped.trims), OpenClipTransform(**settings)
+
+
+def check_open_clip(name: str) -> None:
+    """Refuse a name that `load_open_clip` refuses before it builds or downloads anything.
+
+    Raises:
+        ValueError: If open_clip does not have the architecture or the weights.
+    """
+    architecture, _, pretrained = name.partition("/")
+    if not name.startswith(SCHEMES):
+        check_name(architecture, "" if Path(pretrained).is_file() else pretrained)
 
 
 def check_name(architecture: str, tag: str) -> None:

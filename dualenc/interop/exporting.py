@@ -76,6 +76,8 @@ def find_format(name: str | ExportFormat) -> ExportFormat:
             f"choose one of {', '.join(FORMATS)}, or the import path of an ExportFormat such as "
             "my_package.my_module.MyFormat"
         )
+        if not name:
+            raise ModelError(f"--format is missing: {every}")
         raise ModelError(f"unknown --format {name!r}: {did_you_mean(name, FORMATS, every)}")
     try:
         found = import_by_path(name)

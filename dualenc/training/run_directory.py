@@ -213,7 +213,7 @@ class RunDirectory(Checkpoint):
         )
         if taken:  # raised on every rank: a rank that continued alone would wait for the others forever
             raise ValueError(
-                f"{self.root} holds a run already: resume it with --ckpt_path last, remove it, or name another "
+                f"{self.root} holds a run already: resume it with --ckpt_path auto, remove it, or name another "
                 "folder with --trainer.default_root_dir"
             )
         check_scheduler(self._changes, [config.scheduler for config in trainer.lr_scheduler_configs])

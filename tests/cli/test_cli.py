@@ -322,6 +322,12 @@ def test_results_of_something_else_are_not_replaced(
     assert "report.html" in fails(capsys, [*one, *out[:-1], str(tmp_path / "run")])
     main(["compare", *out[-1:] * 2, "--out", str(tmp_path / "both")])
     main(["compare", *out[-1:] * 2, "--out", str(tmp_path / "both")])
+    assert "prompts: A" not in capsys.readouterr().out
+    main([*one, "--templates", "simple", *out[:-1], str(tmp_path / "simple")])
+    capsys.readouterr()
+    main(["compare", out[-1], str(tmp_path / "simple"), "--out", str(tmp_path / "prompts")])
+    assert "B 7 templates of simple" in capsys.readouterr().out
+    assert "B 7 templates of simple" in (tmp_path / "prompts" / "report.html").read_text()
     main([*two, *out[:-1], str(tmp_path / "second")])
     (tmp_path / "second" / "zeroshot.json").write_text("{")
     assert "second/zeroshot.json" in fails(capsys, [*two, *out[:-1], str(tmp_path / "second")])
@@ -338,6 +344,9 @@ def test_several_models_and_sets_fill_one_table(tmp_path: Path, seed: int, capsy
         models.append(str(tmp_path / f"model{i}"))
         sets.append(str(write_benchmark(tmp_path / f"set{i}", seed + i)))
     table = tmp_path / "tables" / "results.csv"
+    wrong = ["zeroshot", models[0], sets[0], "--models", f"{tmp_path}/model9", "--csv", str(table), "--workers", "0"]
+    assert "did you mean" in fails(capsys, wrong)
+    assert not table.exists()  # nothing is measured before each model is known to be there
     rest = ["--csv", str(table), "--workers", "0"]
     main(["zeroshot", models[0], sets[0], *rest])
     first = table.read_text()

@@ -96,7 +96,8 @@ OPTIONS = {
     "--data.batch_size": "--data.batch_size needs a value",
     "--trainer.callbacks [{class_path: dualenc.training.Evaluation, init_args: {dta: x}}]": "did you mean data?",
     "--model.image.overrides 3": "--model.image.overrides must be a mapping",
-    "stray": "unexpected argument 'stray'",
+    "stray": "unexpected argument 'stray': a setting is written --KEY VALUE",
+    "run.yaml": "unexpected argument 'run.yaml': write --config run.yaml",
 }
 
 
@@ -105,6 +106,13 @@ def test_a_mistake_in_an_option_is_named(words: str, capsys) -> None:
     line = fails(capsys, ["fit", "--config", str(SMOKE), *words.split(" ", 1)])
     assert OPTIONS[words] in line
     assert "<class" not in line
+
+
+def test_files_that_the_shell_put_for_a_pattern_are_explained(capsys) -> None:
+    line = fails(capsys, ["fit", "--config", str(SMOKE), "--data.train", "a/0.tar", "a/1.tar"])
+    assert "unexpected argument 'a/1.tar': --data.train takes one value: quote a pattern" in line
+    line = fails(capsys, ["fit", "--config", "small"])
+    assert "`dualenc configs small > small.yaml`" in line
 
 
 def test_dashes_and_underscores_are_the_same_and_values_stay() -> None:

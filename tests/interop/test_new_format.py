@@ -182,7 +182,7 @@ def test_a_format_whose_reference_disagrees_is_refused(
     ("name", "message"),
     [
         ("toy", "open_clip, transformers, sentence-transformers, onnx, or the import path of an ExportFormat"),
-        ("", "unknown --format ''"),
+        ("", "--format is missing: choose one of open_clip, "),
         ("toy_module.Absent", "toy_module.Absent cannot be imported (AttributeError: "),
         ("absent_module.ToyFormat", "absent_module.ToyFormat cannot be imported (ModuleNotFoundError: "),
         ("..ToyFormat", "..ToyFormat cannot be imported ("),

@@ -41,7 +41,7 @@ def test_files_of_a_run(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture
     again = ["fit", "--config", str(run / "config.yaml")]
     with pytest.raises(SystemExit):
         main(again)
-    assert "holds a run already" in capsys.readouterr().err
+    assert "holds a run already: resume it with --ckpt_path auto" in capsys.readouterr().err
     main([*again, "--trainer.default_root_dir", str(tmp_path / "again")])
     assert metrics(tmp_path / "again", "train/loss") == metrics(run, "train/loss")
 
