@@ -113,6 +113,8 @@ def _fits(value: Any, one: Any) -> bool:
         return str(value) in map(str, typing.get_args(one))
     if one is bool:
         return isinstance(value, bool) or str(value).lower() in ("true", "false", "yes", "no")
+    if one is int and isinstance(value, float):  # jsonargparse does not take 2.0 for 2
+        return False
     if one in (int, float):
         return not isinstance(value, (bool, list, dict)) and _is_number(value, one)
     if one in (str, Path):

@@ -108,8 +108,10 @@ class CLI(BaseCLI):
         config["ckpt_path"], config["run"]["accept_changes"] = None, []  # nor is how it was resumed
         self.instance("run").config_yaml = self.dump(config)
         options = self.instance("trainer")
+        callbacks = options["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]  # the trainer takes a single one too
         shown = options["enable_progress_bar"] is not False
-        if shown and not any(isinstance(one, ProgressBar) for one in options["callbacks"] or []):
+        if shown and not any(isinstance(one, ProgressBar) for one in callbacks):
             trainer = super().instantiate_trainer(enable_progress_bar=False, **kwargs)
             trainer.callbacks.insert(0, Progress())  # type: ignore[attr-defined]
         else:  # none at all, or one of the user's own

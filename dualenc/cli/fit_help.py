@@ -14,7 +14,8 @@ from dualenc.utils.text import shorten
 
 TASKS = ("ContrastiveTask", "TextTask", "ReplacedTokenTask")
 DATA = ("PairData", "TextData")
-LINKED = {"model": ("seed",), "data": ("seed", "preprocess", "text", "heads", "mask")}  # set by the command line itself
+# Keys that the command line sets itself.
+LINKED = {"model": ("seed", "tokenizer"), "data": ("seed", "preprocess", "text", "heads", "mask")}
 LONGEST = 12  # characters of a metavar
 GENERAL = {
     "--config FILE": "settings in YAML; `dualenc configs` lists those of the package; several are merged",

@@ -23,7 +23,7 @@ from dualenc.cli.annotations import element, fits, members, must_be
 from dualenc.cli.common import UsageError, config_folder
 from dualenc.utils.decoding import TextError, decode_text
 from dualenc.utils.imports import import_by_path
-from dualenc.utils.text import did_you_mean, one_line, reason
+from dualenc.utils.text import did_you_mean, one_line, quoted, reason
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs/dualenc",
@@ -369,6 +369,11 @@ class Settings:
     def _check_value(self, path: str, kind: Any, value: Any, node: yaml.Node | None = None) -> None:
         """Refuse a value that does not fit, and a class that does not exist."""
         name = path if node is not None else f"--{path}"
+        if path.endswith(".init_args") and node is not None:
+            raise self._error(f"{path} must be keys with their values, found {quoted(str(value))}", node)
+        if path in EXAMPLES and not isinstance(value, str | dict | None):
+            example = f"class_path: {EXAMPLES[path]}"
+            raise self._error(f"{name} must name a class, such as {example}, found {quoted(str(value))}", node)
         if isinstance(kind, dict) or kind is Any:
             return
         if not fits(value, kind):
@@ -381,7 +386,7 @@ class Settings:
         if "." not in path:
             known = public_names(OWN[0])
             hint = did_you_mean(path, known, "")
-            if path not in known and hint:
+            if path not in known and hint and not _is_loaded(path):
                 raise self._error(f"{name} {path!r} is unknown: {hint}", node)
             return
         if problem := _import(path)[1]:
@@ -402,9 +407,10 @@ class Settings:
         loaded = _load(value, kind)
         if isinstance(loaded, (list, dict)):
             self._check_node(yaml.compose(value, yaml.SafeLoader), kind, f"{key}.")
+        if not plus or isinstance(loaded, str):  # other items of a list are not values of the setting
+            self._check_value(key, kind, loaded)
         if plus:
             return [f"--{key}+={value}"]
-        self._check_value(key, kind, loaded)
         if keys[-1] == "class_path" and isinstance(loaded, str):
             self._check_import(f"--{key}", loaded)
         self._set(keys, loaded, kind)
@@ -426,8 +432,9 @@ class Settings:
         for part in name.split("."):
             keys = keys_of(kind, value)
             if keys is None:
+                # A class with **kwargs has parameters that are not known here, whose names have no dashes.
+                path.append(part if _class_path(kind, value) is None else part.replace("-", "_"))
                 kind, value = Any, None
-                path.append(part)
                 continue
             if isinstance(keys, _AnyKey) and dict_at is None:
                 dict_at = len(path)
@@ -508,6 +515,19 @@ def public_names(module: str) -> list[str]:
     """Return the public names of a module, which is imported."""
     found = import_module(module)
     return getattr(found, "__all__", [name for name in dir(found) if not name.startswith("_")])
+
+
+def _is_loaded(name: str) -> bool:
+    """Return whether a class with this name is loaded: jsonargparse takes it by its name alone."""
+    left: list[type] = [object]
+    seen: set[type] = set()
+    while left:
+        one = left.pop()
+        if one.__name__ == name:
+            return True
+        seen.add(one)
+        left += [below for below in type.__subclasses__(one) if below not in seen]
+    return False
 
 
 def _similar_class(path: str) -> str:

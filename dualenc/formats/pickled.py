@@ -45,14 +45,15 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """
     try:
         content, around = _load(path)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged file makes torch raise errors of any class
         raise ModelError(f"{path} cannot be read: {_refusal(error)}") from None
     found = next(_dictionaries(content, around), None)
     if found is None:
-        held = f", its entries are {', '.join(map(repr, list(content)[:8]))}" if isinstance(content, dict) else ""
+        held = ", ".join(map(repr, list(content)[:8])) if isinstance(content, dict) else ""
+        held = f", its entries are {one_line(held)}" if held else ""
         raise ModelError(
             f"{path} must be a dictionary of tensors and nothing else, or have one as its entry "
-            f"{', '.join(WRAPPERS[:-1])} or {WRAPPERS[-1]}{one_line(held) if held else ''}: save its weights so"
+            f"{', '.join(WRAPPERS[:-1])} or {WRAPPERS[-1]}{held}: save its weights so"
         )
     return found
 
@@ -61,7 +62,7 @@ def _dictionaries(content: Any, entries: list[str]) -> Iterator[tuple[dict[str, 
     """Yield the dictionaries of tensors in a dictionary, each with the names of the entries that hold it."""
     if not isinstance(content, dict) or not content:
         return
-    if all(isinstance(value, Tensor) for value in content.values()):
+    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         yield content, entries
         return
     for name in WRAPPERS:
@@ -112,6 +113,6 @@ def _refusal(error: Exception) -> str:
             f"besides tensors it holds {found[1]}, which could run code: save its tensors alone, by torch.save in the "
             "program that wrote it"
         )
-    if isinstance(error, UnpicklingError):
+    if not isinstance(error, OSError | RuntimeError | MemoryError):
         return "it was not written by torch.save, or is damaged: download or save it again"
     return one_line((text.splitlines() or [type(error).__name__])[0])

@@ -237,8 +237,10 @@ def check_name(architecture: str, tag: str) -> None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "it does not have any"
         raise ValueError(f"{tag!r} must be a file, or weights that open_clip has for {architecture}: {tags}")
     quick = bool(known.get("quick_gelu", False))
-    if tag and quick != bool((open_clip.get_model_config(architecture) or {}).get("quick_gelu")):
-        better = f"{architecture}-quickgelu" if quick else architecture.removesuffix("-quickgelu")
+    better = f"{architecture}-quickgelu" if quick else architecture.removesuffix("-quickgelu")
+    # The only architecture of its kind was trained as its configuration says, whatever is noted for the weights.
+    differs = tag and quick != bool((open_clip.get_model_config(architecture) or {}).get("quick_gelu"))
+    if differs and better != architecture and better in models:
         raise ValueError(
             f"these weights were trained {'with' if quick else 'without'} quick_gelu, and {architecture} is "
             f"{'without' if quick else 'with'} it: write open_clip:{better}/{tag}"

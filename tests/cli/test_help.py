@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from dualenc import training
 from dualenc.cli import main
+from dualenc.cli.fit import CLI
 from dualenc.cli.fit_help import DATA, LINKED, TASKS, TRAINER, find_definition, trainer_keys
 from dualenc.cli.parser import COMMANDS, TRAINER_COMMANDS
 
@@ -89,6 +90,21 @@ def test_the_whole_help_explains_every_key(capsys, monkeypatch) -> None:
     assert not re.search(r"<class|typing\.", text)
     described = re.findall(r"^  --\S.*\n {8}\S", text, re.MULTILINE)
     assert len(described) == len(re.findall(r"^  --", text, re.MULTILINE))
+
+
+def test_keys_that_the_command_line_sets_itself_are_left_out() -> None:
+    found: dict[str, set[str]] = {}
+
+    class Recorder:
+        def add_lightning_class_args(self, *arguments: object) -> None:
+            pass
+
+        def link_arguments(self, source: str, target: str, *more: object, **options: object) -> None:
+            section, _, key = target.partition(".init_args.")
+            found.setdefault(section, set()).add(key)
+
+    CLI.add_arguments_to_parser(None, Recorder())  # type: ignore[arg-type]
+    assert found == {section: set(keys) for section, keys in LINKED.items()}
 
 
 def test_choices_and_defaults_are_those_of_the_source(capsys, monkeypatch) -> None:

@@ -13,6 +13,7 @@ from dualenc.cli import main
 from dualenc.cli.fit import check_settings
 from dualenc.cli.parser import COMMANDS
 from dualenc.cli.settings import OF_CLASS
+from dualenc.training import ContrastiveTask
 
 SMALL = (ROOT / "configs" / "classify.yaml").read_text()
 
@@ -56,6 +57,9 @@ MISTAKES = {
     "trainer:\n  max_epochs 3\n  precision: 32": (3, "colon"),
     "trainer:\n  max_epochs: many": (2, "trainer.max_epochs must be an integer or null, found 'many'"),
     "trainer:\n  precision: bf15": (2, "did you mean bf16?"),
+    "trainer:\n  max_epochs: 2.0": (2, "trainer.max_epochs must be an integer or null, found '2.0'"),
+    "model: 3": (1, "model must name a class, such as class_path: dualenc.training.ContrastiveTask, found '3'"),
+    "model:\n  class_path: dualenc.training.TextTask\n  init_args:": (3, "init_args must be keys with their values"),
     "seed_everything: x": (1, "seed_everything must be true or false or an integer"),
     "trainer:\n  callbacks:\n  - class_path: dualenc.training.Evaluatoin": (
         3,
@@ -91,6 +95,9 @@ OPTIONS = {
     "--model.optimizer.lrr 3": "did you mean lr?",
     "--model.loss dualenc.losses.clip_los": "did you mean dualenc.losses.clip_loss?",
     "--model.duplicates masked": "did you mean mask?",
+    "--trainer.callbacks+ EMAA": "--trainer.callbacks 'EMAA' is unknown: did you mean EMA?",
+    "--trainer.callbacks+ dualenc.training.EMAA": "did you mean dualenc.training.EMA?",
+    "--data.batch_size 8.0": "--data.batch_size must be an integer, found '8.0'",
     "--model.optimizer.lr fast": "--model.optimizer.lr must be a number, found 'fast'",
     "--data.batch-size many": "--data.batch_size must be an integer, found 'many'",
     "--data.batch_size": "--data.batch_size needs a value",
@@ -129,6 +136,25 @@ def test_dashes_and_underscores_are_the_same_and_values_stay() -> None:
     for value in ("--a-b_c", "a-b_c", "-x"):
         found = check_settings("fit", [*config, f"--trainer.default-root-dir={value}"])
         assert found[1:] == [f"--trainer.default_root_dir={value}"]
+
+
+class Task(ContrastiveTask):
+    """Task of a user, with keys that only its base class names."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+
+
+def test_keys_that_the_signature_of_a_class_leaves_open_may_have_dashes(monkeypatch) -> None:
+    monkeypatch.setattr("dualenc.cli.settings.import_by_path", lambda path: Task)
+    words = ["--model", "mine.Task", "--data", "mine.Data", "--model.embed-dim", "3"]
+    assert check_settings("fit", words)[2] == "--model.embed_dim=3"
+
+
+@pytest.mark.parametrize("words", ["--model.optimizer Adadelta", "--trainer.callbacks+ BaseFinetuning"])
+def test_a_class_of_another_library_is_not_taken_for_a_typo_of_ours(words: str) -> None:
+    name, value = words.split()
+    assert check_settings("fit", ["--config", str(SMOKE), name, value])[1] == f"{name}={value}"
 
 
 def test_options_of_commands_may_have_dashes_and_values_stay(monkeypatch, capsys) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dualenc import ModelError, load
 from dualenc.data import decode_image
 from dualenc.inference.embedder import interpolate
-from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform
+from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, check_name
 
 VISION = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
 TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -184,6 +184,14 @@ def test_a_checkpoint_of_its_trainer(folder, tmp_path, seed):
 
 def tiny_code():
     pass
+
+
+def test_each_model_of_open_clip_is_accepted_or_sent_to_one_that_is():
+    for architecture, tag in open_clip.list_pretrained():
+        try:
+            check_name(architecture, tag)
+        except ValueError as error:
+            check_name(*str(error).partition("write open_clip:")[2].split("/"))
 
 
 def test_missing_architectures_and_weights_are_named(tmp_path):

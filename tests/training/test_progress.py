@@ -148,7 +148,8 @@ def test_line_of_a_run_on_a_terminal(tmp_path, seed, monkeypatch):
 
 @pytest.mark.long
 def test_progress_can_be_switched_off(tmp_path, seed, capsys):
-    small_fit(SMOKE, tmp_path, seed, "--trainer.enable_progress_bar", "false")
+    one = '{"class_path": "dualenc.training.EMA"}'  # not in a list
+    small_fit(SMOKE, tmp_path, seed, "--trainer.callbacks", one, "--trainer.enable_progress_bar", "false")
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("24 steps done")
     assert not any(line.startswith("step ") for line in lines)
