@@ -140,7 +140,7 @@ def test_small_file_system_that_is_really_full(whole, tmp_path):
     log = tmp_path / "log"
     with open(log, "w") as file:
         done = subprocess.run(
-            ["unshare", "-rm", "sh", "-c", mount, "sh", "300k", *command], stdout=file, stderr=file, timeout=240,
+            ["unshare", "-rm", "sh", "-c", mount, "sh", "250k", *command], stdout=file, stderr=file, timeout=240,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     text = log.read_text()
