@@ -281,14 +281,15 @@ def tokenizer(
         raise WorkError(f"{out} cannot be written ({error})") from error
     lengths = np.diff(trained(texts).offsets.numpy())
     longest, percentile, mean = lengths.max(), int(np.quantile(lengths, 0.99, method="higher")), lengths.mean()
+    fewer = f", as many as the captions give of {vocab_size:,}," if trained.vocab_size < vocab_size else ""
     chosen = "" if captions == "auto" else f" --data.captions {shlex.quote(captions)}"
     if left_out:
         print(f"{len(left_out):,} samples have no image or no caption and were left out")
     if unreadable:
         print(f"{len(unreadable):,} samples have no readable caption and were left out, such as {unreadable[0]}")
     print(
-        f"{out}: {trained.vocab_size:,} entries from {len(texts):,} captions, with {mean:.1f} tokens on average, "
-        f"at most {percentile} in 99% of them, and {longest} in the longest\n"
+        f"{out}: {trained.vocab_size:,} entries{fewer} from {len(texts):,} captions, with {mean:.1f} tokens on "
+        f"average, at most {percentile} in 99% of them, and {longest} in the longest\n"
         f"next: dualenc fit --config run.yaml{chosen}{image_argument(index.images)} "
         f"--data.tokenizer {shlex.quote(str(out))} --model.text.context_length {min(longest, 512)}"
     )

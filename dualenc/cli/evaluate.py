@@ -1,13 +1,14 @@
 """Commands that evaluate: plain functions, which `dualenc.cli.parser` parses from their signatures."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dualenc.cli.common import UsageError, WorkError, command_line, make_folder, progress, writing
-from dualenc.utils.text import print_message, printable
+from dualenc.utils.text import plural, print_message, printable
 from dualenc.utils.urls import redact
 
 if TYPE_CHECKING:
@@ -286,7 +287,6 @@ def _evaluate(
     from dualenc.evaluation import ResultTable, check_out, open_sets, place
     from dualenc.inference.embedder import check_spec
     from dualenc.report import print_table
-    from dualenc.utils.text import plural
 
     if workers < 0:
         raise UsageError(f"--workers {workers} must not be negative")
@@ -338,8 +338,9 @@ def _measure(names: Sequence[str], number: int, sets: "Sequence[OpenSet]", **opt
     except DataError as error:
         raise WorkError(error) from error
     if cache.reused:
-        counts = ", ".join(f"{cache.reused.count(label)} x {label}" for label in dict.fromkeys(cache.reused))
-        print(f"reused from {cache.folder}: {counts}")
+        counts = Counter(cache.reused)
+        what = ", ".join(f"{label} of {plural(count, 'set')}" for label, count in counts.items())
+        print(f"embeddings reused from {cache.folder}: {what}")
     return found
 
 

@@ -266,6 +266,8 @@ def trainer_command(arguments: list[str]) -> None:
     except RunError as error:
         raise WorkError(error) from error
     except (ValueError, MisconfigurationException) as error:
+        if "gpu backend" in str(error):
+            raise UsageError("trainer.accelerator gpu: this machine has no GPU that torch can use; try auto") from error
         if not recorder.started:
             raise UsageError(plain_message(str(error))) from error
         if isinstance(error, DataError):

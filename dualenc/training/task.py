@@ -446,8 +446,8 @@ def with_vocabulary(text: TextConfig, tokenizer: str | None) -> TextConfig:
     size = Tokenizer.from_file(tokenizer, sys.maxsize).vocab_size
     if text.vocab_size not in (size, TextConfig.vocab_size):
         rank_zero_print(
-            f"{tokenizer} has {size:,} entries, and so has the text encoder: model.text.vocab_size {text.vocab_size} "
-            "is for a run that trains its tokenizer"
+            f"the text encoder takes the {size:,} entries of {tokenizer}; model.text.vocab_size {text.vocab_size:,} is "
+            "not used"
         )
     return dataclasses.replace(text, vocab_size=size)
 

@@ -447,7 +447,7 @@ def test_what_a_spec_names_instead_of_a_model(saved, tmp_path, seed):
     text = TextPredictor(TextModel(tiny_embedder(seed).model.config.text).eval(), tiny_tokenizer())
     text.save(tmp_path / "text")
     for spec, match in (
-        (tmp_path / "modell", f"did you mean {saved}"),
+        (tmp_path / "mode", f"did you mean {saved}"),
         (tmp_path / "model.ckpt", "is a file"),
         (tmp_path / "shards", "a folder of shards"),
         (tmp_path / "run", "a run without a model yet"),

@@ -74,6 +74,7 @@ class Summary:
         if self.left_out:
             text.append(f"everything that was left out is named in {Path(self.out) / 'summary.json'}")
         text.append(f"next: dualenc fit --config run.yaml --data.train {shlex.quote(self.out)}")
+        text.append("`dualenc configs small > run.yaml` writes a configuration to begin with")
         if self.held_out:
             command = "zeroshot" if self.classes else "retrieval"
             text.append(f"then: dualenc {command} RUN {shlex.quote(str(Path(self.out) / 'held_out'))}")
