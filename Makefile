@@ -14,7 +14,7 @@ quick: $(READY)  ## what tells soonest that something broke: no training, in und
 	.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not long" $(addprefix tests/,test_house.py test_losses.py \
 		data evaluation formats goldens inference metrics models utils)
 
-test: $(READY)  ## the tests, in under 7 minutes on two cores
+test: $(READY)  ## the tests, in about ten minutes on two cores
 	.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 slow: $(READY)  ## the tests that need longer
