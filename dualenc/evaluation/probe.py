@@ -100,7 +100,7 @@ class FrozenProbes(EvaluationKind):
 
     def prepare(self, data: BenchmarkSet, source: str) -> ProbeSet:
         """See `EvaluationKind`."""
-        splits = BenchmarkSet.splits(source)
+        splits = BenchmarkSet.splits(source, data.options)
         if len(splits) == 1 and self.train in ("train", data.split):
             return _two_shares(data)
         if self.train == data.split:

@@ -165,4 +165,4 @@ def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         low, high = result["intervals"].get(metric, ("", ""))
         chance = result["chance"].get(metric, "")
         cells = {"value": value, "low": low, "high": high, "chance": chance}
-        yield {**common, "metric": metric, **{name: x if x == "" else repr(x) for name, x in cells.items()}}
+        yield {**common, "metric": metric, **{name: x if x == "" else repr(float(x)) for name, x in cells.items()}}

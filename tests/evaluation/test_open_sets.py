@@ -4,12 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import caption, encode, smooth, tiny_embedder, write_benchmark, write_tar
+from helpers import caption, encode, pixels, smooth, tiny_embedder, write_benchmark, write_tar
 
 from dualenc.cli import main
-from dualenc.data import SetOptions
+from dualenc.data import BenchmarkSet, SetOptions
 from dualenc.evaluation import KINDS, open_sets, origin, with_origin, write_results
 from dualenc.evaluation.base import reopen
+from dualenc.evaluation.probe import FrozenProbes
 from dualenc.evaluation.results import read_results
 from dualenc.utils.errors import DataError
 
@@ -92,3 +93,25 @@ def test_notes_about_sets_that_tell_nothing_apart(tmp_path, seed, capsys):
         assert line in printed
     main(["sets"])
     assert "datasets/clip-benchmark/wds_flickr30k" in capsys.readouterr().out
+
+
+def test_a_table_next_to_class_folders_does_not_change_what_a_probe_learns_from(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", 4), ("test", 6)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.png").write_bytes(encode(pixels(rng)))
+    found = []
+    for _ in range(2):
+        ((_, data),) = open_sets([str(tmp_path / "set")], [FrozenProbes()])
+        found.append((len(data), len(data.train), data.shared))
+        (tmp_path / "set" / "captions.csv").write_text("image,caption\ntest/cat/0.png,a cat\n")
+    assert found == [(12, 8, False)] * 2
+
+
+def test_a_split_folder_may_be_the_current_one(tmp_path, seed, monkeypatch):
+    layout = write_benchmark(tmp_path / "layout", seed)
+    monkeypatch.chdir(layout / "test")
+    assert BenchmarkSet.open(".").fingerprint == BenchmarkSet.open(layout).fingerprint

@@ -63,6 +63,15 @@ def test_results_are_found_again(tmp_path: Path, seed: int) -> None:
     assert table.find(result(seed, model="another name", dataset="of the same", split="and more")) is not None
 
 
+def test_values_of_numpy_are_found_again(tmp_path: Path, seed: int) -> None:
+    one = result(seed)
+    of_numpy = {name: np.float64(value) for name, value in one["metrics"].items()}
+    ResultTable(tmp_path / "x.csv").add({**one, "metrics": of_numpy})  # as a user's own kind may give them
+    found = ResultTable(tmp_path / "x.csv").find(one)
+    assert found is not None
+    assert found["metrics"] == one["metrics"]
+
+
 def test_the_rest_of_the_file_is_kept(tmp_path: Path, seed: int) -> None:
     """A user has put the columns in another order, added one, and left the last line without its end."""
     path = tmp_path / "x.csv"

@@ -146,13 +146,17 @@ class BenchmarkSet(Content):
         return cls(path=shown(location), name=found.name, split=split, options=options, **vars(content))
 
     @staticmethod
-    def splits(data: str | os.PathLike[str]) -> list[str]:
+    def splits(data: str | os.PathLike[str], options: SetOptions = NO_OPTIONS) -> list[str]:
         """Return the splits of a set; of a remote set those of usual names, since not every store can be listed.
+
+        Args:
+            data: see `open`.
+            options: options with which the set is opened, since they decide between a table and class folders.
 
         Raises:
             DataError: If `data` is not an evaluation set.
         """
-        return _find(os.fspath(data), None, NO_OPTIONS, every=True).splits
+        return _find(os.fspath(data), None, options, every=True).splits
 
     def __len__(self) -> int:
         """Return the number of images that can be used, as far as is known without decoding them."""
@@ -262,7 +266,8 @@ def _find(location: str, split: str | None, options: SetOptions, every: bool = F
     if known := find_known(location, split or "test"):
         return _find(known[1].url, split, options, every)._replace(name=known[0])
     if not is_remote(location) and Path(location, "nshards.txt").is_file():  # a split of the layout of CLIP_benchmark
-        return _find(str(Path(location).parent), split, options)._replace(splits=[Path(location).name])
+        whole = Path(os.path.abspath(location))  # the location may be "."
+        return _find(str(whole.parent), split, options)._replace(splits=[whole.name])
     name = set_name(location)
     if names_shards(location) and not Path(location).is_dir():
         return _Found(location, name, ["test"], lambda _, given: read_shards(location, given))
