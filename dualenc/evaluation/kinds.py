@@ -152,8 +152,8 @@ def _join_shards(sources: Iterable[str]) -> list[str]:
 
 def _pattern(shards: Sequence[str]) -> str:
     """Return a pattern that names exactly these shards of one folder."""
-    folder = os.path.dirname(shards[0])
-    every = os.path.join(escape(folder), "*.tar")
+    folder = escape(os.path.dirname(shards[0]))
+    every = os.path.join(folder, "*.tar")
     if set(glob(every)) == set(shards):
         return every
     names = ",".join(os.path.basename(shard) for shard in shards)

@@ -48,9 +48,11 @@ def test_plain_shards_give_the_result_of_the_layout(tmp_path, seed, kind):
     again = reopen(saved)
     assert again is not None
     assert again[0].fingerprint == found.data.fingerprint
-    (part,) = open_sets(shards[::2], [KINDS[kind]], options=SetOptions(**given))
-    assert part.data.name == "plain"
-    assert [str(path) for path in part.data.index.shards] == shards[::2]
+    odd = plain(layout, tmp_path / "plain [1] *")
+    for name, paths in (("plain", shards[::2]), ("plain [1] *", odd), ("plain [1] *", odd[::2])):
+        (part,) = open_sets(paths, [KINDS[kind]], options=SetOptions(**given))
+        assert part.data.name == name
+        assert [str(path) for path in part.data.index.shards] == paths
 
 
 def test_options_that_no_set_takes(tmp_path, seed):

@@ -39,6 +39,7 @@ from dualenc.utils.text import plural
 from dualenc.utils.urls import folder_of, is_remote, join, shown
 
 KINDS = ("classification", "multilabel", "retrieval")  # of the layout
+_ESCAPED = re.compile(r"\[([*?[])\]")  # a character that `glob.escape` has made literal
 _HUB = re.compile(r"(https://huggingface\.co/datasets/([^/]+)/([^/]+))(?:/(?:tree|resolve|raw)/([^/]+)(/.*)?)?/?")
 
 
@@ -53,8 +54,8 @@ def set_name(location: str) -> str:
     """Return the name of a set: that of its folder, repository or table, or of the folder of its shards."""
     if is_pattern(location):  # The folders before the first pattern, or of several shards, are the same for all shards.
         parts = shown(location).split("/")
-        first = next(i for i, part in enumerate(parts) if has_magic(part) or "{" in part)
-        location = "/".join(parts[:first]) or "."
+        first = next(i for i, part in enumerate(parts) if has_magic(_ESCAPED.sub("", part)) or "{" in part)
+        location = _ESCAPED.sub(r"\1", "/".join(parts[:first])) or "."
     elif re.search(r"(^|/)[0-9]+\.tar$", shown(location)):  # The number of a shard is not a name.
         location = shown(folder_of(location)) or "."
     if not is_remote(location):
@@ -346,7 +347,7 @@ def caption_lines(sample: Sample, source: str = "txt") -> list[str]:
         BadSample: If there is no caption, or it is not a text.
     """
     captions, found = captions_with_source(sample, source)
-    if not found.endswith("txt"):
+    if "json" in found.split(".")[:-1]:  # a field, which may have any name
         return captions
     return [trimmed(line) for caption in captions for line in caption.split("\n") if not is_blank(line)]
 

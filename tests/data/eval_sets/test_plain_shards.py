@@ -89,7 +89,7 @@ def test_captions_of_plain_shards(tmp_path, seed):
             "__key__": str(i),
             "jpg": encode(smooth(rng, 20, 24), "jpeg"),
             "alt.png": encode(smooth(rng, 20, 24)),
-            "json": json.dumps({"captions": texts, "meta": {"one": texts[0]}}).encode(),
+            "json": json.dumps({"captions": texts, "meta": {"one": texts[0]}, "txt": "two\nlines"}).encode(),
             "txt": f"{texts[0]}\n\n{texts[-1]}\n".encode(),
             "cls": str(i % 2).encode(),
         }
@@ -105,6 +105,7 @@ def test_captions_of_plain_shards(tmp_path, seed):
     assert captions() == lists
     assert captions(captions="txt") == [[texts[0], texts[-1]] for texts in lists]
     assert captions(captions="json.meta.one") == [texts[:1] for texts in lists]
+    assert captions(captions="json.txt") == [["two\nlines"]] * len(lists)
     (tmp_path / "plain" / "classnames.txt").write_text("even\nodd\n")
     either = BenchmarkSet.open(tmp_path / "plain")
     assert (either.kind, either.targets.tolist()) == ("classification", [0, 1, 0, 1, 0])
