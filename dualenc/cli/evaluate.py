@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -302,9 +302,14 @@ def _evaluate(
     table = None if csv is None else ResultTable(csv)
     # A report shows more than the table keeps, so that all of it is measured again.
     settings = {"table": table, "again": out is not None, "incomplete": allow_partial, "workers": workers}
-    measured = [one for number in range(len(names)) for one in _measure(names, number, sets, **settings)]
-    # Results on one set stand next to each other.
-    print_table([one.result for place in range(len(sets)) for one in measured[place :: len(sets)]])
+    measured: list[MeasuredSet] = []
+    try:
+        for number in range(len(names)):
+            for one in _measure(names, number, sets, **settings):
+                measured.append(one)  # noqa: PERF402 - what is measured before an error is kept
+    finally:
+        if measured:  # Results on one set stand next to each other.
+            print_table([one.result for place in range(len(sets)) for one in measured[place :: len(sets)]])
     if table is not None:
         known = sum(one.found is None for one in measured)
         print(f"{csv}: {plural(table.added, 'result')} added, {known} found there and not measured again")
@@ -315,7 +320,7 @@ def _evaluate(
     _check_complete([one.result for one in measured], allow_partial)
 
 
-def _measure(names: Sequence[str], number: int, sets: "Sequence[OpenSet]", **options: Any) -> "list[MeasuredSet]":
+def _measure(names: Sequence[str], number: int, sets: "Sequence[OpenSet]", **options: Any) -> "Iterator[MeasuredSet]":
     """Measure a model, one of several, on sets; see `dualenc.evaluation.measure.measure`."""
     from dualenc import DataError, load
     from dualenc.evaluation import EmbeddingCache
@@ -334,14 +339,13 @@ def _measure(names: Sequence[str], number: int, sets: "Sequence[OpenSet]", **opt
         return progress(what)
 
     try:
-        found = list(measure(embedder, sets, track=track, cache=cache, **options))
+        yield from measure(embedder, sets, track=track, cache=cache, **options)
     except DataError as error:
         raise WorkError(error) from error
     if cache.reused:
         counts = Counter(cache.reused)
         what = ", ".join(f"{label} of {plural(count, 'set')}" for label, count in counts.items())
         print(f"embeddings reused from {cache.folder}: {what}")
-    return found
 
 
 def _write(out: Path, command: str, title: str, found: "Sequence[Evaluated]", data: list[str]) -> None:

@@ -9,6 +9,7 @@ from dualenc.evaluation.kinds import OpenSet
 from dualenc.evaluation.results import origin, with_origin
 from dualenc.evaluation.table import ResultTable
 from dualenc.inference.embedder import Embedder
+from dualenc.report import verdict
 from dualenc.utils.errors import DataError
 
 
@@ -51,7 +52,9 @@ def measure(
         known = None if table is None or again else table.find(described)
         if known is not None and (known["complete"] or incomplete):
             # The names of this command are shown, under which the user looks for the result.
-            yield MeasuredSet({**known, "model": embedder.name, "dataset": data.name}, None)
+            known |= {"model": embedder.name, "dataset": data.name, "verdict": verdict(known, kind.description)}
+            known |= {"prompts": data.prompts} if "prompts" in described["settings"] else {}
+            yield MeasuredSet(known, None)
             continue
         try:
             found = kind.evaluate(embedder, data, workers=workers, track=track(number), cache=cache)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualenc.data import BenchmarkSet
+from dualenc.data.eval_sets.class_texts import NAMED
 from dualenc.evaluation.base import Evaluated, EvaluationKind, SavedResult
 from dualenc.evaluation.kinds import KINDS
 from dualenc.report import Comparison, verdict_on_two
@@ -32,12 +33,14 @@ def place(kind: EvaluationKind, data: BenchmarkSet, model: str) -> dict[str, Any
         data: evaluation set.
         model: name of the model.
     """
+    given = _given(data)
     return {
         "dataset": data.name,
         "kind": kind.name,
         "model": model,
         "data": data.path if is_remote(data.path) else os.path.abspath(data.path),
         "split": data.split,
+        **({"options": given} if given else {}),
     }
 
 
@@ -51,8 +54,7 @@ def origin(kind: EvaluationKind, data: BenchmarkSet, model: str, fingerprint: st
         fingerprint: fingerprint of the model, since its name may later belong to another model.
     """
     content = {"fingerprint": fingerprint, "data_fingerprint": data.fingerprint, "settings": kind.settings(data)}
-    given = _given(data)
-    return place(kind, data, model) | content | ({"options": given} if given else {})
+    return place(kind, data, model) | content
 
 
 def with_origin(found: Evaluated, described: Mapping[str, Any]) -> Evaluated:
@@ -92,7 +94,7 @@ def check_out(
         folder: output folder, which may be missing.
         command: name of the command, and of its `.json`.
         new: what the results will say.
-        fields: entries of the results that must be the same.
+        fields: entries of the results that must be the same, besides the options of their sets.
 
     Raises:
         DataError: If another result would be lost.
@@ -107,26 +109,34 @@ def check_out(
             raise DataError(f"{folder} holds a {REPORT} of something else: {way_out}")
         return
     try:
-        old = [{name: result[name] for name in fields} for result in json.loads(path.read_text("utf-8"))]
+        old = [_entries(result, fields) for result in json.loads(path.read_text("utf-8"))]
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{path} is not a result of dualenc {command}: {way_out}") from None
-    wanted = [{name: result[name] for name in fields} for result in new]
+    wanted = [_entries(result, fields) for result in new]
     if lost := [result for result in old if result not in wanted]:
         raise DataError(f"{folder} holds the result of {_described(lost[0])}: {way_out}")
     if more := [result for result in wanted if result not in old]:
         raise DataError(f"{folder} holds results without {_described(more[0])}: {way_out}")
 
 
-def _described(result: Mapping[str, Any]) -> str:
+def _entries(result: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """Return entries of a result, and the options of its set as a text, such as "templates simple"."""
+    given = result.get("options", {}).items()  # of which the command chooses `kind`
+    options = ", ".join(f"{name} {value}" for name, value in sorted(given) if name != "kind")
+    return {name: result[name] for name in fields} | {"options": options}
+
+
+def _described(entries: Mapping[str, Any]) -> str:
     """Return entries of a result for a message."""
-    return ", ".join(f"{name} {value}" for name, value in result.items())
+    named = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "options")
+    return f"{named}, {entries['options'] or 'without options'}"
 
 
 def _given(data: BenchmarkSet) -> dict[str, str]:
     """Return the options by which a set can be opened again, with whole paths and without the secrets of URLs."""
-    files = {"classnames", "images"}
+    files = {"classnames", "images", "templates"}
     return {
-        name: os.path.abspath(value) if name in files and not is_remote(value) else shown(value)
+        name: os.path.abspath(value) if name in files and not is_remote(value) and value not in NAMED else shown(value)
         for name, value in data.options.given().items()
     }
 

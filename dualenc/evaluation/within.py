@@ -21,6 +21,10 @@ class _Within(EvaluationKind):
     title = "Retrieval"
     prefix: str
 
+    def settings(self, data: BenchmarkSet) -> dict[str, Any]:
+        """See `EvaluationKind`; class names and templates are not used."""
+        return {}
+
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""
         part = group_bootstrap({name.removeprefix(self.prefix): x for name, x in items.items()})

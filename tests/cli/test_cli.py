@@ -295,7 +295,7 @@ def test_probe_choice_and_compare(tmp_path: Path, seed: int, capsys: pytest.Capt
 def test_results_of_something_else_are_not_replaced(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same command again replaces its result; another command, model, set or kind of page is kept."""
+    """The same command again replaces its result; another command, model, set, prompt or page is kept."""
     for i, name in enumerate(("one", "two")):
         tiny_embedder(seed + i).save(tmp_path / name)
         write_benchmark(tmp_path / f"set_{name}", seed + i)
@@ -308,6 +308,7 @@ def test_results_of_something_else_are_not_replaced(
         (two, "set_one"),
         (["zeroshot", str(tmp_path / "two"), one[2]], f"model {tmp_path}/one"),
         ([*one, "--models", str(tmp_path / "two")], f"without model {tmp_path}/two"),
+        ([*one, "--templates", "simple"], "without options"),
         (["evaluate", *one[1:]], "dualenc zeroshot"),
         (["retrieval", *one[1:], "--between", "image-image"], "dualenc zeroshot"),
     ):
@@ -374,11 +375,21 @@ def test_several_models_and_sets_fill_one_table(tmp_path: Path, seed: int, capsy
     assert table.read_text() == full
     assert "0 results added, 4 found there" in again.out
     assert again.out.count("mean_per_class_recall") == 4
+    assert again.out.count("set0: prompts: ") == 1
+    assert all(result["verdict"] in " ".join(again.out.split()) for result in results)
     (tmp_path / "set0" / "zeroshot_classification_templates.txt").write_text("the {c}\n")  # other prompts, other rows
     main(["zeroshot", *models[:1], *sets, *rest])
     assert "1 result added, 1 found there" in capsys.readouterr().out
     assert len(table.read_text().splitlines()) == len(full.splitlines()) + len(results[0]["metrics"])
     assert "several models" in fails(capsys, ["compare", str(tmp_path / "out"), str(tmp_path / "out")])
+    for name in "ab":
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "1.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        main(["zeroshot", models[0], sets[0], str(tmp_path / "broken"), "--workers", "0"])
+    failed = capsys.readouterr()
+    assert "no image can be decoded" in failed.err
+    assert "mean_per_class_recall" in failed.out  # of the set before it
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert "other.csv" in fails(capsys, ["zeroshot", models[0], sets[0], "--csv", str(tmp_path / "other.csv")])
 

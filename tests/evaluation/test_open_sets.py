@@ -1,6 +1,7 @@
 """Sets as users name them: shards that a shell expanded, options that a set takes, and what the results say."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from helpers import caption, encode, pixels, smooth, tiny_embedder, write_benchm
 
 from dualenc.cli import main
 from dualenc.data import BenchmarkSet, SetOptions
-from dualenc.evaluation import KINDS, open_sets, origin, with_origin, write_results
+from dualenc.evaluation import KINDS, open_sets, origin, place, with_origin, write_results
 from dualenc.evaluation.base import reopen
 from dualenc.evaluation.probe import FrozenProbes
 from dualenc.evaluation.results import read_results
@@ -55,10 +56,20 @@ def test_plain_shards_give_the_result_of_the_layout(tmp_path, seed, kind):
         assert [str(path) for path in part.data.index.shards] == paths
 
 
-def test_options_that_no_set_takes(tmp_path, seed):
+def test_options_that_no_set_takes(tmp_path, seed, monkeypatch):
     layouts = [str(write_benchmark(tmp_path / kind, seed, kind)) for kind in ("classification", "retrieval")]
     both = open_sets(layouts, options=SetOptions(templates="simple"))
     assert [len(data.templates) for _, data in both] == [7, 0]
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a {c}\n")
+    for given in ("mine.txt", Path("mine.txt"), str(mine)):  # a result says the file for any folder
+        ((kind, data),) = open_sets(layouts[:1], options=SetOptions(templates=given))
+        assert place(kind, data, "model")["options"]["templates"] == str(mine)
+        assert KINDS["image-image"].settings(data) == {} != kind.settings(data)
+    assert place(*both[0], "model")["options"]["templates"] == "simple"
+    with pytest.raises(DataError, match="option classnames of a set cannot be of the type list"):
+        SetOptions(classnames=["a"])
     for name, value, use in (
         ("templates", "simple", "sets with classes"), ("captions", "txt", "plain shards"), ("images", "x", "tables"),
     ):  # fmt: skip

@@ -1,5 +1,6 @@
 """The content of an evaluation set, common to all layouts, and what a user says about it."""
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from dualenc.data.prepare.caption_sources import clean
 from dualenc.data.shards.remote import fetch_small
 from dualenc.data.shards.sample import MAX_IMAGE
 from dualenc.data.shards.shard import content_hash
+from dualenc.utils.arguments import shown_value
 from dualenc.utils.decoding import TextError, decode_text
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.limits import hits_file_limit
@@ -30,6 +32,8 @@ Problems = defaultdict[str, list[str]]  # `Problem.what` -> `Problem.names`
 @dataclass(frozen=True)
 class SetOptions:
     """Options of evaluation sets, for what the files of a set do not say, or say otherwise.
+
+    Files may be given as `pathlib.Path`, too.
 
     Attributes:
         captions: where the captions of plain shards are; see `dualenc.data.pairs.captions_of`.
@@ -47,6 +51,13 @@ class SetOptions:
     images: str | None = None
     image: str | None = None
     kind: Kind | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+            elif not isinstance(value, str | None):
+                raise DataError(f"option {name} of a set cannot be {shown_value(value)}: pass a path or name")
 
     def given(self) -> dict[str, str]:
         """Return the options that differ from their defaults, by name."""

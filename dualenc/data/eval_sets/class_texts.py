@@ -15,7 +15,7 @@ from dualenc.utils.text import did_you_mean, plural, printable, quoted
 from dualenc.utils.urls import join, shown
 
 CLASSNAMES, TEMPLATE_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
-OPENAI, SIMPLE = "openai", "simple"  # templates of CLIP's paper, which the open_clip library has
+NAMED = OPENAI, SIMPLE = "openai", "simple"  # templates of CLIP's paper, which the open_clip library has
 
 
 class ClassTexts(NamedTuple):
@@ -47,7 +47,7 @@ def class_texts(folder: str, options: SetOptions, problems: Problems, name: str)
         note_duplicates(classnames, problems)
     if options.templates is not None:
         templates = _templates_of(options.templates, name)
-        where = options.templates if options.templates in (OPENAI, SIMPLE) else shown(options.templates)
+        where = options.templates if options.templates in NAMED else shown(options.templates)
     else:
         own = read_templates(join(folder, TEMPLATE_FILE), problems)
         templates, where = own or list(TEMPLATES), "the set"
@@ -123,7 +123,7 @@ def read_lines(path: str) -> list[str] | None:
 
 def _templates_of(option: str, name: str) -> list[str]:
     """Return the templates of a name or file of the user, who is told of each one that is wrong."""
-    if option in (OPENAI, SIMPLE):
+    if option in NAMED:
         from open_clip import zero_shot_metadata
 
         functions = getattr(zero_shot_metadata, f"{option.upper()}_IMAGENET_TEMPLATES")

@@ -129,7 +129,7 @@ def near_names(location: str) -> str:
     """Return a hint that names what exists or is known under a name similar to a wrong one; "" if nothing is."""
     short = short_name(location).lower()
     close = [printable(str(path)) for path in similar_paths(Path(location))[:1]]
-    close = close or get_close_matches(short, KNOWN_SETS, 3) or [name for name in KNOWN_SETS if short in name]
+    close = close or get_close_matches(short, KNOWN_SETS, 3) or [name for name in KNOWN_SETS if short in name][:3]
     hint = f": did you mean {' or '.join(close)}?" if close else ";"
     if os.sep in location:
         return hint if close else ""

@@ -59,5 +59,7 @@ def test_similar_names(hub, tmp_path, wrong, right):
     shutil.copytree(tmp_path / "my_photos", tmp_path / "in" / "my_photos")
     with pytest.raises(DataError, match=rf"{wrong} does not exist: did you mean {right}( or .*)?\?"):
         BenchmarkSet.open(wrong)
+    with pytest.raises(DataError, match=r"did you mean \w+ or \w+ or \w+\?"):  # a letter of nearly all names
+        BenchmarkSet.open("a")
     with pytest.raises(DataError, match="qqqq does not exist"):
         BenchmarkSet.open("qqqq")
