@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
-PIPE_CLOSED = 141  # exit status of a command whose output is no longer read, as shells report it
-INTERRUPTED = 130  # exit status of a command that Ctrl-C ends, as shells report it
+PIPE_CLOSED = 141  # exit status of a command whose output is no longer read: 128 and SIGPIPE
+INTERRUPTED = 130  # exit status of a command that Ctrl-C ends: 128 and SIGINT
 
 
 def main(arguments: "Sequence[str] | None" = None) -> None:

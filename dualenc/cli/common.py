@@ -1,4 +1,4 @@
-"""Helpers of the commands: errors, output folders, progress bars, and the command line as text."""
+"""Helpers of the commands: errors, output folders, and the command line as text."""
 
 import shlex
 import sys
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dualenc.utils.progress import progress as progress  # the commands take it from here
 from dualenc.utils.text import reason
 from dualenc.utils.urls import redact
 

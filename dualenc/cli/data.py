@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dualenc.cli.common import UsageError, WorkError, command_line, config_folder, make_folder, progress, writing
+from dualenc.cli.common import UsageError, WorkError, command_line, config_folder, make_folder, writing
+from dualenc.utils.progress import progress
 
 if TYPE_CHECKING:
     from dualenc.data.doctor.checks import Examination

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dualenc.cli.common import UsageError, WorkError, command_line, make_folder, progress, writing
+from dualenc.cli.common import UsageError, WorkError, command_line, make_folder, writing
+from dualenc.utils.progress import progress
 from dualenc.utils.text import plural, print_message, printable
 from dualenc.utils.urls import redact
 

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dualenc.cli.common import UsageError, WorkError, progress, writing
+from dualenc.cli.common import UsageError, WorkError, writing
+from dualenc.utils.progress import progress
 
 if TYPE_CHECKING:
     from dualenc import Embedder

@@ -189,7 +189,7 @@ class PairData(TokenData):
         features: folder of `dualenc embed --features`, whose rows replace images in `fit`, for a locked image tower;
             absent, images are decoded.
         mask: share of the tokens to mask in training, for `model.mlm_weight`; the command line takes it from the task.
-        workers: number of worker processes of each rank.
+        workers: number of worker processes of each rank, at most the cores that the process may use.
         timeout: seconds to wait for the next batch of the workers; after that the run ends and names the samples that
             the workers are processing.
         bad_samples: share of the samples that may be bad, at least 10 samples; they are replaced and listed in

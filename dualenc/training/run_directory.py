@@ -535,10 +535,9 @@ class RunDirectory(Checkpoint):
         if best := self._state.best:
             has_best = f"best/ has {best['metric']} {best['value']:.4g}"
         else:
-            written = (
-                "was not measured" if math.isinf(self._tried_value) else "improved, but best/ could not be written"
-            )
-            why = f"{self.monitor} {written}" if self.monitor else "run.monitor is null"
+            why = f"{self.monitor} was not measured" if self.monitor else "run.monitor is null"
+            if math.isfinite(self._tried_value):
+                why = "it could not be written"
             has_best = f"best/ is missing, since {why}"
         count = len(trainer.datamodule.bad_sample_log)  # type: ignore[attr-defined]
         bad = f"; {plural(count, 'bad sample')} left out, see {self.root / 'bad_samples.jsonl'}" if count else ""

@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, seed):
     torch.save(state, tmp_path / "half.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "half.pt").read_bytes()[:-200])
     refusal("half.pt")
-    (tmp_path / "memo.pt").write_bytes(b"junk" * 20)  # as a pickle it asks for an object that it has not stored
+    (tmp_path / "memo.pt").write_bytes(b"junk" * 20)  # as a pickle it asks for an object that it never stored
     assert "damaged" in refusal("memo.pt")
     (tmp_path / "empty.pt").write_bytes(b"")
     assert "damaged" in refusal("empty.pt")

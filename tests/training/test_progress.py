@@ -1,4 +1,4 @@
-"""What a run prints: the lines of a log, and the line at the bottom of a terminal."""
+"""Progress of a run: the lines of a log, and the line at the bottom of a terminal."""
 
 import csv
 import io
