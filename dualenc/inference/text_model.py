@@ -21,7 +21,7 @@ from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import fingerprint, parameters_of
-from dualenc.models.heads import HeadConfig, TextModel
+from dualenc.models.heads import Examples, HeadConfig, TextModel
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, text_model_program, write_card
@@ -116,7 +116,8 @@ class TextPredictor:
         out: list[dict[str, Any]] = [{} for _ in texts]
         with evaluating(self.model):
             for part, tokens in self._batches(texts, batch_size):
-                for i, answer in zip(part, kind.answers(self.model(tokens, name)), strict=True):
+                examples = Examples(self.model(tokens, name), None, len(part))
+                for i, answer in zip(part, kind.answers(examples), strict=True):
                     out[i] = answer
         return out
 
