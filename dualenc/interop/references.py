@@ -186,15 +186,17 @@ def transformers_text(model: str, inputs: Arguments) -> Outputs:
         if (getattr(config, "type_vocab_size", None) or 0) > 1:
             given["token_type_ids"] = (mask * (2 * torch.arange(ids.shape[1]) >= mask.sum(1, keepdim=True))).long()
         outputs = {"hidden": (net(**given)[0] * mask[..., None]).asinh()}
-        heads = ("ForMaskedLM", "ForSequenceClassification")
+        heads = ("ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering")
         for name in config.architectures or ():
             if name.endswith(heads):
                 head: Any = getattr(library, name).from_pretrained(model, dtype=torch.float32).eval()
-                logits = head(**{key: x[:, :SHORT] for key, x in given.items()}).logits
+                found: Any = head(**{key: x[:, :SHORT] for key, x in given.items()})
+                spans = "start_logits" in found
+                logits = torch.stack([found.start_logits, found.end_logits], -1) if spans else found.logits
                 outputs["logits"] = (logits * mask[:, :SHORT, None] if logits.dim() == 3 else logits).asinh()
     texts: Any = tokenizer(inputs["texts"], truncation=True, padding="max_length", max_length=ids.shape[1])
-    found = {name: x.numpy() for name, x in outputs.items()}
-    return {**found, "text_ids": np.array(texts["input_ids"]), "text_mask": np.array(texts["attention_mask"])}
+    made = {name: x.numpy() for name, x in outputs.items()}
+    return {**made, "text_ids": np.array(texts["input_ids"]), "text_mask": np.array(texts["attention_mask"])}
 
 
 def timm(model: str, inputs: Arguments) -> Outputs:

@@ -13,7 +13,13 @@ from helpers import tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, ElectraForPreTraining
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    ElectraForPreTraining,
+)
 
 from dualenc.data import Tokenizer
 from dualenc.formats.huggingface.text_checkpoint import open_text
@@ -64,6 +70,7 @@ CLASSES = {
     "AutoModel": AutoModel,
     "AutoModelForMaskedLM": AutoModelForMaskedLM,
     "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+    "AutoModelForQuestionAnswering": AutoModelForQuestionAnswering,
 }
 MASKED = [name for name, (kind, config) in FAMILIES.items() if kind[:4] not in ("clip", "sigl")]
 
@@ -259,6 +266,32 @@ def test_classification_heads_equal_transformers(name: str, problem: str, tmp_pa
     assert_close(theirs(again, ids, mask, types).logits, logits)
     assert again.config.id2label == dict(enumerate(labels))
     assert again.config.problem_type == problem_type
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+    (tmp_path / "ours" / "dualenc.json").unlink()
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKED if "relu" not in name])
+def test_question_answering_heads_equal_transformers(name: str, tmp_path: Path, seed: int) -> None:
+    kind, config = FAMILIES[name]
+    more = {"classifier_activation": "silu"} if kind == "modernbert" else {}
+    peer = build(kind, config, AutoModelForQuestionAnswering, **more)
+    peer.save_pretrained(tmp_path / "peer")
+    add_tokenizer(tmp_path / "peer")
+    model = open_text(tmp_path / "peer").model()
+    head = model.head_configs["answers"]
+    assert (list(model.head_configs), head.kind) == (["answers"], "question_answering")
+    assert (head.max_length, head.stride) == (LONGEST, LONGEST // 2)  # The usual 384 tokens do not fit.
+    tokens, ids, mask, types = ragged(model.config, seed)
+    found = theirs(peer, ids, mask, types)
+    logits = torch.stack([found.start_logits, found.end_logits], -1)
+    with torch.no_grad():
+        assert_close(model(tokens, "answers"), packed(model, logits, mask, tokens))
+        assert_close(model(tokens, "answers").flip(-1), packed(model, logits, mask, tokens), far=True)
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "ours").eval()
+    equal(again, peer)
+    assert_close(theirs(again, ids, mask, types).end_logits, found.end_logits)
     same(load_text(tmp_path / "ours", "cpu").model, model)
     (tmp_path / "ours" / "dualenc.json").unlink()
     same(load_text(tmp_path / "ours", "cpu").model, model)

@@ -132,12 +132,21 @@ def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) ->
     for name in (use.text, use.pair):
         if name is None:
             continue
-        text = field(sample, fields, name)
-        if problem := text_problem(text):
-            cause = "no text" if problem in ("empty", "not text") else f"a text {problem}"
-            raise BadSample(sample, f"its column {name!r} holds {cause}")
-        found.append(text)
+        found.append(text_field(sample, fields, name))
     return found
+
+
+def text_field(sample: Line, fields: Mapping[str, Any], name: str) -> str:
+    """Return the text of one field of a line.
+
+    Raises:
+        BadSample: If it is missing, empty, not a string, not UTF-8, or has NULs.
+    """
+    text = field(sample, fields, name)
+    if problem := text_problem(text):
+        cause = "no text" if problem in ("empty", "not text") else f"a text {problem}"
+        raise BadSample(sample, f"its column {name!r} holds {cause}")
+    return text
 
 
 def field(sample: Line, fields: Mapping[str, Any], name: str) -> Any:
@@ -264,8 +273,11 @@ class TextDataset(Dataset[Texts]):
     def _read(self, row: int, sample: Line) -> Any:
         """Return the content of a line: a `LabeledText`, or what the head's reader of windows returns."""
         use = self.uses[self._source(row)][1]
-        if use.needs.windows is not None:
-            return use.needs.windows.read(sample, use.label is not None)
+        if (reader := use.needs.windows) is not None:
+            item = reader.read(sample, use.label is not None)
+            if problem := reader.problem(item, self.tokenizer):
+                raise BadSample(sample, *problem)
+            return item
         fields = sample.read()
         text, *other = texts_of(sample, use, fields)
         return LabeledText(text, other[0] if other else None, label_of(sample, use, fields))

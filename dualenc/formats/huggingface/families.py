@@ -14,7 +14,9 @@ from dualenc.formats.huggingface.slots import (
     MaskedLanguageSlot,
     ModernClassificationSlot,
     ModernMaskedLanguageSlot,
+    ModernQuestionAnsweringSlot,
     PoolerSlot,
+    QuestionAnsweringSlot,
     ReplacedTokenSlot,
 )
 from dualenc.models.text_encoder import TextConfig
@@ -64,6 +66,9 @@ TOP_CLASSIFIER = ClassificationSlot(  # two layers above the encoder (RoBERTa, E
     activation="tanh",
     architecture="ForSequenceClassification",
 )
+ANSWERS = QuestionAnsweringSlot(
+    "answers", "qa_outputs.weight", {"out": "qa_outputs"}, architecture="ForQuestionAnswering"
+)
 
 BERT = Family(
     name="bert",
@@ -102,6 +107,7 @@ BERT = Family(
             activation="tanh",
             architecture="ForSequenceClassification",
         ),
+        ANSWERS,
         POOLER,
     ),
 )
@@ -137,6 +143,7 @@ ROBERTA = dataclasses.replace(
             architecture="ForMaskedLM",
         ),
         TOP_CLASSIFIER,
+        ANSWERS,
         POOLER,
     ),
     read=_roberta_read,
@@ -203,6 +210,7 @@ ALBERT = dataclasses.replace(
             activation="tanh",
             architecture="ForSequenceClassification",
         ),
+        ANSWERS,
         PoolerSlot("pooler", ".pooler.weight", {"dense": ".pooler"}, activation="tanh"),
     ),
     read=_albert_read,
@@ -249,6 +257,7 @@ DISTILBERT = Family(
             activation="relu",
             architecture="ForSequenceClassification",
         ),
+        ANSWERS,
     ),
 )
 
@@ -293,6 +302,7 @@ ELECTRA = dataclasses.replace(
             architecture="ForMaskedLM",
         ),
         dataclasses.replace(TOP_CLASSIFIER, activation="gelu"),
+        ANSWERS,
     ),
     read=_electra_read,
     write=_electra_write,
@@ -400,6 +410,13 @@ MODERNBERT = Family(
             {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
             norm=True,
             architecture="ForSequenceClassification",
+        ),
+        ModernQuestionAnsweringSlot(
+            "answers",
+            "classifier.weight",
+            {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
+            norm=True,
+            architecture="ForQuestionAnswering",
         ),
     ),
     read=_modernbert_read,

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from dualenc.utils.files import from_dict, read_json, take_format
 
 CONFIGS = (TEXT_MODEL, CONFIG, MODULES, "1_Pooling/config.json", "sentence_bert_config.json", "preprocess.json")
 # Hugging Face's heads that dualenc lacks; their tensors may have the names of another head.
-UNKNOWN_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForCausalLM", "LMHeadModel")
+UNKNOWN_HEADS = ("ForTokenClassification", "ForMultipleChoice", "ForCausalLM", "LMHeadModel")
 # Old and new names of pooling in the configs of sentence-transformers.
 POOLING: dict[str, Pool] = {
     "cls_token": "cls",
@@ -245,8 +245,9 @@ def _foreign(spec: str, folder: Path, config: Any) -> TextCheckpoint:
     text = text_config(family, inside, str(path))
     if text.pad_to is not None and (pad_id := padding_token(folder)) is not None:
         text = dataclasses.replace(text, pad_id=pad_id)
-    for name in config.get("architectures") or ():
-        if str(name).endswith(UNKNOWN_HEADS):
+    named = [str(name) for name in config.get("architectures") or ()]
+    for name in named:
+        if name.endswith(UNKNOWN_HEADS):
             raise ModelError(f"{path}: architectures {name}: dualenc does not have this head")
     weights = Weights(folder)
     try:
@@ -255,7 +256,7 @@ def _foreign(spec: str, folder: Path, config: Any) -> TextCheckpoint:
         for slot in family.slots:
             marker = prefix + slot.marker[1:] if slot.marker.startswith(".") else outer + slot.marker
             shared = any(set(slot.modules.values()) & set(other.modules.values()) for other in slots.values())
-            if marker in weights and not (slot.yields and shared):
+            if marker in weights and not (slot.yields and shared) and slot is _named(family, slot, named):
                 slots[slot.name] = slot
         found = FoundHead(text, inside, path, weights, outer, f"{prefix}{family.token_embeddings}.weight")
         heads = {name: slot.read(found) for name, slot in slots.items()}
@@ -275,3 +276,10 @@ def _foreign(spec: str, folder: Path, config: Any) -> TextCheckpoint:
         return _read(folder, rules.values(), shapes, (*family.ignored, *map(re.escape, unused)))
 
     return TextCheckpoint(spec, folder, text, heads, longest(folder, text.context_length), state)
+
+
+def _named(family: Family, slot: Slot, architectures: Sequence[str]) -> Slot:
+    """Return which of the slots with the same marker a checkpoint has: the one that it names, or else the first."""
+    alike = [other for other in family.slots if other.marker == slot.marker]
+    named = (other for other in alike if any(name == family.stem + other.architecture for name in architectures))
+    return next(named, alike[0])

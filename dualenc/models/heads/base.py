@@ -30,8 +30,9 @@ class HeadConfig:
     Attributes:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
             "mlm" guesses masked tokens; "rtd" detects replaced tokens (ELECTRA); "classification" gives a text, or a
-            pair of texts, labels or a number; "embedding" compares the vectors of texts, and has no weights; "pooler"
-            is what remains of a pretrained classification head without its labels.
+            pair of texts, labels or a number; "embedding" compares the vectors of texts, and has no weights;
+            "question_answering" finds the answer to a question in a text; "pooler" is what remains of a pretrained
+            classification head without its labels.
         labels: labels of a classification, in the order of its logits; the name of the number of a regression.
         problem: one label a text ("single_label"), any number of labels ("multi_label"), or a number ("regression").
             For "embedding": the other texts of the batch are negatives ("negatives"), or the label is the cosine
@@ -39,11 +40,16 @@ class HeadConfig:
         pool: pooling of the text's vector; None for the encoder's `pool`.
         activation: activation between the two layers of a classification head; None for a head of one layer. "mlm" and
             "rtd" have the encoder's.
-        norm: LayerNorm after the activation of a classification head (ModernBERT).
+        norm: LayerNorm after the activation of a classification head (ModernBERT). "question_answering" has one layer,
+            or with `norm` the two of ModernBERT.
         tied: the logits of "mlm" are products with the token embeddings, instead of weights of the head's own.
         scale: factor of the cosines of an embedding with negatives, 20 where it is None; for a cosine problem the label
             that means a cosine of 1, 1 where it is None.
         weight: weight of the loss, where several heads are trained together.
+        max_length: longest window of "question_answering" in tokens, at most the encoder's `context_length`; a longer
+            context is read in several windows.
+        stride: number of the context's tokens that two neighboring windows share.
+        no_answer: questions of "question_answering" may lack an answer, as in SQuAD 2.
     """
 
     kind: str
@@ -55,6 +61,9 @@ class HeadConfig:
     tied: bool = True
     scale: float | None = None
     weight: float = 1.0
+    max_length: int = 384
+    stride: int = 128
+    no_answer: bool = False
 
     def __post_init__(self) -> None:
         if (self.scale is not None and not self.scale > 0) or not self.weight > 0:
