@@ -269,7 +269,8 @@ def best_spans(logits: Sequence[np.ndarray], offsets: Sequence[np.ndarray], coun
         found += zip(places[first, 0].tolist(), places[last, 1].tolist(), scores.tolist())
     best: dict[tuple[int, int], Span] = {}
     for span in sorted(map(Span._make, found), key=lambda one: -one.score):
-        best.setdefault((span.start, span.stop), span)
+        if span.start < span.stop:  # Some tokens stand for a blank only, without a character.
+            best.setdefault((span.start, span.stop), span)
         if len(best) == count:
             break
     return list(best.values())
