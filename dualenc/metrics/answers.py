@@ -18,7 +18,7 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SENTENCE = re.compile(r".*?[.!?][\"'\u201d\u2019)\]]*(?=\s|$)", re.DOTALL)
 
 
-class Scores(NamedTuple):
+class AnswerScores(NamedTuple):
     """Two scores of an answer, each between 0 and 1."""
 
     exact_match: float
@@ -30,7 +30,7 @@ def normalized_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
-def answer_scores(answer: str, truths: Sequence[str]) -> Scores:
+def answer_scores(answer: str, truths: Sequence[str]) -> AnswerScores:
     """Compute the scores of an answer as the script of SQuAD 1.1 (Rajpurkar et al. 2016): the best over the truths.
 
     Args:
@@ -39,15 +39,15 @@ def answer_scores(answer: str, truths: Sequence[str]) -> Scores:
 
     Example:
         >>> answer_scores("the Eiffel Tower!", ["Eiffel tower", "Tower"])
-        Scores(exact_match=1.0, f1=1.0)
+        AnswerScores(exact_match=1.0, f1=1.0)
         >>> answer_scores("tower of Paris", ["the Eiffel tower"])
-        Scores(exact_match=0.0, f1=0.4)
+        AnswerScores(exact_match=0.0, f1=0.4)
     """
     predicted, right = normalized_answer(answer), [normalized_answer(text) for text in truths]
-    return Scores(float(predicted in right), max(_overlap(predicted, text) for text in right))
+    return AnswerScores(float(predicted in right), max(_overlap(predicted, text) for text in right))
 
 
-def answer_scores_or_none(answer: str, truths: Sequence[str]) -> Scores:
+def answer_scores_or_none(answer: str, truths: Sequence[str]) -> AnswerScores:
     """Compute the scores of an answer as the script of SQuAD 2 (Rajpurkar et al. 2018).
 
     It differs from `answer_scores` where a text is empty after normalization: truths of that kind are left out, and
@@ -59,7 +59,7 @@ def answer_scores_or_none(answer: str, truths: Sequence[str]) -> Scores:
     """
     predicted, right = normalized_answer(answer), [text for text in map(normalized_answer, truths) if text] or [""]
     f1 = max(float(predicted == text) if not (predicted and text) else _overlap(predicted, text) for text in right)
-    return Scores(float(predicted in right), f1)
+    return AnswerScores(float(predicted in right), f1)
 
 
 def _overlap(one: str, other: str) -> float:
@@ -72,7 +72,7 @@ def _overlap(one: str, other: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def answer_bootstrap(scores: Sequence[Scores], answered: Sequence[bool] | None = None) -> BootstrapMetrics:
+def answer_bootstrap(scores: Sequence[AnswerScores], answered: Sequence[bool] | None = None) -> BootstrapMetrics:
     """Return the metrics of N questions as statistics; a unit is a question.
 
     Args:
@@ -84,7 +84,7 @@ def answer_bootstrap(scores: Sequence[Scores], answered: Sequence[bool] | None =
         the questions with and without an answer, where there are any. Without an answer both scores are the same.
     """
     columns = {
-        name: torch.tensor([getattr(one, name) for one in scores], dtype=torch.float64) for name in Scores._fields
+        name: torch.tensor([getattr(one, name) for one in scores], dtype=torch.float64) for name in AnswerScores._fields
     }
     statistics = {name: mean(values) for name, values in columns.items()}
     if answered is None:

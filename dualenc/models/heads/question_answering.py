@@ -13,7 +13,7 @@ from dualenc.data.text.dataset import Part, Texts
 from dualenc.data.text.questions import Question, QuestionReader, ReadQuestion
 from dualenc.data.text.windows import WindowReader
 from dualenc.metrics.answers import (
-    Scores,
+    AnswerScores,
     answer_bootstrap,
     answer_scores,
     answer_scores_or_none,
@@ -207,7 +207,7 @@ class QuestionAnswering(Head):
         answered = [bool(own) for own in truths] if may_lack else None
         score = answer_scores_or_none if may_lack else answer_scores
 
-        def scored(texts: Sequence[str]) -> list[Scores]:
+        def scored(texts: Sequence[str]) -> list[AnswerScores]:
             return [score(text, own) for text, own in zip(texts, truths, strict=True)]
 
         scores = scored(given)
@@ -283,7 +283,7 @@ def ranked(context: str, spans: Sequence[Span], empty: float, no_answer: bool) -
         context: the context.
         spans: the best spans, the best first.
         empty: score of "no answer".
-        no_answer: the empty answer is one of them, as it is without any span.
+        no_answer: the empty answer is one of them; without any span it is the only one.
     """
     every = list(spans)
     if no_answer or not spans:
