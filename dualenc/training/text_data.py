@@ -27,7 +27,8 @@ class TextSource(TypedDict):
     """Files of texts for one head.
 
     Attributes:
-        files: a path, glob, brace pattern, or a list of these: `.txt`, `.tsv`, `.csv`, `.jsonl`.
+        files: a path, glob, brace pattern, or a list of these: `.txt`, `.tsv`, `.csv`, `.jsonl`; for
+            "question_answering" `.json` as SQuAD, or `.jsonl` with its fields.
         text: column of the text; default "text", which is the column of plain text.
         pair: column of the second text of a pair.
         label: column of the label; default "label" where the head needs one. For "multi_label" a list in a `.jsonl`,

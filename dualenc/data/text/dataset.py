@@ -323,14 +323,15 @@ class TextDataset(Dataset[Texts]):
     def facts(self) -> dict[str, Any]:
         """See `BatchDataset.facts`."""
         meanings = [use.needs.meaning for _, use in self.uses]
+        windows = [use.needs.windows and use.needs.windows.facts for _, use in self.uses]
         return {
             "columns": [[use.head, use.text, use.pair, use.label] for _, use in self.uses],
             "labels": [[kind, problem, list(labels)] for kind, problem, labels in meanings],
-            "windows": [use.needs.windows and use.needs.windows.facts for _, use in self.uses],
             "tokenizer": self.tokenizer.fingerprint,
             "fingerprint": self.index.fingerprint,
             "mask": self.masking.share if self.masking else None,
             "whole_words": self.whole_words,
+            **({"windows": windows} if any(windows) else {}),  # Older runs, which had none, do not name them.
         }
 
 

@@ -52,6 +52,8 @@ class HeadConfig:
         no_answer: questions of "question_answering" may lack an answer, as in SQuAD 2.
     """
 
+    REQUIRED: ClassVar = ("kind", "labels", "problem", "pool", "activation", "norm", "tied", "scale", "weight")
+
     kind: str
     labels: tuple[str, ...] = ()
     problem: str = "single_label"
