@@ -271,6 +271,11 @@ class TextTask(LanguageTask):
                 f"model.heads.{comparing[0]} compares the texts of all ranks, which must have equally many: set "
                 "data.mix to round_robin"
             )
+        for name, head in self.kinds.items() if stage == "fit" else ():
+            try:
+                head.prepare(partial(self.trainer.datamodule.labels, name))
+            except ValueError as error:
+                raise ValueError(f"model.heads.{name}: {error}") from None
         if stage == "fit" and self.text_checkpoint is not None and not self.trainer.ckpt_path:
             loaded = self.model.load_pretrained(self.text_checkpoint.model())
             rank_zero_print(f"weights of {self.text_checkpoint.spec}: {describe_loaded(loaded)}")
@@ -279,14 +284,13 @@ class TextTask(LanguageTask):
         """See `LanguageTask.step`."""
         hidden, world = self._hidden(batch), self.trainer.world_size
         group = dist.group.WORLD if world > 1 else None
-        sums: dict[str, tuple[Tensor, int]] = {}
+        sums: dict[str, tuple[Tensor, Tensor | int]] = {}
         for name, head in self.kinds.items():
             if name in batch.parts:
-                examples = self._examples(name, hidden, batch)
-                sums[name] = head.loss(examples.logits, examples.labels, group), examples.number
+                sums[name] = head.sums(self._examples(name, hidden, batch), group)
             else:  # The sums over the ranks must have every head on every rank.
                 sums[name] = hidden.new_zeros((), dtype=torch.float32), 0
-        numbers = torch.tensor([float(number) for _, number in sums.values()], device=hidden.device)
+        numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=hidden.device) for _, n in sums.values()])
         means = mean_over_ranks(torch.stack([total for total, _ in sums.values()]), numbers, world)
         met = [name for name in sums if world > 1 or name in batch.parts] or list(sums)  # all of them if all are bad
         losses = {name: mean for name, mean in zip(sums, means) if name in met}
