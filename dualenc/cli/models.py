@@ -255,3 +255,43 @@ def _embed_text_files(model: str, files: list[str], out: Path, column: str, toke
         options: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "track": progress("texts")}
         made = embed_text_files(load_text(model), files, out, column, **options)
     print("\n".join(made.lines()))
+
+
+def mine(
+    model: str,
+    pairs: list[str],
+    out: Path,
+    text: str = "text",
+    pair: str = "pair",
+    corpus: tuple[str, ...] = (),
+    document: str = "text",
+    negatives: int = 4,
+    skip: int = 0,
+    batch_size: int = 64,
+) -> None:
+    """Write pairs of texts with hard negatives, the documents nearest to each first text, to train an embedding with.
+
+    Args:
+        model: text model, run directory, or hf-hub:owner/name[@revision].
+        pairs: .tsv, .csv or .jsonl files of the pairs.
+        out: .jsonl to write: the lines of the pairs with a list of texts, negatives.
+        text: column of the first text, the query.
+        pair: column of the second text, the document that answers it.
+        corpus: files of documents to choose from; by default the second texts of the pairs.
+        document: column of the documents in these files.
+        negatives: number of documents for each pair.
+        skip: number of the nearest documents to leave out, since they may answer the query too.
+        batch_size: texts embedded at once.
+    """
+    from dualenc import load_text
+    from dualenc.inference.mine import mine_negatives
+
+    options: dict[str, Any] = {"text": text, "pair": pair, "document": document, "batch_size": batch_size}
+    try:
+        with writing(out):
+            mined = mine_negatives(
+                load_text(model), pairs, out, corpus, negatives=negatives, skip=skip, track=progress("texts"), **options
+            )
+    except ValueError as error:
+        raise UsageError(error) from error
+    print("\n".join(mined.lines()))
