@@ -346,13 +346,15 @@ class TextDataset(Dataset[Texts]):
     def facts(self) -> dict[str, Any]:
         """See `BatchDataset.facts`."""
         meanings = [use.needs.meaning for _, use in self.uses]
+        windows = [use.needs.windows and use.needs.windows.facts for _, use in self.uses]
         return {
             "columns": [
                 [use.head, use.text, use.pair, use.label, *([use.negatives] if use.negatives else [])]
                 for _, use in self.uses
             ],
             "labels": [[kind, problem, list(labels)] for kind, problem, labels in meanings],
-            "windows": [use.needs.windows and use.needs.windows.facts for _, use in self.uses],
+            # Left out where no head judges tokens, as in checkpoints of earlier versions.
+            **({"windows": windows} if any(windows) else {}),
             "tokenizer": self.tokenizer.fingerprint,
             "fingerprint": self.index.fingerprint,
             "mask": self.masking.share if self.masking else None,
