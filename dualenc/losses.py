@@ -88,7 +88,10 @@ def clip_loss(
     if negatives is not None and duplicates != "ignore" and negative_ids is None:
         raise ValueError(f"duplicates {duplicates!r} needs the ids of the negatives: pass negative_ids")
     image, text = _promote(image, text)
-    negatives = None if negatives is None else negatives.to(image.dtype)
+    if negatives is None:
+        negative_ids = None
+    else:
+        negatives = negatives.to(image.dtype)
     return _Clip.apply(image, text, scale, bias, negatives, group, ids, duplicates, negative_ids)  # type: ignore[return-value]
 
 

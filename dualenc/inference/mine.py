@@ -18,6 +18,7 @@ from dualenc.inference.text_model import TextPredictor
 from dualenc.metrics import nearest
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write
+from dualenc.utils.text import plural
 
 COLUMN = "negatives"  # of the lines that are written
 CHUNK = 4096  # texts that are tokenized or embedded between two steps of a progress bar
@@ -36,13 +37,13 @@ class Mined(NamedTuple):
     def lines(self) -> list[str]:
         """Return a summary for the terminal."""
         text = [
-            f"{self.out}: {self.negatives / self.pairs:.2f} negatives for each of {self.pairs:,} pairs, the nearest of "
-            f"{self.documents:,} documents; train with negatives: {COLUMN}"
+            f"{self.out}: {self.negatives / self.pairs:.2f} negatives for each of {plural(self.pairs, 'pair')}, the "
+            f"nearest of {plural(self.documents, 'document')}; train with negatives: {COLUMN}"
         ]
         if self.negatives < self.wanted * self.pairs:
             text.append(f"fewer than {self.wanted} for some: the documents are not enough")
         if self.bad:
-            text.append(f"{len(self.bad):,} lines cannot be read and were left out: {causes(self.bad)}")
+            text.append(f"left out {plural(len(self.bad), 'line')} that cannot be read: {causes(self.bad)}")
         return text
 
 
@@ -54,7 +55,9 @@ class _Texts(NamedTuple):
 
     @classmethod
     def of(cls, texts: Sequence[str], hashes: Sequence[int]) -> "_Texts":
-        first = dict(zip(reversed(hashes), reversed(texts), strict=True))
+        first: dict[int, str] = {}
+        for key, text in zip(hashes, texts, strict=True):
+            first.setdefault(key, text)
         return cls(list(first.values()), {key: i for i, key in enumerate(first)})
 
 
@@ -105,7 +108,7 @@ def mine_negatives(
     if corpus:
         _, documents, _ = _read(TextIndex.build(list(corpus), [document]), Use("", document), bad)
     if not firsts or not documents:
-        raise DataError(f"no {'pair' if not firsts else 'document'} can be read: {causes(bad)}")
+        raise DataError(f"no {'document' if firsts else 'pair'} can be read: {causes(bad)}")
     first, second = _hashes(predictor, firsts), _hashes(predictor, seconds)
     found = _Texts.of(documents, _hashes(predictor, documents) if corpus else second)
     queries = _Texts.of(firsts, first)
@@ -117,13 +120,11 @@ def mine_negatives(
         )
     vectors = _embed(predictor, [*queries.texts, *found.texts], batch_size, track)
     near = nearest(vectors[: len(own)], vectors[len(own) :], skip + negatives, skip=own)[0][:, skip:].tolist()
-    count = 0
+    mined = [[found.texts[i] for i in near[queries.number[key]] if i >= 0] for key in first]
     with atomic_write(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row, key in zip(rows, first, strict=True):
-            mined = [found.texts[i] for i in near[queries.number[key]] if i >= 0]
-            count += len(mined)
-            file.write(json.dumps({**index[row].read(), COLUMN: mined}, ensure_ascii=False) + "\n")
-    return Mined(out, len(rows), len(found.texts), count, negatives, bad)
+        for row, texts in zip(rows, mined, strict=True):
+            file.write(json.dumps({**index[row].read(), COLUMN: texts}, ensure_ascii=False) + "\n")
+    return Mined(out, len(rows), len(found.texts), sum(map(len, mined)), negatives, bad)
 
 
 def _own_documents(first: Sequence[int], second: Sequence[int], queries: _Texts, documents: _Texts) -> Tensor:

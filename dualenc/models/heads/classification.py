@@ -218,7 +218,7 @@ class Classification(Head):
         return ClassificationHead(text, len(self.config.labels), self.config.activation, self.config.norm)
 
     def prepare(self, train_labels: Callable[[], Tensor]) -> None:
-        """Balance the weights of the labels, if the configuration asks for it; see `Head.prepare`."""
+        """Compute balanced weights of the labels, if the configuration asks for them; see `Head.prepare`."""
         if self.config.class_weights == "balanced":
             self.weights = balanced_weights(train_labels(), self.config.labels)
 
