@@ -105,7 +105,7 @@ class TextPredictor:
 
         Returns:
             For one label a text "label", its "score" and the "scores" of all labels, which sum to 1; for several
-            "labels" of a score of 0.5 or more, and "scores"; for a regression "value".
+            "labels" whose score is at least the head's threshold, and "scores"; for a regression "value".
 
         Raises:
             ValueError: If there is no such head, or it must be named; or a text is not a string.
