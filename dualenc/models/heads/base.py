@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dualenc.data.text.dataset import Needs, Pairs, Part, Texts
 from dualenc.data.text.labels import LabelReader
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.models.text_encoder import Activation, Pool, TextConfig, TextEncoder
 from dualenc.report import Description, Findings
 from dualenc.tokens import Tokens
@@ -29,8 +30,8 @@ class HeadConfig:
     Attributes:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
             "mlm" guesses masked tokens; "rtd" detects replaced tokens (ELECTRA); "classification" gives a text, or a
-            pair of texts, labels or a number; "embedding" compares the vectors of texts, and has no weights; "pooler"
-            is what remains of a pretrained classification head without its labels.
+            pair of texts, labels or a number; "embedding" compares the vectors of texts; "pooler" is
+            what remains of a pretrained classification head without its labels.
         labels: labels of a classification, in the order of its logits; the name of the number of a regression.
         problem: one label a text ("single_label"), any number of labels ("multi_label"), or a number ("regression").
             For "embedding": the other texts of the batch are negatives ("negatives"), or the label is the cosine
@@ -43,7 +44,11 @@ class HeadConfig:
         scale: factor of the cosines of an embedding with negatives, 20 where it is None; for a cosine problem the label
             that means a cosine of 1, 1 where it is None.
         weight: weight of the loss, where several heads are trained together.
+        embedding: layers, prompts and dimensions of an embedding; None for a pooled vector without a prompt.
     """
+
+    # The keys that files of the first release have. Later keys are optional when a file is read.
+    REQUIRED: ClassVar = ("kind", "labels", "problem", "pool", "activation", "norm", "tied", "scale", "weight")
 
     kind: str
     labels: tuple[str, ...] = ()
@@ -54,6 +59,7 @@ class HeadConfig:
     tied: bool = True
     scale: float | None = None
     weight: float = 1.0
+    embedding: EmbeddingConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.scale is not None and not self.scale > 0) or not self.weight > 0:
@@ -165,6 +171,8 @@ class Head(ABC):
             raise ValueError(f"a head of kind {kind} does not have labels: leave them out")
         if len(set(labels)) < len(labels):
             raise ValueError(f"a head of kind {kind} must have each of its labels once")
+        if self.config.embedding is not None and self.task != "sentence-similarity":
+            raise ValueError(f"a head of kind {kind} does not have embedding settings: leave them out")
 
     # Data
 
@@ -265,7 +273,15 @@ class Head(ABC):
         """True if the kind has answers."""
         return type(self).answers is not Head.answers
 
-    # Weights of another model
+    # Settings and weights of another model
+
+    def completed(self, others: Iterable[HeadConfig]) -> HeadConfig:
+        """Return the configuration with what it leaves open and a head of a checkpoint sets; here nothing.
+
+        Args:
+            others: configurations of the checkpoint's heads.
+        """
+        return self.config
 
     def matches(self, other: "Head", same_name: bool) -> bool:
         """Return whether the weights of another head mean the same.
