@@ -30,7 +30,7 @@ ENCODER_SETTINGS = tuple(
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
-NAMES = {"module_input_name": ("sentence_embedding",), "module_output_name": ("sentence_embedding",)}
+NAMES = {"module_input_name": ("sentence_embedding",), "module_output_name": ("sentence_embedding", None)}
 POOLING: dict[str, Pool] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 # Keys that older versions of the library read and write -> the mode of pooling that each turns on.
 FLAGS = {
@@ -45,16 +45,16 @@ FLAGS = {
 HARMLESS = {"trust_remote_code", "attn_implementation", "add_pooling_layer", "dtype", "torch_dtype"}
 OPTIONS = ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs")
 TEXTS = {"method": "forward", "method_output_name": "last_hidden_state"}
-# Other keys of these settings -> the values that can be computed; null always can.
+# Other keys of these settings -> the values that can be computed.
 COMPUTED: dict[str, tuple[Any, ...]] = {
     "transformer_task": ("feature-extraction",),
     "modality_config": ({"text": TEXTS},),
     "module_output_name": ("token_embeddings",),
-    "processing_kwargs": ({},),
-    "query_length": (),
-    "document_length": (),
-    "query_expansion": (),
-    "tokenizer_name_or_path": (),
+    "processing_kwargs": ({}, None),
+    "query_length": (None,),
+    "document_length": (None,),
+    "query_expansion": (None,),
+    "tokenizer_name_or_path": (None,),
 }
 APPLIED = ("max_seq_length", "do_lower_case", "unpad_inputs")  # Unpadded texts have the same vectors.
 KNOWN = {"__version__", "requirements", "model_type", "prompts", "default_prompt_name", "similarity_fn_name"}
@@ -211,7 +211,7 @@ def _check_values(
     Args:
         path: the file, for messages.
         about: the parsed settings.
-        computed: values that can be computed by key; null always can.
+        computed: values that can be computed, by key.
         known: other keys that are known.
     """
     for key, value in about.items():
@@ -219,7 +219,7 @@ def _check_values(
             continue
         if key not in computed:
             raise ModelError(f"{path}: {key} is unknown to dualenc, which cannot compute the same vectors with it")
-        if value is not None and value not in computed[key]:
+        if value not in computed[key]:
             raise ModelError(f"{path}: {key} {json.dumps(value)} cannot be computed by dualenc")
 
 
