@@ -54,14 +54,13 @@ def embed_text_files(
     Raises:
         DataError: If a file is missing, does not have the column, or shares its name with another; or if a file in the
             folder is of another model, other texts or other options.
-        ValueError: If the model does not have the prompt or the dimensions.
+        ModelError: If the model does not have the prompt or the dimensions.
     """
     out, began = Path(out), time.monotonic()
     index = TextIndex.build(list(files), [column])
     names = [Path(file.url).name for file in index.parts]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise DataError(f"two files have the name {twice[0]}: embed them into two folders")
-    out.mkdir(parents=True, exist_ok=True)
     what: Literal["texts", "tokens"] = "tokens" if tokens else "texts"
     width, vectors = predictor.model.config.width, predictor.model.vectors
     common = {"made_by": predictor.fingerprint, "column": column, "what": what}
@@ -70,6 +69,7 @@ def embed_text_files(
         width = embedding_dim(vectors, dim, predictor.model.embedding_width, predictor.name)
         before = prompt_text(vectors, prompt, predictor.name)
         common |= {"prompt": before or None, "dim": width if width < predictor.model.embedding_width else None}
+    out.mkdir(parents=True, exist_ok=True)
     paths, bad = [out / f"{name}.safetensors" for name in names], []
     todo: list[tuple[TextFile, Path, dict[str, Any]]] = []
     for file, path in zip(index.parts, paths):

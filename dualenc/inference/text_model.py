@@ -20,7 +20,7 @@ from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import fingerprint, parameters_of
-from dualenc.inference.embedding import embedding_dim, facts_of_embedding, prompt_text
+from dualenc.inference.embedding import described_vectors, embedding_dim, facts_of_embedding, prompt_text
 from dualenc.models.heads import HeadConfig, TextModel
 from dualenc.models.heads.vectors import shortened
 from dualenc.models.text_encoder import TextConfig
@@ -79,8 +79,8 @@ class TextPredictor:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of architecture, weights and tokenizer."""
-        return fingerprint(self.model, None, self.tokenizer.fingerprint)
+        """A hash of architecture, weights and tokenizer, and of the settings of embeddings where there are any."""
+        return fingerprint(self.model, None, self.tokenizer.fingerprint + described_vectors(self.model))
 
     def to(self, device: str | torch.device) -> "TextPredictor":
         """Move the weights to a device, and return this predictor.
@@ -175,8 +175,8 @@ class TextPredictor:
                 Kusupati et al. 2022); None for the model's default.
 
         Raises:
-            ValueError: If there are no texts, or they are not strings; or the model does not have the prompt or the
-                dimensions.
+            ValueError: If there are no texts, or they are not strings.
+            ModelError: If the model does not have the prompt or the dimensions.
         """
         texts = strings(texts, "texts", one=True)
         if not texts:
