@@ -186,24 +186,24 @@ def embed(
     from dualenc.data.text.files import KINDS
     from dualenc.inference.image_files import find_images
 
-    vectors = {"prompt": prompt, "dim": dim}
-    if given := [name for name, value in vectors.items() if value is not None]:
-        if tokens:
-            raise UsageError(f"--{given[0]} is not for --tokens, which writes hidden states without a prompt")
-        if not all(name.lower().endswith(KINDS) for name in shards):
-            raise UsageError(f"--{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
+    options = {"tokens": tokens or None, "prompt": prompt, "dim": dim}
+    given = [f"--{name}" for name, value in options.items() if value is not None]
     if paths := find_images(shards):
-        if features or tokens or image is not None:
-            raise UsageError(f"{shards[0]} names images: --features, --tokens and --image are not for them")
+        if features or given or image is not None:
+            raise UsageError(
+                f"{shards[0]} names images: --features, --tokens, --prompt, --dim, --image are not for them"
+            )
         _embed_images(model, paths, out, workers, batch_size)
         return
     if texts := [name for name in shards if name.lower().endswith(KINDS)]:
         if len(texts) < len(shards) or features:
             raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
-        _embed_text_files(model, texts, out, column, {"tokens": tokens, "batch_size": batch_size, **vectors})
+        if tokens and len(given) > 1:
+            raise UsageError(f"{given[1]} is not for --tokens, which writes hidden states without a prompt")
+        _embed_text_files(model, texts, out, column, {**options, "tokens": tokens, "batch_size": batch_size})
         return
-    if tokens:
-        raise UsageError(f"--tokens is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
+    if given:
+        raise UsageError(f"{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
     from dualenc import ShardIndex
     from dualenc.inference.embed_files import embed_shards
 

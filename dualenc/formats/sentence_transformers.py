@@ -69,7 +69,7 @@ HEAD = "embedding"  # name of the head that holds what is read
 
 @dataclass(frozen=True)
 class SentenceFolder:
-    """What a folder of sentence-transformers says about its encoder and the vectors.
+    """Content of a folder of sentence-transformers, except for the encoder itself.
 
     Attributes:
         encoder: folder of the encoder.

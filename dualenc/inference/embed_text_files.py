@@ -62,13 +62,8 @@ def embed_text_files(
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise DataError(f"two files have the name {twice[0]}: embed them into two folders")
     what: Literal["texts", "tokens"] = "tokens" if tokens else "texts"
-    width, vectors = predictor.model.config.width, predictor.model.vectors
-    common = {"made_by": predictor.fingerprint, "column": column, "what": what}
-    if not tokens:
-        # What the options mean is recorded, because two names or defaults may mean the same.
-        width = embedding_dim(vectors, dim, predictor.model.embedding_width, predictor.name)
-        before = prompt_text(vectors, prompt, predictor.name)
-        common |= {"prompt": before or None, "dim": width if width < predictor.model.embedding_width else None}
+    width, options = (predictor.model.config.width, {}) if tokens else _meaning(predictor, prompt, dim)
+    common = {"made_by": predictor.fingerprint, "column": column, "what": what, **options}
     out.mkdir(parents=True, exist_ok=True)
     paths, bad = [out / f"{name}.safetensors" for name in names], []
     todo: list[tuple[TextFile, Path, dict[str, Any]]] = []
@@ -92,6 +87,14 @@ def embed_text_files(
         done=sum(len(file) for file, _, _ in todo),
         seconds=time.monotonic() - began,
     )
+
+
+def _meaning(predictor: TextPredictor, prompt: str | None, dim: int | None) -> tuple[int, dict[str, Any]]:
+    """Return the dimensions of the vectors, and what the options mean: two names or defaults may mean the same."""
+    model = predictor.model
+    width = embedding_dim(model.vectors, dim, model.embedding_width, predictor.name)
+    before = prompt_text(model.vectors, prompt, predictor.name)
+    return width, {"prompt": before or None, "dim": width if width < model.embedding_width else None}
 
 
 def _write_texts(
