@@ -186,22 +186,18 @@ def embed(
     from dualenc.data.text.files import KINDS
     from dualenc.inference.image_files import find_images
 
-    options = {"tokens": tokens or None, "prompt": prompt, "dim": dim}
-    given = [f"--{name}" for name, value in options.items() if value is not None]
+    of_text: dict[str, Any] = {"tokens": tokens or None, "prompt": prompt, "dim": dim}
+    given = [f"--{name}" for name, value in of_text.items() if value is not None]
     if paths := find_images(shards):
         if features or given or image is not None:
-            raise UsageError(
-                f"{shards[0]} names images: --features, --tokens, --prompt, --dim, --image are not for them"
-            )
-        _embed_images(model, paths, out, workers, batch_size)
-        return
+            raise UsageError(f"{shards[0]} names images: --features, --image and options of texts are not for them")
+        return _embed_images(model, paths, out, workers, batch_size)
     if texts := [name for name in shards if name.lower().endswith(KINDS)]:
         if len(texts) < len(shards) or features:
             raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
         if tokens and len(given) > 1:
             raise UsageError(f"{given[1]} is not for --tokens, which writes hidden states without a prompt")
-        _embed_text_files(model, texts, out, column, {**options, "tokens": tokens, "batch_size": batch_size})
-        return
+        return _embed_text_files(model, texts, out, column, {**of_text, "tokens": tokens, "batch_size": batch_size})
     if given:
         raise UsageError(f"{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
     from dualenc import ShardIndex
