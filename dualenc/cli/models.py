@@ -156,6 +156,8 @@ def embed(
     image: str | None = None,
     column: str = "text",
     tokens: bool = False,
+    prompt: str | None = None,
+    dim: int | None = None,
     workers: int = 2,
     batch_size: int = 64,
 ) -> None:
@@ -175,24 +177,29 @@ def embed(
             .jpg, .jpeg, .png or .webp.
         column: column of the texts in text files.
         tokens: write one embedding for each token of a text instead of one for the text.
+        prompt: for text files: what to put before each text, the name of one of the model's prompts, or the text itself
+            with a blank or a colon at its end; "" for nothing; by default the model's own.
+        dim: for text files: dimensions to keep, the first ones; by default the model's own.
         workers: processes that decode images.
         batch_size: images or texts embedded at once.
     """
     from dualenc.data.text.files import KINDS
     from dualenc.inference.image_files import find_images
 
+    of_text: dict[str, Any] = {"tokens": tokens or None, "prompt": prompt, "dim": dim}
+    given = [f"--{name}" for name, value in of_text.items() if value is not None]
     if paths := find_images(shards):
-        if features or tokens or image is not None:
-            raise UsageError(f"{shards[0]} names images: --features, --tokens and --image are not for them")
-        _embed_images(model, paths, out, workers, batch_size)
-        return
+        if features or given or image is not None:
+            raise UsageError(f"{shards[0]} names images: --features, --image and options of texts are not for them")
+        return _embed_images(model, paths, out, workers, batch_size)
     if texts := [name for name in shards if name.lower().endswith(KINDS)]:
         if len(texts) < len(shards) or features:
             raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
-        _embed_text_files(model, texts, out, column, tokens, batch_size)
-        return
-    if tokens:
-        raise UsageError(f"--tokens is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
+        if tokens and len(given) > 1:
+            raise UsageError(f"{given[1]} is not for --tokens, which writes hidden states without a prompt")
+        return _embed_text_files(model, texts, out, column, {**of_text, "tokens": tokens, "batch_size": batch_size})
+    if given:
+        raise UsageError(f"{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
     from dualenc import ShardIndex
     from dualenc.inference.embed_files import embed_shards
 
@@ -246,14 +253,14 @@ def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple
     return about, preprocess, of_images, of_texts
 
 
-def _embed_text_files(model: str, files: list[str], out: Path, column: str, tokens: bool, batch_size: int) -> None:
+def _embed_text_files(model: str, files: list[str], out: Path, column: str, options: dict[str, Any]) -> None:
     """Write the embeddings of text files."""
     from dualenc import load_text
     from dualenc.inference.embed_text_files import embed_text_files
 
+    predictor = load_text(model)
     with writing(out):
-        options: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "track": progress("texts")}
-        made = embed_text_files(load_text(model), files, out, column, **options)
+        made = embed_text_files(predictor, files, out, column, track=progress("texts"), **options)
     print("\n".join(made.lines()))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
@@ -21,7 +20,9 @@ from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import fingerprint, parameters_of
+from dualenc.inference.embedding import described_vectors, embedding_dim, facts_of_embedding, prompt_text
 from dualenc.models.heads import Examples, HeadConfig, TextModel
+from dualenc.models.heads.vectors import shortened
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, text_model_program, write_card
@@ -78,8 +79,8 @@ class TextPredictor:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of architecture, weights and tokenizer."""
-        return fingerprint(self.model, None, self.tokenizer.fingerprint)
+        """A hash of architecture, weights and tokenizer, and of the settings of embeddings where there are any."""
+        return fingerprint(self.model, None, self.tokenizer.fingerprint + described_vectors(self.model))
 
     def to(self, device: str | torch.device) -> "TextPredictor":
         """Move the weights to a device, and return this predictor.
@@ -161,29 +162,38 @@ class TextPredictor:
             for number, (best, values) in enumerate(zip(found.indices, found.values, strict=True))
         ]
 
-    def embed(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Return vectors (N, D) of unit length, on the CPU, by the pooling of an embedding head or else the encoder's.
+    def embed(
+        self, texts: Sequence[str], batch_size: int = 256, *, prompt: str | None = None, dim: int | None = None
+    ) -> Tensor:
+        """Return vectors (N, D) of unit length, on the CPU: those of an embedding head, or else the encoder's pooling.
 
         Args:
             texts: N strings, or one.
             batch_size: number of texts in a forward pass.
+            prompt: what to put before each text: the name of one of the model's prompts, or the text itself, which ends
+                with white space or a colon; "" for nothing; None for the model's default.
+            dim: number of dimensions to keep, the first ones, before the vectors are normalized again (Matryoshka,
+                Kusupati et al. 2022); None for the model's default.
 
         Raises:
             ValueError: If there are no texts, or they are not strings.
+            ModelError: If the model does not have the prompt or the dimensions.
         """
         texts = strings(texts, "texts", one=True)
         if not texts:
             raise ValueError("there are no texts to embed")
-        out = torch.empty(len(texts), self.model.config.width)
+        before = prompt_text(self.model.vectors, prompt, self.name)
+        out = torch.empty(len(texts), embedding_dim(self.model.vectors, dim, self.model.embedding_width, self.name))
         with evaluating(self.model):
-            for part, tokens in self._batches(texts, batch_size):
-                hidden = self.model.encoder(tokens)
-                pooled = self.model.encoder.pool(hidden, tokens, self.model.embedding_pool)
-                out[part] = F.normalize(pooled.float(), dim=-1).cpu()
+            for part, tokens in self._batches([before + text for text in texts], batch_size):
+                out[part] = shortened(self.model.embed(self.model.encoder(tokens), tokens), out.shape[1]).float().cpu()
         return out
 
     def embed_tokens(self, texts: Sequence[str]) -> list[tuple[list[str], Tensor]]:
-        """Return the tokens of each text, special tokens included, and their vectors (T, D), on the CPU."""
+        """Return the tokens of each text, special tokens included, and their hidden states (T, D), on the CPU.
+
+        No prompt is put before the texts.
+        """
         texts = strings(texts, "texts", one=True)
         out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(texts)
         with evaluating(self.model):
@@ -311,6 +321,7 @@ def facts_of_text(predictor: TextPredictor) -> list[tuple[str, str]]:
         ("text tower", f"{plural(text.layers, 'layer')} of width {text.width}"),
         ("longest text", f"{predictor.tokenizer.context_length} tokens of a vocabulary of {text.vocab_size:,}"),
         *((f"head {name}", f"{one.kind} {', '.join(one.labels)}".strip()) for name, one in heads),
+        *facts_of_embedding(predictor.model),
     ]
 
 

@@ -18,7 +18,7 @@ from dualenc.data.text.dataset import Texts
 from dualenc.formats.huggingface.text_checkpoint import TextCheckpoint, open_text
 from dualenc.inference.text_model import TextPredictor
 from dualenc.models import HeadConfig, TextConfig, TextModel
-from dualenc.models.heads import Examples, Head, HeldOut, LoadedHeads, Measured, import_head
+from dualenc.models.heads import Examples, Head, HeldOut, LoadedHeads, Measured, import_head, make_head
 from dualenc.report import Section, verdict
 from dualenc.tokens import Tokens
 from dualenc.training.contrastive import BASE, PLAIN, adamw
@@ -216,7 +216,8 @@ class TextTask(LanguageTask):
         text: architecture of the encoder.
         text_from: a text checkpoint, see `dualenc.load_text`: the encoder has its architecture in place of `text`, its
             weights, and its tokenizer unless the data name another. Heads that are the same there and here have its
-            weights too, and a classification head takes up the layer of a pooler.
+            weights too, and a classification head takes up the layer of a pooler. An embedding head that leaves
+            `embedding` open has the dense layers, prompts and dimensions of the checkpoint's.
         tokenizer: path of the data's tokenizer, whose number of entries replaces `text.vocab_size`, except with
             `text_from`; the command line takes it from the data.
         optimizer: function of parameter groups, see `parameter_groups`; its learning rate is multiplied by their
@@ -247,6 +248,8 @@ class TextTask(LanguageTask):
         _check_heads(heads)
         checkpoint = open_text(text_from) if text_from else None
         text = checkpoint.config if checkpoint is not None else with_vocabulary(text, tokenizer)
+        if checkpoint is not None:
+            heads = {name: make_head(head).completed(checkpoint.heads.values()) for name, head in heads.items()}
         model = TextModel(text, heads)
         super().__init__(model, heads, text, optimizer, scheduler, seed, max_skipped)
         self.kinds = model.kinds

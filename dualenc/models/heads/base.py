@@ -15,6 +15,7 @@ from dualenc.data.text.labels import LabelReader
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.data.text.windows import WindowReader, Windows
 from dualenc.models.heads.class_weights import ClassWeights, check_class_weights
+from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.models.text_encoder import Activation, Pool, TextConfig, TextEncoder
 from dualenc.report import Description, Findings
 from dualenc.tokens import Tokens
@@ -32,8 +33,8 @@ class HeadConfig:
     Attributes:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
             "mlm" guesses masked tokens; "rtd" detects replaced tokens (ELECTRA); "classification" gives a text, or a
-            pair of texts, labels or a number; "embedding" compares the vectors of texts, and has no weights; "pooler"
-            is what remains of a pretrained classification head without its labels.
+            pair of texts, labels or a number; "embedding" compares the vectors of texts; "pooler" is
+            what remains of a pretrained classification head without its labels.
         labels: labels of a classification, in the order of its logits; the name of the number of a regression.
         problem: one label a text ("single_label"), any number of labels ("multi_label"), or a number ("regression").
             For "embedding": the other texts of the batch are negatives ("negatives"), or the label is the cosine
@@ -53,9 +54,10 @@ class HeadConfig:
             texts that have the label, as `pos_weight` of `torch.nn.BCEWithLogitsLoss`; balanced weights are texts
             without the label / texts with it. The loss of held-out texts is not weighted.
         threshold: for any number of labels, the score from which a text has a label, in answers and metrics.
+        embedding: layers, prompts and dimensions of an embedding; None for a pooled vector without a prompt.
     """
 
-    # The keys of the first files.
+    # The keys that files of the first release have. Later keys are optional when a file is read.
     REQUIRED: ClassVar = ("kind", "labels", "problem", "pool", "activation", "norm", "tied", "scale", "weight")
 
     kind: str
@@ -69,6 +71,7 @@ class HeadConfig:
     weight: float = 1.0
     class_weights: ClassWeights = None
     threshold: float = THRESHOLD
+    embedding: EmbeddingConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.scale is not None and not self.scale > 0) or not self.weight > 0:
@@ -189,6 +192,8 @@ class Head(ABC):
         if self.config.threshold != THRESHOLD and not self.labeled:
             raise ValueError(f"a head of kind {kind} does not have a threshold: leave it out")
         check_class_weights(self.config.class_weights, labels)
+        if self.config.embedding is not None and self.task != "sentence-similarity":
+            raise ValueError(f"a head of kind {kind} does not have embedding settings: leave them out")
 
     # Data
 
@@ -319,7 +324,15 @@ class Head(ABC):
         """True if the kind has answers."""
         return type(self).answers is not Head.answers
 
-    # Weights of another model
+    # Settings and weights of another model
+
+    def completed(self, others: Iterable[HeadConfig]) -> HeadConfig:
+        """Return the configuration with what it leaves open and a head of a checkpoint sets; here nothing.
+
+        Args:
+            others: configurations of the checkpoint's heads.
+        """
+        return self.config
 
     def matches(self, other: "Head", same_name: bool) -> bool:
         """Return whether the weights of another head mean the same.

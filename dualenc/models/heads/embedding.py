@@ -1,12 +1,11 @@
-"""Embeddings of texts: a head without weights, whose encoder is trained on pairs of texts."""
+"""Embeddings of texts: a head whose encoder, and dense layers if any, are trained on pairs of texts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualenc.data.text.dataset import Needs, Part, Texts
@@ -14,7 +13,9 @@ from dualenc.data.text.labels import LabelReader, NumberReader
 from dualenc.losses import clip_loss
 from dualenc.metrics.pairs import text_pair_bootstrap, text_pair_items
 from dualenc.metrics.text import label_bootstrap, label_metrics
-from dualenc.models.heads.base import HEADLINES, Examples, Head, HeldOut, Measured
+from dualenc.models.dual_encoder import unit
+from dualenc.models.heads.base import HEADLINES, Examples, Head, HeadConfig, HeldOut, Measured
+from dualenc.models.heads.vectors import EmbeddingConfig, dense_layers
 from dualenc.models.text_encoder import TextConfig, TextEncoder
 from dualenc.report import Description
 from dualenc.tokens import Tokens
@@ -119,6 +120,11 @@ class Embedding(Head):
         return self.problems[self.config.problem]
 
     @property
+    def vectors(self) -> EmbeddingConfig:
+        """The settings of the vectors."""
+        return self.config.embedding or EmbeddingConfig()
+
+    @property
     def scale(self) -> float:
         """The scale that the configuration names, or the default of the problem."""
         return self.config.scale or self.problem.scale
@@ -138,15 +144,14 @@ class Embedding(Head):
         return self.problem.reader
 
     def build(self, text: TextConfig) -> nn.Module:
-        """See `Head.build`."""
-        return nn.Identity()
+        """Return the dense layers, see `Head.build`."""
+        return dense_layers(self.vectors.dense, text.width)
 
     def logits(
         self, module: nn.Module, encoder: TextEncoder, hidden: Tensor, tokens: Tokens, positions: Tensor | None
     ) -> Tensor:
         """Return unit vectors (B, D), see `Head.logits`."""
-        pooled = encoder.pool(hidden, tokens, self.config.pool)
-        return F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
+        return unit(module(encoder.pool(hidden, tokens, self.config.pool)))
 
     def examples(self, logits: Tensor, batch: Texts, part: Part) -> Examples:
         """See `Head.examples`."""
@@ -180,3 +185,12 @@ class Embedding(Head):
         """Return "cosine" of each pair of vectors (2, n, D)."""
         first, second = examples.logits
         return [{"cosine": value} for value in (first * second).sum(-1).tolist()]
+
+    def completed(self, others: Iterable[HeadConfig]) -> HeadConfig:
+        """Return the configuration with the vectors of a checkpoint's embedding head, where it leaves them open."""
+        found = next((one.embedding for one in others if one.kind == self.config.kind), None)
+        return self.config if self.config.embedding is not None else replace(self.config, embedding=found)
+
+    def matches(self, other: Head, same_name: bool) -> bool:
+        """See `Head.matches`; neither name nor problem matter."""
+        return isinstance(other, Embedding) and other.vectors.dense == self.vectors.dense
