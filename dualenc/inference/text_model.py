@@ -319,8 +319,7 @@ def counts_positions(text: TextConfig, tokenizer: Tokenizer) -> bool:
     Where the first position is not 0, transformers counts the tokens that are not padding, and takes the number before
     the first position for the padding token.
     """
-    padding = tokenizer.backend.id_to_token(text.position_offset - 1) if text.position_offset else "<pad>"
-    return padding in ("<pad>", "[PAD]")
+    return not text.position_offset or tokenizer.id_of("pad_token") == text.position_offset - 1
 
 
 def write_text_model(
