@@ -269,7 +269,7 @@ def _add(backend: Backend, special: _Special, roles: Mapping[str, str], kind: To
     for number, token in special.added.items():
         if (found := backend.token_to_id(token.content)) != number:
             raise DataError(
-                f"{special.where} gives the added token {token.content!r} the id {number}, but after this vocabulary its "
+                f"{special.where} gives the added token {token.content!r} the id {number}, but with this vocabulary its "
                 f"id is {found}"
             )
 

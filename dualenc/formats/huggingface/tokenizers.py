@@ -53,8 +53,8 @@ def read_tokenizer(folder: Path, text: TextConfig, length: int, lowercase: bool 
         )
     if text.pad_to is not None and (side := _config(folder).get("padding_side", "right")) != "right":
         raise ModelError(
-            f"{folder / 'tokenizer_config.json'}: padding_side is {side!r}, but the encoder sees its padding, and dualenc "
-            "pads on the right"
+            f"{folder / 'tokenizer_config.json'}: padding_side {side!r} is not supported, because the encoder sees its "
+            "padding, which dualenc writes on the right"
         )
     tokenizer = _read(folder, length)
     if lowercase:
