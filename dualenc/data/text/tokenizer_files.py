@@ -181,8 +181,8 @@ def _taken(text: str, whole: Backend, kind: TokenizerClass, name: str) -> Vocabu
     """
     if (found := type(whole.model).__name__) != kind.model:
         raise DataError(
-            f"its model is {found}, but transformers reads it with the class {name}, whose model is {kind.model}: write "
-            f'{{"tokenizer_class": "{PLAIN}"}} into {CONFIG} to use the file unchanged'
+            f"its model is {found}, but transformers reads it with the class {name}, whose model is {kind.model}: "
+            f'write {{"tokenizer_class": "{PLAIN}"}} into {CONFIG} to use the file unchanged'
         )
     fields = json.loads(text)
     entries, merges = fields["model"]["vocab"], fields["model"].get("merges", [])
@@ -269,8 +269,8 @@ def _add(backend: Backend, special: _Special, roles: Mapping[str, str], kind: To
     for number, token in special.added.items():
         if (found := backend.token_to_id(token.content)) != number:
             raise DataError(
-                f"{special.where} gives the added token {token.content!r} the id {number}, but with this vocabulary its "
-                f"id is {found}"
+                f"{special.where} gives the added token {token.content!r} the id {number}, but with this vocabulary "
+                f"its id is {found}"
             )
 
 
