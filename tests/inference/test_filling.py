@@ -64,8 +64,8 @@ def test_guesses_equal_those_of_the_pipeline(kind: str, tmp_path: Path, seed: in
         f"{mask} dog  {mask} mat 猫",
         f"a  cat  {mask}, the dog {mask}",
     ]
-    texts += [" ".join(random.choices([*VOCABULARY, mask], k=9)) + f" {mask}" for _ in range(4)]
-    targets = [token for token in random.sample(sorted(ours.tokenizer.backend.get_vocab()), 7)]
+    texts += [" ".join(random.choices([*VOCABULARY, mask], k=5)) + f" {mask}" for _ in range(4)]
+    targets = random.sample(sorted(ours.tokenizer.backend.get_vocab()), 7)
     for more in ({}, {"targets": targets}):
         found = ours.fill(texts, 4, batch_size=3, **more)
         for text, masks in zip(texts, found, strict=True):
@@ -111,15 +111,15 @@ def test_the_word_is_filled_in_at_its_position(seed: int) -> None:
 def test_targets_are_tokens(seed: int) -> None:
     it = predictor(tiny_tokenizer())
     text = "a [MASK] sits"
-    (found,) = it.fill(text, targets=["cat", "dogs", "cat"])
-    assert sorted(guess["token"] for guess in found) == ["cat", "dogs"]
+    (found,) = it.fill(text, targets=["cat", "dog", "cat"])
+    assert sorted(guess["token"] for guess in found) == ["cat", "dog"]
     everything = {guess["token"]: guess["probability"] for guess in it.fill(text, 10_000)[0]}
     assert len(everything) == it.tokenizer.vocab_size
     assert sum(everything.values()) == pytest.approx(1, rel=1e-5)
     assert all(guess["probability"] == everything[guess["token"]] for guess in found)
     assert it.fill(text, targets="cat") == it.fill(text, targets=["cat"])
     for targets, said in (
-        (["cat", "catcatcat"], r"target 'catcatcat' is \d tokens: 'cat', '##"),
+        (["cat", "dogs"], "target 'dogs' is 2 tokens: 'dog', '##s'"),
         ([""], "target '' is 0 tokens"),
         (["猫"], "target '猫' is not in the vocabulary"),
         ([], "targets is empty"),

@@ -147,7 +147,7 @@ def test_empty_texts_have_the_vector_of_their_special_tokens(pool: Any, seed: in
     torch.testing.assert_close(found[1:2], bare.embed(["a cat"]))
     assert [vectors.shape for _, vectors in bare.embed_tokens(texts)] == [(0, 16), (2, 16), (0, 16), (0, 16)]
     assert bare.embed([""]).tolist() == [[0] * 16]
-    with pytest.raises(ValueError, match="number 0 .from 0. does not have a token: ''"):
+    with pytest.raises(ValueError, match=r"number 0 .from 0. does not have a token: ''"):
         bare.classify(texts, "mood")
 
 
