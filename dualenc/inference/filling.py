@@ -19,7 +19,7 @@ MASK = "[MASK]"  # mask in a text to fill, whatever the tokenizer calls it
 class Filling(TypedDict):
     """A guess at a masked token."""
 
-    token: str  # as the vocabulary has it
+    token: str  # its entry in the vocabulary
     probability: float  # among all tokens, also if there are `targets`
     text: str  # the text that was given, with the word in its place; other masks stay
     sequence: str  # the text that the tokenizer makes of the ids, as in transformers; with special tokens if masks stay
@@ -45,7 +45,7 @@ class Filler:
         self.model, self.head, self.tokenizer, self.mask_id = model, head, tokenizer, mask_id
 
     def __call__(
-        self, texts: list[str], top_k: int, targets: Sequence[str] | str | None, batch_size: int
+        self, texts: list[str], top_k: int, targets: Sequence[str] | None, batch_size: int
     ) -> list[list[list[Filling]]]:
         """Return the guesses for each mask of each text; see `TextPredictor.fill`."""
         check_batch_size(batch_size)

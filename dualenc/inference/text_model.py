@@ -112,11 +112,11 @@ class TextPredictor:
 
     @overload
     def fill(
-        self, texts: str, top_k: int = 5, *, targets: Sequence[str] | str | None = None, batch_size: int = 64
+        self, texts: str, top_k: int = 5, *, targets: Sequence[str] | None = None, batch_size: int = 64
     ) -> list[list[Filling]]: ...
     @overload
     def fill(
-        self, texts: Sequence[str], top_k: int = 5, *, targets: Sequence[str] | str | None = None, batch_size: int = 64
+        self, texts: list[str], top_k: int = 5, *, targets: Sequence[str] | None = None, batch_size: int = 64
     ) -> list[list[list[Filling]]]: ...
     def fill(self, texts: Any, top_k: int = 5, *, targets: Any = None, batch_size: int = 64) -> Any:
         """Return the likeliest tokens for each "[MASK]", or the tokenizer's own mask token, of texts.

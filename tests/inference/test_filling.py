@@ -9,14 +9,15 @@ import pytest
 import torch
 from helpers import tiny_tokenizer
 from tokenizer_folders import CLASSES, ROBERTA, VOCABULARY, backend_of, write_folder
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
 from transformers import pipeline
 
 from dualenc.data import Tokenizer
 from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.models import HeadConfig, TextConfig, TextModel
 
-LLM_JP = "<MASK|LLM-jp>"
+LLM_JP = "|LLM-jp>"
 KINDS = ["BertTokenizer", "RobertaTokenizer", "XLMRobertaTokenizer", "CamembertTokenizer", "AlbertTokenizer", "first"]
 
 
@@ -32,12 +33,16 @@ def predictor(tokenizer: Tokenizer, heads: dict[str, HeadConfig] | None = None, 
 def write_model(folder: Path, kind: str) -> str:
     """Write a model with the files of a tokenizer class as transformers writes them, and return its mask token."""
     config: dict[str, Any] = {}
-    if kind == "first":  # a blank is put before the first word of a text only; roles have names of their own
-        kind, mask = "XLMRobertaTokenizer", LLM_JP
-        backend = backend_of(kind)
+    if kind == "first":  # blanks before the first word only, and other names of special tokens
+        kind, mask = "XLMRobertaTokenizer", f"<MASK{LLM_JP}"
+        names = {old: f"<{role}{LLM_JP}" for old, role in zip(ROBERTA, ("CLS", "PAD", "SEP", "UNK", "MASK"))}
+        text = backend_of(kind).to_str()
+        for old, new in names.items():
+            text = text.replace(json.dumps(old), json.dumps(new))
+        backend = Backend.from_str(text)
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")  # type: ignore[assignment]
-        backend.add_special_tokens([AddedToken(LLM_JP, lstrip=random.random() < 0.5)])
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": LLM_JP, "pad_token": "<pad>"}
+        roles = ("cls_token", "pad_token", "sep_token", "unk_token", "mask_token")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **dict(zip(roles, names.values()))}
     else:
         backend, mask = backend_of(kind), CLASSES[kind][1][-1]
     write_folder(folder / "tokenizer", kind, backend, model_max_length=32, **config)
@@ -89,8 +94,8 @@ def test_a_blank_after_the_mask_is_not_made_up(tmp_path: Path, seed: int) -> Non
     """Where only the first word of a text gets a blank, the text after a mask does not."""
     write_model(tmp_path, "first")
     ours = load_text(tmp_path / "model", "cpu").tokenizer
-    (ids,) = ours.encode([f"the {LLM_JP}cat"], masks=True)
-    assert [ours.backend.id_to_token(i) for i in ids][-2:] == ["cat", "</s>"]
+    (ids,) = ours.encode([f"the <MASK{LLM_JP}cat"], masks=True)
+    assert [ours.backend.id_to_token(i) for i in ids][-2:] == ["cat", f"<SEP{LLM_JP}"]
     assert ours.encode(["cat"])[0][1] == ours.backend.token_to_id("▁cat")  # the control
 
 

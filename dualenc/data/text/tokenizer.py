@@ -230,7 +230,7 @@ class Tokenizer:
     @property
     def truncation_side(self) -> str:
         """The side from which a text that is too long loses tokens: "right" or "left"."""
-        return self.backend.truncation["direction"]
+        return (self.backend.truncation or {})["direction"]
 
     @property
     def fingerprint(self) -> str:

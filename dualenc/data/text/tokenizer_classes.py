@@ -13,6 +13,8 @@ from tokenizers import Tokenizer as Backend
 
 from dualenc.utils.errors import DataError
 
+# Roles of special tokens, in the order in which transformers adds tokens that a vocabulary lacks.
+ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's special tokens.
 # CLIP splits a text into English suffixes first, then into runs of letters, single digits and other runs.
 SUFFIXES = "'s|'t|'re|'ve|'m|'ll|'d"
@@ -28,7 +30,7 @@ class Vocabulary(NamedTuple):
     post_processor: Any = None  # of the file
 
 
-class Settings:
+class TokenizerSettings:
     """Fields of `tokenizer_config.json`, with checked types."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -57,7 +59,7 @@ class Settings:
         return value
 
 
-Enclose = Callable[[Backend, Vocabulary, Settings, Mapping[str, str]], None]
+Enclose = Callable[[Backend, Vocabulary, TokenizerSettings, Mapping[str, str]], None]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class TokenizerClass:
 
     model: str
     roles: Mapping[str, str]
-    build: Callable[[Vocabulary, Settings, Mapping[str, str]], Backend]
+    build: Callable[[Vocabulary, TokenizerSettings, Mapping[str, str]], Backend]
     enclose: Enclose
     extra: tuple[str, ...] = ()
 
@@ -87,7 +89,7 @@ def _steps(model: Any, normalizer: Any, pre_tokenizer: Any, decoder: Any) -> Bac
     return backend
 
 
-def _wordpiece(vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> Backend:
+def _wordpiece(vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]) -> Backend:
     """Build BERT's WordPiece (Devlin et al. 2019, section 3; Wu et al. 2016, section 4.1)."""
     if roles["unk_token"] not in vocabulary.entries:
         raise DataError(f"the vocabulary has no {roles['unk_token']}, which stands for unknown words")
@@ -100,7 +102,7 @@ def _wordpiece(vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, s
     return _steps(model, normalizer, pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(prefix="##"))
 
 
-def _byte_level(vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> Backend:
+def _byte_level(vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]) -> Backend:
     """Build GPT-2's byte-level BPE (Radford et al. 2019, section 2.2), which RoBERTa uses."""
     before = pre_tokenizers.ByteLevel(add_prefix_space=settings.flag("add_prefix_space", False))
     model = models.BPE(vocabulary.entries, list(vocabulary.merges))
@@ -114,7 +116,7 @@ def _pieces(entries: Any, unknown: int, normalizer: Any, before: Sequence[Any], 
     return _steps(model, normalizer, steps, decoders.Metaspace(prepend_scheme=scheme))
 
 
-def _scheme(settings: Settings, otherwise: str = "never") -> str:
+def _scheme(settings: TokenizerSettings, otherwise: str = "never") -> str:
     return "always" if settings.flag("add_prefix_space", True) else otherwise
 
 
@@ -122,20 +124,20 @@ def _precompiled(vocabulary: Vocabulary) -> list[Any]:
     return [] if vocabulary.charsmap is None else [normalizers.Precompiled(vocabulary.charsmap)]
 
 
-def _xlm_roberta(vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> Backend:
+def _xlm_roberta(vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]) -> Backend:
     normalizer = next(iter(_precompiled(vocabulary)), None)
     before = [pre_tokenizers.WhitespaceSplit()]
     return _pieces(vocabulary.entries, 3, normalizer, before, _scheme(settings))
 
 
-def _camembert(vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> Backend:
+def _camembert(vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]) -> Backend:
     unknown = next((i for i, (token, _) in enumerate(vocabulary.entries) if token == roles["unk_token"]), 0)
     normalizer = next(iter(_precompiled(vocabulary)), None)
     before = [pre_tokenizers.WhitespaceSplit()]
     return _pieces(vocabulary.entries, unknown, normalizer, before, _scheme(settings))
 
 
-def _albert(vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> Backend:
+def _albert(vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]) -> Backend:
     steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
     if not settings.flag("keep_accents", False):
         steps += [normalizers.NFKD(), normalizers.StripAccents()]
@@ -145,7 +147,7 @@ def _albert(vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]
     return _pieces(vocabulary.entries, 1, normalizer, [pre_tokenizers.WhitespaceSplit()], _scheme(settings))
 
 
-def _deberta_v2(vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> Backend:
+def _deberta_v2(vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]) -> Backend:
     unknown = next((i for i, entry in enumerate(vocabulary.entries) if entry == (roles["unk_token"], 0)), 1)
     lower = [normalizers.Lowercase()] if settings.flag("do_lower_case", False) else []
     blanks = normalizers.Replace(Regex("\\s{2,}|[\\n\\r\\t]"), " ")
@@ -187,7 +189,7 @@ def clip_bpe(
     return backend
 
 
-def _clip(vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> Backend:
+def _clip(vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]) -> Backend:
     """Build CLIP's tokenizer with the cleaning of transformers."""
     ends = roles["bos_token"], roles["eos_token"]
     if missing := [token for token in ends if token not in vocabulary.entries]:
@@ -205,7 +207,9 @@ def _between(opening: str, closing: str, pair: str) -> Enclose:
         pair: template of a pair, with the names of the roles.
     """
 
-    def enclose(backend: Backend, vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> None:
+    def enclose(
+        backend: Backend, vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]
+    ) -> None:
         first, last = roles[opening], roles[closing]
         backend.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
             single=[first, "$A", last],
@@ -223,19 +227,20 @@ def _id(backend: Backend, token: str) -> int:
     return number
 
 
-def _roberta_ends(backend: Backend, vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> None:
+def _roberta_ends(
+    backend: Backend, vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]
+) -> None:
     first, last = ((roles[role], _id(backend, roles[role])) for role in ("cls_token", "sep_token"))
     space, trim = settings.flag("add_prefix_space", False), settings.flag("trim_offsets", True)
     backend.post_processor = processors.RobertaProcessing(last, first, trim, space)  # type: ignore[assignment]
 
 
-def _keep(backend: Backend, vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> None:
+def _keep(backend: Backend, vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]) -> None:
     """Keep the tokens around a text that the backend was built with."""
 
 
 def _named(*tokens: str) -> dict[str, str]:
-    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-    return {name: token for name, token in zip(names, tokens) if token}
+    return {name: token for name, token in zip(ORDER, tokens) if token}
 
 
 _SEGMENTS = "{first}:0 $A:0 {last}:0 $B:1 {last}:1"
@@ -245,7 +250,9 @@ _TAGS = _between("bos_token", "eos_token", _ONE_SEGMENT)
 _BERT = TokenizerClass("WordPiece", _named("", "", "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), _wordpiece, _BRACKETS)
 
 
-def _albert_ends(backend: Backend, vocabulary: Vocabulary, settings: Settings, roles: Mapping[str, str]) -> None:
+def _albert_ends(
+    backend: Backend, vocabulary: Vocabulary, settings: TokenizerSettings, roles: Mapping[str, str]
+) -> None:
     """Keep what the file puts around a text, and otherwise take [CLS] and [SEP]."""
     _BRACKETS(backend, vocabulary, settings, roles)
     if vocabulary.post_processor is not None:

@@ -13,9 +13,10 @@ from dualenc.data.text.tokenizer_classes import (
     ALWAYS_PLAIN,
     BY_MODEL,
     CLASSES,
+    ORDER,
     PLAIN,
-    Settings,
     TokenizerClass,
+    TokenizerSettings,
     Vocabulary,
 )
 from dualenc.utils.decoding import read_text
@@ -25,15 +26,15 @@ from dualenc.utils.files import read_json
 # Files with a vocabulary, the preferred one first. Others than tokenizer.json are of older formats.
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
 CONFIG = "tokenizer_config.json"
-# Roles of special tokens, in the order of transformers -> the tokens that may have the role if no file says it.
+# Roles of special tokens -> the tokens that may have the role if no file says it, the likeliest first.
 ROLES = {
-    "bos_token": ("<|startoftext|>", "<s>"),
-    "eos_token": ("<|endoftext|>", "</s>"),
     "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
     "sep_token": ("[SEP]", "</s>"),
     "pad_token": ("[PAD]", "<pad>"),
-    "cls_token": ("[CLS]", "<s>"),
     "mask_token": ("[MASK]", "<mask>"),
+    "bos_token": ("<|startoftext|>", "<s>"),
+    "eos_token": ("<|endoftext|>", "</s>"),
 }
 FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -83,7 +84,7 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles:
     fields = {} if folder is None else read_tokenizer_config(folder)
     text = read_text(path)
     try:
-        settings = Settings(fields)
+        settings = TokenizerSettings(fields)
         side, split = settings.side("truncation_side"), settings.flag("split_special_tokens", None)
         whole = None if path.name == "vocab.json" or path.suffix == ".txt" else Backend.from_str(text)
         kind, vocabulary = _plan(path, text, whole, fields)
@@ -206,7 +207,8 @@ def _token(value: Any, special: bool = True) -> AddedToken | None:
     if isinstance(value, str):
         return AddedToken(value, special=special)
     if isinstance(value, dict) and isinstance(value.get("content"), str):
-        return AddedToken(**{"special": special} | {name: value[name] for name in FLAGS if name in value})
+        flags: dict[str, Any] = {name: value[name] for name in FLAGS if name in value}
+        return AddedToken(**{"special": special, **flags})
     if value is not None:
         raise DataError(f"a special token must be a string or an object with content, not {value!r}")
     return None
@@ -253,7 +255,7 @@ def _add(backend: Backend, special: _Special, roles: Mapping[str, str], kind: To
     new = [token for _, token in sorted(special.added.items()) if _flags(token) not in known]
     contents = {flags[0] for flags in known} | {token.content for token in new}
     extra = special.extra or [AddedToken(one, special=True) for one in (kind.extra if kind else ())]
-    by_role = [special.roles.get(role) or AddedToken(roles[role], special=True) for role in ROLES if role in roles]
+    by_role = [special.roles.get(role) or AddedToken(roles[role], special=True) for role in ORDER if role in roles]
     for token in [*by_role, *extra]:
         if token.content not in contents:
             new.append(token)
