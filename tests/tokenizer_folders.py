@@ -62,8 +62,8 @@ def text_of(rng: random.Random) -> str:
     return "".join(rng.choice(PIECES) + rng.choice(["", " ", " ", "  "]) for _ in range(rng.randint(0, 9)))
 
 
-def _wordpiece() -> Any:
-    entries = [*BERT, *LETTERS, *LETTERS.upper(), *MARKS, *(f"##{one}" for one in f"{LETTERS}é猫"), *VOCABULARY]
+def _wordpiece(special: tuple[str, ...]) -> Any:
+    entries = [*special, *LETTERS, *LETTERS.upper(), *MARKS, *(f"##{one}" for one in f"{LETTERS}é猫"), *VOCABULARY]
     return models.WordPiece({token: i for i, token in enumerate(dict.fromkeys(entries))}, unk_token="[UNK]")
 
 
@@ -74,39 +74,42 @@ def _unigram(special: tuple[str, ...]) -> Any:
     return models.Unigram(scores, unk_id=next(i for i, one in enumerate(entries) if one in ("<unk>", "[UNK]")))
 
 
-def _bpe(ends_of_words: bool) -> Any:
+def _bpe(special: tuple[str, ...], ends_of_words: bool) -> Any:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     suffix = "</w>" if ends_of_words else ""
     merges = [("t", "h"), ("th", f"e{suffix}"), ("c", "a"), ("ca", f"t{suffix}"), ("n", "e"), ("ne", f"w{suffix}")]
     merges += [] if ends_of_words else [("Ġ", "cat"), ("Ġ", "the")]
     marked = [one + suffix for one in letters] if suffix else []
-    before, after = ([], [*CLIP]) if ends_of_words else ([*ROBERTA], [])
+    before, after = ([], special) if ends_of_words else (special, [])
     entries = dict.fromkeys([*before, *letters, *marked, *map("".join, merges), *after])
     unknown = {"unk_token": CLIP[1], "end_of_word_suffix": suffix} if ends_of_words else {}
     return models.BPE({token: i for i, token in enumerate(entries)}, merges, **unknown)
 
 
-def steps_of(kind: str) -> tuple[Any, Any, Any]:
+def steps_of(kind: str, without_mask: bool = False) -> tuple[Any, Any, Any]:
     """Return model, pre-tokenizer and decoder of a tokenizer class."""
+    special = CLASSES[kind][1]
+    special = special[:-1] if without_mask and kind != "CLIPTokenizer" else special
     if kind in ("BertTokenizer", "DistilBertTokenizer"):
-        return _wordpiece(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        return _wordpiece(special), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     if kind in ("RobertaTokenizer", "CLIPTokenizer"):
-        return _bpe(kind == "CLIPTokenizer"), pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    return _unigram(CLASSES[kind][1]), pre_tokenizers.Metaspace(), decoders.Metaspace()
+        return _bpe(special, kind == "CLIPTokenizer"), pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    return _unigram(special), pre_tokenizers.Metaspace(), decoders.Metaspace()
 
 
 def backend_of(kind: str, rng: random.Random | None = None) -> Tokenizer:
     """Return a tokenizer of a class; with a generator, some of its parts are of other kinds, or missing."""
     special, ends = CLASSES[kind][1], [CLASSES[kind][1][i] for i in CLASSES[kind][2]]
-    model, before, decoder = steps_of(kind)
+    chance = (lambda share: False) if rng is None else (lambda share: rng.random() < share)
+    added_mask = chance(0.2)  # The model lacks the mask, which follows its vocabulary.
+    model, before, decoder = steps_of(kind, added_mask)
     backend = Tokenizer(model)
     backend.pre_tokenizer, backend.decoder = before, decoder  # type: ignore[assignment]
-    chance = (lambda share: False) if rng is None else (lambda share: rng.random() < share)
     backend.add_special_tokens(
         [
             AddedToken(token, special=True, lstrip=token == "<mask>" and chance(0.5))
             for token in special
-            if not chance(0.1)
+            if not chance(0.1) or (added_mask and token == special[-1])
         ]
     )
     if chance(0.3):

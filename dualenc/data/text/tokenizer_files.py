@@ -59,7 +59,7 @@ class _Special(NamedTuple):
     added: dict[int, AddedToken]  # by id
     roles: dict[str, AddedToken]
     extra: list[AddedToken]  # further special tokens
-    where: str  # the file that names the ids
+    where: str  # what names the ids
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -233,7 +233,10 @@ def _special(folder: Path | None, fields: Mapping[str, Any], in_file: list[dict[
         given = fields["added_tokens_decoder"] or {}
     else:
         special = {token.content for token in [*roles.values(), *extra]}
-        where, older = "added_tokens.json", {} if folder is None else _object(folder / "added_tokens.json")
+        where, older = (
+            "added_tokens.json or tokenizer.json",
+            {} if folder is None else _object(folder / "added_tokens.json"),
+        )
         given = {
             i: {"content": one, "normalized": one not in special, "special": one in special} for one, i in older.items()
         }
@@ -263,7 +266,8 @@ def _add(backend: Backend, special: _Special, roles: Mapping[str, str], kind: To
     for token in new:
         token.special = token.special or token.content in roles.values()
     # A class names tokens that the vocabulary may lack. They would have ids after its end, which the encoder lacks.
-    unsaid = {one for role, one in roles.items() if role not in special.roles}
+    said = {token.content for token in [*special.added.values(), *special.roles.values()]}
+    unsaid = {one for one in roles.values() if one not in said}
     missing = [token for token in new if not _has(backend, token.content)]
     if all(token.content in unsaid for token in missing):
         new = [token for token in new if token not in missing]
