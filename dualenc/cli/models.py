@@ -39,11 +39,11 @@ def import_(
         image: member of these shards that is the image, such as "input.jpg"; by default the .jpg, .jpeg, .png
             or .webp.
     """
-    from dualenc.formats.model_folder import OWN_FILES
+    from dualenc.formats.model_folder import POSSIBLE_FILES
     from dualenc.interop.importing import import_model
     from dualenc.utils.files import check_replaceable
 
-    check_replaceable(out, {*OWN_FILES, "README.md"})
+    check_replaceable(out, POSSIBLE_FILES)
     found = import_model(spec, text, embed_dim, seed, _inputs(data, captions, image))
     with writing(out):
         found.embedder.save(out)

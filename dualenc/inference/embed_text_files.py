@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 
 from dualenc.data.image_features import KEY
 from dualenc.data.loading.bad_samples import BadRecord
-from dualenc.data.text.dataset import Use, texts_of
+from dualenc.data.text.dataset import Use, field, texts_of
 from dualenc.data.text.files import TextFile, TextIndex
 from dualenc.inference.embed_files import Embedded, Track, write_arrays
 from dualenc.inference.embedding import embedding_dim, prompt_text
 from dualenc.inference.text_model import TextPredictor
+from dualenc.utils.decoding import text_problem
 from dualenc.utils.errors import BadSample, DataError
 
 CHUNK = 4096  # lines read at once
@@ -39,7 +40,7 @@ def embed_text_files(
     The file holds `embeddings` (N, E) of unit length, one for each line. With `tokens`, it holds `tokens` (M, D), the
     hidden states of the tokens of all lines with special tokens, their `ids` (M,), and `offsets` (N + 1,): the tokens
     of line i are `offsets[i]` to `offsets[i + 1]`. A line that cannot be read has a row of NaN, or zero tokens, and is
-    listed in the result.
+    listed in the result. An empty text has the vector of its special tokens, see `TextPredictor.embed`.
 
     Args:
         predictor: the model.
@@ -142,7 +143,11 @@ def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[BadRecord]) 
     rows, texts = [], []
     for row in numbers:
         try:
-            texts.append(texts_of(index[row], use)[0])
+            fields = index[row].read()
+            text = field(index[row], fields, use.text)
+            # A text without words has the vector of its special tokens; where there is no text, the line is bad.
+            empty = isinstance(text, str) and text_problem(text) == "empty"
+            texts.append(text if empty else texts_of(index[row], use, fields)[0])
             rows.append(row - numbers.start)
         except BadSample as error:
             bad.append(BadRecord(row, file.url, file.key(row), error.cause, error.detail))

@@ -309,8 +309,7 @@ def _quiet() -> Iterator[None]:
 def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Save a `tokenizer.json` that truncates texts, and pads them to `pad_to` or to the longest of a batch."""
     backend = Backend.from_str(tokenizer.backend.to_str())  # This copy keeps the truncation.
-    special = tokenizer.special
-    pad_id = special.get("[PAD]", special.get("<pad>", 0)) if tokenizer.pad_to is None else tokenizer.pad_id
+    pad_id = (tokenizer.id_of("pad_token") or 0) if tokenizer.pad_to is None else tokenizer.pad_id
     # If texts may be longer than pad_to, padding to a fixed length leaves a batch ragged; the graph pads the rest.
     length = tokenizer.pad_to if tokenizer.pad_to == tokenizer.context_length else None
     backend.enable_padding(length=length, pad_id=pad_id, pad_token=backend.id_to_token(pad_id) or "[PAD]")

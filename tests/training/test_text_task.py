@@ -352,7 +352,7 @@ def test_one_encoder_through_contrastive_and_text_tasks(tmp_path, seed, capsys):
     assert metrics(texts, "val/mood/accuracy")[-1] > 0.8 > max(metrics(texts, "val/mood/baseline_accuracy"))
     good, bad = predictor.classify(["a good red dog", "a bad red dog"])
     assert (good["label"], bad["label"]) == ("good", "bad")
-    (found,) = predictor.fill(f"{WORDS[0]} [MASK]", k=3)
+    (found,) = predictor.fill(f"{WORDS[0]} [MASK]", top_k=3)
     assert len(found) == 3
     vectors = predictor.embed(["a good red dog", "a bad red dog"])
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
