@@ -12,6 +12,15 @@ from dualenc.metrics.classification import (
     per_class,
     zero_shot_classifier,
 )
+from dualenc.metrics.documents import (
+    Found,
+    Judgements,
+    document_bootstrap,
+    document_chance,
+    document_items,
+    find_documents,
+    reranked,
+)
 from dualenc.metrics.probe import Probe, knn_probe, linear_probe
 from dualenc.metrics.ranking import match_ranks, nearest
 from dualenc.metrics.retrieval import (
@@ -39,6 +48,8 @@ from dualenc.metrics.text import (
 __all__ = [
     "Answer",
     "BootstrapMetrics",
+    "Found",
+    "Judgements",
     "Probe",
     "Scores",
     "average_precision",
@@ -47,6 +58,10 @@ __all__ = [
     "choice_metrics",
     "classification_bootstrap",
     "classification_metrics",
+    "document_bootstrap",
+    "document_chance",
+    "document_items",
+    "find_documents",
     "group_bootstrap",
     "group_metrics",
     "knn_probe",
@@ -64,6 +79,7 @@ __all__ = [
     "pseudo_perplexity",
     "recall_at",
     "replaced_metrics",
+    "reranked",
     "retrieval_answers",
     "retrieval_bootstrap",
     "retrieval_metrics",
