@@ -12,6 +12,7 @@ from dualenc.metrics.classification import (
     per_class,
     zero_shot_classifier,
 )
+from dualenc.metrics.clusters import cluster_bootstrap, k_means
 from dualenc.metrics.documents import (
     Found,
     Judgements,
@@ -58,12 +59,14 @@ __all__ = [
     "choice_metrics",
     "classification_bootstrap",
     "classification_metrics",
+    "cluster_bootstrap",
     "document_bootstrap",
     "document_chance",
     "document_items",
     "find_documents",
     "group_bootstrap",
     "group_metrics",
+    "k_means",
     "knn_probe",
     "label_bootstrap",
     "label_metrics",
