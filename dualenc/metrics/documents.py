@@ -173,7 +173,9 @@ def _first(scored: _Scored, gain: Tensor, queries: int, depth: int) -> Found:
 
     (by_name,) = tables(_sorted(scored.document, -score, scored.query), (gain, 0))
     columns = (scored.document, -1), (scored.passage, -1), (score, -torch.inf), (gain, 0)
-    return Found(*tables(_sorted(scored.document, gain, -score, scored.query), *columns), by_name)
+    order = _sorted(scored.document, gain, -score, scored.query)
+    document, passage, best, gains = tables(order, *columns)
+    return Found(document, passage, best, gains, by_name)
 
 
 def reranked(found: Found, scores: Tensor) -> Tensor:
