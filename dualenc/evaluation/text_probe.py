@@ -79,7 +79,7 @@ class TextProbe(ResultKind):
             f"{len(clusters.unique())} clusters of the measured texts, by k-means; intervals hold for these clusters",
         ]
         facts = {
-            "baseline": "the most frequent label, or of clusters: shuffled labels",
+            "baseline": "the most frequent training label (for clusters, shuffled labels)",
             "chosen": probe.chosen,
             "notes": notes,
         }

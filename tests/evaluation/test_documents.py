@@ -166,7 +166,9 @@ def test_two_results_are_compared_by_query(tmp_path: Path, seed: int) -> None:
         main(["retrieval", f"{tmp_path}/one", str(folder), "--query-prompt", "a ", "--out", f"{tmp_path}/out-one"])
     lines = (folder / "qrels" / "test.tsv").read_text().splitlines()
     query, document, gain = lines[1].split("\t")
-    (folder / "qrels" / "test.tsv").write_text("\n".join([lines[0], f"{query}\t{document}\t{int(gain) + 1}", *lines[2:]]))
+    (folder / "qrels" / "test.tsv").write_text(
+        "\n".join([lines[0], f"{query}\t{document}\t{int(gain) + 1}", *lines[2:]])
+    )
     main(["retrieval", str(tmp_path / "other"), str(folder), "--out", str(tmp_path / "changed")])
     with pytest.raises(DataError, match="1 of 9 judgements of queries differ"):
         compare(tmp_path / "out-one", tmp_path / "changed")

@@ -16,7 +16,9 @@ def test_agreement_equals_scikit_learn(seed: int, clusters: int, classes: int) -
     one, other = rng.integers(clusters, size=60), rng.integers(classes, size=60)
     found = cluster_bootstrap(torch.from_numpy(one), torch.from_numpy(other))
     table = contingency_matrix(other, one)
-    assert found.values() == pytest.approx({"purity": table.max(0).sum() / 60, "v_measure": v_measure_score(other, one)})
+    assert found.values() == pytest.approx(
+        {"purity": table.max(0).sum() / 60, "v_measure": v_measure_score(other, one)}
+    )
     weights = rng.integers(0, 3, (4, 60))  # a weight is a number of copies
     for row, *values in zip(weights, *(f(torch.from_numpy(weights).double()) for f in found.statistics.values())):
         a, b = one.repeat(row), other.repeat(row)
