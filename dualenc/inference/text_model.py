@@ -21,7 +21,7 @@ from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import fingerprint, parameters_of
-from dualenc.models.heads import HeadConfig, TextModel
+from dualenc.models.heads import Examples, HeadConfig, TextModel
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, text_model_program, write_card
@@ -111,7 +111,8 @@ class TextPredictor:
             ValueError: If there is no such head, or it must be named; or a text is not a string.
         """
         name = self._head("text-classification", head)
-        return self.model.kinds[name].answers(self.logits(texts, name, batch_size))
+        logits = self.logits(texts, name, batch_size)
+        return self.model.kinds[name].answers(Examples(logits, None, len(logits)))
 
     def logits(self, texts: Texts, head: str | None = None, batch_size: int = 64) -> Tensor:
         """Return the logits (N, C) of a classification head for N texts, in fp32 on the CPU; see `classify`."""

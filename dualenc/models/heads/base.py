@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dualenc.data.text.dataset import Needs, Pairs, Part, Texts
 from dualenc.data.text.labels import LabelReader
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.data.text.windows import WindowReader, Windows
 from dualenc.models.text_encoder import Activation, Pool, TextConfig, TextEncoder
 from dualenc.report import Description, Findings
 from dualenc.tokens import Tokens
@@ -68,11 +69,12 @@ class HeadConfig:
 
 
 class Examples(NamedTuple):
-    """Logits and labels of the n texts, pairs of texts or masked tokens of a batch that belong to one head."""
+    """Logits and labels of the n texts, pairs of texts or tokens of a batch that belong to one head."""
 
     logits: Tensor  # (n, ...); of pairs that are read apart the vectors (2, n, D)
     labels: Tensor | None  # (n, ...)
     number: int  # n
+    windows: Windows | None = None  # of a head that judges tokens: the n tokens, and the samples that they belong to
 
 
 class Measured(NamedTuple):
@@ -171,10 +173,14 @@ class Head(ABC):
     @property
     def needs(self) -> Needs:
         """The data that the head needs."""
-        return Needs(self.label_reader(), self.pairs, self.masking, self.config.meaning)
+        return Needs(self.label_reader(), self.pairs, self.masking, self.config.meaning, self.window_reader())
 
     def label_reader(self) -> LabelReader | None:
         """Return the reader of the labels; None for a head without labels."""
+        return None
+
+    def window_reader(self) -> WindowReader | None:
+        """Return the reader of the lines of a head that judges tokens; None for a head of whole texts."""
         return None
 
     # Layers
@@ -197,7 +203,7 @@ class Head(ABC):
             encoder: encoder of the texts.
             hidden: (N, D) hidden states of the encoder.
             tokens: the texts.
-            positions: (M,) masked positions among the N tokens, for heads that judge tokens; None for all.
+            positions: (M,) the masked or judged tokens among the N, for heads that judge tokens; None for all.
         """
         return module(encoder.pool(hidden, tokens, self.config.pool))
 
@@ -209,6 +215,8 @@ class Head(ABC):
             batch: the batch.
             part: the head's samples in the batch.
         """
+        if part.windows is not None:
+            return Examples(logits, part.labels, len(logits), part.windows)
         return Examples(logits[part.texts], part.labels, len(part.texts))
 
     # Loss, metrics, answers
@@ -252,11 +260,11 @@ class Head(ABC):
         """
         return None
 
-    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
-        """Return a prediction for each of n texts or pairs, as JSON.
+    def answers(self, examples: Examples) -> list[dict[str, Any]]:
+        """Return a prediction for each text or pair, or for each sample of `Examples.windows`, as JSON.
 
         Args:
-            logits: (n, ...), see `Examples`.
+            examples: the logits; labels are not used.
         """
         raise NotImplementedError
 
