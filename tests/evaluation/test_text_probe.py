@@ -106,7 +106,7 @@ def test_separate_classes_are_found_and_random_labels_give_chance(tmp_path: Path
             (tmp_path / f"{split}.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
         data = open_labeled_texts(str(tmp_path / "train.tsv"), str(tmp_path / "dev.tsv"))
         results.append(TextProbe().evaluate(Clouds(tiny_embedder(seed)), data).section.result)
-    assert results[0]["metrics"] == pytest.approx({"accuracy": 1, "purity": 1, "v_measure": 1})
+    assert all(value > 0.95 for value in results[0]["metrics"].values()), results[0]
     for name, value in results[1]["metrics"].items():
         assert abs(value - results[1]["chance"][name]) < 0.15, name
 
