@@ -72,7 +72,7 @@ def _random_vectors(count: int) -> Tensor:
 
 
 class ResultKind(ABC):
-    """What is measured of a model, on which data, and how the results are shown and compared.
+    """A measurement of models on data of a kind, and how its results are shown and compared.
 
     Attributes:
         name: unique name, `kind` in the results.

@@ -402,7 +402,7 @@ class TextTask(LanguageTask):
 
     @property
     def embeds_texts(self) -> bool:  # type: ignore[override]
-        """Whether a head is trained for embeddings."""
+        """True if a head is trained for embeddings."""
         return bool(self.model.heads_for("sentence-similarity"))
 
     def embedder(self) -> TextPredictor:
