@@ -102,14 +102,17 @@ class TextPredictor:
             ValueError: If there is no such head, or it must be named; or a text is not a string.
         """
         name = self._head("text-classification", head)
-        kind = self.model.kinds[name]
+        logits = self.logits(texts, name, batch_size)
+        return self.model.kinds[name].answers(Examples(logits, None, len(logits)))
+
+    def logits(self, texts: Texts, head: str | None = None, batch_size: int = 64) -> Tensor:
+        """Return the logits (N, C) of a classification head for N texts, in fp32 on the CPU; see `classify`."""
+        name = self._head("text-classification", head)
         texts = _strings_or_pairs(texts)
-        out: list[dict[str, Any]] = [{} for _ in texts]
+        out = torch.empty(len(texts), len(self.model.head_configs[name].labels))
         with evaluating(self.model):
             for part, tokens in self._batches(texts, batch_size):
-                examples = Examples(self.model(tokens, name), None, len(part))
-                for i, answer in zip(part, kind.answers(examples), strict=True):
-                    out[i] = answer
+                out[part] = self.model(tokens, name).float().cpu()
         return out
 
     @overload

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,6 +23,7 @@ from dualenc.models.heads import Examples, Head, HeldOut, LoadedHeads, Measured,
 from dualenc.report import Section, verdict
 from dualenc.tokens import Tokens
 from dualenc.training.contrastive import BASE, PLAIN, adamw
+from dualenc.training.evaluation_callback import HeldOutDocuments
 from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.progress import primary_metrics
 from dualenc.training.ranks import all_gather_object, mean_over_ranks
@@ -405,10 +407,23 @@ class TextTask(LanguageTask):
             f"{self._written:,} predictions are in {Path(self.trainer.default_root_dir) / PREDICTIONS}{named}"
         )
 
+    @property
+    def embeds_texts(self) -> bool:  # type: ignore[override]
+        """True if a head is trained for embeddings."""
+        return bool(self.model.heads_for("sentence-similarity"))
+
+    def embedder(self) -> TextPredictor:
+        """See `Task.embedder`."""
+        return TextPredictor(self.model, self.trainer.datamodule.tokenizer, str(self.trainer.default_root_dir))
+
     def save_model(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         """See `Task.save_model`."""
-        root = str(self.trainer.default_root_dir)
-        TextPredictor(self.model, self.trainer.datamodule.tokenizer, root).save(path, weights)
+        self.embedder().save(path, weights)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the measurement of the documents that the data hold out."""
+        documents = self.trainer.datamodule.documents
+        return [HeldOutDocuments(documents)] if documents else []
 
 
 def describe_loaded(loaded: LoadedHeads) -> str:

@@ -97,6 +97,14 @@ class LabelProblem(ABC):
     def answers(self, logits: Tensor, config: HeadConfig) -> list[dict[str, Any]]:
         """Return the predictions of logits (n, C)."""
 
+    def relevance(self, logits: Tensor, names: Sequence[str]) -> Tensor:
+        """Return how relevant the texts of each pair are to each other (n,), from logits (n, C).
+
+        Raises:
+            ValueError: If the logits do not say it.
+        """
+        raise ValueError(f"it has the labels {', '.join(names)}: relevance is a number, or the second of two labels")
+
 
 class SingleLabel(LabelProblem):
     """One label a text."""
@@ -116,6 +124,10 @@ class SingleLabel(LabelProblem):
         """Return the predicted label of each text; see `LabelProblem.findings`."""
         confidence, predicted = logits.double().softmax(-1).max(-1)
         return Classes(names, labels.numpy(), predicted.numpy(), text, confidence.numpy(), unit="texts")
+
+    def relevance(self, logits: Tensor, names: Sequence[str]) -> Tensor:
+        """Return the log-odds of the second of two labels; see `LabelProblem.relevance`."""
+        return logits[:, 1] - logits[:, 0] if len(names) == 2 else super().relevance(logits, names)
 
     def answers(self, logits: Tensor, config: HeadConfig) -> list[dict[str, Any]]:
         """Return "label", its "score" and the "scores" of all labels, which sum to 1."""
@@ -177,6 +189,10 @@ class Regression(LabelProblem):
     def baseline(self, train: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the error of always giving the mean of the training labels."""
         return {"mse": mean_baseline(train, labels)}
+
+    def relevance(self, logits: Tensor, names: Sequence[str]) -> Tensor:
+        """Return the number; see `LabelProblem.relevance`."""
+        return logits[:, 0]
 
     def answers(self, logits: Tensor, config: HeadConfig) -> list[dict[str, Any]]:
         """Return "value"."""
