@@ -142,6 +142,17 @@ def write_texts(folder: Path, seed: int, count: int = 80) -> None:
             file.write(json.dumps(fields) + "\n")
 
 
+def write_documents(folder: Path, corpus: Any, queries: Any, qrels: Sequence[str], split: str = "dev") -> Path:
+    """Write a folder in the layout of BEIR; a document or query that is a text is written unchanged."""
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name, lines in (("corpus", corpus), ("queries", queries)):
+        text = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+        (folder / f"{name}.jsonl").write_text("\n".join(text) + "\n", "utf-8")
+    lines = ["query-id\tcorpus-id\tscore", *qrels]
+    (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
 def tiny_tokenizer(context_length: int = 12) -> Tokenizer:
     return Tokenizer.train([" ".join(WORDS), "0 1 2 3 4 5 6 7 8 9 . photo of class"], 200, context_length)
 

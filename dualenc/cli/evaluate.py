@@ -13,9 +13,7 @@ from dualenc.utils.text import plural, print_message, printable
 from dualenc.utils.urls import redact
 
 if TYPE_CHECKING:
-    from dualenc.data import SetOptions
-    from dualenc.evaluation import Evaluated, EvaluationKind
-    from dualenc.evaluation.kinds import OpenSet
+    from dualenc.evaluation import Evaluated, ResultKind
     from dualenc.evaluation.measure import MeasuredSet
 
 
@@ -38,8 +36,9 @@ def evaluate(
     """Measure a model on evaluation sets of any kind, or by an evaluation kind of your own.
 
     Args:
-        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: evaluation sets: folders, plain shards, tables, URLs, or names of `dualenc sets`.
+        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED; for documents
+            also a text model.
+        data: evaluation sets: folders, plain shards, tables, URLs, names of `dualenc sets`; or folders of documents.
         kind: name of an evaluation kind, such as text-text, or import path of your own subclass of
             dualenc.evaluation.EvaluationKind; by default the kind of each set.
         split: split to measure on; by default "test", or the only split there is.
@@ -56,12 +55,15 @@ def evaluate(
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.cli.evaluate_texts import open_documents
     from dualenc.data import SetOptions
-    from dualenc.evaluation import find_kind
+    from dualenc.evaluation import find_kind, open_sets
 
     kinds = None if kind is None else [find_kind(kind)]
     options = SetOptions(captions=captions, classnames=classnames, templates=templates, images=images, image=image)
-    _evaluate("evaluate", kinds, model, data, split, options, out, workers, models, csv, allow_partial)
+    sets: Any = open_documents(data, split, options.given() | ({} if kind is None else {"kind": kind}))
+    sets = sets or open_sets(data, kinds, split, options)
+    _evaluate("evaluate", sets, model, data, out, workers, models, csv, allow_partial)
 
 
 def zeroshot(
@@ -95,12 +97,11 @@ def zeroshot(
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
     from dualenc.data import SetOptions
-    from dualenc.evaluation import kinds_of_command
+    from dualenc.evaluation import kinds_of_command, open_sets
 
     options = SetOptions(classnames=classnames, templates=templates, image=image)
-    _evaluate(
-        "zeroshot", kinds_of_command("zeroshot"), model, data, split, options, out, workers, models, csv, allow_partial
-    )
+    sets = open_sets(data, kinds_of_command("zeroshot"), split, options)
+    _evaluate("zeroshot", sets, model, data, out, workers, models, csv, allow_partial)
 
 
 def retrieval(
@@ -111,18 +112,27 @@ def retrieval(
     images: str | None = None,
     image: str | None = None,
     between: Literal["image-text", "text-text", "image-image"] = "image-text",
+    query_prompt: str | None = None,
+    document_prompt: str | None = None,
+    dim: int | None = None,
+    ignore_identical_ids: bool = False,
+    max_passage: int | None = None,
+    stride: int = 0,
+    rerank: str | None = None,
+    rerank_top: int = 100,
     out: Path | None = None,
     workers: int = 2,
     models: tuple[str, ...] = (),
     csv: Path | None = None,
     allow_partial: bool = False,
 ) -> None:
-    """Measure retrieval on evaluation sets, between images and captions or within one of them.
+    """Measure retrieval on evaluation sets, between images and captions or within one of them, or of documents.
 
     Args:
-        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
-        data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, plain shards with captions, or
-            tables of images and captions.
+        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED; for documents
+            also a text model.
+        data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, plain shards with captions,
+            tables of images and captions; or folders of documents with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv.
         split: split to measure on; by default "test", or the only split there is.
         captions: captions of plain shards: txt, json.FIELD, or a member such as long.txt; auto, the field captions
             of .json, else .txt, else the field caption.
@@ -130,19 +140,32 @@ def retrieval(
         image: member that holds the image in plain shards, such as input.jpg; by default .jpg, .jpeg, .png or .webp.
         between: text-text looks for the other captions of a caption's image; image-image, on sets for classification,
             for the other images of an image's class.
+        query_prompt: for documents: text before each query; by default the model's own.
+        document_prompt: for documents: text before each of them; by default the model's own.
+        dim: for documents: number of dimensions to keep, the first ones.
+        ignore_identical_ids: for documents: leave out the one that has the query's id.
+        max_passage: for documents: cut longer ones into passages of this many tokens, of which the best one counts.
+        stride: tokens that a passage has in common with the one before.
+        rerank: for documents: text model with a classification head for pairs, which sorts the first ones again.
+        rerank_top: number of documents that it sorts.
         out: folder for retrieval.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.cli.evaluate_texts import open_documents, retrieval_sets
     from dualenc.data import SetOptions
-    from dualenc.evaluation import KINDS
+    from dualenc.evaluation import DocumentOptions
 
-    across = between == "image-text"
-    kind, name = ("retrieval", "retrieval") if across else (between, f"retrieval-{between}")
     options = SetOptions(captions=captions, images=images, image=image)
-    _evaluate(name, [KINDS[kind]], model, data, split, options, out, workers, models, csv, allow_partial)
+    documents = DocumentOptions(
+        query_prompt, document_prompt, dim, ignore_identical_ids, max_passage, stride, rerank, rerank_top
+    )
+    no_use = options.given() | ({} if between == "image-text" else {"between": between})
+    sets: Any = open_documents(data, split, no_use, documents) or retrieval_sets(data, split, between, options)
+    name = "retrieval" if between == "image-text" else f"retrieval-{between}"
+    _evaluate(name, sets, model, data, out, workers, models, csv, allow_partial)
 
 
 def sets() -> None:
@@ -178,12 +201,10 @@ def choice(
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
-    from dualenc.data import SetOptions
-    from dualenc.evaluation import kinds_of_command
+    from dualenc.evaluation import kinds_of_command, open_sets
 
-    _evaluate(
-        "choice", kinds_of_command("choice"), model, data, None, SetOptions(), out, workers, models, csv, allow_partial
-    )
+    sets = open_sets(data, kinds_of_command("choice"))
+    _evaluate("choice", sets, model, data, out, workers, models, csv, allow_partial)
 
 
 def probe(
@@ -193,6 +214,8 @@ def probe(
     split: str | None = None,
     classnames: str | None = None,
     image: str | None = None,
+    text: tuple[str, ...] = (),
+    label: str | None = None,
     out: Path | None = None,
     workers: int = 2,
     models: tuple[str, ...] = (),
@@ -201,17 +224,20 @@ def probe(
     draws: int = 5,
     allow_partial: bool = False,
 ) -> None:
-    """Measure logistic regression and nearest neighbors on frozen image embeddings.
+    """Measure logistic regression and nearest neighbors on frozen image embeddings; on texts, also clusters.
 
     Args:
-        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED.
+        model: model directory, run directory, hf-hub:owner/name[@revision] or open_clip:ARCH/PRETRAINED; for texts also
+            a text model.
         data: folders or URLs in the layout of CLIP_benchmark, names of `dualenc sets`, or folders with plain shards or
             class folders for each split. Of a set with a single split a fifth is measured, and the rest is learned
-            from.
+            from. Or two tables of texts (.tsv, .csv, .jsonl), one to learn from and one to measure on.
         train: split to learn from; the hyperparameters are chosen on "val" or "valid", or else on a fifth of it.
         split: split to measure on; "test" by default.
         classnames: file of class names, one on each line in the order of the classes; by default those of the set.
         image: member that holds the image in plain shards, such as input.jpg; by default .jpg, .jpeg, .png or .webp.
+        text: for tables: columns of the text, joined by a blank; by default text.
+        label: for tables: column of the label; by default label.
         out: folder for probe.json and report.html.
         workers: number of worker processes that decode images.
         models: further models, measured on the same sets.
@@ -220,23 +246,15 @@ def probe(
         draws: number of draws of these images; the metrics are means over the draws.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
     """
+    from dualenc.cli.evaluate_texts import open_tables
     from dualenc.data import SetOptions
+    from dualenc.evaluation import open_sets
     from dualenc.evaluation.probe import FrozenProbes
 
-    options = SetOptions(classnames=classnames, image=image)
-    _evaluate(
-        "probe",
-        [FrozenProbes(train, shots, draws)],
-        model,
-        data,
-        split,
-        options,
-        out,
-        workers,
-        models,
-        csv,
-        allow_partial,
-    )
+    options, kind = SetOptions(classnames=classnames, image=image), FrozenProbes(train, shots, draws)
+    no_use = {"train": train if train != "train" else None, "split": split, "shots": shots, **options.given()}
+    sets: Any = open_tables(data, text, label, no_use) or open_sets(data, [kind], split, options)
+    _evaluate("probe", sets, model, data, out, workers, models, csv, allow_partial)
 
 
 def compare(first: Path, second: Path, kinds: tuple[str, ...] = (), out: Path | None = None) -> None:
@@ -268,33 +286,29 @@ def compare(first: Path, second: Path, kinds: tuple[str, ...] = (), out: Path | 
 
 def _evaluate(
     command: str,
-    kinds: "Sequence[EvaluationKind] | None",
+    sets: "Sequence[tuple[ResultKind, Any]]",
     model: str,
     data: list[str],
-    split: str | None,
-    options: "SetOptions",
     out: Path | None,
     workers: int,
     models: tuple[str, ...],
     csv: Path | None,
     allow_partial: bool,
 ) -> None:
-    """Measure models on sets, each by the first kind that can measure it; None takes the kind of each set.
+    """Measure models on opened sets, each by its kind; `data` are the words by which the user named the sets.
 
     Raises:
         UsageError: If an option is wrong.
         WorkError: If the evaluation fails, or a set is incomplete.
     """
-    from dualenc.evaluation import ResultTable, check_out, open_sets, place
-    from dualenc.inference.embedder import check_spec
+    from dualenc.evaluation import ResultTable, check_out, place
     from dualenc.report import print_table
 
     if workers < 0:
         raise UsageError(f"--workers {workers} must not be negative")
-    sets = open_sets(data, kinds, split, options)
     names = list(dict.fromkeys([model, *models]))
     for name in names:  # a name that is wrong must not end the command after hours with the models before it
-        check_spec(name)
+        sets[0][0].check(name)
     if out is not None:
         check_out(out, command, [place(*one, name) for name in names for one in sets])
         make_folder(out, "--out")
@@ -321,18 +335,20 @@ def _evaluate(
     _check_complete([one.result for one in measured], allow_partial)
 
 
-def _measure(names: Sequence[str], number: int, sets: "Sequence[OpenSet]", **options: Any) -> "Iterator[MeasuredSet]":
+def _measure(
+    names: Sequence[str], number: int, sets: "Sequence[tuple[ResultKind, Any]]", **options: Any
+) -> "Iterator[MeasuredSet]":
     """Measure a model, one of several, on sets; see `dualenc.evaluation.measure.measure`."""
-    from dualenc import DataError, load
+    from dualenc import DataError
     from dualenc.evaluation import EmbeddingCache
     from dualenc.evaluation.measure import measure
 
     total = len(names) * len(sets)
-    embedder = load(names[number])
+    embedder = sets[0][0].load(names[number])
     cache = EmbeddingCache(embedder)
 
     def track(place: int) -> Any:
-        what = sets[place].data.name
+        what = sets[place][1].name
         if total > 1:
             what = f"{number * len(sets) + place + 1} of {total}: {f'{names[number]} on ' if names[1:] else ''}{what}"
         if total > 1 and not sys.stderr.isatty():

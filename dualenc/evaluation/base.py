@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -13,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualenc.data.eval_sets.base import Kind, Problem, SetOptions
+from dualenc.data.eval_sets.class_texts import NAMED
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
 from dualenc.data.shards.shard import content_hash
 from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
-from dualenc.inference.embedder import Embedder
+from dualenc.inference.embedder import Embedder, check_spec, load
 from dualenc.metrics import BootstrapMetrics
 from dualenc.report import Description, Findings, Section, verdict
 from dualenc.utils.errors import DataError
+from dualenc.utils.urls import is_remote, shown
 
 NAMES = 20  # names of bad samples that a result lists for each problem
 UNDECODABLE = "image that cannot be decoded"
@@ -68,18 +71,13 @@ def _random_vectors(count: int) -> Tensor:
     return F.normalize(torch.randn(count, 2, generator=torch.Generator().manual_seed(0)), dim=-1)
 
 
-class EvaluationKind(ABC):
-    """An evaluation kind: how a model is measured on a set, and how the outcome is shown and compared.
-
-    A subclass sets `name` and defines `score` and `metrics_of_items`; the defaults do for the rest. `KINDS` lists the
-    kinds of this package. Any other one is named by its import path: `--kind my_module.MyKind` on the command line, or
-    `kind: my_module.MyKind` under `dualenc.training.Evaluation` in a YAML file.
+class ResultKind(ABC):
+    """A measurement of models on data of a kind, and how its results are shown and compared.
 
     Attributes:
         name: unique name, `kind` in the results.
         command: `dualenc` command that measures it.
         title: title of the report.
-        sets: kinds of the evaluation sets that it can measure.
         description: explanation of the result for the report; its first headline is the primary metric.
         hub_task: task by the names of the Hugging Face Hub, for the model card.
         task_name: the task in plain words, for the model card.
@@ -89,11 +87,109 @@ class EvaluationKind(ABC):
     name: ClassVar[str]
     command: ClassVar[str] = "evaluate"
     title: ClassVar[str] = "Evaluation"
-    sets: ClassVar[tuple[str, ...]] = get_args(Kind)
     description: ClassVar[Description] = Description()
     hub_task: ClassVar[str] = ""
     task_name: ClassVar[str] = ""
+    identity: ClassVar[Mapping[str, str]]
+
+    @abstractmethod
+    def load(self, spec: str) -> Any:
+        """Load a model that can be measured, which has a `name` and a `fingerprint`.
+
+        Raises:
+            ModelError: If it cannot be read.
+        """
+
+    @abstractmethod
+    def check(self, spec: str) -> None:
+        """Refuse a spec whose model is missing or unknown, before its weights are read.
+
+        Raises:
+            ModelError: If there is no such model.
+        """
+
+    @abstractmethod
+    def evaluate(self, embedder: Any, data: Any, **options: Any) -> Evaluated:
+        """Measure a model; see `dualenc.evaluation.measure.measure` for the options.
+
+        Raises:
+            ValueError: If the data cannot be measured.
+        """
+
+    @abstractmethod
+    def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
+        """Return the metrics as functions of the weights of the items, as `compare` needs them.
+
+        Args:
+            items: items of the result.
+        """
+
+    def options(self, data: Any) -> dict[str, str]:
+        """Return the options that were given for the data, which tell two results of one model apart."""
+        return {}
+
+    def settings(self, data: Any) -> dict[str, Any]:
+        """Return what a result depends on besides the model and `data.fingerprint`, ready for JSON.
+
+        Results that differ in it are different rows of a table.
+        """
+        return {}
+
+    def compared(self, first: SavedResult, second: SavedResult) -> Findings | None:
+        """Return the evidence that the comparison of two results shows; by default None, which shows the metrics."""
+        return None
+
+    def result(
+        self, dataset: str, model: str, count: int, scores: Scored, problems: Sequence[Problem] = ()
+    ) -> dict[str, Any]:
+        """Return the result as it goes to JSON.
+
+        Args:
+            dataset: name of the set.
+            model: name of the model.
+            count: number of units.
+            scores: outcome of `score`.
+            problems: problems of the set.
+        """
+        every = [*problems, *scores.problems]
+        result = {
+            "dataset": dataset,
+            "kind": self.name,
+            "model": model,
+            "n": count,
+            "complete": not every,
+            "problems": [
+                {"what": problem.what, "count": len(problem.names), "names": problem.names[:NAMES]} for problem in every
+            ],
+            "metrics": dict(scores.metrics),
+            "intervals": {name: list(bounds) for name, bounds in scores.intervals.items()},
+            "chance": dict(scores.chance),
+            **scores.facts,
+        }
+        return {**result, "verdict": verdict(result, self.description)}
+
+
+class EvaluationKind(ResultKind):
+    """An evaluation kind of image sets: how a model of images and texts is measured on a set.
+
+    A subclass sets `name` and defines `score` and `metrics_of_items`; the defaults do for the rest. `KINDS` lists the
+    kinds of this package. Any other one is named by its import path: `--kind my_module.MyKind` on the command line, or
+    `kind: my_module.MyKind` under `dualenc.training.Evaluation` in a YAML file.
+
+    Attributes:
+        sets: kinds of the evaluation sets that it can measure; see `ResultKind` for the other attributes.
+    """
+
+    sets: ClassVar[tuple[str, ...]] = get_args(Kind)
     identity: ClassVar[Mapping[str, str]] = {"ids": "images"}
+
+    def load(self, spec: str) -> Embedder:
+        """See `ResultKind`."""
+        return load(spec)
+
+    def check(self, spec: str) -> None:
+        """See `ResultKind`."""
+        check_spec(spec)
 
     def prepare(self, data: BenchmarkSet, source: str) -> BenchmarkSet:
         """Return the set with everything else that the evaluation needs, such as a set to learn from.
@@ -107,10 +203,18 @@ class EvaluationKind(ABC):
         """
         return data
 
-    def settings(self, data: BenchmarkSet) -> dict[str, Any]:
-        """Return what a result depends on besides the model and `data.fingerprint`, ready for JSON.
+    def options(self, data: BenchmarkSet) -> dict[str, str]:
+        """Return the options by which a set can be opened again, with whole paths and without the secrets of URLs."""
+        files = {"classnames", "images", "templates"}
+        return {
+            name: os.path.abspath(value)
+            if name in files and not is_remote(value) and value not in NAMED
+            else shown(value)
+            for name, value in data.options.given().items()
+        }
 
-        Results that differ in it are different rows of a table. By default it is a hash of the prompts.
+    def settings(self, data: BenchmarkSet) -> dict[str, Any]:
+        """Return a hash of the prompts by default; see `ResultKind`.
 
         Args:
             data: evaluation set, as `prepare` returns it.
@@ -146,14 +250,6 @@ class EvaluationKind(ABC):
         """
         return list(self.score(data, self.embed(data, _RandomEmbedder(embedder)), embedder).metrics)
 
-    @abstractmethod
-    def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
-        """Return the metrics as functions of the weights of the items, as `compare` needs them.
-
-        Args:
-            items: items of `score`.
-        """
-
     def section(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder, scores: Scored) -> Section:
         """Return what the report shows; by default the metrics alone.
 
@@ -165,10 +261,6 @@ class EvaluationKind(ABC):
         """
         result = self.result(data.name, embedder.name, len(embedded.rows), scores, problems(data, embedded.bad))
         return Section(result, description=self.description)
-
-    def compared(self, first: SavedResult, second: SavedResult) -> Findings | None:
-        """Return the evidence that the comparison of two results shows; by default None, which shows the metrics."""
-        return None
 
     def evaluate(self, embedder: Embedder, data: BenchmarkSet, **options: Any) -> Evaluated:
         """Embed and score a set.
@@ -190,35 +282,6 @@ class EvaluationKind(ABC):
             raise ValueError(f"{data.name}: no image can be decoded, such as {embedded.bad[0][1]}")
         scores = self.score(data, embedded, embedder)
         return Evaluated(self.section(data, embedded, embedder, scores), scores.items)
-
-    def result(
-        self, dataset: str, model: str, count: int, scores: Scored, problems: Sequence[Problem] = ()
-    ) -> dict[str, Any]:
-        """Return the result as it goes to JSON.
-
-        Args:
-            dataset: name of the set.
-            model: name of the model.
-            count: number of units.
-            scores: outcome of `score`.
-            problems: problems of the set.
-        """
-        every = [*problems, *scores.problems]
-        result = {
-            "dataset": dataset,
-            "kind": self.name,
-            "model": model,
-            "n": count,
-            "complete": not every,
-            "problems": [
-                {"what": problem.what, "count": len(problem.names), "names": problem.names[:NAMES]} for problem in every
-            ],
-            "metrics": dict(scores.metrics),
-            "intervals": {name: list(bounds) for name, bounds in scores.intervals.items()},
-            "chance": dict(scores.chance),
-            **scores.facts,
-        }
-        return {**result, "verdict": verdict(result, self.description)}
 
 
 def problems(data: BenchmarkSet, bad: Sequence[tuple[int, str]], suffix: str = "") -> list[Problem]:

@@ -1,4 +1,4 @@
-"""The table of evaluation kinds, and how a kind and its sets are found."""
+"""The tables of evaluation kinds, and how a kind and its sets are found."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,12 +9,14 @@ from typing import NamedTuple, get_args
 
 from dualenc.data.eval_sets.base import NO_OPTIONS, Kind, SetOptions
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
-from dualenc.evaluation.base import EvaluationKind
+from dualenc.evaluation.base import EvaluationKind, ResultKind
 from dualenc.evaluation.choice import CompositionalChoice
 from dualenc.evaluation.classification import ZeroShotClassification
+from dualenc.evaluation.documents import DocumentRetrieval
 from dualenc.evaluation.multilabel import MultilabelClassification
 from dualenc.evaluation.probe import FrozenProbes
 from dualenc.evaluation.retrieval import CrossModalRetrieval
+from dualenc.evaluation.text_probe import TextProbe
 from dualenc.evaluation.within import CaptionRetrieval, ImageRetrieval
 from dualenc.utils.errors import DataError
 from dualenc.utils.imports import import_by_path
@@ -35,6 +37,10 @@ KINDS: Mapping[str, EvaluationKind] = MappingProxyType(
         )
     }
 )
+TEXT_KINDS: Mapping[str, ResultKind] = MappingProxyType(
+    {kind.name: kind for kind in (DocumentRetrieval(), TextProbe())}
+)
+RESULT_KINDS: Mapping[str, ResultKind] = MappingProxyType({**KINDS, **TEXT_KINDS})
 
 
 class OpenSet(NamedTuple):
@@ -70,7 +76,7 @@ def find_kind(name: str) -> EvaluationKind:
             f"evaluation kind {name} must be a subclass of dualenc.evaluation.EvaluationKind with a name, or an "
             "instance of one"
         )
-    if type(KINDS.get(kind.name, kind)) is not type(kind):
+    if type(RESULT_KINDS.get(kind.name, kind)) is not type(kind):
         raise DataError(f"evaluation kind {name} has the name {kind.name!r} of one of dualenc's kinds: rename it")
     return kind
 

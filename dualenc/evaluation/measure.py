@@ -3,12 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from dualenc.evaluation.base import Evaluated
+from dualenc.evaluation.base import Evaluated, ResultKind
 from dualenc.evaluation.embed import EmbeddingCache, Track
-from dualenc.evaluation.kinds import OpenSet
 from dualenc.evaluation.results import origin, with_origin
 from dualenc.evaluation.table import ResultTable
-from dualenc.inference.embedder import Embedder
 from dualenc.report import verdict
 from dualenc.utils.errors import DataError
 
@@ -21,8 +19,8 @@ class MeasuredSet(NamedTuple):
 
 
 def measure(
-    embedder: Embedder,
-    sets: Sequence[OpenSet],
+    embedder: Any,
+    sets: Sequence[tuple[ResultKind, Any]],
     *,
     table: ResultTable | None = None,
     again: bool = False,
@@ -34,7 +32,7 @@ def measure(
     """Measure a model on sets, one after the other; a table is given each result before the next set begins.
 
     Args:
-        embedder: model.
+        embedder: model, as `ResultKind.load` of the sets' kinds returns it.
         sets: evaluation sets with their kinds.
         table: table that is given the results; what it holds is not measured, but read from it.
         again: measure what the table holds, too; the table keeps its rows.

@@ -10,7 +10,7 @@ from dualenc.report import Points
 POINTS = 2000  # points of a map, at most
 
 
-def points(x: Tensor, label: Tensor, names: Sequence[str], owner: Tensor | None = None) -> Points:
+def points(x: Tensor, label: Tensor, names: Sequence[str], owner: Tensor | None = None, unit: str = "images") -> Points:
     """Project embeddings, or a random sample of them, onto their first two principal components.
 
     Args:
@@ -19,8 +19,9 @@ def points(x: Tensor, label: Tensor, names: Sequence[str], owner: Tensor | None 
         names: names of the labels.
         owner: (T,) image of each caption, if `x` holds images followed by T captions: the sample is then of images,
             each with its first caption.
+        unit: what the embeddings are of, in the plural.
     """
-    pairs, note = None, "images"
+    pairs, note = None, unit
     if owner is None:
         chosen = _sample(len(x), POINTS)
     else:

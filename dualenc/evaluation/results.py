@@ -5,35 +5,57 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualenc.data import BenchmarkSet
-from dualenc.data.eval_sets.class_texts import NAMED
-from dualenc.evaluation.base import Evaluated, EvaluationKind, SavedResult
-from dualenc.evaluation.kinds import KINDS
+from dualenc.evaluation.base import Evaluated, ResultKind, SavedResult
+from dualenc.evaluation.kinds import RESULT_KINDS
 from dualenc.report import Comparison, verdict_on_two
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import atomic_write, write_json
-from dualenc.utils.urls import is_remote, shown
+from dualenc.utils.urls import is_remote
 
 ITEMS = ".items.safetensors"
 REPORT = "report.html"
 
 
-def place(kind: EvaluationKind, data: BenchmarkSet, model: str) -> dict[str, Any]:
+class Data(Protocol):
+    """Data that a model is measured on."""
+
+    @property
+    def name(self) -> str:
+        """The name of the data in results."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """The file, folder or URL."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """The name of the split."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content."""
+        ...
+
+
+def place(kind: ResultKind, data: Data, model: str) -> dict[str, Any]:
     """Return the entries of a result that say where it comes from, by names and paths.
 
     Args:
-        kind: evaluation kind.
-        data: evaluation set.
+        kind: what is measured.
+        data: data that it is measured on.
         model: name of the model.
     """
-    given = _given(data)
+    given = kind.options(data)
     return {
         "dataset": data.name,
         "kind": kind.name,
@@ -44,12 +66,12 @@ def place(kind: EvaluationKind, data: BenchmarkSet, model: str) -> dict[str, Any
     }
 
 
-def origin(kind: EvaluationKind, data: BenchmarkSet, model: str, fingerprint: str) -> dict[str, Any]:
+def origin(kind: ResultKind, data: Data, model: str, fingerprint: str) -> dict[str, Any]:
     """Return the entries of a result that say what was measured, by names and by fingerprints of the content.
 
     Args:
-        kind: evaluation kind.
-        data: evaluation set.
+        kind: what is measured.
+        data: data that it is measured on.
         model: name of the model.
         fingerprint: fingerprint of the model, since its name may later belong to another model.
     """
@@ -132,15 +154,6 @@ def _described(entries: Mapping[str, Any]) -> str:
     return f"{named}, {entries['options'] or 'without options'}"
 
 
-def _given(data: BenchmarkSet) -> dict[str, str]:
-    """Return the options by which a set can be opened again, with whole paths and without the secrets of URLs."""
-    files = {"classnames", "images", "templates"}
-    return {
-        name: os.path.abspath(value) if name in files and not is_remote(value) and value not in NAMED else shown(value)
-        for name, value in data.options.given().items()
-    }
-
-
 def read_results(path: str | os.PathLike[str]) -> dict[tuple[str, str], SavedResult]:
     """Read all results of a folder, or of one file, by kind and data set.
 
@@ -175,14 +188,14 @@ def read_results(path: str | os.PathLike[str]) -> dict[tuple[str, str], SavedRes
 
 
 def compare(
-    first: str | os.PathLike[str], second: str | os.PathLike[str], kinds: Sequence[EvaluationKind] = ()
+    first: str | os.PathLike[str], second: str | os.PathLike[str], kinds: Sequence[ResultKind] = ()
 ) -> list[Comparison]:
     """Compare two results on the same items: differences of the metrics with paired bootstrap intervals.
 
     Args:
         first: folder that an evaluation wrote by `--out`, or one `.json` in it.
         second: another one, of another model or other prompts.
-        kinds: evaluation kinds of the results besides `KINDS`.
+        kinds: evaluation kinds of the results besides `RESULT_KINDS`.
 
     Returns:
         A comparison for each set that both measured. Its `result` holds `dataset`, `kind`, `n`, `complete`, `problems`,
@@ -193,7 +206,7 @@ def compare(
     Raises:
         DataError: If they have no set in common, its items differ, or its kind is unknown.
     """
-    known = {**KINDS, **{kind.name: kind for kind in kinds}}
+    known = {**RESULT_KINDS, **{kind.name: kind for kind in kinds}}
     one, other = read_results(first), read_results(second)
     common = [key for key in one if key in other]
     if not common:
@@ -215,7 +228,7 @@ def compare(
     return found
 
 
-def _comparison(kind: EvaluationKind, first: SavedResult, second: SavedResult) -> Comparison:
+def _comparison(kind: ResultKind, first: SavedResult, second: SavedResult) -> Comparison:
     here, there = (kind.metrics_of_items(saved.items) for saved in (first, second))
     before, after = here.values(), there.values()
     both = [first.result, second.result]

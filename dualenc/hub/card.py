@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dualenc.evaluation import KINDS
+from dualenc.evaluation import RESULT_KINDS
 from dualenc.interop.export_format import IMAGES_AND_TEXTS, ExportFormat
 from dualenc.report.card import Card, ModelSource, Published, render_card
 from dualenc.utils.errors import ModelError
@@ -272,7 +272,7 @@ def _results(one: SetResult) -> list[dict[str, Any]]:
 
 def _task(kind: str) -> tuple[str, str]:
     """Return the hub's name and the plain name of what an evaluation kind measures; of an unknown kind its own name."""
-    known = KINDS.get(kind)
+    known = RESULT_KINDS.get(kind)
     return (kind, kind) if known is None else (known.hub_task, known.task_name)
 
 

@@ -12,6 +12,16 @@ from dualenc.metrics.classification import (
     per_class,
     zero_shot_classifier,
 )
+from dualenc.metrics.clusters import cluster_bootstrap, k_means
+from dualenc.metrics.documents import (
+    Found,
+    Judgements,
+    document_bootstrap,
+    document_chance,
+    document_items,
+    find_documents,
+    reranked,
+)
 from dualenc.metrics.probe import Probe, knn_probe, linear_probe
 from dualenc.metrics.ranking import match_ranks, nearest
 from dualenc.metrics.retrieval import (
@@ -39,6 +49,8 @@ from dualenc.metrics.text import (
 __all__ = [
     "Answer",
     "BootstrapMetrics",
+    "Found",
+    "Judgements",
     "Probe",
     "Scores",
     "average_precision",
@@ -47,8 +59,14 @@ __all__ = [
     "choice_metrics",
     "classification_bootstrap",
     "classification_metrics",
+    "cluster_bootstrap",
+    "document_bootstrap",
+    "document_chance",
+    "document_items",
+    "find_documents",
     "group_bootstrap",
     "group_metrics",
+    "k_means",
     "knn_probe",
     "label_bootstrap",
     "label_metrics",
@@ -64,6 +82,7 @@ __all__ = [
     "pseudo_perplexity",
     "recall_at",
     "replaced_metrics",
+    "reranked",
     "retrieval_answers",
     "retrieval_bootstrap",
     "retrieval_metrics",

@@ -2,6 +2,7 @@
 
 from dualenc.report.comparison import Ranked, TwoAnswers, TwoRankings
 from dualenc.report.doctor import print_examination, write_examination
+from dualenc.report.documents import AnsweredQuery, Documents
 from dualenc.report.findings import Answers, ChoiceScores, Classes, Labels
 from dualenc.report.html import write_comparison, write_report
 from dualenc.report.model import Comparison, Description, Findings, Points, Result, Section
@@ -9,11 +10,13 @@ from dualenc.report.terminal import print_comparison, print_table
 from dualenc.report.verdict import verdict, verdict_on_two
 
 __all__ = [
+    "AnsweredQuery",
     "Answers",
     "ChoiceScores",
     "Classes",
     "Comparison",
     "Description",
+    "Documents",
     "Findings",
     "Labels",
     "Points",

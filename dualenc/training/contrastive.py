@@ -305,8 +305,10 @@ class ContrastiveTask(Task):
         parts = {**dataclasses.asdict(self.model.config), "preprocess": dataclasses.asdict(self.preprocess)}
         return {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
 
+    embeds_texts = True
+
     def embedder(self) -> Embedder:
-        """Return the model with its present weights, for evaluation or saving."""
+        """See `Task.embedder`."""
         tokenizer = self.trainer.datamodule.tokenizer
         return Embedder(self.model, tokenizer, self.preprocess, name=str(self.trainer.default_root_dir))
 

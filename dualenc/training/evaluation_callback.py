@@ -1,6 +1,6 @@
 """Evaluation sets during training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dualenc.data.eval_sets.base import NO_OPTIONS, SetOptions
-from dualenc.evaluation import SetEmbedder, SetEmbeddings, find_kind, open_sets
+from dualenc.data.eval_sets.beir import DocumentSet, is_document_folder, open_documents
+from dualenc.evaluation import DocumentRetrieval, SetEmbedder, SetEmbeddings, find_kind, open_sets
 from dualenc.evaluation.kinds import OpenSet
+from dualenc.inference.text_tower import TextTower
+from dualenc.metrics.documents import METRICS
 from dualenc.report import Section
 from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.ema import averaged
@@ -23,55 +26,26 @@ from dualenc.utils.text import did_you_mean
 DEFAULT_MONITOR = "val/mrr"
 
 
-class Evaluation(Callback):
-    """Measurement of evaluation sets during training.
+class Measurement(Callback):
+    """Base of the measurement of evaluation sets and documents on a schedule.
 
     Args:
-        data: evaluation sets: folders, plain shards, tables, URLs, or names of `dualenc sets`.
-        every_n_epochs: measure at the end of every N-th epoch; 0 for never.
-        every_n_steps: measure after every N-th step, too; 0 for never.
-        workers: number of worker processes per rank that decode images.
-        at_start: measure before the first step, too: the metrics of a pretrained model.
-        kind: evaluation kind of all sets: a key of `dualenc.evaluation.KINDS`, or the import path of a subclass of
-            `dualenc.evaluation.EvaluationKind`; None for the kind of each set.
-        options: class names, templates, captions and images, where the sets do not say them.
-
-    The metrics equal those of `dualenc evaluate`, logged as `SET/METRIC`. Each rank embeds its share of the images and
-    texts of a set. Missing or unreadable parts of a set are reported once. `dualenc validate` and `test` measure the
-    sets besides the held-out pairs.
+        every_n_epochs: see `Evaluation`.
+        every_n_steps: see `Evaluation`.
+        workers: see `Evaluation`.
+        at_start: see `Evaluation`.
     """
 
     def __init__(
-        self,
-        data: Sequence[str],
-        every_n_epochs: int = 1,
-        every_n_steps: int = 0,
-        workers: int = 0,
-        at_start: bool = False,
-        kind: str | None = None,
-        options: SetOptions = NO_OPTIONS,
+        self, every_n_epochs: int = 1, every_n_steps: int = 0, workers: int = 0, at_start: bool = False
     ) -> None:
-        self.folders, self.workers, self.at_start, self.kind = list(data), workers, at_start, kind
-        self.options = options
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.workers, self.at_start = workers, at_start
         self.sets: list[OpenSet] = []
+        self.documents: dict[str, DocumentSet] = {}  # by the beginning of the names of their metrics
         self.sections: list[Section] = []  # sections of the last measurement, on the first rank
         self._measured = False  # if this process has measured
         self._reported: set[str] = set()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the sets, so that a wrong one stops the run before it begins."""
-        if not isinstance(pl_module, ContrastiveTask):
-            raise DataError(
-                f"Evaluation needs a model of images and texts: remove it from trainer.callbacks, since the model is a "
-                f"{type(pl_module).__name__}"
-            )
-        kinds = None if self.kind is None else [find_kind(self.kind)]
-        self.sets = open_sets(self.folders, kinds, options=self.options)
-        if taken := {"train", "val", "test"} & self._names():
-            raise DataError(
-                f"evaluation set {taken.pop()!r} has the name of a group of the run's metrics: rename its folder"
-            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before the first step, if `at_start` is set."""
@@ -100,39 +74,42 @@ class Evaluation(Callback):
         """Measure."""
         self._measure(trainer, pl_module)
 
-    def metric_names(self, pl_module: ContrastiveTask, monitor: str) -> list[str]:
+    def metric_names(self, pl_module: Task, monitor: str) -> list[str]:
         """Return the names of the metrics, for the set that the monitored metric belongs to, or else for all sets."""
         by_epochs = bool(self.every_n_epochs) and _comes(self.every_n_epochs, pl_module.trainer)
         if not (by_epochs or self.every_n_steps or self.at_start):
             return []
-        own = [one for one in self.sets if monitor.startswith(f"{one.data.name}/")]
-        embedder = pl_module.embedder()
-        return [f"{data.name}/{x}" for kind, data in own or self.sets for x in kind.metric_names(data, embedder)]
+        names = [f"{name}/{metric}" for name in self.documents for metric in METRICS]
+        if self.sets:
+            own = [one for one in self.sets if monitor.startswith(f"{one.data.name}/")]
+            embedder = pl_module.embedder()
+            names += [f"{data.name}/{x}" for kind, data in own or self.sets for x in kind.metric_names(data, embedder)]
+        return names
 
     def complete(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure for the report, if the run measured before it was stopped and not since."""
-        assert isinstance(pl_module, ContrastiveTask)
+        assert isinstance(pl_module, Task)
         measured = {name.rpartition("/")[0] for name in trainer.callback_metrics}
         if not self._measured and measured & self._names():
             with averaged(trainer), _unsharded(pl_module):
                 self._metrics(trainer, pl_module)
 
     def _names(self) -> set[str]:
-        return {data.name for _, data in self.sets}
+        return {data.name for _, data in self.sets} | set(self.documents)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, ContrastiveTask)  # `setup` has checked it.
+        assert isinstance(pl_module, Task)  # `setup` has checked it.
         pl_module.pause_clock()
         with averaged(trainer), _unsharded(pl_module):
             metrics = self._metrics(trainer, pl_module)
         pl_module.publish(trainer.strategy.broadcast(metrics), printed=primary_metrics(self.sections))
         pl_module.start_clock()
 
-    def _metrics(self, trainer: Trainer, pl_module: ContrastiveTask) -> dict[str, float]:
+    def _metrics(self, trainer: Trainer, pl_module: Task) -> dict[str, float]:
         embedder = pl_module.embedder()
         rank, world = trainer.global_rank, trainer.world_size
         share = SetEmbedder(embedder, self.workers, rank=rank, world=world)
-        sections, error = [], ""
+        sections, error = {}, ""
         for kind, data in self.sets:
             embedded: SetEmbeddings | None = None
             try:
@@ -144,22 +121,102 @@ class Evaluation(Callback):
             whole = SetEmbeddings.join(all_gather_object(embedded, world))
             if trainer.is_global_zero:
                 try:
-                    sections.append(kind.evaluated(data, whole, embedder).section)
+                    sections[data.name] = kind.evaluated(data, whole, embedder).section
                 except (ValueError, OSError) as raised:
                     error = f"{data.name}: {raised}"
             raise_together(error, world)
-        self.sections, self._measured = sections, True
-        for result in (section.result for section in sections):
+        if self.documents and trainer.is_global_zero:
+            try:
+                for name, data in self.documents.items():
+                    sections[name] = DocumentRetrieval().evaluate(TextTower(embedder), data).section
+            except (ValueError, OSError) as raised:
+                error = str(raised)
+        raise_together(error, world)
+        self.sections, self._measured = list(sections.values()), True
+        for result in (section.result for section in self.sections):
             for problem in result["problems"]:
                 line = f"{result['dataset']} is not complete: {problem['what']}: {problem['count']}, such as "
                 if line not in self._reported:  # One report per run suffices.
                     self._reported.add(line)
                     rank_zero_print(line + problem["names"][0])
         return {
-            f"{section.result['dataset']}/{name}": value
-            for section in sections
+            f"{start}/{name}": value
+            for start, section in sections.items()
             for name, value in section.result["metrics"].items()
         }
+
+
+class Evaluation(Measurement):
+    """Measurement of evaluation sets during training.
+
+    Args:
+        data: evaluation sets: folders, plain shards, tables, URLs, or names of `dualenc sets`; or folders of documents
+            (see `dualenc retrieval`), which a text model measures, too.
+        every_n_epochs: measure at the end of every N-th epoch; 0 for never.
+        every_n_steps: measure after every N-th step, too; 0 for never.
+        workers: number of worker processes per rank that decode images.
+        at_start: measure before the first step, too: the metrics of a pretrained model.
+        kind: evaluation kind of all sets: a key of `dualenc.evaluation.KINDS`, or the import path of a subclass of
+            `dualenc.evaluation.EvaluationKind`; None for the kind of each set.
+        options: class names, templates, captions and images, where the sets do not say them.
+
+    The metrics equal those of `dualenc evaluate`, logged as `SET/METRIC`. Each rank embeds its share of the images and
+    texts of a set; the first rank embeds documents. Missing or unreadable parts of a set are reported once. `dualenc
+    validate` and `test` measure the sets besides the held-out pairs.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[str],
+        every_n_epochs: int = 1,
+        every_n_steps: int = 0,
+        workers: int = 0,
+        at_start: bool = False,
+        kind: str | None = None,
+        options: SetOptions = NO_OPTIONS,
+    ) -> None:
+        super().__init__(every_n_epochs, every_n_steps, workers, at_start)
+        self.folders, self.kind, self.options = list(data), kind, options
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the sets, so that a wrong one stops the run before it begins."""
+        folders = [path for path in self.folders if is_document_folder(path)]
+        self.documents = {one.name: one for one in map(open_documents, folders)}
+        if len(self.documents) < len(folders):
+            raise DataError(f"two folders of documents have one name, among {', '.join(folders)}: rename one")
+        images = [path for path in self.folders if not is_document_folder(path)]
+        if images and not isinstance(pl_module, ContrastiveTask):
+            raise DataError(
+                f"Evaluation of {images[0]} needs a model of images and texts: remove it from trainer.callbacks, since "
+                f"the model is a {type(pl_module).__name__}"
+            )
+        if self.documents and (not isinstance(pl_module, Task) or not pl_module.embeds_texts):
+            raise DataError(
+                f"Evaluation of documents needs a model with an embedding head, or of images and texts: the model is a "
+                f"{type(pl_module).__name__} without one"
+            )
+        kinds = None if self.kind is None else [find_kind(self.kind)]
+        self.sets = open_sets(images, kinds, options=self.options)
+        if taken := {"train", "val", "test"} & self._names():
+            raise DataError(
+                f"evaluation set {taken.pop()!r} has the name of a group of the run's metrics: rename its folder"
+            )
+
+
+class HeldOutDocuments(Measurement):
+    """Measurement of the folders of documents that `data.val` names for heads, logged as `val/HEAD/METRIC`.
+
+    Args:
+        folders: folder by head.
+    """
+
+    def __init__(self, folders: Mapping[str, str]) -> None:
+        super().__init__()
+        self.folders = folders
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the folders, so that a wrong one stops the run before it begins."""
+        self.documents = {f"val/{head}": open_documents(folder) for head, folder in self.folders.items()}
 
 
 def check_monitor(monitor: str | None, trainer: Trainer, task: Task) -> None:
@@ -180,7 +237,7 @@ def check_monitor(monitor: str | None, trainer: Trainer, task: Task) -> None:
         return
     names = list(own)
     for callback in callbacks:
-        if isinstance(callback, Evaluation) and isinstance(task, ContrastiveTask):
+        if isinstance(callback, Measurement):
             names += callback.metric_names(task, monitor)
     if monitor in names or (monitor == DEFAULT_MONITOR and not names):
         return

@@ -26,7 +26,7 @@ from dualenc.training.checkpoint import (
 )
 from dualenc.training.csv_logger import MetricsFile, truncate_log
 from dualenc.training.ema import averaged
-from dualenc.training.evaluation_callback import DEFAULT_MONITOR, Evaluation, check_monitor
+from dualenc.training.evaluation_callback import DEFAULT_MONITOR, Measurement, check_monitor
 from dualenc.training.lightning_internals import (
     continue_at_next_epoch,
     disable_child_observer,
@@ -317,7 +317,7 @@ class RunDirectory(Checkpoint):
             RunError: If `last/` cannot be written.
         """
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Evaluation):
+            if isinstance(callback, Measurement):
                 callback.complete(trainer, pl_module)
         assert isinstance(pl_module, Task)
         failed = self._save_last(trainer, pl_module)

@@ -20,7 +20,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from dualenc.report import write_report
-from dualenc.training.evaluation_callback import Evaluation
+from dualenc.training.evaluation_callback import Measurement
 from dualenc.training.task import Task
 from dualenc.utils.files import write_json, write_text
 from dualenc.utils.text import millions
@@ -104,7 +104,7 @@ def write_run_report(root: Path, trainer: Trainer, task: Task) -> None:
     """
     record = json.loads((root / "run.json").read_text("utf-8"))
     sections = [
-        section for callback in trainer.callbacks if isinstance(callback, Evaluation)  # type: ignore[attr-defined]
+        section for callback in trainer.callbacks if isinstance(callback, Measurement)  # type: ignore[attr-defined]
         for section in callback.sections
     ]  # fmt: skip
     sections += task.sections()

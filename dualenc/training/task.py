@@ -400,6 +400,12 @@ class Task(LightningModule):
         """Return facts about the model for the report, by title."""
         return {}
 
+    embeds_texts = False  # if the model embeds texts, for which it has been trained
+
+    def embedder(self) -> Any:
+        """Return the model with its present weights, for evaluation or saving; None for one that does not embed."""
+        return None
+
     def sections(self) -> list[Section]:
         """Return the results of the last validation for the report."""
         return []

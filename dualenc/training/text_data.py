@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dualenc.data import BadSampleLog, Loader
+from dualenc.data.eval_sets.beir import is_document_folder
 from dualenc.data.loading.loader import Mix
 from dualenc.data.text.dataset import TextDataset, Texts, Use, all_labels, all_texts, texts_of
 from dualenc.data.text.files import TextIndex
@@ -34,6 +35,8 @@ class TextSource(TypedDict):
         label: column of the label; default "label" where the head needs one. For "multi_label" a list in a `.jsonl`,
             or labels joined by `|`.
         weight: number of times that an epoch reads the files, which may be a fraction; default 1.
+        negatives: column of further texts that are negatives of all first texts of a batch, for an embedding head
+            whose pairs belong together: a list of texts in a `.jsonl`, or one text. Only training reads it.
     """
 
     files: str | list[str]
@@ -41,6 +44,7 @@ class TextSource(TypedDict):
     pair: NotRequired[str | None]
     label: NotRequired[str]
     weight: NotRequired[float]
+    negatives: NotRequired[str | None]
 
 
 class TextData(TokenData):
@@ -51,7 +55,8 @@ class TextData(TokenData):
         text: architecture of the encoder; the command line takes it from the task.
         heads: configurations of the heads; the command line takes them from the task.
         val: files by head, with the columns of `train` unless they name others; or the share of the training lines that
-            is held out, chosen by a hash of their content; or null for none.
+            is held out, chosen by a hash of their content; or null for none. The files of an embedding head may be a
+            folder of documents, as for `dualenc retrieval`, which is measured after each epoch.
         test: files by head for `test`; null for those of `val`.
         predict: files by head for `predict`; their labels are not read.
         tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one; null for the tokenizer of the task's text
@@ -109,9 +114,11 @@ class TextData(TokenData):
         self.mask, self.whole_words = mask, whole_words
         self.workers, self.timeout, self.bad_samples = workers, timeout, bad_samples
         self.share = float(val) if isinstance(val, float | int) else None
+        files = val if isinstance(val, dict) else train if self.share else {}
+        self.documents = {name: folder for name, one in files.items() if (folder := self._documents(name, one))}
         self.given: dict[Split, Mapping[str, TextSource]] = {
             "train": train,
-            "val": val if isinstance(val, dict) else train if self.share else {},
+            "val": {name: one for name, one in files.items() if name not in self.documents},
             "test": test or {},
             "predict": predict or {},
         }
@@ -123,6 +130,21 @@ class TextData(TokenData):
         self._pieces: dict[Split, dict[str, TextIndex]] = {}  # the same, but plain text in pieces that fit the encoder
         self._joined_index: dict[Split, TextIndex] = {}  # the pieces of all heads, one head after the other
         self._labels: dict[str, list[Any]] = {}
+
+    def _documents(self, name: str, source: TextSource) -> str:
+        """Return the folder of documents that `val` names for a head; empty if it names files.
+
+        Raises:
+            DataError: If the head does not embed texts, or other keys are given.
+        """
+        folder = source["files"]
+        if not isinstance(folder, str) or not is_document_folder(folder):
+            return ""
+        if name not in self.heads or self.heads[name].task != "sentence-similarity":
+            raise DataError(f"data.val.{name}.files {folder} is a folder of documents, which only embedding heads rank")
+        if more := [key for key in source if key != "files"]:
+            raise DataError(f"data.val.{name}.{more[0]} has no use for the folder of documents {folder}: leave it out")
+        return folder
 
     def _use(self, part: Split, name: str, source: TextSource) -> Use:
         """Return how a head uses the lines of a source.
@@ -153,9 +175,16 @@ class TextData(TokenData):
             raise DataError(
                 f"{where}.{given[0]}: the columns that {head.config.kind} heads read have fixed names; leave it out"
             )
+        negatives = columns.get("negatives") if part == "train" else None
+        if source.get("negatives") and part != "train" and source is not self.given["train"].get(name):
+            raise DataError(f"{where}.negatives: only training reads negatives; leave it out")
+        if negatives and not needs.negatives:
+            raise DataError(
+                f"{where}.negatives {negatives!r}: only embedding heads with problem negatives read them; leave it out"
+            )
         labeled = (needs.labels is not None or needs.windows is not None) and part != "predict"
         label = columns.get("label", "label") if labeled else None
-        return Use(name, columns.get("text", "text"), pair, label, needs)
+        return Use(name, columns.get("text", "text"), pair, label, needs, negatives)
 
     # Data
 
@@ -216,6 +245,10 @@ class TextData(TokenData):
         """
         part: Split = "test" if stage == "test" and self.given["test"] else "val" if stage != "predict" else "predict"
         if stage != "fit" and not self.given[part]:
+            if self.documents and part == "val":
+                raise DataError(
+                    f"data.val names documents only: dualenc retrieval measures them, not {stage_name(stage)}"
+                )
             raise DataError(f"data.{part} is null: there is nothing to {stage_name(stage)}")
         parts: list[Split] = ["train", "val"] if stage == "fit" else [part]
         self.tokenizer = self._read_tokenizer()

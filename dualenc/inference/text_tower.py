@@ -1,0 +1,106 @@
+"""Text embedders of any kind: a text model, or the text tower of a dual encoder."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.formats.huggingface.text_checkpoint import CONFIGS, open_text
+from dualenc.formats.model_folder import open_folder, spec_name
+from dualenc.inference.embedder import Embedder, check_spec, load
+from dualenc.inference.text_model import TextPredictor, load_text
+from dualenc.utils.errors import ModelError
+
+
+class TextTower:
+    """Embedder of texts, as the commands use it that measure texts alone.
+
+    Args:
+        source: a text model, or a dual encoder, whose text tower embeds into the space of the images.
+    """
+
+    def __init__(self, source: TextPredictor | Embedder) -> None:
+        self.source = source
+
+    @property
+    def name(self) -> str:
+        """The name of the model."""
+        return self.source.name
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that determines the embeddings."""
+        return self.source.fingerprint
+
+    @property
+    def model(self) -> nn.Module:
+        """The module with the weights."""
+        return self.source.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ModelError: If it is one of open_clip.
+        """
+        if not isinstance(self.source.tokenizer, Tokenizer):
+            raise ModelError(f"{self.name} is a model of open_clip, whose texts cannot be cut into passages: import it")
+        return self.source.tokenizer
+
+    def embed(self, texts: Sequence[str], prompt: str | None = None, dim: int | None = None) -> Tensor:
+        """Embed texts as (N, E) of unit length in fp32, on the CPU.
+
+        Args:
+            texts: N texts.
+            prompt: text to put before each of them; None for the model's own.
+            dim: number of dimensions to keep, the first ones; None for all.
+
+        Raises:
+            ValueError: If the embeddings have fewer dimensions.
+        """
+        prompted = [(prompt or "") + text for text in texts]
+        embed = self.source.embed if isinstance(self.source, TextPredictor) else self.source.embed_texts
+        found = embed(prompted)
+        if dim is None:
+            return found
+        if not 1 <= dim <= found.shape[1]:
+            raise ValueError(f"dim {dim} must lie between 1 and the {found.shape[1]} dimensions of {self.name}")
+        return F.normalize(found[:, :dim], dim=-1)
+
+
+def load_text_tower(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> TextTower:
+    """Load an embedder of texts.
+
+    Args:
+        spec: a spec of `dualenc.load_text`, or of `dualenc.load` for the text tower of a dual encoder.
+        device: device of the weights; None for CUDA where it is available, else the CPU.
+
+    Raises:
+        ModelError: If the model cannot be read.
+    """
+    return TextTower(load(spec, device) if _is_dual(spec) else load_text(spec, device))
+
+
+def check_text_tower(spec: str | os.PathLike[str]) -> None:
+    """Refuse a spec of `load_text_tower` before the weights are read.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+    if _is_dual(spec):
+        check_spec(spec)
+    else:
+        open_text(spec)
+
+
+def _is_dual(spec: str | os.PathLike[str]) -> bool:
+    """Return whether a spec names a dual encoder."""
+    name = spec_name(spec)
+    return (
+        name.startswith("open_clip:")
+        or open_folder(name, CONFIGS).first("text_model", "dual_encoder") == "dual_encoder"
+    )
