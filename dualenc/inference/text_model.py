@@ -21,7 +21,7 @@ from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import fingerprint, parameters_of
 from dualenc.inference.embedding import described_vectors, embedding_dim, facts_of_embedding, prompt_text
-from dualenc.models.heads import HeadConfig, TextModel
+from dualenc.models.heads import Examples, HeadConfig, TextModel
 from dualenc.models.heads.vectors import shortened
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
@@ -117,7 +117,8 @@ class TextPredictor:
         out: list[dict[str, Any]] = [{} for _ in texts]
         with evaluating(self.model):
             for part, tokens in self._batches(texts, batch_size):
-                for i, answer in zip(part, kind.answers(self.model(tokens, name)), strict=True):
+                examples = Examples(self.model(tokens, name), None, len(part))
+                for i, answer in zip(part, kind.answers(examples), strict=True):
                     out[i] = answer
         return out
 

@@ -285,8 +285,8 @@ class TextTask(LanguageTask):
         sums: dict[str, tuple[Tensor, int]] = {}
         for name, head in self.kinds.items():
             if name in batch.parts:
-                logits, labels, number = self._examples(name, hidden, batch)
-                sums[name] = head.loss(logits, labels, group), number
+                examples = self._examples(name, hidden, batch)
+                sums[name] = head.loss(examples.logits, examples.labels, group), examples.number
             else:  # The sums over the ranks must have every head on every rank.
                 sums[name] = hidden.new_zeros((), dtype=torch.float32), 0
         numbers = torch.tensor([float(number) for _, number in sums.values()], device=hidden.device)
@@ -301,10 +301,11 @@ class TextTask(LanguageTask):
 
     def _examples(self, name: str, hidden: Tensor, batch: Texts) -> Examples:
         """Return logits and labels of a head that has samples in the batch."""
-        head = self.kinds[name]
+        head, part = self.kinds[name], batch.parts[name]
         positions = batch.masked.masked_positions if head.masking is not None and batch.masked is not None else None
+        positions = positions if part.windows is None else part.windows.tokens
         logits = self.model.head(name, hidden, batch.tokens, positions)
-        return head.examples(logits, batch, batch.parts[name])
+        return head.examples(logits, batch, part)
 
     def observe(self, batch: Texts) -> dict[str, Any]:
         """Return what the heads keep, each with the rows of its samples; see `LanguageTask.observe`."""
@@ -383,7 +384,7 @@ class TextTask(LanguageTask):
         hidden, index = self._hidden(batch), self.trainer.datamodule.predict_index
         lines: dict[int, dict[str, Any]] = {}
         for name, part in batch.parts.items():
-            found = self.kinds[name].answers(self._examples(name, hidden, batch).logits)
+            found = self.kinds[name].answers(self._examples(name, hidden, batch))
             for row, answer in zip(batch.rows[part.texts.cpu()].tolist(), found, strict=True):
                 lines[row] = {"head": name, **answer}
         about = {row: {"file": index[row].shard, "line": index[row].key} for row in lines}

@@ -148,7 +148,12 @@ class TextData(TokenData):
             raise DataError(f"{where} has no pair: name the column of the second text, {where}.pair")
         if needs.pairs == "none" and pair is not None:
             raise DataError(f"{where}.pair {pair!r}: {head.config.kind} heads read single texts; leave it out")
-        label = columns.get("label", "label") if needs.labels is not None and part != "predict" else None
+        if needs.windows is not None and (given := [key for key in ("text", "pair", "label") if columns.get(key)]):
+            raise DataError(
+                f"{where}.{given[0]}: the columns that {head.config.kind} heads read have fixed names; leave it out"
+            )
+        labeled = (needs.labels is not None or needs.windows is not None) and part != "predict"
+        label = columns.get("label", "label") if labeled else None
         return Use(name, columns.get("text", "text"), pair, label, needs)
 
     # Data
@@ -287,7 +292,9 @@ class TextData(TokenData):
         """Read all labels of a split, so that a bad label raises before training starts."""
         for name, index in self._raw[part].items():
             use = self.uses[part][name]
-            if use.label is not None:
+            if use.label is not None and use.needs.windows is not None:
+                use.needs.windows.check(index, name)
+            elif use.label is not None:
                 labels = all_labels(index, use)
                 if part == "train":
                     self._labels[name] = labels

@@ -51,8 +51,8 @@ class Ordinal(Head):
         loss = float(self.loss(logits, labels)) / len(labels)
         return Measured({"accuracy": float(right.double().mean()), "loss": loss}, {}, chance, len(labels))
 
-    def answers(self, logits):
-        return [{"label": self.config.labels[int(row)], "rank": int(row)} for row in (logits > 0).sum(1)]
+    def answers(self, examples):
+        return [{"label": self.config.labels[int(row)], "rank": int(row)} for row in (examples.logits > 0).sum(1)]
 '''
 LABELS = ["poor", "fair", "good"]
 

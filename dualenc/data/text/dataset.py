@@ -15,6 +15,7 @@ from dualenc.data.text.files import Line, TextIndex
 from dualenc.data.text.labels import Label, LabelReader
 from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.data.text.windows import Windowed, WindowReader, Windows
 from dualenc.tokens import Tokens
 from dualenc.utils.decoding import text_problem
 from dualenc.utils.errors import BadSample, DataError
@@ -28,7 +29,9 @@ class Part(NamedTuple):
     # (b,) int64, index of each sample's text in the batch, in the caller's order; `Texts.rows[texts]` are their rows.
     texts: Tensor
     others: Tensor | None  # (b,) int64, index of each second text, where the head reads the texts of a pair apart
-    labels: Tensor | None  # (b, ...) of the dtype of the head's `LabelReader`; None for a head without labels
+    # (b, ...) of the dtype of the head's `LabelReader`, or (t, ...) of t judged tokens; None for a head without labels
+    labels: Tensor | None
+    windows: Windows | None = None  # where the head judges tokens; `texts` has the first window of each sample
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Part":
         """Return a copy on another device."""
@@ -37,7 +40,7 @@ class Part(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Batch of B samples: their texts, followed by the second texts of pairs that are read apart.
+    """Batch of B samples: their texts, followed by the second texts of pairs that are read apart and further windows.
 
     So text i belongs to sample i for i < B.
     """
@@ -68,12 +71,14 @@ class Needs:
         masking: of the tokens that are chosen to be guessed, the share that the mask token replaces and the share that
             a random token replaces, see `Masking`; None for a head that reads all tokens.
         meaning: kind, problem and labels of the head, which a resumed run must have again.
+        windows: reader of the lines for a head that judges tokens, in place of `labels` and `pairs`.
     """
 
     labels: LabelReader | None = None
     pairs: Pairs = "joined"
     masking: tuple[float, float] | None = None
     meaning: tuple[str, str, tuple[str, ...]] = ("", "", ())
+    windows: WindowReader | None = None
 
 
 class Use(NamedTuple):
@@ -95,7 +100,9 @@ class Use(NamedTuple):
 
     @property
     def columns(self) -> list[str]:
-        """The columns that are read."""
+        """The columns that are read, which a reader of windows checks itself."""
+        if self.needs.windows is not None:
+            return []
         return [name for name in (self.text, self.pair, self.label) if name is not None]
 
 
@@ -108,7 +115,7 @@ class LabeledText(NamedTuple):
 
 
 def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) -> list[str]:
-    """Return the text of a line, or both texts of a pair.
+    """Return the text of a line, or both texts of a pair, or those of a reader of windows.
 
     Args:
         sample: the line.
@@ -118,6 +125,8 @@ def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) ->
     Raises:
         BadSample: If a text is missing, empty, not a string, not UTF-8, or has NULs.
     """
+    if (reader := use.needs.windows) is not None:
+        return reader.texts(reader.read(sample, False))
     fields = sample.read() if fields is None else fields
     found = []
     for name in (use.text, use.pair):
@@ -240,7 +249,9 @@ class TextDataset(Dataset[Texts]):
         lines = np.cumsum([0, *index.counts()])
         files = np.cumsum([0, *(number for number, _ in uses)])
         self._bounds = lines[files]  # (U+1,) first line of each source
-        self._segments = any(use.needs.pairs == "joined" and use.pair is not None for _, use in uses)
+        self._segments = any(
+            use.needs.windows is not None or (use.needs.pairs == "joined" and use.pair is not None) for _, use in uses
+        )
 
     def _source(self, row: int) -> int:
         return int(np.searchsorted(self._bounds, row, side="right")) - 1
@@ -250,8 +261,11 @@ class TextDataset(Dataset[Texts]):
         source = self._source(row)
         return int(self._bounds[source]), int(self._bounds[source + 1])
 
-    def _read(self, row: int, sample: Line) -> LabeledText:
+    def _read(self, row: int, sample: Line) -> Any:
+        """Return the content of a line: a `LabeledText`, or what the head's reader of windows returns."""
         use = self.uses[self._source(row)][1]
+        if use.needs.windows is not None:
+            return use.needs.windows.read(sample, use.label is not None)
         fields = sample.read()
         text, *other = texts_of(sample, use, fields)
         return LabeledText(text, other[0] if other else None, label_of(sample, use, fields))
@@ -263,7 +277,7 @@ class TextDataset(Dataset[Texts]):
             DataError: If too many consecutive samples are bad.
         """
         epoch, position, rows = request
-        items: list[LabeledText] = []
+        items: list[Any] = []
         used: list[int] = []
         bad: list[BadRecord] = []
         for row in rows.tolist():
@@ -271,50 +285,24 @@ class TextDataset(Dataset[Texts]):
             items.append(item)
             used.append(number)
         uses = [self.uses[self._source(row)][1] for row in rows.tolist()]
-        paired = {
-            how: [i for i, use in enumerate(uses) if use.needs.pairs == how and items[i].other is not None]
-            for how in ("joined", "apart")
-        }
-        second = {i: len(items) + number for number, i in enumerate(paired["apart"])}
         guessing = [i for i, use in enumerate(uses) if use.needs.masking is not None and used[i] >= 0]
         hidden = guessing if self.masking is not None else []
-        tokens, words = self._tokens(items, paired["joined"], paired["apart"], hidden if self.whole_words else [])
+        texts = BatchTexts(self.tokenizer, items, uses, hidden if self.whole_words else [])
+        tokens = Tokens.pack(texts.ids, texts.types if self._segments else None)
         masked = None
         if hidden:
             assert self.masking is not None
             # In training the draws depend on the place in the epoch, so that each epoch masks others; else on the line.
             numbers = {i: position + i if self.seed is not None else used[i] for i in hidden}
             key = (0,) if self.seed is None else (self.seed, epoch)
-            masked = self.masking(tokens, key, numbers=numbers, words=words if self.whole_words else None)
+            masked = self.masking(tokens, key, numbers=numbers, words=texts.words if self.whole_words else None)
         parts = {}
         for head, use in {use.head: use for use in uses}.items():
             own = [i for i, one in enumerate(uses) if one.head == head and used[i] >= 0]
             if own:
-                parts[head] = _part(own, second, [items[i].label for i in own], use)
+                parts[head] = texts.part(own, use, tokens)
         self.current_sample.finish()
         return Texts(tokens, torch.tensor(used), parts, masked, bad)
-
-    def _tokens(
-        self, items: list[LabeledText], joined: list[int], apart: list[int], whole: list[int]
-    ) -> tuple[Tokens, dict[int, list[int]]]:
-        """Tokenize the texts of a batch; return also the word of each token for the texts in `whole`."""
-        texts: list[list[int]] = [[]] * (len(items) + len(apart))
-        types: dict[int, list[int]] = {}
-        words: dict[int, list[int]] = {}
-        if joined:
-            for i, ids, segments in zip(
-                joined, *self.tokenizer.encode_pairs([(items[i].text, items[i].other or "") for i in joined])
-            ):
-                texts[i], types[i] = ids, segments
-        if whole:
-            for i, ids, numbers in zip(whole, *self.tokenizer.encode_words([items[i].text for i in whole])):
-                texts[i], words[i] = ids, numbers
-        left = [i for i in range(len(items)) if i not in types and i not in words]
-        strings = [items[i].text for i in left] + [items[i].other or "" for i in apart]
-        for i, ids in zip([*left, *range(len(items), len(texts))], self.tokenizer.encode(strings)):
-            texts[i] = ids
-        segments = [types.get(i, [0] * len(ids)) for i, ids in enumerate(texts)] if self._segments else None
-        return Tokens.pack(texts, segments), words
 
     def sample_bytes(self) -> int:
         """See `BatchDataset.sample_bytes`."""
@@ -326,6 +314,7 @@ class TextDataset(Dataset[Texts]):
         return {
             "columns": [[use.head, use.text, use.pair, use.label] for _, use in self.uses],
             "labels": [[kind, problem, list(labels)] for kind, problem, labels in meanings],
+            "windows": [use.needs.windows and use.needs.windows.facts for _, use in self.uses],
             "tokenizer": self.tokenizer.fingerprint,
             "fingerprint": self.index.fingerprint,
             "mask": self.masking.share if self.masking else None,
@@ -333,9 +322,81 @@ class TextDataset(Dataset[Texts]):
         }
 
 
-def _part(own: list[int], second: dict[int, int], labels: list[Any], use: Use) -> Part:
-    others = torch.tensor([second[i] for i in own]) if own[0] in second else None
-    found = None
-    if use.label is not None and use.needs.labels is not None:
-        found = torch.tensor(labels, dtype=use.needs.labels.dtype)
-    return Part(torch.tensor(own), others, found)
+class BatchTexts:
+    """The tokens of a batch: first one text of each sample, then second texts of pairs, and further windows.
+
+    Args:
+        tokenizer: conversion of texts into ids.
+        items: contents of the B lines, see `TextDataset`.
+        uses: use of each.
+        whole: samples of which the word of each token is needed.
+
+    Attributes:
+        ids: ids of each text.
+        types: segment of each token of each text.
+        words: word of each token, for the texts in `whole`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, items: Sequence[Any], uses: Sequence[Use], whole: Sequence[int]) -> None:
+        self.items = items
+        self.ids: list[list[int]] = [[]] * len(items)
+        self.words: dict[int, list[int]] = {}
+        self._types: dict[int, list[int]] = {}
+        self._second: dict[int, int] = {}  # text of the second text of a pair that is read apart
+        self._windows: dict[int, tuple[Windowed, list[int]]] = {}  # windows of a sample, and the text of each
+        self._add_windows(tokenizer, uses)
+        pairs = [i for i in range(len(items)) if i not in self._windows and items[i].other is not None]
+        if joined := [i for i in pairs if uses[i].needs.pairs == "joined"]:
+            both = tokenizer.encode_pairs([(items[i].text, items[i].other) for i in joined])
+            for i, ids, segments in zip(joined, *both):
+                self.ids[i], self._types[i] = ids, segments
+        if whole:
+            for i, ids, numbers in zip(whole, *tokenizer.encode_words([items[i].text for i in whole])):
+                self.ids[i], self.words[i] = ids, numbers
+        left = [i for i in range(len(items)) if not self.ids[i]]
+        apart = [i for i in pairs if uses[i].needs.pairs == "apart"]
+        self._second = {i: len(self.ids) + number for number, i in enumerate(apart)}
+        self.ids += [[]] * len(apart)
+        strings = [items[i].text for i in left] + [items[i].other for i in apart]
+        for i, ids in zip([*left, *self._second.values()], tokenizer.encode(strings)):
+            self.ids[i] = ids
+
+    def _add_windows(self, tokenizer: Tokenizer, uses: Sequence[Use]) -> None:
+        """Read windows where a head judges tokens: the first one is the sample's text, the others come last."""
+        for head, use in {use.head: use for use in uses}.items():
+            if (reader := use.needs.windows) is None:
+                continue
+            own = [i for i, one in enumerate(uses) if one.head == head]
+            for i, sample in zip(own, reader.windows([self.items[i] for i in own], tokenizer), strict=True):
+                first = len(self.ids)
+                numbers = [i, *range(first, first + len(sample.windows) - 1)]
+                self.ids += [[]] * (len(numbers) - 1)
+                self._windows[i] = sample, numbers
+                for number, window in zip(numbers, sample.windows, strict=True):
+                    self.ids[number] = window.ids
+                    if window.types is not None:
+                        self._types[number] = window.types
+
+    @property
+    def types(self) -> list[list[int]]:
+        """The segment of each token of each text."""
+        return [self._types.get(i, [0] * len(ids)) for i, ids in enumerate(self.ids)]
+
+    def part(self, own: list[int], use: Use, tokens: Tokens) -> Part:
+        """Return the part of a head.
+
+        Args:
+            own: its samples.
+            use: their use.
+            tokens: the batch.
+        """
+        if (reader := use.needs.windows) is not None:
+            samples, texts = zip(*(self._windows[i] for i in own))
+            labels = [label for sample in samples for window in sample.windows for label in window.labels]
+            found = None if use.label is None else torch.tensor(labels, dtype=reader.dtype)
+            return Part(torch.tensor(own), None, found, Windows.locate(samples, texts, tokens))
+        others = torch.tensor([self._second[i] for i in own]) if own[0] in self._second else None
+        found = None
+        if use.label is not None and use.needs.labels is not None:
+            found = torch.tensor([self.items[i].label for i in own], dtype=use.needs.labels.dtype)
+        return Part(torch.tensor(own), others, found)

@@ -6,11 +6,9 @@ that a quoted field may hold line ends. All files are UTF-8, with or without a b
 "\\r\\n". Empty lines are skipped.
 """
 
-import csv
 import hashlib
 import json
 import os
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +21,7 @@ import numpy as np
 
 from dualenc.data.shards.patterns import TEXTS, Patterns, find_files, parts_of, require_all
 from dualenc.data.shards.shard import content_hash, open_cached
+from dualenc.data.text.formats import CHUNK, FORMATS, LONGEST, BadFields, Bounds
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.utils.decoding import TextError, decode_text, is_blank, mark_size
 from dualenc.utils.errors import BadSample, DataError
@@ -30,13 +29,7 @@ from dualenc.utils.files import stand_in
 from dualenc.utils.urls import is_remote, shown
 
 KINDS = TEXTS.endings
-TEXT = "text"  # name of the only column of plain text
-_INVISIBLE_HEADS = (0x7F, 0xC2, 0xCD, 0xD8, 0xE1, 0xE2, 0xE3, 0xEF, 0xF0, 0xF3)  # see `dualenc.utils.decoding.is_blank`
-CHUNK = 1 << 24  # bytes to scan at a time
 AT_ONCE = 256  # lines to tokenize at a time when lines are cut
-LONGEST = 1 << 24  # largest line to read, in bytes
-# Beyond the default limit of 128 KiB the csv module would split a field into records.
-csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +106,7 @@ class Line:
         """Return the fields of the line by column; plain text has one.
 
         Raises:
-            BadSample: If the line is not UTF-8, has NULs, is not a JSON object, is wrongly quoted, has another number
-                of fields than the header, or is larger than `LONGEST`.
+            BadSample: If the line is not UTF-8, has NULs, is larger than `LONGEST`, or is not valid in its format.
             DataError: If the file has been changed or removed.
         """
         size = int(self.source.sizes[self.number])
@@ -125,31 +117,10 @@ class Line:
             text = decode_text(data, part=True)
         except TextError as error:
             raise BadSample(self, f"it {error.cause}", error.detail) from None
-        kind, columns = self.source.kind, self.source.columns
-        if kind == ".txt":
-            return {TEXT: text}
-        if kind == ".jsonl":
-            try:
-                found = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise BadSample(self, "it is not JSON", str(error)) from None
-            if not isinstance(found, dict):
-                raise BadSample(self, "it is not a JSON object")
-            return found
         try:
-            fields = text.split("\t") if kind == ".tsv" else _record(text)
-        except csv.Error as error:
-            raise BadSample(self, "its quotes are not valid in CSV", str(error)) from None
-        if len(fields) != len(columns):
-            raise BadSample(
-                self, "its number of columns differs from the header's", f"{len(fields)}, expected {len(columns)}"
-            )
-        return dict(zip(columns, fields))
-
-
-def _record(text: str) -> list[str]:
-    """Return the fields of one record of a CSV."""
-    return next(csv.reader([text], strict=True), [])
+            return FORMATS[self.source.kind].fields(text, self.source.columns)
+        except BadFields as error:
+            raise BadSample(self, error.cause, error.detail) from None
 
 
 def expand_files(files: Patterns) -> list[str]:
@@ -286,17 +257,13 @@ def _scan(path: str) -> TextFile:
         starts[0] = mark_size(whole[:64].tobytes())
     except TextError as error:
         raise DataError(f"{path} {error}") from None
-    numbers = np.arange(1, len(starts) + 1)
-    if kind == ".csv":
-        starts, stops, numbers = _records(whole, starts, stops)
-    stops = stops - ((stops > starts) & (whole[stops - 1] == 13))
-    full = _full(whole, starts, stops, kind)
-    starts, sizes, numbers = starts[full], (stops - starts)[full], numbers[full]
+    form = FORMATS[kind]
+    starts, stops, numbers = form.samples(whole, Bounds(starts, stops, np.arange(1, len(starts) + 1)))
     if not len(starts):
         raise DataError(f"{path} has only empty lines")
-    columns = _columns(path, kind, whole[starts[0] : starts[0] + sizes[0]].tobytes())
-    file = TextFile(path, status.st_size, status.st_mtime_ns, digest, columns, starts, sizes, numbers)
-    if kind in (".txt", ".jsonl"):
+    columns = form.columns(path, whole[starts[0] : stops[0]].tobytes())
+    file = TextFile(path, status.st_size, status.st_mtime_ns, digest, columns, starts, stops - starts, numbers)
+    if not form.header:
         return file
     if len(starts) == 1:
         raise DataError(f"{path} has a header and no lines")
@@ -313,100 +280,6 @@ def _lines(whole: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
     stops = np.concatenate([*ends, [len(whole)]] if whole[-1] != 10 else ends)
     starts = np.concatenate([[0], stops[:-1] + 1]).astype(np.int64)
     return digest.hexdigest(), starts, stops
-
-
-def _full(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray, kind: str) -> np.ndarray:
-    """Return which lines (L,) hold more than blanks; tabs of a table and records of a CSV are not blanks."""
-    full = stops > starts
-    if kind == ".csv":
-        return full
-    head = whole[np.minimum(starts, len(whole) - 1)]
-    # Invisible characters beyond ASCII begin with one of these bytes of UTF-8. A line of up to 64 bytes may consist of
-    # them.
-    maybe_blank = np.isin(head, _INVISIBLE_HEADS) & (stops - starts <= 64)
-    for i in np.flatnonzero(full & ((head <= 32) | maybe_blank)).tolist():
-        line = whole[starts[i] : stops[i]].tobytes()
-        full[i] = bool(line.strip(b" ")) if kind == ".tsv" else not _is_blank(line)
-    return full
-
-
-def _is_blank(line: bytes) -> bool:
-    """Return whether a line is a text of which nothing is visible."""
-    with suppress(TextError):
-        return is_blank(decode_text(line, part=True))
-    return False
-
-
-def _columns(path: str, kind: str, first: bytes) -> tuple[str, ...]:
-    """Return the columns that the first line of a file names.
-
-    Raises:
-        DataError: If the line cannot be read, or names a column twice.
-    """
-    if kind == ".txt":
-        return (TEXT,)
-    try:
-        text = decode_text(first, part=True)
-    except TextError as error:
-        raise DataError(f"{path}: its first line {error}: convert the file to UTF-8") from None
-    if kind == ".jsonl":
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError):
-            fields = None
-        if not isinstance(fields, dict):
-            raise DataError(f"{path}: every line must be a JSON object, but the first is not")
-        return tuple(fields)
-    try:
-        columns = text.split("\t") if kind == ".tsv" else _record(text)
-    except csv.Error as error:
-        raise DataError(f"{path}: the header cannot be read ({error})") from None
-    if twice := [name for i, name in enumerate(columns) if name in columns[:i]]:
-        raise DataError(f"{path}: two columns are called {twice[0]!r}; its first line must name the columns")
-    return tuple(columns)
-
-
-def _records(whole: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Find the bounds of the records of a CSV, and their line numbers: a quoted field may hold line ends.
-
-    The csv module finds them. It gets each byte as one character, which does no harm, since all characters that
-    have a meaning in CSV are ASCII. A record that it cannot read, such as one whose quotes do not end, is cut to
-    its first line, which is a bad sample when it is read; the next record begins in the next line.
-
-    Args:
-        whole: bytes of the file.
-        starts: (L,) first byte of each line.
-        stops: (L,) end of each line.
-
-    Returns:
-        Starts (R,), stops (R,) and line numbers (R,) of the records.
-    """
-    # Without quotes (34 is the byte of a quote) every line is a record.
-    if not any((whole[at : at + CHUNK] == 34).any() for at in range(0, len(whole), CHUNK)):
-        return starts, stops, np.arange(1, len(starts) + 1)
-    at, line = 0, 0  # number of lines that the reader has taken, and first line of the current record
-
-    def lines() -> Iterator[str]:
-        nonlocal at
-        while at < len(starts):
-            at += 1
-            yield whole[starts[at - 1] : stops[at - 1]].tobytes().decode("latin-1") + "\n"
-
-    first, last = array("q"), array("q")
-    reader = csv.reader(lines(), strict=True)
-    while line < len(starts):
-        try:
-            next(reader)
-        except StopIteration:
-            break
-        except csv.Error:
-            at = line + 1
-            reader = csv.reader(lines(), strict=True)
-        first.append(line)
-        last.append(at - 1)
-        line = at
-    begin = np.frombuffer(first, np.int64)
-    return starts[begin], stops[np.frombuffer(last, np.int64)], begin + 1
 
 
 def _cut(file: TextFile, tokenizer: Tokenizer) -> TextFile:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dualenc.data.text.dataset import Needs, Pairs, Part, Texts
 from dualenc.data.text.labels import LabelReader
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.data.text.windows import WindowReader, Windows
 from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.models.text_encoder import Activation, Pool, TextConfig, TextEncoder
 from dualenc.report import Description, Findings
@@ -30,8 +31,8 @@ class HeadConfig:
     Attributes:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
             "mlm" guesses masked tokens; "rtd" detects replaced tokens (ELECTRA); "classification" gives a text, or a
-            pair of texts, labels or a number; "embedding" compares the vectors of texts; "pooler" is
-            what remains of a pretrained classification head without its labels.
+            pair of texts, labels or a number; "embedding" compares the vectors of texts; "pooler" is what
+            remains of a pretrained classification head without its labels.
         labels: labels of a classification, in the order of its logits; the name of the number of a regression.
         problem: one label a text ("single_label"), any number of labels ("multi_label"), or a number ("regression").
             For "embedding": the other texts of the batch are negatives ("negatives"), or the label is the cosine
@@ -74,11 +75,12 @@ class HeadConfig:
 
 
 class Examples(NamedTuple):
-    """Logits and labels of the n texts, pairs of texts or masked tokens of a batch that belong to one head."""
+    """Logits and labels of the n texts, pairs of texts or tokens of a batch that belong to one head."""
 
     logits: Tensor  # (n, ...); of pairs that are read apart the vectors (2, n, D)
     labels: Tensor | None  # (n, ...)
     number: int  # n
+    windows: Windows | None = None  # of a head that judges tokens: the n tokens, and the samples that they belong to
 
 
 class Measured(NamedTuple):
@@ -179,10 +181,14 @@ class Head(ABC):
     @property
     def needs(self) -> Needs:
         """The data that the head needs."""
-        return Needs(self.label_reader(), self.pairs, self.masking, self.config.meaning)
+        return Needs(self.label_reader(), self.pairs, self.masking, self.config.meaning, self.window_reader())
 
     def label_reader(self) -> LabelReader | None:
         """Return the reader of the labels; None for a head without labels."""
+        return None
+
+    def window_reader(self) -> WindowReader | None:
+        """Return the reader of the lines of a head that judges tokens; None for a head of whole texts."""
         return None
 
     # Layers
@@ -205,7 +211,7 @@ class Head(ABC):
             encoder: encoder of the texts.
             hidden: (N, D) hidden states of the encoder.
             tokens: the texts.
-            positions: (M,) masked positions among the N tokens, for heads that judge tokens; None for all.
+            positions: (M,) the masked or judged tokens among the N, for heads that judge tokens; None for all.
         """
         return module(encoder.pool(hidden, tokens, self.config.pool))
 
@@ -217,6 +223,8 @@ class Head(ABC):
             batch: the batch.
             part: the head's samples in the batch.
         """
+        if part.windows is not None:
+            return Examples(logits, part.labels, len(logits), part.windows)
         return Examples(logits[part.texts], part.labels, len(part.texts))
 
     # Loss, metrics, answers
@@ -260,11 +268,11 @@ class Head(ABC):
         """
         return None
 
-    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
-        """Return a prediction for each of n texts or pairs, as JSON.
+    def answers(self, examples: Examples) -> list[dict[str, Any]]:
+        """Return a prediction for each text or pair, or for each sample of `Examples.windows`, as JSON.
 
         Args:
-            logits: (n, ...), see `Examples`.
+            examples: the logits; labels are not used.
         """
         raise NotImplementedError
 

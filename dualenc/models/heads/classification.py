@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dualenc.data.text.labels import LabelReader, ManyLabelsReader, NumberReader, OneLabelReader
 from dualenc.metrics.text import label_bootstrap, label_metrics, majority_baseline, mean_baseline
-from dualenc.models.heads.base import Head, HeldOut, Measured, concatenated, linear
+from dualenc.models.heads.base import Examples, Head, HeldOut, Measured, concatenated, linear
 from dualenc.models.text_encoder import ACTIVATIONS, Activation, TextConfig, layer_norm
 from dualenc.report import Classes, Findings
 
@@ -213,9 +213,9 @@ class Classification(Head):
         """See `Head.metric_names`."""
         return self.problem.metric_names
 
-    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+    def answers(self, examples: Examples) -> list[dict[str, Any]]:
         """Return a prediction for each text: "label", "labels" or "value", by the problem; see `LabelProblem`."""
-        return self.problem.answers(logits.detach().float().cpu(), self.config.labels)
+        return self.problem.answers(examples.logits.detach().float().cpu(), self.config.labels)
 
     def copy_first_layer(self, module: nn.Module, other: Head, source: nn.Module) -> bool:
         """Copy the hidden layer of a pooler, or of a classification with other labels."""

@@ -170,9 +170,9 @@ class Embedding(Head):
         """See `Head.metric_names`."""
         return self.problem.metric_names()
 
-    def answers(self, logits: Tensor) -> list[dict[str, Any]]:
+    def answers(self, examples: Examples) -> list[dict[str, Any]]:
         """Return "cosine" of each pair of vectors (2, n, D)."""
-        first, second = logits
+        first, second = examples.logits
         return [{"cosine": value} for value in (first * second).sum(-1).tolist()]
 
     def completed(self, others: Iterable[HeadConfig]) -> HeadConfig:

@@ -73,9 +73,9 @@ class MaskedLanguage(Head):
 
     def observe(self, examples: Examples) -> tuple[float, int, int]:
         """Return the sums of losses and of right guesses, and the number of tokens."""
-        logits, labels, number = examples
+        logits, labels = examples.logits, examples.labels
         assert labels is not None
-        return self.loss(logits, labels).item(), int((logits.float().argmax(-1) == labels).sum()), number
+        return self.loss(logits, labels).item(), int((logits.float().argmax(-1) == labels).sum()), examples.number
 
     def metrics(self, states: Sequence[tuple[float, int, int]], held_out: HeldOut) -> Measured:
         """Compute loss, perplexity and accuracy; in `test` also pseudo-perplexity and unigrams, see `Head.metrics`."""

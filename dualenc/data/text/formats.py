@@ -1,0 +1,250 @@
+"""Formats of text files, one class a format: where the samples of a file are, and which fields a sample has."""
+
+import csv
+import json
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from dualenc.utils.decoding import TextError, decode_text, is_blank
+from dualenc.utils.errors import DataError
+
+TEXT = "text"  # name of the only column of plain text
+CHUNK = 1 << 24  # bytes to scan at a time
+LONGEST = 1 << 24  # largest sample to read, in bytes
+_INVISIBLE_HEADS = (0x7F, 0xC2, 0xCD, 0xD8, 0xE1, 0xE2, 0xE3, 0xEF, 0xF0, 0xF3)  # see `dualenc.utils.decoding.is_blank`
+# Beyond the default limit of 128 KiB the csv module would split a field into records.
+csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+
+
+class Bounds(NamedTuple):
+    """The places of S samples in a file."""
+
+    starts: np.ndarray  # (S,) int64, first byte
+    stops: np.ndarray  # (S,) int64, end, without the line end
+    numbers: np.ndarray  # (S,) int64, number of the line in which a sample begins, from 1
+
+    def take(self, chosen: np.ndarray) -> "Bounds":
+        """Select samples by a mask (S,)."""
+        return Bounds(self.starts[chosen], self.stops[chosen], self.numbers[chosen])
+
+
+class BadFields(ValueError):
+    """Content of a sample that its format refuses.
+
+    Args:
+        cause: text that completes "the sample is left out, since ...", equal for all samples with the fault.
+        detail: what is special about this sample.
+    """
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(cause)
+        self.cause, self.detail = cause, detail
+
+
+class TextFormat(ABC):
+    """A format of text files.
+
+    Attributes:
+        header: the first sample names the columns.
+    """
+
+    header: ClassVar[bool] = False
+
+    def samples(self, whole: np.ndarray, lines: Bounds) -> Bounds:
+        """Return the places of the samples; by default lines that are not blank.
+
+        Args:
+            whole: bytes of the file.
+            lines: places of all its lines.
+        """
+        lines = _without_line_ends(whole, lines)
+        return lines.take(self._full(whole, lines))
+
+    def _full(self, whole: np.ndarray, lines: Bounds) -> np.ndarray:
+        """Return which lines (L,) hold more than blanks."""
+        starts, stops = lines.starts, lines.stops
+        full = stops > starts
+        head = whole[np.minimum(starts, len(whole) - 1)]
+        # Invisible characters beyond ASCII begin with one of these bytes of UTF-8. A line of up to 64 bytes may consist
+        # of them.
+        maybe_blank = np.isin(head, _INVISIBLE_HEADS) & (stops - starts <= 64)
+        for i in np.flatnonzero(full & ((head <= 32) | maybe_blank)).tolist():
+            full[i] = not self._blank(whole[starts[i] : stops[i]].tobytes())
+        return full
+
+    def _blank(self, line: bytes) -> bool:
+        """Return whether a line is a text of which nothing is visible."""
+        with suppress(TextError):
+            return is_blank(decode_text(line, part=True))
+        return False
+
+    @abstractmethod
+    def columns(self, path: str, first: bytes) -> tuple[str, ...]:
+        """Return the columns of a file.
+
+        Args:
+            path: the file, for the error.
+            first: bytes of its first sample.
+
+        Raises:
+            DataError: If the sample cannot be read, or names a column twice.
+        """
+
+    @abstractmethod
+    def fields(self, text: str, columns: tuple[str, ...]) -> dict[str, Any]:
+        """Return the fields of a sample by column.
+
+        Args:
+            text: the sample.
+            columns: the columns of the file.
+
+        Raises:
+            BadFields: If the sample is not valid.
+        """
+
+
+class PlainText(TextFormat):
+    """A text on each line."""
+
+    def columns(self, path: str, first: bytes) -> tuple[str, ...]:
+        """See `TextFormat.columns`."""
+        return (TEXT,)
+
+    def fields(self, text: str, columns: tuple[str, ...]) -> dict[str, Any]:
+        """See `TextFormat.fields`."""
+        return {TEXT: text}
+
+
+class JsonLines(TextFormat):
+    """A JSON object on each line; the columns are the fields of the first."""
+
+    def columns(self, path: str, first: bytes) -> tuple[str, ...]:
+        """See `TextFormat.columns`."""
+        try:
+            return tuple(self.fields(_decoded(path, first), ()))
+        except BadFields:
+            raise DataError(f"{path}: every line must be a JSON object, but the first is not") from None
+
+    def fields(self, text: str, columns: tuple[str, ...]) -> dict[str, Any]:
+        """See `TextFormat.fields`."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadFields("it is not JSON", str(error)) from None
+        if not isinstance(found, dict):
+            raise BadFields("it is not a JSON object")
+        return found
+
+
+class Tabbed(TextFormat):
+    """A table whose fields end at tabs; quotes have no meaning."""
+
+    header = True
+
+    def _blank(self, line: bytes) -> bool:
+        """Return whether a line has blanks only; a tab is a field's end."""
+        return not line.strip(b" ")
+
+    def columns(self, path: str, first: bytes) -> tuple[str, ...]:
+        """See `TextFormat.columns`."""
+        try:
+            columns = self.split(_decoded(path, first))
+        except csv.Error as error:
+            raise DataError(f"{path}: the header cannot be read ({error})") from None
+        if twice := [name for i, name in enumerate(columns) if name in columns[:i]]:
+            raise DataError(f"{path}: two columns are called {twice[0]!r}; its first line must name the columns")
+        return tuple(columns)
+
+    def fields(self, text: str, columns: tuple[str, ...]) -> dict[str, Any]:
+        """See `TextFormat.fields`."""
+        try:
+            fields = self.split(text)
+        except csv.Error as error:
+            raise BadFields("its quotes are not valid in CSV", str(error)) from None
+        if len(fields) != len(columns):
+            raise BadFields(
+                "its number of columns differs from the header's", f"{len(fields)}, expected {len(columns)}"
+            )
+        return dict(zip(columns, fields))
+
+    def split(self, record: str) -> list[str]:
+        """Return the fields of a record."""
+        return record.split("\t")
+
+
+class CommaSeparated(Tabbed):
+    """A table by RFC 4180, in which a quoted field may hold line ends."""
+
+    def samples(self, whole: np.ndarray, lines: Bounds) -> Bounds:
+        """See `TextFormat.samples`."""
+        records = _without_line_ends(whole, _records(whole, lines))
+        return records.take(records.stops > records.starts)
+
+    def split(self, record: str) -> list[str]:
+        """See `Tabbed.split`."""
+        return next(csv.reader([record], strict=True), [])
+
+
+FORMATS: dict[str, TextFormat] = {
+    ".txt": PlainText(),
+    ".tsv": Tabbed(),
+    ".csv": CommaSeparated(),
+    ".jsonl": JsonLines(),
+}  # by the ending of the file's name
+
+
+def _decoded(path: str, first: bytes) -> str:
+    """Return the first sample of a file as text.
+
+    Raises:
+        DataError: If it is not UTF-8.
+    """
+    try:
+        return decode_text(first, part=True)
+    except TextError as error:
+        raise DataError(f"{path}: its first line {error}: convert the file to UTF-8") from None
+
+
+def _without_line_ends(whole: np.ndarray, lines: Bounds) -> Bounds:
+    r"""Return lines without the "\r" of their ends, which is byte 13."""
+    return lines._replace(stops=lines.stops - ((lines.stops > lines.starts) & (whole[lines.stops - 1] == 13)))
+
+
+def _records(whole: np.ndarray, lines: Bounds) -> Bounds:
+    """Find the records of a CSV: a quoted field may hold line ends.
+
+    The csv module finds them. It gets each byte as one character, which does no harm, since all characters that
+    have a meaning in CSV are ASCII. A record that it cannot read, such as one whose quotes do not end, is cut to
+    its first line, which is a bad sample when it is read; the next record begins in the next line.
+    """
+    # Without quotes (34 is the byte of a quote) every line is a record.
+    if not any((whole[at : at + CHUNK] == 34).any() for at in range(0, len(whole), CHUNK)):
+        return lines
+    at, line = 0, 0  # number of lines that the reader has taken, and first line of the current record
+
+    def texts() -> Iterator[str]:
+        nonlocal at
+        while at < len(lines.starts):
+            at += 1
+            yield whole[lines.starts[at - 1] : lines.stops[at - 1]].tobytes().decode("latin-1") + "\n"
+
+    first, last = array("q"), array("q")
+    reader = csv.reader(texts(), strict=True)
+    while line < len(lines.starts):
+        try:
+            next(reader)
+        except StopIteration:
+            break
+        except csv.Error:
+            at = line + 1
+            reader = csv.reader(texts(), strict=True)
+        first.append(line)
+        last.append(at - 1)
+        line = at
+    begin = np.frombuffer(first, np.int64)
+    return Bounds(lines.starts[begin], lines.stops[np.frombuffer(last, np.int64)], begin + 1)
