@@ -33,8 +33,8 @@ class HeadConfig:
     Attributes:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
             "mlm" guesses masked tokens; "rtd" detects replaced tokens (ELECTRA); "classification" gives a text, or a
-            pair of texts, labels or a number; "embedding" compares the vectors of texts; "pooler" is
-            what remains of a pretrained classification head without its labels.
+            pair of texts, labels or a number; "embedding" compares the vectors of texts; "pooler" is what
+            remains of a pretrained classification head without its labels.
         labels: labels of a classification, in the order of its logits; the name of the number of a regression.
         problem: one label a text ("single_label"), any number of labels ("multi_label"), or a number ("regression").
             For "embedding": the other texts of the batch are negatives ("negatives"), or the label is the cosine
