@@ -12,6 +12,7 @@ from dualenc.metrics.classification import (
     per_class,
     zero_shot_classifier,
 )
+from dualenc.metrics.entities import TypeScores, entity_bootstrap, entity_metrics, outside_baseline, type_scores
 from dualenc.metrics.probe import Probe, knn_probe, linear_probe
 from dualenc.metrics.ranking import match_ranks, nearest
 from dualenc.metrics.retrieval import (
@@ -41,12 +42,15 @@ __all__ = [
     "BootstrapMetrics",
     "Probe",
     "Scores",
+    "TypeScores",
     "average_precision",
     "calibration",
     "choice_bootstrap",
     "choice_metrics",
     "classification_bootstrap",
     "classification_metrics",
+    "entity_bootstrap",
+    "entity_metrics",
     "group_bootstrap",
     "group_metrics",
     "knn_probe",
@@ -59,6 +63,7 @@ __all__ = [
     "multilabel_bootstrap",
     "multilabel_metrics",
     "nearest",
+    "outside_baseline",
     "per_class",
     "perplexity",
     "pseudo_perplexity",
@@ -68,6 +73,7 @@ __all__ = [
     "retrieval_bootstrap",
     "retrieval_metrics",
     "retrieval_ranks",
+    "type_scores",
     "unigram_perplexity",
     "zero_shot_classifier",
 ]
