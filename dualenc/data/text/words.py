@@ -96,10 +96,10 @@ class WordReader(WindowReader):
                 continue
             tags = self._in_scheme(given)
             for i, (one, other) in enumerate(zip(given, tags, strict=True)):
-                if unknown := next((tag for tag in (one, other) if not self._knows(tag)), None):
+                if unknown := one if not self._knows(one) else other if other not in self.names else "":
                     hint = did_you_mean(unknown, self.names, f"it has {', '.join(self.names[:20])}")
                     raise DataError(
-                        f"{sample.at_word(i)}: tag {quoted(unknown)} is not a tag of head {head!r}: {hint}; add its "
+                        f"{sample.at_word(i)}: tag {quoted(unknown)} is not a tag of head {head!r} ({hint}): add its "
                         f"type to model.heads.{head}.labels, or correct the line"
                     )
             if differing := [i for i, (one, other) in enumerate(zip(given, tags)) if one != other]:
