@@ -88,7 +88,9 @@ def small_texts(config: Path, folder: Path, seed: int) -> Path:
     for name, source in data["train"].items():
         head = heads[name]
         if head["kind"] == "token_classification":
-            source["files"] = data["val"][name]["files"] = str(write_tags(folder / f"{name}.conll", head["labels"], rng))
+            source["files"] = data["val"][name]["files"] = str(
+                write_tags(folder / f"{name}.conll", head["labels"], rng)
+            )
             continue
         lines = []
         for number in range(64):

@@ -188,7 +188,11 @@ def _text_outputs(predictor: TextPredictor, inputs: Inputs, segments: bool) -> d
             for name in model.heads_for("text-classification")
         }
         outputs["ids"] = unit(model.encoder.pool(packed, tokens, model.embedding_pool))
+        of_tokens = {
+            f"logits_{name}": model.head(name, packed, tokens) for name in model.heads_for("token-classification")
+        }
     index, mask = padding_index(tokens.offsets, tokens.max_len)
-    outputs["hidden"] = (packed[index] * mask[..., None])[tokens.rows].asinh()  # (M, L, D)
+    for name, x in {"hidden": packed, **of_tokens}.items():
+        outputs[name] = (x[index] * mask[..., None])[tokens.rows].asinh()  # (M, L, D)
     outputs["texts"] = predictor.embed(inputs.texts)
     return {name: x.float().cpu().numpy() for name, x in outputs.items()}

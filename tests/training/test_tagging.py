@@ -161,11 +161,15 @@ def test_errors_of_a_user(tmp_path: Path, seed: int, capsys: pytest.CaptureFixtu
     lines[2] = "Kim x B-ORG"
     (tmp_path / "train.conll").write_text("\n".join(lines))
     error = fails(capsys, ["fit", "--config", config])
-    assert re.search(r"train\.conll line 3: tag 'B-ORG' is not a tag of head 'names' .*model\.heads\.names\.labels", error)
+    assert re.search(
+        r"train\.conll line 3: tag 'B-ORG' is not a tag of head 'names' .*model\.heads\.names\.labels", error
+    )
     head = ["fit", "--config", config, "--model.heads"]
     error = fails(capsys, [*head, '{"names": {"kind": "token_classification", "labels": ["PER"], "scheme": "bilou"}}'])
     assert "scheme" in error
     error = fails(capsys, [*head, '{"names": {"kind": "token_classification", "labels": []}}'])
     assert "needs labels" in error
-    error = fails(capsys, ["fit", "--config", config, "--data.train", '{"names": {"files": "x.conll", "label": "tag"}}'])
+    error = fails(
+        capsys, ["fit", "--config", config, "--data.train", '{"names": {"files": "x.conll", "label": "tag"}}']
+    )
     assert "data.train.names.label: the columns that token_classification heads read have fixed names" in error

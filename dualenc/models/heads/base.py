@@ -198,6 +198,11 @@ class Head(ABC):
         """Return the reader of the lines of a head that judges tokens; None for a head of whole texts."""
         return None
 
+    @property
+    def of_tokens(self) -> bool:
+        """True if the head's logits are those of tokens, not of texts."""
+        return self.masking is not None or self.window_reader() is not None
+
     # Layers
 
     @abstractmethod

@@ -197,7 +197,13 @@ def byte_level(prefix: bool) -> Backend:
 
 
 def metaspace(scheme: str) -> Backend:
-    pieces = [("<unk>", 0.0), ("▁", -3.0), ("▁Rome", -1.0), ("Rome", -2.0), *((letter, -4.0) for letter in "Romeacid.,")]
+    pieces = [
+        ("<unk>", 0.0),
+        ("▁", -3.0),
+        ("▁Rome", -1.0),
+        ("Rome", -2.0),
+        *((letter, -4.0) for letter in "Romeacid.,"),
+    ]
     backend = Backend(models.Unigram(pieces, 0))
     backend.normalizer = normalizers.NFKC()  # type: ignore[assignment]
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)  # type: ignore[assignment]
@@ -211,7 +217,9 @@ def test_words_have_the_tokens_of_transformers() -> None:
     """Compare with `is_split_into_words`, which for bytes needs a tokenizer that puts a blank before each text."""
     peers = [(tiny_tokenizer(64).backend, PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(64).backend))]
     peers += [(byte_level(on), PreTrainedTokenizerFast(tokenizer_object=byte_level(True))) for on in (False, True)]
-    peers += [(metaspace(on), PreTrainedTokenizerFast(tokenizer_object=metaspace("always"))) for on in ("first", "never")]
+    peers += [
+        (metaspace(on), PreTrainedTokenizerFast(tokenizer_object=metaspace("always"))) for on in ("first", "never")
+    ]
     for ours, theirs in peers:
         expected = theirs(SENTENCE, is_split_into_words=True)
         ((window,),) = Tokenizer(ours, 64).encode_split([SENTENCE], 8)
