@@ -118,7 +118,7 @@ class WholeText(nn.Module):
         self.taggers = model.heads_for("token-classification")
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Compute hidden states (B, T, D), embeddings (B, D) of unit length, and logits (B, C) or (B, T, C) of heads."""
+        """Compute hidden states (B, T, D), embeddings (B, D) of unit length, and logits (B, C) or (B, T, C)."""
         own = torch.arange(ids.shape[1], device=ids.device)  # the positions before padding to `pad_to`
         ids, mask, types = pad_texts(self.encoder.config, ids, mask, types)
         hidden = self.encoder.forward_padded(ids, mask, types)

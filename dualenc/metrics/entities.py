@@ -15,7 +15,7 @@ FOUND, PREDICTED, TRUE = range(3)  # columns of the counts
 
 
 class TypeScores(NamedTuple):
-    """Scores of the entities of one type."""
+    """The scores of the entities of one type."""
 
     precision: float
     recall: float

@@ -34,7 +34,9 @@ def test_metrics_equal_seqeval(scheme: SchemeName, seed: int) -> None:
             "f1": f1_score(truth, predicted),
             "precision": precision_score(truth, predicted),
             "recall": recall_score(truth, predicted),
-            "f1_macro": f1_score(truth, predicted, average="macro") if {*sum(truth + predicted, [])} - {"O"} else 0.0,
+            "f1_macro": f1_score(truth, predicted, average="macro")
+            if {tag for tags in truth + predicted for tag in tags} - {"O"}
+            else 0.0,
             "f1_strict": f1_score(truth, predicted, mode="strict", scheme=PEERS[scheme]),
             "accuracy": accuracy_score(truth, predicted),
         }

@@ -1,4 +1,4 @@
-"""Runs that learn named entities: a toy task is learned, a stopped run resumes to the bit, predictions, report, errors."""
+"""Runs that learn named entities: a toy task, resuming to the bit, predictions, report, errors."""
 
 import json
 import random
@@ -114,7 +114,7 @@ def test_predictions(trained: Path, ending: str, capsys: pytest.CaptureFixture[s
 
 
 def test_report_shows_types_and_mistakes(tmp_path: Path, seed: int) -> None:
-    """Check the page of a run that has hardly begun, as a control of the one above: its counts are those of the file."""
+    """Check the page of a run that has hardly begun, as a control of the one above: its counts are the file's."""
     config = write_run(tmp_path, seed)
     rows = [sentence(8, "wwwpl\u200b") for _ in range(30)]
     rows += [(["Rome", "\u200b"], ["I-LOC", "I-LOC"])] * 2

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dualenc.data.text.files import Line, TextIndex
 
 ENTITIES = "entities"  # field of a JSON object with a text
-OVERLAP = 4  # A window shares one of so many tokens with the one before it.
+OVERLAP = 4  # A window shares a quarter of its tokens with the one before it.
 _CHINESE = (  # as BERT's tokenizer, which treats each as a word
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f"
 )
@@ -87,12 +87,14 @@ class WordReader(WindowReader):
     def check(self, index: "TextIndex", head: str) -> None:
         """Read all tags; see `WindowReader.check`. Sentences whose tags do not follow the scheme are counted."""
         converted: list[str] = []
+        bad: list[BadSample] = []
         for sample in index:
             try:
                 fields = sample.read()
                 sequence = _sequence(sample, fields)
                 given = self._given(sample, fields, sequence)
-            except BadSample:
+            except BadSample as error:
+                bad.append(error)
                 continue
             tags = self._in_scheme(given)
             for i, (one, other) in enumerate(zip(given, tags, strict=True)):
@@ -104,6 +106,8 @@ class WordReader(WindowReader):
                     )
             if differing := [i for i, (one, other) in enumerate(zip(given, tags)) if one != other]:
                 converted.append(f"{sample.at_word(differing[0])}: {given[differing[0]]} became {tags[differing[0]]}")
+        if len(bad) == len(index):
+            raise DataError(f"no sample of {index.parts[0]} has words with tags, as head {head!r} reads them: {bad[0]}")
         if converted:
             warn_once(
                 f"head {head}: the tags of {plural(len(converted), 'sentence')} of {len(index):,} do not follow its "

@@ -20,7 +20,7 @@ from dualenc.utils.text import plural
 
 
 class MeasuredTags(NamedTuple):
-    """What is kept of a batch of held-out sentences."""
+    """The predicted tags of a batch of held-out sentences."""
 
     loss: float  # sum over the judged words
     judged: int  # number of words that have tokens

@@ -106,6 +106,15 @@ def test_broken_lines_of_json(line: dict, message: str, tmp_path: Path) -> None:
         READER.read(index[1], True)
 
 
+def test_a_file_without_tags(tmp_path: Path) -> None:
+    for ending, content in (("conll", "a\nb\n\nc\n"), ("tsv", "text\tlabel\na b\tO O\n"), ("txt", "a b\n")):
+        index = index_of(tmp_path, content, ending)
+        with pytest.raises(
+            DataError, match=rf"no sample of .*data\.{ending} has words with tags, as head 'names' reads"
+        ):
+            READER.check(index, "names")
+
+
 def test_broken_columns_name_their_line(tmp_path: Path) -> None:
     index = index_of(tmp_path, "a O\nb O\n\nKim B-PER\nlives\nhere O\n")
     with pytest.raises(BadSample, match=r"line 4: its lines have different numbers of columns \(line 5: 1, not 2"):
@@ -273,10 +282,28 @@ def test_a_context_without_room() -> None:
 
 
 def test_words_of_a_text_are_those_of_bert() -> None:
-    text = "Zoë’s café—in 東京, x\u0301y 👩\u200d👩!\u00a0“R.H.”\n#wow  タワー"
+    text = "Zoë\u2019s café—in 東京, x\u0301y 👩\u200d👩!\u00a0“R.H.”\n#wow  タワー"
     words = split_text(text).words
     assert words == [
-        *("Zoë", "’", "s", "café", "—", "in", "東", "京", ",", "x\u0301y", "👩\u200d👩", "!", "“", "R", ".", "H", "."),
+        *(
+            "Zoë",
+            "\u2019",
+            "s",
+            "café",
+            "—",
+            "in",
+            "東",
+            "京",
+            ",",
+            "x\u0301y",
+            "👩\u200d👩",
+            "!",
+            "“",
+            "R",
+            ".",
+            "H",
+            ".",
+        ),
         *("”", "#", "wow", "タワー"),
     ]
     encoding = tiny_tokenizer(64).backend.encode(text, add_special_tokens=False)
