@@ -29,9 +29,10 @@ def tagger(length: int = 64, **head: object) -> TextPredictor:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.4)
-        out = model.heads["names"].out
-        out.weight.normal_()  # type: ignore[union-attr,operator]
-        out.bias.zero_()  # type: ignore[union-attr,operator]
+        model.encoder.embeddings.token_embeddings.weight.normal_()
+        model.eval()
+        logits = model(tokenizer([" ".join(WORDS)]), "names")
+        model.heads["names"].out.bias.sub_(logits.mean(0))  # type: ignore[union-attr,operator] # so that all tags occur
     return TextPredictor(model.eval(), tokenizer, "it")
 
 

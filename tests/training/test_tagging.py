@@ -133,7 +133,7 @@ def test_report_shows_types_and_mistakes(tmp_path: Path, seed: int) -> None:
     missing = sum(words.count("\u200b") for words, _ in rows)
     assert f"{missing} words without tokens counted as O" in section
     assert "always O" in section
-    assert "found where there is none" in section
+    assert "Most frequent mistakes" in section
     assert metrics(tmp_path / "run", "val/names/f1")[-1] < 1
 
 

@@ -152,7 +152,9 @@ class WordReader(WindowReader):
         if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
             raise BadSample(sample, f"it does not have {TAGS!r}, a tag for each word")
         if len(tags) != len(sequence.spans):
-            raise BadSample(sample, "it does not have one tag for each word", f"{len(tags)} for {len(sequence.spans)} words")
+            raise BadSample(
+                sample, "it does not have one tag for each word", f"{len(tags)} for {len(sequence.spans)} words"
+            )
         return tags
 
     def _in_scheme(self, tags: Sequence[str]) -> list[str]:
