@@ -22,6 +22,7 @@ from dualenc.metrics.documents import (
     find_documents,
     reranked,
 )
+from dualenc.metrics.entities import TypeScores, entity_bootstrap, entity_metrics, outside_baseline, type_scores
 from dualenc.metrics.probe import Probe, knn_probe, linear_probe
 from dualenc.metrics.ranking import match_ranks, nearest
 from dualenc.metrics.retrieval import (
@@ -53,6 +54,7 @@ __all__ = [
     "Judgements",
     "Probe",
     "Scores",
+    "TypeScores",
     "average_precision",
     "calibration",
     "choice_bootstrap",
@@ -63,6 +65,8 @@ __all__ = [
     "document_bootstrap",
     "document_chance",
     "document_items",
+    "entity_bootstrap",
+    "entity_metrics",
     "find_documents",
     "group_bootstrap",
     "group_metrics",
@@ -77,6 +81,7 @@ __all__ = [
     "multilabel_bootstrap",
     "multilabel_metrics",
     "nearest",
+    "outside_baseline",
     "per_class",
     "perplexity",
     "pseudo_perplexity",
@@ -87,6 +92,7 @@ __all__ = [
     "retrieval_bootstrap",
     "retrieval_metrics",
     "retrieval_ranks",
+    "type_scores",
     "unigram_perplexity",
     "zero_shot_classifier",
 ]

@@ -14,8 +14,10 @@ from dualenc.formats.huggingface.slots import (
     MaskedLanguageSlot,
     ModernClassificationSlot,
     ModernMaskedLanguageSlot,
+    ModernTokenClassificationSlot,
     PoolerSlot,
     ReplacedTokenSlot,
+    TokenClassificationSlot,
 )
 from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError, first_failure
@@ -64,6 +66,9 @@ TOP_CLASSIFIER = ClassificationSlot(  # two layers above the encoder (RoBERTa, E
     activation="tanh",
     architecture="ForSequenceClassification",
 )
+TAGGER = TokenClassificationSlot(
+    "token_classification", "classifier.weight", {"out": "classifier"}, architecture="ForTokenClassification"
+)
 
 BERT = Family(
     name="bert",
@@ -102,6 +107,7 @@ BERT = Family(
             activation="tanh",
             architecture="ForSequenceClassification",
         ),
+        TAGGER,
         POOLER,
     ),
 )
@@ -137,6 +143,7 @@ ROBERTA = dataclasses.replace(
             architecture="ForMaskedLM",
         ),
         TOP_CLASSIFIER,
+        TAGGER,
         POOLER,
     ),
     read=_roberta_read,
@@ -203,6 +210,7 @@ ALBERT = dataclasses.replace(
             activation="tanh",
             architecture="ForSequenceClassification",
         ),
+        TAGGER,
         PoolerSlot("pooler", ".pooler.weight", {"dense": ".pooler"}, activation="tanh"),
     ),
     read=_albert_read,
@@ -249,6 +257,7 @@ DISTILBERT = Family(
             activation="relu",
             architecture="ForSequenceClassification",
         ),
+        TAGGER,
     ),
 )
 
@@ -293,6 +302,7 @@ ELECTRA = dataclasses.replace(
             architecture="ForMaskedLM",
         ),
         dataclasses.replace(TOP_CLASSIFIER, activation="gelu"),
+        TAGGER,
     ),
     read=_electra_read,
     write=_electra_write,
@@ -400,6 +410,13 @@ MODERNBERT = Family(
             {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
             norm=True,
             architecture="ForSequenceClassification",
+        ),
+        ModernTokenClassificationSlot(
+            "token_classification",
+            "classifier.weight",
+            {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
+            norm=True,
+            architecture="ForTokenClassification",
         ),
     ),
     read=_modernbert_read,

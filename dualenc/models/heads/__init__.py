@@ -16,12 +16,14 @@ from dualenc.models.heads.embedding import Embedding
 from dualenc.models.heads.masked_language import MaskedLanguage, MaskedLanguageHead
 from dualenc.models.heads.replaced_token import ReplacedToken, ReplacedTokenHead
 from dualenc.models.heads.text_model import LoadedHeads, TextModel
+from dualenc.models.heads.token_classification import TokenClassification
 
 HEADS.update(
     {
         "mlm": MaskedLanguage,
         "rtd": ReplacedToken,
         "classification": Classification,
+        "token_classification": TokenClassification,
         "embedding": Embedding,
         "pooler": Pooler,
     }
@@ -44,6 +46,7 @@ __all__ = [
     "ReplacedToken",
     "ReplacedTokenHead",
     "TextModel",
+    "TokenClassification",
     "head_class",
     "import_head",
     "make_head",
