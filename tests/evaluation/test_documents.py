@@ -69,8 +69,8 @@ def trec(scores: Tensor, qrels: Any, against: bool) -> dict[str, float]:
     found = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100", "map_cut.100"}).evaluate(runs)
     cut = {q: dict(sorted(run.items(), key=lambda x: (x[1], x[0]), reverse=True)[:10]) for q, run in runs.items()}
     first = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(cut)
-    means = {name: np.mean([one[measure] for one in found.values()]) for name, measure in MEASURES.items()}
-    return means | {"mrr@10": np.mean([one["recip_rank"] for one in first.values()])}
+    means = {name: float(np.mean([one[measure] for one in found.values()])) for name, measure in MEASURES.items()}
+    return means | {"mrr@10": float(np.mean([one["recip_rank"] for one in first.values()]))}
 
 
 def products(queries: Tensor, documents: Tensor, dim: int | None = None) -> Tensor:
@@ -114,7 +114,7 @@ def test_the_command_equals_pytrec_eval(tmp_path: Path, seed: int, capsys: pytes
     assert "1 result added, 0 found there" in capsys.readouterr().out
 
 
-def test_the_text_tower_of_a_dual_encoder(tmp_path: Path, seed: int) -> None:
+def test_the_text_tower_of_a_dual_encoder(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(seed)
     folder, documents, queries, qrels = write_set(tmp_path / "set", rng)
     embedder = tiny_embedder(seed)
@@ -123,6 +123,10 @@ def test_the_text_tower_of_a_dual_encoder(tmp_path: Path, seed: int) -> None:
     scores = products(embedder.embed_texts(queries), embedder.embed_texts(documents))
     expected = trec(scores, qrels, against=True)
     assert result_of(tmp_path / "out", "evaluate")["metrics"] == pytest.approx(expected, abs=1e-6)
+    assert dualenc.evaluate(embedder, folder)["metrics"] == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(SystemExit):
+        main(["zeroshot", str(tmp_path / "model"), str(folder)])
+    assert "use `dualenc retrieval`" in capsys.readouterr().err
 
 
 def test_passages_and_reranking(tmp_path: Path, seed: int) -> None:
