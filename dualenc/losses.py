@@ -13,7 +13,7 @@ is a cosine times up to 100.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ Group = Any  # torch.distributed.ProcessGroup, absent from builds of torch witho
 Duplicates = Literal["ignore", "mask", "positive"]
 
 CPU_SCORES, GPU_SCORES = 1 << 21, 1 << 25  # largest number of scores in a block: 8 and 128 MiB in fp32
+KEY_FACTOR = -7046029254386353131  # odd, 2^64 divided by the golden ratio: products of close numbers are far apart
 SOFTPLUS_LINEAR = 40  # score from which softplus(x) is x to the last bit of float64; torch's 20 is wrong by 2e-9
 
 
@@ -39,6 +40,8 @@ def clip_loss(
     group: Group | None = None,
     ids: Tensor | None = None,
     duplicates: Duplicates = "ignore",
+    negatives: Tensor | None = None,
+    negative_ids: Tensor | None = None,
 ) -> Tensor:
     """Compute the symmetric cross entropy over the similarities of a batch (CLIP, Radford et al. 2021, figure 3).
 
@@ -49,6 +52,9 @@ def clip_loss(
     log-sum-exp of all scores - mean score of the positives (UniCL, Yang et al. 2022, equations 3 and 4; Khosla et al.
     2020, equation 2).
 
+    With `negatives`, such as documents that are similar to the right one (hard negatives, Karpukhin et al. 2020), the
+    loss of an image has their scores in the log-sum-exp. The loss of a text does not change.
+
     Args:
         image: (B, E) image embeddings of unit length.
         text: (B, E) text embeddings of unit length; row i belongs to image i.
@@ -58,12 +64,16 @@ def clip_loss(
         ids: (B, 2) int64 ids of images and texts, equal where images or texts are equal; for `duplicates`.
         duplicates: treatment of pairs that share an image or a text: each other's negatives like all others ("ignore"),
             left out of the negatives ("mask"), or positives ("positive").
+        negatives: (M, E) embeddings of unit length of texts that belong to no image, which are negatives of all images
+            of all ranks; M may differ between the ranks, and either all of them pass negatives or none.
+        negative_ids: (M,) int64 ids, which equal those of equal texts in `ids`. Except with "ignore", a negative that
+            equals a text of an image is left out of the image's negatives.
 
     Returns:
         0-d loss, the mean over the B pairs and both directions.
 
     Raises:
-        ValueError: If `duplicates` is unknown, or needs `ids` and there are none.
+        ValueError: If `duplicates` is unknown, or needs `ids` or `negative_ids` and there are none.
 
     Example:
         >>> import torch
@@ -75,7 +85,14 @@ def clip_loss(
         10.0001
     """
     _check_duplicates(ids, duplicates)
-    return _Clip.apply(*_promote(image, text), scale, bias, group, ids, duplicates)  # type: ignore[return-value]
+    if negatives is not None and duplicates != "ignore" and negative_ids is None:
+        raise ValueError(f"duplicates {duplicates!r} needs the ids of the negatives: pass negative_ids")
+    image, text = _promote(image, text)
+    if negatives is None:
+        negative_ids = None
+    else:
+        negatives = negatives.to(image.dtype)
+    return _Clip.apply(image, text, scale, bias, negatives, group, ids, duplicates, negative_ids)  # type: ignore[return-value]
 
 
 def siglip_loss(
@@ -156,21 +173,37 @@ def _full_precision(x: Tensor) -> Iterator[None]:
 class _GlobalBatch(NamedTuple):
     """The texts of all ranks, and the part of them that belongs to this rank."""
 
-    text: Tensor  # (B, E)
+    texts: Tensor  # (B + M, E), the texts of the images, followed by the negatives
+    size: int  # B
     ids: Tensor | None  # (B, 2), unless duplicates are ignored
+    negative_ids: Tensor | None  # (M,), unless duplicates are ignored or there are no negatives
     local: slice  # this rank's rows
     world_size: int
+    counts: Sequence[int]  # number of negatives of each rank; empty for one rank
 
 
-def _gather_batch(text: Tensor, ids: Tensor | None, duplicates: Duplicates, group: Group | None) -> _GlobalBatch:
-    """Gather the texts of all ranks, and their ids unless duplicates are ignored."""
-    ids = None if duplicates == "ignore" else ids
-    if group is None:
-        return _GlobalBatch(text, ids, slice(0, len(text)), 1)
-    start = dist.get_rank(group) * len(text)
-    all_ids = None if ids is None else _all_gather(ids, group)
-    local = slice(start, start + len(text))
-    return _GlobalBatch(_all_gather(text, group), all_ids, local, dist.get_world_size(group))
+def _gather_batch(
+    text: Tensor,
+    ids: Tensor | None,
+    duplicates: Duplicates,
+    group: Group | None,
+    negatives: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+) -> _GlobalBatch:
+    """Gather the texts and negatives of all ranks, and their ids unless duplicates are ignored."""
+    if duplicates == "ignore":
+        ids = negative_ids = None
+    start, world, counts = 0, 1, []
+    local_size = len(text)
+    if group is not None:
+        start, world = dist.get_rank(group) * local_size, dist.get_world_size(group)
+        text, ids = _all_gather(text, group), None if ids is None else _all_gather(ids, group)
+        if negatives is not None:
+            counts = _all_gather(torch.tensor([len(negatives)], device=text.device), group).tolist()
+            negatives = _all_gather_parts(negatives, counts, group)
+            negative_ids = None if negative_ids is None else _all_gather_parts(negative_ids, counts, group)
+    texts = text if negatives is None else torch.cat([text, negatives])
+    return _GlobalBatch(texts, len(text), ids, negative_ids, slice(start, start + local_size), world, counts)
 
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:
@@ -178,6 +211,15 @@ def _all_gather(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous(), group=group)
     return out
+
+
+def _all_gather_parts(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """Gather the (m, ...) of all ranks, of which each has its own number of `counts`, in rank order."""
+    most = max(1, *counts)
+    padded = x.new_zeros(most, *x.shape[1:])
+    padded[: len(x)] = x
+    parts = _all_gather(padded, group).split(most)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def _all_reduce(x: Tensor, group: Group | None) -> Tensor:
@@ -188,36 +230,48 @@ def _all_reduce(x: Tensor, group: Group | None) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """The scores of r of this rank's images with all B texts."""
+    """The scores of r of this rank's images with all B texts and M negatives."""
 
     rows: slice  # of the images among this rank's images
     columns: slice  # of their own texts among all texts
     image: Tensor  # (r, E)
-    scores: Tensor  # (r, B), scaled cosines
-    buffer: Tensor  # (r, B), memory for intermediate results
+    scores: Tensor  # (r, B + M), scaled cosines; -inf for negatives that equal a text of the image
+    buffer: Tensor  # (r, B + M), memory for intermediate results
     shared: Tensor | None  # (r, B), true at (i, j) where pairs i and j differ but share an image or a text
 
     def own(self, x: Tensor) -> Tensor:
-        """Return a view (r,) of the entries of an (r, B) tensor that belong to the images' own texts."""
+        """Return a view (r,) of the entries of an (r, B + M) tensor that belong to the images' own texts."""
         return x[:, self.columns].diagonal()
 
 
 def _blocks(image: Tensor, batch: _GlobalBatch, scale: Tensor) -> Iterator[_Block]:
     """Yield all scores of this rank's images, a block of rows at a time; each block overwrites the one before."""
-    count = max(1, (GPU_SCORES if image.is_cuda else CPU_SCORES) // len(batch.text))
-    memory = image.new_empty(2, min(count, len(image)), len(batch.text))
+    count = max(1, (GPU_SCORES if image.is_cuda else CPU_SCORES) // len(batch.texts))
+    memory = image.new_empty(2, min(count, len(image)), len(batch.texts))
     ids = None if batch.ids is None else batch.ids[batch.local]
+    known = None  # keys of the pairs, sorted, to be compared with those of the negatives
+    if batch.ids is not None and batch.negative_ids is not None:
+        known = _keys(*batch.ids.unbind(1)).sort().values
     for first in range(0, len(image), count):
         part = image[first : first + count]
         rows = slice(first, first + len(part))
         columns = slice(batch.local.start + first, batch.local.start + rows.stop)
         scores, buffer = memory[:, : len(part)]
-        torch.mm(part * scale.to(part.dtype), batch.text.T, out=scores)
+        torch.mm(part * scale.to(part.dtype), batch.texts.T, out=scores)
         shared = None
         if ids is not None and batch.ids is not None:
             shared = (ids[rows, :1] == batch.ids[:, 0]) | (ids[rows, 1:] == batch.ids[:, 1])
             shared[:, columns].diagonal().fill_(False)
+            if known is not None and batch.negative_ids is not None:
+                keys = _keys(ids[rows, :1], batch.negative_ids)
+                positive = known[torch.searchsorted(known, keys).clamp(max=len(known) - 1)] == keys
+                scores[:, batch.size :].masked_fill_(positive, -math.inf)
         yield _Block(rows, columns, part, scores, buffer, shared)
+
+
+def _keys(image: Tensor, text: Tensor) -> Tensor:
+    """Combine the ids of images and texts into one number for each pair, which other pairs do not share."""
+    return image * KEY_FACTOR + text
 
 
 class _SoftmaxTerms(NamedTuple):
@@ -266,22 +320,23 @@ def _softmax_terms(
     own = torch.cat([(a.double() * b.double()).sum(1) for a, b in zip(image.split(4096), text.split(4096))])
     own = own * scale.double()
     rows = _SoftmaxTerms(torch.empty_like(own), own, torch.zeros_like(own), torch.ones_like(own))
-    zeros = own.new_zeros(len(batch.text))
+    zeros = own.new_zeros(batch.size)
     others, other_positives, positives = zeros.log(), zeros.clone(), zeros + 1  # of the columns
     for block in _blocks(image, batch, scale):
+        scores, buffer = block.scores[:, : batch.size], block.buffer[:, : batch.size]  # without the negatives
         if block.shared is not None and duplicates == "positive":
-            scores = torch.where(block.shared, block.scores, 0.0)
+            chosen = torch.where(block.shared, scores, 0.0)
             for sums, number, dim in (
                 (rows.other_positives[block.rows], rows.positives[block.rows], 1),
                 (other_positives, positives, 0),
             ):
-                sums += scores.sum(dim, dtype=torch.float64)
+                sums += chosen.sum(dim, dtype=torch.float64)
                 number += block.shared.sum(dim)
         elif block.shared is not None:
-            block.scores.masked_fill_(block.shared, -math.inf)
-        block.own(block.scores).fill_(-math.inf)
+            scores.masked_fill_(block.shared, -math.inf)
+        block.own(scores).fill_(-math.inf)
         rows.others[block.rows] = _log_sum_exp(block.scores, 1, block.buffer)
-        others = torch.logaddexp(others, _log_sum_exp(block.scores, 0, block.buffer))
+        others = torch.logaddexp(others, _log_sum_exp(scores, 0, buffer))
     if group is None:
         return rows, _SoftmaxTerms(others, own, other_positives, positives)
     local = zeros.clone()
@@ -293,7 +348,7 @@ def _softmax_terms(
 
 
 class _Clip(torch.autograd.Function):
-    """See `clip_loss`. Four products of B x B x E: scores, scores again in the backward pass, and two gradients."""
+    """See `clip_loss`. Four products of B x (B + M) x E: scores, scores again in the backward pass, two gradients."""
 
     @staticmethod
     def forward(
@@ -302,45 +357,54 @@ class _Clip(torch.autograd.Function):
         text: Tensor,
         scale: Tensor,
         bias: Tensor | None,
+        negatives: Tensor | None,
         group: Group | None,
         ids: Tensor | None,
         duplicates: Duplicates,
+        negative_ids: Tensor | None,
     ) -> Tensor:
         with _full_precision(image):
-            batch = _gather_batch(text, ids, duplicates, group)
+            batch = _gather_batch(text, ids, duplicates, group, negatives, negative_ids)
             rows, columns = _softmax_terms(image, text, batch, scale, duplicates, group)
             loss = rows.losses().sum() + columns.losses()[batch.local].sum()
-            loss = _all_reduce(loss / (2 * len(batch.text)), group)
-        ctx.save_for_backward(image, batch.text, batch.ids, scale, bias, *rows, *columns)
-        ctx.group, ctx.duplicates, ctx.local, ctx.world_size = group, duplicates, batch.local, batch.world_size
+            loss = _all_reduce(loss / (2 * batch.size), group)
+        kept = batch.texts, batch.ids, batch.negative_ids
+        ctx.save_for_backward(image, scale, bias, *kept, *rows, *columns)
+        ctx.group, ctx.duplicates, ctx.size, ctx.has_negatives = group, duplicates, batch.size, negatives is not None
+        ctx.split = batch.local, batch.world_size, batch.counts
         return loss.to(image.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        image, text, ids, scale, bias, *terms = ctx.saved_tensors
-        batch = _GlobalBatch(text, ids, ctx.local, ctx.world_size)
+        image, scale, bias, texts, ids, negative_ids, *terms = ctx.saved_tensors
+        batch = _GlobalBatch(texts, ctx.size, ids, negative_ids, *ctx.split)
         rows, columns = _SoftmaxTerms(*terms[:4]), _SoftmaxTerms(*terms[4:])
         with _full_precision(image):
-            grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
+            grad_image, grad_text = torch.empty_like(image), torch.zeros_like(texts)
             row_lse, column_lse = rows.log_sum_exp().to(image.dtype), columns.log_sum_exp().to(image.dtype)
             grad_own = (rows.own_grad(row_lse) + columns.own_grad(column_lse)[batch.local]).to(image.dtype)
             row_target = (1 / rows.positives).to(image.dtype)[:, None]
             column_target = (1 / columns.positives).to(image.dtype)
             for block in _blocks(image, batch, scale):
+                scores = block.scores[:, : batch.size]  # without the negatives
                 if block.shared is not None and ctx.duplicates == "mask":
-                    block.scores.masked_fill_(block.shared, -math.inf)
+                    scores.masked_fill_(block.shared, -math.inf)
                 grad = torch.sub(block.scores, row_lse[block.rows, None], out=block.buffer).exp_()
-                grad += block.scores.sub_(column_lse).exp_()
+                of_texts = grad[:, : batch.size]
+                of_texts += scores.sub_(column_lse).exp_()
                 if block.shared is not None and ctx.duplicates == "positive":
-                    grad -= (row_target[block.rows] + column_target) * block.shared
+                    of_texts -= (row_target[block.rows] + column_target) * block.shared
                 block.own(grad).copy_(grad_own[block.rows])
-                torch.mm(grad, text, out=grad_image[block.rows])
+                torch.mm(grad, texts, out=grad_image[block.rows])
                 grad_text.addmm_(grad.T, block.image)
-            weight = grads[0].double() / (2 * len(text))
-            found = _input_grads(image, scale, grad_image, grad_text, weight, batch, ctx.group)
+            weight = grads[0].double() / (2 * batch.size)
+            found = _input_grads(image, scale, grad_image, grad_text[: batch.size], weight, batch, ctx.group)
+            of_negatives = None
+            if ctx.has_negatives:
+                of_negatives = _negative_grads(scale, grad_text[batch.size :], weight, batch, ctx.group)
         # The loss does not depend on the bias.
-        return *found, None if bias is None else torch.zeros_like(bias), *[None] * 3
+        return *found, None if bias is None else torch.zeros_like(bias), of_negatives, *[None] * 4
 
 
 class _Siglip(torch.autograd.Function):
@@ -360,7 +424,7 @@ class _Siglip(torch.autograd.Function):
     ) -> Tensor:
         with _full_precision(image):
             batch = _gather_batch(text, ids, duplicates, group)
-            grad_image, grad_text = (torch.zeros_like(x) if differentiate else x for x in (image, batch.text))
+            grad_image, grad_text = (torch.zeros_like(x) if differentiate else x for x in (image, batch.texts))
             loss = grad_bias = image.new_zeros((), dtype=torch.float64)
             for block in _blocks(image, batch, scale):
                 # A positive costs softplus(-score), a negative softplus(score).
@@ -376,10 +440,10 @@ class _Siglip(torch.autograd.Function):
                     block.own(grad).neg_()
                     if block.shared is not None and duplicates == "positive":
                         torch.where(block.shared, -grad, grad, out=grad)
-                    torch.mm(grad, batch.text, out=grad_image[block.rows])
+                    torch.mm(grad, batch.texts, out=grad_image[block.rows])
                     grad_text.addmm_(grad.T, block.image)
                     grad_bias = grad_bias + grad.sum(1).sum(dtype=torch.float64)
-            weight = torch.full_like(loss, 1 / len(batch.text))
+            weight = torch.full_like(loss, 1 / batch.size)
             loss = _all_reduce(loss * weight, group)
             if differentiate:
                 found = _input_grads(image, scale, grad_image, grad_text, weight, batch, group)
@@ -421,3 +485,19 @@ def _input_grads(
         dist.reduce_scatter_tensor(local, grad_text, group=group)
         grad_text = local
     return grad_image.mul_(factor), grad_text.mul_(factor), grad_scale.to(scale.dtype).reshape(scale.shape)
+
+
+def _negative_grads(scale: Tensor, grad: Tensor, weight: Tensor, batch: _GlobalBatch, group: Group | None) -> Tensor:
+    """Return the gradient (m, E) of this rank's negatives.
+
+    Args:
+        scale: factor on the cosines.
+        grad: (M, E), gradient by this rank's scores with all negatives times this rank's images; overwritten.
+        weight: see `_input_grads`.
+        batch: the batch of all ranks.
+        group: process group over which `grad` is summed.
+    """
+    grad = grad.mul_((scale.double() * weight * batch.world_size).to(grad.dtype))
+    if group is None:
+        return grad
+    return _all_reduce(grad, group).split(list(batch.counts))[dist.get_rank(group)]

@@ -344,3 +344,101 @@ def test_split_batch_equals_whole_batch(world, tmp_path):
             for key in want:
                 assert (alone[key] - want[key]).abs().max() > 1e-6, f"{name} {key}"
             assert result["largest"] <= count * count / 4
+
+
+# Hard negatives
+
+
+def loop(image, text, scale, negatives, ids, negative_ids, duplicates):
+    """Compute the loss with negatives by its definition, one row and one column at a time."""
+    count, total, treated = len(image), 0.0, duplicates != "ignore"
+    ids, negative_ids = ids.tolist(), negative_ids.tolist()
+    own_texts = {}
+    for one, other in ids:
+        own_texts.setdefault(one, set()).add(other)
+
+    def losses(query, scores, number):
+        shares = [j for j in range(count) if any(a == b for a, b in zip(ids[j], ids[number]))] if treated else [number]
+        positives = shares if duplicates == "positive" else [number]
+        kept = [scores[j] for j in range(count) if j in positives or j not in shares]
+        return torch.logsumexp(torch.stack([*kept, *query]), 0) - sum(scores[j] for j in positives) / len(positives)
+
+    for i in range(count):
+        kept = [j for j in range(len(negatives)) if not treated or negative_ids[j] not in own_texts[ids[i][0]]]
+        more = [scale.squeeze() * image[i] @ negatives[j] for j in kept]
+        total = total + losses(more, [scale.squeeze() * image[i] @ other for other in text], i)
+        total = total + losses([], [scale.squeeze() * other @ text[i] for other in image], i)
+    return total / (2 * count)
+
+
+def draw_negatives(count, number, ids):
+    """Draw negatives, some of which equal a text of the batch, and others each other."""
+    negatives = F.normalize(torch.randn(number, DIM, dtype=torch.float64), dim=1).requires_grad_()
+    own = torch.randint(-(2**62), 2**62, (number,))
+    copies = torch.rand(number) < 0.4
+    own[copies] = ids[torch.randint(count, (int(copies.sum()),)), 1]
+    own[number // 2 : number // 2 + 2] = own[0].clone() if number else 0
+    return negatives, own
+
+
+@pytest.mark.parametrize("number", [0, 1, 9])
+@pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
+@pytest.mark.usefixtures("small_blocks")
+def test_negatives_equal_the_plain_computation(duplicates, number):
+    count = 12
+    image, text, scale, _ = inputs(count=count)
+    ids = draw_ids(count)
+    negatives, own = draw_negatives(count, number, ids)
+    if number:
+        own[0] = ids[0, 1]  # the text of the first pair
+    arguments = [image, text, scale, negatives]
+
+    def ours(image, text, scale, negatives):
+        return clip_loss(image, text, scale, ids=ids, duplicates=duplicates, negatives=negatives, negative_ids=own)
+
+    got = evaluate(ours, arguments)
+    close(got, evaluate(lambda *x: loop(*x, ids, own, duplicates), arguments))
+    if number:  # controls: without negatives, and with copies of texts among the negatives
+        without = clip_loss(image, text, scale, ids=ids, duplicates=duplicates)
+        assert (number == 1 and duplicates != "ignore") or abs(without - got[0]) > 1e-6
+        other = loop(*arguments, ids, torch.arange(number), duplicates)
+        assert duplicates == "ignore" or abs(other - got[0]) > 1e-8
+    else:
+        assert torch.equal(got[0], clip_loss(image, text, scale, ids=ids, duplicates=duplicates))
+
+
+def test_negatives_need_ids_where_duplicates_are_treated():
+    image, text, scale, _ = inputs()
+    with pytest.raises(ValueError, match="negative_ids"):
+        clip_loss(image, text, scale, ids=draw_ids(BATCH), duplicates="mask", negatives=text)
+
+
+def negatives_of_rank(folder, rank, world):
+    import torch.distributed as dist
+
+    losses.CPU_SCORES = 5 * 33
+    saved = torch.load(folder / "inputs.pt", weights_only=True)
+    image, text, ids = (saved[key].chunk(world)[rank] for key in ("image", "text", "ids"))
+    negatives, own = (saved[key].split(saved["counts"])[rank] for key in ("negatives", "own"))
+    leaves = [x.clone().requires_grad_() for x in (image, text, saved["scale"], negatives)]
+    value = clip_loss(
+        *leaves[:3], group=dist.group.WORLD, ids=ids, duplicates="mask", negatives=leaves[3], negative_ids=own
+    )
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+@pytest.mark.parametrize("counts", [[5, 2], [0, 7], [0, 0]])
+def test_negatives_of_several_ranks_equal_one_process(counts, tmp_path):
+    """The ranks have different numbers of negatives, and one of them may have none."""
+    count = 12
+    image, text, scale, _ = inputs(count=count)
+    ids = draw_ids(count)
+    negatives, own = draw_negatives(count, sum(counts), ids)
+    named = {"image": image, "text": text, "scale": scale, "ids": ids, "negatives": negatives, "own": own}
+    torch.save({**{k: x.detach() for k, x in named.items()}, "counts": counts}, tmp_path / "inputs.pt")
+    found = in_ranks(negatives_of_rank, tmp_path, 2)
+    whole = evaluate(lambda *x: loop(*x, ids, own, "mask"), [image, text, scale, negatives])
+    for name, want, *parts in zip(["loss", "image", "text", "scale", "negatives"], whole, *found, strict=True):
+        # DDP averages the gradients over the ranks.
+        got = sum(parts) / 2 if name in ("loss", "scale") else torch.cat(parts) / 2
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")

@@ -39,11 +39,11 @@ def import_(
         image: member of these shards that is the image, such as "input.jpg"; by default the .jpg, .jpeg, .png
             or .webp.
     """
-    from dualenc.formats.model_folder import OWN_FILES
+    from dualenc.formats.model_folder import POSSIBLE_FILES
     from dualenc.interop.importing import import_model
     from dualenc.utils.files import check_replaceable
 
-    check_replaceable(out, {*OWN_FILES, "README.md"})
+    check_replaceable(out, POSSIBLE_FILES)
     found = import_model(spec, text, embed_dim, seed, _inputs(data, captions, image))
     with writing(out):
         found.embedder.save(out)
@@ -156,6 +156,8 @@ def embed(
     image: str | None = None,
     column: str = "text",
     tokens: bool = False,
+    prompt: str | None = None,
+    dim: int | None = None,
     workers: int = 2,
     batch_size: int = 64,
 ) -> None:
@@ -175,24 +177,29 @@ def embed(
             .jpg, .jpeg, .png or .webp.
         column: column of the texts in text files.
         tokens: write one embedding for each token of a text instead of one for the text.
+        prompt: for text files: what to put before each text, the name of one of the model's prompts, or the text itself
+            with a blank or a colon at its end; "" for nothing; by default the model's own.
+        dim: for text files: dimensions to keep, the first ones; by default the model's own.
         workers: processes that decode images.
         batch_size: images or texts embedded at once.
     """
     from dualenc.data.text.files import KINDS
     from dualenc.inference.image_files import find_images
 
+    of_text: dict[str, Any] = {"tokens": tokens or None, "prompt": prompt, "dim": dim}
+    given = [f"--{name}" for name, value in of_text.items() if value is not None]
     if paths := find_images(shards):
-        if features or tokens or image is not None:
-            raise UsageError(f"{shards[0]} names images: --features, --tokens and --image are not for them")
-        _embed_images(model, paths, out, workers, batch_size)
-        return
+        if features or given or image is not None:
+            raise UsageError(f"{shards[0]} names images: --features, --image and options of texts are not for them")
+        return _embed_images(model, paths, out, workers, batch_size)
     if texts := [name for name in shards if name.lower().endswith(KINDS)]:
         if len(texts) < len(shards) or features:
             raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
-        _embed_text_files(model, texts, out, column, tokens, batch_size)
-        return
-    if tokens:
-        raise UsageError(f"--tokens is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
+        if tokens and len(given) > 1:
+            raise UsageError(f"{given[1]} is not for --tokens, which writes hidden states without a prompt")
+        return _embed_text_files(model, texts, out, column, {**of_text, "tokens": tokens, "batch_size": batch_size})
+    if given:
+        raise UsageError(f"{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
     from dualenc import ShardIndex
     from dualenc.inference.embed_files import embed_shards
 
@@ -246,12 +253,52 @@ def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple
     return about, preprocess, of_images, of_texts
 
 
-def _embed_text_files(model: str, files: list[str], out: Path, column: str, tokens: bool, batch_size: int) -> None:
+def _embed_text_files(model: str, files: list[str], out: Path, column: str, options: dict[str, Any]) -> None:
     """Write the embeddings of text files."""
     from dualenc import load_text
     from dualenc.inference.embed_text_files import embed_text_files
 
+    predictor = load_text(model)
     with writing(out):
-        options: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "track": progress("texts")}
-        made = embed_text_files(load_text(model), files, out, column, **options)
+        made = embed_text_files(predictor, files, out, column, track=progress("texts"), **options)
     print("\n".join(made.lines()))
+
+
+def mine(
+    model: str,
+    pairs: list[str],
+    out: Path,
+    text: str = "text",
+    pair: str = "pair",
+    corpus: tuple[str, ...] = (),
+    document: str = "text",
+    negatives: int = 4,
+    skip: int = 0,
+    batch_size: int = 64,
+) -> None:
+    """Write pairs of texts with hard negatives, the documents nearest to each first text, to train an embedding with.
+
+    Args:
+        model: text model, run directory, or hf-hub:owner/name[@revision].
+        pairs: .tsv, .csv or .jsonl files of the pairs.
+        out: .jsonl to write: the lines of the pairs with a list of texts, negatives.
+        text: column of the first text, the query.
+        pair: column of the second text, the document that answers it.
+        corpus: files of documents to choose from; by default the second texts of the pairs.
+        document: column of the documents in these files.
+        negatives: number of documents for each pair.
+        skip: number of the nearest documents to leave out, since they may answer the query too.
+        batch_size: texts embedded at once.
+    """
+    from dualenc import load_text
+    from dualenc.inference.mine import mine_negatives
+
+    options: dict[str, Any] = {"text": text, "pair": pair, "document": document, "batch_size": batch_size}
+    try:
+        with writing(out):
+            mined = mine_negatives(
+                load_text(model), pairs, out, corpus, negatives=negatives, skip=skip, track=progress("texts"), **options
+            )
+    except ValueError as error:
+        raise UsageError(error) from error
+    print("\n".join(mined.lines()))

@@ -33,7 +33,7 @@ TRAINER_COMMANDS = {
 }
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Train": (data.configs, demo.demo),
-    "Prepare data": (data.make_shards, data.doctor, data.index, data.shrink, data.tokenizer),
+    "Prepare data": (data.make_shards, data.doctor, data.index, data.shrink, data.tokenizer, models.mine),
     "Evaluate": (
         evaluate.zeroshot,
         evaluate.retrieval,
@@ -43,7 +43,13 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
         evaluate.sets,
         evaluate.compare,
     ),
-    "Use and exchange models": (models.embed, models.interpolate, models.import_, models.export, models.push),
+    "Use and exchange models": (
+        models.embed,
+        models.interpolate,
+        models.import_,
+        models.export,
+        models.push,
+    ),
 }
 WIDTH = 100  # columns of a help text on wider terminals
 UNBROKEN = "\N{NON-BREAKING HYPHEN}"

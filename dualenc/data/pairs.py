@@ -18,7 +18,8 @@ from dualenc.data.loading.epoch_plan import derive_seed
 from dualenc.data.loading.loader import Request
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.shards.select import describe_fields, find_field
-from dualenc.data.shards.shard import content_hash, partial_hash
+from dualenc.data.shards.shard import partial_hash
+from dualenc.data.text.dataset import token_hashes
 from dualenc.data.text.masking import Masked, Masking
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.data.workers import tensor_bytes
@@ -274,7 +275,8 @@ class PairDataset(Dataset[Pairs]):
         else:  # The batch is stored channels last like the images, which saves a transposition.
             batch = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
         tokens = self.tokenizer(texts)
-        ids = torch.from_numpy(np.array([image_hashes, token_hashes(tokens)], np.uint64).view(np.int64).T.copy())
+        of_images = torch.from_numpy(np.array(image_hashes, np.uint64).view(np.int64))
+        ids = torch.stack([of_images, token_hashes(tokens)], 1)
         masked = None
         if self.masking is not None and self.seed is not None:
             masked = self.masking(tokens, (self.seed, epoch), start)
@@ -351,9 +353,3 @@ def _as_bad_sample(sample: Sample, extension: str) -> Iterator[None]:
         yield
     except ImageError as error:
         raise BadSample(sample, f".{extension} {error.cause}", error.detail) from None
-
-
-def token_hashes(tokens: Tokens) -> list[int]:
-    """Hash the ids of each text, in the caller's order."""
-    ids, offsets = tokens.ids.numpy(), tokens.offsets.tolist()
-    return [content_hash(ids[offsets[row] : offsets[row + 1]].tobytes()) for row in tokens.rows.tolist()]

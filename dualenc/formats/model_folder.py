@@ -20,6 +20,8 @@ OPEN_CLIP = "open_clip_config.json"
 MODULES = "modules.json"
 EXPORT = "export.json"  # written by `dualenc export`: format, fingerprint of the model, notes
 OWN_FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocess.json")  # files of a model directory
+# Files that a model directory may have. The last but one says of a tokenizer what tokenizer.json cannot say.
+POSSIBLE_FILES = (*OWN_FILES, "tokenizer_config.json", "README.md")
 
 Kind = Literal["dual_encoder", "text_model", "open_clip", "sentence_transformers", "transformers"]
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from dualenc.formats.model_folder import EXPORT, OWN_FILES, ModelFolder, detect
+from dualenc.formats.model_folder import EXPORT, POSSIBLE_FILES, ModelFolder, detect
 from dualenc.hub.card import Subject, card, check_measured, read_measured
 from dualenc.inference.embedder import facts_of, load
 from dualenc.inference.text_model import FILES as TEXT_FILES
@@ -109,7 +109,7 @@ def push(
         write_text(folder / "README.md", text)
         patterns = {
             *TEXT_FILES,
-            *OWN_FILES,
+            *POSSIBLE_FILES,
             *subject.uploaded,
             *(x for one in FORMATS.values() for x in _uploaded(one)),
         }
@@ -278,7 +278,7 @@ def _open_dual_encoder(found: ModelFolder) -> Subject:
         fingerprint=embedder.fingerprint,
         task=IMAGES_AND_TEXTS,
         programs={"dualenc": dual_encoder_program},
-        uploaded=OWN_FILES,
+        uploaded=POSSIBLE_FILES,
         offers=[one for one in FORMATS.values() if "dual encoder" in one.offered_for],
     )
 

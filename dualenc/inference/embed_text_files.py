@@ -12,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 
 from dualenc.data.image_features import KEY
 from dualenc.data.loading.bad_samples import BadRecord
-from dualenc.data.text.dataset import Use, texts_of
+from dualenc.data.text.dataset import Use, field, texts_of
 from dualenc.data.text.files import TextFile, TextIndex
 from dualenc.inference.embed_files import Embedded, Track, write_arrays
+from dualenc.inference.embedding import embedding_dim, prompt_text
 from dualenc.inference.text_model import TextPredictor
+from dualenc.utils.decoding import text_problem
 from dualenc.utils.errors import BadSample, DataError
 
 CHUNK = 4096  # lines read at once
@@ -28,37 +30,42 @@ def embed_text_files(
     column: str = "text",
     *,
     tokens: bool = False,
+    prompt: str | None = None,
+    dim: int | None = None,
     batch_size: int = 256,
     track: Track = lambda items, total: items,
 ) -> Embedded:
     """Write OUT/NAME.safetensors for each text file.
 
-    The file holds `embeddings` (N, D) of unit length, one for each line. With `tokens`, it holds `tokens` (M, D), the
+    The file holds `embeddings` (N, E) of unit length, one for each line. With `tokens`, it holds `tokens` (M, D), the
     hidden states of the tokens of all lines with special tokens, their `ids` (M,), and `offsets` (N + 1,): the tokens
     of line i are `offsets[i]` to `offsets[i + 1]`. A line that cannot be read has a row of NaN, or zero tokens, and is
-    listed in the result.
+    listed in the result. An empty text has the vector of its special tokens, see `TextPredictor.embed`.
 
     Args:
         predictor: the model.
         files: `.txt`, `.tsv`, `.csv`, `.jsonl`: paths, globs, brace patterns.
         out: folder, created if missing.
         column: column of the text.
-        tokens: write hidden states of tokens instead of embeddings of lines.
+        tokens: write hidden states of tokens instead of embeddings of lines; without a prompt, of all dimensions.
+        prompt, dim: see `TextPredictor.embed`.
         batch_size: texts per forward pass.
         track: wraps the chunks of lines, whose number is `total`, for a progress bar.
 
     Raises:
         DataError: If a file is missing, does not have the column, or shares its name with another; or if a file in the
-            folder is of another model or other texts.
+            folder is of another model, other texts or other options.
+        ModelError: If the model does not have the prompt or the dimensions.
     """
     out, began = Path(out), time.monotonic()
     index = TextIndex.build(list(files), [column])
     names = [Path(file.url).name for file in index.parts]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise DataError(f"two files have the name {twice[0]}: embed them into two folders")
-    out.mkdir(parents=True, exist_ok=True)
     what: Literal["texts", "tokens"] = "tokens" if tokens else "texts"
-    common = {"made_by": predictor.fingerprint, "column": column, "what": what}
+    width, options = (predictor.model.config.width, {}) if tokens else _meaning(predictor, prompt, dim)
+    common = {"made_by": predictor.fingerprint, "column": column, "what": what, **options}
+    out.mkdir(parents=True, exist_ok=True)
     paths, bad = [out / f"{name}.safetensors" for name in names], []
     todo: list[tuple[TextFile, Path, dict[str, Any]]] = []
     for file, path in zip(index.parts, paths):
@@ -67,11 +74,11 @@ def embed_text_files(
             bad += _bad_lines(path, about)
         else:
             todo.append((file, path, about))
-    bad += _write_texts(predictor, todo, batch_size, track)
+    bad += _write_texts(predictor, todo, {"prompt": prompt, "dim": dim, "batch_size": batch_size}, track)
     return Embedded(
         out=out,
         what=what,
-        dims=predictor.model.config.width,
+        dims=width,
         samples=0,
         texts=len(index),
         files=len(paths),
@@ -83,10 +90,18 @@ def embed_text_files(
     )
 
 
+def _meaning(predictor: TextPredictor, prompt: str | None, dim: int | None) -> tuple[int, dict[str, Any]]:
+    """Return the dimensions of the vectors, and what the options mean: two names or defaults may mean the same."""
+    model = predictor.model
+    width = embedding_dim(model.vectors, dim, model.embedding_width, predictor.name)
+    before = prompt_text(model.vectors, prompt, predictor.name)
+    return width, {"prompt": before or None, "dim": width if width < model.embedding_width else None}
+
+
 def _write_texts(
-    predictor: TextPredictor, todo: list[tuple[TextFile, Path, dict[str, Any]]], batch_size: int, track: Track
+    predictor: TextPredictor, todo: list[tuple[TextFile, Path, dict[str, Any]]], options: dict[str, Any], track: Track
 ) -> list[BadRecord]:
-    """Write the embeddings of each text file, and return the lines that cannot be read."""
+    """Write the embeddings of each text file, and return the lines that cannot be read; see `_vectors`."""
     chunks = [(n, first) for n, (file, _, _) in enumerate(todo) for first in range(0, len(file), CHUNK)]
     parts: list[dict[str, np.ndarray]] = []
     bad, bad_of_file = [], []
@@ -94,7 +109,7 @@ def _write_texts(
         file, path, about = todo[n]
         tokens, use = about["what"] == "tokens", Use("", about["column"])
         rows, texts = _read_lines(file, use, range(first, min(first + CHUNK, len(file))), bad_of_file)
-        parts.append(_vectors(predictor, rows, texts, min(CHUNK, len(file) - first), tokens, batch_size))
+        parts.append(_vectors(predictor, rows, texts, min(CHUNK, len(file) - first), tokens, options))
         if first + CHUNK >= len(file):
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             if tokens:
@@ -128,7 +143,11 @@ def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[BadRecord]) 
     rows, texts = [], []
     for row in numbers:
         try:
-            texts.append(texts_of(index[row], use)[0])
+            fields = index[row].read()
+            text = field(index[row], fields, use.text)
+            # A text without words has the vector of its special tokens; where there is no text, the line is bad.
+            empty = isinstance(text, str) and text_problem(text) == "empty"
+            texts.append(text if empty else texts_of(index[row], use, fields)[0])
             rows.append(row - numbers.start)
         except BadSample as error:
             bad.append(BadRecord(row, file.url, file.key(row), error.cause, error.detail))
@@ -136,15 +155,24 @@ def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[BadRecord]) 
 
 
 def _vectors(
-    predictor: TextPredictor, rows: list[int], texts: list[str], count: int, tokens: bool, batch_size: int
+    predictor: TextPredictor, rows: list[int], texts: list[str], count: int, tokens: bool, options: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Embed texts as the arrays of a file: one row for each line, or the tokens of all lines with their numbers."""
-    width = predictor.model.config.width
+    """Embed texts as the arrays of a file: one row for each line, or the tokens of all lines with their numbers.
+
+    Args:
+        predictor: the model.
+        rows: row of each text.
+        texts: the texts.
+        count: number of rows.
+        tokens: see `embed_text_files`.
+        options: keyword arguments of `TextPredictor.embed`.
+    """
     if not tokens:
-        embeddings = np.full((count, width), np.nan, np.float32)
-        if texts:
-            embeddings[rows] = predictor.embed(texts, batch_size).numpy()
+        found = predictor.embed(texts or [""], **options).numpy()
+        embeddings = np.full((count, found.shape[1]), np.nan, np.float32)
+        embeddings[rows] = found[: len(texts)]
         return {"embeddings": embeddings}
+    width = predictor.model.config.width
     lengths, ids, vectors = np.zeros(count, np.int64), [np.zeros(0, np.int64)], [np.zeros((0, width), np.float32)]
     for row, tokens_of_row, (_, hidden) in zip(rows, predictor.tokenizer.encode(texts), predictor.embed_tokens(texts)):
         lengths[row] = len(tokens_of_row)

@@ -20,7 +20,14 @@ from torch import Tensor
 from dualenc.data.images import Preprocess
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats import format_1
-from dualenc.formats.model_folder import OWN_FILES, check_tokenizer, open_folder, other_content, spec_name
+from dualenc.formats.model_folder import (
+    OWN_FILES,
+    POSSIBLE_FILES,
+    check_tokenizer,
+    open_folder,
+    other_content,
+    spec_name,
+)
 from dualenc.inference.image_inputs import image_batches
 from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, check_open_clip, load_open_clip
 from dualenc.metrics import zero_shot_classifier
@@ -279,7 +286,7 @@ class Embedder:
             ModelError: If the path holds something other than a model directory, or the model is one of open_clip.
         """
         model = self.dual_encoder
-        with atomic_folder(path, {*OWN_FILES, "README.md"}) as folder:
+        with atomic_folder(path, POSSIBLE_FILES) as folder:
             write_json(folder / "config.json", {"format": FORMAT, **dataclasses.asdict(model.config)})
             write_json(folder / "preprocess.json", dataclasses.asdict(self.preprocess))
             typing.cast(Tokenizer, self.tokenizer).save(folder / "tokenizer.json")
@@ -423,7 +430,7 @@ def model_directory(spec: str | os.PathLike[str]) -> Path:
     Raises:
         ModelError: If there is no model directory, or a file is missing.
     """
-    folder = open_folder(spec, [*OWN_FILES, "README.md"])
+    folder = open_folder(spec, POSSIBLE_FILES)
     if missing := [name for name in OWN_FILES if not (folder.path / name).is_file()]:
         if other := "" if folder.kinds else other_content(folder.path):
             raise ModelError(f"{folder.path} is {other}")

@@ -4,13 +4,10 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import Encoding
-from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from dualenc.data.text.tokenizer import Tokenizer
@@ -21,26 +18,20 @@ from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
 from dualenc.formats.state_dict import write_state
 from dualenc.inference.embedder import fingerprint, parameters_of
+from dualenc.inference.embedding import described_vectors, embedding_dim, facts_of_embedding, prompt_text
+from dualenc.inference.filling import Filler, Filling
 from dualenc.models.heads import Examples, HeadConfig, TextModel
+from dualenc.models.heads.vectors import shortened
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, text_model_program, write_card
 from dualenc.tokens import Tokens
-from dualenc.utils.arguments import check_batch_size, shown_value, strings, usable_device
+from dualenc.utils.arguments import check_batch_size, strings, usable_device
 from dualenc.utils.files import FORMAT, atomic_folder, write_json
-from dualenc.utils.text import millions, plural
+from dualenc.utils.text import millions, plural, quoted
 
 FILES = (TEXT_MODEL, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
-MASK = "[MASK]"  # mask in a text to fill, whatever the tokenizer calls it
 Texts = Sequence[str] | Sequence[tuple[str, str]]
-
-
-class Filling(TypedDict):
-    """A guess at a masked token."""
-
-    token: str
-    probability: float
-    text: str  # with the token in its place; other masks stay
 
 
 class TextPredictor:
@@ -78,8 +69,8 @@ class TextPredictor:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of architecture, weights and tokenizer."""
-        return fingerprint(self.model, None, self.tokenizer.fingerprint)
+        """A hash of architecture, weights and tokenizer, and of the settings of embeddings where there are any."""
+        return fingerprint(self.model, None, self.tokenizer.fingerprint + described_vectors(self.model))
 
     def to(self, device: str | torch.device) -> "TextPredictor":
         """Move the weights to a device, and return this predictor.
@@ -105,7 +96,7 @@ class TextPredictor:
 
         Returns:
             For one label a text "label", its "score" and the "scores" of all labels, which sum to 1; for several
-            "labels" of a score of 0.5 or more, and "scores"; for a regression "value".
+            "labels" whose score is at least the head's threshold, and "scores"; for a regression "value".
 
         Raises:
             ValueError: If there is no such head, or it must be named; or a text is not a string.
@@ -124,73 +115,74 @@ class TextPredictor:
                 out[part] = self.model(tokens, name).float().cpu()
         return out
 
-    def fill(self, text: str, k: int = 5) -> list[list[Filling]]:
-        """Return the likeliest tokens for each "[MASK]", or the tokenizer's own mask token, of a text.
+    @overload
+    def fill(
+        self, texts: str, top_k: int = 5, *, targets: Sequence[str] | None = None, batch_size: int = 64
+    ) -> list[list[Filling]]: ...
+    @overload
+    def fill(
+        self, texts: list[str], top_k: int = 5, *, targets: Sequence[str] | None = None, batch_size: int = 64
+    ) -> list[list[list[Filling]]]: ...
+    def fill(self, texts: Any, top_k: int = 5, *, targets: Any = None, batch_size: int = 64) -> Any:
+        """Return the likeliest tokens for each "[MASK]", or the tokenizer's own mask token, of texts.
 
         Args:
-            text: text with one mask or more.
-            k: number of guesses for each mask.
+            texts: a text with one mask or more, or several such texts.
+            top_k: number of guesses for each mask.
+            targets: words to choose from, each of which must be one token; None for the whole vocabulary. A word is
+                looked up as an entry of the vocabulary first ("Ġcat"), then as a text ("cat").
+            batch_size: number of texts in a forward pass.
 
         Returns:
-            For each mask, in order, its k guesses, the likeliest first.
+            For each mask, in order, its guesses, the likeliest first; for several texts, a list of these.
 
         Raises:
-            ValueError: If `text` is not one string, has no mask or one past the longest text, or the model lacks a head
-                of kind "mlm".
+            ValueError: If a text has no mask or one past the longest text, a target is not one token, or the model
+                lacks a head of kind "mlm" or a mask token.
         """
-        name = self._head("fill-mask", None)
-        if not isinstance(text, str):
-            raise ValueError(f"text is {shown_value(text)}: pass one string with {MASK}")
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k is {shown_value(k)}: it must be a number of at least 1")
-        mask_id = self.tokenizer.mask_id
-        if mask_id is None:
-            raise ValueError(f"the tokenizer of {self.name} does not have a mask token")
-        token = self.tokenizer.backend.id_to_token(mask_id) or MASK
-        segments = text.replace(token, MASK).split(MASK)
-        if len(segments) < 2:
-            raise ValueError(f"{text!r} does not contain {MASK}: write it in place of a word")
-        ids = self._spliced(segments, mask_id, token)
-        tokens = Tokens.pack([ids])
-        positions = [i for i, one in enumerate(ids) if one == mask_id]
-        if len(positions) < len(segments) - 1:
-            raise ValueError(f"{text!r} is longer than {self.tokenizer.context_length} tokens, and a {MASK} is cut off")
-        with evaluating(self.model):
-            tokens = tokens.to(self.device)
-            logits = self.model(tokens, name, torch.tensor(positions, device=self.device)).float().cpu()
-        found = logits.softmax(-1)[:, : self.tokenizer.vocab_size].topk(min(k, self.tokenizer.vocab_size))
-        return [
-            [self._filling(segments, number, one, p) for one, p in zip(best.tolist(), values.tolist(), strict=True)]
-            for number, (best, values) in enumerate(zip(found.indices, found.values, strict=True))
-        ]
+        filler = Filler(self.model, self._head("fill-mask", None), self.tokenizer, self.name)
+        if isinstance(texts, str):
+            return filler([texts], top_k, targets, batch_size)[0]
+        return filler(strings(texts, "texts", one=True), top_k, targets, batch_size)
 
-    def embed(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Return vectors (N, D) of unit length, on the CPU, by the pooling of an embedding head or else the encoder's.
+    def embed(
+        self, texts: Sequence[str], batch_size: int = 256, *, prompt: str | None = None, dim: int | None = None
+    ) -> Tensor:
+        """Return vectors (N, D) of unit length, on the CPU: those of an embedding head, or else the encoder's pooling.
+
+        An empty text has the tokens that the tokenizer puts around every text. If there are none, its vector is 0.
 
         Args:
             texts: N strings, or one.
             batch_size: number of texts in a forward pass.
+            prompt: what to put before each text: the name of one of the model's prompts, or the text itself, which ends
+                with white space or a colon; "" for nothing; None for the model's default.
+            dim: number of dimensions to keep, the first ones, before the vectors are normalized again (Matryoshka,
+                Kusupati et al. 2022); None for the model's default.
 
         Raises:
             ValueError: If there are no texts, or they are not strings.
+            ModelError: If the model does not have the prompt or the dimensions.
         """
         texts = strings(texts, "texts", one=True)
         if not texts:
             raise ValueError("there are no texts to embed")
-        out = torch.empty(len(texts), self.model.config.width)
+        before = prompt_text(self.model.vectors, prompt, self.name)
+        out = torch.zeros(len(texts), embedding_dim(self.model.vectors, dim, self.model.embedding_width, self.name))
         with evaluating(self.model):
-            for part, tokens in self._batches(texts, batch_size):
-                hidden = self.model.encoder(tokens)
-                pooled = self.model.encoder.pool(hidden, tokens, self.model.embedding_pool)
-                out[part] = F.normalize(pooled.float(), dim=-1).cpu()
+            for part, tokens in self._batches([before + text for text in texts], batch_size, without_tokens=True):
+                out[part] = shortened(self.model.embed(self.model.encoder(tokens), tokens), out.shape[1]).float().cpu()
         return out
 
     def embed_tokens(self, texts: Sequence[str]) -> list[tuple[list[str], Tensor]]:
-        """Return the tokens of each text, special tokens included, and their vectors (T, D), on the CPU."""
+        """Return the tokens of each text, special tokens included, and their hidden states (T, D), on the CPU.
+
+        No prompt is put before the texts.
+        """
         texts = strings(texts, "texts", one=True)
-        out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(texts)
+        out: list[tuple[list[str], Tensor]] = [([], torch.empty(0, self.model.config.width))] * len(texts)
         with evaluating(self.model):
-            for part, tokens in self._batches(texts, 64):
+            for part, tokens in self._batches(texts, 64, without_tokens=True):
                 hidden = self.model.encoder(tokens).float().cpu()
                 ids, offsets = tokens.ids.tolist(), tokens.offsets.tolist()
                 for i, row in zip(part, tokens.rows.tolist(), strict=True):
@@ -244,8 +236,20 @@ class TextPredictor:
             raise ValueError(f"{self.name} has {what}" + (f": name one of {', '.join(heads)}" if heads else ""))
         return name
 
-    def _batches(self, texts: Texts, batch_size: int) -> Iterator[tuple[list[int], Tokens]]:
-        """Yield indices of texts in the caller's list, and their tokens, texts of similar lengths together."""
+    def _batches(
+        self, texts: Texts, batch_size: int, without_tokens: bool = False
+    ) -> Iterator[tuple[list[int], Tokens]]:
+        """Yield indices of texts in the caller's list, and their tokens, texts of similar lengths together.
+
+        Args:
+            texts: strings, or pairs of strings.
+            batch_size: number of texts in a batch.
+            without_tokens: leave out texts without tokens. Empty texts have none if the tokenizer puts none around a
+                text.
+
+        Raises:
+            ValueError: If a text does not have tokens and is not left out.
+        """
         check_batch_size(batch_size)
         types: list[list[int]] | None = None
         if len(texts) and not isinstance(texts[0], str):
@@ -253,38 +257,15 @@ class TextPredictor:
         else:
             ids = self.tokenizer.encode([str(text) for text in texts])
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        if empty := [i for i in order if not ids[i]]:
+            if not without_tokens:
+                shown = quoted(str(texts[empty[0]]))
+                raise ValueError(f"text number {empty[0]} (from 0) does not have a token: {shown}")
+            order = order[len(empty) :]
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             segments = None if types is None else [types[i] for i in part]
             yield part, Tokens.pack([ids[i] for i in part], segments).to(self.device)
-
-    def _spliced(self, segments: Sequence[str], mask_id: int, token: str) -> list[int]:
-        """Return the ids of a text that has masks between its segments; a "[SEP]" inside a segment is plain text."""
-        backend = Backend.from_str(self.tokenizer.backend.to_str())
-        backend.no_truncation()
-        backend.encode_special_tokens = False
-        hidden = backend.encode(token, add_special_tokens=False)
-        backend.encode_special_tokens = True
-        added = backend.get_added_tokens_decoder()[mask_id]
-        parts: list[Encoding] = []
-        for i, segment in enumerate(segments):
-            segment = segment.rstrip() if added.lstrip and i + 1 < len(segments) else segment
-            segment = segment.lstrip() if added.rstrip and i else segment
-            parts += [hidden] if i else []
-            parts.append(backend.encode(segment, add_special_tokens=False))
-        backend.enable_truncation(self.tokenizer.context_length)
-        ids = backend.post_process(Encoding.merge(parts)).ids
-        return ids + [self.tokenizer.pad_id] * ((self.tokenizer.pad_to or 0) - len(ids))
-
-    def _filling(self, segments: Sequence[str], number: int, token_id: int, probability: float) -> Filling:
-        """Return a guess for the mask between segments `number` and `number + 1`."""
-        backend = self.tokenizer.backend
-        token = backend.id_to_token(token_id) or ""
-        before, after = MASK.join(segments[: number + 1]), MASK.join(segments[number + 1 :])
-        word = backend.decode([token_id], skip_special_tokens=False).strip()
-        if token.startswith("##"):  # continues the word before it
-            before, word = before.rstrip(), token[2:]
-        return {"token": token, "probability": probability, "text": before + word + after}
 
 
 def _strings_or_pairs(texts: Any) -> Texts:
@@ -314,6 +295,7 @@ def facts_of_text(predictor: TextPredictor) -> list[tuple[str, str]]:
         ("text tower", f"{plural(text.layers, 'layer')} of width {text.width}"),
         ("longest text", f"{predictor.tokenizer.context_length} tokens of a vocabulary of {text.vocab_size:,}"),
         *((f"head {name}", f"{one.kind} {', '.join(one.labels)}".strip()) for name, one in heads),
+        *facts_of_embedding(predictor.model),
     ]
 
 
@@ -323,8 +305,7 @@ def counts_positions(text: TextConfig, tokenizer: Tokenizer) -> bool:
     Where the first position is not 0, transformers counts the tokens that are not padding, and takes the number before
     the first position for the padding token.
     """
-    padding = tokenizer.backend.id_to_token(text.position_offset - 1) if text.position_offset else "<pad>"
-    return padding in ("<pad>", "[PAD]")
+    return not text.position_offset or tokenizer.id_of("pad_token") == text.position_offset - 1
 
 
 def write_text_model(

@@ -33,8 +33,6 @@ class ExportFormat(ABC):
         tolerance: largest difference between dualenc and the reference that is allowed.
         compared: names of the outputs that are compared, see `dualenc.interop.references`; None for all that dualenc
             computes.
-        segments: whether the reference can pass segment ids. If so, the check of a text model with segments gives the
-            second half of each text the second segment.
         library: the hub's name of the library that reads the folder; empty if it is `name`.
         uploaded: patterns of the files that `dualenc push` uploads, with `export.json`; empty for `files`.
         weights: patterns of the files with weights; a push needs at least one such file.
@@ -46,7 +44,6 @@ class ExportFormat(ABC):
     reference: Reference
     tolerance: float = 1e-5
     compared: tuple[str, ...] | None = None
-    segments: bool = True
     library: str = ""
     uploaded: tuple[str, ...] = ()
     weights: tuple[str, ...] = ("*.safetensors",)
@@ -87,7 +84,7 @@ class ExportFormat(ABC):
         from dualenc.interop.inputs import outputs_of
         from dualenc.interop.verify import Check
 
-        outputs = outputs_of(model, inputs, self.segments)
+        outputs = outputs_of(model, inputs)
         if self.compared is not None:
             outputs = {name: x for name, x in outputs.items() if name in self.compared}
         tokenizer: Any = model.tokenizer if "texts" in outputs else None

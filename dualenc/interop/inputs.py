@@ -15,7 +15,7 @@ from dualenc.data.prepare.scenes import draw_scene
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor
-from dualenc.models.dual_encoder import unit
+from dualenc.models.heads.vectors import shortened
 from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.tokens import Tokens, padding_index
@@ -43,9 +43,11 @@ class Inputs:
     Attributes:
         pixels: (N, 3, S, S) float32, normalized noise.
         ids: texts of random tokens, with the tokens that open and close a text.
+        types: segment of each of these tokens, for a text model with segments; empty for the first segment throughout.
         pictures: images of S x S pixels, which neither library has to resize.
         photos: images of other sizes.
         texts: strings.
+        prompts: names of prompts that the model puts before the strings.
     """
 
     ids: list[list[int]]
@@ -53,20 +55,30 @@ class Inputs:
     pixels: Tensor = field(default_factory=lambda: torch.empty(0))
     pictures: list[Image.Image] = field(default_factory=list)
     photos: list[Image.Image] = field(default_factory=list)
+    types: list[list[int]] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Write the inputs into a folder, for a reference to read."""
         longest = max(map(len, self.ids))
-        ids, mask = np.zeros((2, len(self.ids), longest), np.int64)
+        ids, mask, types = np.zeros((3, len(self.ids), longest), np.int64)
         for row, one in enumerate(self.ids):
             ids[row, : len(one)], mask[row, : len(one)] = one, 1
-        np.savez(folder / "inputs.npz", pixels=self.pixels.numpy(), ids=ids, mask=mask)
+        for row, one in enumerate(self.types):
+            types[row, : len(one)] = one
+        np.savez(folder / "inputs.npz", pixels=self.pixels.numpy(), ids=ids, mask=mask, types=types)
         names: dict[str, list[str]] = {}
         for kind, images in (("pictures", self.pictures), ("photos", self.photos)):
             names[kind] = [f"{kind}-{i}.png" for i in range(len(images))]
             for name, image in zip(names[kind], images):
                 image.save(folder / name)
-        (folder / "inputs.json").write_text(json.dumps({**names, "texts": self.texts}), "utf-8")
+        (folder / "inputs.json").write_text(
+            json.dumps({**names, "texts": self.texts, "prompts": self.prompts}), "utf-8"
+        )
+
+    def pack(self) -> Tokens:
+        """Return the texts of random tokens as a packed batch."""
+        return Tokens.pack(self.ids, self.types or None)
 
 
 def random_ids(tokenizer: Tokenizer, text: TextConfig, rng: np.random.Generator, count: int = 6) -> list[list[int]]:
@@ -124,14 +136,18 @@ def make_inputs(
 
 
 def make_text_inputs(predictor: TextPredictor, seed: int = 0) -> Inputs:
-    """Draw inputs for a text model: random tokens, and sentences of many scripts.
+    """Draw inputs for a text model: random tokens, and sentences of many scripts, with each prompt of the model.
+
+    The second half of the random tokens is the second segment, for a model that has segments.
 
     Args:
         predictor: the text model.
         seed: seed of the random tokens.
     """
-    ids = random_ids(predictor.tokenizer, predictor.model.config, np.random.default_rng(seed))
-    return Inputs(ids, list(TEXTS))
+    text = predictor.model.config
+    ids = random_ids(predictor.tokenizer, text, np.random.default_rng(seed))
+    types = [[int(2 * i >= len(one)) for i in range(len(one))] for one in ids] if text.types > 1 else []
+    return Inputs(ids, list(TEXTS), types=types, prompts=list(predictor.model.vectors.prompts))
 
 
 def parts_of(embedder: Embedder) -> tuple[Tokenizer, Preprocess]:
@@ -141,21 +157,20 @@ def parts_of(embedder: Embedder) -> tuple[Tokenizer, Preprocess]:
     return embedder.tokenizer, embedder.preprocess
 
 
-def outputs_of(model: Embedder | TextPredictor, inputs: Inputs, segments: bool = True) -> dict[str, np.ndarray]:
+def outputs_of(model: Embedder | TextPredictor, inputs: Inputs) -> dict[str, np.ndarray]:
     """Compute the outputs of dualenc, under the names of `dualenc.interop.references`.
 
     Args:
         model: a dual encoder or a text model.
         inputs: the inputs.
-        segments: let the second half of each text of `ids` be its second segment, for a text model with segments.
     """
-    return _dual_outputs(model, inputs) if isinstance(model, Embedder) else _text_outputs(model, inputs, segments)
+    return _dual_outputs(model, inputs) if isinstance(model, Embedder) else _text_outputs(model, inputs)
 
 
 def _dual_outputs(embedder: Embedder, inputs: Inputs) -> dict[str, np.ndarray]:
     """Compute embeddings, normalized photos, and the scale and bias of the logits."""
     with evaluating(embedder.model):
-        tokens = Tokens.pack(inputs.ids).to(embedder.device)
+        tokens = inputs.pack().to(embedder.device)
         of_ids = embedder.dual_encoder.encode_text(tokens).float().cpu()
     _, preprocess = parts_of(embedder)
     square = [preprocess(to_tensor(photo)) for photo in inputs.photos]
@@ -172,23 +187,23 @@ def _dual_outputs(embedder: Embedder, inputs: Inputs) -> dict[str, np.ndarray]:
     }
 
 
-def _text_outputs(predictor: TextPredictor, inputs: Inputs, segments: bool) -> dict[str, np.ndarray]:
+def _text_outputs(predictor: TextPredictor, inputs: Inputs) -> dict[str, np.ndarray]:
     """Compute embeddings, and hidden states and logits as their asinh, from packed texts without any padding.
 
     A difference of two asinh is absolute where the values are small, and relative where they are large.
     """
-    model, types = predictor.model, None
-    if segments and model.config.types > 1:
-        types = [[int(2 * i >= len(ids)) for i in range(len(ids))] for ids in inputs.ids]
-    tokens = Tokens.pack(inputs.ids, types).to(predictor.device)
+    model, tokens = predictor.model, inputs.pack().to(predictor.device)
+    dim = model.vectors.dim or model.embedding_width
     with evaluating(model):
         packed = model.encoder(tokens)
         outputs = {
             f"logits_{name}": model.head(name, packed, tokens).asinh()
             for name in model.heads_for("text-classification")
         }
-        outputs["ids"] = unit(model.encoder.pool(packed, tokens, model.embedding_pool))
+        outputs["ids"] = shortened(model.embed(packed, tokens), dim)
     index, mask = padding_index(tokens.offsets, tokens.max_len)
     outputs["hidden"] = (packed[index] * mask[..., None])[tokens.rows].asinh()  # (M, L, D)
     outputs["texts"] = predictor.embed(inputs.texts)
+    if inputs.prompts:
+        outputs["prompts"] = torch.cat([predictor.embed(inputs.texts, prompt=name) for name in inputs.prompts])
     return {name: x.float().cpu().numpy() for name, x in outputs.items()}

@@ -111,17 +111,20 @@ class WholeText(nn.Module):
     def __init__(self, model: TextModel) -> None:
         super().__init__()
         self.encoder, self.heads = model.encoder, model.heads
-        self.pool: Pool | None = model.embedding_pool
+        name = model.embedding_head
+        self.dense = nn.Identity() if name is None else model.heads[name]
+        self.pool: Pool | None = None if name is None else model.head_configs[name].pool
+        self.dim = model.vectors.dim or model.embedding_width
         self.classifiers: dict[str, Pool | None] = {
             name: model.head_configs[name].pool for name in model.heads_for("text-classification")
         }
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Compute hidden states (B, T, D), embeddings (B, D) of unit length, and logits (B, C) of each head."""
+        """Compute hidden states (B, T, D), embeddings (B, E) of unit length, and logits (B, C) of each head."""
         own = torch.arange(ids.shape[1], device=ids.device)  # the positions before padding to `pad_to`
         ids, mask, types = pad_texts(self.encoder.config, ids, mask, types)
         hidden = self.encoder.forward_padded(ids, mask, types)
-        embeddings = unit(self.encoder.pool_padded(hidden, mask, self.pool))
+        embeddings = unit(self.dense(self.encoder.pool_padded(hidden, mask, self.pool))[:, : self.dim])
         logits = [
             self.heads[name](self.encoder.pool_padded(hidden, mask, pool)) for name, pool in self.classifiers.items()
         ]
@@ -195,9 +198,9 @@ def write_text_onnx(predictor: TextPredictor, folder: Path) -> None:
     """Write a text model, in eval mode and float32.
 
     `text.onnx` takes `ids` and `mask` (batch, length) int64, padded on the right, and `types` where the encoder has
-    more than one segment. It gives `hidden` (batch, length, D), `embeddings` (batch, D) of unit length, by the pooling
-    of the encoder or of an embedding head, and `logits_NAME` (batch, C) of each classification head. The rest is as in
-    `write_onnx`; `onnx.json` has the labels of the heads.
+    more than one segment. It gives `hidden` (batch, length, D), `embeddings` (batch, E) of unit length, those of an
+    embedding head or by the pooling of the encoder, and `logits_NAME` (batch, C) of each classification head. The rest
+    is as in `write_onnx`; `onnx.json` has the labels of the heads, and the prompts that the caller puts before texts.
 
     Args:
         predictor: a text model, which does not change.
@@ -218,6 +221,8 @@ def write_text_onnx(predictor: TextPredictor, folder: Path) -> None:
         "context_length": text.context_length,
         "heads": {name: {"labels": heads[name].labels, "problem": heads[name].problem} for name in part.classifiers},
     }
+    if (vectors := predictor.model.vectors).prompts:
+        about |= {"prompts": vectors.prompts, "default_prompt": vectors.default_prompt}
     write_json(folder / ONNX, {"opset": OPSET, "files": files, **about, "dualenc": version("dualenc")})
 
 
@@ -304,8 +309,7 @@ def _quiet() -> Iterator[None]:
 def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Save a `tokenizer.json` that truncates texts, and pads them to `pad_to` or to the longest of a batch."""
     backend = Backend.from_str(tokenizer.backend.to_str())  # This copy keeps the truncation.
-    special = tokenizer.special
-    pad_id = special.get("[PAD]", special.get("<pad>", 0)) if tokenizer.pad_to is None else tokenizer.pad_id
+    pad_id = (tokenizer.id_of("pad_token") or 0) if tokenizer.pad_to is None else tokenizer.pad_id
     # If texts may be longer than pad_to, padding to a fixed length leaves a batch ragged; the graph pads the rest.
     length = tokenizer.pad_to if tokenizer.pad_to == tokenizer.context_length else None
     backend.enable_padding(length=length, pad_id=pad_id, pad_token=backend.id_to_token(pad_id) or "[PAD]")
@@ -327,6 +331,11 @@ def describe_onnx(folder: Path) -> str:
         "\n`encode_batch` of the tokenizer gives `ids` and `mask` (its `attention_mask`), truncated to the longest "
         "text and padded."
     )
+    if "prompts" in about:
+        lines.append(
+            "`onnx.json` has the texts of `prompts`, to put before each text that is to be embedded: "
+            + (f"`{about['default_prompt']}` by default." if about["default_prompt"] else "none by default.")
+        )
     if "image.onnx" in about["files"]:
         lines.append(
             "`preprocess.json` has the resizing of images, and the mean and standard deviation by channel that "

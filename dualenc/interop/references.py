@@ -6,12 +6,14 @@
 of another module, which is imported with PATH as `sys.path`. MODEL is what the library loads; INPUTS and OUTPUTS are
 folders:
 
-- `INPUTS/inputs.npz`: `pixels` (N, 3, S, S) float32, normalized; `ids` and `mask` (M, L) int64, padded on the right.
-- `INPUTS/inputs.json`: `texts`; `pictures`, names of image files of S x S pixels in INPUTS; and `photos`, the same of
-  other sizes.
-- `OUTPUTS/outputs.npz`: the embeddings (., E) of each input that the library has a tower for, under its name;
-  `pictures_pixels` and `photos_pixels` (., 3, S, S), the input of the image tower; `scale` and `bias`; and `text_ids`
-  with `text_mask`, which the library's tokenizer makes of the texts.
+- `INPUTS/inputs.npz`: `pixels` (N, 3, S, S) float32, normalized; `ids`, `mask` and `types` (M, L) int64, padded on the
+  right, where `types` are the segments, all 0 except for a text model with segments.
+- `INPUTS/inputs.json`: `texts`; `prompts`, names of prompts of a text model; `pictures`, names of image files of S x S
+  pixels in INPUTS; and `photos`, the same of other sizes.
+- `OUTPUTS/outputs.npz`: the embeddings (., E) of each input that the library has a tower for, under its name, where
+  `prompts` stands for all texts with the first prompt, then with the second one, and so on; `pictures_pixels` and
+  `photos_pixels` (., 3, S, S), the input of the image tower; `scale` and `bias`; and `text_ids` with `text_mask`, which
+  the library's tokenizer makes of the texts.
 
 `pixels` and `ids` are given to the model unchanged; pictures, photos and texts pass through the library's own
 preprocessing.
@@ -165,8 +167,7 @@ def transformers(model: str, inputs: Arguments) -> Outputs:
 def transformers_text(model: str, inputs: Arguments) -> Outputs:
     """Load a folder of Hugging Face with a text encoder, alone or with the head that its config names.
 
-    Segments of `ids` are as in `onnx`. Hidden states, and the head's logits for the first `SHORT` tokens of each text,
-    are given as their asinh.
+    Hidden states, and the head's logits for the first `SHORT` tokens of each text, are given as their asinh.
     """
     import torch
     import transformers as library
@@ -183,8 +184,8 @@ def transformers_text(model: str, inputs: Arguments) -> Outputs:
             "input_ids": ids,
             **({} if "siglip" in config.model_type else {"attention_mask": mask}),
         }
-        if (getattr(config, "type_vocab_size", None) or 0) > 1:
-            given["token_type_ids"] = (mask * (2 * torch.arange(ids.shape[1]) >= mask.sum(1, keepdim=True))).long()
+        if has_segments(config):
+            given["token_type_ids"] = torch.from_numpy(inputs["types"])
         outputs = {"hidden": (net(**given)[0] * mask[..., None]).asinh()}
         heads = ("ForMaskedLM", "ForSequenceClassification")
         for name in config.architectures or ():
@@ -195,6 +196,11 @@ def transformers_text(model: str, inputs: Arguments) -> Outputs:
     texts: Any = tokenizer(inputs["texts"], truncation=True, padding="max_length", max_length=ids.shape[1])
     found = {name: x.numpy() for name, x in outputs.items()}
     return {**found, "text_ids": np.array(texts["input_ids"]), "text_mask": np.array(texts["attention_mask"])}
+
+
+def has_segments(config: Any) -> bool:
+    """Return whether a config of Hugging Face is of an encoder with segments."""
+    return (getattr(config, "type_vocab_size", None) or 0) > 1
 
 
 def timm(model: str, inputs: Arguments) -> Outputs:
@@ -212,8 +218,7 @@ def timm(model: str, inputs: Arguments) -> Outputs:
 def onnx(model: str, inputs: Arguments) -> Outputs:
     """Load a folder that `dualenc.interop.onnx` wrote with onnxruntime, Pillow and tokenizers, without torch.
 
-    The second half of each text of `ids` is its second segment, where the encoder has segments. The hidden states and
-    logits of a text model are given as their asinh, under `hidden` and `logits_NAME`.
+    The hidden states and logits of a text model are given as their asinh, under `hidden` and `logits_NAME`.
     """
     import onnxruntime
     from tokenizers import Tokenizer
@@ -221,12 +226,12 @@ def onnx(model: str, inputs: Arguments) -> Outputs:
     folder = Path(model)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
-    encodings = tokenizer.encode_batch(inputs["texts"])
-    text_ids, text_mask, text_types = (
-        np.array([getattr(one, name) for one in encodings], np.int64) for name in ("ids", "attention_mask", "type_ids")
-    )
-    mask = inputs["mask"]
-    halves = mask * (2 * np.arange(mask.shape[1]) >= mask.sum(1, keepdims=True))
+    about = json.loads((folder / "onnx.json").read_text("utf-8"))
+
+    def encoded(prompt: str = "") -> dict[str, np.ndarray]:
+        encodings = tokenizer.encode_batch([prompt + text for text in inputs["texts"]])
+        names = {"ids": "ids", "mask": "attention_mask", "types": "type_ids"}
+        return {name: np.array([getattr(one, theirs) for one in encodings], np.int64) for name, theirs in names.items()}
 
     def run(name: str, **values: np.ndarray) -> Outputs:
         session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
@@ -235,12 +240,18 @@ def onnx(model: str, inputs: Arguments) -> Outputs:
         found: list[Any] = list(session.run(None, wanted))
         return dict(zip(names, found))
 
-    of_ids = run("text", ids=inputs["ids"], mask=mask, types=halves)
+    mask = inputs["mask"]
+    of_ids = run("text", ids=inputs["ids"], mask=mask, types=inputs["types"])
     outputs = {"ids": of_ids.pop("embeddings")}
     if "hidden" in of_ids:
         of_ids["hidden"] = of_ids["hidden"] * mask[..., None]
     outputs |= {name: np.arcsinh(x) for name, x in of_ids.items()}
-    outputs["texts"] = run("text", ids=text_ids, mask=text_mask, types=text_types)["embeddings"]
+    prompts = about.get("prompts", {})
+    outputs["texts"] = run("text", **encoded(prompts.get(about.get("default_prompt"), "")))["embeddings"]
+    if inputs["prompts"]:
+        outputs["prompts"] = np.concatenate(
+            [run("text", **encoded(prompts[name]))["embeddings"] for name in inputs["prompts"]]
+        )
     if (folder / "image.onnx").exists():
         outputs["pixels"] = run("image", pixels=inputs["pixels"])["embeddings"]
         how = json.loads((folder / "preprocess.json").read_text("utf-8"))
@@ -248,12 +259,12 @@ def onnx(model: str, inputs: Arguments) -> Outputs:
             if inputs[name]:
                 pixels = np.stack([resized(image, how) for image in images_of(inputs, name)])
                 outputs[name], outputs[f"{name}_pixels"] = run("image", pixels=pixels)["embeddings"], pixels
-        about = json.loads((folder / "onnx.json").read_text("utf-8"))
         numbers = {"scale": about["logit_scale"], "bias": about["logit_bias"]}
         outputs |= {name: np.full((1, 1), x, np.float32) for name, x in numbers.items() if x is not None}
     if "torch" in sys.modules:
         raise RuntimeError("torch was imported: the check must run without it")
-    return {**outputs, "text_ids": text_ids, "text_mask": text_mask}
+    plain = encoded()
+    return {**outputs, "text_ids": plain["ids"], "text_mask": plain["mask"]}
 
 
 def resized(image: Any, how: dict[str, Any]) -> np.ndarray:
@@ -275,16 +286,22 @@ def resized(image: Any, how: dict[str, Any]) -> np.ndarray:
 
 
 def sentence_transformers(model: str, inputs: Arguments) -> Outputs:
-    """Load a folder of sentence-transformers; return embeddings of texts and ids only."""
+    """Load a folder of sentence-transformers; return embeddings of texts, of texts with prompts, and of ids only."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     net = SentenceTransformer(model, device="cpu").eval()
-    ids, mask = (torch.from_numpy(inputs[name]) for name in ("ids", "mask"))
+    given = {"input_ids": torch.from_numpy(inputs["ids"]), "attention_mask": torch.from_numpy(inputs["mask"])}
+    encoder: Any = net[0]
+    if has_segments(encoder.config):
+        given["token_type_ids"] = torch.from_numpy(inputs["types"])
     made = net.preprocess(inputs["texts"])
     with torch.no_grad():
-        of_ids = net({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+        of_ids = net(given)["sentence_embedding"][:, : net.truncate_dim]
     outputs = {"ids": unit(of_ids), "texts": unit(net.encode(inputs["texts"]))}
+    if inputs["prompts"]:
+        with_prompts = [net.encode(inputs["texts"], prompt_name=name) for name in inputs["prompts"]]
+        outputs["prompts"] = unit(np.concatenate(with_prompts))
     return {**outputs, "text_ids": made["input_ids"].numpy(), "text_mask": made["attention_mask"].numpy()}
 
 

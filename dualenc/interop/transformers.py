@@ -182,10 +182,8 @@ def check_text(predictor: TextPredictor, folder: Path, inputs: Inputs) -> Check:
 
 def _logits(predictor: TextPredictor, name: str, inputs: Inputs) -> np.ndarray:
     """Compute the asinh of a head's logits for the first tokens of each text."""
-    types = None
-    if predictor.model.config.types > 1:
-        types = [[int(2 * i >= len(ids)) for i in range(len(ids))][: references.SHORT] for ids in inputs.ids]
-    tokens = Tokens.pack([ids[: references.SHORT] for ids in inputs.ids], types).to(predictor.device)
+    ids, types = ([row[: references.SHORT] for row in rows] for rows in (inputs.ids, inputs.types))
+    tokens = Tokens.pack(ids, types or None).to(predictor.device)
     with evaluating(predictor.model):
         hidden = predictor.model.encoder(tokens)
         logits = predictor.model.head(name, hidden, tokens).asinh()

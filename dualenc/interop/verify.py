@@ -18,7 +18,13 @@ from dualenc.utils.errors import ModelError
 
 NOT_COUNTED = ("photos",)  # Each library resizes photos with its own arithmetic; their pixels are compared.
 PIXELS = 0.1  # mean difference of normalized pixels, above which an image was resized or cropped differently
-WORDS = {"pixels": "images of noise", "ids": "texts of random tokens", "scale": "temperature", "bias": "logit bias"}
+WORDS = {
+    "pixels": "images of noise",
+    "ids": "texts of random tokens",
+    "prompts": "texts with prompts",
+    "scale": "temperature",
+    "bias": "logit bias",
+}
 
 
 class Check(NamedTuple):

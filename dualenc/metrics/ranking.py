@@ -71,7 +71,8 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, *, skip: Tensor | None 
         queries: (Q, E) embeddings.
         candidates: (C, E) embeddings.
         k: number of candidates; fewer for all queries where one of them has fewer.
-        skip: (Q,) index of a candidate to leave out for the query, such as the query itself; -1 for none.
+        skip: (Q,) index of a candidate to leave out for the query, such as the query itself; or (Q, P) indices of
+            several; -1 for none.
 
     Returns:
         index: (Q, k) int64, the best first. Candidates of equal score are sorted by index: those in a row of scores
@@ -83,14 +84,15 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, *, skip: Tensor | None 
     """
     operands = Operands.from_embeddings(queries, candidates)
     skip = torch.full((len(queries),), -1) if skip is None else skip
+    skip = skip[:, None] if skip.dim() == 1 else skip
     if len(skip) != len(queries) or bool((skip >= len(candidates)).any()):
         raise ValueError(f"skip needs {len(queries)} indices below {len(candidates)}")
-    k = min(k, len(candidates) - int(bool((skip >= 0).any())))
+    k = min(k, len(candidates) - int((skip >= 0).sum(1).max()) if len(skip) else k)
     if k < 1:
         raise ValueError(f"no neighbors among {len(candidates)} candidates: k and what is not skipped must be above 0")
-    query = torch.nonzero(skip >= 0)[:, 0]
+    query, column = torch.nonzero(skip >= 0).unbind(1)
     top = TopK(operands, k)
-    for i, j, block, _ in score_blocks(operands, QueryPairs(query, skip[query])):
+    for i, j, block, _ in score_blocks(operands, QueryPairs(query, skip[query, column])):
         top.update(block, i, j)
     return top.result()
 

@@ -123,11 +123,11 @@ def retrieval_bootstrap(items: dict[str, Tensor], ks: Sequence[int] = (1, 5, 10)
         found |= {
             f"text_retrieval_all@{k}": mean(items["last_by_image"] < k) for k in ks if most <= k <= min(DEPTH, texts)
         }
-    found["image_retrieval_ndcg@10"] = mean(_gain(by_text), owner)
+    found["image_retrieval_ndcg@10"] = mean(gain(by_text), owner)
     found["text_retrieval_ndcg@10"] = mean(items["ndcg_by_image"])
     one, other = mean(by_text < 1, owner), mean(by_image < 1)
     found["mean_recall@1"] = lambda weights: (one(weights) + other(weights)) / 2
-    found["median_rank"] = _median(by_text + 1, owner)
+    found["median_rank"] = weighted_median(by_text + 1, owner)
     found["mrr"] = mean(1 / (by_text.double() + 1), owner)
     return BootstrapMetrics(found, images)
 
@@ -206,12 +206,12 @@ def _search(image: Tensor, text: Tensor, owner: Tensor, chunk: int, ranks_only: 
         return ranks
     owner, owned, score = owner.cpu(), owned.cpu(), score.cpu()
     found = {"owner": owner, "score_of_pair": score.float(), **ranks}
-    order, place = _sort_pairs(owner, score, images)
+    order, place = sort_pairs(owner, score, images)
     _, best_images, image_scores = _merge(pairs.query.cpu(), owner, score, torch.zeros_like(owner), top_images)
     rank, best_texts, text_scores = _merge(owner[order], order, score[order], place, top_texts)
     return found | {
         "last_by_image": torch.zeros(images, dtype=torch.int64).scatter_reduce_(0, owner[order], rank, "amax"),
-        "ndcg_by_image": _sums(owner[order], _gain(rank), images) / _ideal(owned),
+        "ndcg_by_image": sum_by_index(owner[order], gain(rank), images) / ideal_gain(owned),
         "best_by_text": best_images,
         "score_by_text": image_scores,
         "best_by_image": best_texts,
@@ -219,7 +219,7 @@ def _search(image: Tensor, text: Tensor, owner: Tensor, chunk: int, ranks_only: 
     }
 
 
-def _sort_pairs(query: Tensor, score: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def sort_pairs(query: Tensor, score: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Sort pairs by query and, for each query, by descending score.
 
     Args:
@@ -268,23 +268,23 @@ def _merge(
     return rank, best, best_scores
 
 
-def _gain(rank: Tensor) -> Tensor:
+def gain(rank: Tensor) -> Tensor:
     """Compute the contribution of a positive to nDCG@10 before normalization."""
     return (rank < DEPTH) / torch.log2(rank.double() + 2)
 
 
-def _ideal(positives: Tensor) -> Tensor:
+def ideal_gain(positives: Tensor) -> Tensor:
     """Compute the largest possible sum of gains of this many positives."""
-    sums = torch.cat((torch.zeros(1, dtype=torch.float64), _gain(torch.arange(DEPTH)).cumsum(0)))
+    sums = torch.cat((torch.zeros(1, dtype=torch.float64), gain(torch.arange(DEPTH)).cumsum(0)))
     return sums[positives.clamp(max=DEPTH)]
 
 
-def _sums(index: Tensor, values: Tensor, size: int) -> Tensor:
+def sum_by_index(index: Tensor, values: Tensor, size: int) -> Tensor:
     """Sum the values of each index."""
     return torch.zeros(size, dtype=torch.float64).index_add_(0, index, values)
 
 
-def _median(values: Tensor, unit: Tensor) -> Statistic:
+def weighted_median(values: Tensor, unit: Tensor) -> Statistic:
     """Return the weighted median of values (M,), each with the weight of its unit; the mean of two middle values."""
     values, order = values.double().sort()
     unit = unit[order]
@@ -320,7 +320,7 @@ def _chance(names: Iterable[str], texts_per_image: Tally[int], texts: int) -> di
     """
     images = sum(texts_per_image.values())
     found = {
-        "image_retrieval_ndcg@10": _gain(torch.arange(min(DEPTH, images))).sum().item() / images,
+        "image_retrieval_ndcg@10": gain(torch.arange(min(DEPTH, images))).sum().item() / images,
         "text_retrieval_ndcg@10": _expected(texts_per_image, _ndcg_by_chance, texts),
         "mean_recall@1": 1 / images,  # in both directions: an image has on average T / I of the T texts
         "median_rank": (images + 1) / 2,
@@ -354,8 +354,8 @@ def _all_by_chance(positives: int, candidates: int, k: int) -> float:
 
 def _ndcg_by_chance(positives: int, candidates: int) -> float:
     """Compute the expected nDCG@10: a positive is equally likely at each rank."""
-    gains = _gain(torch.arange(min(DEPTH, candidates))).sum() * positives / candidates
-    return float(gains / _ideal(torch.tensor(positives)))
+    gains = gain(torch.arange(min(DEPTH, candidates))).sum() * positives / candidates
+    return float(gains / ideal_gain(torch.tensor(positives)))
 
 
 def _precision_by_chance(positives: int, candidates: int) -> float:
@@ -460,7 +460,7 @@ def _rank_by_counting(x: Tensor, group: Tensor, query: Tensor) -> tuple[Tensor, 
     positive = order[start[item] + (place[item] + 1 + step) % sizes[group[item]]]
     operands = Operands.from_embeddings(x if len(query) == len(x) else x[query.to(x.device)], x)
     score = operands.exact_scores(row, positive)
-    sorting, nth = _sort_pairs(row, score.cpu(), len(query))
+    sorting, nth = sort_pairs(row, score.cpu(), len(query))
     row, score, positive = row[sorting], score[sorting.to(x.device)], positive[sorting]
     thresholds = score.new_full((most, len(query)), torch.inf)
     thresholds[nth.to(x.device), row.to(x.device)] = score
@@ -473,8 +473,8 @@ def _rank_by_counting(x: Tensor, group: Tensor, query: Tensor) -> tuple[Tensor, 
             counter.update(block, i, j)
     rank = torch.stack([counter.counts for counter in counters]).cpu()[nth, row] + nth
     positives = torch.bincount(row, minlength=len(query))
-    precision = _sums(row, (nth + 1) / (rank + 1).double(), len(query)) / positives
-    return rank[nth == 0], _sums(row, _gain(rank), len(query)) / _ideal(positives), precision
+    precision = sum_by_index(row, (nth + 1) / (rank + 1).double(), len(query)) / positives
+    return rank[nth == 0], sum_by_index(row, gain(rank), len(query)) / ideal_gain(positives), precision
 
 
 def _places_in_group(group: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -496,7 +496,7 @@ def _rank_by_sorting(x: Tensor, group: Tensor, query: Tensor) -> tuple[Tensor, T
         hits = positive.gather(1, order).double()
         positives = hits.sum(1)
         precision = hits.cumsum(1).div_(torch.arange(1, len(x) + 1, device=x.device)).mul_(hits).sum(1) / positives
-        gains = hits[:, :DEPTH].cpu() @ _gain(torch.arange(min(DEPTH, len(x))))
-        found.append((hits.argmax(1).cpu(), gains / _ideal(positives.long().cpu()), precision.cpu()))
+        gains = hits[:, :DEPTH].cpu() @ gain(torch.arange(min(DEPTH, len(x))))
+        found.append((hits.argmax(1).cpu(), gains / ideal_gain(positives.long().cpu()), precision.cpu()))
     rank, ndcg, precision = (torch.cat(parts) for parts in zip(*found))
     return rank, ndcg, precision

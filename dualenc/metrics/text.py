@@ -24,7 +24,12 @@ HELD = 10  # The unigram baseline holds out one of this many training texts to c
 
 
 def label_metrics(
-    logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single_label"
+    logits: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    problem: Problem = "single_label",
+    *,
+    threshold: float = 0.5,
 ) -> dict[str, float]:
     """Compute the metrics of a classification of texts, or of a regression.
 
@@ -34,14 +39,15 @@ def label_metrics(
             ("regression").
         names: names of the C classes.
         problem: the problem of the classification head.
+        threshold: see `reaches`, for "multi_label".
 
     Returns:
         For "single_label": `accuracy`; `f1` of the last class if there are two, otherwise the mean over the classes
         that occur among labels or predictions; `matthews` (Gorodkin 2004), 0 where all labels or all predictions are of
         one class.
-        For "multi_label", where a label with a positive logit is predicted: `accuracy`, the share of texts with exactly
-        their labels; `f1_micro` over all decisions; `f1_macro`, the mean over the labels, in which a label that neither
-        occurs nor is predicted counts as 0.
+        For "multi_label", where labels that reach the threshold are predicted: `accuracy`, the share of texts with
+        exactly their labels; `f1_micro` over all decisions; `f1_macro`, the mean over the labels, in which a label that
+        neither occurs nor is predicted counts as 0.
         For "regression": `pearson` and `spearman`, nan where all numbers or all predictions are equal; `mse`.
 
     Raises:
@@ -60,9 +66,9 @@ def label_metrics(
     if problem == "multi_label":
         from torchmetrics.functional.classification import multilabel_f1_score
 
-        given, count = (logits > 0).long(), len(names)
+        given, count = reaches(logits, threshold).long(), len(names)
         return {
-            "accuracy": float(_correct(logits, labels, problem).mean()),
+            "accuracy": float(_correct(logits, labels, problem, threshold).mean()),
             "f1_micro": float(multilabel_f1_score(given, labels, count, average="micro")),
             "f1_macro": float(multilabel_f1_score(given, labels, count, average="macro")),
         }
@@ -76,19 +82,24 @@ def label_metrics(
     f1 = binary_f1_score(answers, labels) if classes == 2 else multiclass_f1_score(answers, labels, classes)
     constant = bool((answers == answers[0]).all() or (labels == labels[0]).all())
     return {
-        "accuracy": float(_correct(logits, labels, problem).mean()),
+        "accuracy": float(_correct(logits, labels, problem, threshold).mean()),
         "f1": float(f1),
         "matthews": 0.0 if constant else float(multiclass_matthews_corrcoef(answers, labels, classes)),
     }
 
 
 def label_bootstrap(
-    logits: Tensor, labels: Tensor, names: Sequence[str], problem: Problem = "single_label"
+    logits: Tensor,
+    labels: Tensor,
+    names: Sequence[str],
+    problem: Problem = "single_label",
+    *,
+    threshold: float = 0.5,
 ) -> BootstrapMetrics:
     """Return `accuracy` or `mse` of `label_metrics` as a function of the texts' weights, for intervals and differences.
 
     Args:
-        logits, labels, names, problem: see `label_metrics`.
+        logits, labels, names, problem, threshold: see `label_metrics`.
 
     Raises:
         ValueError: As `label_metrics` does.
@@ -96,7 +107,12 @@ def label_bootstrap(
     logits, labels = _checked(logits, labels, names, problem)
     if problem == "regression":
         return BootstrapMetrics({"mse": mean((logits - labels) ** 2)}, len(labels))
-    return BootstrapMetrics({"accuracy": mean(_correct(logits, labels, problem))}, len(labels))
+    return BootstrapMetrics({"accuracy": mean(_correct(logits, labels, problem, threshold))}, len(labels))
+
+
+def reaches(logits: Tensor, threshold: float) -> Tensor:
+    """Return for which logits the score, the sigmoid of the logit, is at least the threshold."""
+    return logits.double().sigmoid() >= threshold
 
 
 def majority_baseline(train_labels: Tensor, labels: Tensor) -> float:
@@ -140,10 +156,11 @@ def _checked(logits: Tensor, labels: Tensor, names: Sequence[str], problem: Prob
     return logits, labels
 
 
-def _correct(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
+def _correct(logits: Tensor, labels: Tensor, problem: Problem, threshold: float) -> Tensor:
     """Return 1 for each text whose prediction equals its labels, otherwise 0, (N,) float64."""
-    correct = ((logits > 0) == labels.bool()).all(1) if problem == "multi_label" else logits.argmax(1) == labels
-    return correct.double()
+    if problem == "multi_label":
+        return (reaches(logits, threshold) == labels.bool()).all(1).double()
+    return (logits.argmax(1) == labels).double()
 
 
 # Masked tokens

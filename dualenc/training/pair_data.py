@@ -104,7 +104,8 @@ class TokenData(LightningDataModule):
         if self.tokenizer_path is None and self._text_checkpoint is not None:
             found = self._text_checkpoint.tokenizer()
             length = min(found.context_length, text.context_length)
-            tokenizer, path = Tokenizer(found.backend, length, text.pad_to, text.pad_id), self._text_checkpoint.spec
+            tokenizer = found.replace(context_length=length, pad_to=text.pad_to, pad_id=text.pad_id)
+            path = self._text_checkpoint.spec
         else:
             path = self.tokenizer_path or self._trained_tokenizer_path
             tokenizer = Tokenizer.from_file(path, text.context_length, text.pad_to, text.pad_id)

@@ -149,7 +149,7 @@ def mean_over_ranks(total: Tensor, number: float | Tensor, world: int) -> Tensor
 
     Args:
         total: sums of this rank, of any shape.
-        number: number of summands of each sum.
+        number: number of summands of each sum, or the sum of their weights.
         world: number of ranks.
 
     Returns:
@@ -159,7 +159,7 @@ def mean_over_ranks(total: Tensor, number: float | Tensor, world: int) -> Tensor
     both = torch.stack([total.detach(), torch.as_tensor(number, device=total.device).to(total.dtype).expand_as(total)])
     if world > 1:
         dist.all_reduce(both)
-    number = both[1].clamp(min=1)
+    number = both[1].masked_fill(both[1] == 0, 1)
     return both[0] / number + (total - total.detach()) * world / number
 
 

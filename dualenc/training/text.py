@@ -19,7 +19,7 @@ from dualenc.data.text.dataset import Texts
 from dualenc.formats.huggingface.text_checkpoint import TextCheckpoint, open_text
 from dualenc.inference.text_model import TextPredictor
 from dualenc.models import HeadConfig, TextConfig, TextModel
-from dualenc.models.heads import Examples, Head, HeldOut, LoadedHeads, Measured, import_head
+from dualenc.models.heads import Examples, Head, HeldOut, LoadedHeads, Measured, import_head, make_head
 from dualenc.report import Section, verdict
 from dualenc.tokens import Tokens
 from dualenc.training.contrastive import BASE, PLAIN, adamw
@@ -218,7 +218,8 @@ class TextTask(LanguageTask):
         text: architecture of the encoder.
         text_from: a text checkpoint, see `dualenc.load_text`: the encoder has its architecture in place of `text`, its
             weights, and its tokenizer unless the data name another. Heads that are the same there and here have its
-            weights too, and a classification head takes up the layer of a pooler.
+            weights too, and a classification head takes up the layer of a pooler. An embedding head that leaves
+            `embedding` open has the dense layers, prompts and dimensions of the checkpoint's.
         tokenizer: path of the data's tokenizer, whose number of entries replaces `text.vocab_size`, except with
             `text_from`; the command line takes it from the data.
         optimizer: function of parameter groups, see `parameter_groups`; its learning rate is multiplied by their
@@ -249,6 +250,8 @@ class TextTask(LanguageTask):
         _check_heads(heads)
         checkpoint = open_text(text_from) if text_from else None
         text = checkpoint.config if checkpoint is not None else with_vocabulary(text, tokenizer)
+        if checkpoint is not None:
+            heads = {name: make_head(head).completed(checkpoint.heads.values()) for name, head in heads.items()}
         model = TextModel(text, heads)
         super().__init__(model, heads, text, optimizer, scheduler, seed, max_skipped)
         self.kinds = model.kinds
@@ -273,6 +276,11 @@ class TextTask(LanguageTask):
                 f"model.heads.{comparing[0]} compares the texts of all ranks, which must have equally many: set "
                 "data.mix to round_robin"
             )
+        for name, head in self.kinds.items() if stage == "fit" else ():
+            try:
+                head.prepare(partial(self.trainer.datamodule.labels, name))
+            except ValueError as error:
+                raise ValueError(f"model.heads.{name}: {error}") from None
         if stage == "fit" and self.text_checkpoint is not None and not self.trainer.ckpt_path:
             loaded = self.model.load_pretrained(self.text_checkpoint.model())
             rank_zero_print(f"weights of {self.text_checkpoint.spec}: {describe_loaded(loaded)}")
@@ -281,14 +289,13 @@ class TextTask(LanguageTask):
         """See `LanguageTask.step`."""
         hidden, world = self._hidden(batch), self.trainer.world_size
         group = dist.group.WORLD if world > 1 else None
-        sums: dict[str, tuple[Tensor, int]] = {}
+        sums: dict[str, tuple[Tensor, Tensor | int]] = {}
         for name, head in self.kinds.items():
             if name in batch.parts:
-                examples = self._examples(name, hidden, batch)
-                sums[name] = head.loss(examples.logits, examples.labels, group), examples.number
+                sums[name] = head.sums(self._examples(name, hidden, batch), group)
             else:  # The sums over the ranks must have every head on every rank.
                 sums[name] = hidden.new_zeros((), dtype=torch.float32), 0
-        numbers = torch.tensor([float(number) for _, number in sums.values()], device=hidden.device)
+        numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=hidden.device) for _, n in sums.values()])
         means = mean_over_ranks(torch.stack([total for total, _ in sums.values()]), numbers, world)
         met = [name for name in sums if world > 1 or name in batch.parts] or list(sums)  # all of them if all are bad
         losses = {name: mean for name, mean in zip(sums, means) if name in met}

@@ -34,6 +34,8 @@ class TextSource(TypedDict):
         label: column of the label; default "label" where the head needs one. For "multi_label" a list in a `.jsonl`,
             or labels joined by `|`.
         weight: number of times that an epoch reads the files, which may be a fraction; default 1.
+        negatives: column of further texts that are negatives of all first texts of a batch, for an embedding head
+            whose pairs belong together: a list of texts in a `.jsonl`, or one text. Only training reads it.
     """
 
     files: str | list[str]
@@ -41,6 +43,7 @@ class TextSource(TypedDict):
     pair: NotRequired[str | None]
     label: NotRequired[str]
     weight: NotRequired[float]
+    negatives: NotRequired[str | None]
 
 
 class TextData(TokenData):
@@ -171,9 +174,16 @@ class TextData(TokenData):
             raise DataError(
                 f"{where}.{given[0]}: the columns that {head.config.kind} heads read have fixed names; leave it out"
             )
+        negatives = columns.get("negatives") if part == "train" else None
+        if source.get("negatives") and part != "train" and source is not self.given["train"].get(name):
+            raise DataError(f"{where}.negatives: only training reads negatives; leave it out")
+        if negatives and not needs.negatives:
+            raise DataError(
+                f"{where}.negatives {negatives!r}: only embedding heads with problem negatives read them; leave it out"
+            )
         labeled = (needs.labels is not None or needs.windows is not None) and part != "predict"
         label = columns.get("label", "label") if labeled else None
-        return Use(name, columns.get("text", "text"), pair, label, needs)
+        return Use(name, columns.get("text", "text"), pair, label, needs, negatives)
 
     # Data
 

@@ -271,7 +271,10 @@ def from_dict(cls: type[Any], fields: Any, where: str) -> Any:
             continue
         value = fields[key]
         nested = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
-        if nested is not None and (value is not None or hint is nested):
+        if nested is not None and typing.get_origin(hint) is tuple and isinstance(value, list):
+            items = enumerate(value)
+            values[key] = tuple(from_dict(typing.cast(type, nested), x, f"{where}: {key}.{i}") for i, x in items)
+        elif nested is not None and (value is not None or hint is nested):
             values[key] = from_dict(typing.cast(type, nested), value, f"{where}: {key}")
         elif not _has_type(value, hint):
             raise ModelError(f"{where}: {key} must be {getattr(hint, '__name__', hint)}, not {value!r}")

@@ -97,6 +97,7 @@ def tokenizer_of(text: TextConfig) -> Tokenizer:
 
 def add_tokenizer(folder: Path) -> None:
     tokenizer_of(open_text(folder).config).save(folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def ragged(config: TextConfig, seed: int) -> tuple[Tokens, Tensor, Tensor, Tensor]:

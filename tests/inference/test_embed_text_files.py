@@ -33,7 +33,9 @@ def test_embeddings_of_texts_and_of_tokens(tmp_path, model, capsys, monkeypatch)
     monkeypatch.setattr("dualenc.inference.embed_text_files.CHUNK", 7)
     texts = sentences(23)
     lines = [json.dumps({"said": text}) for text in texts]
-    lines[5], lines[20] = "{", json.dumps({"said": ""})
+    lines[5], lines[20] = "{", json.dumps({"said": None})
+    texts[3], texts[11] = "", " \t"
+    lines[3], lines[11] = (json.dumps({"said": texts[i]}) for i in (3, 11))
     (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n")
     predictor = load_text(model, "cpu")
     good = [i for i in range(23) if i not in (5, 20)]

@@ -76,6 +76,23 @@ def test_a_saved_model_can_be_saved_over_and_saved_again(seed, saved, tmp_path):
     assert load(tmp_path / "empty")
 
 
+def test_settings_of_the_tokenizer_are_saved(embedder, saved, tmp_path):
+    """They have no place in tokenizer.json, and the fingerprint of the model knows what changes ids."""
+    assert not (saved / "tokenizer_config.json").exists()
+    other = Embedder(
+        embedder.dual_encoder,
+        embedder.tokenizer.replace(roles={"mask_token": "[PAD]"}, split_special_tokens=False),
+        embedder.preprocess,
+    )
+    for _ in range(2):  # The second time replaces a folder that has the file.
+        other.save(tmp_path / "other")
+    again = load(tmp_path / "other", "cpu")
+    assert again.tokenizer.mask_id == embedder.tokenizer.special["[PAD]"]
+    assert again.tokenizer.encode(["a [SEP]"])[0].count(3) == 2
+    assert load(saved, "cpu").tokenizer.encode(["a [SEP]"])[0].count(3) == 1
+    assert again.fingerprint == other.fingerprint != embedder.fingerprint
+
+
 def test_the_config_has_format_2_and_older_keys_suffice(saved):
     fields = json.loads((saved / "config.json").read_text())
     assert fields["format"] == 2

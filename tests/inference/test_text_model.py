@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import WORDS, tiny_tokenizer, tokenizer_of
+from helpers import tiny_tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from dualenc.data import Tokenizer
@@ -73,8 +73,6 @@ def test_choice_of_the_head(seed: int) -> None:
         it.classify(TEXTS)
     with pytest.raises(ValueError, match="no head 'mlm' for text-classification"):
         it.classify(TEXTS, "mlm")
-    with pytest.raises(ValueError, match="no heads for fill-mask"):
-        predictor({}).fill("a [MASK]")
     with pytest.raises(ValueError, match="all strings or all pairs"):
         it.classify(["a", ("b", "c")], "mood")  # type: ignore[list-item]
     one = predictor({"mood": HEADS["mood"]})
@@ -98,11 +96,6 @@ def test_other_inputs_than_texts_are_refused(seed: int) -> None:
     for pair, match in ((("a",), "two strings, not 1"), (("a", 1), "number 1 .from 0. is 1")):
         with pytest.raises(ValueError, match=match):
             it.classify([pair])  # type: ignore[list-item]
-    for text in (None, ["a [MASK]"], 3):
-        with pytest.raises(ValueError, match=r"pass one string with \[MASK\]"):
-            it.fill(text)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="k is 0"):
-        it.fill("a [MASK]", 0)
     for call in (it.classify, it.embed):
         with pytest.raises(ValueError, match="batch_size is 0"):
             call(["a"], batch_size=0)
@@ -114,67 +107,6 @@ def test_to_and_repr(seed: int) -> None:
         assert part in repr(it)
     assert it.to("meta") is it
     assert it.device.type == "meta"
-
-
-def renamed(tokenizer: Tokenizer, names: dict[str, str], lstrip: bool = False) -> Tokenizer:
-    """Return the same tokenizer with other names of special tokens."""
-    import json
-
-    from tokenizers import Tokenizer as Backend
-
-    text = tokenizer.backend.to_str()
-    for old, new in names.items():
-        text = text.replace(json.dumps(old), json.dumps(new))
-    fields = json.loads(text)
-    if lstrip:
-        fields["normalizer"] = None  # as RoBERTa has none: spaces count
-    for token in fields["added_tokens"]:
-        token["lstrip"] = lstrip and token["content"] == "<mask>"
-    return Tokenizer(Backend.from_str(json.dumps(fields)), tokenizer.context_length)
-
-
-ROBERTA = {"[CLS]": "<s>", "[SEP]": "</s>", "[PAD]": "<pad>", "[UNK]": "<unk>", "[MASK]": "<mask>"}
-
-
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
-@pytest.mark.parametrize("named", [False, True])
-def test_hidden_words(kind: Any, named: bool, tmp_path: Path, seed: int) -> None:
-    """Ids and predictions equal those of transformers, whose tokenizer reads the token in the text."""
-    tokenizer = tokenizer_of(kind, [" ".join(WORDS)] * 2, 300, 16)
-    tokenizer = renamed(tokenizer, ROBERTA, lstrip=True) if named else tokenizer
-    it = predictor({"mlm": HeadConfig("mlm")}, tokenizer)
-    it.save(tmp_path / "it")
-    own = "<mask>" if named else "[MASK]"
-    peer = AutoTokenizer.from_pretrained(tmp_path / "it")
-    text = "a [MASK] sits on the [MASK]."
-    ids = peer(text.replace("[MASK]", own))["input_ids"]
-    assert ids.count(it.tokenizer.mask_id) == 2
-    with torch.no_grad():
-        logits = it.model.eval()(it.tokenizer.pack([ids]), "mlm")
-    places = [i for i, one in enumerate(ids) if one == it.tokenizer.mask_id]
-    found = it.fill(text, k=3)
-    assert found == it.fill(text.replace("[MASK]", own), k=3)
-    for place, guesses in zip(places, found, strict=True):
-        best = logits[place].softmax(-1)[: tokenizer.vocab_size].topk(3)
-        assert [guess["token"] for guess in guesses] == peer.convert_ids_to_tokens(best.indices.tolist())
-        assert [guess["probability"] for guess in guesses] == pytest.approx(best.values.tolist(), rel=1e-4)
-    assert all(guess["text"].endswith("[MASK].") for guess in found[0])
-    assert all(guess["text"].startswith("a [MASK] sits") for guess in found[1])
-
-
-def test_the_word_is_filled_in_at_its_position(seed: int) -> None:
-    it = predictor({"mlm": HeadConfig("mlm")})
-    cat = it.tokenizer.backend.token_to_id("cat")
-    with torch.no_grad():
-        it.model.heads["mlm"].bias[cat] += 1e4
-    (guesses,) = it.fill("A [MASK] sits [SEP] here", k=1)
-    assert guesses == [{"token": "cat", "probability": pytest.approx(1), "text": "A cat sits [SEP] here"}]
-    ids = it._spliced(["A ", " sits [SEP] here"], 4, "[MASK]")  # what is written is text, and no token
-    assert ids.count(it.tokenizer.special["[SEP]"]) == 1
-    with pytest.raises(ValueError, match="does not contain"):
-        it.fill("a cat")
-    with pytest.raises(ValueError, match="is cut off"):
-        it.fill("a cat " * 20 + "[MASK]")
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "last"])
@@ -193,6 +125,30 @@ def test_vectors_of_texts_and_of_tokens(pool: Any, seed: int) -> None:
     torch.testing.assert_close(headed.embed(TEXTS), mean)
     with pytest.raises(ValueError, match="no texts to embed"):
         it.embed([])
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "last"])
+def test_empty_texts_have_the_vector_of_their_special_tokens(pool: Any, seed: int) -> None:
+    it = predictor(HEADS, pool=pool)
+    texts = ["", "a cat", " \t\n", "\u3000"]
+    expected = [it.model.eval().encoder(it.tokenizer.pack([[2, 3]]))] * 3
+    pick = {"cls": lambda x: x[0], "last": lambda x: x[-1], "mean": lambda x: x.mean(0)}[pool]
+    torch.testing.assert_close(
+        it.embed(texts)[[0, 2, 3]], F.normalize(torch.stack([pick(x) for x in expected]), dim=-1)
+    )
+    assert [names for names, _ in it.embed_tokens(texts)] == [["[CLS]", "[SEP]"], ["[CLS]", "a", "cat", "[SEP]"]] + [
+        ["[CLS]", "[SEP]"]
+    ] * 2
+    backend = it.tokenizer.backend
+    backend.post_processor = None  # type: ignore[assignment]
+    bare = TextPredictor(it.model, Tokenizer(backend, 16))
+    found = bare.embed(texts, batch_size=2)
+    assert found.norm(dim=-1).tolist() == pytest.approx([0, 1, 0, 0])
+    torch.testing.assert_close(found[1:2], bare.embed(["a cat"]))
+    assert [vectors.shape for _, vectors in bare.embed_tokens(texts)] == [(0, 16), (2, 16), (0, 16), (0, 16)]
+    assert bare.embed([""]).tolist() == [[0] * 16]
+    with pytest.raises(ValueError, match=r"number 0 .from 0. does not have a token: ''"):
+        bare.classify(texts, "mood")
 
 
 def test_dropout_is_off_and_the_mode_is_restored(seed: int) -> None:

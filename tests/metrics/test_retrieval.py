@@ -352,7 +352,7 @@ def test_weighted_medians(monkeypatch):
     unit_of[:30] = torch.arange(30)
     weights = torch.cat((torch.randint(0, 3, (20, 30)), torch.eye(30, dtype=torch.int64)))
     expected = [statistics.median(values.repeat_interleave(row[unit_of]).tolist()) for row in weights if int(row.sum())]
-    found = retrieval._median(values, unit_of)(weights[weights.sum(1) > 0].double())
+    found = retrieval.weighted_median(values, unit_of)(weights[weights.sum(1) > 0].double())
     assert found.tolist() == expected
 
 

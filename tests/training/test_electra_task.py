@@ -54,7 +54,7 @@ def test_a_run(tmp_path, seed):
     for name, x in model.state_dict().items():
         assert torch.equal(x, kept[f"model.{name}"]), name
     assert json.loads((whole / "last" / "config.json").read_text())["architectures"] == ["ElectraForPreTraining"]
-    assert len(generator.fill("a [MASK]", k=2)[0]) == 2
+    assert len(generator.fill("a [MASK]", top_k=2)[0]) == 2
 
     # Killed and gone on: the same draws.
     stop = json.dumps([{"class_path": "helpers.StopAt", "init_args": {"step": 3}}])

@@ -249,3 +249,49 @@ def test_errors_name_the_option(files: Path, options: dict, message: str) -> Non
             files,
             stage,
         ).train_dataloader()
+
+
+def test_negatives_and_equal_texts(files: Path, seed: int) -> None:
+    """Equal texts of a side have equal ids, and the negatives of all lines follow the pairs."""
+    rng = random.Random(seed)
+    passages = [f"{WORDS[n]} {n}" for n in range(3)]
+    rows = [{"text": f"{n} {rng.choice(WORDS)}", "other": passages[n % 3], "more": None} for n in range(8)]
+    rows[1]["more"], rows[2]["more"], rows[4]["more"] = [passages[0], "a dog"], "two dogs", []
+    (files / "hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"files": str(files / "hard.jsonl"), "pair": "other", "negatives": "more"}
+    data = made(files, train={"near": source}, val={"near": {"files": str(files / "val.tsv")}})
+    (batch,) = data.train_dataloader()
+    part, order = batch.parts["near"], batch.rows.tolist()
+    texts = [rows[n]["text"] for n in order] + [rows[n]["other"] for n in order]
+    for n in order:
+        texts += {1: [passages[0], "a dog"], 2: ["two dogs"]}.get(n, [])
+    assert data.tokenizer is not None
+    assert torch.equal(batch.tokens.padded()[0], data.tokenizer(texts).padded()[0])
+    assert part.negatives.tolist() == [16, 17, 18]
+    same = part.ids[:, 1:] == part.ids[:, 1]
+    assert same.tolist() == [[i % 3 == j % 3 for j in order] for i in order]
+    assert len(part.ids[:, 0].unique()) == 8
+    copies = [one in part.ids[:, 1].tolist() for one in part.negative_ids.tolist()]
+    assert copies == [text in passages for text in texts[16:]]
+    for batch in data.val_dataloader():  # only training reads negatives
+        assert batch.parts["near"].negatives is None
+    columns = [loader.dataset.facts()["columns"] for loader in (data.train_dataloader(), data.val_dataloader())]
+    assert columns == [[["near", "text", "other", None, "more"]], [["near", "text", "other", None]]]
+
+
+def test_bad_negatives(files: Path) -> None:
+    table = {"files": str(files / "train.tsv"), "pair": "other"}
+    for train, val, message in (
+        ({"like": table | {"negatives": "label", "label": "score"}}, None, "data.train.like.negatives 'label': only"),
+        ({"near": table | {"negatives": "no"}}, None, "has no column 'no'"),
+        ({"near": table}, {"near": table | {"negatives": "label"}}, "data.val.near.negatives: only training"),
+    ):
+        with pytest.raises(DataError, match=message):
+            made(files, train=train, val=val)
+    more = [["c", 3], [""], {"a": 1}, 5, *["good"] * 20]
+    lines = (json.dumps({"text": f"a {n}", "other": f"b {n}", "more": one}) + "\n" for n, one in enumerate(more))
+    (files / "hard.jsonl").write_text("".join(lines))
+    source = {"files": str(files / "hard.jsonl"), "pair": "other", "negatives": "more"}
+    data = made(files, train={"near": source}, batch_size=24)
+    list(data.train_dataloader())
+    assert {record.key for record in data.bad_sample_log.known} == {f"line {n}" for n in range(1, 5)}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import dualenc
 from dualenc.cli import main
-from dualenc.data.text.dataset import Part, Texts
+from dualenc.data.text.dataset import Part, Texts, token_hashes
 from dualenc.data.text.masking import Masking
 from dualenc.formats.huggingface.text_checkpoint import open_text
 from dualenc.losses import clip_loss
@@ -139,6 +139,76 @@ def test_other_texts_of_the_batch_are_negatives(seed):
     torch.testing.assert_close(task.training_step(batch, 0).double(), want.double(), rtol=1e-5, atol=0)
 
 
+def hard_batch(start, stop):
+    """Return pairs start to stop, of three passages with several questions each, and the texts of the batch.
+
+    Pair i has i % 3 negatives, some of which are copies of passages.
+    """
+    own = range(start, stop)
+    negatives = [sentence(k % 3 + 20 if k % 2 else k + 40) for i in own for k in range(i, i + i % 3)]
+    texts = [*(sentence(i) for i in own), *(sentence(i % 3 + 20) for i in own), *negatives]
+    tokens = tiny_tokenizer()(texts)
+    hashes, count = token_hashes(tokens), len(own)
+    ids = torch.stack([hashes[:count], hashes[count : 2 * count]], 1)
+    first, second, extra = torch.arange(len(texts)).split([count, count, len(negatives)])
+    part = Part(first, second, None, ids=ids, negatives=extra, negative_ids=hashes[extra])
+    return Texts(tokens, torch.arange(start, stop), {"near": part}, None), texts
+
+
+def hard_loss(task, texts, count):
+    """Compute the loss by its definition, one pair at a time, from texts as strings."""
+    ids, mask, _ = tiny_tokenizer()(texts).padded()
+    vectors = F.normalize(task.model.encoder.forward_padded(ids, mask)[:, 0], dim=-1)
+    first, second = texts[:count], texts[count:]
+    score = NEGATIVES * vectors[:count] @ vectors[count:].T
+    total = 0.0
+    for i in range(count):
+        own = {second[j] for j in range(count) if first[j] == first[i]}
+        rivals = [j for j in range(len(second)) if j == i or second[j] not in own]
+        queries = [j for j in range(count) if j == i or (second[j] != second[i] and first[j] != first[i])]
+        total = total - score[i, rivals].log_softmax(0)[rivals.index(i)]
+        total = total - score[queries, i].log_softmax(0)[queries.index(i)]
+    return total / (2 * count)
+
+
+HARD = {"near": HeadConfig("embedding", problem="negatives")}
+
+
+def test_equal_passages_are_masked_and_hard_negatives_count(seed):
+    task = task_of(HARD)
+    batch, texts = hard_batch(0, 9)
+    got, want = task.training_step(batch, 0), hard_loss(task, texts, 9)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    close(gradients(task, got), gradients(task, want))
+    part = batch.parts["near"]
+    for less in (part._replace(ids=None, negative_ids=None), part._replace(negatives=None)):  # controls
+        assert abs(task.training_step(batch._replace(parts={"near": less}), 0) - want) > 1e-4
+
+
+def hard_ranks(folder, rank, world):
+    import torch.distributed as dist
+
+    task = task_of(HARD, world)
+    task.load_state_dict(torch.load(folder / "task.pt", weights_only=True))
+    loss = task.training_step(hard_batch(5 * rank, 5 * rank + 5)[0], 0)
+    found = gradients(task, loss)
+    for grad in found.values():  # as DDP does
+        dist.all_reduce(grad)
+        grad /= world
+    return {"loss": loss.detach(), **found}
+
+
+@pytest.mark.slow
+def test_hard_negatives_over_ranks(tmp_path, seed):
+    """The ranks have other numbers of negatives; a passage of one rank is masked on the other."""
+    task = task_of(HARD)
+    torch.save(task.state_dict(), tmp_path / "task.pt")
+    loss = task.training_step(hard_batch(0, 10)[0], 0)
+    want = {"loss": loss.detach(), **gradients(task, loss)}
+    for result in in_ranks(hard_ranks, tmp_path, 2):
+        close(result, want)
+
+
 def ranks(folder, rank, world):
     import torch.distributed as dist
 
@@ -224,6 +294,32 @@ def test_resumed_run_is_bit_equal(tmp_path, seed, mix):
 
 
 @pytest.mark.slow
+def test_hard_negatives_and_balanced_classes_resume_bit_equal(tmp_path, seed):
+    write_texts(tmp_path, seed)
+    lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["hard"] = [lines[(i + k) % 20]["other"] for k in range(1, 1 + i % 3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    heads = {
+        "near": {"kind": "embedding", "problem": "negatives"},
+        "mood": {"kind": "classification", "labels": ["bad", "good"], "class_weights": "balanced"},
+    }
+    more = "--run.monitor", "val/near/mean_recall@1", "--data.train.near.negatives", "hard"
+    whole = fit(tmp_path / "whole", tmp_path, seed, *more, heads=heads)
+    stop = json.dumps([{"class_path": "helpers.StopAt", "init_args": {"step": 5}}])
+    part = tmp_path / "part"
+    with pytest.raises(SystemExit):
+        fit(part, tmp_path, seed, *more, "--trainer.callbacks", stop, heads=heads)
+    fit(part, tmp_path, seed, *more, "--ckpt_path", "last", heads=heads)
+    for name in ("train/loss", "train/near/loss", "train/mood/loss", "val/near/mean_recall@1"):
+        assert metrics(part, name) == metrics(whole, name)
+    other = {**heads, "mood": {**heads["mood"], "class_weights": [1.0, 9.0]}}
+    changed = fit(tmp_path / "changed", tmp_path, seed, *more[:2], heads=other)
+    for name in ("train/near/loss", "train/mood/loss"):  # control
+        assert metrics(changed, name) != metrics(whole, name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["together", "round_robin"])
 def test_two_ranks_equal_one(tmp_path, seed, mix):
     """Logs are close to those of one rank, and bit-equal after one of two ranks was killed."""
@@ -256,7 +352,7 @@ def test_one_encoder_through_contrastive_and_text_tasks(tmp_path, seed, capsys):
     assert metrics(texts, "val/mood/accuracy")[-1] > 0.8 > max(metrics(texts, "val/mood/baseline_accuracy"))
     good, bad = predictor.classify(["a good red dog", "a bad red dog"])
     assert (good["label"], bad["label"]) == ("good", "bad")
-    (found,) = predictor.fill(f"{WORDS[0]} [MASK]", k=3)
+    (found,) = predictor.fill(f"{WORDS[0]} [MASK]", top_k=3)
     assert len(found) == 3
     vectors = predictor.embed(["a good red dog", "a bad red dog"])
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))

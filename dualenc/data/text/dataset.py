@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from dualenc.data.loading.bad_samples import BadRecord, SampleReader
 from dualenc.data.loading.loader import Request
+from dualenc.data.shards.shard import content_hash
 from dualenc.data.text.files import Line, TextIndex
 from dualenc.data.text.labels import Label, LabelReader
 from dualenc.data.text.masking import Masked, Masking
@@ -32,6 +33,9 @@ class Part(NamedTuple):
     # (b, ...) of the dtype of the head's `LabelReader`, or (t, ...) of t judged tokens; None for a head without labels
     labels: Tensor | None
     windows: Windows | None = None  # where the head judges tokens; `texts` has the first window of each sample
+    ids: Tensor | None = None  # (b, 2) int64 hashes of the texts of a pair that are read apart, by `token_hashes`
+    negatives: Tensor | None = None  # (m,) int64, index of each text that belongs to no sample of the head's
+    negative_ids: Tensor | None = None  # (m,) int64, hashes of the negatives
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Part":
         """Return a copy on another device."""
@@ -40,7 +44,7 @@ class Part(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Batch of B samples: their texts, followed by the second texts of pairs that are read apart and further windows.
+    """Batch of B samples: their texts, then further windows, second texts of pairs that are read apart, and negatives.
 
     So text i belongs to sample i for i < B.
     """
@@ -72,6 +76,7 @@ class Needs:
             a random token replaces, see `Masking`; None for a head that reads all tokens.
         meaning: kind, problem and labels of the head, which a resumed run must have again.
         windows: reader of the lines for a head that judges tokens, in place of `labels` and `pairs`.
+        negatives: further texts of a line may be negatives of all pairs of a batch.
     """
 
     labels: LabelReader | None = None
@@ -79,6 +84,7 @@ class Needs:
     masking: tuple[float, float] | None = None
     meaning: tuple[str, str, tuple[str, ...]] = ("", "", ())
     windows: WindowReader | None = None
+    negatives: bool = False
 
 
 class Use(NamedTuple):
@@ -90,6 +96,7 @@ class Use(NamedTuple):
         pair: column of the second text of a pair; None for single texts.
         label: column of the label; None where no label is read.
         needs: data that the head needs.
+        negatives: column of further texts that are negatives; None where none are read.
     """
 
     head: str
@@ -97,13 +104,14 @@ class Use(NamedTuple):
     pair: str | None = None
     label: str | None = None
     needs: Needs = Needs()
+    negatives: str | None = None
 
     @property
     def columns(self) -> list[str]:
         """The columns that are read, which a reader of windows checks itself."""
         if self.needs.windows is not None:
             return []
-        return [name for name in (self.text, self.pair, self.label) if name is not None]
+        return [name for name in (self.text, self.pair, self.label, self.negatives) if name is not None]
 
 
 class LabeledText(NamedTuple):
@@ -112,6 +120,7 @@ class LabeledText(NamedTuple):
     text: str
     other: str | None
     label: Label | None
+    negatives: Sequence[str] = ()
 
 
 def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) -> list[str]:
@@ -133,11 +142,36 @@ def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) ->
         if name is None:
             continue
         text = field(sample, fields, name)
-        if problem := text_problem(text):
-            cause = "no text" if problem in ("empty", "not text") else f"a text {problem}"
-            raise BadSample(sample, f"its column {name!r} holds {cause}")
+        _check_text(sample, name, text)
         found.append(text)
     return found
+
+
+def negatives_of(sample: Line, use: Use, fields: Mapping[str, Any]) -> list[str]:
+    """Return the negatives of a line: the texts of a list, or one text; none where the field is empty.
+
+    Args:
+        sample: the line.
+        use: columns to read.
+        fields: content of the line by column.
+
+    Raises:
+        BadSample: If the line lacks the field, or holds anything else.
+    """
+    if use.negatives is None:
+        return []
+    value = field(sample, fields, use.negatives)
+    found = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    for text in found:
+        _check_text(sample, use.negatives, text)
+    return found
+
+
+def _check_text(sample: Line, name: str, text: Any) -> None:
+    """Raise BadSample if a value of a column is not a text."""
+    if problem := text_problem(text):
+        cause = "no text" if problem in ("empty", "not text") else f"a text {problem}"
+        raise BadSample(sample, f"its column {name!r} holds {cause}")
 
 
 def field(sample: Line, fields: Mapping[str, Any], name: str) -> Any:
@@ -268,7 +302,8 @@ class TextDataset(Dataset[Texts]):
             return use.needs.windows.read(sample, use.label is not None)
         fields = sample.read()
         text, *other = texts_of(sample, use, fields)
-        return LabeledText(text, other[0] if other else None, label_of(sample, use, fields))
+        label, negatives = label_of(sample, use, fields), negatives_of(sample, use, fields)
+        return LabeledText(text, other[0] if other else None, label, negatives)
 
     def __getitem__(self, request: Request) -> Texts:
         """Return the batch of an epoch's samples `rows` (B,), the first of which has place `position` in the epoch.
@@ -311,10 +346,15 @@ class TextDataset(Dataset[Texts]):
     def facts(self) -> dict[str, Any]:
         """See `BatchDataset.facts`."""
         meanings = [use.needs.meaning for _, use in self.uses]
+        windows = [use.needs.windows and use.needs.windows.facts for _, use in self.uses]
         return {
-            "columns": [[use.head, use.text, use.pair, use.label] for _, use in self.uses],
+            "columns": [
+                [use.head, use.text, use.pair, use.label, *([use.negatives] if use.negatives else [])]
+                for _, use in self.uses
+            ],
             "labels": [[kind, problem, list(labels)] for kind, problem, labels in meanings],
-            "windows": [use.needs.windows and use.needs.windows.facts for _, use in self.uses],
+            # Left out where no head judges tokens, as in checkpoints of earlier versions.
+            **({"windows": windows} if any(windows) else {}),
             "tokenizer": self.tokenizer.fingerprint,
             "fingerprint": self.index.fingerprint,
             "mask": self.masking.share if self.masking else None,
@@ -323,7 +363,7 @@ class TextDataset(Dataset[Texts]):
 
 
 class BatchTexts:
-    """The tokens of a batch: first one text of each sample, then second texts of pairs, and further windows.
+    """The tokens of a batch: first one text of each sample, then further windows, second texts of pairs, negatives.
 
     Args:
         tokenizer: conversion of texts into ids.
@@ -343,6 +383,7 @@ class BatchTexts:
         self.words: dict[int, list[int]] = {}
         self._types: dict[int, list[int]] = {}
         self._second: dict[int, int] = {}  # text of the second text of a pair that is read apart
+        self._negatives: dict[int, range] = {}  # texts of the negatives of a sample
         self._windows: dict[int, tuple[Windowed, list[int]]] = {}  # windows of a sample, and the text of each
         self._add_windows(tokenizer, uses)
         pairs = [i for i in range(len(items)) if i not in self._windows and items[i].other is not None]
@@ -358,7 +399,13 @@ class BatchTexts:
         self._second = {i: len(self.ids) + number for number, i in enumerate(apart)}
         self.ids += [[]] * len(apart)
         strings = [items[i].text for i in left] + [items[i].other for i in apart]
-        for i, ids in zip([*left, *self._second.values()], tokenizer.encode(strings)):
+        numbers = [*left, *self._second.values()]
+        for i in apart:
+            self._negatives[i] = range(len(self.ids), len(self.ids) + len(items[i].negatives))
+            self.ids += [[]] * len(items[i].negatives)
+            strings += items[i].negatives
+            numbers += self._negatives[i]
+        for i, ids in zip(numbers, tokenizer.encode(strings)):
             self.ids[i] = ids
 
     def _add_windows(self, tokenizer: Tokenizer, uses: Sequence[Use]) -> None:
@@ -395,8 +442,22 @@ class BatchTexts:
             labels = [label for sample in samples for window in sample.windows for label in window.labels]
             found = None if use.label is None else torch.tensor(labels, dtype=reader.dtype)
             return Part(torch.tensor(own), None, found, Windows.locate(samples, texts, tokens))
-        others = torch.tensor([self._second[i] for i in own]) if own[0] in self._second else None
         found = None
         if use.label is not None and use.needs.labels is not None:
             found = torch.tensor([self.items[i].label for i in own], dtype=use.needs.labels.dtype)
-        return Part(torch.tensor(own), others, found)
+        texts = torch.tensor(own)
+        if own[0] not in self._second:
+            return Part(texts, None, found)
+        others, hashes = torch.tensor([self._second[i] for i in own]), token_hashes(tokens)
+        part = Part(texts, others, found, ids=torch.stack([hashes[texts], hashes[others]], 1))
+        if use.negatives is None:
+            return part
+        negatives = torch.tensor([number for i in own for number in self._negatives[i]], dtype=torch.int64)
+        return part._replace(negatives=negatives, negative_ids=hashes[negatives])
+
+
+def token_hashes(tokens: Tokens) -> Tensor:
+    """Hash the ids of each text; return (B,) int64 in the caller's order, equal where texts are equal as tokens."""
+    ids, offsets = tokens.ids.numpy(), tokens.offsets.tolist()
+    found = [content_hash(ids[offsets[row] : offsets[row + 1]].tobytes()) for row in tokens.rows.tolist()]
+    return torch.from_numpy(np.array(found, np.uint64).view(np.int64))

@@ -1,9 +1,10 @@
 """Tokenizers: texts to packed tokens, with the `tokenizers` library of Hugging Face."""
 
 import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any, Literal
 from tokenizers import Encoding, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+from dualenc.data.text.tokenizer_classes import PLAIN
+from dualenc.data.text.tokenizer_files import CONFIG, ROLES, VOCABULARIES, read_tokenizer_files
 from dualenc.tokens import Tokens
-from dualenc.utils.decoding import read_text
 from dualenc.utils.errors import DataError
+from dualenc.utils.files import write_json
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_LETTERS = 1000  # Rarer characters are unknown to a trained WordPiece vocabulary.
@@ -27,10 +30,19 @@ class Tokenizer:
 
     Args:
         backend: a tokenizer of the `tokenizers` library with its post-processor.
-        context_length: longest text in tokens. A longer text loses its end but keeps its closing token.
+        context_length: longest text in tokens. A longer text loses its end, or its beginning if the backend truncates
+            on the left, but keeps its opening and closing tokens.
         pad_to: length to which shorter texts are padded, for an encoder that sees its padding (SigLIP); None for no
             padding.
         pad_id: id of the padding token.
+        roles: special tokens by role as in transformers, such as {"mask_token": "<mask>"}. A role that is left out has
+            the token with a usual name, such as [MASK] or <mask>, if there is one.
+        split_special_tokens: what a special token is that is written in a text. True: text, which is split. False: the
+            token. None: text if it has a role or is put around texts, such as [SEP]; otherwise the token.
+
+    Attributes:
+        backend: a copy of the backend, in which exactly those special tokens are marked that are text if written in a
+            text. `save` writes the marks of the original.
 
     Example:
         >>> import dualenc
@@ -40,45 +52,57 @@ class Tokenizer:
         [0, 3, 7]
     """
 
-    def __init__(self, backend: Backend, context_length: int, pad_to: int | None = None, pad_id: int = 0) -> None:
-        self.backend = Backend.from_str(backend.to_str())  # The caller's tokenizer must keep its own truncation.
+    def __init__(
+        self,
+        backend: Backend,
+        context_length: int,
+        pad_to: int | None = None,
+        pad_id: int = 0,
+        roles: Mapping[str, str] | None = None,
+        split_special_tokens: bool | None = None,
+    ) -> None:
         self.context_length, self.pad_to, self.pad_id = context_length, pad_to, pad_id
+        self.roles, self.split_special_tokens = _all_roles(backend, roles or {}), split_special_tokens
+        added = backend.get_added_tokens_decoder()
+        self._special = frozenset(token.content for token in added.values() if token.special)
+        # The library reads tokens that are not special as tokens wherever they are written, and splits special ones.
+        own = {*self.roles.values(), *_ends(backend)}
+        split = {None: own & {token.content for token in added.values()}, True: self._special, False: set[str]()}
+        # The caller's tokenizer must keep its own truncation: this is a copy.
+        self.backend = _flagged(backend, split[split_special_tokens])
         self.backend.no_padding()
-        self.backend.enable_truncation(context_length)
-        self.backend.encode_special_tokens = True  # "[SEP]" in a caption is text, never the special token.
+        self.backend.enable_truncation(context_length, direction=(backend.truncation or {}).get("direction", "right"))
+        self.backend.encode_special_tokens = True
 
     @classmethod
     def from_file(
         cls, path: str | os.PathLike[str], context_length: int, pad_to: int | None = None, pad_id: int = 0
     ) -> "Tokenizer":
-        """Read `tokenizer.json` or BERT's `vocab.txt`.
+        """Read `tokenizer.json`, BERT's `vocab.txt`, or `vocab.json` and `merges.txt` of RoBERTa or CLIP.
+
+        The files next to it, such as `tokenizer_config.json`, apply as in transformers; see `read_tokenizer_files`.
 
         Args:
-            path: the file, or a folder that holds one of the two.
+            path: the file, or a folder that holds one of them.
             context_length, pad_to, pad_id: see the class.
 
         Raises:
-            DataError: If there is no such file, or it cannot be read as a tokenizer.
+            DataError: If there is no such file, it cannot be read as a tokenizer, or the settings contradict it.
         """
         path = Path(path)
         if path.is_dir():
-            found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
+            found = [path / name for name in VOCABULARIES if (path / name).is_file()]
             if not found:
                 raise DataError(f"{path} holds neither tokenizer.json nor vocab.txt")
             path = found[0]
         if not path.is_file():
             raise DataError(f"tokenizer {path} does not exist")
-        text = read_text(path)
-        try:
-            if path.suffix == ".txt":  # Only "\n" ends an entry, because U+2028 and its like are entries.
-                backend = _wordpiece(text.removesuffix("\n").split("\n"))
-            else:
-                backend = Backend.from_str(text)
-            return cls(backend, context_length, pad_to, pad_id)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-        except Exception as error:  # The library raises plain Exception.
-            raise DataError(f"{path} is not a tokenizer that the tokenizers library can read ({error})") from None
+        files = read_tokenizer_files(path)
+        return cls(files.backend, context_length, pad_to, pad_id, files.roles, files.split_special_tokens)
+
+    def replace(self, **changes: Any) -> "Tokenizer":
+        """Return a copy with other arguments of the class, such as `split_special_tokens`."""
+        return Tokenizer(**{**self.__getstate__(), "backend": self._original(), **changes})
 
     @classmethod
     def train(
@@ -111,9 +135,15 @@ class Tokenizer:
         """Tokenize and pack B texts; an empty text has its opening and closing tokens only."""
         return self.pack(self.encode(texts))
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, including the opening and closing tokens."""
-        return [self._padded(item.ids) for item in self.backend.encode_batch_fast(list(texts))]
+    def encode(self, texts: Sequence[str], masks: bool = False) -> list[list[int]]:
+        """Return the ids of each text, including the opening and closing tokens.
+
+        Args:
+            texts: the texts.
+            masks: whether the mask token that is written in a text is that token, whatever `split_special_tokens` says.
+        """
+        backend = self._reading_masks if masks else self.backend
+        return [self._padded(item.ids) for item in backend.encode_batch_fast(list(texts))]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
         """Return the ids of each pair of texts, joined as the tokenizer does it, and the segment of each token.
@@ -184,14 +214,23 @@ class Tokenizer:
     @property
     def special(self) -> dict[str, int]:
         """The ids of the special tokens."""
-        added = self.backend.get_added_tokens_decoder()
-        return {token.content: i for i, token in added.items() if token.special}
+        found = {token: self.backend.token_to_id(token) for token in sorted({*self._special, *self.roles.values()})}
+        return {token: i for token, i in found.items() if i is not None}
 
     @property
     def mask_id(self) -> int | None:
         """The id of the mask token; None if there is no such token."""
-        special = self.special
-        return special.get("[MASK]", special.get("<mask>"))
+        return self.id_of("mask_token")
+
+    def id_of(self, role: str) -> int | None:
+        """Return the id of the token with a role, such as "pad_token"; None if there is no such token."""
+        token = self.roles.get(role)
+        return None if token is None else self.backend.token_to_id(token)
+
+    @property
+    def truncation_side(self) -> str:
+        """The side from which a text that is too long loses tokens: "right" or "left"."""
+        return (self.backend.truncation or {})["direction"]
 
     @property
     def fingerprint(self) -> str:
@@ -199,23 +238,78 @@ class Tokenizer:
         padding = "" if self.pad_to is None else f" filled to {self.pad_to} with {self.pad_id}"
         return hashlib.blake2b((self.backend.to_str() + padding).encode(), digest_size=16).hexdigest()
 
+    def settings(self, every_role: bool = True) -> dict[str, Any]:
+        """Return what `tokenizer_config.json` must say of this tokenizer, in the words of transformers.
+
+        Args:
+            every_role: False for the settings without which reading tokenizer.json gives another tokenizer.
+        """
+        backend = self._original()
+        by_name = {} if every_role else _all_roles(backend, {})
+        said = {role: token for role, token in self.roles.items() if by_name.get(role) != token}
+        side = {} if self.truncation_side == "right" else {"truncation_side": self.truncation_side}
+        split = self.split_special_tokens
+        return {**said, **side, **({} if split is None else {"split_special_tokens": split})}
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json` without truncation, because the context length belongs to the text encoder."""
-        backend = Backend.from_str(self.backend.to_str())
+        """Write `tokenizer.json` without truncation, because the context length belongs to the text encoder.
+
+        Settings for which the file has no place are written to `tokenizer_config.json` next to it.
+        """
+        backend = self._original()
         backend.no_truncation()
-        backend.encode_special_tokens = False
         Path(path).write_text(backend.to_str(pretty=True), "utf-8")  # `save` of the library raises no OSError
+        if settings := self.settings(every_role=False):
+            write_json(Path(path).parent / CONFIG, {"tokenizer_class": PLAIN, **settings})
+
+    def _original(self) -> Backend:
+        """Return the backend with the flags of its special tokens."""
+        return _flagged(self.backend, self._special)
+
+    @cached_property
+    def _reading_masks(self) -> Backend:
+        added = self.backend.get_added_tokens_decoder().values()
+        text = {token.content for token in added if token.special} - {self.roles.get("mask_token")}
+        backend = _flagged(self.backend, text)
+        backend.encode_special_tokens = True
+        return backend
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "json": self.backend.to_str(),
-            "context_length": self.context_length,
-            "pad_to": self.pad_to,
-            "pad_id": self.pad_id,
-        }
+        names = ("context_length", "pad_to", "pad_id", "roles", "split_special_tokens")
+        return {"backend": self._original().to_str(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(Backend.from_str(state["json"]), state["context_length"], state["pad_to"], state["pad_id"])
+        self.__init__(**{**state, "backend": Backend.from_str(state["backend"])})
+
+
+def _all_roles(backend: Backend, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the special tokens by role: the given ones, and for the other roles those with a usual name."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    roles = {}
+    for role, names in ROLES.items():
+        usual = (
+            one for one in names if one in special or (role != "mask_token" and backend.token_to_id(one) is not None)
+        )
+        if token := given.get(role) or next(usual, None):
+            roles[role] = token
+    return roles
+
+
+def _ends(backend: Backend) -> list[str]:
+    """Return the tokens that are put around a text."""
+    nothing, processor = backend.encode("", add_special_tokens=False), backend.post_processor
+    return [] if processor is None else processor.process(nothing).tokens
+
+
+def _flagged(backend: Backend, special: Collection[str]) -> Backend:
+    """Return a copy of a backend, in which these of its added tokens are special, and no others."""
+    text = backend.to_str()
+    if any(token.special != (token.content in special) for token in backend.get_added_tokens_decoder().values()):
+        fields = json.loads(text)
+        for token in fields["added_tokens"]:
+            token["special"] = token["content"] in special
+        text = json.dumps(fields)
+    return Backend.from_str(text)
 
 
 def _cuts(text: str, encoding: Encoding, room: int, count: Callable[[str], int] | None = None) -> list[int]:
@@ -252,20 +346,16 @@ def _cuts(text: str, encoding: Encoding, room: int, count: Callable[[str], int] 
 
 
 def _wordpiece(tokens: list[str]) -> Backend:
-    """Build BERT's tokenizer from its vocabulary; it lower-cases unless an ordinary entry has a capital letter."""
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if missing := [token for token in SPECIAL[1:4] if token not in vocab]:
-        raise DataError(f"the entries {', '.join(missing)} are missing, which a BERT vocabulary must have")
-    cased = any(token != token.lower() for token in tokens if token not in SPECIAL and not token.startswith("["))
-    backend = _backend(models.WordPiece(vocab, unk_token="[UNK]"), lowercase=not cased)
-    backend.add_special_tokens([token for token in SPECIAL if token in vocab])
+    """Build BERT's lower-casing tokenizer from its vocabulary."""
+    backend = _backend(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+    backend.add_special_tokens(list(SPECIAL))
     _bracket(backend)
     return backend
 
 
-def _backend(model: Any, lowercase: bool) -> Backend:
+def _backend(model: Any) -> Backend:
     backend = Backend(model)
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)  # type: ignore[assignment]
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
     backend.decoder = decoders.WordPiece()  # type: ignore[assignment]
     return backend
@@ -280,7 +370,7 @@ def _bracket(backend: Backend) -> None:
 
 
 def _train_wordpiece(captions: Iterable[str], vocab_size: int) -> Backend:
-    backend = _backend(models.WordPiece(unk_token="[UNK]"), lowercase=True)
+    backend = _backend(models.WordPiece(unk_token="[UNK]"))
     words = _words(backend, captions)
     alphabet = _alphabet(words)
     inside = {letter for word in words for letter in word[1:]}

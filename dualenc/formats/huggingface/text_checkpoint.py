@@ -26,24 +26,24 @@ from dualenc.formats.model_folder import (
     other_content,
     spec_name,
 )
+from dualenc.formats.sentence_transformers import (
+    ENCODER_SETTINGS,
+    HEAD,
+    SETTINGS,
+    check_prompts,
+    read_modules,
+    read_sentence_folder,
+)
 from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, family_rules, own_rule, prefixes, read_state
 from dualenc.models.dual_encoder import DualConfig
 from dualenc.models.heads import HeadConfig, TextModel, make_head
-from dualenc.models.text_encoder import Pool, TextConfig
+from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import from_dict, read_json, take_format
 
-CONFIGS = (TEXT_MODEL, CONFIG, MODULES, "1_Pooling/config.json", "sentence_bert_config.json", "preprocess.json")
+CONFIGS = (TEXT_MODEL, CONFIG, MODULES, SETTINGS, *ENCODER_SETTINGS, "preprocess.json")
 # Hugging Face's heads that dualenc lacks; their tensors may have the names of another head.
 UNKNOWN_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForCausalLM", "LMHeadModel")
-# Old and new names of pooling in the configs of sentence-transformers.
-POOLING: dict[str, Pool] = {
-    "cls_token": "cls",
-    "cls": "cls",
-    "mean_tokens": "mean",
-    "mean": "mean",
-    "lasttoken": "last",
-}
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,18 @@ class TextCheckpoint:
     max_length: int
     _state: Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]] = field(repr=False)
     _lowercase: bool = field(default=False, repr=False)
+    _prompts: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer.
 
         Raises:
-            ModelError: If there is no readable tokenizer, or it has more entries than the encoder.
+            ModelError: If there is no readable tokenizer, it has more entries than the encoder, or it splits a prompt
+                differently than the library that wrote the prompt.
         """
         tokenizer = read_tokenizer(self.folder, self.config, self.max_length, self._lowercase)
         check_tokenizer(tokenizer, self.config, str(self.folder))
+        check_prompts(self._prompts, tokenizer, str(self.folder))
         return tokenizer
 
     def model(self) -> TextModel:
@@ -103,10 +106,10 @@ def open_text(spec: str | os.PathLike[str]) -> TextCheckpoint:
     """
     name = spec_name(spec)
     found = open_folder(name, [*CONFIGS, *TOKENIZER_FILES, "model*.safetensors", SAFE[1]], "text checkpoint")
-    if name.startswith("hf-hub:") and not any((found.path / file).is_file() for file in SAFE):
-        # Pickled weights are fetched only where there are no others, and of the same commit as the other files.
-        hub_folder(f"{name.partition('@')[0]}@{found.path.name}", ["pytorch_model*.bin", PICKLED[1]])
-    match found.first("text_model", "sentence_transformers", "dual_encoder", "transformers"):
+    kind = found.first("text_model", "sentence_transformers", "dual_encoder", "transformers")
+    if name.startswith("hf-hub:"):
+        _download_rest(name, found.path, kind == "sentence_transformers")
+    match kind:
         case "text_model":
             return _own(name, found.path)
         case "sentence_transformers":
@@ -118,6 +121,26 @@ def open_text(spec: str | os.PathLike[str]) -> TextCheckpoint:
     other = other_content(found.path)
     why = f"it is {other}" if other else f"it has neither {CONFIG} nor {TEXT_MODEL}"
     raise ModelError(f"{found.path} cannot be read as a text checkpoint: {why}")
+
+
+def _download_rest(spec: str, folder: Path, modules: bool) -> None:
+    """Download the files that the first ones name, of the same commit; pickled weights only where there are no others.
+
+    Args:
+        spec: `hf-hub:owner/name[@revision]`.
+        folder: what has been downloaded.
+        modules: whether it is a folder of sentence-transformers, whose modules have folders of their own.
+    """
+    pinned, places = f"{spec.partition('@')[0]}@{folder.name}", [folder]
+    if modules:
+        found = read_modules(folder)
+        names = (CONFIG, *ENCODER_SETTINGS, *TOKENIZER_FILES, "model*.safetensors", SAFE[1])
+        inner = [inside.relative_to(folder).as_posix() for _, inside in found if inside != folder]
+        hub_folder(pinned, [f"{place}/{name}" for place in inner for name in names])
+        places = [inside for kind, inside in found if kind in ("Transformer", "Dense")]
+    bare = [place.relative_to(folder) for place in places if not any((place / file).is_file() for file in SAFE)]
+    if bare:
+        hub_folder(pinned, [(place / name).as_posix() for place in bare for name in ("pytorch_model*.bin", PICKLED[1])])
 
 
 def _own(spec: str, folder: Path) -> TextCheckpoint:
@@ -197,45 +220,21 @@ def _tower(spec: str, folder: Path, config: Any) -> TextCheckpoint:
 
 
 def _sentence_transformer(spec: str, folder: Path) -> TextCheckpoint:
-    """Open a folder of sentence-transformers: an encoder and its pooling."""
-    path = folder / "modules.json"
-    modules = read_json(path)
-    try:
-        parts = {str(module["type"]).rpartition(".")[2]: folder / str(module["path"]) for module in modules}
-    except (TypeError, KeyError):
-        raise ModelError(f"{path} must be a list of modules with type and path") from None
-    if unknown := sorted(set(parts) - {"Transformer", "Pooling", "Normalize"}):
-        raise ModelError(f"{path}: the module {unknown[0]} cannot be computed by dualenc")
-    if "Transformer" not in parts or any(
-        folder.resolve() not in (p.resolve(), *p.resolve().parents) for p in parts.values()
-    ):
-        raise ModelError(f"{path} must name a Transformer inside its folder")
-    inside = parts["Transformer"]
-    if not (inside / "config.json").is_file():
-        raise ModelError(f"{inside / 'config.json'} does not exist; {path} names its folder")
-    found = _foreign(spec, inside, read_json(inside / "config.json"))
-    about = inside / "sentence_bert_config.json"
-    fields = read_json(about) if about.is_file() else {}
-    fields = fields if isinstance(fields, dict) else {}
-    length = fields.get("max_seq_length")
-    length = min(length, found.max_length) if isinstance(length, int) and length > 0 else found.max_length
-    text = found.config
-    if "Pooling" in parts:
-        text = dataclasses.replace(text, pool=_pooling(parts["Pooling"] / "config.json"))
-    lowercase = bool(fields.get("do_lower_case"))
-    return dataclasses.replace(found, config=text, max_length=length, _lowercase=lowercase)
+    """Open a folder of sentence-transformers: an encoder, its pooling, and the layers and prompts of its vectors."""
+    about = read_sentence_folder(folder)
+    found = _foreign(spec, about.encoder, read_json(about.encoder / CONFIG))
+    about.check_width(found.config.width)
+    text, heads = dataclasses.replace(found.config, pool=about.pool), found.heads
+    if about.vectors is not None:
+        heads = {**heads, HEAD: HeadConfig("embedding", problem="negatives", embedding=about.vectors)}
 
+    def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        dense = {name: shape for name, shape in shapes.items() if name.startswith(f"heads.{HEAD}.")}
+        return found._state({name: x for name, x in shapes.items() if name not in dense}) | about.read_dense(dense)
 
-def _pooling(path: Path) -> Pool:
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} must be an object")
-    chosen = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
-    if isinstance(mode := config.get("pooling_mode"), str):
-        chosen = [mode]
-    if len(chosen) != 1 or chosen[0] not in POOLING:
-        raise ModelError(f"{path}: pooling by {' and '.join(chosen) or 'nothing'} cannot be computed by dualenc")
-    return POOLING[chosen[0]]
+    length = found.max_length if about.max_length is None else min(about.max_length, text.context_length)
+    prompts = {} if about.vectors is None else about.vectors.prompts
+    return TextCheckpoint(spec, about.encoder, text, heads, length, state, about.lowercase, prompts)
 
 
 def _foreign(spec: str, folder: Path, config: Any) -> TextCheckpoint:

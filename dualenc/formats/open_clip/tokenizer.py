@@ -26,19 +26,16 @@ from tokenizers import Regex, normalizers
 from tokenizers import Tokenizer as Backend
 
 from dualenc.data.text.tokenizer import Tokenizer
+from dualenc.data.text.tokenizer_classes import END, START, SUFFIXES, WORDS, clip_bpe
+from dualenc.data.text.tokenizer_files import VOCABULARIES, read_tokenizer_config
 from dualenc.formats.download import hub_folder
 from dualenc.formats.huggingface.tokenizers import (
-    END,
-    START,
-    SUFFIXES,
     TOKENIZER_FILES,
-    WORDS,
-    clip_bpe,
+    normalized_first,
+    padded_for,
     padding_token,
     read_tokenizer,
-    read_tokenizer_config,
     tokenizer_config,
-    tokenizer_of,
 )
 from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.decoding import decode_text
@@ -126,7 +123,7 @@ def _entity(char: str) -> str:
 
 def tokenizer_folder(folder: Path | None, name: str) -> Path:
     """Return the folder of a tokenizer: the model's own, otherwise the download of the hub's repository `name`."""
-    if folder is None or not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
+    if folder is None or not any((folder / file).is_file() for file in VOCABULARIES):
         return hub_folder(f"hf-hub:{name}", TOKENIZER_FILES)
     return folder
 
@@ -159,16 +156,13 @@ def open_clip_tokenizer(text_cfg: Mapping[str, Any], folder: Path | None, text: 
         raise ModelError(f"text_cfg: tokenizer_kwargs: clean {clean!r} is not one of {', '.join(CLEANS)}")
     if not name:
         _check_padding(0, text, "open_clip's SimpleTokenizer")
-        return tokenizer_of(clip_backend(clean), text, text.context_length)
+        return padded_for(Tokenizer(clip_backend(clean), text.context_length), text)
     folder = tokenizer_folder(folder, name)
-    for side in ("padding_side", "truncation_side"):
-        if (value := read_tokenizer_config(folder).get(side, "right")) != "right":
-            raise ModelError(f"{folder / 'tokenizer_config.json'}: {side} {value!r} is not supported")
-    backend = read_tokenizer(folder, text, text.context_length).backend
+    if (side := read_tokenizer_config(folder).get("padding_side", "right")) != "right":
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: padding_side {side!r} is not supported")
+    tokenizer = read_tokenizer(folder, text, text.context_length)
     _check_padding(padding_token(folder), text, str(folder))
-    steps = [*cleaning(clean), *([backend.normalizer] if backend.normalizer is not None else [])]
-    backend.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
-    return tokenizer_of(backend, text, text.context_length)
+    return normalized_first(tokenizer, cleaning(clean))
 
 
 def _check_padding(pad_id: int | None, text: TextConfig, where: str) -> None:

@@ -14,12 +14,15 @@ from dualenc.data.text.dataset import Needs, Pairs, Part, Texts
 from dualenc.data.text.labels import LabelReader
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.data.text.windows import WindowReader, Windows
+from dualenc.models.heads.class_weights import ClassWeights, check_class_weights
+from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.models.text_encoder import Activation, Pool, TextConfig, TextEncoder
 from dualenc.report import Description, Findings
 from dualenc.tokens import Tokens
 from dualenc.utils.imports import import_by_path
 from dualenc.utils.text import did_you_mean
 
+THRESHOLD = 0.5  # score from which a text has a label
 HEADS: "dict[str, type[Head]]" = {}  # by kind; `dualenc/models/heads/__init__.py` lists them
 
 
@@ -30,8 +33,8 @@ class HeadConfig:
     Attributes:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
             "mlm" guesses masked tokens; "rtd" detects replaced tokens (ELECTRA); "classification" gives a text, or a
-            pair of texts, labels or a number; "embedding" compares the vectors of texts, and has no weights; "pooler"
-            is what remains of a pretrained classification head without its labels.
+            pair of texts, labels or a number; "embedding" compares the vectors of texts; "pooler" is
+            what remains of a pretrained classification head without its labels.
         labels: labels of a classification, in the order of its logits; the name of the number of a regression.
         problem: one label a text ("single_label"), any number of labels ("multi_label"), or a number ("regression").
             For "embedding": the other texts of the batch are negatives ("negatives"), or the label is the cosine
@@ -44,7 +47,18 @@ class HeadConfig:
         scale: factor of the cosines of an embedding with negatives, 20 where it is None; for a cosine problem the label
             that means a cosine of 1, 1 where it is None.
         weight: weight of the loss, where several heads are trained together.
+        class_weights: weights of the labels in the training loss, in the order of `labels`, or "balanced" to compute
+            them from the training labels; None for equal weights. For one label a text, the loss is the mean over the
+            texts weighted by their labels, as that of `torch.nn.CrossEntropyLoss(weight)`; balanced weights are number
+            of texts / (number of labels * texts with the label). For any number of labels they multiply the loss of the
+            texts that have the label, as `pos_weight` of `torch.nn.BCEWithLogitsLoss`; balanced weights are texts
+            without the label / texts with it. The loss of held-out texts is not weighted.
+        threshold: for any number of labels, the score from which a text has a label, in answers and metrics.
+        embedding: layers, prompts and dimensions of an embedding; None for a pooled vector without a prompt.
     """
+
+    # The keys that files of the first release have. Later keys are optional when a file is read.
+    REQUIRED: ClassVar = ("kind", "labels", "problem", "pool", "activation", "norm", "tied", "scale", "weight")
 
     kind: str
     labels: tuple[str, ...] = ()
@@ -55,10 +69,15 @@ class HeadConfig:
     tied: bool = True
     scale: float | None = None
     weight: float = 1.0
+    class_weights: ClassWeights = None
+    threshold: float = THRESHOLD
+    embedding: EmbeddingConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.scale is not None and not self.scale > 0) or not self.weight > 0:
             raise ValueError(f"scale {self.scale} and weight {self.weight} of a head must be positive")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold {self.threshold} of a head must lie between 0 and 1")
         if "." not in self.kind:  # A kind by import path is checked where its module has been imported.
             make_head(self)
 
@@ -75,6 +94,9 @@ class Examples(NamedTuple):
     labels: Tensor | None  # (n, ...)
     number: int  # n
     windows: Windows | None = None  # of a head that judges tokens: the n tokens, and the samples that they belong to
+    ids: Tensor | None = None  # (n, 2) of pairs that are read apart, see `Part.ids`
+    negatives: Tensor | None = None  # (m, D) vectors of texts that belong to no pair
+    negative_ids: Tensor | None = None  # (m,)
 
 
 class Measured(NamedTuple):
@@ -167,6 +189,11 @@ class Head(ABC):
             raise ValueError(f"a head of kind {kind} does not have labels: leave them out")
         if len(set(labels)) < len(labels):
             raise ValueError(f"a head of kind {kind} must have each of its labels once")
+        if self.config.threshold != THRESHOLD and not self.labeled:
+            raise ValueError(f"a head of kind {kind} does not have a threshold: leave it out")
+        check_class_weights(self.config.class_weights, labels)
+        if self.config.embedding is not None and self.task != "sentence-similarity":
+            raise ValueError(f"a head of kind {kind} does not have embedding settings: leave them out")
 
     # Data
 
@@ -226,6 +253,18 @@ class Head(ABC):
         """True if the loss compares the texts of all ranks, which must then have equally many."""
         return False
 
+    def prepare(self, train_labels: Callable[[], Tensor]) -> None:  # noqa: B027 (a kind may need nothing)
+        """Take what the loss needs to know about the training labels, such as their frequencies; by default nothing.
+
+        It is called before the training.
+
+        Args:
+            train_labels: function that returns the labels of the training texts.
+
+        Raises:
+            ValueError: If the labels are not enough.
+        """
+
     def loss(self, logits: Tensor, labels: Tensor | None, group: Any = None) -> Tensor:
         """Return the sum of the loss over the n examples of this rank.
 
@@ -235,6 +274,18 @@ class Head(ABC):
             group: process group of all ranks, for losses that compare the texts of all ranks; None for one rank.
         """
         raise NotImplementedError
+
+    def sums(self, examples: Examples, group: Any = None) -> tuple[Tensor, Tensor | int]:
+        """Return the sum of the loss over the examples of this rank, and their number or the sum of their weights.
+
+        The loss of a step is the sum over all ranks of the first, divided by that of the second. By default the first
+        is `loss`.
+
+        Args:
+            examples: the logits and labels.
+            group: see `loss`.
+        """
+        return self.loss(examples.logits, examples.labels, group), examples.number
 
     def observe(self, examples: Examples) -> Any:
         """Return what is kept of a batch of held-out texts, on the CPU; here logits and labels."""
@@ -273,7 +324,15 @@ class Head(ABC):
         """True if the kind has answers."""
         return type(self).answers is not Head.answers
 
-    # Weights of another model
+    # Settings and weights of another model
+
+    def completed(self, others: Iterable[HeadConfig]) -> HeadConfig:
+        """Return the configuration with what it leaves open and a head of a checkpoint sets; here nothing.
+
+        Args:
+            others: configurations of the checkpoint's heads.
+        """
+        return self.config
 
     def matches(self, other: "Head", same_name: bool) -> bool:
         """Return whether the weights of another head mean the same.
@@ -283,7 +342,8 @@ class Head(ABC):
             same_name: both heads are called the same.
         """
         mine, theirs = self.config, other.config
-        return same_name and replace(theirs, weight=mine.weight, scale=mine.scale, pool=mine.pool) == mine
+        training = {name: getattr(mine, name) for name in ("weight", "scale", "pool", "class_weights", "threshold")}
+        return same_name and replace(theirs, **training) == mine
 
     def copy_weights(self, module: nn.Module, source: nn.Module, encoder: TextEncoder) -> None:
         """Copy the weights of a head that matches.

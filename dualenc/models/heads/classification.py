@@ -1,17 +1,21 @@
 """Classification of texts and of pairs: one label, any number of labels, or a number; and what a pooler keeps of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualenc.data.text.labels import LabelReader, ManyLabelsReader, NumberReader, OneLabelReader
-from dualenc.metrics.text import label_bootstrap, label_metrics, majority_baseline, mean_baseline
-from dualenc.models.heads.base import Examples, Head, HeldOut, Measured, concatenated, linear
+from dualenc.metrics.text import label_bootstrap, label_metrics, majority_baseline, mean_baseline, reaches
+from dualenc.models.heads.base import THRESHOLD, Examples, Head, HeadConfig, HeldOut, Measured, concatenated, linear
+from dualenc.models.heads.class_weights import balanced_weights, cross_entropy_sums
 from dualenc.models.text_encoder import ACTIVATIONS, Activation, TextConfig, layer_norm
 from dualenc.report import Classes, Findings
+
+SETTINGS = {"class_weights": None, "threshold": THRESHOLD}  # settings of some problems, and their defaults
 
 
 class ClassificationHead(nn.Module):
@@ -45,11 +49,13 @@ class LabelProblem(ABC):
         name: see `HeadConfig.problem`.
         metric_names: see `Head.metric_names`.
         baseline_name: what the baseline answers.
+        settings: those of `SETTINGS` that have a meaning.
     """
 
     name: ClassVar[Literal["single_label", "multi_label", "regression"]]
     metric_names: ClassVar[tuple[str, ...]]
     baseline_name: ClassVar[str] = "the most frequent training label"
+    settings: ClassVar[Collection[str]] = ("class_weights",)
 
     def check(self, labels: Sequence[str]) -> None:
         """Raise ValueError if there are too few labels or too many."""
@@ -61,8 +67,14 @@ class LabelProblem(ABC):
         """Return the reader of the labels."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of the loss over n texts, of logits (n, C)."""
+    def sums(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | int]:
+        """Return the sum of the loss over n texts of logits (n, C), and the number that it is divided by.
+
+        Args:
+            logits: (n, C).
+            labels: labels of the n texts.
+            weights: (C,) weights of the labels; None for 1.
+        """
 
     def baseline(self, train: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the metric of always giving the most frequent answer of the training labels."""
@@ -82,7 +94,7 @@ class LabelProblem(ABC):
         return None
 
     @abstractmethod
-    def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    def answers(self, logits: Tensor, config: HeadConfig) -> list[dict[str, Any]]:
         """Return the predictions of logits (n, C)."""
 
     def relevance(self, logits: Tensor, names: Sequence[str]) -> Tensor:
@@ -104,9 +116,9 @@ class SingleLabel(LabelProblem):
         """See `LabelProblem.reader`."""
         return OneLabelReader(names)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of the cross entropy, of labels (n,)."""
-        return F.cross_entropy(logits, labels, reduction="sum")
+    def sums(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | int]:
+        """Return the sum of the cross entropy, of labels (n,), and the sum of their weights."""
+        return cross_entropy_sums(logits, labels, weights)
 
     def findings(self, logits: Tensor, labels: Tensor, names: Sequence[str], text: Callable[[int], str]) -> Classes:
         """Return the predicted label of each text; see `LabelProblem.findings`."""
@@ -117,11 +129,11 @@ class SingleLabel(LabelProblem):
         """Return the log-odds of the second of two labels; see `LabelProblem.relevance`."""
         return logits[:, 1] - logits[:, 0] if len(names) == 2 else super().relevance(logits, names)
 
-    def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    def answers(self, logits: Tensor, config: HeadConfig) -> list[dict[str, Any]]:
         """Return "label", its "score" and the "scores" of all labels, which sum to 1."""
         found = []
         for row in logits.softmax(-1).tolist():
-            scores = dict(zip(names, row, strict=True))
+            scores = dict(zip(config.labels, row, strict=True))
             best = max(scores, key=scores.__getitem__)
             found.append({"label": best, "score": scores[best], "scores": scores})
         return found
@@ -133,21 +145,23 @@ class MultiLabel(LabelProblem):
     name = "multi_label"
     metric_names = ("accuracy", "f1_micro", "f1_macro", "loss", "baseline_accuracy")
     baseline_name = "the most frequent training labels"
+    settings = ("class_weights", "threshold")
 
     def reader(self, names: tuple[str, ...]) -> LabelReader:
         """See `LabelProblem.reader`."""
         return ManyLabelsReader(names)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum over the texts of the mean binary cross entropy, of labels (n, C)."""
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1).sum()
+    def sums(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | int]:
+        """Return the sum over the texts of the mean binary cross entropy, of labels (n, C), and n."""
+        losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="none")
+        return losses.mean(-1).sum(), len(labels)
 
-    def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return "labels", those of a score of 0.5 or more, and the "scores" of all labels."""
+    def answers(self, logits: Tensor, config: HeadConfig) -> list[dict[str, Any]]:
+        """Return "labels", those whose score is at least the threshold, and the "scores" of all labels."""
         found = []
-        for row in logits.sigmoid().tolist():
-            scores = dict(zip(names, row, strict=True))
-            found.append({"labels": [name for name, score in scores.items() if score >= 0.5], "scores": scores})
+        for row, given in zip(logits.sigmoid().tolist(), reaches(logits, config.threshold).tolist(), strict=True):
+            labels = [name for name, has in zip(config.labels, given, strict=True) if has]
+            found.append({"labels": labels, "scores": dict(zip(config.labels, row, strict=True))})
         return found
 
 
@@ -157,6 +171,7 @@ class Regression(LabelProblem):
     name = "regression"
     metric_names = ("pearson", "spearman", "mse", "loss", "baseline_mse")
     baseline_name = "the mean of the training numbers"
+    settings = ()
 
     def check(self, labels: Sequence[str]) -> None:
         """Raise ValueError if there is not exactly one label."""
@@ -167,9 +182,9 @@ class Regression(LabelProblem):
         """See `LabelProblem.reader`."""
         return NumberReader()
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of the squared errors, of labels (n,)."""
-        return (logits[:, 0] - labels).square().sum()
+    def sums(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | int]:
+        """Return the sum of the squared errors, of labels (n,), and n."""
+        return (logits[:, 0] - labels).square().sum(), len(labels)
 
     def baseline(self, train: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the error of always giving the mean of the training labels."""
@@ -179,7 +194,7 @@ class Regression(LabelProblem):
         """Return the number; see `LabelProblem.relevance`."""
         return logits[:, 0]
 
-    def answers(self, logits: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    def answers(self, logits: Tensor, config: HeadConfig) -> list[dict[str, Any]]:
         """Return "value"."""
         return [{"value": value} for value in logits[:, 0].tolist()]
 
@@ -191,6 +206,12 @@ class Classification(Head):
         one.name: one for one in (SingleLabel(), MultiLabel(), Regression())
     }
 
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        given = config.class_weights
+        # Balanced weights are computed by `prepare`, since only training has them.
+        self.weights = torch.tensor(given) if isinstance(given, tuple) else None
+
     @property
     def problem(self) -> LabelProblem:
         """The meaning of the logits."""
@@ -200,6 +221,9 @@ class Classification(Head):
         """See `Head.check`."""
         super().check()
         self.problem.check(self.config.labels)
+        for name, default in SETTINGS.items():
+            if name not in self.problem.settings and (value := getattr(self.config, name)) != default:
+                raise ValueError(f"{name} {value} has no meaning for the problem {self.problem.name}: leave it out")
 
     def label_reader(self) -> LabelReader:
         """See `Head.label_reader`."""
@@ -209,19 +233,27 @@ class Classification(Head):
         """See `Head.build`."""
         return ClassificationHead(text, len(self.config.labels), self.config.activation, self.config.norm)
 
-    def loss(self, logits: Tensor, labels: Tensor | None, group: Any = None) -> Tensor:
-        """See `Head.loss`."""
-        assert labels is not None
-        return self.problem.loss(logits.float(), labels)
+    def prepare(self, train_labels: Callable[[], Tensor]) -> None:
+        """Compute balanced weights of the labels, if the configuration asks for them; see `Head.prepare`."""
+        if self.config.class_weights == "balanced":
+            self.weights = balanced_weights(train_labels(), self.config.labels)
+
+    def sums(self, examples: Examples, group: Any = None) -> tuple[Tensor, Tensor | int]:
+        """See `Head.sums`."""
+        assert examples.labels is not None
+        if self.weights is not None and self.weights.device != examples.logits.device:
+            self.weights = self.weights.to(examples.logits.device)
+        return self.problem.sums(examples.logits.float(), examples.labels, self.weights)
 
     def metrics(self, states: Sequence[tuple[Tensor, Tensor]], held_out: HeldOut) -> Measured:
         """Compute `label_metrics` with intervals, and the baseline of always giving one answer; see `Head.metrics`."""
         logits, labels = concatenated(states)
         names, problem = self.config.labels, self.problem
-        found = label_metrics(logits, labels, names, problem.name)
-        intervals = label_bootstrap(logits, labels, names, problem.name).intervals()
+        threshold = self.config.threshold
+        found = label_metrics(logits, labels, names, problem.name, threshold=threshold)
+        intervals = label_bootstrap(logits, labels, names, problem.name, threshold=threshold).intervals()
         chance = problem.baseline(held_out.train_labels(), labels)
-        found["loss"] = float(problem.loss(logits, labels)) / len(labels)
+        found["loss"] = float(problem.sums(logits, labels)[0]) / len(labels)
         findings = problem.findings(logits, labels, names, held_out.text)
         return Measured(found, intervals, chance, len(labels), problem.baseline_name, findings)
 
@@ -231,7 +263,7 @@ class Classification(Head):
 
     def answers(self, examples: Examples) -> list[dict[str, Any]]:
         """Return a prediction for each text: "label", "labels" or "value", by the problem; see `LabelProblem`."""
-        return self.problem.answers(examples.logits.detach().float().cpu(), self.config.labels)
+        return self.problem.answers(examples.logits.detach().float().cpu(), self.config)
 
     def copy_first_layer(self, module: nn.Module, other: Head, source: nn.Module) -> bool:
         """Copy the hidden layer of a pooler, or of a classification with other labels."""

@@ -1,23 +1,26 @@
-"""Embeddings of texts: a head without weights, whose encoder is trained on pairs of texts."""
+"""Embeddings of texts: a head whose encoder, and dense layers if any, are trained on pairs of texts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualenc.data.text.dataset import Part, Texts
+from dualenc.data.text.dataset import Needs, Part, Texts
 from dualenc.data.text.labels import LabelReader, NumberReader
 from dualenc.losses import clip_loss
-from dualenc.metrics.retrieval import retrieval_metrics
+from dualenc.metrics.pairs import text_pair_bootstrap, text_pair_items
 from dualenc.metrics.text import label_bootstrap, label_metrics
-from dualenc.models.heads.base import HEADLINES, Examples, Head, HeldOut, Measured
+from dualenc.models.dual_encoder import unit
+from dualenc.models.heads.base import HEADLINES, Examples, Head, HeadConfig, HeldOut, Measured
+from dualenc.models.heads.vectors import EmbeddingConfig, dense_layers
 from dualenc.models.text_encoder import TextConfig, TextEncoder
 from dualenc.report import Description
 from dualenc.tokens import Tokens
 
+State = tuple[Tensor, Tensor | None, Tensor | None]  # vectors (2, n, D), labels (n,) and ids (n, 2) of n pairs
 # Default scale of the cosines with negatives: that of sentence-transformers (Reimers and Gurevych 2019).
 NEGATIVES = 20.0
 
@@ -38,42 +41,42 @@ class PairProblem(ABC):
     scale: ClassVar[float]
 
     @abstractmethod
-    def loss(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float, group: Any) -> Tensor:
-        """Return the sum of the loss over n pairs of unit vectors (n, D)."""
+    def loss(self, examples: Examples, scale: float, group: Any) -> Tensor:
+        """Return the sum of the loss over n pairs of unit vectors (2, n, D)."""
 
     @abstractmethod
-    def metrics(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float) -> Measured:
-        """Compute metrics of n pairs of unit vectors (n, D)."""
+    def metrics(self, examples: Examples, scale: float) -> Measured:
+        """Compute metrics of n pairs of unit vectors (2, n, D)."""
 
     def metric_names(self) -> Sequence[str]:
         """See `Head.metric_names`."""
-        vectors = torch.eye(100)  # recall@K needs K pairs
-        return list(self.metrics(vectors, vectors, torch.arange(100.0), 100.0).metrics)
+        vectors, number = torch.eye(100), torch.arange(100)  # recall@K needs K pairs
+        examples = Examples(torch.stack([vectors, vectors]), number.float(), 100, ids=torch.stack([number, number], 1))
+        return list(self.metrics(examples, 100.0).metrics)
 
 
 class Negatives(PairProblem):
-    """Pairs that belong together; the other texts of the batch are negatives."""
+    """Pairs that belong together; the other texts of the batch are negatives, except those that equal a positive."""
 
     name = "negatives"
     reader = None
     compares_ranks = True
     scale = NEGATIVES
 
-    def loss(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float, group: Any) -> Tensor:
+    def loss(self, examples: Examples, scale: float, group: Any) -> Tensor:
         """Return the sum of the contrastive loss over the pairs, with the texts of all ranks as negatives."""
-        return clip_loss(first, second, first.new_tensor(scale), group=group) * len(first)
+        first, second = examples.logits
+        more: dict[str, Any] = {"negatives": examples.negatives, "negative_ids": examples.negative_ids}
+        if examples.ids is not None:
+            more |= {"ids": examples.ids, "duplicates": "mask"}
+        return clip_loss(first, second, first.new_tensor(scale), group=group, **more) * len(first)
 
-    def metrics(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float) -> Measured:
+    def metrics(self, examples: Examples, scale: float) -> Measured:
         """Compute retrieval metrics: "first_..." finds the first texts by the second ones, "second_..." the reverse."""
-        found = retrieval_metrics(first, second, torch.arange(len(first)), replicates=0).metrics
-        # `retrieval_metrics` names its metrics by the candidates, which here are texts on both sides.
-        names = {"image_retrieval": "first", "text_retrieval": "second"}
-        renamed = {}
-        for key, value in found.items():
-            for old, new in names.items():
-                key = key.replace(old, new)
-            renamed[key] = value
-        return Measured(renamed, {}, {}, len(first))
+        assert examples.ids is not None
+        first, second = examples.logits
+        found = text_pair_bootstrap(text_pair_items(first, second, examples.ids))
+        return Measured(found.values(), found.intervals(), {}, examples.number)
 
 
 class Cosine(PairProblem):
@@ -84,15 +87,17 @@ class Cosine(PairProblem):
     compares_ranks = False
     scale = 1.0
 
-    def loss(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float, group: Any) -> Tensor:
+    def loss(self, examples: Examples, scale: float, group: Any) -> Tensor:
         """Return the sum of the squared errors of the cosines."""
-        assert labels is not None
-        return ((first * second).sum(-1) - labels / scale).square().sum()
+        assert examples.labels is not None
+        first, second = examples.logits
+        return ((first * second).sum(-1) - examples.labels / scale).square().sum()
 
-    def metrics(self, first: Tensor, second: Tensor, labels: Tensor | None, scale: float) -> Measured:
+    def metrics(self, examples: Examples, scale: float) -> Measured:
         """Compute correlations and errors of the cosines, with intervals."""
-        assert labels is not None
-        cosines, labels = (first * second).sum(-1), labels / scale
+        assert examples.labels is not None
+        first, second = examples.logits
+        cosines, labels = (first * second).sum(-1), examples.labels / scale
         found = label_metrics(cosines, labels, ["cosine"], "regression")
         intervals = label_bootstrap(cosines, labels, ["cosine"], "regression").intervals()
         return Measured(found, intervals, {}, len(labels))
@@ -115,6 +120,11 @@ class Embedding(Head):
         return self.problems[self.config.problem]
 
     @property
+    def vectors(self) -> EmbeddingConfig:
+        """The settings of the vectors."""
+        return self.config.embedding or EmbeddingConfig()
+
+    @property
     def scale(self) -> float:
         """The scale that the configuration names, or the default of the problem."""
         return self.config.scale or self.problem.scale
@@ -124,41 +134,48 @@ class Embedding(Head):
         """See `Head.compares_ranks`."""
         return self.problem.compares_ranks
 
+    @property
+    def needs(self) -> Needs:
+        """See `Head.needs`; further texts can be negatives where the pairs of a batch are compared."""
+        return replace(super().needs, negatives=self.compares_ranks)
+
     def label_reader(self) -> LabelReader | None:
         """See `Head.label_reader`."""
         return self.problem.reader
 
     def build(self, text: TextConfig) -> nn.Module:
-        """See `Head.build`."""
-        return nn.Identity()
+        """Return the dense layers, see `Head.build`."""
+        return dense_layers(self.vectors.dense, text.width)
 
     def logits(
         self, module: nn.Module, encoder: TextEncoder, hidden: Tensor, tokens: Tokens, positions: Tensor | None
     ) -> Tensor:
         """Return unit vectors (B, D), see `Head.logits`."""
-        pooled = encoder.pool(hidden, tokens, self.config.pool)
-        return F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
+        return unit(module(encoder.pool(hidden, tokens, self.config.pool)))
 
     def examples(self, logits: Tensor, batch: Texts, part: Part) -> Examples:
         """See `Head.examples`."""
         assert part.others is not None
-        return Examples(torch.stack([logits[part.texts], logits[part.others]]), part.labels, len(part.texts))
+        pairs = torch.stack([logits[part.texts], logits[part.others]])
+        negatives = None if part.negatives is None else logits[part.negatives]
+        return Examples(pairs, part.labels, len(part.texts), None, part.ids, negatives, part.negative_ids)
 
-    def loss(self, logits: Tensor, labels: Tensor | None, group: Any = None) -> Tensor:
-        """Return the sum of the loss over n pairs of vectors (2, n, D), see `Head.loss`."""
-        first, second = logits
-        return self.problem.loss(first, second, labels, self.scale, group)
+    def sums(self, examples: Examples, group: Any = None) -> tuple[Tensor, Tensor | int]:
+        """Return the sum of the loss over n pairs of vectors (2, n, D), and n; see `Head.sums`."""
+        return self.problem.loss(examples, self.scale, group), examples.number
 
-    def observe(self, examples: Examples) -> tuple[Tensor, Tensor | None]:
-        """Return vectors (2, n, D) and labels on the CPU, from which `metrics` measures; see `Head.observe`."""
-        labels = None if examples.labels is None else examples.labels.cpu()
-        return examples.logits.cpu(), labels
+    def observe(self, examples: Examples) -> State:
+        """Return vectors (2, n, D), labels and ids on the CPU, from which `metrics` measures; see `Head.observe`."""
+        labels, ids = (None if x is None else x.cpu() for x in (examples.labels, examples.ids))
+        return examples.logits.cpu(), labels, ids
 
-    def metrics(self, states: Sequence[tuple[Tensor, Tensor | None]], held_out: HeldOut) -> Measured:
+    def metrics(self, states: Sequence[State], held_out: HeldOut) -> Measured:
         """See `Head.metrics`."""
-        first, second = torch.cat([vectors for vectors, _ in states], 1)
-        labels = [labels for _, labels in states if labels is not None]
-        return self.problem.metrics(first, second, torch.cat(labels) if labels else None, self.scale)
+        vectors = torch.cat([one for one, _, _ in states], 1)
+        labels = [one for _, one, _ in states if one is not None]
+        ids = torch.cat([one for _, _, one in states if one is not None])
+        examples = Examples(vectors, torch.cat(labels) if labels else None, vectors.shape[1], ids=ids)
+        return self.problem.metrics(examples, self.scale)
 
     def metric_names(self) -> Sequence[str]:
         """See `Head.metric_names`."""
@@ -168,3 +185,12 @@ class Embedding(Head):
         """Return "cosine" of each pair of vectors (2, n, D)."""
         first, second = examples.logits
         return [{"cosine": value} for value in (first * second).sum(-1).tolist()]
+
+    def completed(self, others: Iterable[HeadConfig]) -> HeadConfig:
+        """Return the configuration with the vectors of a checkpoint's embedding head, where it leaves them open."""
+        found = next((one.embedding for one in others if one.kind == self.config.kind), None)
+        return self.config if self.config.embedding is not None else replace(self.config, embedding=found)
+
+    def matches(self, other: Head, same_name: bool) -> bool:
+        """See `Head.matches`; neither name nor problem matter."""
+        return isinstance(other, Embedding) and other.vectors.dense == self.vectors.dense

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dualenc.models.dual_encoder import unit
 from dualenc.models.heads.base import HeadConfig, make_head
-from dualenc.models.text_encoder import Pool, TextConfig, TextEncoder
+from dualenc.models.heads.vectors import EmbeddingConfig
+from dualenc.models.text_encoder import TextConfig, TextEncoder
 from dualenc.tokens import Tokens
 
 
@@ -76,10 +78,33 @@ class TextModel(nn.Module):
         return [name for name, kind in self.kinds.items() if kind.task == task]
 
     @property
-    def embedding_pool(self) -> Pool | None:
-        """The pooling that sentence embeddings use: that of the first embedding head; None for the encoder's own."""
-        names = self.heads_for("sentence-similarity")
-        return self.head_configs[names[0]].pool if names else None
+    def embedding_head(self) -> str | None:
+        """The name of the head that makes sentence embeddings, the first embedding head; None if there is none."""
+        return next(iter(self.heads_for("sentence-similarity")), None)
+
+    @property
+    def vectors(self) -> EmbeddingConfig:
+        """The settings of sentence embeddings."""
+        name = self.embedding_head
+        return (None if name is None else self.head_configs[name].embedding) or EmbeddingConfig()
+
+    @property
+    def embedding_width(self) -> int:
+        """The dimensions of sentence embeddings before any are left out."""
+        return self.vectors.width(self.config.width)
+
+    def embed(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """Return sentence embeddings (B, E) of unit length and all dimensions.
+
+        They are those of the first embedding head, or else the vectors that the encoder pools.
+
+        Args:
+            hidden: (N, D) hidden states of the encoder.
+            tokens: B texts.
+        """
+        if (name := self.embedding_head) is not None:
+            return self.head(name, hidden, tokens)
+        return unit(self.encoder.pool(hidden, tokens))
 
     @torch.no_grad()
     def load_pretrained(self, other: "TextModel") -> LoadedHeads:

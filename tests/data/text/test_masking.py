@@ -64,6 +64,9 @@ def test_wrong_use():
     for share in (1.0, -0.1):
         with pytest.raises(DataError, match=f"data.mask {share}"):
             Masking(tiny_tokenizer(), share)
+    plain = Tokenizer(Backend(models.WordLevel({"a": 0, "<MASK|LLM-jp>": 1}, unk_token="a")), 8)
+    named = plain.replace(roles={"mask_token": "<MASK|LLM-jp>"})  # A config file says so.
+    assert Masking(named, 0.999)(named.pack([[0] * 500]), (0,)).ids.unique().tolist() == [0, 1]
     without = Tokenizer(Backend(models.WordLevel({"a": 0, "b": 1}, unk_token="a")), 8)
     with pytest.raises(DataError, match="mlm_weight"):
         Masking(without, 0.15)
