@@ -20,6 +20,7 @@ from dualenc.data.text.passages import cut_passages
 from dualenc.evaluation import compare
 from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.models import HeadConfig, TextConfig, TextModel
+from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.utils.errors import DataError
 
 HEADS = {"mood": HeadConfig("classification", ("bad", "good"))}
@@ -191,7 +192,8 @@ def test_two_results_are_compared_by_query(tmp_path: Path, seed: int) -> None:
         (["SET", "--rerank-top", "3"], "rerank_top 3 has no use without rerank"),
         (["SET", "--rerank", "PLAIN"], "PLAIN has no classification heads"),
         (["SET", "--rerank", "MANY"], "MANY cannot re-rank by its head 'kind': it has the labels x, y, z"),
-        (["SET", "--dim", "17"], "dim 17 must lie between 1 and the 16 dimensions"),
+        (["SET", "--dim", "17"], "dim is 17: .* so it must be 1 to 16"),
+        (["SET", "--query-prompt", "query"], "prompt 'query' is not one of the prompts"),
         (["SET", "--split", "dev"], "SET has no split 'dev', only test"),
     ],
 )
@@ -232,6 +234,26 @@ def test_judgements_of_missing_documents_make_a_result_incomplete(
     qrels["0"]["lost"] = 2
     expected = trec(products(it.embed(queries), it.embed(documents)), qrels, against=True)
     assert result_of(tmp_path / "out")["metrics"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_model_has_prompts_of_its_own(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    folder, documents, queries, qrels = write_set(tmp_path / "set", rng)
+    own = EmbeddingConfig(
+        prompts={"query": "two ", "passage": "red ", "other": "boats "}, default_prompt="other", dim=9
+    )
+    it = save_model(
+        tmp_path / "model", {"near": HeadConfig("embedding", problem="negatives", pool="mean", embedding=own)}
+    )
+    plain = [it.embed(texts, prompt="") for texts in ([f"two {x}" for x in queries], [f"red {x}" for x in documents])]
+    main(["retrieval", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")])
+    expected = trec(products(*plain), qrels, against=True)
+    assert result_of(tmp_path / "out")["metrics"] == pytest.approx(expected, abs=1e-6)
+    named = ["--query-prompt", "other", "--document-prompt", "", "--dim", "16", "--out", str(tmp_path / "named")]
+    main(["retrieval", str(tmp_path / "model"), str(folder), *named])
+    texts = [f"boats {x}" for x in queries], documents
+    expected = trec(products(*(it.embed(x, prompt="", dim=16) for x in texts)), qrels, against=True)
+    assert result_of(tmp_path / "named")["metrics"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow
