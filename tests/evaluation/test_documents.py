@@ -20,6 +20,7 @@ from dualenc.data.text.passages import cut_passages
 from dualenc.evaluation import compare
 from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.models import HeadConfig, TextConfig, TextModel
+from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.utils.errors import DataError
 
 HEADS = {"mood": HeadConfig("classification", ("bad", "good"))}
@@ -69,8 +70,8 @@ def trec(scores: Tensor, qrels: Any, against: bool) -> dict[str, float]:
     found = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100", "map_cut.100"}).evaluate(runs)
     cut = {q: dict(sorted(run.items(), key=lambda x: (x[1], x[0]), reverse=True)[:10]) for q, run in runs.items()}
     first = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(cut)
-    means = {name: np.mean([one[measure] for one in found.values()]) for name, measure in MEASURES.items()}
-    return means | {"mrr@10": np.mean([one["recip_rank"] for one in first.values()])}
+    means = {name: float(np.mean([one[measure] for one in found.values()])) for name, measure in MEASURES.items()}
+    return means | {"mrr@10": float(np.mean([one["recip_rank"] for one in first.values()]))}
 
 
 def products(queries: Tensor, documents: Tensor, dim: int | None = None) -> Tensor:
@@ -114,7 +115,7 @@ def test_the_command_equals_pytrec_eval(tmp_path: Path, seed: int, capsys: pytes
     assert "1 result added, 0 found there" in capsys.readouterr().out
 
 
-def test_the_text_tower_of_a_dual_encoder(tmp_path: Path, seed: int) -> None:
+def test_the_text_tower_of_a_dual_encoder(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(seed)
     folder, documents, queries, qrels = write_set(tmp_path / "set", rng)
     embedder = tiny_embedder(seed)
@@ -123,6 +124,10 @@ def test_the_text_tower_of_a_dual_encoder(tmp_path: Path, seed: int) -> None:
     scores = products(embedder.embed_texts(queries), embedder.embed_texts(documents))
     expected = trec(scores, qrels, against=True)
     assert result_of(tmp_path / "out", "evaluate")["metrics"] == pytest.approx(expected, abs=1e-6)
+    assert dualenc.evaluate(embedder, folder)["metrics"] == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(SystemExit):
+        main(["zeroshot", str(tmp_path / "model"), str(folder)])
+    assert "use `dualenc retrieval`" in capsys.readouterr().err
 
 
 def test_passages_and_reranking(tmp_path: Path, seed: int) -> None:
@@ -187,7 +192,8 @@ def test_two_results_are_compared_by_query(tmp_path: Path, seed: int) -> None:
         (["SET", "--rerank-top", "3"], "rerank_top 3 has no use without rerank"),
         (["SET", "--rerank", "PLAIN"], "PLAIN has no classification heads"),
         (["SET", "--rerank", "MANY"], "MANY cannot re-rank by its head 'kind': it has the labels x, y, z"),
-        (["SET", "--dim", "17"], "dim 17 must lie between 1 and the 16 dimensions"),
+        (["SET", "--dim", "17"], "dim is 17: .* so it must be 1 to 16"),
+        (["SET", "--query-prompt", "query"], "prompt 'query' is not one of the prompts"),
         (["SET", "--split", "dev"], "SET has no split 'dev', only test"),
     ],
 )
@@ -228,6 +234,26 @@ def test_judgements_of_missing_documents_make_a_result_incomplete(
     qrels["0"]["lost"] = 2
     expected = trec(products(it.embed(queries), it.embed(documents)), qrels, against=True)
     assert result_of(tmp_path / "out")["metrics"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_model_has_prompts_of_its_own(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    folder, documents, queries, qrels = write_set(tmp_path / "set", rng)
+    own = EmbeddingConfig(
+        prompts={"query": "two ", "passage": "red ", "other": "boats "}, default_prompt="other", dim=9
+    )
+    it = save_model(
+        tmp_path / "model", {"near": HeadConfig("embedding", problem="negatives", pool="mean", embedding=own)}
+    )
+    plain = [it.embed(texts, prompt="") for texts in ([f"two {x}" for x in queries], [f"red {x}" for x in documents])]
+    main(["retrieval", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")])
+    expected = trec(products(*plain), qrels, against=True)
+    assert result_of(tmp_path / "out")["metrics"] == pytest.approx(expected, abs=1e-6)
+    named = ["--query-prompt", "other", "--document-prompt", "", "--dim", "16", "--out", str(tmp_path / "named")]
+    main(["retrieval", str(tmp_path / "model"), str(folder), *named])
+    texts = [f"boats {x}" for x in queries], documents
+    expected = trec(products(*(it.embed(x, prompt="", dim=16) for x in texts)), qrels, against=True)
+    assert result_of(tmp_path / "named")["metrics"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ class DocumentSet:
         return np.array([place.get(name, -1) for name in self.query_ids], np.int64)
 
 
-def is_document_folder(path: str) -> bool:
+def is_document_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether a path is a folder with one of BEIR's files."""
     return any(os.path.exists(os.path.join(path, name)) for name in (CORPUS, QUERIES, QRELS))
 
