@@ -43,7 +43,7 @@ def texts(rng: np.random.Generator, count: int, longest: int) -> list[str]:
 
 
 def write_set(folder: Path, rng: np.random.Generator, longest: int = 8) -> tuple[Path, list[str], list[str], Any]:
-    """Write 130 documents, some of them equal, and 9 queries; return their texts by number, and the judgements."""
+    """Write 130 documents, some of them equal, and 9 queries; return their texts by number, and the judgments."""
     documents, queries = texts(rng, 100, longest), texts(rng, 9, 5)
     documents += documents[:30]
     titles = texts(rng, 130, 3)
@@ -175,7 +175,7 @@ def test_two_results_are_compared_by_query(tmp_path: Path, seed: int) -> None:
         "\n".join([lines[0], f"{query}\t{document}\t{int(gain) + 1}", *lines[2:]])
     )
     main(["retrieval", str(tmp_path / "other"), str(folder), "--out", str(tmp_path / "changed")])
-    with pytest.raises(DataError, match="1 of 9 judgements of queries differ"):
+    with pytest.raises(DataError, match="1 of 9 judgments of queries differ"):
         compare(tmp_path / "out-one", tmp_path / "changed")
 
 
@@ -219,7 +219,7 @@ def test_mistakes_are_one_line(
     assert re.search(message, found), found
 
 
-def test_judgements_of_missing_documents_make_a_result_incomplete(
+def test_judgments_of_missing_documents_make_a_result_incomplete(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, documents, queries, qrels = write_set(tmp_path / "set", np.random.default_rng(seed))
@@ -229,7 +229,7 @@ def test_judgements_of_missing_documents_make_a_result_incomplete(
     words = ["retrieval", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
         main(words)
-    assert "judgement of a document that is not in corpus.jsonl: 1, such as lost" in capsys.readouterr().err
+    assert "judgment of a document that is not in corpus.jsonl: 1, such as lost" in capsys.readouterr().err
     main([*words, "--allow-partial"])
     qrels["0"]["lost"] = 2
     expected = trec(products(it.embed(queries), it.embed(documents)), qrels, against=True)
