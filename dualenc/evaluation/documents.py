@@ -1,4 +1,4 @@
-"""Retrieval of documents by queries: embedding, exact search, re-ranking, and metrics by judgements."""
+"""Retrieval of documents by queries: embedding, exact search, re-ranking, and metrics by judgments."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ from dualenc.inference.text_tower import TextTower, check_text_tower, load_text_
 from dualenc.metrics import (
     BootstrapMetrics,
     Found,
-    Judgements,
+    Judgments,
     document_bootstrap,
     document_chance,
     document_items,
@@ -138,7 +138,7 @@ class DocumentRetrieval(ResultKind):
     description = Description("queries", "retrieval of documents by queries", METRICS[:2])
     hub_task = "text-retrieval"
     task_name = "retrieval of documents"
-    identity = {"ids": "queries", "judged": "judgements of queries", "corpus": "corpora"}
+    identity = {"ids": "queries", "judged": "judgments of queries", "corpus": "corpora"}
 
     def __init__(self, options: DocumentOptions = DocumentOptions()) -> None:
         self.given = options
@@ -177,7 +177,7 @@ class DocumentRetrieval(ResultKind):
         began, given = monotonic(), self.given
         queries = embedder.embed(data.queries, embedder.prompt(given.query_prompt, QUERY_PROMPTS), given.dim)
         passages = self._embed(embedder, data, track)
-        relevant = Judgements(*map(torch.from_numpy, (data.query, data.document, data.gain)))
+        relevant = Judgments(*map(torch.from_numpy, (data.query, data.document, data.gain)))
         found = find_documents(
             queries,
             passages.vectors,
@@ -281,7 +281,7 @@ def _timing(given: DocumentOptions, reranker: Reranker, seconds: Mapping[str, fl
 
 
 def _identity(data: DocumentSet) -> dict[str, Tensor]:
-    """Return the items by which two results are known to be of the same queries, judgements and documents."""
+    """Return the items by which two results are known to be of the same queries, judgments and documents."""
     judged = [hashlib.blake2b(digest_size=16) for _ in data.queries]
     for query, document, gain in zip(data.query.tolist(), data.document.tolist(), data.gain.tolist(), strict=True):
         judged[query].update(f"{data.ids[document] if document >= 0 else ''}\n{gain}\n".encode())
@@ -292,7 +292,7 @@ def _identity(data: DocumentSet) -> dict[str, Tensor]:
     }
 
 
-def _answers(data: DocumentSet, found: Found, relevant: Judgements) -> Documents:
+def _answers(data: DocumentSet, found: Found, relevant: Judgments) -> Documents:
     """Draw queries whose first document is relevant, and queries where it is not, for the report."""
     known = torch.bincount(relevant.query, minlength=len(data.queries)) > 0
     chosen: list[int] = []

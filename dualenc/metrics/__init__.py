@@ -15,7 +15,7 @@ from dualenc.metrics.classification import (
 from dualenc.metrics.clusters import cluster_bootstrap, k_means
 from dualenc.metrics.documents import (
     Found,
-    Judgements,
+    Judgments,
     document_bootstrap,
     document_chance,
     document_items,
@@ -51,7 +51,7 @@ __all__ = [
     "Answer",
     "BootstrapMetrics",
     "Found",
-    "Judgements",
+    "Judgments",
     "Probe",
     "Scores",
     "TypeScores",

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def texts(rng: np.random.Generator, count: int, longest: int) -> list[str]:
 
 
 def write_set(folder: Path, rng: np.random.Generator, longest: int = 8) -> tuple[Path, list[str], list[str], Any]:
-    """Write 130 documents, some of them equal, and 9 queries; return their texts by number, and the judgements."""
+    """Write 130 documents, some of them equal, and 9 queries; return their texts by number, and the judgments."""
     documents, queries = texts(rng, 100, longest), texts(rng, 9, 5)
     documents += documents[:30]
     titles = texts(rng, 130, 3)
@@ -79,6 +80,13 @@ def products(queries: Tensor, documents: Tensor, dim: int | None = None) -> Tens
     return (queries @ documents.T).float()
 
 
+def in_order(embed: Any, documents: list[str]) -> Tensor:
+    """Embed documents in the order of the command, so that the rounding of equal documents is the same."""
+    order = sorted(range(len(documents)), key=str, reverse=True)
+    found = embed([documents[i] for i in order])
+    return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+
+
 def result_of(folder: Path, command: str = "retrieval") -> dict[str, Any]:
     (result,) = json.loads((folder / f"{command}.json").read_text())
     return result
@@ -91,7 +99,9 @@ def test_the_command_equals_pytrec_eval(tmp_path: Path, seed: int, capsys: pytes
     options = ["--query-prompt", "two cat ", "--document-prompt", "red ", "--dim", "7", "--ignore-identical-ids"]
     words = ["retrieval", str(tmp_path / "model"), str(folder), *options]
     main([*words, "--out", str(tmp_path / "out"), "--csv", str(tmp_path / "table.csv")])
-    scores = products(it.embed([f"two cat {x}" for x in queries]), it.embed([f"red {x}" for x in documents]), 7)
+    scores = products(
+        it.embed([f"two cat {x}" for x in queries]), in_order(it.embed, [f"red {x}" for x in documents]), 7
+    )
     scores[torch.arange(9), torch.arange(9)] = -torch.inf
     result = result_of(tmp_path / "out")
     assert result["metrics"] == pytest.approx(trec(scores, qrels, against=True), abs=1e-6)
@@ -121,7 +131,7 @@ def test_the_text_tower_of_a_dual_encoder(tmp_path: Path, seed: int, capsys: pyt
     embedder = tiny_embedder(seed)
     embedder.save(tmp_path / "model")
     main(["evaluate", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")])
-    scores = products(embedder.embed_texts(queries), embedder.embed_texts(documents))
+    scores = products(embedder.embed_texts(queries), in_order(embedder.embed_texts, documents))
     expected = trec(scores, qrels, against=True)
     assert result_of(tmp_path / "out", "evaluate")["metrics"] == pytest.approx(expected, abs=1e-6)
     assert dualenc.evaluate(embedder, folder)["metrics"] == pytest.approx(expected, abs=1e-6)
@@ -138,7 +148,10 @@ def test_passages_and_reranking(tmp_path: Path, seed: int) -> None:
     words = ["retrieval", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")]
     main([*words, "--max-passage", "6", "--stride", "2", "--rerank", str(tmp_path / "judge"), "--rerank-top", "20"])
     cut = cut_passages(it.tokenizer, documents, 6, 2)
-    every = [products(it.embed(queries), it.embed(passages)) for passages in cut]
+    order = sorted(range(130), key=str, reverse=True)
+    parts = it.embed([one for i in order for one in cut[i]]).split([len(cut[i]) for i in order])
+    vectors = it.embed(queries)
+    every = [products(vectors, parts[order.index(i)]) for i in range(130)]
     scores = torch.stack([one.amax(1) for one in every], 1)
     result = result_of(tmp_path / "out")
     expected = trec(scores, qrels, against=True)
@@ -175,7 +188,7 @@ def test_two_results_are_compared_by_query(tmp_path: Path, seed: int) -> None:
         "\n".join([lines[0], f"{query}\t{document}\t{int(gain) + 1}", *lines[2:]])
     )
     main(["retrieval", str(tmp_path / "other"), str(folder), "--out", str(tmp_path / "changed")])
-    with pytest.raises(DataError, match="1 of 9 judgements of queries differ"):
+    with pytest.raises(DataError, match="1 of 9 judgments of queries differ"):
         compare(tmp_path / "out-one", tmp_path / "changed")
 
 
@@ -219,7 +232,7 @@ def test_mistakes_are_one_line(
     assert re.search(message, found), found
 
 
-def test_judgements_of_missing_documents_make_a_result_incomplete(
+def test_judgments_of_missing_documents_make_a_result_incomplete(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, documents, queries, qrels = write_set(tmp_path / "set", np.random.default_rng(seed))
@@ -229,10 +242,10 @@ def test_judgements_of_missing_documents_make_a_result_incomplete(
     words = ["retrieval", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
         main(words)
-    assert "judgement of a document that is not in corpus.jsonl: 1, such as lost" in capsys.readouterr().err
+    assert "judgment of a document that is not in corpus.jsonl: 1, such as lost" in capsys.readouterr().err
     main([*words, "--allow-partial"])
     qrels["0"]["lost"] = 2
-    expected = trec(products(it.embed(queries), it.embed(documents)), qrels, against=True)
+    expected = trec(products(it.embed(queries), in_order(it.embed, documents)), qrels, against=True)
     assert result_of(tmp_path / "out")["metrics"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -245,14 +258,17 @@ def test_the_model_has_prompts_of_its_own(tmp_path: Path, seed: int) -> None:
     it = save_model(
         tmp_path / "model", {"near": HeadConfig("embedding", problem="negatives", pool="mean", embedding=own)}
     )
-    plain = [it.embed(texts, prompt="") for texts in ([f"two {x}" for x in queries], [f"red {x}" for x in documents])]
+    vectors = partial(it.embed, prompt="")
+    plain = vectors([f"two {x}" for x in queries]), in_order(vectors, [f"red {x}" for x in documents])
     main(["retrieval", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")])
     expected = trec(products(*plain), qrels, against=True)
     assert result_of(tmp_path / "out")["metrics"] == pytest.approx(expected, abs=1e-6)
     named = ["--query-prompt", "other", "--document-prompt", "", "--dim", "16", "--out", str(tmp_path / "named")]
     main(["retrieval", str(tmp_path / "model"), str(folder), *named])
-    texts = [f"boats {x}" for x in queries], documents
-    expected = trec(products(*(it.embed(x, prompt="", dim=16) for x in texts)), qrels, against=True)
+    vectors = partial(it.embed, prompt="", dim=16)
+    expected = trec(
+        products(vectors([f"boats {x}" for x in queries]), in_order(vectors, documents)), qrels, against=True
+    )
     assert result_of(tmp_path / "named")["metrics"] == pytest.approx(expected, abs=1e-6)
 
 
