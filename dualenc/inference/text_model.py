@@ -1,4 +1,4 @@
-"""The text predictor: labels, masked tokens and vectors of texts; loading and saving of text models."""
+"""The text predictor: labels, entities, masked tokens and vectors of texts; loading and saving of text models."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ Texts = Sequence[str] | Sequence[tuple[str, str]]
 
 
 class TextPredictor:
-    """A text model with its tokenizer: labels, masked tokens, vectors.
+    """A text model with its tokenizer: labels, entities, masked tokens, vectors.
 
     Args:
         model: encoder and heads.

@@ -202,9 +202,9 @@ def test_an_identity_pooler_changes_nothing(seed: int) -> None:
     assert ((half.double() - x.half().double()).abs() / x.abs().double()).max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["mlm", "classification"])
+@pytest.mark.parametrize("kind", ["mlm", "classification", "token_classification"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "albert", "distilbert", "electra", "modernbert"])
-def test_text_models_with_heads(kind: Literal["mlm", "classification"], family: str, tmp_path: Path, seed: int) -> None:
+def test_text_models_with_heads(kind: str, family: str, tmp_path: Path, seed: int) -> None:
     texts = {"bert": "BERT", "roberta": "RoBERTa", "albert": "ALBERT", "distilbert": "DistilBERT"}
     config = TEXTS[{**texts, "electra": "ELECTRA", "modernbert": "ModernBERT"}[family]][0]
     usual = {"vocab_size": VOCAB, "width": 16, "layers": 2, "heads": 2, "context_length": 12, "family": family}
@@ -213,6 +213,8 @@ def test_text_models_with_heads(kind: Literal["mlm", "classification"], family: 
     head = HeadConfig("mlm")
     if kind == "classification":
         head = HeadConfig(kind, ("a", "b", "c"), "single_label", "cls", activation, family == "modernbert")
+    if kind == "token_classification":
+        head = HeadConfig(kind, ("PER", "LOC"), activation=activation, norm=family == "modernbert")
     model = TextPredictor(perturb(TextModel(text, {kind: head}), 0.2), tiny_tokenizer(), "it")
     model.save(tmp_path / "ours")
     made = export(str(tmp_path / "ours"), tmp_path / "out", "transformers")
