@@ -1,6 +1,7 @@
 """Helpers that run `dualenc` in this process: configurations of the package made small, and commands that must fail."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -92,6 +93,10 @@ def small_texts(config: Path, folder: Path, seed: int) -> Path:
                 write_tags(folder / f"{name}.conll", head["labels"], rng)
             )
             continue
+        if head["kind"] == "question_answering":
+            head |= {"max_length": 48, "stride": 8}
+            source["files"] = data["val"][name]["files"] = write_questions(folder / f"{name}.jsonl", rng)
+            continue
         lines = []
         for number in range(64):
             label = head.get("labels", [""])[number % len(head.get("labels", [""]))]
@@ -126,6 +131,17 @@ def write_tags(path: Path, labels: list[str], rng: np.random.Generator) -> Path:
     ]
     path.write_text("\n\n".join(rows) + "\n")
     return path
+
+
+def write_questions(path: Path, rng: np.random.Generator) -> str:
+    """Write questions whose answer is a number in their context, so that it can be learned."""
+    lines = []
+    for number in range(64):
+        before, answer = f"{caption(rng)} {caption(rng)} ", str(number % 5)
+        about = {"question": caption(rng), "context": f"{before}{answer} {caption(rng)}"}
+        lines.append(about | {"answers": [{"text": answer, "answer_start": len(before)}]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
 
 
 def metrics(run: Path, name: str) -> list[float]:

@@ -102,7 +102,11 @@ def untrained_model(config: Path, seed: int) -> Embedder | TextPredictor:
     size = {"vocab_size": tokenizer.vocab_size, "layers": 2, "context_length": 24}
     text = TextConfig(**{**model["text"], **size})
     if "image" not in model:
-        heads = {name: HeadConfig(**head) for name, head in model.get("heads", {"rtd": {"kind": "rtd"}}).items()}
+        windows = {"max_length": 24, "stride": 6}
+        heads = {
+            name: HeadConfig(**{**head, **(windows if "max_length" in head else {})})
+            for name, head in model.get("heads", {"rtd": {"kind": "rtd"}}).items()
+        }
         return TextPredictor(TextModel(text, heads), tokenizer, config.stem)
     image = model["image"]
     shape = ImageConfig(image["name"], image["img_size"], {**image.get("overrides", {}), "depth": 2})
@@ -146,6 +150,8 @@ def test_no_config_is_missing() -> None:
         "replaced_tokens",
         "classify",
         "classify_pretrained",
+        "answer",
+        "answer_pretrained",
         "tasks_pretrained",
         "finetune_clip",
         "smoke",

@@ -286,7 +286,8 @@ def _open_dual_encoder(found: ModelFolder) -> Subject:
 def _open_text_model(found: ModelFolder) -> Subject:
     """Load a text model."""
     predictor = load_text(found.path, "cpu")
-    task = next((task for task in ("text-classification", "fill-mask") if predictor.model.heads_for(task)), None)
+    tasks = ("text-classification", "question-answering", "fill-mask")
+    task = next((task for task in tasks if predictor.model.heads_for(task)), None)
     programs: dict[str, Callable[[ModelSource], str]] = {"dualenc": text_model_program}
     if found.config:  # of a family that transformers reads from the same folder
         programs["transformers"] = partial(FORMATS["transformers"].snippet, images=False)

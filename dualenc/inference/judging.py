@@ -1,6 +1,6 @@
 """Answers of heads that judge tokens, for samples that are not lines of files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ from dualenc.utils.arguments import check_batch_size
 AT_ONCE = 1024  # samples to tokenize at a time
 
 
-def judge(model: TextModel, tokenizer: Tokenizer, head: str, items: Sequence[Any], batch_size: int) -> list[Any]:
+def judge(
+    model: TextModel,
+    tokenizer: Tokenizer,
+    head: str,
+    items: Sequence[Any],
+    batch_size: int,
+    answers: Callable[[Examples], Sequence[Any]] | None = None,
+) -> list[Any]:
     """Return the answer of a head for each item.
 
     Args:
@@ -24,6 +31,7 @@ def judge(model: TextModel, tokenizer: Tokenizer, head: str, items: Sequence[Any
         head: name of a head that has a reader of windows.
         items: contents, see `WindowReader.read`.
         batch_size: number of windows in a forward pass; one item with more of them is a batch of its own.
+        answers: function that returns an answer for each sample; None for `Head.answers`.
 
     Raises:
         ValueError: If the batch size is not positive.
@@ -31,6 +39,7 @@ def judge(model: TextModel, tokenizer: Tokenizer, head: str, items: Sequence[Any
     check_batch_size(batch_size)
     kind, reader = model.kinds[head], model.kinds[head].needs.windows
     assert reader is not None
+    answers = kind.answers if answers is None else answers
     out: list[Any] = []
     with evaluating(model):
         for start in range(0, len(items), AT_ONCE):
@@ -38,7 +47,7 @@ def judge(model: TextModel, tokenizer: Tokenizer, head: str, items: Sequence[Any
             found: list[Any] = [None] * len(samples)
             for part in _batches(samples, batch_size):
                 examples = _examples(model, head, [samples[i] for i in part])
-                for i, answer in zip(part, kind.answers(examples), strict=True):
+                for i, answer in zip(part, answers(examples), strict=True):
                     found[i] = answer
             out += found
     return out

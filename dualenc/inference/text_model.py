@@ -1,4 +1,4 @@
-"""The text predictor: labels, entities, masked tokens and vectors of texts; loading and saving of text models."""
+"""The text predictor: labels, entities, answers, masked tokens and vectors; loading and saving of text models."""
 
 import dataclasses
 import os
@@ -17,6 +17,7 @@ from dualenc.formats.huggingface.text_checkpoint import open_text, own_rules
 from dualenc.formats.huggingface.tokenizers import tokenizer_config
 from dualenc.formats.model_folder import TEXT_MODEL, check_tokenizer
 from dualenc.formats.state_dict import write_state
+from dualenc.inference.answering import find_answers
 from dualenc.inference.embedder import fingerprint, parameters_of
 from dualenc.inference.embedding import described_vectors, embedding_dim, facts_of_embedding, prompt_text
 from dualenc.inference.filling import Filler, Filling
@@ -36,7 +37,7 @@ Texts = Sequence[str] | Sequence[tuple[str, str]]
 
 
 class TextPredictor:
-    """A text model with its tokenizer: labels, entities, masked tokens, vectors.
+    """A text model with its tokenizer: labels, entities, answers, masked tokens, vectors.
 
     Args:
         model: encoder and heads.
@@ -132,6 +133,37 @@ class TextPredictor:
         """
         name = self._head("token-classification", head)
         return tag_texts(self.model, self.tokenizer, name, strings(texts, "texts", one=True), batch_size)
+
+    def answer(
+        self,
+        question: str | Sequence[str],
+        context: str | Sequence[str],
+        n: int = 1,
+        head: str | None = None,
+        no_answer: bool | None = None,
+        batch_size: int = 32,
+    ) -> list[Any]:
+        """Find answers to questions in texts.
+
+        Args:
+            question: a question, or a list of them.
+            context: the text with the answer, or a list with one text for each question.
+            n: most answers of a question.
+            head: name of the head; None where the model has one.
+            no_answer: allow the empty answer; None for the setting of the head.
+            batch_size: number of windows in a forward pass; a long text has several.
+
+        Returns:
+            The answers of a question, the best first, each a dict with "text", the characters "start" and "end" between
+            which it stands in the context, and its "score", a share of all answers found; for lists such a list for
+            each question. The empty answer has start and end 0.
+
+        Raises:
+            ValueError: If there is no such head, or it must be named; or a text is empty, is not a string, or is a
+                question that leaves no room for its context.
+        """
+        name = self._head("question-answering", head)
+        return find_answers(self.model, self.tokenizer, name, question, context, n, no_answer, batch_size)
 
     @overload
     def fill(

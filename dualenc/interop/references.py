@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 
 SHORT = 64  # tokens; logits over a large vocabulary for longer texts would not fit into memory
-COMPARED_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")  # ends of classes' names
+# Ends of the names of the classes whose logits are compared.
+COMPARED_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 Arguments = dict[str, Any]
 Outputs = dict[str, np.ndarray]
 
@@ -191,11 +192,13 @@ def transformers_text(model: str, inputs: Arguments) -> Outputs:
         for name in config.architectures or ():
             if name.endswith(COMPARED_HEADS):
                 head: Any = getattr(library, name).from_pretrained(model, dtype=torch.float32).eval()
-                logits = head(**{key: x[:, :SHORT] for key, x in given.items()}).logits
+                found: Any = head(**{key: x[:, :SHORT] for key, x in given.items()})
+                spans = "start_logits" in found
+                logits = torch.stack([found.start_logits, found.end_logits], -1) if spans else found.logits
                 outputs["logits"] = (logits * mask[:, :SHORT, None] if logits.dim() == 3 else logits).asinh()
     texts: Any = tokenizer(inputs["texts"], truncation=True, padding="max_length", max_length=ids.shape[1])
-    found = {name: x.numpy() for name, x in outputs.items()}
-    return {**found, "text_ids": np.array(texts["input_ids"]), "text_mask": np.array(texts["attention_mask"])}
+    made = {name: x.numpy() for name, x in outputs.items()}
+    return {**made, "text_ids": np.array(texts["input_ids"]), "text_mask": np.array(texts["attention_mask"])}
 
 
 def has_segments(config: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     ElectraForPreTraining,
@@ -72,6 +73,7 @@ CLASSES = {
     "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
     "AutoModelForTokenClassification": AutoModelForTokenClassification,
     **{name: getattr(transformers, name) for name in ("AutoModelForMultipleChoice", "AutoModelForCausalLM")},
+    "AutoModelForQuestionAnswering": AutoModelForQuestionAnswering,
 }
 MASKED = [name for name, (kind, config) in FAMILIES.items() if kind[:4] not in ("clip", "sigl")]
 
@@ -305,6 +307,32 @@ def test_taggers(name: str, tmp_path: Path, seed: int) -> None:
     assert_close(theirs(again, ids, mask, types).logits[mask], logits[mask])
     assert again.config.id2label == dict(enumerate(TAGS[scheme]))
     assert again.config.architectures == peer.config.architectures
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+    (tmp_path / "ours" / "dualenc.json").unlink()
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+
+
+@pytest.mark.parametrize("name", [name for name in MASKED if "relu" not in name])
+def test_question_answering_heads_equal_transformers(name: str, tmp_path: Path, seed: int) -> None:
+    kind, config = FAMILIES[name]
+    more = {"classifier_activation": "silu"} if kind == "modernbert" else {}
+    peer = build(kind, config, AutoModelForQuestionAnswering, **more)
+    peer.save_pretrained(tmp_path / "peer")
+    add_tokenizer(tmp_path / "peer")
+    model = open_text(tmp_path / "peer").model()
+    head = model.head_configs["answers"]
+    assert (list(model.head_configs), head.kind) == (["answers"], "question_answering")
+    assert (head.max_length, head.stride) == (LONGEST, LONGEST // 2)  # The usual 384 tokens do not fit.
+    tokens, ids, mask, types = ragged(model.config, seed)
+    found = theirs(peer, ids, mask, types)
+    logits = torch.stack([found.start_logits, found.end_logits], -1)
+    with torch.no_grad():
+        assert_close(model(tokens, "answers"), packed(model, logits, mask, tokens))
+        assert_close(model(tokens, "answers").flip(-1), packed(model, logits, mask, tokens), far=True)
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "ours").eval()
+    equal(again, peer)
+    assert_close(theirs(again, ids, mask, types).end_logits, found.end_logits)
     same(load_text(tmp_path / "ours", "cpu").model, model)
     (tmp_path / "ours" / "dualenc.json").unlink()
     same(load_text(tmp_path / "ours", "cpu").model, model)

@@ -141,10 +141,19 @@ def texts_of(sample: Line, use: Use, fields: Mapping[str, Any] | None = None) ->
     for name in (use.text, use.pair):
         if name is None:
             continue
-        text = field(sample, fields, name)
-        _check_text(sample, name, text)
-        found.append(text)
+        found.append(text_field(sample, fields, name))
     return found
+
+
+def text_field(sample: Line, fields: Mapping[str, Any], name: str) -> str:
+    """Return the text of one field of a line.
+
+    Raises:
+        BadSample: If it is missing, empty, not a string, not UTF-8, or has NULs.
+    """
+    text = field(sample, fields, name)
+    _check_text(sample, name, text)
+    return text
 
 
 def negatives_of(sample: Line, use: Use, fields: Mapping[str, Any]) -> list[str]:
@@ -298,8 +307,11 @@ class TextDataset(Dataset[Texts]):
     def _read(self, row: int, sample: Line) -> Any:
         """Return the content of a line: a `LabeledText`, or what the head's reader of windows returns."""
         use = self.uses[self._source(row)][1]
-        if use.needs.windows is not None:
-            return use.needs.windows.read(sample, use.label is not None)
+        if (reader := use.needs.windows) is not None:
+            item = reader.read(sample, use.label is not None)
+            if problem := reader.problem(item, self.tokenizer):
+                raise BadSample(sample, *problem)
+            return item
         fields = sample.read()
         text, *other = texts_of(sample, use, fields)
         label, negatives = label_of(sample, use, fields), negatives_of(sample, use, fields)

@@ -1,9 +1,10 @@
 """Lines of text files as samples: an index of where lines begin and end, from which a line is read when requested.
 
 The files are plain text (`.txt`), tables whose first line names the columns (`.tsv`, `.csv`), one JSON object on each
-line (`.jsonl`), or one word on each line (`.conll`), where a sentence is a sample. In a `.tsv` a tab always ends a
-field, and quotes have no meaning. A `.csv` follows RFC 4180, so that a quoted field may hold line ends. All files are
-UTF-8, with or without a byte-order mark; lines end with "\\n" or "\\r\\n". Empty lines are skipped.
+line (`.jsonl`), one word on each line (`.conll`), where a sentence is a sample, or SQuAD's JSON (`.json`), where a
+question is a sample. In a `.tsv` a tab always ends a field, and quotes have no meaning. A `.csv` follows RFC 4180, so
+that a quoted field may hold line ends. All files are UTF-8, with or without a byte-order mark; lines end with "\\n" or
+"\\r\\n". Empty lines are skipped.
 """
 
 import hashlib
@@ -44,6 +45,7 @@ class TextFile:
     starts: np.ndarray  # (S,) int64, first byte of each sample
     sizes: np.ndarray  # (S,) int64, bytes of each sample, without the line end
     numbers: np.ndarray  # (S,) int64, number of the line in which each sample begins, from 1
+    entries: np.ndarray | None = None  # see `Bounds.entries`
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -59,6 +61,8 @@ class TextFile:
     def key(self, i: int) -> str:
         """Return the name of sample i for messages: its line."""
         name = f"line {self.numbers[i]}"
+        if self.entries is not None:
+            return f"{name} from byte {self.starts[i]} question {self.entries[i] + 1}"
         if i and self.numbers[i] == self.numbers[i - 1]:  # a further piece of the same line
             name += f" from byte {self.starts[i]}"
         return name
@@ -79,7 +83,8 @@ class TextFile:
 
     def take(self, chosen: np.ndarray) -> "TextFile":
         """Select samples by a mask (S,)."""
-        return replace(self, starts=self.starts[chosen], sizes=self.sizes[chosen], numbers=self.numbers[chosen])
+        bounds = Bounds(self.starts, self.sizes, self.numbers, self.entries).take(chosen)
+        return replace(self, starts=bounds.starts, sizes=bounds.stops, numbers=bounds.numbers, entries=bounds.entries)
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,10 @@ class Line:
             text = decode_text(data, part=True)
         except TextError as error:
             raise BadSample(self, f"it {error.cause}", error.detail) from None
+        form, entries = FORMATS[self.source.kind], self.source.entries
         try:
-            return FORMATS[self.source.kind].fields(text, self.source.columns)
+            fields = form.fields(text, self.source.columns)
+            return fields if entries is None else form.entry(fields, int(entries[self.number]))
         except BadFields as error:
             place = () if error.line is None else (f"line {self.source.numbers[self.number] + error.line}",)
             raise BadSample(self, error.cause, ": ".join([*place, error.detail])) from None
@@ -209,6 +216,7 @@ class TextIndex:
             digest.update(json.dumps([os.path.basename(part.url), part.digest, len(part)]).encode())
             digest.update(part.starts.astype("<i8").data)
             digest.update(part.sizes.astype("<i8").data)
+            digest.update(b"" if part.entries is None else part.entries.astype("<i8").data)
         return digest.hexdigest()
 
     def split(self, share: float) -> tuple["TextIndex", "TextIndex"]:
@@ -265,11 +273,14 @@ def _scan(path: str) -> TextFile:
     except TextError as error:
         raise DataError(f"{path} {error}") from None
     form = FORMATS[kind]
-    starts, stops, numbers = form.samples(whole, Bounds(starts, stops, np.arange(1, len(starts) + 1)))
+    try:
+        starts, stops, numbers, entries = form.samples(whole, Bounds(starts, stops, np.arange(1, len(starts) + 1)))
+    except BadFields as error:
+        raise DataError(f"{path} cannot be read: {error.cause} ({error.detail})") from None
     if not len(starts):
         raise DataError(f"{path} has only empty lines")
     columns = form.columns(path, whole[starts[0] : stops[0]].tobytes())
-    file = TextFile(path, status.st_size, status.st_mtime_ns, digest, columns, starts, stops - starts, numbers)
+    file = TextFile(path, status.st_size, status.st_mtime_ns, digest, columns, starts, stops - starts, numbers, entries)
     if not form.header:
         return file
     if len(starts) == 1:

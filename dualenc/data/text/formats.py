@@ -21,6 +21,8 @@ _COLUMN = re.compile(r"[^ \t\r]+")
 CHUNK = 1 << 24  # bytes to scan at a time
 LONGEST = 1 << 24  # largest sample to read, in bytes
 _INVISIBLE_HEADS = (0x7F, 0xC2, 0xCD, 0xD8, 0xE1, 0xE2, 0xE3, 0xEF, 0xF0, 0xF3)  # see `dualenc.utils.decoding.is_blank`
+_DECODER = json.JSONDecoder()
+_JSON_BLANKS = (" ", "\t", "\n", "\r")
 # Beyond the default limit of 128 KiB the csv module would split a field into records.
 csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
 
@@ -31,10 +33,12 @@ class Bounds(NamedTuple):
     starts: np.ndarray  # (S,) int64, first byte
     stops: np.ndarray  # (S,) int64, end, without the line end
     numbers: np.ndarray  # (S,) int64, number of the line in which a sample begins, from 1
+    entries: np.ndarray | None = None  # (S,) int64, number of each sample in its bytes, where samples share them
 
     def take(self, chosen: np.ndarray) -> "Bounds":
         """Select samples by a mask (S,)."""
-        return Bounds(self.starts[chosen], self.stops[chosen], self.numbers[chosen])
+        entries = None if self.entries is None else self.entries[chosen]
+        return Bounds(self.starts[chosen], self.stops[chosen], self.numbers[chosen], entries)
 
 
 class BadFields(ValueError):
@@ -68,6 +72,9 @@ class TextFormat(ABC):
         Args:
             whole: bytes of the file.
             lines: places of all its lines.
+
+        Raises:
+            BadFields: If samples cannot be found.
         """
         lines = _without_line_ends(whole, lines)
         return lines.take(self._full(whole, lines))
@@ -114,6 +121,18 @@ class TextFormat(ABC):
             BadFields: If the sample is not valid.
         """
 
+    def entry(self, fields: dict[str, Any], number: int) -> dict[str, Any]:
+        """Return the fields of one of the samples that share their bytes; see `Bounds.entries`.
+
+        Args:
+            fields: what `fields` returned.
+            number: number of the sample.
+
+        Raises:
+            BadFields: If the sample is not valid.
+        """
+        raise NotImplementedError
+
 
 class PlainText(TextFormat):
     """A text on each line."""
@@ -146,6 +165,43 @@ class JsonLines(TextFormat):
         if not isinstance(found, dict):
             raise BadFields("it is not a JSON object")
         return found
+
+
+class SquadJson(JsonLines):
+    """SQuAD's JSON: a sample is a question, and shares the bytes of its paragraph with the others.
+
+    So only one paragraph is decoded to read a sample, and the questions of a paragraph stay together when samples are
+    split by their bytes.
+    """
+
+    def samples(self, whole: np.ndarray, lines: Bounds) -> Bounds:
+        """See `TextFormat.samples`."""
+        starts, stops, entries = array("q"), array("q"), array("q")
+        try:
+            for start, stop, paragraph in _paragraphs(whole, int(lines.starts[0])):
+                questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
+                # A paragraph without a list of questions is one bad sample when it is read.
+                count = len(questions) if isinstance(questions, list) else 1
+                starts.extend([start] * count)
+                stops.extend([stop] * count)
+                entries.extend(range(count))
+        except (ValueError, RecursionError) as error:
+            raise BadFields("it is not the JSON of SQuAD", str(error)) from None
+        if not starts:
+            raise BadFields("it is not the JSON of SQuAD", 'its "data" has no "paragraphs" with questions in "qas"')
+        begin, end, numbers = (np.frombuffer(part, np.int64) for part in (starts, stops, entries))
+        return Bounds(begin, end, np.searchsorted(lines.starts, begin, side="right"), numbers)
+
+    def columns(self, path: str, first: bytes) -> tuple[str, ...]:
+        """See `TextFormat.columns`."""
+        return ("id", "question", "context", "answers", "is_impossible")
+
+    def entry(self, fields: dict[str, Any], number: int) -> dict[str, Any]:
+        """Return the fields of a question, its paragraph's context included; see `TextFormat.entry`."""
+        questions = fields.get("qas")
+        if not isinstance(questions, list) or not isinstance(questions[number], dict):
+            raise BadFields('its paragraph does not have a list of questions, "qas"')
+        return {**{name: value for name, value in fields.items() if name == "context"}, **questions[number]}
 
 
 class Tabbed(TextFormat):
@@ -246,6 +302,7 @@ FORMATS: dict[str, TextFormat] = {
     ".csv": CommaSeparated(),
     ".jsonl": JsonLines(),
     ".conll": WordColumns(),
+    ".json": SquadJson(),
 }  # by the ending of the file's name
 
 
@@ -264,6 +321,86 @@ def _decoded(path: str, first: bytes) -> str:
 def _without_line_ends(whole: np.ndarray, lines: Bounds) -> Bounds:
     r"""Return lines without the "\r" of their ends, which is byte 13."""
     return lines._replace(stops=lines.stops - ((lines.stops > lines.starts) & (whole[lines.stops - 1] == 13)))
+
+
+class _JsonCursor:
+    """A place in a JSON text, which moves on as values are read.
+
+    Args:
+        text: the JSON.
+        at: the first place.
+    """
+
+    def __init__(self, text: str, at: int) -> None:
+        self.text, self.at = text, at
+
+    def skip_blanks(self) -> int:
+        """Move to the next character that is not blank, and return its place."""
+        while self.text[self.at : self.at + 1] in _JSON_BLANKS:
+            self.at += 1
+        return self.at
+
+    def take(self, letter: str) -> bool:
+        """Move past a letter if it is the next one; return whether it is."""
+        found = self.text.startswith(letter, self.skip_blanks())
+        self.at += found
+        return found
+
+    def require(self, letter: str) -> None:
+        """Move past a letter, or raise JSONDecodeError if another one is next."""
+        if not self.take(letter):
+            raise json.JSONDecodeError(f"Expecting {letter!r}", self.text, self.at)
+
+    def value(self) -> Any:
+        """Read a value."""
+        found, self.at = _DECODER.raw_decode(self.text, self.skip_blanks())
+        return found
+
+    def members(self, brackets: str) -> Iterator[Any]:
+        """Yield the key of each member of an object ("{}"), or None for each of a list ("[]"); the caller reads it."""
+        self.require(brackets[0])
+        if self.take(brackets[1]):
+            return
+        key = None
+        while True:
+            if brackets == "{}":
+                key = self.value()
+                self.require(":")
+            yield key
+            if self.take(brackets[1]):
+                return
+            self.require(",")
+
+    def named(self, name: str) -> Iterator[None]:
+        """Yield for each element of the list that an object has under a name; the caller reads it."""
+        for key in self.members("{}"):
+            if key == name:
+                yield from self.members("[]")
+            else:
+                self.value()
+
+
+def _paragraphs(whole: np.ndarray, at: int) -> Iterator[tuple[int, int, Any]]:
+    """Yield the first byte, the end and the content of each paragraph of SQuAD's JSON, where "é" is two characters.
+
+    Each byte is decoded as one character, so that places of characters are places of bytes: all characters that have a
+    meaning in JSON are ASCII.
+
+    Args:
+        whole: bytes of the file.
+        at: place of the first one.
+
+    Raises:
+        ValueError: If it is not JSON, or not SQuAD's.
+    """
+    cursor = _JsonCursor(whole.tobytes().decode("latin-1"), at)
+    for _ in cursor.named("data"):
+        for _ in cursor.named("paragraphs"):
+            start = cursor.skip_blanks()
+            paragraph = cursor.value()
+            yield start, cursor.at, paragraph
+    if cursor.skip_blanks() < len(cursor.text):
+        raise json.JSONDecodeError("Extra data", cursor.text, cursor.at)
 
 
 def _records(whole: np.ndarray, lines: Bounds) -> Bounds:

@@ -154,6 +154,14 @@ class Tokenizer:
         segments = [self._padded(encoding.type_ids, 0) for encoding in encodings]
         return [self._padded(encoding.ids) for encoding in encodings], segments
 
+    def encode_whole_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoding]:
+        """Return the encoding of each pair of texts, joined as the tokenizer does it, of any length."""
+        return self._untruncated.encode_batch(list(pairs))
+
+    def count(self, text: str) -> int:
+        """Return the number of tokens of a text, without special tokens."""
+        return len(self._untruncated.encode(text, add_special_tokens=False).ids)
+
     def encode_words(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Return the ids of each text, and for each token the number of its word in the text, -1 for special tokens.
 
@@ -235,11 +243,8 @@ class Tokenizer:
         pieces = [(i, text[a:b]) for i, text in enumerate(texts) for a, b in pairwise([0, *cuts[i]])]
         alone = self._untruncated.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False)
         for i in sorted({i for (i, _), encoding in zip(pieces, alone) if len(encoding) > room}):
-            cuts[i] = _cuts(texts[i], encodings[i], room, self._count)
+            cuts[i] = _cuts(texts[i], encodings[i], room, self.count)
         return cuts
-
-    def _count(self, text: str) -> int:
-        return len(self._untruncated.encode(text, add_special_tokens=False).ids)
 
     @cached_property
     def _untruncated(self) -> Backend:

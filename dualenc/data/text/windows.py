@@ -21,7 +21,7 @@ class Window(NamedTuple):
     ids: list[int]
     types: list[int] | None  # segment of each token; None where all are in the first
     places: list[int]  # (t,) places in `ids` of the judged tokens, ascending
-    labels: list[Any]  # (t,) label of each judged token; empty where no labels are read
+    labels: list[Any]  # (t,) label of each judged token, or one label of the window; empty where no labels are read
 
 
 class Windowed(NamedTuple):
@@ -104,6 +104,15 @@ class WindowReader(ABC):
         Raises:
             BadSample: If the line does not hold what the head reads.
         """
+
+    def problem(self, item: Any, tokenizer: Tokenizer) -> tuple[str, str] | None:
+        """Return why a line cannot be divided into windows, as cause and detail of a `BadSample`; None if it can.
+
+        Args:
+            item: content of the line, see `read`.
+            tokenizer: tokenizer of the windows.
+        """
+        return None
 
     @abstractmethod
     def texts(self, item: Any) -> list[str]:

@@ -14,8 +14,10 @@ from dualenc.formats.huggingface.slots import (
     MaskedLanguageSlot,
     ModernClassificationSlot,
     ModernMaskedLanguageSlot,
+    ModernQuestionAnsweringSlot,
     ModernTokenClassificationSlot,
     PoolerSlot,
+    QuestionAnsweringSlot,
     ReplacedTokenSlot,
     TokenClassificationSlot,
 )
@@ -69,6 +71,9 @@ TOP_CLASSIFIER = ClassificationSlot(  # two layers above the encoder (RoBERTa, E
 TAGGER = TokenClassificationSlot(
     "token_classification", "classifier.weight", {"out": "classifier"}, architecture="ForTokenClassification"
 )
+ANSWERS = QuestionAnsweringSlot(
+    "answers", "qa_outputs.weight", {"out": "qa_outputs"}, architecture="ForQuestionAnswering"
+)
 
 BERT = Family(
     name="bert",
@@ -108,6 +113,7 @@ BERT = Family(
             architecture="ForSequenceClassification",
         ),
         TAGGER,
+        ANSWERS,
         POOLER,
     ),
 )
@@ -144,6 +150,7 @@ ROBERTA = dataclasses.replace(
         ),
         TOP_CLASSIFIER,
         TAGGER,
+        ANSWERS,
         POOLER,
     ),
     read=_roberta_read,
@@ -211,6 +218,7 @@ ALBERT = dataclasses.replace(
             architecture="ForSequenceClassification",
         ),
         TAGGER,
+        ANSWERS,
         PoolerSlot("pooler", ".pooler.weight", {"dense": ".pooler"}, activation="tanh"),
     ),
     read=_albert_read,
@@ -258,6 +266,7 @@ DISTILBERT = Family(
             architecture="ForSequenceClassification",
         ),
         TAGGER,
+        ANSWERS,
     ),
 )
 
@@ -303,6 +312,7 @@ ELECTRA = dataclasses.replace(
         ),
         dataclasses.replace(TOP_CLASSIFIER, activation="gelu"),
         TAGGER,
+        ANSWERS,
     ),
     read=_electra_read,
     write=_electra_write,
@@ -417,6 +427,13 @@ MODERNBERT = Family(
             {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
             norm=True,
             architecture="ForTokenClassification",
+        ),
+        ModernQuestionAnsweringSlot(
+            "answers",
+            "classifier.weight",
+            {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
+            norm=True,
+            architecture="ForQuestionAnswering",
         ),
     ),
     read=_modernbert_read,

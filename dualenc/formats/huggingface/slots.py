@@ -1,5 +1,6 @@
 """Places for heads in the formats of Hugging Face's families, one class a kind of head."""
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from dualenc.models.heads import HeadConfig
 from dualenc.models.text_encoder import Activation, TextConfig
 from dualenc.utils.errors import ModelError, first_failure
 from dualenc.utils.tags import OUTSIDE, SchemeName, split_tag
+
+# The usual windows of question answering in transformers, which its checkpoints do not name.
+LONGEST_WINDOW, SHARED_TOKENS = 384, 128
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,27 @@ class TokenClassificationSlot(Slot):
 
 
 @dataclass(frozen=True)
+class QuestionAnsweringSlot(Slot):
+    """Extractive question answering by one layer."""
+
+    kind = "question_answering"
+
+    def misfit(self, name: str, text: TextConfig, head: HeadConfig) -> str | None:
+        """See `Slot.misfit`."""
+        return first_failure([self._same_kind(head), (head.norm == self.norm, f"norm {head.norm}")])
+
+    def read(self, found: FoundHead) -> HeadConfig:
+        """See `Slot.read`; the windows are those of the reference recipe, or shorter for a short encoder."""
+        length = min(LONGEST_WINDOW, found.text.context_length)
+        head = HeadConfig(self.kind, norm=self.norm, max_length=length, stride=min(SHARED_TOKENS, length // 2))
+        return dataclasses.replace(head, activation=self.read_activation(found.config) or head.activation)
+
+    def read_activation(self, config: Config) -> Activation | None:
+        """Return the activation between two layers; None for one layer."""
+        return None
+
+
+@dataclass(frozen=True)
 class ModernMaskedLanguageSlot(MaskedLanguageSlot):
     """Masked language modeling of ModernBERT, whose config names the activation."""
 
@@ -205,6 +230,25 @@ class ModernTokenClassificationSlot(TokenClassificationSlot):
             return {}
         assert head.activation is not None  # A head with a norm has an activation.
         return {**super().settings(text, head), "classifier_activation": activation_name(head.activation)}
+
+
+@dataclass(frozen=True)
+class ModernQuestionAnsweringSlot(QuestionAnsweringSlot):
+    """Extractive question answering of ModernBERT by two layers, of which the config names the activation."""
+
+    def read_activation(self, config: Config) -> Activation | None:
+        """See `QuestionAnsweringSlot.read_activation`."""
+        return ACTIVATION_NAMES[config.get("classifier_activation", "gelu")]
+
+    def misfit(self, name: str, text: TextConfig, head: HeadConfig) -> str | None:
+        """See `Slot.misfit`."""
+        return super().misfit(name, text, head) or first_failure([(head.activation is not None, "activation None")])
+
+    def settings(self, text: TextConfig, head: HeadConfig | None) -> Config:
+        """See `Slot.settings`."""
+        if head is None or head.activation is None:
+            return {}
+        return {"classifier_activation": activation_name(head.activation)}
 
 
 def _first_token(slot: Slot, text: TextConfig, head: HeadConfig) -> list[tuple[bool, str]]:

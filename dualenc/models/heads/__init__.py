@@ -14,6 +14,7 @@ from dualenc.models.heads.base import (
 from dualenc.models.heads.classification import Classification, ClassificationHead, Pooler
 from dualenc.models.heads.embedding import Embedding
 from dualenc.models.heads.masked_language import MaskedLanguage, MaskedLanguageHead
+from dualenc.models.heads.question_answering import QuestionAnswering
 from dualenc.models.heads.replaced_token import ReplacedToken, ReplacedTokenHead
 from dualenc.models.heads.text_model import LoadedHeads, TextModel
 from dualenc.models.heads.token_classification import TokenClassification
@@ -25,6 +26,7 @@ HEADS.update(
         "classification": Classification,
         "token_classification": TokenClassification,
         "embedding": Embedding,
+        "question_answering": QuestionAnswering,
         "pooler": Pooler,
     }
 )
@@ -43,6 +45,7 @@ __all__ = [
     "MaskedLanguageHead",
     "Measured",
     "Pooler",
+    "QuestionAnswering",
     "ReplacedToken",
     "ReplacedTokenHead",
     "TextModel",

@@ -35,8 +35,8 @@ class HeadConfig:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
             "mlm" guesses masked tokens; "rtd" detects replaced tokens (ELECTRA); "classification" gives a text, or a
             pair of texts, labels or a number; "token_classification" finds named entities, by a tag for each word;
-            "embedding" compares the vectors of texts; "pooler" is what remains of a pretrained
-            classification head without its labels.
+            "question_answering" finds the answer to a question in a text; "embedding" compares the vectors of texts;
+            "pooler" is what remains of a pretrained classification head without its labels.
         labels: labels of a classification, in the order of its logits; the name of the number of a regression. For
             "token_classification" types of entities such as PER, which become the tags of the scheme, "O" first; or, if
             "O" is among them, the tags themselves in the order of the logits, such as O, B-PER, I-PER.
@@ -46,8 +46,9 @@ class HeadConfig:
         pool: pooling of the text's vector; None for the encoder's `pool`.
         activation: activation between the two layers of a classification head; None for a head of one layer. "mlm" and
             "rtd" have the encoder's.
-        norm: LayerNorm after the activation of a classification head (ModernBERT). A "token_classification" with it
-            has such a hidden layer, too; else it is one layer and `activation` has no meaning.
+        norm: LayerNorm after the activation of a classification head (ModernBERT). "token_classification" and
+            "question_answering" with it have such a hidden layer, too; else they are one layer, and `activation` has no
+            meaning.
         tied: the logits of "mlm" are products with the token embeddings, instead of weights of the head's own.
         scale: factor of the cosines of an embedding with negatives, 20 where it is None; for a cosine problem the label
             that means a cosine of 1, 1 where it is None.
@@ -62,6 +63,10 @@ class HeadConfig:
         embedding: layers, prompts and dimensions of an embedding; None for a pooled vector without a prompt.
         scheme: how "token_classification" writes entities as tags: "iob2", where B begins each entity; "iob1", where B
             begins one that follows another of the same type; or "bioes", where E ends an entity and S is a whole one.
+        max_length: longest window of "question_answering" in tokens, at most the encoder's `context_length`; a longer
+            context is read in several windows.
+        stride: number of the context's tokens that two neighboring windows share.
+        no_answer: questions of "question_answering" may lack an answer, as in SQuAD 2.
     """
 
     # The keys that files of the first release have. Later keys are optional when a file is read.
@@ -80,6 +85,9 @@ class HeadConfig:
     threshold: float = THRESHOLD
     embedding: EmbeddingConfig | None = None
     scheme: SchemeName = "iob2"
+    max_length: int = 384
+    stride: int = 128
+    no_answer: bool = False
 
     def __post_init__(self) -> None:
         if (self.scale is not None and not self.scale > 0) or not self.weight > 0:
