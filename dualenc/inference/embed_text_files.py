@@ -91,11 +91,11 @@ def embed_text_files(
 
 
 def _meaning(predictor: TextPredictor, prompt: str | None, dim: int | None) -> tuple[int, dict[str, Any]]:
-    """Return the dimensions of the vectors, and what the options mean: two names or defaults may mean the same."""
+    """Return the dimensions of the vectors, and what the options change: two names or defaults may mean the same."""
     model = predictor.model
     width = embedding_dim(model.vectors, dim, model.embedding_width, predictor.name)
     before = prompt_text(model.vectors, prompt, predictor.name)
-    return width, {"prompt": before or None, "dim": width if width < model.embedding_width else None}
+    return width, ({"prompt": before} if before else {}) | ({"dim": width} if width < model.embedding_width else {})
 
 
 def _write_texts(
