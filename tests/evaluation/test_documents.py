@@ -76,8 +76,9 @@ def trec(scores: Tensor, qrels: Any, against: bool) -> dict[str, float]:
 
 
 def products(queries: Tensor, documents: Tensor, dim: int | None = None) -> Tensor:
-    queries, documents = (F.normalize(x[:, :dim], dim=-1).double() for x in (queries, documents))
-    return (queries @ documents.T).float()
+    if dim is not None:  # Normalizing again would change the last bits, by which scores tie or not.
+        queries, documents = (F.normalize(x[:, :dim], dim=-1) for x in (queries, documents))
+    return (queries.double() @ documents.double().T).float()
 
 
 def in_order(embed: Any, documents: list[str]) -> Tensor:
