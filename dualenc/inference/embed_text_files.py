@@ -21,6 +21,7 @@ from dualenc.utils.decoding import text_problem
 from dualenc.utils.errors import BadSample, DataError
 
 CHUNK = 4096  # lines read at once
+OPTIONS = ("prompt", "dim")  # recorded in a file where they change its vectors
 
 
 def embed_text_files(
@@ -132,7 +133,7 @@ def _bad_lines(path: Path, about: Mapping[str, Any]) -> list[BadRecord]:
         raise DataError(
             f"{path} is damaged, or dualenc embed did not write it: remove it, or name a new folder"
         ) from None
-    if {name: kept.get(name) for name in about} != about:
+    if {name: kept.get(name) for name in (*about, *OPTIONS)} != {**dict.fromkeys(OPTIONS), **about}:
         raise DataError(f"{path} is of another model, other texts or other options: name a new folder")
     return [BadRecord(*item) for item in kept["bad"]]
 
