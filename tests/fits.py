@@ -88,6 +88,11 @@ def small_texts(config: Path, folder: Path, seed: int) -> Path:
     heads = model.get("heads", {"rtd": {"kind": "rtd"}})
     for name, source in data["train"].items():
         head = heads[name]
+        if head["kind"] == "token_classification":
+            source["files"] = data["val"][name]["files"] = str(
+                write_tags(folder / f"{name}.conll", head["labels"], rng)
+            )
+            continue
         if head["kind"] == "question_answering":
             head |= {"max_length": 48, "stride": 8}
             source["files"] = data["val"][name]["files"] = write_questions(folder / f"{name}.jsonl", rng)
@@ -116,6 +121,16 @@ def small_texts(config: Path, folder: Path, seed: int) -> Path:
     path.write_text(yaml.safe_dump(settings))
     main(["fit", "--config", str(path)])
     return folder / "run"
+
+
+def write_tags(path: Path, labels: list[str], rng: np.random.Generator) -> Path:
+    """Write captions as words with tags; each has an entity of every type, a word that is the type."""
+    rows = [
+        "\n".join([*(f"{word}\tO" for word in caption(rng).split()), *(f"{label}\tB-{label}" for label in labels)])
+        for _ in range(64)
+    ]
+    path.write_text("\n\n".join(rows) + "\n")
+    return path
 
 
 def write_questions(path: Path, rng: np.random.Generator) -> str:

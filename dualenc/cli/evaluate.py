@@ -140,8 +140,8 @@ def retrieval(
         image: member that holds the image in plain shards, such as input.jpg; by default .jpg, .jpeg, .png or .webp.
         between: text-text looks for the other captions of a caption's image; image-image, on sets for classification,
             for the other images of an image's class.
-        query_prompt: for documents: text before each query; by default the model's own.
-        document_prompt: for documents: text before each of them; by default the model's own.
+        query_prompt: for documents: text before each query, or a name of the model's prompts; by default its own.
+        document_prompt: for documents: the same for each of them.
         dim: for documents: number of dimensions to keep, the first ones.
         ignore_identical_ids: for documents: leave out the one that has the query's id.
         max_passage: for documents: cut longer ones into passages of this many tokens, of which the best one counts.

@@ -1,4 +1,4 @@
-"""Retrieval of documents by queries: embedding, exact search, re-ranking, and metrics by judgements."""
+"""Retrieval of documents by queries: embedding, exact search, re-ranking, and metrics by judgments."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ from dualenc.inference.text_tower import TextTower, check_text_tower, load_text_
 from dualenc.metrics import (
     BootstrapMetrics,
     Found,
-    Judgements,
+    Judgments,
     document_bootstrap,
     document_chance,
     document_items,
@@ -33,6 +33,7 @@ from dualenc.utils.errors import DataError, ModelError
 
 CHUNK = 1024  # documents that are read and embedded at a time
 QUERIES_AT_ONCE = 8  # queries whose documents are re-ranked at a time
+QUERY_PROMPTS, DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")  # names in sentence-transformers
 SHOWN, DRAWN = 5, 4  # documents of a query in the report, and queries of each sort
 RERANKED = "reranked_"  # beginning of the names of metrics after re-ranking
 
@@ -42,8 +43,10 @@ class DocumentOptions:
     """Options of document retrieval.
 
     Attributes:
-        query_prompt: text before each query; None for the model's own.
-        document_prompt: text before each document or passage; None for the model's own.
+        query_prompt: text before each query, or the name of one of the model's prompts; None for its prompt "query",
+            or else its default.
+        document_prompt: the same for each document or passage; None for its prompt "document", "passage" or "corpus",
+            or else its default.
         dim: number of dimensions to keep, the first ones; None for all.
         ignore_identical_ids: leave out the document that has the query's id.
         max_passage: longest passage in tokens of the document; longer documents are cut, and their score is that of
@@ -135,7 +138,7 @@ class DocumentRetrieval(ResultKind):
     description = Description("queries", "retrieval of documents by queries", METRICS[:2])
     hub_task = "text-retrieval"
     task_name = "retrieval of documents"
-    identity = {"ids": "queries", "judged": "judgements of queries", "corpus": "corpora"}
+    identity = {"ids": "queries", "judged": "judgments of queries", "corpus": "corpora"}
 
     def __init__(self, options: DocumentOptions = DocumentOptions()) -> None:
         self.given = options
@@ -172,9 +175,9 @@ class DocumentRetrieval(ResultKind):
             options: options of other kinds, which have no use here.
         """
         began, given = monotonic(), self.given
-        queries = embedder.embed(data.queries, given.query_prompt, given.dim)
+        queries = embedder.embed(data.queries, embedder.prompt(given.query_prompt, QUERY_PROMPTS), given.dim)
         passages = self._embed(embedder, data, track)
-        relevant = Judgements(*map(torch.from_numpy, (data.query, data.document, data.gain)))
+        relevant = Judgments(*map(torch.from_numpy, (data.query, data.document, data.gain)))
         found = find_documents(
             queries,
             passages.vectors,
@@ -204,31 +207,22 @@ class DocumentRetrieval(ResultKind):
     def _embed(self, embedder: TextTower, data: DocumentSet, track: Track) -> _Passages:
         """Embed all documents, or their passages."""
         given, parts, owners = self.given, [], []
+        prompt = embedder.prompt(given.document_prompt, DOCUMENT_PROMPTS)
         if given.max_passage is not None:
-            self._check_room(embedder, given.max_passage)
+            _check_room(embedder, given.max_passage, prompt)
         for rows in track([range(i, min(i + CHUNK, len(data))) for i in range(0, len(data), CHUNK)]):
             texts = data.texts(rows)
             if given.max_passage is not None:
                 cut = cut_passages(embedder.tokenizer, texts, given.max_passage, given.stride)
                 owners.append(torch.arange(rows.start, rows.stop).repeat_interleave(torch.tensor(list(map(len, cut)))))
                 texts = [passage for passages in cut for passage in passages]
-            parts.append(embedder.embed(texts, given.document_prompt, given.dim))
+            parts.append(embedder.embed(texts, prompt, given.dim))
         vectors, start = torch.empty(sum(map(len, parts)), parts[0].shape[1]), 0
         while parts:  # A part is freed once it is copied: the memory holds all vectors once, not twice.
             part = parts.pop(0)
             vectors[start : start + len(part)] = part
             start += len(part)
         return _Passages(vectors, torch.cat(owners) if owners else None)
-
-    def _check_room(self, embedder: TextTower, size: int) -> None:
-        """Refuse passages that the model would truncate."""
-        tokenizer = embedder.tokenizer
-        taken = len(tokenizer.encode([self.given.document_prompt or ""])[0])
-        if size + taken > tokenizer.context_length:
-            raise DataError(
-                f"max_passage {size} is too long: {embedder.name} reads {tokenizer.context_length} tokens, of which "
-                f"{taken} are special tokens and the prompt"
-            )
 
     def _scores(
         self,
@@ -256,6 +250,16 @@ class DocumentRetrieval(ResultKind):
         return scores
 
 
+def _check_room(embedder: TextTower, size: int, prompt: str) -> None:
+    """Refuse passages that the model would truncate."""
+    taken, longest = len(embedder.tokenizer.encode([prompt])[0]), embedder.tokenizer.context_length
+    if size + taken > longest:
+        raise DataError(
+            f"max_passage {size} is too long: {embedder.name} reads {longest} tokens, of which {taken} are special "
+            "tokens and the prompt"
+        )
+
+
 def _trec_order(items: Mapping[str, Tensor], by_name: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]:
     """Return the metrics that differ in the order of trec_eval, and note them."""
     values = {name: (items[name].mean().item(), x.mean().item()) for name, x in by_name.items()}
@@ -277,7 +281,7 @@ def _timing(given: DocumentOptions, reranker: Reranker, seconds: Mapping[str, fl
 
 
 def _identity(data: DocumentSet) -> dict[str, Tensor]:
-    """Return the items by which two results are known to be of the same queries, judgements and documents."""
+    """Return the items by which two results are known to be of the same queries, judgments and documents."""
     judged = [hashlib.blake2b(digest_size=16) for _ in data.queries]
     for query, document, gain in zip(data.query.tolist(), data.document.tolist(), data.gain.tolist(), strict=True):
         judged[query].update(f"{data.ids[document] if document >= 0 else ''}\n{gain}\n".encode())
@@ -288,7 +292,7 @@ def _identity(data: DocumentSet) -> dict[str, Tensor]:
     }
 
 
-def _answers(data: DocumentSet, found: Found, relevant: Judgements) -> Documents:
+def _answers(data: DocumentSet, found: Found, relevant: Judgments) -> Documents:
     """Draw queries whose first document is relevant, and queries where it is not, for the report."""
     known = torch.bincount(relevant.query, minlength=len(data.queries)) > 0
     chosen: list[int] = []

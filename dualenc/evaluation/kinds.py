@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple, get_args
 
 from dualenc.data.eval_sets.base import NO_OPTIONS, Kind, SetOptions
+from dualenc.data.eval_sets.beir import is_document_folder
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
 from dualenc.evaluation.base import EvaluationKind, ResultKind
 from dualenc.evaluation.choice import CompositionalChoice
@@ -115,6 +116,8 @@ def open_sets(
         options = replace(options, kind=wanted.pop())
     found: list[OpenSet] = []
     for source in _join_shards(sources):
+        if is_document_folder(source):
+            raise DataError(f"{source} is a folder of documents: use `dualenc retrieval`")
         data = BenchmarkSet.open(source, split, options)
         kind = next((kind for kind in kinds if data.kind in kind.sets), None)
         if kind is None:

@@ -6,11 +6,15 @@ The kind of the set selects the `EvaluationKind`.
 import os
 from typing import Any
 
+from dualenc.data.eval_sets.beir import is_document_folder, open_documents
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
 from dualenc.evaluation.base import Evaluated
+from dualenc.evaluation.documents import DocumentRetrieval
 from dualenc.evaluation.embed import EmbeddingCache, SetEmbedder, SetEmbeddings, Track
 from dualenc.evaluation.kinds import KINDS
 from dualenc.inference.embedder import Embedder
+from dualenc.inference.text_model import TextPredictor
+from dualenc.inference.text_tower import TextTower
 from dualenc.report.formatting import number
 from dualenc.utils.arguments import shown_value
 from dualenc.utils.progress import progress as progress_bar
@@ -34,13 +38,18 @@ class EvaluationResult(dict[str, Any]):
 
 
 def evaluate(
-    embedder: Embedder, data: BenchmarkSet | str | os.PathLike[str], workers: int = 0, *, progress: bool = False
+    embedder: Embedder | TextPredictor,
+    data: BenchmarkSet | str | os.PathLike[str],
+    workers: int = 0,
+    *,
+    progress: bool = False,
 ) -> EvaluationResult:
     """Embed and score an evaluation set: zero-shot classification, retrieval or compositional choice, by its kind.
 
     Args:
-        embedder: model.
-        data: evaluation set, or anything that `BenchmarkSet.open` takes.
+        embedder: model; for documents also a text model.
+        data: evaluation set, or anything that `BenchmarkSet.open` takes; or a folder of documents, see
+            `dualenc.data.eval_sets.beir.open_documents`.
         workers: number of worker processes that decode images.
         progress: show a progress bar, on a terminal or in a notebook.
 
@@ -75,6 +84,10 @@ def evaluate(
         >>> result["kind"], result["n"], sorted(result["metrics"])
         ('classification', 2, ['acc1', 'ece', 'mean_per_class_recall'])
     """
+    if isinstance(data, str | os.PathLike) and is_document_folder(data):
+        tower, documents = TextTower(embedder), open_documents(data)
+        track = progress_bar(documents.name, stderr=True) if progress else iter
+        return EvaluationResult(DocumentRetrieval().evaluate(tower, documents, track=track).section.result)
     if not isinstance(embedder, Embedder):
         raise ValueError(f"the model is {shown_value(embedder)}: pass an Embedder, such as dualenc.load(SPEC)")
     data = data if isinstance(data, BenchmarkSet) else BenchmarkSet.open(data)

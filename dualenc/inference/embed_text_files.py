@@ -21,6 +21,7 @@ from dualenc.utils.decoding import text_problem
 from dualenc.utils.errors import BadSample, DataError
 
 CHUNK = 4096  # lines read at once
+OPTIONS = ("prompt", "dim")  # recorded in a file where they change its vectors
 
 
 def embed_text_files(
@@ -91,11 +92,11 @@ def embed_text_files(
 
 
 def _meaning(predictor: TextPredictor, prompt: str | None, dim: int | None) -> tuple[int, dict[str, Any]]:
-    """Return the dimensions of the vectors, and what the options mean: two names or defaults may mean the same."""
+    """Return the dimensions of the vectors, and what the options change: two names or defaults may mean the same."""
     model = predictor.model
     width = embedding_dim(model.vectors, dim, model.embedding_width, predictor.name)
     before = prompt_text(model.vectors, prompt, predictor.name)
-    return width, {"prompt": before or None, "dim": width if width < model.embedding_width else None}
+    return width, ({"prompt": before} if before else {}) | ({"dim": width} if width < model.embedding_width else {})
 
 
 def _write_texts(
@@ -132,7 +133,7 @@ def _bad_lines(path: Path, about: Mapping[str, Any]) -> list[BadRecord]:
         raise DataError(
             f"{path} is damaged, or dualenc embed did not write it: remove it, or name a new folder"
         ) from None
-    if {name: kept.get(name) for name in about} != about:
+    if {name: kept.get(name) for name in (*about, *OPTIONS)} != {**dict.fromkeys(OPTIONS), **about}:
         raise DataError(f"{path} is of another model, other texts or other options: name a new folder")
     return [BadRecord(*item) for item in kept["bad"]]
 

@@ -1,4 +1,4 @@
-"""The text predictor: labels, answers, masked tokens and vectors of texts; loading and saving of text models."""
+"""The text predictor: labels, entities, answers, masked tokens and vectors; loading and saving of text models."""
 
 import dataclasses
 import os
@@ -21,6 +21,7 @@ from dualenc.inference.answering import find_answers
 from dualenc.inference.embedder import fingerprint, parameters_of
 from dualenc.inference.embedding import described_vectors, embedding_dim, facts_of_embedding, prompt_text
 from dualenc.inference.filling import Filler, Filling
+from dualenc.inference.tagging import TaggedEntity, tag_texts
 from dualenc.models.heads import Examples, HeadConfig, TextModel
 from dualenc.models.heads.vectors import shortened
 from dualenc.models.text_encoder import TextConfig
@@ -36,7 +37,7 @@ Texts = Sequence[str] | Sequence[tuple[str, str]]
 
 
 class TextPredictor:
-    """A text model with its tokenizer: labels, answers, masked tokens, vectors.
+    """A text model with its tokenizer: labels, entities, answers, masked tokens, vectors.
 
     Args:
         model: encoder and heads.
@@ -115,6 +116,23 @@ class TextPredictor:
             for part, tokens in self._batches(texts, batch_size):
                 out[part] = self.model(tokens, name).float().cpu()
         return out
+
+    def tag(self, texts: Sequence[str], head: str | None = None, batch_size: int = 64) -> list[list[TaggedEntity]]:
+        """Return the named entities of each of N texts, in order; see `tag_texts`.
+
+        Args:
+            texts: strings, or one. A text longer than the encoder's context is read in windows that overlap.
+            head: name of the head of kind "token_classification"; None where the model has one.
+            batch_size: number of texts in a forward pass.
+
+        Returns:
+            For each text its entities: "label", "start" and "end" (characters), "text" and "score".
+
+        Raises:
+            ValueError: If there is no such head, or it must be named; or a text is not a string.
+        """
+        name = self._head("token-classification", head)
+        return tag_texts(self.model, self.tokenizer, name, strings(texts, "texts", one=True), batch_size)
 
     def answer(
         self,

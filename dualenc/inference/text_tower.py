@@ -11,7 +11,9 @@ from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.formats.huggingface.text_checkpoint import CONFIGS, open_text
 from dualenc.formats.model_folder import open_folder, spec_name
 from dualenc.inference.embedder import Embedder, check_spec, load
+from dualenc.inference.embedding import embedding_dim, prompt_text
 from dualenc.inference.text_model import TextPredictor, load_text
+from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.utils.errors import ModelError
 
 
@@ -51,25 +53,43 @@ class TextTower:
             raise ModelError(f"{self.name} is a model of open_clip, whose texts cannot be cut into passages: import it")
         return self.source.tokenizer
 
-    def embed(self, texts: Sequence[str], prompt: str | None = None, dim: int | None = None) -> Tensor:
+    @property
+    def settings(self) -> EmbeddingConfig:
+        """Prompts and dimensions of the model; a dual encoder has none of its own."""
+        return self.source.model.vectors if isinstance(self.source, TextPredictor) else EmbeddingConfig()
+
+    def prompt(self, given: str | None = None, names: Sequence[str] = ()) -> str:
+        """Return the text to put before texts.
+
+        Args:
+            given: name of one of the model's prompts, or the text itself; "" for none; None for the first of `names`
+                that the model has, or else its default.
+            names: names of prompts.
+
+        Raises:
+            ModelError: If it is not a prompt.
+        """
+        known = next((name for name in names if name in self.settings.prompts), None)
+        return prompt_text(self.settings, known if given is None else given, self.name)
+
+    def embed(self, texts: Sequence[str], before: str | None = None, dim: int | None = None) -> Tensor:
         """Embed texts as (N, E) of unit length in fp32, on the CPU.
 
         Args:
             texts: N texts.
-            prompt: text to put before each of them; None for the model's own.
-            dim: number of dimensions to keep, the first ones; None for all.
+            before: text to put before each of them, see `prompt`; None for the model's default.
+            dim: number of dimensions to keep, the first ones; None for the model's default.
 
         Raises:
-            ValueError: If the embeddings have fewer dimensions.
+            ModelError: If the embeddings have fewer dimensions.
         """
-        prompted = [(prompt or "") + text for text in texts]
-        embed = self.source.embed if isinstance(self.source, TextPredictor) else self.source.embed_texts
-        found = embed(prompted)
-        if dim is None:
-            return found
-        if not 1 <= dim <= found.shape[1]:
-            raise ValueError(f"dim {dim} must lie between 1 and the {found.shape[1]} dimensions of {self.name}")
-        return F.normalize(found[:, :dim], dim=-1)
+        before = self.prompt() if before is None else before
+        prompted = [before + text for text in texts]
+        if isinstance(self.source, TextPredictor):
+            return self.source.embed(prompted, prompt="", dim=dim)
+        found = self.source.embed_texts(prompted)
+        kept = embedding_dim(self.settings, dim, found.shape[1], self.name)
+        return found if kept == found.shape[1] else F.normalize(found[:, :kept], dim=-1)
 
 
 def load_text_tower(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> TextTower:

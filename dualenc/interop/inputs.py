@@ -201,8 +201,12 @@ def _text_outputs(predictor: TextPredictor, inputs: Inputs) -> dict[str, np.ndar
             for name in model.heads_for("text-classification")
         }
         outputs["ids"] = shortened(model.embed(packed, tokens), dim)
+        of_tokens = {
+            f"logits_{name}": model.head(name, packed, tokens) for name in model.heads_for("token-classification")
+        }
     index, mask = padding_index(tokens.offsets, tokens.max_len)
-    outputs["hidden"] = (packed[index] * mask[..., None])[tokens.rows].asinh()  # (M, L, D)
+    for name, x in {"hidden": packed, **of_tokens}.items():
+        outputs[name] = (x[index] * mask[..., None])[tokens.rows].asinh()  # (M, L, D)
     outputs["texts"] = predictor.embed(inputs.texts)
     if inputs.prompts:
         outputs["prompts"] = torch.cat([predictor.embed(inputs.texts, prompt=name) for name in inputs.prompts])

@@ -106,7 +106,7 @@ class TextPart(nn.Module):
 
 
 class WholeText(nn.Module):
-    """Text model: the encoder and its classification heads."""
+    """Text model: the encoder, its classification heads, and its heads that judge words."""
 
     def __init__(self, model: TextModel) -> None:
         super().__init__()
@@ -118,9 +118,10 @@ class WholeText(nn.Module):
         self.classifiers: dict[str, Pool | None] = {
             name: model.head_configs[name].pool for name in model.heads_for("text-classification")
         }
+        self.taggers = model.heads_for("token-classification")
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Compute hidden states (B, T, D), embeddings (B, E) of unit length, and logits (B, C) of each head."""
+        """Compute hidden states (B, T, D), embeddings (B, E) of unit length, and logits (B, C) or (B, T, C)."""
         own = torch.arange(ids.shape[1], device=ids.device)  # the positions before padding to `pad_to`
         ids, mask, types = pad_texts(self.encoder.config, ids, mask, types)
         hidden = self.encoder.forward_padded(ids, mask, types)
@@ -128,7 +129,8 @@ class WholeText(nn.Module):
         logits = [
             self.heads[name](self.encoder.pool_padded(hidden, mask, pool)) for name, pool in self.classifiers.items()
         ]
-        return hidden[:, own], embeddings, *logits
+        hidden = hidden[:, own]
+        return hidden, embeddings, *logits, *(self.heads[name](hidden) for name in self.taggers)
 
 
 def pad_texts(
@@ -199,8 +201,9 @@ def write_text_onnx(predictor: TextPredictor, folder: Path) -> None:
 
     `text.onnx` takes `ids` and `mask` (batch, length) int64, padded on the right, and `types` where the encoder has
     more than one segment. It gives `hidden` (batch, length, D), `embeddings` (batch, E) of unit length, those of an
-    embedding head or by the pooling of the encoder, and `logits_NAME` (batch, C) of each classification head. The rest
-    is as in `write_onnx`; `onnx.json` has the labels of the heads, and the prompts that the caller puts before texts.
+    embedding head or by the pooling of the encoder, `logits_NAME` (batch, C) of each classification head, and
+    `logits_NAME` (batch, length, C) of each head for named entities. The rest is as in `write_onnx`; `onnx.json` has
+    the labels of the heads, and the prompts that the caller puts before texts.
 
     Args:
         predictor: a text model, which does not change.
@@ -212,14 +215,15 @@ def write_text_onnx(predictor: TextPredictor, folder: Path) -> None:
     check_installed()
     text, heads = predictor.model.config, predictor.model.head_configs
     part = WholeText(_exportable(predictor.model))
-    outputs = ["hidden", "embeddings", *(f"logits_{name}" for name in part.classifiers)]
+    named = [*part.classifiers, *part.taggers]
+    outputs = ["hidden", "embeddings", *(f"logits_{name}" for name in named)]
     inputs = _texts(text, ("ids", "mask", "types") if text.types > 1 else ("ids", "mask"))
     files = {"text.onnx": _write(part, inputs, outputs, folder / "text.onnx", predictor.name)}
     _save_tokenizer(predictor.tokenizer, folder / "tokenizer.json")
     about = {
         "width": text.width,
         "context_length": text.context_length,
-        "heads": {name: {"labels": heads[name].labels, "problem": heads[name].problem} for name in part.classifiers},
+        "heads": {name: {"labels": heads[name].labels, "problem": heads[name].problem} for name in named},
     }
     if (vectors := predictor.model.vectors).prompts:
         about |= {"prompts": vectors.prompts, "default_prompt": vectors.default_prompt}

@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 
 SHORT = 64  # tokens; logits over a large vocabulary for longer texts would not fit into memory
+# Ends of the names of the classes whose logits are compared.
+COMPARED_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 Arguments = dict[str, Any]
 Outputs = dict[str, np.ndarray]
 
@@ -187,9 +189,8 @@ def transformers_text(model: str, inputs: Arguments) -> Outputs:
         if has_segments(config):
             given["token_type_ids"] = torch.from_numpy(inputs["types"])
         outputs = {"hidden": (net(**given)[0] * mask[..., None]).asinh()}
-        heads = ("ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering")
         for name in config.architectures or ():
-            if name.endswith(heads):
+            if name.endswith(COMPARED_HEADS):
                 head: Any = getattr(library, name).from_pretrained(model, dtype=torch.float32).eval()
                 found: Any = head(**{key: x[:, :SHORT] for key, x in given.items()})
                 spans = "start_logits" in found
@@ -245,9 +246,8 @@ def onnx(model: str, inputs: Arguments) -> Outputs:
     mask = inputs["mask"]
     of_ids = run("text", ids=inputs["ids"], mask=mask, types=inputs["types"])
     outputs = {"ids": of_ids.pop("embeddings")}
-    if "hidden" in of_ids:
-        of_ids["hidden"] = of_ids["hidden"] * mask[..., None]
-    outputs |= {name: np.arcsinh(x) for name, x in of_ids.items()}
+    # What has a value for each token has none for padding.
+    outputs |= {name: np.arcsinh(x * mask[..., None] if x.ndim == 3 else x) for name, x in of_ids.items()}
     prompts = about.get("prompts", {})
     outputs["texts"] = run("text", **encoded(prompts.get(about.get("default_prompt"), "")))["embeddings"]
     if inputs["prompts"]:

@@ -173,7 +173,7 @@ def check_text(predictor: TextPredictor, folder: Path, inputs: Inputs) -> Check:
     config = read_object(folder / CONFIG)
     family, _ = family_of(config, str(folder / CONFIG))
     for name, slot in slots_of(family, text, heads).items():
-        if slot.architecture in ("ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering") and any(
+        if slot.architecture in references.COMPARED_HEADS and any(
             architecture.endswith(slot.architecture) for architecture in config["architectures"]
         ):
             expected["logits"] = _logits(predictor, name, inputs)
@@ -187,8 +187,7 @@ def _logits(predictor: TextPredictor, name: str, inputs: Inputs) -> np.ndarray:
     with evaluating(predictor.model):
         hidden = predictor.model.encoder(tokens)
         logits = predictor.model.head(name, hidden, tokens).asinh()
-    kind = predictor.model.kinds[name]
-    if kind.masking is not None or kind.needs.windows is not None:  # The logits are those of tokens.
+    if predictor.model.kinds[name].of_tokens:
         index, mask = padding_index(tokens.offsets, tokens.max_len)
         logits = (logits[index] * mask[..., None])[tokens.rows]
     return logits.float().cpu().numpy()

@@ -15,13 +15,14 @@ from dualenc.metrics.classification import (
 from dualenc.metrics.clusters import cluster_bootstrap, k_means
 from dualenc.metrics.documents import (
     Found,
-    Judgements,
+    Judgments,
     document_bootstrap,
     document_chance,
     document_items,
     find_documents,
     reranked,
 )
+from dualenc.metrics.entities import TypeScores, entity_bootstrap, entity_metrics, outside_baseline, type_scores
 from dualenc.metrics.probe import Probe, knn_probe, linear_probe
 from dualenc.metrics.ranking import match_ranks, nearest
 from dualenc.metrics.retrieval import (
@@ -50,9 +51,10 @@ __all__ = [
     "Answer",
     "BootstrapMetrics",
     "Found",
-    "Judgements",
+    "Judgments",
     "Probe",
     "Scores",
+    "TypeScores",
     "average_precision",
     "calibration",
     "choice_bootstrap",
@@ -63,6 +65,8 @@ __all__ = [
     "document_bootstrap",
     "document_chance",
     "document_items",
+    "entity_bootstrap",
+    "entity_metrics",
     "find_documents",
     "group_bootstrap",
     "group_metrics",
@@ -77,6 +81,7 @@ __all__ = [
     "multilabel_bootstrap",
     "multilabel_metrics",
     "nearest",
+    "outside_baseline",
     "per_class",
     "perplexity",
     "pseudo_perplexity",
@@ -87,6 +92,7 @@ __all__ = [
     "retrieval_bootstrap",
     "retrieval_metrics",
     "retrieval_ranks",
+    "type_scores",
     "unigram_perplexity",
     "zero_shot_classifier",
 ]

@@ -1,4 +1,4 @@
-"""Metrics of document retrieval by graded judgements, as trec_eval defines them, and the exact search behind them.
+"""Metrics of document retrieval by graded judgments, as trec_eval defines them, and the exact search behind them.
 
 The score of a document is the product of two embeddings rounded to fp32, so that it does not depend on how the products
 were cut into blocks. Documents of equal score are ordered against the query: the less relevant one comes first.
@@ -18,7 +18,7 @@ GAIN_DEPTH, LIST_DEPTH = 10, 100  # ranks that count for nDCG and MRR, and for r
 METRICS = (f"ndcg@{GAIN_DEPTH}", f"recall@{LIST_DEPTH}", f"map@{LIST_DEPTH}", f"mrr@{GAIN_DEPTH}")
 
 
-class Judgements(NamedTuple):
+class Judgments(NamedTuple):
     """Relevant documents of queries. Documents that were judged not to be relevant are not listed."""
 
     query: Tensor  # (n,) int64
@@ -57,7 +57,7 @@ class _Scored(NamedTuple):
 def find_documents(
     queries: Tensor,
     passages: Tensor,
-    judgements: Judgements,
+    judgments: Judgments,
     *,
     owner: Tensor | None = None,
     skip: Tensor | None = None,
@@ -70,7 +70,7 @@ def find_documents(
     Args:
         queries: (Q, E) embeddings.
         passages: (P, E) embeddings of the documents, or of their passages.
-        judgements: relevant documents.
+        judgments: relevant documents.
         owner: (P,) document of each passage, ascending from 0; None where each document is one passage. The score of a
             document is that of its best passage.
         skip: (Q,) document to leave out for the query, such as the query itself; -1 for none.
@@ -81,9 +81,9 @@ def find_documents(
 
     Example:
         >>> import torch
-        >>> from dualenc.metrics import Judgements, find_documents
+        >>> from dualenc.metrics import Judgments, find_documents
         >>> queries, documents = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [1.0, 0.0], [1.0, 0.0]])
-        >>> relevant = Judgements(torch.tensor([0]), torch.tensor([1]), torch.tensor([1]))
+        >>> relevant = Judgments(torch.tensor([0]), torch.tensor([1]), torch.tensor([1]))
         >>> found = find_documents(queries, documents, relevant)
         >>> found.document, found.gain
         (tensor([[2, 1, 0]]), tensor([[0, 1, 0]]))
@@ -95,10 +95,10 @@ def find_documents(
     documents = int(owner[-1]) + 1
     depth = min(depth, documents)
     bounds = torch.searchsorted(owner, torch.arange(documents + 1))  # passages of document d: bounds[d] to bounds[d+1]
-    known = judgements.document >= 0
+    known = judgments.document >= 0
     if skip is None:
         skip = torch.full((len(queries),), -1)
-    pairs = judgements.query[known] * documents + judgements.document[known]
+    pairs = judgments.query[known] * documents + judgments.document[known]
     left_out = torch.nonzero(skip >= 0)[:, 0]
     skipped = left_out * documents + skip[left_out]
     relevant = pairs[~torch.isin(pairs, skipped)]
@@ -108,7 +108,7 @@ def find_documents(
     own = _passages_of(relevant, bounds, documents)
     scores = operands.exact_scores(own.query, own.candidate)
     best = _Scored(own.query, owner[own.candidate], own.candidate, scores).best_passages(documents)
-    gain_of = torch.zeros(0) if not len(pairs) else judgements.gain[known]
+    gain_of = torch.zeros(0) if not len(pairs) else judgments.gain[known]
     order = torch.argsort(pairs)
     place = torch.searchsorted(pairs[order], best.query * documents + best.document)
     gain = torch.cat([gain_of[order][place].long(), torch.zeros(len(others.query), dtype=torch.int64)])
@@ -195,33 +195,33 @@ def reranked(found: Found, scores: Tensor) -> Tensor:
     return torch.cat([gain.gather(1, order), found.gain[:, k:]], 1)
 
 
-def document_items(gain: Tensor, judgements: Judgements) -> dict[str, Tensor]:
+def document_items(gain: Tensor, judgments: Judgments) -> dict[str, Tensor]:
     """Compute the metrics of each query from the gains of its documents in order.
 
     - `ndcg@10`: sum of gain / log2(1 + rank) over the first 10 documents, divided by its largest possible value
       (Järvelin and Kekäläinen 2002, ACM TOIS 20, with linear gain).
     - `recall@100`: share of the relevant documents among the first 100.
     - `map@100`: sum of the precision at each relevant document among the first 100, divided by their number in the
-      judgements.
+      judgments.
     - `mrr@10`: reciprocal of the rank of the first relevant document; 0 if it is not among the first 10.
 
     Args:
         gain: (Q, K) gains of the first documents, with K of at least 100 or all documents.
-        judgements: relevant documents; a query without any has zeros.
+        judgments: relevant documents; a query without any has zeros.
 
     Returns:
         (Q,) float64 for each metric.
 
     Example:
         >>> import torch
-        >>> from dualenc.metrics import Judgements, document_items
-        >>> relevant = Judgements(torch.tensor([0, 0]), torch.tensor([4, 7]), torch.tensor([1, 2]))
+        >>> from dualenc.metrics import Judgments, document_items
+        >>> relevant = Judgments(torch.tensor([0, 0]), torch.tensor([4, 7]), torch.tensor([1, 2]))
         >>> {name: round(x.item(), 3) for name, x in document_items(torch.tensor([[0, 2, 0, 1]]), relevant).items()}
         {'ndcg@10': 0.643, 'recall@100': 1.0, 'map@100': 0.5, 'mrr@10': 0.5}
     """
     top, hits = gain[:, :GAIN_DEPTH].double(), (gain[:, :LIST_DEPTH] > 0).double()
-    relevant = torch.bincount(judgements.query, minlength=len(gain)).double()
-    best = _ideal(judgements, len(gain))
+    relevant = torch.bincount(judgments.query, minlength=len(gain)).double()
+    best = _ideal(judgments, len(gain))
     precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
     first = 1 / torch.arange(1, top.shape[1] + 1).double()
     values = (
@@ -242,28 +242,28 @@ def document_bootstrap(items: Mapping[str, Tensor]) -> BootstrapMetrics:
     return BootstrapMetrics({name: mean(x) for name, x in items.items()}, len(next(iter(items.values()))))
 
 
-def document_chance(judgements: Judgements, queries: int, documents: int) -> dict[str, float]:
+def document_chance(judgments: Judgments, queries: int, documents: int) -> dict[str, float]:
     """Compute the expected nDCG@10 and Recall@100 of documents in random order.
 
     Args:
-        judgements: relevant documents.
+        judgments: relevant documents.
         queries: Q, the number of queries.
         documents: number of documents in the corpus.
     """
-    known = judgements.document >= 0
-    gains = torch.zeros(queries).double().index_add_(0, judgements.query[known], judgements.gain[known].double())
-    relevant = torch.bincount(judgements.query, minlength=queries).double()
-    there = torch.bincount(judgements.query[known], minlength=queries).double()
+    known = judgments.document >= 0
+    gains = torch.zeros(queries).double().index_add_(0, judgments.query[known], judgments.gain[known].double())
+    relevant = torch.bincount(judgments.query, minlength=queries).double()
+    there = torch.bincount(judgments.query[known], minlength=queries).double()
     discounts = _discount(min(GAIN_DEPTH, documents)).sum()
-    ndcg = gains / documents * discounts / _ideal(judgements, queries).clamp(min=1e-30)
+    ndcg = gains / documents * discounts / _ideal(judgments, queries).clamp(min=1e-30)
     recall = there / relevant.clamp(min=1) * min(1.0, LIST_DEPTH / documents)
     return dict(zip(METRICS[:2], (ndcg.mean().item(), recall.mean().item()), strict=True))
 
 
-def _ideal(judgements: Judgements, queries: int) -> Tensor:
+def _ideal(judgments: Judgments, queries: int) -> Tensor:
     """Return the largest possible sum of discounted gains (Q,) float64."""
-    order = _sorted(-judgements.gain, judgements.query)
-    query, gain = judgements.query[order], judgements.gain[order].double()
+    order = _sorted(-judgments.gain, judgments.query)
+    query, gain = judgments.query[order], judgments.gain[order].double()
     rank = rank_in_group(query)
     counted = rank < GAIN_DEPTH
     sums = torch.zeros(queries, dtype=torch.float64)

@@ -28,7 +28,7 @@ from dualenc.training.optim import Tuning, WarmupCosine
 from dualenc.training.progress import primary_metrics
 from dualenc.training.ranks import all_gather_object, mean_over_ranks
 from dualenc.training.task import Task, describe_text_encoder, rank_zero_print, with_vocabulary
-from dualenc.utils.errors import DataError
+from dualenc.utils.errors import DataError, warn_once
 from dualenc.utils.files import append_lines
 from dualenc.utils.text import millions
 
@@ -193,7 +193,10 @@ class LanguageTask(Task):
             "intervals": measured.intervals,
             "chance": measured.chance,
             "baseline": measured.baseline,
+            "notes": list(measured.notes),
         }
+        for note in measured.notes:
+            warn_once(f"{name}: {note}")
         result["verdict"] = verdict(result, head.description)
         return Section(result, measured.findings, description=head.description)
 

@@ -28,8 +28,10 @@ class TextSource(TypedDict):
     """Files of texts for one head.
 
     Attributes:
-        files: a path, glob, brace pattern, or a list of these: `.txt`, `.tsv`, `.csv`, `.jsonl`; for
-            "question_answering" `.json` as SQuAD, or `.jsonl` with its fields.
+        files: a path, glob, brace pattern, or a list of these: `.txt`, `.tsv`, `.csv`, `.jsonl`. For named entities
+            `.conll` with a word and its tag on each line and a blank line after each sentence, or `.jsonl` with
+            `tokens` and `tags`, or with `text` and `entities`, a list of [start, end, label] by characters. For
+            questions `.json` as SQuAD, or `.jsonl` with its fields.
         text: column of the text; default "text", which is the column of plain text.
         pair: column of the second text of a pair.
         label: column of the label; default "label" where the head needs one. For "multi_label" a list in a `.jsonl`,

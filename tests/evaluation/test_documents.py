@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dualenc.data.text.passages import cut_passages
 from dualenc.evaluation import compare
 from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.models import HeadConfig, TextConfig, TextModel
+from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.utils.errors import DataError
 
 HEADS = {"mood": HeadConfig("classification", ("bad", "good"))}
@@ -42,7 +44,7 @@ def texts(rng: np.random.Generator, count: int, longest: int) -> list[str]:
 
 
 def write_set(folder: Path, rng: np.random.Generator, longest: int = 8) -> tuple[Path, list[str], list[str], Any]:
-    """Write 130 documents, some of them equal, and 9 queries; return their texts by number, and the judgements."""
+    """Write 130 documents, some of them equal, and 9 queries; return their texts by number, and the judgments."""
     documents, queries = texts(rng, 100, longest), texts(rng, 9, 5)
     documents += documents[:30]
     titles = texts(rng, 130, 3)
@@ -69,13 +71,21 @@ def trec(scores: Tensor, qrels: Any, against: bool) -> dict[str, float]:
     found = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100", "map_cut.100"}).evaluate(runs)
     cut = {q: dict(sorted(run.items(), key=lambda x: (x[1], x[0]), reverse=True)[:10]) for q, run in runs.items()}
     first = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(cut)
-    means = {name: np.mean([one[measure] for one in found.values()]) for name, measure in MEASURES.items()}
-    return means | {"mrr@10": np.mean([one["recip_rank"] for one in first.values()])}
+    means = {name: float(np.mean([one[measure] for one in found.values()])) for name, measure in MEASURES.items()}
+    return means | {"mrr@10": float(np.mean([one["recip_rank"] for one in first.values()]))}
 
 
 def products(queries: Tensor, documents: Tensor, dim: int | None = None) -> Tensor:
-    queries, documents = (F.normalize(x[:, :dim], dim=-1).double() for x in (queries, documents))
-    return (queries @ documents.T).float()
+    if dim is not None:  # Normalizing again would change the last bits, by which scores tie or not.
+        queries, documents = (F.normalize(x[:, :dim], dim=-1) for x in (queries, documents))
+    return (queries.double() @ documents.double().T).float()
+
+
+def in_order(embed: Any, documents: list[str]) -> Tensor:
+    """Embed documents in the order of the command, so that the rounding of equal documents is the same."""
+    order = sorted(range(len(documents)), key=str, reverse=True)
+    found = embed([documents[i] for i in order])
+    return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
 
 
 def result_of(folder: Path, command: str = "retrieval") -> dict[str, Any]:
@@ -90,7 +100,9 @@ def test_the_command_equals_pytrec_eval(tmp_path: Path, seed: int, capsys: pytes
     options = ["--query-prompt", "two cat ", "--document-prompt", "red ", "--dim", "7", "--ignore-identical-ids"]
     words = ["retrieval", str(tmp_path / "model"), str(folder), *options]
     main([*words, "--out", str(tmp_path / "out"), "--csv", str(tmp_path / "table.csv")])
-    scores = products(it.embed([f"two cat {x}" for x in queries]), it.embed([f"red {x}" for x in documents]), 7)
+    scores = products(
+        it.embed([f"two cat {x}" for x in queries]), in_order(it.embed, [f"red {x}" for x in documents]), 7
+    )
     scores[torch.arange(9), torch.arange(9)] = -torch.inf
     result = result_of(tmp_path / "out")
     assert result["metrics"] == pytest.approx(trec(scores, qrels, against=True), abs=1e-6)
@@ -114,15 +126,19 @@ def test_the_command_equals_pytrec_eval(tmp_path: Path, seed: int, capsys: pytes
     assert "1 result added, 0 found there" in capsys.readouterr().out
 
 
-def test_the_text_tower_of_a_dual_encoder(tmp_path: Path, seed: int) -> None:
+def test_the_text_tower_of_a_dual_encoder(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(seed)
     folder, documents, queries, qrels = write_set(tmp_path / "set", rng)
     embedder = tiny_embedder(seed)
     embedder.save(tmp_path / "model")
     main(["evaluate", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")])
-    scores = products(embedder.embed_texts(queries), embedder.embed_texts(documents))
+    scores = products(embedder.embed_texts(queries), in_order(embedder.embed_texts, documents))
     expected = trec(scores, qrels, against=True)
     assert result_of(tmp_path / "out", "evaluate")["metrics"] == pytest.approx(expected, abs=1e-6)
+    assert dualenc.evaluate(embedder, folder)["metrics"] == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(SystemExit):
+        main(["zeroshot", str(tmp_path / "model"), str(folder)])
+    assert "use `dualenc retrieval`" in capsys.readouterr().err
 
 
 def test_passages_and_reranking(tmp_path: Path, seed: int) -> None:
@@ -133,7 +149,10 @@ def test_passages_and_reranking(tmp_path: Path, seed: int) -> None:
     words = ["retrieval", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")]
     main([*words, "--max-passage", "6", "--stride", "2", "--rerank", str(tmp_path / "judge"), "--rerank-top", "20"])
     cut = cut_passages(it.tokenizer, documents, 6, 2)
-    every = [products(it.embed(queries), it.embed(passages)) for passages in cut]
+    order = sorted(range(130), key=str, reverse=True)
+    parts = it.embed([one for i in order for one in cut[i]]).split([len(cut[i]) for i in order])
+    vectors = it.embed(queries)
+    every = [products(vectors, parts[order.index(i)]) for i in range(130)]
     scores = torch.stack([one.amax(1) for one in every], 1)
     result = result_of(tmp_path / "out")
     expected = trec(scores, qrels, against=True)
@@ -170,7 +189,7 @@ def test_two_results_are_compared_by_query(tmp_path: Path, seed: int) -> None:
         "\n".join([lines[0], f"{query}\t{document}\t{int(gain) + 1}", *lines[2:]])
     )
     main(["retrieval", str(tmp_path / "other"), str(folder), "--out", str(tmp_path / "changed")])
-    with pytest.raises(DataError, match="1 of 9 judgements of queries differ"):
+    with pytest.raises(DataError, match="1 of 9 judgments of queries differ"):
         compare(tmp_path / "out-one", tmp_path / "changed")
 
 
@@ -187,7 +206,8 @@ def test_two_results_are_compared_by_query(tmp_path: Path, seed: int) -> None:
         (["SET", "--rerank-top", "3"], "rerank_top 3 has no use without rerank"),
         (["SET", "--rerank", "PLAIN"], "PLAIN has no classification heads"),
         (["SET", "--rerank", "MANY"], "MANY cannot re-rank by its head 'kind': it has the labels x, y, z"),
-        (["SET", "--dim", "17"], "dim 17 must lie between 1 and the 16 dimensions"),
+        (["SET", "--dim", "17"], "dim is 17: .* so it must be 1 to 16"),
+        (["SET", "--query-prompt", "query"], "prompt 'query' is not one of the prompts"),
         (["SET", "--split", "dev"], "SET has no split 'dev', only test"),
     ],
 )
@@ -213,7 +233,7 @@ def test_mistakes_are_one_line(
     assert re.search(message, found), found
 
 
-def test_judgements_of_missing_documents_make_a_result_incomplete(
+def test_judgments_of_missing_documents_make_a_result_incomplete(
     tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, documents, queries, qrels = write_set(tmp_path / "set", np.random.default_rng(seed))
@@ -223,11 +243,34 @@ def test_judgements_of_missing_documents_make_a_result_incomplete(
     words = ["retrieval", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
         main(words)
-    assert "judgement of a document that is not in corpus.jsonl: 1, such as lost" in capsys.readouterr().err
+    assert "judgment of a document that is not in corpus.jsonl: 1, such as lost" in capsys.readouterr().err
     main([*words, "--allow-partial"])
     qrels["0"]["lost"] = 2
-    expected = trec(products(it.embed(queries), it.embed(documents)), qrels, against=True)
+    expected = trec(products(it.embed(queries), in_order(it.embed, documents)), qrels, against=True)
     assert result_of(tmp_path / "out")["metrics"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_model_has_prompts_of_its_own(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    folder, documents, queries, qrels = write_set(tmp_path / "set", rng)
+    own = EmbeddingConfig(
+        prompts={"query": "two ", "passage": "red ", "other": "boats "}, default_prompt="other", dim=9
+    )
+    it = save_model(
+        tmp_path / "model", {"near": HeadConfig("embedding", problem="negatives", pool="mean", embedding=own)}
+    )
+    vectors = partial(it.embed, prompt="")
+    plain = vectors([f"two {x}" for x in queries]), in_order(vectors, [f"red {x}" for x in documents])
+    main(["retrieval", str(tmp_path / "model"), str(folder), "--out", str(tmp_path / "out")])
+    expected = trec(products(*plain), qrels, against=True)
+    assert result_of(tmp_path / "out")["metrics"] == pytest.approx(expected, abs=1e-6)
+    named = ["--query-prompt", "other", "--document-prompt", "", "--dim", "16", "--out", str(tmp_path / "named")]
+    main(["retrieval", str(tmp_path / "model"), str(folder), *named])
+    vectors = partial(it.embed, prompt="", dim=16)
+    expected = trec(
+        products(vectors([f"boats {x}" for x in queries]), in_order(vectors, documents)), qrels, against=True
+    )
+    assert result_of(tmp_path / "named")["metrics"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     ElectraForPreTraining,
 )
 
@@ -70,6 +71,8 @@ CLASSES = {
     "AutoModel": AutoModel,
     "AutoModelForMaskedLM": AutoModelForMaskedLM,
     "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+    "AutoModelForTokenClassification": AutoModelForTokenClassification,
+    **{name: getattr(transformers, name) for name in ("AutoModelForMultipleChoice", "AutoModelForCausalLM")},
     "AutoModelForQuestionAnswering": AutoModelForQuestionAnswering,
 }
 MASKED = [name for name, (kind, config) in FAMILIES.items() if kind[:4] not in ("clip", "sigl")]
@@ -272,6 +275,43 @@ def test_classification_heads_equal_transformers(name: str, problem: str, tmp_pa
     same(load_text(tmp_path / "ours", "cpu").model, model)
 
 
+TAGS = {
+    "iob2": ["B-PER", "O", "I-PER", "B-LOC", "I-LOC"],
+    "iob1": ["O", "I-PER"],
+    "bioes": ["O", "B-PER", "I-PER", "E-PER", "S-PER"],
+}
+
+
+@pytest.mark.parametrize("name", [name for name in MASKED if name != "modernbert, every second"])
+def test_taggers(name: str, tmp_path: Path, seed: int) -> None:
+    kind, config = FAMILIES[name]
+    scheme = sorted(TAGS)[seed % 3]
+    more = {"id2label": dict(enumerate(TAGS[scheme])), "num_labels": len(TAGS[scheme])}
+    peer = build(kind, config, AutoModelForTokenClassification, **more)
+    peer.save_pretrained(tmp_path / "peer")
+    add_tokenizer(tmp_path / "peer")
+    model = open_text(tmp_path / "peer").model()
+    assert list(model.head_configs) == ["token_classification"]
+    head = model.head_configs["token_classification"]
+    assert (head.labels, head.scheme) == (tuple(TAGS[scheme]), scheme)
+    tokens, ids, mask, types = ragged(model.config, seed)
+    logits = theirs(peer, ids, mask, types).logits
+    chosen = torch.randperm(len(tokens.ids))[:9]
+    with torch.no_grad():
+        assert_close(model(tokens, "token_classification"), packed(model, logits, mask, tokens))
+        assert_close(model(tokens, "token_classification", chosen), packed(model, logits, mask, tokens)[chosen])
+        assert_close(model(tokens, "token_classification"), packed(model, logits.roll(1, -1), mask, tokens), far=True)
+    TextPredictor(model, tokenizer_of(model.config)).save(tmp_path / "ours")
+    again = AutoModelForTokenClassification.from_pretrained(tmp_path / "ours").eval()
+    equal(again, peer)
+    assert_close(theirs(again, ids, mask, types).logits[mask], logits[mask])
+    assert again.config.id2label == dict(enumerate(TAGS[scheme]))
+    assert again.config.architectures == peer.config.architectures
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+    (tmp_path / "ours" / "dualenc.json").unlink()
+    same(load_text(tmp_path / "ours", "cpu").model, model)
+
+
 @pytest.mark.parametrize("name", [name for name in MASKED if "relu" not in name])
 def test_question_answering_heads_equal_transformers(name: str, tmp_path: Path, seed: int) -> None:
     kind, config = FAMILIES[name]
@@ -296,6 +336,52 @@ def test_question_answering_heads_equal_transformers(name: str, tmp_path: Path, 
     same(load_text(tmp_path / "ours", "cpu").model, model)
     (tmp_path / "ours" / "dualenc.json").unlink()
     same(load_text(tmp_path / "ours", "cpu").model, model)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_heads_of_both_kinds_of_classification(name: str, tmp_path: Path, seed: int) -> None:
+    """Check that a config names the labels of one head, and that the other head keeps its own names."""
+    text = open_text_of(name, tmp_path)
+    layers = {"activation": "gelu", "norm": True} if name == "modernbert" else {}
+    topic = HeadConfig("classification", ("a", "b"), pool="cls", **layers)
+    heads = {"topic": topic, "names": HeadConfig("token_classification", ("PER",), **layers)}
+    model = perturbed(TextModel(text, heads))
+    TextPredictor(model, tokenizer_of(text)).save(tmp_path / "both")
+    same(load_text(tmp_path / "both", "cpu").model, model)
+    config = json.loads((tmp_path / "both" / "config.json").read_text())
+    assert config["architectures"][0].endswith("ForSequenceClassification")
+    assert config["id2label"] == {"0": "a", "1": "b"}
+
+
+def open_text_of(name: str, folder: Path) -> TextConfig:
+    build(*FAMILIES[name]).save_pretrained(folder / "peer")
+    return open_text(folder / "peer").config
+
+
+LEFT_OUT = {
+    "AutoModelForMultipleChoice": ("bert", "roberta", "distilbert", "albert", "electra"),
+    "AutoModelForCausalLM": ("roberta", "electra"),
+    "AutoModelForTokenClassification": ("bert", "modernbert"),  # with labels that are not tags
+}
+
+
+@pytest.mark.parametrize(("auto", "name"), [(auto, name) for auto, names in LEFT_OUT.items() for name in names])
+def test_a_head_that_is_left_out_is_said(
+    auto: str, name: str, tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check that the encoder loads, and that the tensors of the head are not taken for those of another head."""
+    peer = build(*FAMILIES[name], getattr(transformers, auto))
+    peer.save_pretrained(tmp_path / "peer")
+    with caplog.at_level("WARNING"):
+        model = open_text(tmp_path / "peer").model()
+    what = "head token_classification" if "Token" in auto else f"head of {type(peer).__name__}"
+    assert what in caplog.text
+    assert "left out" in caplog.text
+    assert set(model.head_configs) <= {"pooler"}
+    tokens, ids, mask, types = ragged(model.config, seed)
+    expected = theirs(peer.base_model, ids, mask, types).last_hidden_state
+    with torch.no_grad():
+        assert_close(model.encoder(tokens), packed(model, expected, mask, tokens))
 
 
 @pytest.mark.parametrize("name", ["electra", "electra, one width"])
@@ -518,7 +604,6 @@ REFUSED = [
     ("bert", {"hidden_act": "mish"}, "hidden_act"),
     ("bert", {"hidden_size": "wide"}, "hidden_size must be a number"),
     ("bert", {"num_attention_heads": 5}, "not divisible"),
-    ("bert", {"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification"),
     ("bert", {"model_type": "gpt2"}, "model_type 'gpt2'"),
     ("bert", {"model_type": "t5"}, "model_type 't5'"),
     ("bert", {"num_hidden_layers": 4}, r"encoder.layer.3.attention.self.query.weight is missing; .* and 6 more"),

@@ -59,7 +59,7 @@ def test_prompts_dimensions_and_dense_layers(seed: int) -> None:
 
 def test_prompts_and_dimensions_that_the_model_lacks_are_refused(seed: int) -> None:
     it, plain = predictor(VECTORS), predictor(None)
-    for name, message in (("qery", "did you mean query"), ("Passage", "did you mean passage"), ("x", "choose one of")):
+    for name, message in (("quary", "did you mean query"), ("Passage", "did you mean passage"), ("x", "choose one of")):
         with pytest.raises(ValueError, match=message):
             it.embed(TEXTS, prompt=name)
     with pytest.raises(ValueError, match="prompt 'query' is not one of the prompts of it: it has none"):
@@ -89,7 +89,7 @@ def test_settings_are_saved_and_checked(tmp_path: Path, seed: int) -> None:
         ({"dense": [{**vectors["dense"][0], "width": "9"}]}, r"embedding: dense\.0: width must be int"),
         ({"dense": [{**vectors["dense"][0], "activation": "softplus"}]}, r"dense\.0: activation"),
         ({"prompts": {"query": 3}}, "prompts: query must be a string"),
-        ({"default_prompt": "qery"}, "default_prompt 'qery'"),
+        ({"default_prompt": "quary"}, "default_prompt 'quary'"),
         ({"dims": 3}, "unknown key 'dims'"),
     ):
         content = {**about, "heads": {"e": {**about["heads"]["e"], "embedding": {**vectors, **change}}}}

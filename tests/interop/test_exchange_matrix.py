@@ -202,7 +202,7 @@ def test_an_identity_pooler_changes_nothing(seed: int) -> None:
     assert ((half.double() - x.half().double()).abs() / x.abs().double()).max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["mlm", "classification", "question_answering"])
+@pytest.mark.parametrize("kind", ["mlm", "classification", "token_classification", "question_answering"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "albert", "distilbert", "electra", "modernbert"])
 def test_text_models_with_heads(kind: str, family: str, tmp_path: Path, seed: int) -> None:
     texts = {"bert": "BERT", "roberta": "RoBERTa", "albert": "ALBERT", "distilbert": "DistilBERT"}
@@ -213,6 +213,8 @@ def test_text_models_with_heads(kind: str, family: str, tmp_path: Path, seed: in
     head = HeadConfig("mlm")
     if kind == "classification":
         head = HeadConfig(kind, ("a", "b", "c"), "single_label", "cls", activation, family == "modernbert")
+    if kind == "token_classification":
+        head = HeadConfig(kind, ("PER", "LOC"), activation=activation, norm=family == "modernbert")
     elif kind == "question_answering":
         head = HeadConfig(kind, activation=activation, norm=family == "modernbert", max_length=12, stride=2)
     model = TextPredictor(perturb(TextModel(text, {kind: head}), 0.2), tiny_tokenizer(), "it")

@@ -142,7 +142,7 @@ def test_configuration_does_not_import(module: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("likert", "one of mlm, rtd, classification, embedding, question_answering, pooler"),
+        ("likert", "one of mlm, rtd, classification, token_classification, embedding, question_answering, pooler"),
         ("os.system", "derives from dualenc.models.heads.Head"),
         ("torch.nn.Linear", "derives from dualenc.models.heads.Head"),
         ("dualenc.models.heads.base.Head", "derives from dualenc.models.heads.Head"),

@@ -1,4 +1,4 @@
-"""Documents, queries and judgements in the layout of BEIR (Thakur et al. 2021, arXiv:2104.08663).
+"""Documents, queries and judgments in the layout of BEIR (Thakur et al. 2021, arXiv:2104.08663).
 
 A folder holds `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and `qrels/SPLIT.tsv`, whose
 header is `query-id`, `corpus-id`, `score`. A document is relevant if its score is above 0.
@@ -27,7 +27,7 @@ ID = "_id"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DocumentSet:
-    """Documents with the queries of a split and their judgements, opened by `open_documents`.
+    """Documents with the queries of a split and their judgments, opened by `open_documents`.
 
     The documents are sorted by their id, the last one first: the order of documents of equal score in trec_eval.
 
@@ -36,12 +36,12 @@ class DocumentSet:
         name: name of the folder.
         split: name of the split.
         ids: D ids of the documents.
-        query_ids: Q ids of the queries that have judgements, in the order of `queries.jsonl`.
+        query_ids: Q ids of the queries that have judgments, in the order of `queries.jsonl`.
         queries: texts of the queries.
-        query: (n,) int64 query of each judgement of a relevant document.
+        query: (n,) int64 query of each judgment of a relevant document.
         document: (n,) int64 its document; -1 if the corpus lacks it.
         gain: (n,) int64 its score, 1 or more.
-        problems: judgements of queries or documents that are not there.
+        problems: judgments of queries or documents that are not there.
         notes: sentences on what is unusual.
         fingerprint: hash of the files.
     """
@@ -88,7 +88,7 @@ class DocumentSet:
         return np.array([place.get(name, -1) for name in self.query_ids], np.int64)
 
 
-def is_document_folder(path: str) -> bool:
+def is_document_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether a path is a folder with one of BEIR's files."""
     return any(os.path.exists(os.path.join(path, name)) for name in (CORPUS, QUERIES, QRELS))
 
@@ -101,7 +101,7 @@ def open_documents(folder: str | os.PathLike[str], split: str | None = None) -> 
         split: the split; absent, "test", or the only split.
 
     Raises:
-        DataError: If a file is missing, a line is broken, an id occurs twice, a judgement is repeated, or no judgement
+        DataError: If a file is missing, a line is broken, an id occurs twice, a judgment is repeated, or no judgment
             names a query and a document that are there.
     """
     path = Path(folder)
@@ -113,7 +113,7 @@ def open_documents(folder: str | os.PathLike[str], split: str | None = None) -> 
     judged = TextIndex.build(str(path / QRELS / f"{split}.tsv"), COLUMNS)
     ids, lines, empty = _documents(corpus)
     texts = dict(_items(asked))
-    qrels = _judgements(judged, texts, ids)
+    qrels = _judgments(judged, texts, ids)
     used = {name: row for row, name in enumerate(name for name in texts if name in qrels.queries)}
     if not used or not any(document >= 0 for _, document, _ in qrels.relevant):
         first = " and ".join(quoted(judged[0].read()[name]) for name in COLUMNS[:2])
@@ -146,9 +146,9 @@ def open_documents(folder: str | os.PathLike[str], split: str | None = None) -> 
 
 
 class _Judged(NamedTuple):
-    """Judgements as they stand in a file."""
+    """Judgments as they stand in a file."""
 
-    queries: set[str]  # those that have a judgement
+    queries: set[str]  # those that have a judgment
     relevant: list[tuple[str, int, int]]  # query, document or -1, and score above 0; sorted by query and document
     problems: list[Problem]
 
@@ -157,7 +157,7 @@ def _split(path: Path, split: str | None) -> str:
     """Return the name of the split to measure on."""
     found = sorted(one.stem for one in (path / QRELS).glob("*.tsv"))
     if not found:
-        raise DataError(f"{path / QRELS} holds no judgements: it needs a file such as test.tsv")
+        raise DataError(f"{path / QRELS} holds no judgments: it needs a file such as test.tsv")
     if split is None and "test" not in found and len(found) > 1:
         raise DataError(f"{path} has the splits {', '.join(found)} but no test: name one of them")
     if split is not None and split not in found:
@@ -206,8 +206,8 @@ def _documents(corpus: TextIndex) -> tuple[list[str], np.ndarray, int]:
     return [ids[i] for i in lines], np.array(lines, np.int64), empty
 
 
-def _judgements(index: TextIndex, queries: dict[str, str], ids: list[str]) -> _Judged:
-    """Read the judgements of a split.
+def _judgments(index: TextIndex, queries: dict[str, str], ids: list[str]) -> _Judged:
+    """Read the judgments of a split.
 
     Args:
         index: lines of the file.
@@ -231,9 +231,9 @@ def _judgements(index: TextIndex, queries: dict[str, str], ids: list[str]) -> _J
             raise DataError(f"{line} judges query {quoted(query)} and document {quoted(document)} again: remove it")
         seen.add((query, document))
         if query not in order:
-            problems[f"judgement of a query that is not in {QUERIES}"].append(printable(query))
+            problems[f"judgment of a query that is not in {QUERIES}"].append(printable(query))
         elif document not in place:
-            problems[f"judgement of a document that is not in {CORPUS}"].append(printable(document))
+            problems[f"judgment of a document that is not in {CORPUS}"].append(printable(document))
         if query in order and gain > 0:
             relevant.append((query, place.get(document, -1), gain))
     relevant.sort(key=lambda one: (order[one[0]], one[1]))

@@ -37,7 +37,7 @@ SHARDS = FileKind(
     (".tar",),
     (".index", ".idx", ".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".md", ".html", ".yaml", ".yml", ".part"),
 )
-TEXTS = FileKind("files", (".txt", ".tsv", ".csv", ".jsonl", ".json"), (".md", ".yaml", ".yml", ".part"))
+TEXTS = FileKind("files", (".txt", ".tsv", ".csv", ".jsonl", ".conll", ".json"), (".md", ".yaml", ".yml", ".part"))
 
 
 @dataclass

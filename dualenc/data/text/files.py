@@ -1,9 +1,10 @@
 """Lines of text files as samples: an index of where lines begin and end, from which a line is read when requested.
 
 The files are plain text (`.txt`), tables whose first line names the columns (`.tsv`, `.csv`), one JSON object on each
-line (`.jsonl`), or SQuAD's JSON (`.json`), whose samples are questions. In a `.tsv` a tab always ends a field, and
-quotes have no meaning. A `.csv` follows RFC 4180, so that a quoted field may hold line ends. All files are UTF-8, with
-or without a byte-order mark; lines end with "\\n" or "\\r\\n". Empty lines are skipped.
+line (`.jsonl`), one word on each line (`.conll`), where a sentence is a sample, or SQuAD's JSON (`.json`), where a
+question is a sample. In a `.tsv` a tab always ends a field, and quotes have no meaning. A `.csv` follows RFC 4180, so
+that a quoted field may hold line ends. All files are UTF-8, with or without a byte-order mark; lines end with "\\n" or
+"\\r\\n". Empty lines are skipped.
 """
 
 import hashlib
@@ -126,7 +127,14 @@ class Line:
             fields = form.fields(text, self.source.columns)
             return fields if entries is None else form.entry(fields, int(entries[self.number]))
         except BadFields as error:
-            raise BadSample(self, error.cause, error.detail) from None
+            place = () if error.line is None else (f"line {self.source.numbers[self.number] + error.line}",)
+            raise BadSample(self, error.cause, ": ".join([*place, error.detail])) from None
+
+    def at_word(self, i: int) -> str:
+        """Return the place of word i for messages: its own line, where the format has one a word."""
+        if not FORMATS[self.source.kind].word_lines:
+            return str(self)
+        return f"{self.shard} line {self.source.numbers[self.number] + i}"
 
 
 def expand_files(files: Patterns) -> list[str]:

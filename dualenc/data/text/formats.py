@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from dualenc.utils.decoding import TextError, decode_text, is_blank
 from dualenc.utils.errors import DataError
 
 TEXT = "text"  # name of the only column of plain text
+WORDS, TAGS = "tokens", "tags"  # fields of a sentence, which a JSON object names in the same way
+DOCUMENT = b"-DOCSTART-"  # begins a line between two documents
+_COLUMN = re.compile(r"[^ \t\r]+")
 CHUNK = 1 << 24  # bytes to scan at a time
 LONGEST = 1 << 24  # largest sample to read, in bytes
 _INVISIBLE_HEADS = (0x7F, 0xC2, 0xCD, 0xD8, 0xE1, 0xE2, 0xE3, 0xEF, 0xF0, 0xF3)  # see `dualenc.utils.decoding.is_blank`
@@ -43,11 +47,12 @@ class BadFields(ValueError):
     Args:
         cause: text that completes "the sample is left out, since ...", equal for all samples with the fault.
         detail: what is special about this sample.
+        line: number of lines of the sample before the one with the fault; None for the sample as a whole.
     """
 
-    def __init__(self, cause: str, detail: str = "") -> None:
+    def __init__(self, cause: str, detail: str = "", line: int | None = None) -> None:
         super().__init__(cause)
-        self.cause, self.detail = cause, detail
+        self.cause, self.detail, self.line = cause, detail, line
 
 
 class TextFormat(ABC):
@@ -55,9 +60,11 @@ class TextFormat(ABC):
 
     Attributes:
         header: the first sample names the columns.
+        word_lines: each word of a sample has a line of its own.
     """
 
     header: ClassVar[bool] = False
+    word_lines: ClassVar[bool] = False
 
     def samples(self, whole: np.ndarray, lines: Bounds) -> Bounds:
         """Return the places of the samples; by default lines that are not blank.
@@ -246,11 +253,55 @@ class CommaSeparated(Tabbed):
         return next(csv.reader([record], strict=True), [])
 
 
+class WordColumns(TextFormat):
+    """A word on each line, with columns that blanks or tabs separate, as in the tasks of CoNLL.
+
+    The first column is the word and the last one its tag; with one column the words do not have tags. Blank lines, and
+    lines that begin with `-DOCSTART-`, stand between the sentences, each of which is a sample.
+    """
+
+    word_lines = True
+
+    def samples(self, whole: np.ndarray, lines: Bounds) -> Bounds:
+        """See `TextFormat.samples`."""
+        lines = _without_line_ends(whole, lines)
+        full = self._full(whole, lines)
+        # 45 is the byte of "-"; few words begin with it.
+        for i in np.flatnonzero(full & (whole[np.minimum(lines.starts, len(whole) - 1)] == 45)).tolist():
+            full[i] = not whole[lines.starts[i] : lines.stops[i]].tobytes().startswith(DOCUMENT)
+        before, after = np.r_[False, full[:-1]], np.r_[full[1:], False]
+        first, last = full & ~before, full & ~after
+        return Bounds(lines.starts[first], lines.stops[last], lines.numbers[first])
+
+    def _blank(self, line: bytes) -> bool:
+        """Return whether a line has blanks and tabs only; an invisible character may be a word."""
+        return not line.strip(b" \t")
+
+    def columns(self, path: str, first: bytes) -> tuple[str, ...]:
+        """See `TextFormat.columns`."""
+        try:
+            return tuple(self.fields(_decoded(path, first), ()))
+        except BadFields:  # The first sentence becomes a bad sample when it is read.
+            return (WORDS, TAGS)
+
+    def fields(self, text: str, columns: tuple[str, ...]) -> dict[str, Any]:
+        """See `TextFormat.fields`."""
+        rows = [_COLUMN.findall(line) for line in text.split("\n")]
+        for i, row in enumerate(rows):
+            if len(row) != len(rows[0]):
+                raise BadFields(
+                    "its lines have different numbers of columns", f"{len(row)}, not {len(rows[0])} as the first", i
+                )
+        words = {WORDS: [row[0] for row in rows]}
+        return words | ({TAGS: [row[-1] for row in rows]} if len(rows[0]) > 1 else {})
+
+
 FORMATS: dict[str, TextFormat] = {
     ".txt": PlainText(),
     ".tsv": Tabbed(),
     ".csv": CommaSeparated(),
     ".jsonl": JsonLines(),
+    ".conll": WordColumns(),
     ".json": SquadJson(),
 }  # by the ending of the file's name
 

@@ -177,6 +177,50 @@ class Tokenizer:
         ]
         return [self._padded(encoding.ids) for encoding in encodings], [self._padded(row, -1) for row in words]
 
+    def encode_split(self, texts: Sequence[Sequence[str]], overlap: int) -> list[list[tuple[list[int], list[int]]]]:
+        """Return the tokens of texts that are given as words, in windows of at most `context_length` tokens.
+
+        Each word is tokenized by itself, as it stands after a blank, even where the tokenizer does not put a blank
+        before a text: the second word of "New York" and a text "York" then have the same tokens.
+
+        Args:
+            texts: words of each text. A word may have no tokens.
+            overlap: number of tokens that a window shares with the one before it.
+
+        Returns:
+            For each window of each text the ids, and for each token the number of its word, -1 for special tokens.
+
+        Raises:
+            DataError: If `context_length` leaves no token more than `overlap`.
+        """
+        room = self.context_length - self.backend.num_special_tokens_to_add(False)
+        if room <= overlap:
+            raise DataError(f"context_length {self.context_length} has no room for windows of words: raise it")
+        backend = self._after_blank
+        backend.enable_truncation(self.context_length, stride=overlap)
+        encodings = backend.encode_batch(list(map(list, texts)), is_pretokenized=True)
+        found = []
+        for encoding in encodings:
+            windows = [encoding, *encoding.overflowing]
+            words = [[-1 if number is None else number for number in window.word_ids] for window in windows]
+            found.append([(self._padded(w.ids), self._padded(row, -1)) for w, row in zip(windows, words)])
+        return found
+
+    @cached_property
+    def _after_blank(self) -> Backend:
+        """The tokenizer with a blank before each text, for tokenizers whose words begin with their blank."""
+        fields = json.loads(self.backend.to_str())
+        parts = [fields["pre_tokenizer"] or {}]
+        for part in parts:
+            parts += part.get("pretokenizers", [])
+            if part.get("type") == "ByteLevel":
+                part["add_prefix_space"] = True
+            if part.get("type") == "Metaspace":
+                part["prepend_scheme"] = "always"
+        backend = Backend.from_str(json.dumps(fields))
+        backend.encode_special_tokens = True
+        return backend
+
     def _padded(self, row: list[int], value: int | None = None) -> list[int]:
         missing = (self.pad_to or 0) - len(row)
         return row + [self.pad_id if value is None else value] * missing

@@ -70,11 +70,9 @@ class WindowReader(ABC):
 
     Attributes:
         dtype: type of the labels of a batch.
-        endings: endings of the files that it reads.
     """
 
     dtype: ClassVar[torch.dtype] = torch.int64
-    endings: ClassVar[tuple[str, ...]]
 
     @property
     @abstractmethod

@@ -197,10 +197,14 @@ def slots_of(family: Family, text: TextConfig, heads: Mapping[str, HeadConfig]) 
     taken: set[str] = set()
     for name in sorted(heads, key=order):
         for slot in family.slots:
-            modules = {*slot.modules.values(), *(names[0] for names in slot.parameters.values())}
-            if not modules & taken and slot.misfit(name, text, heads[name]) is None:
+            if slot.misfit(name, text, heads[name]) is not None:
+                continue
+            # Two heads can share neither tensors nor keys of the config, such as the names of labels.
+            parts = {*slot.modules.values(), *(names[0] for names in slot.parameters.values())}
+            parts |= slot.settings(text, heads[name]).keys()
+            if not parts & taken:
                 slots[name] = slot
-                taken |= modules
+                taken |= parts
                 break
     return slots
 

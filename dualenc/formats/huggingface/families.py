@@ -15,9 +15,11 @@ from dualenc.formats.huggingface.slots import (
     ModernClassificationSlot,
     ModernMaskedLanguageSlot,
     ModernQuestionAnsweringSlot,
+    ModernTokenClassificationSlot,
     PoolerSlot,
     QuestionAnsweringSlot,
     ReplacedTokenSlot,
+    TokenClassificationSlot,
 )
 from dualenc.models.text_encoder import TextConfig
 from dualenc.utils.errors import ModelError, first_failure
@@ -66,6 +68,9 @@ TOP_CLASSIFIER = ClassificationSlot(  # two layers above the encoder (RoBERTa, E
     activation="tanh",
     architecture="ForSequenceClassification",
 )
+TAGGER = TokenClassificationSlot(
+    "token_classification", "classifier.weight", {"out": "classifier"}, architecture="ForTokenClassification"
+)
 ANSWERS = QuestionAnsweringSlot(
     "answers", "qa_outputs.weight", {"out": "qa_outputs"}, architecture="ForQuestionAnswering"
 )
@@ -107,6 +112,7 @@ BERT = Family(
             activation="tanh",
             architecture="ForSequenceClassification",
         ),
+        TAGGER,
         ANSWERS,
         POOLER,
     ),
@@ -143,6 +149,7 @@ ROBERTA = dataclasses.replace(
             architecture="ForMaskedLM",
         ),
         TOP_CLASSIFIER,
+        TAGGER,
         ANSWERS,
         POOLER,
     ),
@@ -210,6 +217,7 @@ ALBERT = dataclasses.replace(
             activation="tanh",
             architecture="ForSequenceClassification",
         ),
+        TAGGER,
         ANSWERS,
         PoolerSlot("pooler", ".pooler.weight", {"dense": ".pooler"}, activation="tanh"),
     ),
@@ -257,6 +265,7 @@ DISTILBERT = Family(
             activation="relu",
             architecture="ForSequenceClassification",
         ),
+        TAGGER,
         ANSWERS,
     ),
 )
@@ -302,6 +311,7 @@ ELECTRA = dataclasses.replace(
             architecture="ForMaskedLM",
         ),
         dataclasses.replace(TOP_CLASSIFIER, activation="gelu"),
+        TAGGER,
         ANSWERS,
     ),
     read=_electra_read,
@@ -410,6 +420,13 @@ MODERNBERT = Family(
             {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
             norm=True,
             architecture="ForSequenceClassification",
+        ),
+        ModernTokenClassificationSlot(
+            "token_classification",
+            "classifier.weight",
+            {"dense": "head.dense", "norm": "head.norm", "out": "classifier"},
+            norm=True,
+            architecture="ForTokenClassification",
         ),
         ModernQuestionAnsweringSlot(
             "answers",

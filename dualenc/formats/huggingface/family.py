@@ -110,8 +110,8 @@ class Slot(ABC):
         return int(name == "nsp")
 
     @abstractmethod
-    def read(self, found: FoundHead) -> HeadConfig:
-        """Return the configuration of a checkpoint's head.
+    def read(self, found: FoundHead) -> HeadConfig | str:
+        """Return the configuration of a checkpoint's head, or the reason why the head is left out.
 
         Raises:
             ModelError: If dualenc cannot compute the head; the message names the file and the key.

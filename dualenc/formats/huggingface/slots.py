@@ -11,6 +11,7 @@ from dualenc.formats.huggingface.family import ACTIVATION_NAMES, PROBLEMS, Confi
 from dualenc.models.heads import HeadConfig
 from dualenc.models.text_encoder import Activation, TextConfig
 from dualenc.utils.errors import ModelError, first_failure
+from dualenc.utils.tags import OUTSIDE, SchemeName, split_tag
 
 # The usual windows of question answering in transformers, which its checkpoints do not name.
 LONGEST_WINDOW, SHARED_TOKENS = 384, 128
@@ -100,11 +101,7 @@ class ClassificationSlot(Slot):
         """See `Slot.settings`."""
         if head is None or self.labels:
             return {}
-        return {
-            "id2label": {str(i): label for i, label in enumerate(head.labels)},
-            "label2id": {label: i for i, label in enumerate(head.labels)},
-            "problem_type": PROBLEMS[head.problem],
-        }
+        return {**_label_keys(head), "problem_type": PROBLEMS[head.problem]}
 
 
 @dataclass(frozen=True)
@@ -125,6 +122,38 @@ class PoolerSlot(Slot):
     def read(self, found: FoundHead) -> HeadConfig:
         """See `Slot.read`."""
         return HeadConfig("pooler", pool="cls", activation=self.activation)
+
+
+@dataclass(frozen=True)
+class TokenClassificationSlot(Slot):
+    """A tag for each word: one layer on the states of tokens."""
+
+    kind = "token_classification"
+
+    def misfit(self, name: str, text: TextConfig, head: HeadConfig) -> str | None:
+        """See `Slot.misfit`."""
+        return first_failure([self._same_kind(head), (head.norm == self.norm, f"norm {head.norm}")])
+
+    def read(self, found: FoundHead) -> HeadConfig | str:
+        """See `Slot.read`; the scheme is the first one that has all tags, of which IOB1 has tags with I alone."""
+        weight = found.weights[f"{found.outer}{self.modules['out']}.weight"]
+        labels, _ = _labels(found.config, len(weight) if weight.dim() else 0, found.path)
+        prefixes = {split_tag(label)[0] for label in labels} - {OUTSIDE}
+        scheme: SchemeName = "iob1" if prefixes == {"I"} else "iob2" if prefixes <= {"B", "I"} else "bioes"
+        try:
+            if OUTSIDE not in labels:
+                raise ValueError(f"label {OUTSIDE!r} is missing")
+            return self.head(labels, scheme, found.config)
+        except ValueError as error:
+            return f"id2label is not a set of tags of named entities ({error})"
+
+    def head(self, labels: tuple[str, ...], scheme: SchemeName, config: Config) -> HeadConfig:
+        """Return the head with these tags."""
+        return HeadConfig("token_classification", labels, scheme=scheme)
+
+    def settings(self, text: TextConfig, head: HeadConfig | None) -> Config:
+        """See `Slot.settings`."""
+        return {} if head is None else _label_keys(head)
 
 
 @dataclass(frozen=True)
@@ -187,6 +216,23 @@ class ModernClassificationSlot(ClassificationSlot):
 
 
 @dataclass(frozen=True)
+class ModernTokenClassificationSlot(TokenClassificationSlot):
+    """A tag for each word by ModernBERT, with a hidden layer whose activation the config names."""
+
+    def head(self, labels: tuple[str, ...], scheme: SchemeName, config: Config) -> HeadConfig:
+        """See `TokenClassificationSlot.head`."""
+        activation = ACTIVATION_NAMES[config.get("classifier_activation", "gelu")]
+        return HeadConfig("token_classification", labels, activation=activation, norm=True, scheme=scheme)
+
+    def settings(self, text: TextConfig, head: HeadConfig | None) -> Config:
+        """See `Slot.settings`."""
+        if head is None:
+            return {}
+        assert head.activation is not None  # A head with a norm has an activation.
+        return {**super().settings(text, head), "classifier_activation": activation_name(head.activation)}
+
+
+@dataclass(frozen=True)
 class ModernQuestionAnsweringSlot(QuestionAnsweringSlot):
     """Extractive question answering of ModernBERT by two layers, of which the config names the activation."""
 
@@ -213,6 +259,14 @@ def _first_token(slot: Slot, text: TextConfig, head: HeadConfig) -> list[tuple[b
         (not head.norm, "norm True"),
         (pool == "cls", f"pool {pool!r}"),
     ]
+
+
+def _label_keys(head: HeadConfig) -> Config:
+    """Return the keys of `config.json` that name the labels of a head."""
+    return {
+        "id2label": {str(i): label for i, label in enumerate(head.labels)},
+        "label2id": {label: i for i, label in enumerate(head.labels)},
+    }
 
 
 def _labels(config: Config, outputs: int, path: Path) -> tuple[tuple[str, ...], str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,11 @@ from dualenc.formats.state_dict import PICKLED, SAFE, Rule, Weights, family_rule
 from dualenc.models.dual_encoder import DualConfig
 from dualenc.models.heads import HeadConfig, TextModel, make_head
 from dualenc.models.text_encoder import TextConfig
-from dualenc.utils.errors import ModelError
+from dualenc.utils.errors import ModelError, warn_once
 from dualenc.utils.files import from_dict, read_json, take_format
 
 CONFIGS = (TEXT_MODEL, CONFIG, MODULES, SETTINGS, *ENCODER_SETTINGS, "preprocess.json")
-# Hugging Face's heads that dualenc lacks; their tensors may have the names of another head.
-UNKNOWN_HEADS = ("ForTokenClassification", "ForMultipleChoice", "ForCausalLM", "LMHeadModel")
+HEAD_CLASS = re.compile(r"(?:For[A-Z]\w*|LMHeadModel)$")  # end of the name of a class with a head
 
 
 @dataclass(frozen=True)
@@ -244,22 +243,26 @@ def _foreign(spec: str, folder: Path, config: Any) -> TextCheckpoint:
     text = text_config(family, inside, str(path))
     if text.pad_to is not None and (pad_id := padding_token(folder)) is not None:
         text = dataclasses.replace(text, pad_id=pad_id)
-    named = [str(name) for name in config.get("architectures") or ()]
-    for name in named:
-        if name.endswith(UNKNOWN_HEADS):
-            raise ModelError(f"{path}: architectures {name}: dualenc does not have this head")
     weights = Weights(folder)
     try:
         prefix, outer = prefixes(family, weights.keys(), weights.path)
-        slots: dict[str, Slot] = {}
-        for slot in family.slots:
-            marker = prefix + slot.marker[1:] if slot.marker.startswith(".") else outer + slot.marker
-            shared = any(set(slot.modules.values()) & set(other.modules.values()) for other in slots.values())
-            if marker in weights and not (slot.yields and shared) and slot is _named(family, slot, named):
-                slots[slot.name] = slot
-        found = FoundHead(text, inside, path, weights, outer, f"{prefix}{family.token_embeddings}.weight")
-        heads = {name: slot.read(found) for name, slot in slots.items()}
         held = {name.removeprefix(outer) for name in weights if name.startswith(outer)}
+        slots, unknown = _found_slots(family, weights, prefix, outer, config.get("architectures") or ())
+        found = FoundHead(text, inside, path, weights, outer, f"{prefix}{family.token_embeddings}.weight")
+        heads: dict[str, HeadConfig] = {}
+        left_out: list[str] = []  # patterns of the tensors of heads that are left out
+        for name, slot in [*slots.items()]:
+            head = slot.read(found)
+            if isinstance(head, HeadConfig):
+                heads[name] = head
+                continue
+            warn_once(f"{path}: its head {name} is left out, the encoder is read: {head}")
+            left_out += [f"{re.escape(outer + module)}\\..*" for module in slots.pop(name).modules.values()]
+        if unknown and any(not name.startswith(prefix) for name in weights):
+            warn_once(
+                f"{path}: the head of {unknown} is left out, the encoder is read: dualenc does not have such a head"
+            )
+            left_out.append(f"(?!{re.escape(prefix)}).*")
     finally:
         weights.close()
 
@@ -272,13 +275,45 @@ def _foreign(spec: str, folder: Path, config: Any) -> TextCheckpoint:
                 own = f"heads.{name}.{parameter}"
                 rules[own] = Rule((own,), (outer + theirs,))
             unused += [outer + one for one in rest]
-        return _read(folder, rules.values(), shapes, (*family.ignored, *map(re.escape, unused)))
+        return _read(folder, rules.values(), shapes, (*family.ignored, *map(re.escape, unused), *left_out))
 
     return TextCheckpoint(spec, folder, text, heads, longest(folder, text.context_length), state)
 
 
-def _named(family: Family, slot: Slot, architectures: Sequence[str]) -> Slot:
-    """Return which of the slots with the same marker a checkpoint has: the one that it names, or else the first."""
-    alike = [other for other in family.slots if other.marker == slot.marker]
-    named = (other for other in alike if any(name == family.stem + other.architecture for name in architectures))
-    return next(named, alike[0])
+def _found_slots(
+    family: Family, weights: Collection[str], prefix: str, outer: str, architectures: Iterable[Any]
+) -> tuple[dict[str, Slot], str]:
+    """Find the slots of the heads that a checkpoint has, by their tensors.
+
+    The class that the config names decides where heads have tensors of the same names, such as "classifier".
+
+    Args:
+        family: the family.
+        weights: names of the checkpoint's tensors.
+        prefix: prefix of the encoder's tensors.
+        outer: prefix of the heads' tensors.
+        architectures: names of classes in the config.
+
+    Returns:
+        Slots by the name of the head; and the class of a head that dualenc lacks, or an empty text. Such a class hides
+        all heads outside of the encoder, since its tensors may have the names of another head's.
+    """
+    known = {slot.architecture for slot in family.slots} - {""}
+    named = {str(name): match[0] for name in architectures if (match := HEAD_CLASS.search(str(name)))}
+    unknown = next((name for name, head in named.items() if head not in {*known, "ForPreTraining"}), "")
+
+    def present(part: str) -> bool:
+        return (prefix + part[1:] if part.startswith(".") else outer + part) in weights
+
+    found: list[Slot] = []
+    for slot in sorted(family.slots, key=lambda slot: slot.architecture not in named.values()):
+        if not present(slot.marker) or (unknown and not slot.marker.startswith(".")):
+            continue
+        rivals = [other for other in family.slots if other.marker == slot.marker and other is not slot]
+        whole = all(present(f"{module}.weight") for module in slot.modules.values())
+        if slot.architecture not in named.values() and rivals and (not whole or any(one in found for one in rivals)):
+            continue
+        shared = any(set(slot.modules.values()) & set(other.modules.values()) for other in found)
+        if not (slot.yields and shared):
+            found.append(slot)
+    return {slot.name: slot for slot in family.slots if slot in found}, unknown

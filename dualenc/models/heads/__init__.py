@@ -17,12 +17,14 @@ from dualenc.models.heads.masked_language import MaskedLanguage, MaskedLanguageH
 from dualenc.models.heads.question_answering import QuestionAnswering
 from dualenc.models.heads.replaced_token import ReplacedToken, ReplacedTokenHead
 from dualenc.models.heads.text_model import LoadedHeads, TextModel
+from dualenc.models.heads.token_classification import TokenClassification
 
 HEADS.update(
     {
         "mlm": MaskedLanguage,
         "rtd": ReplacedToken,
         "classification": Classification,
+        "token_classification": TokenClassification,
         "embedding": Embedding,
         "question_answering": QuestionAnswering,
         "pooler": Pooler,
@@ -47,6 +49,7 @@ __all__ = [
     "ReplacedToken",
     "ReplacedTokenHead",
     "TextModel",
+    "TokenClassification",
     "head_class",
     "import_head",
     "make_head",

@@ -20,6 +20,7 @@ from dualenc.models.text_encoder import Activation, Pool, TextConfig, TextEncode
 from dualenc.report import Description, Findings
 from dualenc.tokens import Tokens
 from dualenc.utils.imports import import_by_path
+from dualenc.utils.tags import SchemeName
 from dualenc.utils.text import did_you_mean
 
 THRESHOLD = 0.5  # score from which a text has a label
@@ -33,18 +34,21 @@ class HeadConfig:
     Attributes:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
             "mlm" guesses masked tokens; "rtd" detects replaced tokens (ELECTRA); "classification" gives a text, or a
-            pair of texts, labels or a number; "embedding" compares the vectors of texts;
-            "question_answering" finds the answer to a question in a text; "pooler" is what remains of a pretrained
-            classification head without its labels.
-        labels: labels of a classification, in the order of its logits; the name of the number of a regression.
+            pair of texts, labels or a number; "token_classification" finds named entities, by a tag for each word;
+            "question_answering" finds the answer to a question in a text; "embedding" compares the vectors of texts;
+            "pooler" is what remains of a pretrained classification head without its labels.
+        labels: labels of a classification, in the order of its logits; the name of the number of a regression. For
+            "token_classification" types of entities such as PER, which become the tags of the scheme, "O" first; or, if
+            "O" is among them, the tags themselves in the order of the logits, such as O, B-PER, I-PER.
         problem: one label a text ("single_label"), any number of labels ("multi_label"), or a number ("regression").
             For "embedding": the other texts of the batch are negatives ("negatives"), or the label is the cosine
             ("cosine").
         pool: pooling of the text's vector; None for the encoder's `pool`.
         activation: activation between the two layers of a classification head; None for a head of one layer. "mlm" and
             "rtd" have the encoder's.
-        norm: LayerNorm after the activation of a classification head (ModernBERT). "question_answering" has one layer,
-            or with `norm` the two of ModernBERT.
+        norm: LayerNorm after the activation of a classification head (ModernBERT). "token_classification" and
+            "question_answering" with it have such a hidden layer, too; else they are one layer, and `activation` has no
+            meaning.
         tied: the logits of "mlm" are products with the token embeddings, instead of weights of the head's own.
         scale: factor of the cosines of an embedding with negatives, 20 where it is None; for a cosine problem the label
             that means a cosine of 1, 1 where it is None.
@@ -57,6 +61,8 @@ class HeadConfig:
             without the label / texts with it. The loss of held-out texts is not weighted.
         threshold: for any number of labels, the score from which a text has a label, in answers and metrics.
         embedding: layers, prompts and dimensions of an embedding; None for a pooled vector without a prompt.
+        scheme: how "token_classification" writes entities as tags: "iob2", where B begins each entity; "iob1", where B
+            begins one that follows another of the same type; or "bioes", where E ends an entity and S is a whole one.
         max_length: longest window of "question_answering" in tokens, at most the encoder's `context_length`; a longer
             context is read in several windows.
         stride: number of the context's tokens that two neighboring windows share.
@@ -78,6 +84,7 @@ class HeadConfig:
     class_weights: ClassWeights = None
     threshold: float = THRESHOLD
     embedding: EmbeddingConfig | None = None
+    scheme: SchemeName = "iob2"
     max_length: int = 384
     stride: int = 128
     no_answer: bool = False
@@ -88,7 +95,8 @@ class HeadConfig:
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold {self.threshold} of a head must lie between 0 and 1")
         if "." not in self.kind:  # A kind by import path is checked where its module has been imported.
-            make_head(self)
+            # A kind may derive the labels of its logits from those that are given, such as tags from types.
+            object.__setattr__(self, "labels", tuple(make_head(self).labels))
 
     @property
     def meaning(self) -> tuple[str, str, tuple[str, ...]]:
@@ -117,6 +125,7 @@ class Measured(NamedTuple):
     number: int  # of texts, pairs or tokens
     baseline: str = ""  # what the baseline answers, such as "the most frequent training label"
     findings: Findings | None = None  # evidence for the report
+    notes: tuple[str, ...] = ()  # further sentences for the report
 
 
 @dataclass(frozen=True)
@@ -200,9 +209,14 @@ class Head(ABC):
             raise ValueError(f"a head of kind {kind} must have each of its labels once")
         if self.config.threshold != THRESHOLD and not self.labeled:
             raise ValueError(f"a head of kind {kind} does not have a threshold: leave it out")
-        check_class_weights(self.config.class_weights, labels)
+        check_class_weights(self.config.class_weights, self.labels)
         if self.config.embedding is not None and self.task != "sentence-similarity":
             raise ValueError(f"a head of kind {kind} does not have embedding settings: leave them out")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the logits, in their order."""
+        return self.config.labels
 
     # Data
 
@@ -218,6 +232,11 @@ class Head(ABC):
     def window_reader(self) -> WindowReader | None:
         """Return the reader of the lines of a head that judges tokens; None for a head of whole texts."""
         return None
+
+    @property
+    def of_tokens(self) -> bool:
+        """True if the head's logits are those of tokens, not of texts."""
+        return self.masking is not None or self.window_reader() is not None
 
     # Layers
 

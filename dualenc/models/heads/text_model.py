@@ -65,11 +65,12 @@ class TextModel(nn.Module):
             name: name of the head.
             hidden: (N, D) hidden states of the encoder.
             tokens: B texts.
-            masked_positions: (M,) positions of the tokens that "mlm" guesses and "rtd" judges; None for all N.
+            masked_positions: (M,) positions of the tokens that the head guesses or judges; None for all N.
 
         Returns:
-            By kind of the head, for "mlm" logits (M, V); for "rtd" logits (M,); for "classification" logits (B, C) in
-            the caller's order; for "embedding" unit vectors (B, D); for "pooler" features (B, D).
+            By kind of the head, for "mlm" logits (M, V); for "rtd" logits (M,); for "token_classification" logits
+            (M, C); for "classification" logits (B, C) in the caller's order; for "embedding" unit vectors (B, D); for
+            "pooler" features (B, D).
         """
         return self.kinds[name].logits(self.heads[name], self.encoder, hidden, tokens, masked_positions)
 

@@ -49,11 +49,11 @@ def test_the_split_is_test_or_the_only_one(tmp_path: Path) -> None:
         open_documents(folder, "devv")
 
 
-def test_judgements_of_what_is_missing_are_counted_and_named(tmp_path: Path) -> None:
+def test_judgments_of_what_is_missing_are_counted_and_named(tmp_path: Path) -> None:
     found = open_documents(write(tmp_path, qrels=[*QRELS, "2\tlost\t1", "nobody\ta\t1", "nobody\tlost\t1", "x\ta\t0"]))
     assert {problem.what: problem.names for problem in found.problems} == {
-        "judgement of a document that is not in corpus.jsonl": ["lost"],
-        "judgement of a query that is not in queries.jsonl": ["nobody", "nobody"],
+        "judgment of a document that is not in corpus.jsonl": ["lost"],
+        "judgment of a query that is not in queries.jsonl": ["nobody", "nobody"],
     }
     assert (found.query.tolist(), found.document.tolist()) == ([0, 0, 1], [-1, 3, 1])  # a lost one stays relevant
     assert found.query_ids == ["2", "a", "x"]

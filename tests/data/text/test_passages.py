@@ -1,10 +1,12 @@
 """Passages of long texts: no token is lost, windows have their size, and words stay whole."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from helpers import WORDS, tokenizer_of
 
-from dualenc.data.text.passages import cut_passages
+from dualenc.data.text.passages import _windows, cut_passages
 
 TRAIN = [*WORDS, "catsits", "dogruns", "boatshats"]
 
@@ -18,25 +20,19 @@ def test_windows_cover_the_text(seed: int, kind: str) -> None:
         size = int(rng.integers(2, 12))
         stride = int(rng.integers(size))
         for text, found in zip(texts, cut_passages(tokenizer, texts, size, stride), strict=True):
-            backend = tokenizer._untruncated
-            offsets = backend.encode(text, add_special_tokens=False).offsets
-            begin, covered = 0, np.zeros(len(offsets), bool)
-            if len(offsets) <= size:
+            encoding = tokenizer._untruncated.encode(text, add_special_tokens=False)
+            if len(encoding) <= size:
                 assert found == [text]
                 continue
-            for passage in found:
-                # The next place of the passage that brings something new.
-                begin = text.find(passage, begin)
-                while covered[(inside := within(offsets, begin, begin + len(passage)))].all():
-                    begin = text.find(passage, begin + 1)
-                    assert begin >= 0
-                assert 1 <= len(inside) <= size + (kind == "unigram")  # its first token shares letters with the next
+            windows = _windows(encoding, size, stride)
+            assert found == [text[a:b] for a, b in windows]
+            covered = np.array([a == b for a, b in encoding.offsets])  # some tokens stand for no letter
+            for begin, end in windows:
+                inside = [i for i, (a, b) in enumerate(encoding.offsets) if begin <= a < b <= end]
+                assert 1 <= len(inside) <= size + (kind != "wordpiece")  # the first token may share a letter
                 covered[inside] = True
             assert covered.all()
-
-
-def within(offsets: list[tuple[int, int]], begin: int, end: int) -> list[int]:
-    return [i for i, (a, b) in enumerate(offsets) if begin <= a < b <= end]
+            assert all(a[1] < b[1] for a, b in pairwise(windows)) or kind != "wordpiece"
 
 
 def test_windows_of_words_slide(seed: int) -> None:

@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dualenc.metrics.documents as module
-from dualenc.metrics import Judgements, document_chance, document_items, find_documents, reranked
+from dualenc.metrics import Judgments, document_chance, document_items, find_documents, reranked
 from dualenc.metrics.ranking import score_blocks
 
 MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100", "map@100": "map_cut_100"}
 
 
-def judged(rng: np.random.Generator, queries: int, documents: int, missing: bool = True) -> Judgements:
-    """Draw graded judgements: some queries have many relevant documents, one has none, some name missing ones."""
+def judged(rng: np.random.Generator, queries: int, documents: int, missing: bool = True) -> Judgments:
+    """Draw graded judgments: some queries have many relevant documents, one has none, some name missing ones."""
     counts = rng.integers(1, min(30, documents), queries)
     counts[rng.integers(queries)] = 0
     query = np.repeat(np.arange(queries), counts)
     document = np.concatenate([rng.permutation(documents)[:n] for n in counts])
     if missing:
         document[rng.random(len(query)) < 0.1] = -1
-    return Judgements(*map(torch.from_numpy, (query, document, rng.integers(1, 4, len(query)))))
+    return Judgments(*map(torch.from_numpy, (query, document, rng.integers(1, 4, len(query)))))
 
 
 def vectors(rng: np.random.Generator, count: int, different: int, size: int = 8) -> Tensor:
@@ -37,7 +37,7 @@ def scores_of(queries: Tensor, documents: Tensor) -> np.ndarray:
     return (queries.double() @ documents.double().T).float().numpy()
 
 
-def trec(scores: np.ndarray, relevant: Judgements, names: list[str]) -> dict[str, list[float]]:
+def trec(scores: np.ndarray, relevant: Judgments, names: list[str]) -> dict[str, list[float]]:
     """Return pytrec_eval's metrics of each query; documents that score -inf are not retrieved."""
     qrels: dict[str, dict[str, int]] = {str(q): {"none": 0} for q in range(len(scores))}
     for i, (q, d, gain) in enumerate(zip(*(x.tolist() for x in relevant), strict=True)):
@@ -54,7 +54,7 @@ def trec(scores: np.ndarray, relevant: Judgements, names: list[str]) -> dict[str
     return metrics | {"mrr@10": [first[q]["recip_rank"] if q in first else 0.0 for q in every]}
 
 
-def against(scores: np.ndarray, relevant: Judgements) -> np.ndarray:
+def against(scores: np.ndarray, relevant: Judgments) -> np.ndarray:
     """Return scores in which documents that tie are moved apart, the less relevant ones first."""
     gain = np.zeros(scores.shape)
     for q, d, g in zip(*(x.tolist() for x in relevant), strict=True):
@@ -117,7 +117,7 @@ def test_scores_that_differ_by_less_than_fp32_tie(seed: int) -> None:
     near = x[0].abs().argmin()
     worse[0, near] = torch.nextafter(worse[0, near], torch.tensor(0.0))
     exact = (x.double() @ torch.cat([x, worse]).double().T)[0]
-    relevant = Judgements(*(torch.tensor([n]) for n in (0, 0, 1)))
+    relevant = Judgments(*(torch.tensor([n]) for n in (0, 0, 1)))
     found = find_documents(x, torch.cat([x, worse]), relevant)
     ties = exact[0].float() == exact[1].float()
     assert found.gain.tolist() == [[0, 1] if ties else [1, 0]]
@@ -134,7 +134,7 @@ def test_reranking_sorts_the_first_documents_against_the_query(seed: int) -> Non
     for row, own, old in zip(gains, scores, found.gain, strict=True):
         expected = sorted(range(15), key=lambda i: (-own[i].item(), old[i].item()))
         assert row[:15].tolist() == old[expected].tolist()
-    one = Judgements(torch.arange(6), torch.ones(6).long(), torch.ones(6).long())
+    one = Judgments(torch.arange(6), torch.ones(6).long(), torch.ones(6).long())
     few = find_documents(vectors(rng, 6, 6), vectors(rng, 4, 4), one, skip=torch.zeros(6).long())
     assert reranked(few, torch.tensor([0, 0, 0, 9]).expand(6, 4)).tolist() == [[0, 0, 1, 0]] * 6
 
@@ -151,7 +151,7 @@ def test_chance_is_the_mean_over_all_orders(seed: int) -> None:
 
 
 def test_what_cannot_be_ranked_is_refused() -> None:
-    none = Judgements(*(torch.zeros(0).long(),) * 3)
+    none = Judgments(*(torch.zeros(0).long(),) * 3)
     with pytest.raises(ValueError, match="no documents"):
         find_documents(torch.ones(1, 2), torch.ones(0, 2), none)
     with pytest.raises(ValueError, match="not finite"):
