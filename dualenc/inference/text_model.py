@@ -111,11 +111,15 @@ class TextPredictor:
         """Return the logits (N, C) of a classification head for N texts, in fp32 on the CPU; see `classify`."""
         name = self._head("text-classification", head)
         texts = _strings_or_pairs(texts)
-        out = torch.empty(len(texts), len(self.model.head_configs[name].labels))
+        order: list[int] = []
+        logits: list[Tensor] = []
         with evaluating(self.model):
             for part, tokens in self._batches(texts, batch_size):
-                out[part] = self.model(tokens, name).float().cpu()
-        return out
+                order += part
+                logits.append(self.model(tokens, name).float().cpu())
+        if not logits:
+            return torch.empty(0, len(self.model.kinds[name].labels))
+        return torch.cat(logits)[torch.tensor(order).argsort()]
 
     def tag(self, texts: Sequence[str], head: str | None = None, batch_size: int = 64) -> list[list[TaggedEntity]]:
         """Return the named entities of each of N texts, in order; see `tag_texts`.

@@ -10,10 +10,12 @@ from tools.bench.memory import memory
 from tools.bench.precision import precision
 from tools.bench.retrieval import retrieval
 from tools.bench.text import text
+from tools.bench.text_tasks import answering, tagging
 from tools.bench.zeroshot import zeroshot
 
 if __name__ == "__main__":
     programs = {
+        "answering": answering,
         "checkpoint": checkpoint,
         "index": index,
         "loader": loader,
@@ -21,6 +23,7 @@ if __name__ == "__main__":
         "memory": memory,
         "precision": precision,
         "retrieval": retrieval,
+        "tagging": tagging,
         "text": text,
         "zeroshot": zeroshot,
     }

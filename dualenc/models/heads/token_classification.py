@@ -49,10 +49,10 @@ class TokenClassification(Head):
 
     def check(self) -> None:
         """See `Head.check`."""
-        super().check()
         where, scheme = f"a head of kind {self.config.kind}", SCHEMES.get(self.config.scheme)
         if scheme is None:
             raise ValueError(f"{where}: scheme {self.config.scheme!r} must be {' or '.join(SCHEMES)}")
+        super().check()
         if not self.config.labels:
             raise ValueError(f"{where} needs labels: types of entities, such as PER, or tags, such as O, B-PER, I-PER")
         if self.config.class_weights == "balanced":

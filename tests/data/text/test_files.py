@@ -164,7 +164,7 @@ def test_too_large_line_is_a_bad_sample(tmp_path, monkeypatch):
         ("a.txt", "a b\n".encode("utf-16"), [], r"a\.txt is UTF-16"),
         ("a.csv", b"a\0,b\n1,2\n", [], "first line has NUL"),
         ("a.txt", "\ufeff\n\u200b\n".encode(), [], "only empty lines"),
-        ("a.xml", b"{}", [], r"must be one of \.txt, \.tsv, \.csv, \.jsonl, \.json"),
+        ("a.xml", b"{}", [], r"must be one of \.txt, \.tsv, \.csv, \.jsonl, \.conll"),
     ],
 )
 def test_unusable_files_are_refused(tmp_path, name, data, columns, message):
