@@ -240,14 +240,11 @@ class ModernQuestionAnsweringSlot(QuestionAnsweringSlot):
         """See `QuestionAnsweringSlot.read_activation`."""
         return ACTIVATION_NAMES[config.get("classifier_activation", "gelu")]
 
-    def misfit(self, name: str, text: TextConfig, head: HeadConfig) -> str | None:
-        """See `Slot.misfit`."""
-        return super().misfit(name, text, head) or first_failure([(head.activation is not None, "activation None")])
-
     def settings(self, text: TextConfig, head: HeadConfig | None) -> Config:
         """See `Slot.settings`."""
-        if head is None or head.activation is None:
+        if head is None:
             return {}
+        assert head.activation is not None  # A head with a norm has an activation.
         return {"classifier_activation": activation_name(head.activation)}
 
 
