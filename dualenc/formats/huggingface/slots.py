@@ -135,11 +135,14 @@ class TokenClassificationSlot(Slot):
         return first_failure([self._same_kind(head), (head.norm == self.norm, f"norm {head.norm}")])
 
     def read(self, found: FoundHead) -> HeadConfig | str:
-        """See `Slot.read`; the scheme is the first one that has all tags, of which IOB1 has tags with I alone."""
+        """See `Slot.read`; the scheme is IOB1 where a type has a tag with I and none with B, else the first that fits."""
         weight = found.weights[f"{found.outer}{self.modules['out']}.weight"]
         labels, _ = _labels(found.config, len(weight) if weight.dim() else 0, found.path)
-        prefixes = {split_tag(label)[0] for label in labels} - {OUTSIDE}
-        scheme: SchemeName = "iob1" if prefixes == {"I"} else "iob2" if prefixes <= {"B", "I"} else "bioes"
+        tags = [split_tag(label) for label in labels if label != OUTSIDE]
+        begin, inside = ({label for prefix, label in tags if prefix == one} for one in "BI")
+        scheme: SchemeName = "bioes"
+        if {prefix for prefix, _ in tags} <= {"B", "I"}:
+            scheme = "iob2" if inside <= begin else "iob1"
         try:
             if OUTSIDE not in labels:
                 raise ValueError(f"label {OUTSIDE!r} is missing")
