@@ -177,7 +177,10 @@ def _sequence(sample: "Line", fields: dict[str, Any]) -> WordSequence:
         words = fields[WORDS]
         if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
             raise BadSample(sample, f"its field {WORDS!r} is not a list of words")
-        return join_words(words)
+        sequence = join_words(words)
+        if (problem := text_problem(sequence.text)) not in (None, "empty"):  # A word may be an invisible character.
+            raise BadSample(sample, f"its field {WORDS!r} holds a text {problem}")
+        return sequence
     if TEXT not in fields:
         raise BadSample(sample, f"it has neither a field {WORDS!r} nor {TEXT!r}")
     if problem := text_problem(fields[TEXT]):
@@ -210,7 +213,8 @@ def _entities(sample: "Line", fields: dict[str, Any], sequence: WordSequence) ->
         found.append(Entity(label, inside[0], inside[-1] + 1))
     found.sort(key=lambda entity: entity.start)
     if twice := [other for one, other in pairwise(found) if other.start < one.stop]:
-        raise BadSample(sample, "two of its entities overlap", str(twice[0]))
+        start, stop = sequence.spans[twice[0].start][0], sequence.spans[twice[0].stop - 1][1]
+        raise BadSample(sample, "two of its entities overlap", quoted(sequence.text[start:stop]))
     return found
 
 

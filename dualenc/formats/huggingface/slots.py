@@ -135,7 +135,7 @@ class TokenClassificationSlot(Slot):
         return first_failure([self._same_kind(head), (head.norm == self.norm, f"norm {head.norm}")])
 
     def read(self, found: FoundHead) -> HeadConfig | str:
-        """See `Slot.read`; the scheme is IOB1 where a type has a tag with I and none with B, else the first that fits."""
+        """See `Slot.read`; the scheme is IOB1 where a type has a tag with I and none with B."""
         weight = found.weights[f"{found.outer}{self.modules['out']}.weight"]
         labels, _ = _labels(found.config, len(weight) if weight.dim() else 0, found.path)
         tags = [split_tag(label) for label in labels if label != OUTSIDE]
