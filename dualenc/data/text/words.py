@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Regex, pre_tokenizers
 
+from dualenc.data.text.dataset import text_field
 from dualenc.data.text.formats import TAGS, TEXT, WORDS
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.data.text.windows import Window, Windowed, WindowReader
@@ -183,10 +184,7 @@ def _sequence(sample: "Line", fields: dict[str, Any]) -> WordSequence:
         return sequence
     if TEXT not in fields:
         raise BadSample(sample, f"it has neither a field {WORDS!r} nor {TEXT!r}")
-    if problem := text_problem(fields[TEXT]):
-        cause = "no text" if problem in ("empty", "not text") else f"a text {problem}"
-        raise BadSample(sample, f"its field {TEXT!r} holds {cause}")
-    return split_text(fields[TEXT])
+    return split_text(text_field(sample, fields, TEXT))
 
 
 def _entities(sample: "Line", fields: dict[str, Any], sequence: WordSequence) -> list[Entity]:

@@ -58,7 +58,10 @@ class TokenClassification(TokenHead):
             raise ValueError(f"{where}: class_weights must be a number for each of the tags {', '.join(self.labels)}")
         tags = [split_tag(tag) for tag in self.labels if tag != OUTSIDE]
         if wrong := [f"{prefix}-{label}" for prefix, label in tags if prefix not in [*scheme.prefixes] or not label]:
-            raise ValueError(f"{where}: label {wrong[0].rstrip('-')!r} is not a tag of scheme {scheme.name}")
+            raise ValueError(
+                f"{where}: label {wrong[0].rstrip('-')!r} is not a tag of scheme {scheme.name}: name types of entities "
+                f"without {OUTSIDE!r}, such as PER, or all tags, such as {', '.join(scheme.tags(['PER']))}"
+            )
         twice = [label for _, label in tags if split_tag(label)[0] in ("B", "I", "E", "S") and split_tag(label)[1]]
         if OUTSIDE not in self.config.labels and twice:
             raise ValueError(f"{where}: labels must be types of entities alone, or tags with {OUTSIDE!r} among them")
