@@ -31,6 +31,8 @@ HEADS: "dict[str, type[Head]]" = {}  # by kind; `dualenc/models/heads/__init__.p
 class HeadConfig:
     """Kind and settings of a head, as saved next to its weights.
 
+    A setting that the kind does not have, and that differs from its default, is refused; see `Head.settings`.
+
     Attributes:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
             "mlm" guesses masked tokens; "rtd" detects replaced tokens (ELECTRA); "classification" gives a text, or a
