@@ -6,11 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dualenc.report.findings import CONFUSIONS, EXAMPLES
+from dualenc.report.findings import CONFUSIONS, EXAMPLES, around
 from dualenc.report.render import render
 from dualenc.utils.tags import Entity
-
-AROUND = 100  # characters of the text that are shown on each side of an entity
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,10 @@ class TaggedTexts:
         shown = true or predicted
         assert shown is not None  # One of the two is there.
         start, end = spans[shown.start][0], spans[shown.stop - 1][1]
-        before, after = text[:start], text[end:]
+        before, after = around(text, start, end)
         return {
-            "before": before if len(before) <= AROUND else f"…{before[-AROUND:]}",
+            "before": before,
             "entity": text[start:end],
-            "after": after if len(after) <= AROUND else f"{after[:AROUND]}…",
+            "after": after,
             "predicted": predicted and text[spans[predicted.start][0] : spans[predicted.stop - 1][1]],
         }

@@ -21,6 +21,7 @@ ALL_BARS = 60  # largest number of classes that all have a bar; of more classes,
 WORST, BEST = 20, 10  # number of bars at each end then
 CONFIDENT = 8  # mistakes that are shown, those with the highest confidence
 CONFUSIONS, EXAMPLES = 8, 4  # pairs of confused classes that are shown, and pictures of each
+AROUND = 120  # characters of a text that are shown on each side of the part that matters
 DRAWN = 4  # examples of each sort, such as right and wrong, that are drawn for a gallery
 
 
@@ -298,3 +299,9 @@ def _verdict(scores: np.ndarray) -> dict[str, list[bool]]:
     if len(scores) > 1:
         found["images"] = [bool((row[other] < score).all()) for row, other, score in zip(scores.T, others.T, own)]
     return found
+
+
+def around(text: str, start: int, stop: int) -> tuple[str, str]:
+    """Return what stands before and after the part of a text from `start` to `stop`, at most `AROUND` characters."""
+    first, last = max(0, start - AROUND), stop + AROUND
+    return f"{'…' if first else ''}{text[first:start]}", f"{text[stop:last]}{'…' if last < len(text) else ''}"

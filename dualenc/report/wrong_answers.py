@@ -6,10 +6,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dualenc.report.findings import CONFIDENT
+from dualenc.report.findings import CONFIDENT, around
 from dualenc.report.render import render
 
-AROUND = 120  # characters of the context that are shown on each side
 TRUTHS = 3  # right answers that are shown
 WRONG = 0.5  # F1 below which an answer is a mistake; a different choice of words around the right ones is above it
 
@@ -54,12 +53,12 @@ class WrongAnswers:
 def _shown(one: GivenAnswer) -> dict[str, Any]:
     """Return what the template shows of a mistake; without a place the beginning of the context."""
     start, stop = one.place or (0, 0)
-    first, last = max(0, start - AROUND), stop + AROUND
+    before, after = around(one.context, start, stop)
     return {
         "question": one.question,
-        "before": ("…" if first else "") + one.context[first:start],
+        "before": before,
         "answer": one.context[start:stop],
-        "after": one.context[stop:last] + ("…" if last < len(one.context) else ""),
+        "after": after,
         "truths": list(dict.fromkeys(one.truths))[:TRUTHS],
         "f1": one.f1,
         "confidence": one.confidence,

@@ -1,5 +1,6 @@
 """Checks of arguments that Python users pass: each error is one line that says what to pass instead."""
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,8 @@ from dualenc.utils.text import printable, quoted, reason
 
 if TYPE_CHECKING:
     import torch
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which tokenizers cannot read
 
 
 def shown_value(value: object) -> str:
@@ -26,18 +29,20 @@ def strings(given: Any, what: str, *, one: bool = False) -> list[str]:
         one: whether a single string stands for itself; otherwise it is refused, since its letters would be taken.
 
     Raises:
-        ValueError: If anything else is given.
+        ValueError: If anything else is given, or a string has half of a character that is written as two halves.
     """
     if isinstance(given, str):
-        if one:
-            return [given]
-        raise ValueError(f"{what} are the single string {quoted(given)}: pass a list, such as [{quoted(given)}]")
+        if not one:
+            raise ValueError(f"{what} are the single string {quoted(given)}: pass a list, such as [{quoted(given)}]")
+        given = [given]
     if isinstance(given, bytes) or not isinstance(given, Iterable):
         raise ValueError(f"{what} are {shown_value(given)}: pass {'a string or ' if one else ''}a list of strings")
     found = list(given)
     for i, text in enumerate(found):
         if not isinstance(text, str):
             raise ValueError(f"{what} must be strings, but number {i} (from 0) is {shown_value(text)}")
+        if _SURROGATE.search(text):
+            raise ValueError(f"{what} must be Unicode, but number {i} (from 0) has half of a character: {quoted(text)}")
     return found
 
 

@@ -71,7 +71,7 @@ def test_prompts_and_dimensions_that_the_model_lacks_are_refused(seed: int) -> N
             it.embed(TEXTS, dim=dim)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="default_prompt 'x' is not one of"):
         EmbeddingConfig(default_prompt="x")
-    with pytest.raises(ValueError, match="does not have embedding settings"):
+    with pytest.raises(ValueError, match="embedding has no meaning for a head of kind mlm"):
         HeadConfig("mlm", embedding=VECTORS)
 
 

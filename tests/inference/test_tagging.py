@@ -106,7 +106,7 @@ def test_entities_equal_the_pipeline_of_transformers(tmp_path: Path, seed: int) 
         assert [x["score"] for x in ours] == pytest.approx([float(x["score"]) for x in theirs], abs=1e-5)
 
 
-@pytest.mark.parametrize("asked", [["a", 1], b"a", None])
+@pytest.mark.parametrize("asked", [["a", 1], b"a", None, ["a", "b\ud800"]])
 def test_texts_that_are_not_texts(asked: object) -> None:
     with pytest.raises(ValueError, match="texts"):
         tagger().tag(asked)  # type: ignore[arg-type]

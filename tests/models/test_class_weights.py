@@ -1,6 +1,7 @@
 """Class weights and thresholds of classification heads: the loss, the answers, the metrics, and what is saved."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,11 +104,18 @@ def test_both_are_saved_and_older_files_lack_them(tmp_path, seed):
         ({"class_weights": (1.0, 2.0)}, "each of the 3 labels"),
         ({"class_weights": (1.0, 2.0, 0.0)}, "above 0"),
         ({"class_weights": (1.0, 2.0, float("nan"))}, "above 0"),
-        ({"threshold": 0.4}, "threshold 0.4 has no meaning for the problem single_label"),
+        ({"threshold": 0.4}, "threshold has no meaning for a head of kind classification and problem single_label"),
         ({"problem": "multi_label", "threshold": 1.0}, "between 0 and 1"),
-        ({"problem": "regression", "labels": ("n",), "class_weights": "balanced"}, "class_weights balanced"),
-        ({"kind": "mlm", "labels": (), "class_weights": "balanced"}, "labels: leave them out"),
-        ({"kind": "embedding", "problem": "negatives", "labels": (), "threshold": 0.4}, "does not have a threshold"),
+        ({"problem": "regression", "labels": ("n",), "class_weights": "balanced"}, "class_weights has no meaning"),
+        ({"kind": "mlm", "labels": (), "class_weights": "balanced"}, "class_weights has no meaning"),
+        ({"kind": "embedding", "problem": "negatives", "labels": (), "threshold": 0.4}, "threshold has no meaning"),
+        ({"scheme": "iob1"}, "scheme has no meaning"),
+        ({"max_length": 8}, "max_length has no meaning"),
+        ({"no_answer": True}, "no_answer has no meaning"),
+        ({"kind": "question_answering", "labels": (), "scheme": "bioes"}, "scheme has no meaning"),
+        ({"kind": "question_answering", "labels": (), "norm": True, "activation": None}, "name its activation"),
+        ({"kind": "token_classification", "problem": "multi_label"}, "problem has no meaning"),
+        ({"kind": "token_classification", "stride": 4}, "stride has no meaning"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):
@@ -127,3 +135,17 @@ def test_labels_that_cannot_be_balanced_are_named(problem, train, message):
     head = make_head(HeadConfig("classification", NAMES, problem, class_weights="balanced"))
     with pytest.raises(ValueError, match=message):
         head.prepare(lambda: train)
+
+
+def test_settings_that_do_not_change_the_logits_do_not_keep_weights_from_a_head(seed):
+    """Check that heads of tokens take up weights whatever the activation of a hidden layer that they lack."""
+    config = TextConfig(40, width=16, layers=1, heads=2, context_length=384)
+    tags = HeadConfig("token_classification", ("PER",), class_weights=(1.0, 2.0, 3.0), activation=None, weight=2.0)
+    windows = HeadConfig("question_answering", max_length=8, stride=2, activation="gelu")
+    plain = {"tags": HeadConfig("token_classification", ("PER",)), "other": HeadConfig("question_answering")}
+    source, model = TextModel(config, {"tags": tags, "answer": windows}), TextModel(config, plain)
+    assert model.load_pretrained(source).whole == ("tags", "other")
+    torch.testing.assert_close(model.heads["tags"].state_dict(), source.heads["tags"].state_dict(), rtol=0, atol=0)
+    layered = replace(plain["tags"], norm=True)
+    other = TextModel(model.config, {"tags": layered, "names": plain["tags"]})
+    assert other.load_pretrained(source).random == ("tags", "names")

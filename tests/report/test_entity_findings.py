@@ -1,6 +1,7 @@
 """The findings of named entities: which mistake is which, and their words in context."""
 
-from dualenc.report.entities import AROUND, TaggedTexts
+from dualenc.report.entities import TaggedTexts
+from dualenc.report.findings import AROUND
 from dualenc.utils.tags import Entity
 
 TEXT = "<i> Kim Lee of Acme & Sons in Rome, Italy"

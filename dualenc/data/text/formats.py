@@ -186,7 +186,8 @@ class SquadJson(JsonLines):
                 stops.extend([stop] * count)
                 entries.extend(range(count))
         except (ValueError, RecursionError) as error:
-            raise BadFields("it is not the JSON of SQuAD", str(error)) from None
+            cause = "it is not the JSON of SQuAD: give a file with a JSON object on each line the ending .jsonl"
+            raise BadFields(cause, str(error)) from None
         if not starts:
             raise BadFields("it is not the JSON of SQuAD", 'its "data" has no "paragraphs" with questions in "qas"')
         begin, end, numbers = (np.frombuffer(part, np.int64) for part in (starts, stops, entries))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from tokenizers import Encoding
-from tokenizers import Tokenizer as Backend
 
 from dualenc.data.text.tokenizer import Tokenizer
 
@@ -32,13 +31,9 @@ def cut_passages(tokenizer: Tokenizer, texts: Sequence[str], size: int, stride: 
     """
     if not 0 <= stride < size:
         raise ValueError(f"stride {stride} must lie between 0 and one less than the {size} tokens of a passage")
-    backend = Backend.from_str(tokenizer.backend.to_str())
-    backend.no_truncation()
-    backend.encode_special_tokens = True
-    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
     return [
         [text] if len(one) <= size else [text[a:b] for a, b in _windows(one, size, stride)]
-        for text, one in zip(texts, encodings)
+        for text, one in zip(texts, tokenizer.encode_whole(texts), strict=True)
     ]
 
 

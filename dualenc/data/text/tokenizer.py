@@ -154,6 +154,10 @@ class Tokenizer:
         segments = [self._padded(encoding.type_ids, 0) for encoding in encodings]
         return [self._padded(encoding.ids) for encoding in encodings], segments
 
+    def encode_whole(self, texts: Sequence[str]) -> list[Encoding]:
+        """Return the encoding of each text, of any length and without special tokens."""
+        return self._untruncated.encode_batch(list(texts), add_special_tokens=False)
+
     def encode_whole_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoding]:
         """Return the encoding of each pair of texts, joined as the tokenizer does it, of any length."""
         return self._untruncated.encode_batch(list(pairs))
@@ -237,7 +241,7 @@ class Tokenizer:
         room = self.context_length - self.backend.num_special_tokens_to_add(False)
         if room < 1:
             raise DataError(f"context_length {self.context_length} has no room for a text: raise it")
-        encodings = self._untruncated.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self.encode_whole(texts)
         cuts = [_cuts(text, encoding, room) for text, encoding in zip(texts, encodings)]
         # A piece may need more tokens alone than within the text, for example where a word is cut.
         pieces = [(i, text[a:b]) for i, text in enumerate(texts) for a, b in pairwise([0, *cuts[i]])]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Regex, pre_tokenizers
 
+from dualenc.data.text.dataset import text_field
 from dualenc.data.text.formats import TAGS, TEXT, WORDS
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.data.text.windows import Window, Windowed, WindowReader
@@ -177,13 +178,13 @@ def _sequence(sample: "Line", fields: dict[str, Any]) -> WordSequence:
         words = fields[WORDS]
         if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
             raise BadSample(sample, f"its field {WORDS!r} is not a list of words")
-        return join_words(words)
+        sequence = join_words(words)
+        if (problem := text_problem(sequence.text)) not in (None, "empty"):  # A word may be an invisible character.
+            raise BadSample(sample, f"its field {WORDS!r} holds a text {problem}")
+        return sequence
     if TEXT not in fields:
         raise BadSample(sample, f"it has neither a field {WORDS!r} nor {TEXT!r}")
-    if problem := text_problem(fields[TEXT]):
-        cause = "no text" if problem in ("empty", "not text") else f"a text {problem}"
-        raise BadSample(sample, f"its field {TEXT!r} holds {cause}")
-    return split_text(fields[TEXT])
+    return split_text(text_field(sample, fields, TEXT))
 
 
 def _entities(sample: "Line", fields: dict[str, Any], sequence: WordSequence) -> list[Entity]:
@@ -210,7 +211,8 @@ def _entities(sample: "Line", fields: dict[str, Any], sequence: WordSequence) ->
         found.append(Entity(label, inside[0], inside[-1] + 1))
     found.sort(key=lambda entity: entity.start)
     if twice := [other for one, other in pairwise(found) if other.start < one.stop]:
-        raise BadSample(sample, "two of its entities overlap", str(twice[0]))
+        start, stop = sequence.spans[twice[0].start][0], sequence.spans[twice[0].stop - 1][1]
+        raise BadSample(sample, "two of its entities overlap", quoted(sequence.text[start:stop]))
     return found
 
 

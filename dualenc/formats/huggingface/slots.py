@@ -135,11 +135,14 @@ class TokenClassificationSlot(Slot):
         return first_failure([self._same_kind(head), (head.norm == self.norm, f"norm {head.norm}")])
 
     def read(self, found: FoundHead) -> HeadConfig | str:
-        """See `Slot.read`; the scheme is the first one that has all tags, of which IOB1 has tags with I alone."""
+        """See `Slot.read`; the scheme is IOB1 where a type has a tag with I and none with B."""
         weight = found.weights[f"{found.outer}{self.modules['out']}.weight"]
         labels, _ = _labels(found.config, len(weight) if weight.dim() else 0, found.path)
-        prefixes = {split_tag(label)[0] for label in labels} - {OUTSIDE}
-        scheme: SchemeName = "iob1" if prefixes == {"I"} else "iob2" if prefixes <= {"B", "I"} else "bioes"
+        tags = [split_tag(label) for label in labels if label != OUTSIDE]
+        begin, inside = ({label for prefix, label in tags if prefix == one} for one in "BI")
+        scheme: SchemeName = "bioes"
+        if {prefix for prefix, _ in tags} <= {"B", "I"}:
+            scheme = "iob2" if inside <= begin else "iob1"
         try:
             if OUTSIDE not in labels:
                 raise ValueError(f"label {OUTSIDE!r} is missing")
@@ -240,14 +243,11 @@ class ModernQuestionAnsweringSlot(QuestionAnsweringSlot):
         """See `QuestionAnsweringSlot.read_activation`."""
         return ACTIVATION_NAMES[config.get("classifier_activation", "gelu")]
 
-    def misfit(self, name: str, text: TextConfig, head: HeadConfig) -> str | None:
-        """See `Slot.misfit`."""
-        return super().misfit(name, text, head) or first_failure([(head.activation is not None, "activation None")])
-
     def settings(self, text: TextConfig, head: HeadConfig | None) -> Config:
         """See `Slot.settings`."""
-        if head is None or head.activation is None:
+        if head is None:
             return {}
+        assert head.activation is not None  # A head with a norm has an activation.
         return {"classifier_activation": activation_name(head.activation)}
 
 

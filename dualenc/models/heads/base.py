@@ -3,8 +3,8 @@
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -30,6 +30,8 @@ HEADS: "dict[str, type[Head]]" = {}  # by kind; `dualenc/models/heads/__init__.p
 @dataclass(frozen=True)
 class HeadConfig:
     """Kind and settings of a head, as saved next to its weights.
+
+    A setting that the kind does not have, and that differs from its default, is refused; see `Head.settings`.
 
     Attributes:
         kind: a key of `HEADS`, or the import path of a subclass of `Head` such as "my_package.my_module.MyHead".
@@ -97,6 +99,11 @@ class HeadConfig:
         if "." not in self.kind:  # A kind by import path is checked where its module has been imported.
             # A kind may derive the labels of its logits from those that are given, such as tags from types.
             object.__setattr__(self, "labels", tuple(make_head(self).labels))
+
+    def differing(self) -> list[str]:
+        """Return the names of the settings that differ from their defaults, without those that all heads have."""
+        some = [one for one in fields(self) if one.name not in ("kind", "labels", "weight")]
+        return [one.name for one in some if getattr(self, one.name) != one.default]
 
     @property
     def meaning(self) -> tuple[str, str, tuple[str, ...]]:
@@ -207,11 +214,17 @@ class Head(ABC):
             raise ValueError(f"a head of kind {kind} does not have labels: leave them out")
         if len(set(labels)) < len(labels):
             raise ValueError(f"a head of kind {kind} must have each of its labels once")
-        if self.config.threshold != THRESHOLD and not self.labeled:
-            raise ValueError(f"a head of kind {kind} does not have a threshold: leave it out")
+        if without := [name for name in self.config.differing() if name not in self.settings()]:
+            problem = f" and problem {self.config.problem}" if self.problems else ""
+            raise ValueError(f"{without[0]} has no meaning for a head of kind {kind}{problem}: leave it out")
         check_class_weights(self.config.class_weights, self.labels)
-        if self.config.embedding is not None and self.task != "sentence-similarity":
-            raise ValueError(f"a head of kind {kind} does not have embedding settings: leave them out")
+
+    def settings(self) -> Collection[str]:
+        """Return the names of the settings that the kind has, except kind, labels and weight; others are refused.
+
+        By default they are those of the first release, whose files name all of them for each kind.
+        """
+        return HeadConfig.REQUIRED
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -14,11 +14,9 @@ def check_class_weights(weights: ClassWeights, labels: Sequence[str]) -> None:
     """Raise ValueError if weights do not fit the labels."""
     if weights is None:
         return
-    if not labels:
-        raise ValueError(f"class_weights {weights} need a head with labels: leave them out")
     if weights != "balanced" and (len(weights) != len(labels) or not all(0 < one < float("inf") for one in weights)):
         raise ValueError(
-            f"class_weights must be balanced, or a number above 0 for each of the {len(labels)} labels, not {weights}"
+            f"class_weights {weights} must be a number above 0 for each of the {len(labels)} labels {', '.join(labels)}"
         )
 
 

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from dualenc.data.text.labels import LabelReader, ManyLabelsReader, NumberReader, OneLabelReader
 from dualenc.metrics.text import label_bootstrap, label_metrics, majority_baseline, mean_baseline, reaches
-from dualenc.models.heads.base import THRESHOLD, Examples, Head, HeadConfig, HeldOut, Measured, concatenated, linear
+from dualenc.models.heads.base import Examples, Head, HeadConfig, HeldOut, Measured, concatenated, linear
 from dualenc.models.heads.class_weights import balanced_weights, cross_entropy_sums
 from dualenc.models.text_encoder import ACTIVATIONS, Activation, TextConfig, layer_norm
 from dualenc.report import Classes, Findings
-
-SETTINGS = {"class_weights": None, "threshold": THRESHOLD}  # settings of some problems, and their defaults
 
 
 class ClassificationHead(nn.Module):
@@ -49,7 +47,7 @@ class LabelProblem(ABC):
         name: see `HeadConfig.problem`.
         metric_names: see `Head.metric_names`.
         baseline_name: what the baseline answers.
-        settings: those of `SETTINGS` that have a meaning.
+        settings: those that only some problems have, see `Head.settings`.
     """
 
     name: ClassVar[Literal["single_label", "multi_label", "regression"]]
@@ -217,13 +215,14 @@ class Classification(Head):
         """The meaning of the logits."""
         return self.problems[self.config.problem]
 
+    def settings(self) -> Collection[str]:
+        """See `Head.settings`; they depend on the problem."""
+        return *super().settings(), *self.problem.settings
+
     def check(self) -> None:
         """See `Head.check`."""
         super().check()
         self.problem.check(self.config.labels)
-        for name, default in SETTINGS.items():
-            if name not in self.problem.settings and (value := getattr(self.config, name)) != default:
-                raise ValueError(f"{name} {value} has no meaning for the problem {self.problem.name}: leave it out")
 
     def label_reader(self) -> LabelReader:
         """See `Head.label_reader`."""

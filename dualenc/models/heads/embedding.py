@@ -1,7 +1,7 @@
 """Embeddings of texts: a head whose encoder, and dense layers if any, are trained on pairs of texts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -113,6 +113,10 @@ class Embedding(Head):
     description = Description("pairs", "texts that belong together", HEADLINES)
     needs_training_data = False
     problems: ClassVar[Mapping[str, PairProblem]] = {one.name: one for one in (Negatives(), Cosine())}
+
+    def settings(self) -> Collection[str]:
+        """See `Head.settings`."""
+        return *super().settings(), "embedding"
 
     @property
     def problem(self) -> PairProblem:

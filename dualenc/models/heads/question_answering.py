@@ -20,12 +20,11 @@ from dualenc.metrics.answers import (
     best_no_answer,
     first_sentence,
 )
-from dualenc.models.heads.base import Examples, Head, HeldOut, Measured
-from dualenc.models.heads.classification import ClassificationHead
-from dualenc.models.text_encoder import TextConfig, TextEncoder
+from dualenc.models.heads.base import Examples, HeldOut, Measured
+from dualenc.models.heads.token_head import TokenHead
+from dualenc.models.text_encoder import TextConfig
 from dualenc.report import Description
 from dualenc.report.wrong_answers import GivenAnswer, WrongAnswers
-from dualenc.tokens import Tokens
 
 CANDIDATES = 20  # starts and ends of a window that are combined, and answers of a question that are kept
 LONGEST = 30  # most tokens of an answer
@@ -48,7 +47,7 @@ class Observed(NamedTuple):
     empty: float  # score of "no answer" minus that of the best answer
 
 
-class QuestionAnswering(Head):
+class QuestionAnswering(TokenHead):
     """Start and end of the answer to a question in a text, by two logits of each token (Devlin et al. 2019).
 
     A question and its context are read together. Of a long context there are several windows that overlap. The loss is
@@ -57,6 +56,7 @@ class QuestionAnswering(Head):
     """
 
     labeled = False
+    own_settings = ("max_length", "stride", "no_answer")
     task = "question-answering"
     result_kind = "question-answering"
     description = Description(
@@ -65,7 +65,6 @@ class QuestionAnswering(Head):
         ("f1", "exact_match"),
         unbounded=("best_f1_threshold",),
     )
-    needs_training_data = False
 
     def check(self) -> None:
         """See `Head.check`."""
@@ -84,7 +83,7 @@ class QuestionAnswering(Head):
         return self.reader
 
     def build(self, text: TextConfig) -> nn.Module:
-        """Return the layers: one, or with `norm` two as in ModernBERT.
+        """Return the layers, see `Head.build`.
 
         Raises:
             ValueError: If a window would be longer than the encoder reads, or the encoder needs padding.
@@ -96,15 +95,8 @@ class QuestionAnswering(Head):
             )
         if text.pad_to is not None:
             raise ValueError(f"a head of kind {self.config.kind} cannot use an encoder that pads texts (pad_to)")
-        activation = self.config.activation if self.config.norm else None
         # The format of most families has no dropout before the last layer.
-        return ClassificationHead(replace(text, dropout=0.0), 2, activation, self.config.norm)
-
-    def logits(
-        self, module: nn.Module, encoder: TextEncoder, hidden: Tensor, tokens: Tokens, positions: Tensor | None
-    ) -> Tensor:
-        """Return the logits (M, 2) of start and end for the tokens at `positions`, or all, see `Head.logits`."""
-        return module(hidden if positions is None else hidden[positions])
+        return self.layers(replace(text, dropout=0.0), 2)
 
     def examples(self, logits: Tensor, batch: Texts, part: Part) -> Examples:
         """Return the logits of w windows (w, L, 2), minus infinity after the end of a window; see `Head.examples`."""
@@ -239,13 +231,6 @@ class QuestionAnswering(Head):
         if self.config.no_answer:
             names += ["has_answer_exact_match", "has_answer_f1", "no_answer_f1", "best_f1", "best_f1_threshold"]
         return [*names, "loss", "baseline_exact_match", "baseline_f1"]
-
-    def matches(self, other: Head, same_name: bool) -> bool:
-        """See `Head.matches`; the name does not matter, and neither do the windows."""
-        mine, theirs = self.config, other.config
-        return (theirs.kind, theirs.norm) == (mine.kind, mine.norm) and (
-            not mine.norm or theirs.activation == mine.activation
-        )
 
 
 def best_spans(logits: Sequence[np.ndarray], offsets: Sequence[np.ndarray], count: int = CANDIDATES) -> list[Span]:

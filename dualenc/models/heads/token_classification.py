@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from dualenc.data.text.windows import Windows
 from dualenc.data.text.words import KeptWords, WordReader, WordSequence
 from dualenc.metrics.entities import entity_bootstrap, entity_metrics, outside_baseline, type_scores
-from dualenc.models.heads.base import THRESHOLD, Examples, Head, HeldOut, Measured
+from dualenc.models.heads.base import Examples, HeldOut, Measured
 from dualenc.models.heads.class_weights import cross_entropy_sums
-from dualenc.models.heads.classification import ClassificationHead
-from dualenc.models.text_encoder import TextConfig, TextEncoder
+from dualenc.models.heads.token_head import TokenHead
+from dualenc.models.text_encoder import TextConfig
 from dualenc.report import Description
 from dualenc.report.entities import TaggedTexts
-from dualenc.tokens import Tokens
 from dualenc.utils.tags import OUTSIDE, SCHEMES, find_entities, split_tag
 from dualenc.utils.text import plural
 
@@ -30,16 +29,16 @@ class MeasuredTags(NamedTuple):
     predicted: list[list[int]]  # number of each word's predicted tag
 
 
-class TokenClassification(Head):
+class TokenClassification(TokenHead):
     """A tag for each word of a text, by the hidden state of the word's first token (Devlin et al. 2019, section 5.3).
 
     A word that the tokenizer turns into nothing, such as a control character, is "O".
     """
 
+    own_settings = ("class_weights", "scheme")
     task = "token-classification"
     result_kind = "tags"
     description = Description("sentences", "named entities", ("f1", "precision", "recall", "accuracy"))
-    needs_training_data = False
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -57,13 +56,12 @@ class TokenClassification(Head):
             raise ValueError(f"{where} needs labels: types of entities, such as PER, or tags, such as O, B-PER, I-PER")
         if self.config.class_weights == "balanced":
             raise ValueError(f"{where}: class_weights must be a number for each of the tags {', '.join(self.labels)}")
-        if self.config.threshold != THRESHOLD:
-            raise ValueError(f"{where} does not have a threshold: leave it out")
-        if self.config.norm and self.config.activation is None:
-            raise ValueError(f"{where} with norm has a hidden layer: name its activation")
         tags = [split_tag(tag) for tag in self.labels if tag != OUTSIDE]
         if wrong := [f"{prefix}-{label}" for prefix, label in tags if prefix not in [*scheme.prefixes] or not label]:
-            raise ValueError(f"{where}: label {wrong[0].rstrip('-')!r} is not a tag of scheme {scheme.name}")
+            raise ValueError(
+                f"{where}: label {wrong[0].rstrip('-')!r} is not a tag of scheme {scheme.name}: name types of entities "
+                f"without {OUTSIDE!r}, such as PER, or all tags, such as {', '.join(scheme.tags(['PER']))}"
+            )
         twice = [label for _, label in tags if split_tag(label)[0] in ("B", "I", "E", "S") and split_tag(label)[1]]
         if OUTSIDE not in self.config.labels and twice:
             raise ValueError(f"{where}: labels must be types of entities alone, or tags with {OUTSIDE!r} among them")
@@ -73,15 +71,8 @@ class TokenClassification(Head):
         return WordReader(self.labels, self.config.scheme)
 
     def build(self, text: TextConfig) -> nn.Module:
-        """Return one linear layer; with `HeadConfig.norm` a hidden layer before it, as in ModernBERT."""
-        activation = self.config.activation if self.config.norm else None
-        return ClassificationHead(text, len(self.labels), activation, self.config.norm)
-
-    def logits(
-        self, module: nn.Module, encoder: TextEncoder, hidden: Tensor, tokens: Tokens, positions: Tensor | None
-    ) -> Tensor:
-        """Return logits (t, C) of the tokens at `positions`, or of all, see `Head.logits`."""
-        return module(hidden if positions is None else hidden[positions])
+        """See `Head.build`."""
+        return self.layers(text, len(self.labels))
 
     def loss(self, logits: Tensor, labels: Tensor | None, group: Any = None) -> Tensor:
         """Return the sum of the cross entropy of t words, see `Head.loss`."""

@@ -96,7 +96,9 @@ def test_the_three_forms_of_a_sentence_are_the_same(tmp_path: Path) -> None:
         ({"text": "Kim", "entities": [["0", 3, "PER"]]}, r"not \[start, end, label\] in its text"),
         ({"text": "Kimberly", "entities": [[0, 3, "PER"]]}, "does not begin and end where words do .*'Kim'"),
         ({"text": "a  b", "entities": [[1, 3, "PER"]]}, "does not begin and end where words do"),
-        ({"text": "Kim Lee", "entities": [[0, 7, "PER"], [4, 7, "PER"]]}, "two of its entities overlap"),
+        ({"text": "Kim Lee", "entities": [[0, 7, "PER"], [4, 7, "PER"]]}, "two of its entities overlap .*'Lee'"),
+        ({"tokens": ["a", "b\ud800"], "tags": ["O", "O"]}, "'tokens' holds a text not UTF-8"),
+        ({"tokens": ["a\0b"], "tags": ["O"]}, "'tokens' holds a text with NUL characters"),
         ({"tokens": ["a"], "tags": ["B-X"]}, "a tag that the head does not know .*'B-X'"),
     ],
 )
