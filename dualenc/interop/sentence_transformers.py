@@ -86,7 +86,9 @@ def write_sentence_transformer(model: Embedder | TextPredictor, folder: Path) ->
             "which is another token in the tokenizer"
         )
     if "pad_token" not in tokenizer_config(tokenizer, text):
-        raise ModelError(f"{model.name}: its tokenizer has no padding token ([PAD] or <pad>)")
+        raise ModelError(
+            f"{model.name}: its tokenizer does not have a padding token: name one as pad_token in tokenizer_config.json"
+        )
     state = with_segment({f"text.{name}": x for name, x in encoder.state_dict().items()}, text)
     state = {f"encoder.{name.removeprefix('text.')}": x for name, x in state.items()}
     write_text_model(folder, family, text, {}, tokenizer, state)

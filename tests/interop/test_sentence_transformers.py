@@ -286,7 +286,7 @@ def test_unsupported_models_are_refused(tmp_path: Path, seed: int) -> None:
         (text_model(tokenizer, pad_to=8), r"attends to padding \(text\.pad_to 8\)"),
         (text_model(tokenizer, positions="rotary", activation=odd), "no family of transformers"),
         (text_model(tokenizer, types=1, position_offset=3), "counts positions by its padding token, number 2"),
-        (text_model(nothing, types=2), "has no padding token"),
+        (text_model(nothing, types=2), "does not have a padding token: name one"),
     ):
         with pytest.raises(ModelError, match=message):
             write_sentence_transformer(it, tmp_path)
