@@ -204,9 +204,8 @@ class TextPredictor:
                 lacks a head of kind "mlm" or a mask token.
         """
         filler = Filler(self.model, self._head("fill-mask", None), self.tokenizer, self.name)
-        if isinstance(texts, str):
-            return filler([texts], top_k, targets, batch_size)[0]
-        return filler(strings(texts, "texts", one=True), top_k, targets, batch_size)
+        found = filler(strings(texts, "texts", one=True), top_k, targets, batch_size)
+        return found[0] if isinstance(texts, str) else found
 
     def embed(
         self, texts: Sequence[str], batch_size: int = 256, *, prompt: str | None = None, dim: int | None = None

@@ -39,7 +39,10 @@ class SentenceTransformersFormat(ExportFormat):
     def write(self, model: Embedder | TextPredictor, folder: Path) -> list[str]:
         """Write the text tower of a dual encoder, or a text model; see `ExportFormat.write`."""
         write_sentence_transformer(model, folder)
-        return []
+        if not isinstance(model, TextPredictor):
+            return []
+        heads = [name for name in model.model.head_configs if name != model.model.embedding_head]
+        return [f"head {name}: the format has no place for it" for name in heads]
 
     def snippet(self, source: ModelSource, images: bool) -> str:
         """Return a program that embeds a sentence."""

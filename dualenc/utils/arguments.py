@@ -26,11 +26,11 @@ def strings(given: Any, what: str, *, one: bool = False) -> list[str]:
         one: whether a single string stands for itself; otherwise it is refused, since its letters would be taken.
 
     Raises:
-        ValueError: If anything else is given.
+        ValueError: If anything else is given, or a string that UTF-8 cannot express.
     """
     if isinstance(given, str):
         if one:
-            return [given]
+            return strings([given], what)
         raise ValueError(f"{what} are the single string {quoted(given)}: pass a list, such as [{quoted(given)}]")
     if isinstance(given, bytes) or not isinstance(given, Iterable):
         raise ValueError(f"{what} are {shown_value(given)}: pass {'a string or ' if one else ''}a list of strings")
@@ -38,6 +38,10 @@ def strings(given: Any, what: str, *, one: bool = False) -> list[str]:
     for i, text in enumerate(found):
         if not isinstance(text, str):
             raise ValueError(f"{what} must be strings, but number {i} (from 0) is {shown_value(text)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair.
+            raise ValueError(f"{what} must be UTF-8, but number {i} (from 0) is not: {text!a:.60}") from None
     return found
 
 

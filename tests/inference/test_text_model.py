@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,23 @@ def test_the_program_of_a_card_uses_the_heads(tmp_path, seed, number, capsys):
         assert called == ([method] if number_of_heads else ["embed"])
         exec(program[1].replace(LOCAL, str(folder)), {})
         assert capsys.readouterr().out.strip()
+
+
+def test_texts_that_utf_8_cannot_express_are_refused(seed):
+    heads = {method: head for method, head in HEADS_OF_CARDS.items() if method != "embed"}
+    tokenizer = tiny_tokenizer(24)
+    config = TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=24)
+    it = TextPredictor(TextModel(config, heads).eval(), tokenizer)
+    for text in ("a [MASK] \ud800", "a [MASK] dog"):  # the second is the control
+        calls = [
+            partial(call, one)
+            for call in (it.classify, it.tag, it.fill, it.embed, it.embed_tokens)
+            for one in (text, [text])
+        ]
+        calls += [partial(it.answer, "a", text), partial(it.fill, "a [MASK]", targets=[text.removeprefix("a [MASK] ")])]
+        for call in calls:
+            if "dog" in text:
+                assert len(call())
+                continue
+            with pytest.raises(ValueError, match="UTF-8"):
+                call()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dualenc.data import Preprocess, Tokenizer
 from dualenc.formats.open_clip.tokenizer import clip_backend
+from dualenc.formats.sentence_transformers import ENCODER_SETTINGS
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.interop.exporting import export
@@ -275,6 +276,26 @@ def test_the_clip_tokenizer(tmp_path: Path, seed: int) -> None:
     write_sentence_transformer(it, tmp_path)
     inputs, ours = inputs_of(it)
     verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
+
+
+def test_a_folder_whose_encoder_lies_inside_is_exported_and_other_heads_are_noted(tmp_path: Path, seed: int) -> None:
+    heads = {
+        "near": HeadConfig("embedding", problem="negatives"),
+        "names": HeadConfig("token_classification", ("PER",)),
+    }
+    text_model(tiny_tokenizer(), heads, types=2).save(tmp_path / "model")
+    made = export(str(tmp_path / "model"), tmp_path / "once", "sentence-transformers")
+    assert made.notes == ["head names: the format has no place for it"]
+    inside = tmp_path / "once" / "0_Transformer"
+    inside.mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", ENCODER_SETTINGS[0]):
+        (tmp_path / "once" / file).rename(inside / file)
+    modules = json.loads((tmp_path / "once" / "modules.json").read_text())
+    modules[0]["path"] = inside.name
+    (tmp_path / "once" / "modules.json").write_text(json.dumps(modules))
+    assert export(str(tmp_path / "once"), tmp_path / "twice", "sentence-transformers").notes == []
+    first, second = (load_text(tmp_path / name, "cpu").embed(list(TEXTS)) for name in ("once", "twice"))
+    assert torch.equal(first, second)
 
 
 def test_unsupported_models_are_refused(tmp_path: Path, seed: int) -> None:
