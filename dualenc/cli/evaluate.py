@@ -253,6 +253,7 @@ def probe(
 
     options, kind = SetOptions(classnames=classnames, image=image), FrozenProbes(train, shots, draws)
     no_use = {"train": train if train != "train" else None, "split": split, "shots": shots, **options.given()}
+    no_use["draws"] = None if draws == 5 else draws
     sets: Any = open_tables(data, text, label, no_use) or open_sets(data, [kind], split, options)
     _evaluate("probe", sets, model, data, out, workers, models, csv, allow_partial)
 

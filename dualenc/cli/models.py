@@ -274,6 +274,8 @@ def mine(
     document: str = "text",
     negatives: int = 4,
     skip: int = 0,
+    query_prompt: str | None = None,
+    document_prompt: str | None = None,
     batch_size: int = 64,
 ) -> None:
     """Write pairs of texts with hard negatives, the documents nearest to each first text, to train an embedding with.
@@ -288,12 +290,17 @@ def mine(
         document: column of the documents in these files.
         negatives: number of documents for each pair.
         skip: number of the nearest documents to leave out, since they may answer the query too.
+        query_prompt: text before each query, such as "query: ", or the name of one of the model's prompts; "" for none;
+            by default the prompt "query" of the model, or else its default.
+        document_prompt: the same for each document; by default the prompt "document", "passage" or "corpus" of the
+            model, or else its default.
         batch_size: texts embedded at once.
     """
     from dualenc import load_text
     from dualenc.inference.mine import mine_negatives
 
     options: dict[str, Any] = {"text": text, "pair": pair, "document": document, "batch_size": batch_size}
+    options |= {"query_prompt": query_prompt, "document_prompt": document_prompt}
     try:
         with writing(out):
             mined = mine_negatives(

@@ -15,7 +15,13 @@ from dualenc.data.text.passages import cut_passages
 from dualenc.evaluation.base import Evaluated, ResultKind, Scored, text_ids
 from dualenc.evaluation.embed import Track
 from dualenc.inference.text_model import TextPredictor, load_text
-from dualenc.inference.text_tower import TextTower, check_text_tower, load_text_tower
+from dualenc.inference.text_tower import (
+    DOCUMENT_PROMPTS,
+    QUERY_PROMPTS,
+    TextTower,
+    check_text_tower,
+    load_text_tower,
+)
 from dualenc.metrics import (
     BootstrapMetrics,
     Found,
@@ -33,7 +39,6 @@ from dualenc.utils.errors import DataError, ModelError
 
 CHUNK = 1024  # documents that are read and embedded at a time
 QUERIES_AT_ONCE = 8  # queries whose documents are re-ranked at a time
-QUERY_PROMPTS, DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")  # names in sentence-transformers
 SHOWN, DRAWN = 5, 4  # documents of a query in the report, and queries of each sort
 RERANKED = "reranked_"  # beginning of the names of metrics after re-ranking
 

@@ -64,6 +64,9 @@ def find_kind(name: str) -> EvaluationKind:
     """
     if name in KINDS:
         return KINDS[name]
+    if name in TEXT_KINDS:
+        command = TEXT_KINDS[name].command
+        raise DataError(f"evaluation kind {name} follows from the data: leave it out, or use `dualenc {command}`")
     if "." not in name:
         every = f"name one of {', '.join(KINDS)}, or the import path of a class, such as my_module.MyKind"
         raise DataError(f"evaluation kind {name!r} is unknown: {did_you_mean(name, KINDS, every)}")

@@ -24,7 +24,7 @@ from dualenc.formats.model_folder import EXPORT, POSSIBLE_FILES, ModelFolder, de
 from dualenc.hub.card import Subject, card, check_measured, read_measured
 from dualenc.inference.embedder import facts_of, load
 from dualenc.inference.text_model import FILES as TEXT_FILES
-from dualenc.inference.text_model import facts_of_text, load_text
+from dualenc.inference.text_model import example_calls, facts_of_text, load_text
 from dualenc.interop.export_format import IMAGES_AND_TEXTS, ExportFormat
 from dualenc.interop.exporting import FORMATS, find_format
 from dualenc.report.card import ModelSource, dual_encoder_program, text_model_program
@@ -286,9 +286,10 @@ def _open_dual_encoder(found: ModelFolder) -> Subject:
 def _open_text_model(found: ModelFolder) -> Subject:
     """Load a text model."""
     predictor = load_text(found.path, "cpu")
-    tasks = ("text-classification", "question-answering", "fill-mask")
+    tasks = ("text-classification", "token-classification", "question-answering", "fill-mask")
     task = next((task for task in tasks if predictor.model.heads_for(task)), None)
-    programs: dict[str, Callable[[ModelSource], str]] = {"dualenc": text_model_program}
+    program = partial(text_model_program, calls=example_calls(predictor.model))
+    programs: dict[str, Callable[[ModelSource], str]] = {"dualenc": program}
     if found.config:  # of a family that transformers reads from the same folder
         programs["transformers"] = partial(FORMATS["transformers"].snippet, images=False)
     return Subject(

@@ -41,7 +41,9 @@ class Filler:
     def __init__(self, model: TextModel, head: str, tokenizer: Tokenizer, name: str) -> None:
         mask_id = tokenizer.mask_id
         if mask_id is None:
-            raise ValueError(f"the tokenizer of {name} does not have a mask token: tokenizer_config.json names none")
+            raise ValueError(
+                f"the tokenizer of {name} does not have a mask token: name one as mask_token in tokenizer_config.json"
+            )
         self.model, self.head, self.tokenizer, self.mask_id = model, head, tokenizer, mask_id
 
     def __call__(

@@ -15,6 +15,7 @@ from dualenc.data.text.dataset import Use, texts_of, token_hashes
 from dualenc.data.text.files import TextIndex
 from dualenc.inference.embed_files import Track
 from dualenc.inference.text_model import TextPredictor
+from dualenc.inference.text_tower import DOCUMENT_PROMPTS, QUERY_PROMPTS, TextTower
 from dualenc.metrics import nearest
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write
@@ -72,13 +73,15 @@ def mine_negatives(
     document: str = "text",
     negatives: int = 4,
     skip: int = 0,
+    query_prompt: str | None = None,
+    document_prompt: str | None = None,
     batch_size: int = 64,
     track: Track = lambda items, total: items,
 ) -> Mined:
     """Write the lines of pairs of texts, each with the documents that are nearest to its first text.
 
     A document that equals the first text, or a second text that any line pairs with it, is left out. Texts are equal
-    where the model reads the same tokens. The search is exact.
+    where the model reads the same tokens, without prompts. The search is exact.
 
     Args:
         predictor: the model that judges how near texts are.
@@ -90,13 +93,18 @@ def mine_negatives(
         document: column of the documents in the files of the corpus.
         negatives: number of documents for each line.
         skip: number of the nearest documents to leave out, which may answer the first text too.
+        query_prompt: prompt of the first texts, see `TextTower.prompt`; None for "query", if the model has it.
+        document_prompt: prompt of the documents; None for "document", "passage" or "corpus".
         batch_size: texts per forward pass.
         track: wraps the steps, whose number is `total`, for a progress bar.
 
     Raises:
         DataError: If a file is missing or lacks a column, or there is nothing to choose from.
+        ModelError: If the model does not have a prompt.
         ValueError: If a number is too small.
     """
+    tower = TextTower(predictor)
+    prompts = tower.prompt(query_prompt, QUERY_PROMPTS), tower.prompt(document_prompt, DOCUMENT_PROMPTS)
     if negatives < 1 or skip < 0:
         raise ValueError(f"negatives {negatives} must be at least 1, and skip {skip} at least 0")
     out, bad = Path(out), []
@@ -112,22 +120,18 @@ def mine_negatives(
     first, second = _hashes(predictor, firsts), _hashes(predictor, seconds)
     found = _Texts.of(documents, _hashes(predictor, documents) if corpus else second)
     queries = _Texts.of(firsts, first)
-    own = _own_documents(first, second, queries, found)
-    if int((own >= 0).sum(1).max()) + skip >= len(found.texts):
-        raise DataError(
-            f"{len(found.texts):,} distinct documents leave none for a query whose own and {skip} others are left out: "
-            "name a corpus that has more, or a smaller skip"
-        )
-    vectors = _embed(predictor, [*queries.texts, *found.texts], batch_size, track)
+    own = _own_documents(first, second, queries, found, skip)
+    prompted = [before + one for before, texts in zip(prompts, (queries.texts, found.texts)) for one in texts]
+    vectors = _embed(predictor, prompted, batch_size, track)
     near = nearest(vectors[: len(own)], vectors[len(own) :], skip + negatives, skip=own)[0][:, skip:].tolist()
     mined = [[found.texts[i] for i in near[queries.number[key]] if i >= 0] for key in first]
-    with atomic_write(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row, texts in zip(rows, mined, strict=True):
-            file.write(json.dumps({**index[row].read(), COLUMN: texts}, ensure_ascii=False) + "\n")
+    _write(out, index, rows, mined)
     return Mined(out, len(rows), len(found.texts), sum(map(len, mined)), negatives, bad)
 
 
-def _own_documents(first: Sequence[int], second: Sequence[int], queries: _Texts, documents: _Texts) -> Tensor:
+def _own_documents(
+    first: Sequence[int], second: Sequence[int], queries: _Texts, documents: _Texts, skip: int
+) -> Tensor:
     """Return the documents (Q, P) that equal a query or its second texts, padded with -1.
 
     Args:
@@ -135,11 +139,21 @@ def _own_documents(first: Sequence[int], second: Sequence[int], queries: _Texts,
         second: hash of the second text of each pair.
         queries: distinct first texts.
         documents: distinct documents.
+        skip: number of other documents that are left out.
+
+    Raises:
+        DataError: If no document may be left for a query.
     """
     own: list[set[int]] = [{documents.number.get(key, -1)} for key in queries.number]
     for one, other in zip(first, second, strict=True):
         own[queries.number[one]].add(documents.number.get(other, -1))
-    return pad_sequence([torch.tensor(sorted(numbers)) for numbers in own], batch_first=True, padding_value=-1)
+    found = pad_sequence([torch.tensor(sorted(numbers)) for numbers in own], batch_first=True, padding_value=-1)
+    if int((found >= 0).sum(1).max()) + skip >= len(documents.texts):
+        raise DataError(
+            f"{len(documents.texts):,} distinct documents leave none for a query whose own and {skip} others are left "
+            "out: name a corpus that has more, or a smaller skip"
+        )
+    return found
 
 
 def _read(index: TextIndex, use: Use, bad: list[BadRecord]) -> tuple[list[int], list[str], list[str]]:
@@ -154,6 +168,13 @@ def _read(index: TextIndex, use: Use, bad: list[BadRecord]) -> tuple[list[int], 
     return rows, [text for text, *_ in texts], [other for _, *others in texts for other in others]
 
 
+def _write(out: Path, index: TextIndex, rows: Sequence[int], mined: Sequence[Sequence[str]]) -> None:
+    """Write lines of an index, each with its negatives."""
+    with atomic_write(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row, texts in zip(rows, mined, strict=True):
+            file.write(json.dumps({**index[row].read(), COLUMN: texts}, ensure_ascii=False) + "\n")
+
+
 def _hashes(predictor: TextPredictor, texts: Sequence[str]) -> list[int]:
     """Return a hash of the tokens of each text."""
     parts = (texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK))
@@ -161,7 +182,7 @@ def _hashes(predictor: TextPredictor, texts: Sequence[str]) -> list[int]:
 
 
 def _embed(predictor: TextPredictor, texts: Sequence[str], batch_size: int, track: Track) -> Tensor:
-    """Return the vectors of texts."""
+    """Return the vectors of texts, before which there is any prompt already."""
     starts: Any = range(0, len(texts), CHUNK)
     steps = track(starts, total=len(starts))
-    return torch.cat([predictor.embed(texts[start : start + CHUNK], batch_size) for start in steps])
+    return torch.cat([predictor.embed(texts[start : start + CHUNK], batch_size, prompt="") for start in steps])

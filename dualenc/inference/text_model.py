@@ -1,6 +1,7 @@
 """The text predictor: labels, entities, answers, masked tokens and vectors; loading and saving of text models."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,14 @@ from dualenc.utils.files import FORMAT, atomic_folder, write_json
 from dualenc.utils.text import millions, plural, quoted
 
 FILES = (TEXT_MODEL, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+# Tasks of heads, by their names on the hub -> an example of a call; {head} names one of several heads.
+EXAMPLES = {
+    "text-classification": 'classify(["a sentence"]{head})',
+    "token-classification": 'tag(["Kim lives in Rome"]{head})',
+    "question-answering": 'answer("Who lives in Rome?", "Kim lives in Rome."{head})',
+    "fill-mask": 'fill("Kim lives in [MASK].")',
+    "sentence-similarity": 'embed(["a sentence"])',
+}
 Texts = Sequence[str] | Sequence[tuple[str, str]]
 
 
@@ -195,9 +204,8 @@ class TextPredictor:
                 lacks a head of kind "mlm" or a mask token.
         """
         filler = Filler(self.model, self._head("fill-mask", None), self.tokenizer, self.name)
-        if isinstance(texts, str):
-            return filler([texts], top_k, targets, batch_size)[0]
-        return filler(strings(texts, "texts", one=True), top_k, targets, batch_size)
+        found = filler(strings(texts, "texts", one=True), top_k, targets, batch_size)
+        return found[0] if isinstance(texts, str) else found
 
     def embed(
         self, texts: Sequence[str], batch_size: int = 256, *, prompt: str | None = None, dim: int | None = None
@@ -278,7 +286,8 @@ class TextPredictor:
             own = [name for name in heads if name not in slots_of(family, text, heads)]
             if own := [name for name in own if list(self.model.heads[name].parameters())]:
                 facts.append(("heads that only dualenc reads", ", ".join(own)))
-        return Card(self.name, library, summary, facts, [("dualenc", text_model_program())])
+        program = text_model_program(calls=example_calls(self.model))
+        return Card(self.name, library, summary, facts, [("dualenc", program)])
 
     def _head(self, task: str, name: str | None) -> str:
         """Return the name of the head for a task, see `Head.task`."""
@@ -338,6 +347,15 @@ def _strings_or_pairs(texts: Any) -> Texts:
         if len(text) != 2:
             raise ValueError(f"a pair of texts must be two strings, not {len(text)}")
     return [(one, other) for one, other in (strings(text, "the texts of a pair") for text in texts)]
+
+
+def example_calls(model: TextModel) -> list[str]:
+    """Return an example of a call for each task of the model's heads, or of `embed` if they have none."""
+    calls = []
+    for task in [task for task in EXAMPLES if model.heads_for(task)] or ["sentence-similarity"]:
+        names = model.heads_for(task)
+        calls.append(EXAMPLES[task].format(head=f", head={json.dumps(names[0])}" if len(names) > 1 else ""))
+    return calls
 
 
 def facts_of_text(predictor: TextPredictor) -> list[tuple[str, str]]:

@@ -16,6 +16,8 @@ from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.utils.errors import ModelError
 
+QUERY_PROMPTS, DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")  # names in sentence-transformers
+
 
 class TextTower:
     """Embedder of texts, as the commands use it that measure texts alone.

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
 
-from dualenc.formats.model_folder import CONFIG, EXPORT, TEXT_MODEL, detect, open_folder
+from dualenc.formats.model_folder import CONFIG, EXPORT, MODULES, TEXT_MODEL, detect, open_folder
 from dualenc.inference.embedder import Embedder, facts_of, load
 from dualenc.inference.text_model import TextPredictor, facts_of_text, load_text
 from dualenc.interop.export_format import IMAGES_AND_TEXTS, ExportFormat
@@ -115,9 +115,9 @@ def open_model(spec: str) -> Embedder | TextPredictor:
     """
     if spec.startswith("open_clip:"):
         raise ModelError(f"{spec} is a model of open_clip: import it first, with dualenc import {quote(spec)} OUT")
-    found = open_folder(spec, [CONFIG, TEXT_MODEL])
-    kind = found.first("text_model", "dual_encoder", "transformers")
-    return load_text(spec, "cpu") if kind in ("text_model", "transformers") else load(spec, "cpu")
+    found = open_folder(spec, [CONFIG, TEXT_MODEL, MODULES])
+    kind = found.first("text_model", "sentence_transformers", "dual_encoder", "transformers")
+    return load(spec, "cpu") if kind in ("dual_encoder", None) else load_text(spec, "cpu")
 
 
 def export(

@@ -33,6 +33,7 @@ TEXTS = (
 )
 # Curly quotes, entities and full-width letters, which some libraries replace before they tokenize a text.
 UNCLEAN = ("the dog\u2019s \u201cbed\u201d", "cats &amp; dogs", "a fine \uff34\uff36")
+OF_TOKENS = ("token-classification", "question-answering")  # tasks of heads with logits for each token
 LONG = 1024  # tokens of the longest random text, for an encoder that takes more
 
 
@@ -202,7 +203,7 @@ def _text_outputs(predictor: TextPredictor, inputs: Inputs) -> dict[str, np.ndar
         }
         outputs["ids"] = shortened(model.embed(packed, tokens), dim)
         of_tokens = {
-            f"logits_{name}": model.head(name, packed, tokens) for name in model.heads_for("token-classification")
+            f"logits_{name}": model.head(name, packed, tokens) for task in OF_TOKENS for name in model.heads_for(task)
         }
     index, mask = padding_index(tokens.offsets, tokens.max_len)
     for name, x in {"hidden": packed, **of_tokens}.items():

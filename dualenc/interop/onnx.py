@@ -21,7 +21,7 @@ from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor
 from dualenc.interop import references
 from dualenc.interop.export_format import ExportFormat, read_object
-from dualenc.interop.inputs import parts_of
+from dualenc.interop.inputs import OF_TOKENS, parts_of
 from dualenc.models.dual_encoder import DualEncoder, unit
 from dualenc.models.heads import TextModel
 from dualenc.models.text_encoder import Pool, TextConfig
@@ -51,9 +51,8 @@ class OnnxFormat(ExportFormat):
     def write(self, model: Embedder | TextPredictor, folder: Path) -> list[str]:
         """Write a dual encoder or a text model; see `ExportFormat.write`."""
         if isinstance(model, TextPredictor):
-            write_text_onnx(model, folder)
-        else:
-            write_onnx(model, folder)
+            return write_text_onnx(model, folder)
+        write_onnx(model, folder)
         return []
 
     def snippet(self, source: ModelSource, images: bool) -> str:
@@ -106,7 +105,7 @@ class TextPart(nn.Module):
 
 
 class WholeText(nn.Module):
-    """Text model: the encoder, its classification heads, and its heads that judge words."""
+    """Text model: the encoder, its classification heads, and its heads for named entities and for answers."""
 
     def __init__(self, model: TextModel) -> None:
         super().__init__()
@@ -118,7 +117,7 @@ class WholeText(nn.Module):
         self.classifiers: dict[str, Pool | None] = {
             name: model.head_configs[name].pool for name in model.heads_for("text-classification")
         }
-        self.taggers = model.heads_for("token-classification")
+        self.of_tokens = [name for task in OF_TOKENS for name in model.heads_for(task)]
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor | None = None) -> tuple[Tensor, ...]:
         """Compute hidden states (B, T, D), embeddings (B, E) of unit length, and logits (B, C) or (B, T, C)."""
@@ -130,7 +129,7 @@ class WholeText(nn.Module):
             self.heads[name](self.encoder.pool_padded(hidden, mask, pool)) for name, pool in self.classifiers.items()
         ]
         hidden = hidden[:, own]
-        return hidden, embeddings, *logits, *(self.heads[name](hidden) for name in self.taggers)
+        return hidden, embeddings, *logits, *(self.heads[name](hidden) for name in self.of_tokens)
 
 
 def pad_texts(
@@ -196,18 +195,22 @@ def write_onnx(embedder: Embedder, folder: Path) -> None:
     write_json(folder / ONNX, {"opset": OPSET, "files": files, **about, "dualenc": version("dualenc")})
 
 
-def write_text_onnx(predictor: TextPredictor, folder: Path) -> None:
+def write_text_onnx(predictor: TextPredictor, folder: Path) -> list[str]:
     """Write a text model, in eval mode and float32.
 
     `text.onnx` takes `ids` and `mask` (batch, length) int64, padded on the right, and `types` where the encoder has
     more than one segment. It gives `hidden` (batch, length, D), `embeddings` (batch, E) of unit length, those of an
-    embedding head or by the pooling of the encoder, `logits_NAME` (batch, C) of each classification head, and
-    `logits_NAME` (batch, length, C) of each head for named entities. The rest is as in `write_onnx`; `onnx.json` has
-    the labels of the heads, and the prompts that the caller puts before texts.
+    embedding head or by the pooling of the encoder, `logits_NAME` (batch, C) of each classification head,
+    `logits_NAME` (batch, length, C) of each head for named entities, and `logits_NAME` (batch, length, 2) of each head
+    that answers questions, for the first and the last token of an answer. The rest is as in `write_onnx`; `onnx.json`
+    has the labels of the heads, and the prompts that the caller puts before texts.
 
     Args:
         predictor: a text model, which does not change.
         folder: an empty folder.
+
+    Returns:
+        One note for each head that is not written.
 
     Raises:
         ModelError: See `write_onnx`.
@@ -215,7 +218,7 @@ def write_text_onnx(predictor: TextPredictor, folder: Path) -> None:
     check_installed()
     text, heads = predictor.model.config, predictor.model.head_configs
     part = WholeText(_exportable(predictor.model))
-    named = [*part.classifiers, *part.taggers]
+    named = [*part.classifiers, *part.of_tokens]
     outputs = ["hidden", "embeddings", *(f"logits_{name}" for name in named)]
     inputs = _texts(text, ("ids", "mask", "types") if text.types > 1 else ("ids", "mask"))
     files = {"text.onnx": _write(part, inputs, outputs, folder / "text.onnx", predictor.name)}
@@ -228,6 +231,8 @@ def write_text_onnx(predictor: TextPredictor, folder: Path) -> None:
     if (vectors := predictor.model.vectors).prompts:
         about |= {"prompts": vectors.prompts, "default_prompt": vectors.default_prompt}
     write_json(folder / ONNX, {"opset": OPSET, "files": files, **about, "dualenc": version("dualenc")})
+    kept = (*named, predictor.model.embedding_head)
+    return [f"head {name}: text.onnx does not compute it" for name in heads if name not in kept]
 
 
 def check_installed() -> None:

@@ -39,7 +39,10 @@ class SentenceTransformersFormat(ExportFormat):
     def write(self, model: Embedder | TextPredictor, folder: Path) -> list[str]:
         """Write the text tower of a dual encoder, or a text model; see `ExportFormat.write`."""
         write_sentence_transformer(model, folder)
-        return []
+        if not isinstance(model, TextPredictor):
+            return []
+        heads = [name for name in model.model.head_configs if name != model.model.embedding_head]
+        return [f"head {name}: the format has no place for it" for name in heads]
 
     def snippet(self, source: ModelSource, images: bool) -> str:
         """Return a program that embeds a sentence."""
@@ -86,7 +89,9 @@ def write_sentence_transformer(model: Embedder | TextPredictor, folder: Path) ->
             "which is another token in the tokenizer"
         )
     if "pad_token" not in tokenizer_config(tokenizer, text):
-        raise ModelError(f"{model.name}: its tokenizer has no padding token ([PAD] or <pad>)")
+        raise ModelError(
+            f"{model.name}: its tokenizer does not have a padding token: name one as pad_token in tokenizer_config.json"
+        )
     state = with_segment({f"text.{name}": x for name, x in encoder.state_dict().items()}, text)
     state = {f"encoder.{name.removeprefix('text.')}": x for name, x in state.items()}
     write_text_model(folder, family, text, {}, tokenizer, state)

@@ -168,12 +168,15 @@ texts = embedder.embed_texts(["a dog on a beach"])
 print(images @ texts.T)"""
 
 
-def text_model_program(source: ModelSource = LOCAL_FOLDER) -> str:
-    """Return a program that loads a text model of dualenc."""
-    return f"""import dualenc
+def text_model_program(source: ModelSource = LOCAL_FOLDER, *, calls: Sequence[str]) -> str:
+    """Return a program that loads a text model of dualenc and uses its heads.
 
-model = dualenc.load_text("{source.spec}")
-print(model.embed(["a sentence"]))"""
+    Args:
+        source: folder or repository of the model.
+        calls: calls of its methods, such as 'embed(["a sentence"])'.
+    """
+    lines = ["import dualenc\n", f'model = dualenc.load_text("{source.spec}")']
+    return "\n".join([*lines, *(f"print(model.{call})" for call in calls)])
 
 
 @cache

@@ -35,6 +35,8 @@ from dualenc.models import (
     TextConfig,
     embed_micro_batches,
 )
+from dualenc.models.heads import TextModel
+from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.report import Section
 from dualenc.tokens import Tokens
 from dualenc.training.auxiliary import auxiliary_losses
@@ -127,6 +129,16 @@ def resolve_architecture(
     folder, config, preprocess = read_config(pretrained)
     config = dataclasses.replace(config, logit_bias=logit_bias or config.logit_bias)
     return Architecture(config, preprocess, open_text(folder))
+
+
+def _left_out(checkpoint: TextModel) -> str:
+    """Return the heads of a text checkpoint, which a dual encoder does not have; an empty string if there are none."""
+    parts = []
+    for name, head in checkpoint.head_configs.items():
+        own = head.embedding or EmbeddingConfig()
+        named = {"dense layers": own.dense, "prompts": own.prompts, "dimensions": own.dim}
+        parts.append(f"head {name} ({', '.join([head.kind, *(what for what, value in named.items() if value)])})")
+    return f"; left out: {', '.join(parts)}" if parts else ""
 
 
 class ContrastiveTask(Task):
@@ -239,7 +251,9 @@ class ContrastiveTask(Task):
         elif stage == "fit" and source:
             load_image_weights(self.model.image, source if isinstance(source, str) else None)
         if stage == "fit" and self.text_checkpoint is not None and not is_model(source) and not self.trainer.ckpt_path:
-            self.model.text.load_state_dict(self.text_checkpoint.model().encoder.state_dict())
+            checkpoint = self.text_checkpoint.model()
+            self.model.text.load_state_dict(checkpoint.encoder.state_dict())
+            rank_zero_print(f"weights of {self.text_checkpoint.spec}: the text tower{_left_out(checkpoint)}")
         for auxiliary in self.auxiliary if stage == "fit" else ():
             auxiliary.check_data(self.trainer.datamodule)
         features = getattr(self.trainer.datamodule, "features", None)

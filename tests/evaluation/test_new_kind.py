@@ -186,6 +186,7 @@ def test_kinds_are_found_by_name_or_import_path(module: Path, capsys: pytest.Cap
     assert vars(find_kind(f"{name}.small_spread")) == {"scale": 1.0}
     wrong = {
         "retrievel": "did you mean retrieval?",
+        "document-retrieval": "leave it out, or use `dualenc retrieval`",
         f"{name}.Spred": "Spred",
         "kind_of_nothing.Spread": "kind_of_nothing",
         f"{name}.no_kind": "EvaluationKind",

@@ -121,6 +121,7 @@ def test_separate_classes_are_found_and_random_labels_give_chance(tmp_path: Path
         (["train.tsv", "dev.tsv"], "train.tsv has no column 'text', only 'title', 'body', 'kind'"),
         (["train.tsv", "dev.tsv", "--text", "body", "--label", "kid"], "has no column 'kid'"),
         (["train.tsv", "dev.tsv", "--text", "body", "--label", "kind", "--shots", "2"], "--shots has no use for"),
+        (["train.tsv", "dev.tsv", "--text", "body", "--label", "kind", "--draws", "2"], "--draws has no use for"),
         (["train.tsv", "broken.tsv", "--text", "body", "--label", "kind"], "broken.tsv line 3: its number of columns"),
         (["train.tsv", "new.tsv", "--text", "body", "--label", "kind"], "new.tsv line 2 has the label 'other', which"),
         (["IMAGES", "--label", "kind"], "--label is for tables of texts"),

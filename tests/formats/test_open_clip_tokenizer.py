@@ -329,7 +329,7 @@ def test_clip_needs_no_file_in_open_clip(tmp_path: Path, seed: int) -> None:
 
 def test_a_tokenizer_without_padding_is_refused() -> None:
     bare = Tokenizer(Backend(models.WordLevel({"a": 0, "b": 1}, unk_token="a")), 8)
-    with pytest.raises(ModelError, match="no padding token"):
+    with pytest.raises(ModelError, match="does not have a padding token"):
         open_clip_tokenizer_config(bare, TextConfig(2, context_length=8))
 
 

@@ -258,6 +258,7 @@ def test_text_models_and_branches(hub: Hub, tmp_path: Path, seed: int) -> None:
         load_text(f"hf-hub:{REPO}", "cpu")  # main is empty
     text = hub.repos[REPO].commits[hub.repos[REPO].branches["try/one"]]["README.md"].decode()
     assert f'dualenc.load_text("hf-hub:{REPO}@try/one")' in text
+    assert "print(model.classify(" in text
     assert ModelCard(text).data.pipeline_tag == "text-classification"
     push(tmp_path / "model", REPO, revision="try/one", message="again")
 

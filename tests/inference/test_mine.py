@@ -10,7 +10,8 @@ from helpers import WORDS, perturb, tiny_tokenizer
 import dualenc
 from dualenc.cli import main
 from dualenc.inference.mine import mine_negatives
-from dualenc.models import TextConfig, TextModel
+from dualenc.models import HeadConfig, TextConfig, TextModel
+from dualenc.models.heads.vectors import EmbeddingConfig
 from dualenc.utils.errors import DataError
 
 
@@ -86,3 +87,38 @@ def test_the_command_writes_what_training_reads(predictor, tmp_path, capsys):
         assert message in fails(capsys, ["mine", str(tmp_path / "model"), pairs, str(out), *more])
     with pytest.raises(DataError, match="not one of the pairs"):
         mine_negatives(predictor, [pairs], pairs)
+
+
+def prompted(predictor):
+    """Return the model with prompts of its own for queries and documents, the latter by default."""
+    about = EmbeddingConfig(prompts={"query": "ask: ", "passage": "text: "}, default_prompt="passage")
+    head = HeadConfig("embedding", problem="negatives", embedding=about)
+    model = TextModel(predictor.model.config, {"near": head})
+    model.encoder.load_state_dict(predictor.model.encoder.state_dict())
+    return dualenc.TextPredictor(model.eval(), predictor.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("given", "query", "document"),
+    [
+        ({}, "ask: ", "text: "),
+        ({"query_prompt": "passage", "document_prompt": ""}, "text: ", ""),
+        ({"query_prompt": "find: "}, "find: ", "text: "),
+    ],
+)
+def test_queries_and_documents_have_their_prompts(predictor, tmp_path, given, query, document):
+    asks, answers = [sentence(i) for i in range(12)], [sentence(i) for i in range(12, 24)]
+    pairs = write(tmp_path / "pairs.jsonl", [{"text": a, "pair": b} for a, b in zip(asks, answers)])
+    mine_negatives(prompted(predictor), [pairs], tmp_path / "out.jsonl", negatives=11, **given)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    def in_order(before, after):
+        """Return whether the negatives of each line fall in similarity with these prompts."""
+        scores = [
+            predictor.embed([after + one for one in line["negatives"]]) @ predictor.embed(before + line["text"])[0]
+            for line in lines
+        ]
+        return all((one[:-1] - one[1:] > -1e-5).all() for one in scores)
+
+    assert in_order(query, document)
+    assert not in_order("", "wrong: ")  # control

@@ -1,7 +1,9 @@
 """Labels, masked words and embeddings of texts, compared with transformers."""
 
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from dualenc.data import Tokenizer
 from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.models import HeadConfig, TextConfig, TextModel
+from dualenc.report.card import LOCAL
 from dualenc.utils.errors import ModelError
 
 HEADS = {
@@ -206,3 +209,50 @@ def test_sentence_embeddings_without_transformers_installed(minilm: Path) -> Non
     like = eval(out)
     found = load_text(minilm, "cpu").embed(SENTENCES[:3])
     assert like == pytest.approx((found @ found.T)[0].tolist(), abs=1e-5)
+
+
+HEADS_OF_CARDS = {
+    "classify": HeadConfig("classification", ("bad", "good")),
+    "tag": HeadConfig("token_classification", ("PER",)),
+    "answer": HeadConfig("question_answering", max_length=24, stride=2),
+    "fill": HeadConfig("mlm"),
+    "embed": HeadConfig("embedding", problem="negatives"),
+}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_program_of_a_card_uses_the_heads(tmp_path, seed, number, capsys):
+    """The program runs, and calls what there are heads for; one of two heads is named."""
+    tokenizer = tiny_tokenizer(24)
+    config = TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=24)
+    for method, head in HEADS_OF_CARDS.items():
+        number_of_heads = 1 if method == "fill" else number
+        model = TextModel(config, {f"{method} {i}": head for i in range(number_of_heads)}).eval()
+        folder = tmp_path / f"{method}-{number}"
+        TextPredictor(model, tokenizer).save(folder)
+        program = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+        assert program is not None
+        called = re.findall(r"model\.(\w+)\(", program[1])
+        assert called == ([method] if number_of_heads else ["embed"])
+        exec(program[1].replace(LOCAL, str(folder)), {})
+        assert capsys.readouterr().out.strip()
+
+
+def test_texts_that_utf_8_cannot_express_are_refused(seed):
+    heads = {method: head for method, head in HEADS_OF_CARDS.items() if method != "embed"}
+    tokenizer = tiny_tokenizer(24)
+    config = TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=24)
+    it = TextPredictor(TextModel(config, heads).eval(), tokenizer)
+    for text in ("a [MASK] \ud800", "a [MASK] dog"):  # the second is the control
+        calls = [
+            partial(call, one)
+            for call in (it.classify, it.tag, it.fill, it.embed, it.embed_tokens)
+            for one in (text, [text])
+        ]
+        calls += [partial(it.answer, "a", text), partial(it.fill, "a [MASK]", targets=[text.removeprefix("a [MASK] ")])]
+        for call in calls:
+            if "dog" in text:
+                assert len(call())
+                continue
+            with pytest.raises(ValueError, match="UTF-8"):
+                call()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dualenc.data import Preprocess, Tokenizer
 from dualenc.formats.open_clip.tokenizer import clip_backend
+from dualenc.formats.sentence_transformers import ENCODER_SETTINGS
 from dualenc.inference.embedder import Embedder
 from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.interop.exporting import export
@@ -277,6 +278,26 @@ def test_the_clip_tokenizer(tmp_path: Path, seed: int) -> None:
     verify(Check(SENTENCE_TRANSFORMERS, str(tmp_path), inputs, ours, it.tokenizer), TOLERANCE)
 
 
+def test_a_folder_whose_encoder_lies_inside_is_exported_and_other_heads_are_noted(tmp_path: Path, seed: int) -> None:
+    heads = {
+        "near": HeadConfig("embedding", problem="negatives"),
+        "names": HeadConfig("token_classification", ("PER",)),
+    }
+    text_model(tiny_tokenizer(), heads, types=2).save(tmp_path / "model")
+    made = export(str(tmp_path / "model"), tmp_path / "once", "sentence-transformers")
+    assert made.notes == ["head names: the format has no place for it"]
+    inside = tmp_path / "once" / "0_Transformer"
+    inside.mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", ENCODER_SETTINGS[0]):
+        (tmp_path / "once" / file).rename(inside / file)
+    modules = json.loads((tmp_path / "once" / "modules.json").read_text())
+    modules[0]["path"] = inside.name
+    (tmp_path / "once" / "modules.json").write_text(json.dumps(modules))
+    assert export(str(tmp_path / "once"), tmp_path / "twice", "sentence-transformers").notes == []
+    first, second = (load_text(tmp_path / name, "cpu").embed(list(TEXTS)) for name in ("once", "twice"))
+    assert torch.equal(first, second)
+
+
 def test_unsupported_models_are_refused(tmp_path: Path, seed: int) -> None:
     tokenizer = tiny_tokenizer()
     odd = next(name for name in ACTIVATIONS if name == "relu")
@@ -286,7 +307,7 @@ def test_unsupported_models_are_refused(tmp_path: Path, seed: int) -> None:
         (text_model(tokenizer, pad_to=8), r"attends to padding \(text\.pad_to 8\)"),
         (text_model(tokenizer, positions="rotary", activation=odd), "no family of transformers"),
         (text_model(tokenizer, types=1, position_offset=3), "counts positions by its padding token, number 2"),
-        (text_model(nothing, types=2), "has no padding token"),
+        (text_model(nothing, types=2), "does not have a padding token: name one"),
     ):
         with pytest.raises(ModelError, match=message):
             write_sentence_transformer(it, tmp_path)

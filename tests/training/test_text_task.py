@@ -24,6 +24,7 @@ from dualenc.losses import clip_loss
 from dualenc.models import HeadConfig, TextConfig, TextModel
 from dualenc.models.heads import LoadedHeads
 from dualenc.models.heads.embedding import NEGATIVES
+from dualenc.models.heads.vectors import DenseConfig, EmbeddingConfig
 from dualenc.training import TextTask
 
 HEADS = {
@@ -368,6 +369,23 @@ def test_one_encoder_through_contrastive_and_text_tasks(tmp_path, seed, capsys):
     assert model.tokenizer.fingerprint == predictor.tokenizer.fingerprint
     for name, x in predictor.model.encoder.state_dict().items():
         assert torch.equal(model.dual_encoder.text.state_dict()[name], x), name
+
+
+@pytest.mark.long
+def test_a_contrastive_run_says_which_heads_of_a_text_model_it_leaves_out(tmp_path, seed, capsys):
+    about = EmbeddingConfig((DenseConfig(5),), {"query": "query: "})
+    heads = {"near": HeadConfig("embedding", problem="negatives", embedding=about), "mood": HeadConfig("mlm")}
+    tokenizer, still = tiny_tokenizer(), ["--trainer.max_steps", "1"]
+    for name, chosen in (("with", heads), ("without", {})):
+        text = TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=12)
+        dualenc.TextPredictor(TextModel(text, chosen).eval(), tokenizer).save(tmp_path / name)
+        capsys.readouterr()
+        small_fit(SMOKE, tmp_path / f"{name} run", seed, "--model.text_from", str(tmp_path / name), *still)
+        said = capsys.readouterr().err
+        assert f"weights of {tmp_path / name}: the text tower" in said
+        left_out = "left out: head near (embedding, dense layers, prompts), head mood (mlm)"
+        assert (left_out in said) == (name == "with")
+        assert ("left out" in said) == (name == "with")
 
 
 def test_predictions(tmp_path, seed, capsys):

@@ -49,8 +49,8 @@ class Masking:
             raise DataError(f"data.mask {share}: the share of masked tokens must lie between 0 and 1")
         if tokenizer.mask_id is None:
             raise DataError(
-                "the tokenizer has no mask token, neither one that tokenizer_config.json names nor [MASK] or <mask>: "
-                "model.mlm_weight, or a head of kind mlm, needs one"
+                "the tokenizer does not have a mask token, which model.mlm_weight and heads of kind mlm need: name one "
+                "as mask_token in tokenizer_config.json"
             )
         self.share, self.hidden, self.swapped, self.mask = share, hidden, swapped, tokenizer.mask_id
         self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special.values()))

@@ -188,7 +188,10 @@ def open_clip_tokenizer_config(tokenizer: Tokenizer, text: TextConfig) -> dict[s
     if _is_clip(tokenizer) and (text.pad_to is None or text.pad_id == 0):
         return {}
     if "pad_token" not in tokenizer_config(tokenizer, text):
-        raise ModelError("the tokenizer has no padding token ([PAD] or <pad>), which open_clip needs")
+        raise ModelError(
+            "the tokenizer does not have a padding token, which open_clip needs: name one as pad_token in "
+            "tokenizer_config.json"
+        )
     return {"hf_tokenizer_name": "tokenizer.json", "tokenizer_kwargs": {"clean": "whitespace"}}
 
 
