@@ -271,7 +271,7 @@ def mine(
     text: str = "text",
     pair: str = "pair",
     corpus: tuple[str, ...] = (),
-    document: str = "text",
+    document: str | None = None,
     negatives: int = 4,
     skip: int = 0,
     batch_size: int = 64,
@@ -285,7 +285,7 @@ def mine(
         text: column of the first text, the query.
         pair: column of the second text, the document that answers it.
         corpus: files of documents to choose from; by default the second texts of the pairs.
-        document: column of the documents in these files.
+        document: column of the documents in these files; by default text.
         negatives: number of documents for each pair.
         skip: number of the nearest documents to leave out, since they may answer the query too.
         batch_size: texts embedded at once.

@@ -108,6 +108,8 @@ def test_both_are_saved_and_older_files_lack_them(tmp_path, seed):
         ({"problem": "regression", "labels": ("n",), "class_weights": "balanced"}, "class_weights balanced"),
         ({"kind": "mlm", "labels": (), "class_weights": "balanced"}, "labels: leave them out"),
         ({"kind": "embedding", "problem": "negatives", "labels": (), "threshold": 0.4}, "does not have a threshold"),
+        ({"kind": "token_classification", "max_length": 12}, "does not have max_length: leave it out"),
+        ({"kind": "classification", "no_answer": True}, "does not have no_answer: leave it out"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):

@@ -4,8 +4,8 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from dualenc.utils.imports import import_by_path
 from dualenc.utils.tags import SchemeName
 from dualenc.utils.text import did_you_mean
 
+SETTINGS_OF_SOME = ("scheme", "max_length", "stride", "no_answer")  # of `HeadConfig`; a kind names those that it has
 THRESHOLD = 0.5  # score from which a text has a label
 HEADS: "dict[str, type[Head]]" = {}  # by kind; `dualenc/models/heads/__init__.py` lists them
 
@@ -90,6 +91,9 @@ class HeadConfig:
     no_answer: bool = False
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(HeadConfig).items():
+            if getattr(self, name) is None and type(None) not in get_args(hint):
+                raise ValueError(f"{name} of a head must not be null: give a value, or leave it out")
         if (self.scale is not None and not self.scale > 0) or not self.weight > 0:
             raise ValueError(f"scale {self.scale} and weight {self.weight} of a head must be positive")
         if not 0 < self.threshold < 1:
@@ -170,6 +174,7 @@ class Head(ABC):
         masking: see `Needs.masking`.
         problems: problems that the kind knows, by `HeadConfig.problem`; empty where it has one.
         labeled: the configuration may name labels.
+        settings: those of `SETTINGS_OF_SOME` that the kind has.
         task: Hugging Face's name of the use: `TextPredictor` and model cards choose heads by it.
         result_kind: kind of the results in reports.
         description: explanation of the results in reports.
@@ -184,6 +189,7 @@ class Head(ABC):
     masking: ClassVar[tuple[float, float] | None] = None
     problems: ClassVar[Mapping[str, Any]] = {}
     labeled: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ()
     task: ClassVar[str] = "text-classification"
     result_kind: ClassVar[str] = "labels"
     description: ClassVar[Description] = Description("texts", "labels of texts, or numbers", HEADLINES)
@@ -209,6 +215,10 @@ class Head(ABC):
             raise ValueError(f"a head of kind {kind} must have each of its labels once")
         if self.config.threshold != THRESHOLD and not self.labeled:
             raise ValueError(f"a head of kind {kind} does not have a threshold: leave it out")
+        foreign = {*SETTINGS_OF_SOME, *(() if self.problems else ("problem",))} - {*self.settings}
+        for one in fields(self.config):
+            if one.name in foreign and getattr(self.config, one.name) != one.default:
+                raise ValueError(f"a head of kind {kind} does not have {one.name}: leave it out")
         check_class_weights(self.config.class_weights, self.labels)
         if self.config.embedding is not None and self.task != "sentence-similarity":
             raise ValueError(f"a head of kind {kind} does not have embedding settings: leave them out")

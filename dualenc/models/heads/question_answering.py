@@ -57,6 +57,7 @@ class QuestionAnswering(Head):
     """
 
     labeled = False
+    settings = ("max_length", "stride", "no_answer")
     task = "question-answering"
     result_kind = "question-answering"
     description = Description(

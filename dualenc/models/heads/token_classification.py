@@ -36,6 +36,7 @@ class TokenClassification(Head):
     A word that the tokenizer turns into nothing, such as a control character, is "O".
     """
 
+    settings = ("scheme",)
     task = "token-classification"
     result_kind = "tags"
     description = Description("sentences", "named entities", ("f1", "precision", "recall", "accuracy"))
