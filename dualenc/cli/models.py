@@ -293,7 +293,9 @@ def mine(
     from dualenc import load_text
     from dualenc.inference.mine import mine_negatives
 
-    options: dict[str, Any] = {"text": text, "pair": pair, "document": document, "batch_size": batch_size}
+    if document is not None and not corpus:
+        raise UsageError(f"--document {document} has no use without --corpus")
+    options: dict[str, Any] = {"text": text, "pair": pair, "document": document or "text", "batch_size": batch_size}
     try:
         with writing(out):
             mined = mine_negatives(

@@ -69,7 +69,7 @@ def mine_negatives(
     *,
     text: str = "text",
     pair: str = "pair",
-    document: str | None = None,
+    document: str = "text",
     negatives: int = 4,
     skip: int = 0,
     batch_size: int = 64,
@@ -87,7 +87,7 @@ def mine_negatives(
         corpus: files of documents; the second texts of the pairs where there are none.
         text: column of the first text.
         pair: column of the second text.
-        document: column of the documents in the files of the corpus; None for "text".
+        document: column of the documents in the files of the corpus.
         negatives: number of documents for each line.
         skip: number of the nearest documents to leave out, which may answer the first text too.
         batch_size: texts per forward pass.
@@ -95,10 +95,8 @@ def mine_negatives(
 
     Raises:
         DataError: If a file is missing or lacks a column, or there is nothing to choose from.
-        ValueError: If a number is too small, or `document` is given without `corpus`.
+        ValueError: If a number is too small.
     """
-    if document is not None and not corpus:
-        raise ValueError(f"document {document!r} has no use without corpus")
     if negatives < 1 or skip < 0:
         raise ValueError(f"negatives {negatives} must be at least 1, and skip {skip} at least 0")
     out, bad = Path(out), []
@@ -108,8 +106,7 @@ def mine_negatives(
     rows, firsts, seconds = _read(index, Use("", text, pair), bad)
     documents = seconds
     if corpus:
-        column = document or "text"
-        _, documents, _ = _read(TextIndex.build(list(corpus), [column]), Use("", column), bad)
+        _, documents, _ = _read(TextIndex.build(list(corpus), [document]), Use("", document), bad)
     if not firsts or not documents:
         raise DataError(f"no {'document' if firsts else 'pair'} can be read: {causes(bad)}")
     first, second = _hashes(predictor, firsts), _hashes(predictor, seconds)
