@@ -215,6 +215,7 @@ def plain_message(message: str) -> str:
     text = re.sub(r" - Expected an? <class 'NoneType'>", "", text)
     text = re.sub(r" (Given value type: .*|Got value: (Namespace|\{).*)", "", text)
     text = re.sub(r"Type \S.* expects a function or a callable class: ", "", text)
+    text = text.replace("Expected a tuple", "Expected a list")  # as YAML calls it
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: f"one of {found[1]}", text)
     return f"{path}: {text}" if path else text

@@ -271,7 +271,7 @@ def mine(
     text: str = "text",
     pair: str = "pair",
     corpus: tuple[str, ...] = (),
-    document: str = "text",
+    document: str | None = None,
     negatives: int = 4,
     skip: int = 0,
     query_prompt: str | None = None,
@@ -287,7 +287,7 @@ def mine(
         text: column of the first text, the query.
         pair: column of the second text, the document that answers it.
         corpus: files of documents to choose from; by default the second texts of the pairs.
-        document: column of the documents in these files.
+        document: column of the documents in these files; by default text.
         negatives: number of documents for each pair.
         skip: number of the nearest documents to leave out, since they may answer the query too.
         query_prompt: text before each query, such as "query: ", or the name of one of the model's prompts; "" for none;
@@ -299,7 +299,9 @@ def mine(
     from dualenc import load_text
     from dualenc.inference.mine import mine_negatives
 
-    options: dict[str, Any] = {"text": text, "pair": pair, "document": document, "batch_size": batch_size}
+    if document is not None and not corpus:
+        raise UsageError(f"--document {document} has no use without --corpus")
+    options: dict[str, Any] = {"text": text, "pair": pair, "document": document or "text", "batch_size": batch_size}
     options |= {"query_prompt": query_prompt, "document_prompt": document_prompt}
     try:
         with writing(out):

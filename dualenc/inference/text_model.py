@@ -296,7 +296,9 @@ class TextPredictor:
             return heads[0]
         if name not in heads:
             what = f"no head {name!r} for {task}" if name is not None else f"{len(heads) or 'no'} heads for {task}"
-            raise ValueError(f"{self.name} has {what}" + (f": name one of {', '.join(heads)}" if heads else ""))
+            own = [f"{name} ({head.kind})" for name, head in self.model.head_configs.items()]
+            hint = f"name one of {', '.join(heads)}" if heads else f"its heads: {', '.join(own) or 'none'}"
+            raise ValueError(f"{self.name} has {what}: {hint}")
         return name
 
     def _batches(

@@ -82,6 +82,7 @@ def test_the_command_writes_what_training_reads(predictor, tmp_path, capsys):
         (["--negatives", "0"], "at least 1"),
         (["--skip", "7"], "leave none"),
         (["--pair", "no"], "no column 'no'"),
+        (["--document", "pair"], "--document pair has no use without --corpus"),
         (["--corpus", str(tmp_path / "no.jsonl")], "match no file"),
     ):
         assert message in fails(capsys, ["mine", str(tmp_path / "model"), pairs, str(out), *more])

@@ -239,6 +239,10 @@ def test_without_answers_only_the_answer_counts(seed: int) -> None:
         ({"stride": WINDOW}, "stride 24 must lie in 0 to max_length 24"),
         ({"stride": -1}, "stride -1 must lie"),
         ({"labels": ("a",)}, "does not have labels"),
+        ({"scheme": "bioes"}, "scheme has no meaning for a head of kind question_answering: leave it out"),
+        ({"problem": "regression"}, "problem has no meaning for a head of kind question_answering: leave it out"),
+        ({"stride": None}, "stride of a head must not be null"),
+        ({"labels": None}, "labels of a head must not be null"),
     ],
 )
 def test_settings_that_do_not_fit(head: dict[str, Any], message: str) -> None:

@@ -5,7 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,9 @@ class HeadConfig:
     no_answer: bool = False
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(HeadConfig).items():
+            if getattr(self, name) is None and type(None) not in get_args(hint):
+                raise ValueError(f"{name} of a head must not be null: give a value, or leave it out")
         if (self.scale is not None and not self.scale > 0) or not self.weight > 0:
             raise ValueError(f"scale {self.scale} and weight {self.weight} of a head must be positive")
         if not 0 < self.threshold < 1:

@@ -58,7 +58,8 @@ class EmbeddingConfig:
             if not isinstance(text, str):
                 raise ValueError(f"prompts: {name} must be a string, found {text!r}")
         if self.default_prompt is not None and self.default_prompt not in self.prompts:
-            raise ValueError(f"default_prompt {self.default_prompt!r} is not one of the prompts {list(self.prompts)}")
+            known = ", ".join(self.prompts) or "none"
+            raise ValueError(f"default_prompt {self.default_prompt!r} is not one of the prompts: {known}")
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"dim {self.dim} must be at least 1")
 
