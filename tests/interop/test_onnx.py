@@ -352,7 +352,7 @@ def test_the_onnx_reference_runs_without_torch(tmp_path: Path, monkeypatch: Any,
     it = predictor({})
     onnx.write_text_onnx(it, tmp_path)
     mask = np.ones((1, 3), np.int64)
-    inputs = {"ids": mask, "mask": mask, "texts": ["a"]}
+    inputs = {"ids": mask, "mask": mask, "types": 0 * mask, "texts": ["a"], "prompts": []}
     with pytest.raises(RuntimeError, match="torch was imported"):
         references.onnx(str(tmp_path), inputs)
     monkeypatch.delitem(sys.modules, "torch")
