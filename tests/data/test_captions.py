@@ -151,7 +151,7 @@ def test_commands_name_the_fields_that_are_there(tmp_path: Path, seed: int, caps
     rng = np.random.default_rng(seed)
     samples = [
         {"__key__": f"{i}", "png": encode(pixels(rng)), "json": json.dumps({"meta": {"said": caption(rng)}}).encode()}
-        for i in range(24)
+        for i in range(64)  # a share of them is held out, which must not be none
     ]
     shards = write_tar(tmp_path / "shards" / "0.tar", samples)
     tokenizer = ["--data.val", "null", "--data.tokenizer", str(tmp_path / "t.json")]
