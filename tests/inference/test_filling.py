@@ -91,7 +91,7 @@ def test_guesses_equal_those_of_the_pipeline(kind: str, tmp_path: Path, seed: in
 
 
 def test_a_blank_after_the_mask_is_not_made_up(tmp_path: Path, seed: int) -> None:
-    """Where only the first word of a text gets a blank, the text after a mask does not."""
+    """Check that the text after a mask gets no blank if only the first word of a text gets one."""
     write_model(tmp_path, "first")
     ours = load_text(tmp_path / "model", "cpu").tokenizer
     (ids,) = ours.encode([f"the <MASK{LLM_JP}cat"], masks=True)
