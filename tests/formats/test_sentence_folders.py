@@ -72,7 +72,7 @@ def dense(width: int, out: int, activation: str, bias: bool = True, pickled: boo
 
 
 class Case(NamedTuple):
-    """What a folder holds besides the encoder.
+    """Content of a folder apart from the encoder.
 
     Attributes:
         pooling: content of the config of Pooling.
