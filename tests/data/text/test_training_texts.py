@@ -126,7 +126,10 @@ def test_each_head_of_a_text_task_has_its_share(tmp_path: Path, seed: int, monke
     heads = {"guess": HeadConfig("mlm"), "topic": HeadConfig("classification", ("0", "1"))}
     (tmp_path / "guess.txt").write_text("".join(f"guess {i}\n" for i in range(11)))
     (tmp_path / "topic.tsv").write_text("text\tlabel\n" + "".join(f"topic {i}\t{i % 2}\n" for i in range(37)))
-    sources = {"guess": {"files": str(tmp_path / "guess.txt")}, "topic": {"files": str(tmp_path / "topic.tsv")}}
+    sources: dict[str, Any] = {
+        "guess": {"files": str(tmp_path / "guess.txt")},
+        "topic": {"files": str(tmp_path / "topic.tsv")},
+    }
     for most, shares in ((48, (11, 37)), (12, (3, 10))):  # rounded up
         trained.bound(most, monkeypatch)
         data = TextData(sources, TextConfig(60, width=16, layers=1, heads=2, context_length=12), heads, seed=seed)
