@@ -180,9 +180,8 @@ def run_peer(plan: dict[str, Any], folder: Path) -> None:
     except _End:
         pass
     wrapped = OpenClip(model, "peer")
-    values: dict[str, Any] = {
-        key: tuple(x) if isinstance(x, list) else x for key, x in model.visual.preprocess_cfg.items()
-    }
+    found: dict[str, Any] = cast(Any, model).visual.preprocess_cfg
+    values: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in found.items()}
     embedder = Embedder(wrapped, OpenClipTokenizer(tokenizer, wrapped.trims), OpenClipTransform(**values))
     curve.measure(model, embedder, plan["evaluation"])
 
