@@ -1,4 +1,4 @@
-"""Benchmark of `dualenc fit` against a plain training loop, with several OpenMP settings, alone or beside a neighbor.
+"""Benchmark of `dualenc fit` against a plain training loop, with several OpenMP settings, alone or next to a busy process.
 
 Each side of a round is a program of its own, since OpenMP reads its settings when torch is loaded.
 """
@@ -28,7 +28,7 @@ from dualenc.training.optim import parameter_groups
 from tools.bench.runner import Result
 
 Loop = Literal["plain", "fit"]
-WARMUP = 20  # steps that are not measured: the workers start, and torch chooses its kernels
+WARMUP = 10  # steps that are not measured: the workers start, and torch chooses its kernels
 
 
 def fit(

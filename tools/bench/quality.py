@@ -129,8 +129,8 @@ def reached(points: Sequence[dict[str, float]], recall: float, what: str) -> flo
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Return the runs as a page: final recall, times, and the time to the peer's final recall with the same seed.
 
-    A run is so many times faster as the CPU seconds after which the peer first has its final recall are more than those
-    after which the run has it.
+    The last column is the CPU seconds after which the peer first has its final recall, divided by those after which the
+    run has it.
     """
     peers = {record["seed"]: record["points"] for record in records if record["label"] == PEER}
     columns = ["side", "seed", "recall@10", "CPU s", "s", "samples to the peer's recall", "CPU s to it", "times faster"]

@@ -35,7 +35,7 @@ PEER_VOCABULARY = 49_408  # entries of open_clip's own tokenizer
 
 
 class Curve:
-    """Weights of a run at equal distances, with the time up to there.
+    """Curve of a run: its weights at equal distances, with the time up to there.
 
     Args:
         steps: steps of the run.
