@@ -1,4 +1,4 @@
-"""Benchmark of `dualenc fit` against a plain training loop, with several OpenMP settings, alone or next to a busy process.
+"""Benchmark of `dualenc fit` against a plain training loop, by OpenMP's settings, alone or next to busy processes.
 
 Each side of a round is a program of its own, since OpenMP reads its settings when torch is loaded.
 """

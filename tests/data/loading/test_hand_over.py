@@ -33,7 +33,7 @@ def test_batches_arrive_as_they_were_made(seed: int) -> None:
             other = expected[name]
             assert torch.equal(x, other), name
             assert (x.dtype, x.stride()) == (other.dtype, other.stride()), name
-            copied = not x.numel() or x.nbytes <= SMALL and other.is_contiguous() and x.dtype != torch.bfloat16
+            copied = not x.numel() or (x.nbytes <= SMALL and other.is_contiguous() and x.dtype != torch.bfloat16)
             assert x.is_shared() != copied, name
             x.zero_()  # the batch is writable
     assert any(x.nbytes > SMALL for x in data[0].values())
