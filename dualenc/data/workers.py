@@ -304,10 +304,11 @@ def _handle_thread_error(kind: type[BaseException], error: BaseException, trace:
         os._exit(errno.EMFILE)
 
 
-class _Pickler(ForkingPickler):
+class BatchPickler(ForkingPickler):
     """Pickler that copies small tensors: each one in shared memory takes a file and a connection to its worker."""
 
     def reducer_override(self, item: Any) -> Any:
+        """Return how to copy a small tensor; other objects are passed as usual."""
         plain = type(item) is Tensor and item.layout == torch.strided
         if plain and item.nbytes <= SMALL and item.is_contiguous():  # a copy of others would have other strides
             with suppress(TypeError, RuntimeError):  # numpy lacks some dtypes, and gradients
@@ -324,7 +325,7 @@ class _Shared:
 
     def __init__(self, batch: Any) -> None:
         with _naming_limits():
-            self.content = bytes(_Pickler.dumps(batch))
+            self.content = bytes(BatchPickler.dumps(batch))
             # A thread of multiprocessing opens files to pass the memory on.
             require_spare_files(SPARE_FILES)
 
