@@ -167,6 +167,14 @@ def test_commands_without_models_do_not_load_torch(arguments: list[str]) -> None
     assert loaded(f"from dualenc.cli import main; main({arguments!r})", *heavy) == []
 
 
+def test_scanning_a_few_shards_loads_no_torch(tmp_path: Path, seed: int) -> None:
+    """Workers are torch's, and a few shards are scanned without any; decoding, in `doctor`, is the control."""
+    paths = write_shards(tmp_path, [3, 2], seed)
+    heavy = "torch", "lightning", "tokenizers", "PIL"
+    assert loaded(f"from dualenc.cli import main; main(['index', '--hash', *{paths!r}])", *heavy) == []
+    assert "torch" in loaded(f"from dualenc.cli import main; main(['doctor', *{paths!r}])", *heavy)
+
+
 @pytest.mark.long
 def test_data_commands_load_no_torchvision(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
+# GNU's OpenMP, which torch brings along, lets threads spin for milliseconds at the end of each parallel region. Where
+# another process has one of the cores, the thread that it delays is waited for in vain, thousands of times a second.
+SPIN_COUNT = "1000"
+OPENMP_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # variables by which users choose it
 PIPE_CLOSED = 141  # exit status of a command whose output is no longer read: 128 and SIGPIPE
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ends: 128 and SIGINT
 
@@ -24,6 +28,7 @@ def main(arguments: "Sequence[str] | None" = None) -> None:
     Args:
         arguments: the command and its options; absent, those of the program.
     """
+    limit_spinning()
     before = signal.getsignal(signal.SIGINT)
     # Another handler is somebody's choice: `nohup` and background jobs of a shell ignore the signal.
     handles = before is signal.default_int_handler
@@ -53,6 +58,15 @@ def main(arguments: "Sequence[str] | None" = None) -> None:
         if handles:
             # A program that is ending dies at once, without a message from whatever Python is cleaning up.
             signal.signal(signal.SIGINT, signal.SIG_DFL if arguments is None else before)
+
+
+def limit_spinning() -> None:
+    """Let OpenMP's threads sleep soon when they wait for each other, in this process and those that it starts.
+
+    OpenMP reads the variable when torch is loaded, so nothing is set after that. The user's own choice stays.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in OPENMP_WAITING):
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def _end() -> None:

@@ -251,6 +251,8 @@ def tokenizer(
 ) -> None:
     """Train a tokenizer on the captions of shards, and print the lengths of the captions in tokens.
 
+    Of more than a million captions, a million are drawn evenly from all shards.
+
     Args:
         shards: paths, globs, brace patterns or folders.
         out: .json file to write.
@@ -266,13 +268,15 @@ def tokenizer(
     from dualenc import DataError, ShardIndex, Tokenizer
     from dualenc.data.pairs import all_captions, only_pairs
     from dualenc.data.shards.sample import image_argument
+    from dualenc.data.text.training_texts import MAX_TEXTS, draw_texts, spread_samples
+    from dualenc.utils.text import plural
 
     if out.suffix != ".json" or out.is_dir():
         raise UsageError(f"{out} must be a .json file")
     make_folder(out.parent, "folder")
     index, left_out = only_pairs(ShardIndex.build(shards, image=image), captions)
     unreadable: list[str] = []
-    texts = list(all_captions(index, captions, unreadable))
+    texts = draw_texts(all_captions(spread_samples(index, MAX_TEXTS, 0), captions, unreadable), MAX_TEXTS, 0)
     if not texts:
         raise DataError(f"no caption can be read; the first one that fails: {unreadable[0]}")
     trained = Tokenizer.train(texts, vocab_size, sys.maxsize, kind)
@@ -283,13 +287,14 @@ def tokenizer(
     lengths = np.diff(trained(texts).offsets.numpy())
     longest, percentile, mean = lengths.max(), int(np.quantile(lengths, 0.99, method="higher")), lengths.mean()
     fewer = f", as many as the captions give of {vocab_size:,}," if trained.vocab_size < vocab_size else ""
+    drawn = f", drawn from {plural(len(index), 'sample')}" if len(texts) == MAX_TEXTS else ""
     chosen = "" if captions == "auto" else f" --data.captions {shlex.quote(captions)}"
     if left_out:
         print(f"{len(left_out):,} samples have no image or no caption and were left out")
     if unreadable:
         print(f"{len(unreadable):,} samples have no readable caption and were left out, such as {unreadable[0]}")
     print(
-        f"{out}: {trained.vocab_size:,} entries{fewer} from {len(texts):,} captions, with {mean:.1f} tokens on "
+        f"{out}: {trained.vocab_size:,} entries{fewer} from {len(texts):,} captions{drawn}, with {mean:.1f} tokens on "
         f"average, at most {percentile} in 99% of them, and {longest} in the longest\n"
         f"next: dualenc fit --config run.yaml{chosen}{image_argument(index.images)} "
         f"--data.tokenizer {shlex.quote(str(out))} --model.text.context_length {min(longest, 512)}"

@@ -11,9 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.shards.sample import Sample, image_members
-from dualenc.data.shards.shard import Shard, hash_name
+from dualenc.data.shards.shard import IMAGE_EXTENSIONS, Shard, hash_name
 from dualenc.utils.errors import BadSample, DataError
 
 FORMAT = 1

@@ -27,7 +27,6 @@ from dualenc.utils.urls import is_remote, shown
 
 # Forms of an image that `open_image` and `dualenc.Embedder` take, for messages.
 IMAGE_FORMS = "paths, Pillow images, arrays (H, W, 3) of uint8, tensors (3, H, W), bytes or open files"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 1 << 27  # 134 million: more than any photo has, less than a header may claim to exhaust memory
 MAX_ASPECT = 50  # largest ratio of the sides that is resized; longer images are cropped first
 

@@ -3,7 +3,7 @@
 import os
 import random
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,15 +130,15 @@ def _read_member(sample: Sample, member: str, name: str | None) -> Any:
         raise BadSample(sample, f"its .{member} has no field {name!r}", f"it has {describe_fields(fields)}") from None
 
 
-def all_captions(index: ShardIndex, source: str, bad: list[str] | None = None) -> Iterator[str]:
-    """Yield all captions of an index; samples without readable captions are skipped.
+def all_captions(samples: Iterable[Sample], source: str, bad: list[str] | None = None) -> Iterator[str]:
+    """Yield all captions of samples; those without readable captions are skipped.
 
     Args:
-        index: the samples.
+        samples: the samples, such as a `ShardIndex`.
         source: see `captions_of`.
         bad: a list that takes the reason for each skipped sample.
     """
-    for sample in index:
+    for sample in samples:
         try:
             yield from captions_of(sample, source)
         except BadSample as error:

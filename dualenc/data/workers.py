@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -32,6 +32,7 @@ from dualenc.utils.text import plural, print_message
 POLL_SECONDS = 1.0  # between checks of the workers during the wait for a batch
 GRACE_SECONDS = 3.0  # in which workers may end by themselves before they are killed
 PREFETCH = 4  # batches that each worker makes ahead
+SMALL = 16_384  # bytes of a tensor up to which it is copied through the pipe of a worker
 SPARE_FILES = 8  # that a worker must be able to open after it has made a batch
 SHARED_MEMORY = "/dev/shm"  # file system through which Linux shares the memory of tensors
 # A terminal or SLURM sends these to all processes of a run, but only the trainer should act on them.
@@ -65,11 +66,11 @@ def _tell_lowered(workers: int, cores: int) -> None:
     print_message(f"workers: {cores} instead of {workers}, since this process may use {plural(cores, 'core')}")
 
 
-def item_loader(dataset: Dataset[Any], order: Sequence[Any], workers: int, **options: Any) -> "WorkerLoader":
-    """Return a loader of a dataset's items, one by one and without collation.
+def item_loader(dataset: Any, order: Sequence[Any], workers: int, **options: Any) -> "WorkerLoader":
+    """Return a loader of a data set's items, one by one and without collation.
 
     Args:
-        dataset: dataset that is indexed with one item of `order` at a time.
+        dataset: data set that is indexed with one item of `order` at a time.
         order: indices in the order in which they are read.
         workers: number of processes; 0 to read in this process.
         options: further options of the `WorkerLoader`.
@@ -303,8 +304,20 @@ def _handle_thread_error(kind: type[BaseException], error: BaseException, trace:
         os._exit(errno.EMFILE)
 
 
+class BatchPickler(ForkingPickler):
+    """Pickler that copies small tensors: each one in shared memory takes a file and a connection to its worker."""
+
+    def reducer_override(self, item: Any) -> Any:
+        """Return how to copy a small tensor; other objects are passed as usual."""
+        plain = type(item) is Tensor and item.layout == torch.strided
+        if plain and item.nbytes <= SMALL and item.is_contiguous():  # a copy of others would have other strides
+            with suppress(TypeError, RuntimeError):  # numpy lacks some dtypes, and gradients
+                return torch.from_numpy, (item.numpy(),)
+        return NotImplemented
+
+
 class _Shared:
-    """A batch whose tensors have been moved to shared memory; unpickling this object returns the batch.
+    """A batch whose large tensors have been moved to shared memory; unpickling this object returns the batch.
 
     Torch moves them in a thread of the queue, where an error is printed and the batch never comes. Here the error is
     raised where the batch is made, and reaches the main process.
@@ -312,7 +325,7 @@ class _Shared:
 
     def __init__(self, batch: Any) -> None:
         with _naming_limits():
-            self.content = bytes(ForkingPickler.dumps(batch))
+            self.content = bytes(BatchPickler.dumps(batch))
             # A thread of multiprocessing opens files to pass the memory on.
             require_spare_files(SPARE_FILES)
 

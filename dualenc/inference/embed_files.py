@@ -30,13 +30,12 @@ from dualenc.data.image_features import (
     file_name,
     read_about,
 )
-from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.loading.bad_samples import BadRecord, causes
 from dualenc.data.pairs import caption_members, captions_of, decode_and_hash
 from dualenc.data.prepare.resumable import check_same, other_inputs
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.sample import image_argument
-from dualenc.data.shards.shard import Shard
+from dualenc.data.shards.shard import IMAGE_EXTENSIONS, Shard
 from dualenc.data.workers import CurrentSample, WorkerLoader, tensor_bytes
 from dualenc.inference.image_files import FilePart, FileParts
 from dualenc.utils.errors import BadSample, DataError

@@ -10,8 +10,8 @@ from itertools import accumulate
 from typing import Any
 
 from dualenc.data.eval_sets.base import ImageFiles
-from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.shards.patterns import SHARDS, FileKind, find_files, require_all
+from dualenc.data.shards.shard import IMAGE_EXTENSIONS
 from dualenc.utils.decoding import lines_of, read_text, trimmed
 from dualenc.utils.errors import DataError
 from dualenc.utils.urls import is_remote

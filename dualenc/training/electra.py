@@ -20,7 +20,7 @@ from dualenc.report import Section
 from dualenc.training.contrastive import adamw
 from dualenc.training.optim import WarmupCosine
 from dualenc.training.ranks import mean_over_ranks
-from dualenc.training.task import with_vocabulary
+from dualenc.training.task import seed_dropout, with_vocabulary
 from dualenc.training.text import LanguageTask
 from dualenc.utils.errors import DataError
 
@@ -75,7 +75,7 @@ class ReplacedTokenTask(LanguageTask):
     def validation_step(self, batch: Texts, batch_idx: int) -> None:
         """Keep the states of held-out texts, with the same draws each time."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(self.seed, HELD_OUT, batch_idx, self.global_rank))
+            seed_dropout(derive_seed(self.seed, HELD_OUT, batch_idx, self.global_rank), self.device)
             super().validation_step(batch, batch_idx)
 
     test_step = validation_step

@@ -1,7 +1,6 @@
 """The data module of image-text pairs: shards, split, tokenizer and loaders."""
 
 from collections.abc import Callable, Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -15,6 +14,7 @@ from dualenc.data.loading.loader import BatchDataset
 from dualenc.data.pairs import AUTO, all_captions, only_pairs
 from dualenc.data.shards.patterns import distinct
 from dualenc.data.text.masking import Masking
+from dualenc.data.text.training_texts import MAX_TEXTS, draw_texts, spread_samples
 from dualenc.models import TextConfig
 from dualenc.training.ranks import all_gather_object
 from dualenc.training.task import rank_zero_print
@@ -62,8 +62,8 @@ class TokenData(LightningDataModule):
         self.tokenizer: Tokenizer | None = None
         self._loaders: list[Loader] = []
 
-    def all_texts(self, bad: list[str]) -> Iterable[str]:
-        """Return the texts to train a tokenizer on.
+    def training_texts(self, bad: list[str]) -> Iterable[str]:
+        """Return the texts to train a tokenizer on, from at most `MAX_TEXTS` samples.
 
         Args:
             bad: list that takes the reason for each sample without a readable text.
@@ -90,11 +90,11 @@ class TokenData(LightningDataModule):
             return
         rank_zero_print(f"training a tokenizer of {self.text.vocab_size:,} entries on the {what}")
         unreadable: list[str] = []
-        texts = iter(self.all_texts(unreadable))
-        if (first := next(texts, None)) is None:
+        texts = draw_texts(self.training_texts(unreadable), MAX_TEXTS, self.seed)
+        if not texts:
             example = f" ({unreadable[0]})" if unreadable else ""
             raise DataError(f"none of the {what} can be read{example}: there is nothing to train a tokenizer on")
-        tokenizer = Tokenizer.train(chain([first], texts), self.text.vocab_size, self.text.context_length)
+        tokenizer = Tokenizer.train(texts, self.text.vocab_size, self.text.context_length)
         self._trained_tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._trained_tokenizer_path) as temporary:
             tokenizer.save(temporary)
@@ -180,7 +180,7 @@ class PairData(TokenData):
         select: keys or an expression over `.json` fields; see `ShardIndex.select`.
         tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one of them; absent, that of the checkpoint from which
             the task takes its text tower; without one, a tokenizer of `text.vocab_size` entries is trained on the
-            training captions and written to the run directory.
+            training captions, at most a million of them, and written to the run directory.
         batch_size: pairs in a batch, over all ranks.
         micro_batch_size: maximum number of pairs that a rank embeds at a time; a larger batch is split into
             micro-batches, whose embeddings alone are kept and which are embedded again for the gradient.
@@ -254,10 +254,10 @@ class PairData(TokenData):
         self._build_indexes()
         self._train_tokenizer("captions")
 
-    def all_texts(self, bad: list[str]) -> Iterable[str]:
-        """Return the captions of the training pairs; see `TokenData.all_texts`."""
+    def training_texts(self, bad: list[str]) -> Iterable[str]:
+        """Return captions of the training pairs; see `TokenData.training_texts`."""
         assert self.train_index is not None
-        return all_captions(self.train_index, self.captions, bad)
+        return all_captions(spread_samples(self.train_index, MAX_TEXTS, self.seed), self.captions, bad)
 
     def setup(self, stage: str) -> None:
         """Index the shards, split off the held-out pairs, and read the tokenizer.

@@ -56,7 +56,13 @@ class RunRecord:
     def add_start(self, trainer: Trainer) -> None:
         """Add the start of this process."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._starts.append({"step": trainer.global_step, "at": now, "ranks": trainer.world_size})
+        start = {
+            "step": trainer.global_step,
+            "at": now,
+            "ranks": trainer.world_size,
+            "threads": torch.get_num_threads(),
+        }
+        self._starts.append(start)
 
     def write(self, trainer: Trainer, task: Task) -> None:
         """Write `config.yaml`, once, and `run.json`.

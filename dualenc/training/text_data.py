@@ -1,7 +1,6 @@
 """The Lightning data module of texts, which trains and measures the heads of a text encoder on files of lines."""
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -14,6 +13,7 @@ from dualenc.data.loading.loader import Mix
 from dualenc.data.text.dataset import TextDataset, Texts, Use, all_labels, all_texts, texts_of
 from dualenc.data.text.files import TextIndex
 from dualenc.data.text.masking import Masking
+from dualenc.data.text.training_texts import MAX_TEXTS, spread_samples
 from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig, make_head
 from dualenc.training.pair_data import Source, TokenData, stage_name
@@ -228,10 +228,13 @@ class TextData(TokenData):
         assert reader is not None
         return torch.tensor(self._labels[head], dtype=reader.dtype)
 
-    def all_texts(self, bad: list[str]) -> Iterable[str]:
-        """Return the training texts; see `TokenData.all_texts`."""
+    def training_texts(self, bad: list[str]) -> Iterable[str]:
+        """Return training texts; see `TokenData.training_texts`. Each head has its share of them."""
         found = self._raw["train"]
-        return chain.from_iterable(all_texts(index, self.uses["train"][name], bad) for name, index in found.items())
+        total = sum(map(len, found.values()))
+        for name, index in found.items():
+            share = -(-MAX_TEXTS * len(index) // total) if total > MAX_TEXTS else len(index)
+            yield from all_texts(spread_samples(index, share, self.seed), self.uses["train"][name], bad)
 
     def prepare_data(self) -> None:
         """Index the lines and train the tokenizer, in one process of each machine."""

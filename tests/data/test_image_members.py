@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from dualenc.cli import main
 from dualenc.data import ShardIndex
 from dualenc.data.image_features import Features
-from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.pairs import decode_sample
 from dualenc.data.shards.sample import image_members
+from dualenc.data.shards.shard import IMAGE_EXTENSIONS
 from dualenc.utils.errors import DataError
 
 IMAGE = ["--image", "input.png"]

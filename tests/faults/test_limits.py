@@ -157,7 +157,7 @@ def test_memory_that_others_fill_is_named(index, tmp_path, seed, monkeypatch, pa
     def full(batch):
         raise RuntimeError(f"unable to allocate shared memory(shm) for file </torch_1>: {os.strerror(28)} (28)")
 
-    monkeypatch.setattr(workers_module, "ForkingPickler", types.SimpleNamespace(dumps=full))
+    monkeypatch.setattr(workers_module, "BatchPickler", types.SimpleNamespace(dumps=full))
     line = failures({path: paths(index, tmp_path, seed)[path]})[path]
     assert line.startswith("/dev/shm is full")
     assert "--shm-size" in line
@@ -167,7 +167,7 @@ def test_full_disk_is_not_called_full_memory(index, seed, monkeypatch):
     def full(batch):
         raise OSError(28, os.strerror(28), "/tmp/pymp-1")
 
-    monkeypatch.setattr(workers_module, "ForkingPickler", types.SimpleNamespace(dumps=full))
+    monkeypatch.setattr(workers_module, "BatchPickler", types.SimpleNamespace(dumps=full))
     with pytest.raises(OSError, match="/tmp/pymp-1"):
         list(loader(index, seed, workers=1))
 
@@ -187,6 +187,7 @@ import json, sys
 from pathlib import Path
 import test_limits as t
 import dualenc.data.workers as w
+w.SMALL = -1  # the images of this test are so small that they would be copied
 index = t.ShardIndex.build(str(Path(sys.argv[1]) / "shards"))
 checked = t.failures(t.paths(index, Path(sys.argv[1]) / "1", 0))
 w._free_shared_memory = lambda: float("inf")  # the memory is filled after the check

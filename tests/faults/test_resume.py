@@ -68,6 +68,7 @@ def test_killed_run_resumes_bit_equal(uninterrupted, tmp_path, step, where):
     assert_same(tmp_path, uninterrupted.folder)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["restarts"] == 1
+    assert [start["threads"] for start in record["starts"]] == [1, 1]
     assert record["samples_seen"] == 27 * 4
     assert record["step"] == 27
 

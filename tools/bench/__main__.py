@@ -3,11 +3,13 @@
 from jsonargparse import auto_cli
 
 from tools.bench.checkpoint import checkpoint
+from tools.bench.fit import fit
 from tools.bench.index import index
 from tools.bench.loader import loader
 from tools.bench.loss import loss
 from tools.bench.memory import memory
 from tools.bench.precision import precision
+from tools.bench.quality import quality
 from tools.bench.retrieval import retrieval
 from tools.bench.text import text
 from tools.bench.text_tasks import answering, tagging
@@ -17,11 +19,13 @@ if __name__ == "__main__":
     programs = {
         "answering": answering,
         "checkpoint": checkpoint,
+        "fit": fit,
         "index": index,
         "loader": loader,
         "loss": loss,
         "memory": memory,
         "precision": precision,
+        "quality": quality,
         "retrieval": retrieval,
         "tagging": tagging,
         "text": text,

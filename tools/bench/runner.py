@@ -250,10 +250,10 @@ def _serve(side: Side, cores: list[int], pipe: Connection) -> None:
         run = side.make()
         pipe.send((True, None))
         while pipe.recv():
-            before, start = _cpu_seconds(), time.perf_counter()
+            before, start = cpu_seconds(), time.perf_counter()
             units = run()
             seconds = time.perf_counter() - start
-            pipe.send((True, (seconds, _cpu_seconds() - before, units)))
+            pipe.send((True, (seconds, cpu_seconds() - before, units)))
     except (EOFError, BrokenPipeError):
         pass
     except Exception:
@@ -265,7 +265,7 @@ def fork_workers() -> None:
     multiprocessing.set_start_method("fork", force=True)
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """Return the CPU seconds of this process and all of its children, including those that have ended."""
     ended, tick = os.times(), os.sysconf("SC_CLK_TCK")
     total = time.process_time() + ended.children_user + ended.children_system

@@ -17,12 +17,12 @@ import numpy as np
 from dualenc.data.doctor.scan import Survey, survey
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet, Problem
 from dualenc.data.eval_sets.shard_sets import caption_lines
-from dualenc.data.images import IMAGE_EXTENSIONS, thumbnail
+from dualenc.data.images import thumbnail
 from dualenc.data.loading.bad_samples import MAX_CONSECUTIVE, BadSampleLog
 from dualenc.data.pairs import caption_members, captions_of, decode_sample, join_command
 from dualenc.data.shards.index import Sample, ShardIndex
 from dualenc.data.shards.patterns import SHARDS, Patterns, distinct, find_files
-from dualenc.data.shards.shard import content_hash
+from dualenc.data.shards.shard import IMAGE_EXTENSIONS, content_hash
 from dualenc.data.text.tokenizer import Tokenizer
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import printable, quoted

@@ -12,7 +12,6 @@ import torch
 
 from dualenc.data.eval_sets.base import SPLITS, Choices, Content, ImageFiles, Problems, SetOptions, problem_list
 from dualenc.data.eval_sets.class_texts import CLASSNAMES, check_count, class_texts, note_duplicates
-from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.prepare.caption_sources import (
     caption_problem,
     class_name,
@@ -22,6 +21,7 @@ from dualenc.data.prepare.caption_sources import (
     tables_in,
 )
 from dualenc.data.prepare.pictures import PictureFiles, path_inside
+from dualenc.data.shards.shard import IMAGE_EXTENSIONS
 from dualenc.utils.decoding import read_text, trimmed
 from dualenc.utils.errors import DataError
 

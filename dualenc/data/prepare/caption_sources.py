@@ -17,7 +17,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.prepare.pictures import (
     PictureFiles,
     PictureRef,
@@ -31,6 +30,7 @@ from dualenc.data.prepare.pictures import (
 from dualenc.data.prepare.sample_join import joined_samples
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.patterns import SHARDS, FileKind, Patterns, find_files, parts_of, require_all
+from dualenc.data.shards.shard import IMAGE_EXTENSIONS
 from dualenc.utils.decoding import open_text, read_text, text_problem, trimmed
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import stand_in

@@ -21,11 +21,12 @@ import simplejpeg
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from dualenc.data.images import IMAGE_EXTENSIONS, ImageError, decode_image, resize
+from dualenc.data.images import ImageError, decode_image, resize
 from dualenc.data.pairs import no_images
 from dualenc.data.prepare.resumable import JOURNAL, check_same, other_inputs, read_lines
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.sample import Sample, image_argument, image_members
+from dualenc.data.shards.shard import IMAGE_EXTENSIONS
 from dualenc.data.workers import item_loader
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import append_lines, atomic_write, write_json, write_text

@@ -18,15 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.shards.patterns import Patterns, expand_shards
 from dualenc.data.shards.remote import Cache, fetch_small
 from dualenc.data.shards.sample import Sample, image_members
 from dualenc.data.shards.select import Expression
-from dualenc.data.shards.shard import FILE_NAME, Shard, hash_name, index_files, name_of, read_index, scan, write_index
-from dualenc.data.workers import item_loader
+from dualenc.data.shards.shard import (
+    FILE_NAME,
+    IMAGE_EXTENSIONS,
+    Shard,
+    hash_name,
+    index_files,
+    name_of,
+    read_index,
+    scan,
+    write_index,
+)
 from dualenc.utils.decoding import lines_of, read_text
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, stand_in
@@ -329,8 +336,7 @@ class _Build:
         scanner = _Scanner([*self.missing, *unhashed], self.hashes, self.cache, piece)
         saved = time.monotonic()
         try:
-            workers = workers if len(scanner) > 3 else 0  # scanning a few shards takes less time than starting workers
-            for result in track(item_loader(scanner, range(len(scanner)), workers, waiting=True)):
+            for result in track(_results(scanner, workers)):
                 if isinstance(result, DataError):
                     self._raise_or_collect(result)
                     continue
@@ -428,14 +434,29 @@ def _folder_lock(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-class _Scanner(Dataset[Any]):
-    """Dataset of scanned shards, from paths and URLs to scan and shards to hash. Errors are returned, not raised."""
+def _results(scanner: "_Scanner", workers: int) -> Iterable[Any]:
+    """Return what a scanner finds, in its order: from workers, or from this process if the shards are few.
+
+    Scanning a few shards takes less time than starting workers, and than loading torch, which has them.
+    """
+    if len(scanner) <= 3:
+        return scanner
+    from dualenc.data.workers import item_loader
+
+    return item_loader(scanner, range(len(scanner)), workers, waiting=True)
+
+
+class _Scanner:
+    """Data set of scanned shards, from paths and URLs to scan and shards to hash. Errors are returned, not raised."""
 
     def __init__(self, items: list[Any], hashes: tuple[str, ...], cache: Cache, piece: str) -> None:
         self.items, self.hashes, self.cache, self.piece = items, hashes, cache, piece
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def __iter__(self) -> Iterator[Shard | DataError]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, i: int) -> Shard | DataError:
         try:

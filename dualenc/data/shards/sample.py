@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
-from dualenc.data.images import IMAGE_EXTENSIONS
-from dualenc.data.shards.shard import Shard
+from dualenc.data.shards.shard import IMAGE_EXTENSIONS, Shard
 from dualenc.utils.decoding import TextError, decode_text
 from dualenc.utils.errors import BadSample, DataError
 

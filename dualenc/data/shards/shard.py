@@ -26,13 +26,13 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from dualenc.data.images import IMAGE_EXTENSIONS
 from dualenc.data.shards.remote import Cache, RemoteFile
 from dualenc.data.shards.tar import Member, TarError, members
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import atomic_write, stand_in
 from dualenc.utils.urls import cache_folder, is_remote, shown
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of the members that may hold the image
 MAGIC = b"dualenc index 1\n"
 FILE_NAME = "dualenc.index"
 DTYPES = {

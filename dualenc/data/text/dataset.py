@@ -1,6 +1,6 @@
 """Batches of texts from lines of files, for one head or several."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -248,15 +248,15 @@ def _check_names(sample: Line, use: Use, fields: Mapping[str, Any]) -> None:
         )
 
 
-def all_texts(index: TextIndex, use: Use, bad: list[str] | None = None) -> Iterator[str]:
-    """Yield every text of the lines; lines without a readable text are left out.
+def all_texts(lines: Iterable[Line], use: Use, bad: list[str] | None = None) -> Iterator[str]:
+    """Yield every text of lines; lines without a readable text are left out.
 
     Args:
-        index: the lines.
+        lines: the lines, such as a `TextIndex`.
         use: columns to read.
         bad: a list that takes the reason for each line that is left out.
     """
-    for sample in index:
+    for sample in lines:
         try:
             yield from texts_of(sample, use)
         except BadSample as error:
