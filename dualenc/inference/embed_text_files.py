@@ -65,7 +65,8 @@ def embed_text_files(
         raise DataError(f"two files have the name {twice[0]}: embed them into two folders")
     what: Literal["texts", "tokens"] = "tokens" if tokens else "texts"
     width, options = (predictor.model.config.width, {}) if tokens else _meaning(predictor, prompt, dim)
-    common = {"made_by": predictor.fingerprint, "column": column, "what": what, **options}
+    made_by = {"made_by": predictor.fingerprint, "precision": predictor.precision}
+    common = {**made_by, "column": column, "what": what, **options}
     out.mkdir(parents=True, exist_ok=True)
     paths, bad = [out / f"{name}.safetensors" for name in names], []
     todo: list[tuple[TextFile, Path, dict[str, Any]]] = []

@@ -3,6 +3,7 @@
 from jsonargparse import auto_cli
 
 from tools.bench.checkpoint import checkpoint
+from tools.bench.evaluation import evaluation
 from tools.bench.index import index
 from tools.bench.loader import loader
 from tools.bench.loss import loss
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     programs = {
         "answering": answering,
         "checkpoint": checkpoint,
+        "evaluation": evaluation,
         "index": index,
         "loader": loader,
         "loss": loss,
