@@ -14,7 +14,7 @@ from dualenc.utils.arguments import Precision
 def embedding(model: nn.Module, precision: Precision) -> Iterator[None]:
     """Set a model to eval mode without gradients, and compute in a precision, until the end of the block.
 
-    In bf16 the weights stay as they are. Matrix products read bf16 copies of weights and activations, and what needs
+    In bf16 the weights do not change. Matrix products read bf16 copies of weights and activations, and what needs
     more digits, such as unit vectors, is computed in fp32, as in training with `bf16-mixed`.
 
     Args:
