@@ -183,8 +183,7 @@ def embed(
         prompt: for text files: what to put before each text, the name of one of the model's prompts, or the text itself
             with a blank or a colon at its end; "" for nothing; by default the model's own.
         dim: for text files: dimensions to keep, the first ones; by default the model's own.
-        precision: bf16 to compute the towers in it, which is faster; the embeddings are fp32 in the end. Not for
-            --features, since training from them must equal training from the images.
+        precision: bf16 to compute the towers in it, which is faster; embeddings are fp32 in the end. Not for --features.
         workers: processes that decode images.
         batch_size: images or texts embedded at once.
     """
@@ -193,8 +192,6 @@ def embed(
 
     of_text: dict[str, Any] = {"tokens": tokens or None, "prompt": prompt, "dim": dim}
     given = [f"--{name}" for name, value in of_text.items() if value is not None]
-    if features and precision != "fp32":
-        raise UsageError("--features are computed in fp32, from which training must not differ: leave out --precision")
     if paths := find_images(shards):
         if features or given or image is not None:
             raise UsageError(f"{shards[0]} names images: --features, --image and options of texts are not for them")
@@ -204,8 +201,8 @@ def embed(
             raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
         if tokens and len(given) > 1:
             raise UsageError(f"{given[1]} is not for --tokens, which writes hidden states without a prompt")
-        options = {**of_text, "tokens": tokens, "batch_size": batch_size}
-        return _embed_text_files(model, precision, texts, out, column, options)
+        of_text |= {"tokens": tokens, "batch_size": batch_size}
+        return _embed_text_files(model, precision, texts, out, column, of_text)
     if given:
         raise UsageError(f"{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
     from dualenc import ShardIndex
@@ -241,6 +238,8 @@ def _towers(
     from dualenc import Preprocess, load
     from dualenc.inference.embedder import fingerprint, image_features
 
+    if features and precision != "fp32":
+        raise UsageError("--features are computed in fp32, from which training must not differ: leave out --precision")
     embedder = None
     if not model.endswith((".yaml", ".yml")):
         embedder = load(model, precision=precision)
