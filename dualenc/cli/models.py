@@ -183,7 +183,7 @@ def embed(
         prompt: for text files: what to put before each text, the name of one of the model's prompts, or the text itself
             with a blank or a colon at its end; "" for nothing; by default the model's own.
         dim: for text files: dimensions to keep, the first ones; by default the model's own.
-        precision: bf16 to compute the towers in it, which is faster; embeddings are fp32 in the end. Not for --features.
+        precision: bf16 to compute the towers in it, which is faster; embeddings stay fp32. Not for --features.
         workers: processes that decode images.
         batch_size: images or texts embedded at once.
     """
