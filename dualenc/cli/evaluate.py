@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dualenc.cli.common import UsageError, WorkError, command_line, make_folder, writing
+from dualenc.utils.arguments import Precision
 from dualenc.utils.progress import progress
 from dualenc.utils.text import plural, print_message, printable
 from dualenc.utils.urls import redact
@@ -29,6 +30,7 @@ def evaluate(
     image: str | None = None,
     out: Path | None = None,
     workers: int = 2,
+    precision: Precision = "fp32",
     models: tuple[str, ...] = (),
     csv: Path | None = None,
     allow_partial: bool = False,
@@ -51,6 +53,7 @@ def evaluate(
         image: member that holds the image in plain shards, such as input.jpg; by default .jpg, .jpeg, .png or .webp.
         out: folder for evaluate.json and report.html.
         workers: number of worker processes that decode images.
+        precision: bf16 to compute the towers in it, which is faster; embeddings are fp32 in the end.
         models: further models, measured on the same sets.
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
@@ -63,7 +66,7 @@ def evaluate(
     options = SetOptions(captions=captions, classnames=classnames, templates=templates, images=images, image=image)
     sets: Any = open_documents(data, split, options.given() | ({} if kind is None else {"kind": kind}))
     sets = sets or open_sets(data, kinds, split, options)
-    _evaluate("evaluate", sets, model, data, out, workers, models, csv, allow_partial)
+    _evaluate("evaluate", sets, model, data, out, workers, precision, models, csv, allow_partial)
 
 
 def zeroshot(
@@ -75,6 +78,7 @@ def zeroshot(
     image: str | None = None,
     out: Path | None = None,
     workers: int = 2,
+    precision: Precision = "fp32",
     models: tuple[str, ...] = (),
     csv: Path | None = None,
     allow_partial: bool = False,
@@ -92,6 +96,7 @@ def zeroshot(
         image: member that holds the image in plain shards, such as input.jpg; by default .jpg, .jpeg, .png or .webp.
         out: folder for zeroshot.json and report.html.
         workers: number of worker processes that decode images.
+        precision: bf16 to compute the towers in it, which is faster; embeddings are fp32 in the end.
         models: further models, measured on the same sets.
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
@@ -101,7 +106,7 @@ def zeroshot(
 
     options = SetOptions(classnames=classnames, templates=templates, image=image)
     sets = open_sets(data, kinds_of_command("zeroshot"), split, options)
-    _evaluate("zeroshot", sets, model, data, out, workers, models, csv, allow_partial)
+    _evaluate("zeroshot", sets, model, data, out, workers, precision, models, csv, allow_partial)
 
 
 def retrieval(
@@ -122,6 +127,7 @@ def retrieval(
     rerank_top: int = 100,
     out: Path | None = None,
     workers: int = 2,
+    precision: Precision = "fp32",
     models: tuple[str, ...] = (),
     csv: Path | None = None,
     allow_partial: bool = False,
@@ -150,6 +156,7 @@ def retrieval(
         rerank_top: number of documents that it sorts.
         out: folder for retrieval.json and report.html.
         workers: number of worker processes that decode images.
+        precision: bf16 to compute the towers in it, which is faster; embeddings are fp32 in the end.
         models: further models, measured on the same sets.
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
@@ -165,7 +172,7 @@ def retrieval(
     no_use = options.given() | ({} if between == "image-text" else {"between": between})
     sets: Any = open_documents(data, split, no_use, documents) or retrieval_sets(data, split, between, options)
     name = "retrieval" if between == "image-text" else f"retrieval-{between}"
-    _evaluate(name, sets, model, data, out, workers, models, csv, allow_partial)
+    _evaluate(name, sets, model, data, out, workers, precision, models, csv, allow_partial)
 
 
 def sets() -> None:
@@ -186,6 +193,7 @@ def choice(
     data: list[str],
     out: Path | None = None,
     workers: int = 2,
+    precision: Precision = "fp32",
     models: tuple[str, ...] = (),
     csv: Path | None = None,
     allow_partial: bool = False,
@@ -197,6 +205,7 @@ def choice(
         data: folders in the layout of Winoground (examples.jsonl, images/), or SugarCrepe's .json files.
         out: folder for choice.json and report.html.
         workers: number of worker processes that decode images.
+        precision: bf16 to compute the towers in it, which is faster; embeddings are fp32 in the end.
         models: further models, measured on the same sets.
         csv: table that is given each result once it is measured; what it has already is not measured again.
         allow_partial: exit with status 0 though something of a set is missing or cannot be read.
@@ -204,7 +213,7 @@ def choice(
     from dualenc.evaluation import kinds_of_command, open_sets
 
     sets = open_sets(data, kinds_of_command("choice"))
-    _evaluate("choice", sets, model, data, out, workers, models, csv, allow_partial)
+    _evaluate("choice", sets, model, data, out, workers, precision, models, csv, allow_partial)
 
 
 def probe(
@@ -218,6 +227,7 @@ def probe(
     label: str | None = None,
     out: Path | None = None,
     workers: int = 2,
+    precision: Precision = "fp32",
     models: tuple[str, ...] = (),
     csv: Path | None = None,
     shots: tuple[int, ...] = (),
@@ -240,6 +250,7 @@ def probe(
         label: for tables: column of the label; by default label.
         out: folder for probe.json and report.html.
         workers: number of worker processes that decode images.
+        precision: bf16 to compute the towers in it, which is faster; embeddings are fp32 in the end.
         models: further models, measured on the same sets.
         csv: table that is given each result once it is measured; what it has already is not measured again.
         shots: numbers of images of each class, such as 1 2 4 8 16, for a linear probe of each.
@@ -255,7 +266,7 @@ def probe(
     no_use = {"train": train if train != "train" else None, "split": split, "shots": shots, **options.given()}
     no_use["draws"] = None if draws == 5 else draws
     sets: Any = open_tables(data, text, label, no_use) or open_sets(data, [kind], split, options)
-    _evaluate("probe", sets, model, data, out, workers, models, csv, allow_partial)
+    _evaluate("probe", sets, model, data, out, workers, precision, models, csv, allow_partial)
 
 
 def compare(first: Path, second: Path, kinds: tuple[str, ...] = (), out: Path | None = None) -> None:
@@ -292,6 +303,7 @@ def _evaluate(
     data: list[str],
     out: Path | None,
     workers: int,
+    precision: Precision,
     models: tuple[str, ...],
     csv: Path | None,
     allow_partial: bool,
@@ -311,7 +323,7 @@ def _evaluate(
     for name in names:  # a name that is wrong must not end the command after hours with the models before it
         sets[0][0].check(name)
     if out is not None:
-        check_out(out, command, [place(*one, name) for name in names for one in sets])
+        check_out(out, command, [place(*one, name, precision) for name in names for one in sets])
         make_folder(out, "--out")
     if csv is not None:
         make_folder(csv.parent, "--csv")
@@ -321,7 +333,7 @@ def _evaluate(
     measured: list[MeasuredSet] = []
     try:
         for number in range(len(names)):
-            for one in _measure(names, number, sets, **settings):
+            for one in _measure(names, number, sets, precision, **settings):
                 measured.append(one)  # noqa: PERF402 - what is measured before an error is kept
     finally:
         if measured:  # Results on one set stand next to each other.
@@ -337,7 +349,7 @@ def _evaluate(
 
 
 def _measure(
-    names: Sequence[str], number: int, sets: "Sequence[tuple[ResultKind, Any]]", **options: Any
+    names: Sequence[str], number: int, sets: "Sequence[tuple[ResultKind, Any]]", precision: Precision, **options: Any
 ) -> "Iterator[MeasuredSet]":
     """Measure a model, one of several, on sets; see `dualenc.evaluation.measure.measure`."""
     from dualenc import DataError
@@ -345,7 +357,7 @@ def _measure(
     from dualenc.evaluation.measure import measure
 
     total = len(names) * len(sets)
-    embedder = sets[0][0].load(names[number])
+    embedder = sets[0][0].load(names[number], precision)
     cache = EmbeddingCache(embedder)
 
     def track(place: int) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dualenc.cli.common import UsageError, WorkError, writing
+from dualenc.utils.arguments import Precision
 from dualenc.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -139,7 +140,8 @@ def interpolate(first: str, second: str, out: Path, alpha: float = 0.5) -> None:
         out: model directory to write.
         alpha: weight of the second model; 0 gives the first, 1 the second.
     """
-    from dualenc.inference.embedder import interpolate, load
+    from dualenc.inference.embedder import load
+    from dualenc.inference.interpolation import interpolate
 
     made = interpolate(load(first, "cpu"), load(second, "cpu"), alpha)
     with writing(out):
@@ -158,6 +160,7 @@ def embed(
     tokens: bool = False,
     prompt: str | None = None,
     dim: int | None = None,
+    precision: Precision = "fp32",
     workers: int = 2,
     batch_size: int = 64,
 ) -> None:
@@ -180,6 +183,7 @@ def embed(
         prompt: for text files: what to put before each text, the name of one of the model's prompts, or the text itself
             with a blank or a colon at its end; "" for nothing; by default the model's own.
         dim: for text files: dimensions to keep, the first ones; by default the model's own.
+        precision: bf16 to compute the towers in it, which is faster; embeddings stay fp32. Not for --features.
         workers: processes that decode images.
         batch_size: images or texts embedded at once.
     """
@@ -191,19 +195,20 @@ def embed(
     if paths := find_images(shards):
         if features or given or image is not None:
             raise UsageError(f"{shards[0]} names images: --features, --image and options of texts are not for them")
-        return _embed_images(model, paths, out, workers, batch_size)
+        return _embed_images(model, precision, paths, out, workers, batch_size)
     if texts := [name for name in shards if name.lower().endswith(KINDS)]:
         if len(texts) < len(shards) or features:
             raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
         if tokens and len(given) > 1:
             raise UsageError(f"{given[1]} is not for --tokens, which writes hidden states without a prompt")
-        return _embed_text_files(model, texts, out, column, {**of_text, "tokens": tokens, "batch_size": batch_size})
+        of_text |= {"tokens": tokens, "batch_size": batch_size}
+        return _embed_text_files(model, precision, texts, out, column, of_text)
     if given:
         raise UsageError(f"{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
     from dualenc import ShardIndex
     from dualenc.inference.embed_files import embed_shards
 
-    about, preprocess, of_images, of_texts = _towers(model, features, captions, batch_size)
+    about, preprocess, of_images, of_texts = _towers(model, precision, features, captions, batch_size)
     with writing(out):
         index, bar = ShardIndex.build(shards, image=image, workers=workers), progress("images")
         options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": bar}
@@ -211,12 +216,12 @@ def embed(
     print("\n".join(made.lines()))
 
 
-def _embed_images(model: str, paths: list[str], out: Path, workers: int, batch_size: int) -> None:
+def _embed_images(model: str, precision: Precision, paths: list[str], out: Path, workers: int, batch_size: int) -> None:
     """Write the embeddings of image files."""
     from dualenc.inference.embed_files import embed_shards
     from dualenc.inference.image_files import FileParts
 
-    about, preprocess, of_images, _ = _towers(model, False, "", batch_size)
+    about, preprocess, of_images, _ = _towers(model, precision, False, "", batch_size)
     about |= {"what": "images", "captions": None}
     with writing(out):
         options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": progress("images")}
@@ -224,16 +229,20 @@ def _embed_images(model: str, paths: list[str], out: Path, workers: int, batch_s
     print("\n".join(made.lines()))
 
 
-def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple[dict[str, Any], Any, Any, Any]:
+def _towers(
+    model: str, precision: Precision, features: bool, captions: str, batch_size: int
+) -> tuple[dict[str, Any], Any, Any, Any]:
     """Return arguments of `embed_shards`: facts about the model, its preprocessing, and functions that embed."""
     import torch
 
     from dualenc import Preprocess, load
     from dualenc.inference.embedder import fingerprint, image_features
 
+    if features and precision != "fp32":
+        raise UsageError("--features are computed in fp32, from which training must not differ: leave out --precision")
     embedder = None
     if not model.endswith((".yaml", ".yml")):
-        embedder = load(model)
+        embedder = load(model, precision=precision)
         tower, preprocess = embedder.dual_encoder.image, cast(Preprocess, embedder.preprocess)
     elif features:
         from dualenc.cli.fit import image_tower
@@ -242,7 +251,7 @@ def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple
         tower.to("cuda" if torch.cuda.is_available() else "cpu")
     else:
         raise UsageError(f"{model} is a configuration, whose towers are not trained: use it with --features only")
-    about: dict[str, Any] = {"model": model, "what": "features" if features else "embeddings"}
+    about: dict[str, Any] = {"model": model, "what": "features" if features else "embeddings", "precision": precision}
     if embedder is None or features:
         of_images, of_texts = partial(image_features, tower, preprocess), None
         about |= {"made_by": fingerprint(tower, preprocess), "captions": None, "dims": tower.width}
@@ -253,12 +262,14 @@ def _towers(model: str, features: bool, captions: str, batch_size: int) -> tuple
     return about, preprocess, of_images, of_texts
 
 
-def _embed_text_files(model: str, files: list[str], out: Path, column: str, options: dict[str, Any]) -> None:
+def _embed_text_files(
+    model: str, precision: Precision, files: list[str], out: Path, column: str, options: dict[str, Any]
+) -> None:
     """Write the embeddings of text files."""
     from dualenc import load_text
     from dualenc.inference.embed_text_files import embed_text_files
 
-    predictor = load_text(model)
+    predictor = load_text(model, precision=precision)
     with writing(out):
         made = embed_text_files(predictor, files, out, column, track=progress("texts"), **options)
     print("\n".join(made.lines()))

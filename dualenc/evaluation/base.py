@@ -21,6 +21,7 @@ from dualenc.evaluation.embed import SetEmbedder, SetEmbeddings
 from dualenc.inference.embedder import Embedder, check_spec, load
 from dualenc.metrics import BootstrapMetrics
 from dualenc.report import Description, Findings, Section, verdict
+from dualenc.utils.arguments import Precision
 from dualenc.utils.errors import DataError
 from dualenc.utils.urls import is_remote, shown
 
@@ -93,8 +94,12 @@ class ResultKind(ABC):
     identity: ClassVar[Mapping[str, str]]
 
     @abstractmethod
-    def load(self, spec: str) -> Any:
-        """Load a model that can be measured, which has a `name` and a `fingerprint`.
+    def load(self, spec: str, precision: Precision = "fp32") -> Any:
+        """Load a model that can be measured, which has a `name`, a `fingerprint` and a `precision`.
+
+        Args:
+            spec: name of the model.
+            precision: precision in which it computes embeddings.
 
         Raises:
             ModelError: If it cannot be read.
@@ -123,6 +128,16 @@ class ResultKind(ABC):
         Args:
             items: items of the result.
         """
+
+    def answers(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the model's answer to each unit, (N,) or (N, K), by the noun of the units; by default none.
+
+        A comparison counts the units whose answers differ.
+
+        Args:
+            items: items of the result.
+        """
+        return {}
 
     def options(self, data: Any) -> dict[str, str]:
         """Return the options that were given for the data, which tell two results of one model apart."""
@@ -183,9 +198,9 @@ class EvaluationKind(ResultKind):
     sets: ClassVar[tuple[str, ...]] = get_args(Kind)
     identity: ClassVar[Mapping[str, str]] = {"ids": "images"}
 
-    def load(self, spec: str) -> Embedder:
+    def load(self, spec: str, precision: Precision = "fp32") -> Embedder:
         """See `ResultKind`."""
-        return load(spec)
+        return load(spec, precision=precision)
 
     def check(self, spec: str) -> None:
         """See `ResultKind`."""

@@ -54,6 +54,10 @@ class CompositionalChoice(EvaluationKind):
         ids = torch.cat([image_ids(data, embedded.rows)[images], text_ids(data.texts)[texts]], 1)
         return Scored(found.metrics, found.intervals, found.chance, {"ids": ids, **found.items})
 
+    def answers(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `ResultKind`."""
+        return {"instances": items["scores"].argmax(2)}
+
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""
         return choice_bootstrap(items)

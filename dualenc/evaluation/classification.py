@@ -46,6 +46,10 @@ class ZeroShotClassification(EvaluationKind):
         facts = {"prompts": data.prompts} | by_class(data, found.items) | too_few(len(data.classnames), "class")
         return Scored(found.metrics, found.intervals, found.chance, items, facts)
 
+    def answers(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `ResultKind`."""
+        return {"images": items["answer"]}
+
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""
         return classification_bootstrap(dict(items))

@@ -35,6 +35,7 @@ from dualenc.metrics import (
 from dualenc.metrics.documents import LIST_DEPTH, METRICS
 from dualenc.models.heads.classification import Classification
 from dualenc.report import AnsweredQuery, Description, Documents, Section
+from dualenc.utils.arguments import Precision
 from dualenc.utils.errors import DataError, ModelError
 
 CHUNK = 1024  # documents that are read and embedded at a time
@@ -149,9 +150,9 @@ class DocumentRetrieval(ResultKind):
         self.given = options
         self.reranker = None if options.rerank is None else Reranker(load_text(options.rerank))
 
-    def load(self, spec: str) -> TextTower:
+    def load(self, spec: str, precision: Precision = "fp32") -> TextTower:
         """See `ResultKind`."""
-        return load_text_tower(spec)
+        return load_text_tower(spec, precision=precision)
 
     def check(self, spec: str) -> None:
         """See `ResultKind`."""
@@ -165,6 +166,10 @@ class DocumentRetrieval(ResultKind):
         """See `ResultKind`; another model under the same name of a reranker gives another result."""
         own = self.given.given()
         return own if self.reranker is None else own | {"reranker": self.reranker.predictor.fingerprint}
+
+    def answers(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `ResultKind`."""
+        return {"queries": items["ndcg@10"]}
 
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `ResultKind`."""

@@ -60,6 +60,8 @@ class EmbeddingCache:
         self.folder, self.limit = Path(folder or cache_folder() / "embeddings"), limit
         weight = next(embedder.model.parameters())
         self._made_by = [embedder.fingerprint, weight.device.type, str(weight.dtype)]
+        if embedder.precision != "fp32":
+            self._made_by.append(embedder.precision)
         self.reused: list[str] = []
 
     def get(

@@ -46,11 +46,12 @@ def measure(
     """
     fingerprint = embedder.fingerprint
     for number, (kind, data) in enumerate(sets):
-        described = origin(kind, data, embedder.name, fingerprint)
+        described = origin(kind, data, embedder.name, fingerprint, embedder.precision)
         known = None if table is None or again else table.find(described)
         if known is not None and (known["complete"] or incomplete):
             # The names of this command are shown, under which the user looks for the result.
-            known |= {"model": embedder.name, "dataset": data.name, "verdict": verdict(known, kind.description)}
+            known |= {"model": embedder.name, "precision": embedder.precision}
+            known |= {"dataset": data.name, "verdict": verdict(known, kind.description)}
             known |= {"prompts": data.prompts} if "prompts" in described["settings"] else {}
             yield MeasuredSet(known, None)
             continue

@@ -39,6 +39,10 @@ class MultilabelClassification(EvaluationKind):
         facts = {"prompts": data.prompts} | too_few(len(embedded.rows), "image")
         return Scored(found.metrics, found.intervals, found.chance, items, facts)
 
+    def answers(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `ResultKind`."""
+        return {"images": items["scores"].argmax(1)}
+
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""
         return multilabel_bootstrap(dict(items))

@@ -23,7 +23,8 @@ from dualenc.utils.errors import DataError
 from dualenc.utils.text import plural
 
 HELD_OUT = ("val", "valid", "validation")  # names of splits on which hyperparameters may be chosen
-_PREFIXES = ("linear_", "knn_")  # of the names of metrics and items, one for each probe
+# The probes, by the prefixes of the names of their metrics and items.
+_PROBES = {"linear_": "logistic regression", "knn_": "nearest neighbors"}
 _SHOT = "shot"  # end of the names of metrics of a few images of each class, and of their items
 
 
@@ -89,7 +90,7 @@ class FrozenProbes(EvaluationKind):
     task_name = "probes on frozen embeddings"
     identity = {"ids": "images"} | {
         f"{prefix}{name}": noun
-        for prefix in _PREFIXES
+        for prefix in _PROBES
         for name, noun in (("target", "labels of images"), ("classes", "classes"))
     }
 
@@ -131,18 +132,18 @@ class FrozenProbes(EvaluationKind):
         linear, knn = (
             probe(*labeled["train"], *test, held_out=labeled.get("held_out")) for probe in (linear_probe, knn_probe)
         )
-        both = [prefixed(probe.scores, prefix) for probe, prefix in zip((linear, knn), _PREFIXES)]
+        both = [prefixed(probe.scores, prefix) for probe, prefix in zip((linear, knn), _PROBES)]
         metrics, intervals, chance, items = ({**x, **y} for x, y in zip(*both, strict=True))
         chosen = {
             f"{prefix}{key}": value
-            for probe, prefix in zip((linear, knn), _PREFIXES)
+            for probe, prefix in zip((linear, knn), _PROBES)
             for key, value in probe.chosen.items()
         }
         missing = [data.classnames[c] for c in linear.missing]
         counts = {data.parts[name].split: len(x) for name, (x, _) in labeled.items()}
         few = few_shot_probe(*labeled["train"], *test, shots=self.shots, draws=self.draws) if self.shots else {}
         for k, found in few.items():
-            name = f"{_PREFIXES[0]}acc1_{k}{_SHOT}"
+            name = f"linear_acc1_{k}{_SHOT}"
             items[name] = found.right.double().mean(0)
             metrics[name], chance[name] = items[name].mean().item(), chance["linear_acc1"]
             intervals |= {} if found.interval is None else {name: found.interval}
@@ -175,13 +176,17 @@ class FrozenProbes(EvaluationKind):
             ),
         ]
 
+    def answers(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `ResultKind`."""
+        return {f"images by {name}": items[f"{prefix}answer"] for prefix, name in _PROBES.items()}
+
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""
-        parts = {prefix: classification_bootstrap(_without_prefix(items, prefix)) for prefix in _PREFIXES}
+        parts = {prefix: classification_bootstrap(_without_prefix(items, prefix)) for prefix in _PROBES}
         both = {f"{prefix}{name}": f for prefix, part in parts.items() for name, f in part.statistics.items()}
         both |= {name: mean(share) for name, share in items.items() if name.endswith(_SHOT)}
         # All probes are measured on the same images, so that their units and strata are the same.
-        return parts[_PREFIXES[0]]._replace(statistics=both)
+        return parts["linear_"]._replace(statistics=both)
 
     def section(self, data: BenchmarkSet, embedded: SetEmbeddings, embedder: Embedder, scores: Scored) -> Section:
         """See `EvaluationKind`."""

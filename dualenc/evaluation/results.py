@@ -15,6 +15,7 @@ from torch import Tensor
 from dualenc.evaluation.base import Evaluated, ResultKind, SavedResult
 from dualenc.evaluation.kinds import RESULT_KINDS
 from dualenc.report import Comparison, verdict_on_two
+from dualenc.utils.arguments import Precision
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import atomic_write, write_json
 from dualenc.utils.urls import is_remote
@@ -47,26 +48,28 @@ class Data(Protocol):
         ...
 
 
-def place(kind: ResultKind, data: Data, model: str) -> dict[str, Any]:
+def place(kind: ResultKind, data: Data, model: str, precision: Precision = "fp32") -> dict[str, Any]:
     """Return the entries of a result that say where it comes from, by names and paths.
 
     Args:
         kind: what is measured.
         data: data that it is measured on.
         model: name of the model.
+        precision: precision in which the model computes embeddings.
     """
     given = kind.options(data)
     return {
         "dataset": data.name,
         "kind": kind.name,
         "model": model,
+        "precision": precision,
         "data": data.path if is_remote(data.path) else os.path.abspath(data.path),
         "split": data.split,
         **({"options": given} if given else {}),
     }
 
 
-def origin(kind: ResultKind, data: Data, model: str, fingerprint: str) -> dict[str, Any]:
+def origin(kind: ResultKind, data: Data, model: str, fingerprint: str, precision: Precision = "fp32") -> dict[str, Any]:
     """Return the entries of a result that say what was measured, by names and by fingerprints of the content.
 
     Args:
@@ -74,9 +77,11 @@ def origin(kind: ResultKind, data: Data, model: str, fingerprint: str) -> dict[s
         data: data that it is measured on.
         model: name of the model.
         fingerprint: fingerprint of the model, since its name may later belong to another model.
+        precision: precision in which the model computes embeddings.
     """
-    content = {"fingerprint": fingerprint, "data_fingerprint": data.fingerprint, "settings": kind.settings(data)}
-    return place(kind, data, model) | content
+    settings = kind.settings(data) | ({} if precision == "fp32" else {"precision": precision})
+    content = {"fingerprint": fingerprint, "data_fingerprint": data.fingerprint, "settings": settings}
+    return place(kind, data, model, precision) | content
 
 
 def with_origin(found: Evaluated, described: Mapping[str, Any]) -> Evaluated:
@@ -108,7 +113,7 @@ def check_out(
     folder: Path,
     command: str,
     new: Sequence[Mapping[str, Any]],
-    fields: Sequence[str] = ("model", "data", "split", "kind"),
+    fields: Sequence[str] = ("model", "precision", "data", "split", "kind"),
 ) -> None:
     """Refuse a folder that holds another result than the one that a command will write into it.
 
@@ -200,8 +205,9 @@ def compare(
     Returns:
         A comparison for each set that both measured. Its `result` holds `dataset`, `kind`, `n`, `complete`, `problems`,
         `first` and `second` (names of the models), `same_model` (true if their fingerprints are equal), and
-        `differences` (metric to first, second, difference, lower and upper 95% bound), and `prompts` if theirs have
-        different descriptions. It holds the answers of both if the set still lies where it was.
+        `differences` (metric to first, second, difference, lower and upper 95% bound), `changed` (noun of the units to
+        the number of those with another answer, and of all; see `ResultKind.answers`), and `prompts` and `precision` if
+        theirs differ. It holds the answers of both if the set still lies where it was.
 
     Raises:
         DataError: If they have no set in common, its items differ, or its kind is unknown.
@@ -247,12 +253,21 @@ def _comparison(kind: ResultKind, first: SavedResult, second: SavedResult) -> Co
             for metric, change in here.differences(there).items()
             if metric in first.result["intervals"]
         },
+        "changed": _changed(kind.answers(first.items), kind.answers(second.items)),
     }
     result["verdict"] = verdict_on_two(result, kind.description)
     prompts = [part.get("prompts") for part in both]
     if prompts[0] != prompts[1] and all(prompts):
         result["prompts"] = f"A {prompts[0]}, B {prompts[1]}"
+    precisions = [part.get("precision") for part in both]
+    if precisions[0] != precisions[1] and all(precisions):
+        result["precision"] = f"A {precisions[0]}, B {precisions[1]}"
     return Comparison(result, kind.compared(first, second), kind.description)
+
+
+def _changed(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return by noun the number of units whose answers differ, and the number of all; see `ResultKind.answers`."""
+    return {noun: [int((x != other[noun]).reshape(len(x), -1).any(1).sum()), len(x)] for noun, x in one.items()}
 
 
 def _unlike(identity: Mapping[str, str], one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:

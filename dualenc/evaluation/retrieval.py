@@ -80,6 +80,10 @@ class CrossModalRetrieval(EvaluationKind):
             found.metrics, found.intervals, found.chance, {**found.items, **ids}, too_few(len(pairs.image), "image")
         )
 
+    def answers(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `ResultKind`."""
+        return {"captions": items["best_by_text"][:, 0], "images": items["best_by_image"][:, 0]}
+
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""
         return retrieval_bootstrap(dict(items))

@@ -15,6 +15,7 @@ from dualenc.inference.text_tower import TextTower, check_text_tower, load_text_
 from dualenc.metrics import BootstrapMetrics, cluster_bootstrap, k_means, linear_probe, majority_baseline
 from dualenc.metrics.bootstrap import mean
 from dualenc.report import Classes, Description, Section
+from dualenc.utils.arguments import Precision
 
 CHUNK = 1024  # texts that are embedded at a time
 SHUFFLES = 200  # permutations of the labels that give the agreement of clusters by chance
@@ -35,9 +36,9 @@ class TextProbe(ResultKind):
     task_name = "probes on frozen sentence embeddings"
     identity = {"ids": "texts", "target": "labels of texts", "classes": "labels"}
 
-    def load(self, spec: str) -> TextTower:
+    def load(self, spec: str, precision: Precision = "fp32") -> TextTower:
         """See `ResultKind`."""
-        return load_text_tower(spec)
+        return load_text_tower(spec, precision=precision)
 
     def check(self, spec: str) -> None:
         """See `ResultKind`."""
@@ -51,6 +52,10 @@ class TextProbe(ResultKind):
     def settings(self, data: LabeledTexts) -> dict[str, Any]:
         """See `ResultKind`."""
         return {"text": list(data.columns[0]), "label": data.columns[1]}
+
+    def answers(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `ResultKind`."""
+        return {"texts": items["answer"]}
 
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `ResultKind`."""

@@ -25,6 +25,10 @@ class _Within(EvaluationKind):
         """See `EvaluationKind`; class names and templates are not used."""
         return {}
 
+    def answers(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `ResultKind`."""
+        return {"queries": items[f"{self.prefix}rank"]}
+
     def metrics_of_items(self, items: Mapping[str, Tensor]) -> BootstrapMetrics:
         """See `EvaluationKind`."""
         part = group_bootstrap({name.removeprefix(self.prefix): x for name, x in items.items()})

@@ -147,8 +147,8 @@ def embed_shards(
         index: index of complete shards, or image files in parts.
         out: folder for a file of each shard or part, `embed.json` and `bad.jsonl`.
         about: content of `embed.json`: `what` is "features", "embeddings" or, for image files, "images"; `made_by` a
-            fingerprint, `model` the name of the model, `captions` the source of the captions, `dims` the dimensions of
-            each vector.
+            fingerprint, `precision` the one of the towers, `model` the name of the model, `captions` the source of the
+            captions, `dims` the dimensions of each vector.
         transform: function from uint8 (3, H, W) to uint8 (3, S, S).
         of_images: function from uint8 (B, 3, S, S) to (B, dims).
         of_texts: function from n strings to (n, dims); None for features and image files.
@@ -238,6 +238,7 @@ def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str
     descriptions = {
         "what": {"features": "--features", "images": "image files"}.get(begun["what"], "shards and no --features"),
         "made_by": f"another model ({begun['model']}, which differs {same})",
+        "precision": f"--precision {begun.get('precision')}",
         "members": f"--image {';'.join(begun['members'])}",
         "inputs": "other images, or images that have changed since"
         if begun["what"] == "images"
@@ -246,7 +247,7 @@ def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str
     check_same(
         out,
         begun,
-        {name: plan[name] for name in ("format", "what", "captions", "members", "made_by", "inputs")},
+        {name: plan[name] for name in ("format", "what", "captions", "members", "made_by", "precision", "inputs")},
         descriptions,
     )
     for partial in out.glob("*.part"):

@@ -65,7 +65,7 @@ def embed_text_files(
         raise DataError(f"two files have the name {twice[0]}: embed them into two folders")
     what: Literal["texts", "tokens"] = "tokens" if tokens else "texts"
     width, options = (predictor.model.config.width, {}) if tokens else _meaning(predictor, prompt, dim)
-    common = {"made_by": predictor.fingerprint, "column": column, "what": what, **options}
+    common = {**_made_by(predictor), "column": column, "what": what, **options}
     out.mkdir(parents=True, exist_ok=True)
     paths, bad = [out / f"{name}.safetensors" for name in names], []
     todo: list[tuple[TextFile, Path, dict[str, Any]]] = []
@@ -89,6 +89,11 @@ def embed_text_files(
         done=sum(len(file) for file, _, _ in todo),
         seconds=time.monotonic() - began,
     )
+
+
+def _made_by(predictor: TextPredictor) -> dict[str, Any]:
+    """Return what the model adds to the options that a file was written with."""
+    return {"made_by": predictor.fingerprint, "precision": predictor.precision}
 
 
 def _meaning(predictor: TextPredictor, prompt: str | None, dim: int | None) -> tuple[int, dict[str, Any]]:

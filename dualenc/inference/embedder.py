@@ -1,6 +1,5 @@
 """The embedder, which joins model, tokenizer and preprocessing, and the model directory that stores them."""
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -30,13 +29,13 @@ from dualenc.formats.model_folder import (
 )
 from dualenc.inference.image_inputs import image_batches
 from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, check_open_clip, load_open_clip
+from dualenc.inference.precision import embedding
 from dualenc.metrics import zero_shot_classifier
 from dualenc.models.dual_encoder import DualConfig, DualEncoder
 from dualenc.models.heads import TextModel
 from dualenc.models.image_encoder import ImageEncoder
-from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, dual_encoder_program, write_card
-from dualenc.utils.arguments import check_batch_size, shown_value, strings, usable_device
+from dualenc.utils.arguments import Precision, check_batch_size, check_precision, shown_value, strings, usable_device
 from dualenc.utils.errors import ModelError
 from dualenc.utils.files import FORMAT, atomic_folder, from_dict, read_json, take_format, write_json
 from dualenc.utils.progress import progress as progress_bar
@@ -54,9 +53,11 @@ class Embedder:
         tokenizer: a tokenizer for the model's vocabulary.
         preprocess: preprocessing to the image encoder's size.
         name: name of the model in messages and on its card.
+        precision: "bf16" to compute the towers in bf16; embeddings are normalized and returned in fp32 even so.
 
     Raises:
         ModelError: If the parts do not fit together.
+        ValueError: If there is no such precision.
 
     Example:
         >>> import dualenc
@@ -77,8 +78,11 @@ class Embedder:
         tokenizer: Tokenizer | OpenClipTokenizer,
         preprocess: Preprocess | OpenClipTransform,
         name: str = "model",
+        precision: Precision = "fp32",
     ) -> None:
         self.model, self.tokenizer, self.preprocess, self.name = model, tokenizer, preprocess, name
+        check_precision(precision)
+        self.precision: Precision = precision
         if isinstance(model, OpenClip) or isinstance(tokenizer, OpenClipTokenizer):
             return  # open_clip creates both for one model
         text, image = model.config.text, model.config.image
@@ -115,7 +119,7 @@ class Embedder:
         return self
 
     def __repr__(self) -> str:
-        weights = f"{parameters_of(self.model)}, on {self.device}"
+        weights = f"{parameters_of(self.model)}, on {self.device}{' in bf16' if self.precision == 'bf16' else ''}"
         if isinstance(self.model, OpenClip):
             return f"Embedder({self.name}: {self.model.embed_dim} dimensions, {weights}, run by open_clip)"
         facts = dict(facts_of(self))
@@ -153,7 +157,7 @@ class Embedder:
         """
         check_batch_size(batch_size)
         track = progress_bar("images", stderr=True) if progress else iter
-        with evaluating(self.model):
+        with embedding(self.model, self.precision):
             parts = [
                 self.model.encode_image(self._normalized(batch)).float().cpu()
                 for batch in image_batches(images, self.preprocess, batch_size, track)
@@ -194,7 +198,7 @@ class Embedder:
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))  # batches of similar lengths need less padding
         out = torch.empty(len(texts), self.model.embed_dim)
         track = progress_bar("batches of texts", stderr=True) if progress else iter
-        with evaluating(self.model):
+        with embedding(self.model, self.precision):
             for start in track(range(0, len(order), batch_size)):
                 part = order[start : start + batch_size]
                 out[part] = model.encode_text(tokenizer.pack([ids[i] for i in part]).to(self.device)).float().cpu()
@@ -272,7 +276,7 @@ class Embedder:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that determines embeddings: architecture, weights to the bit, preprocessing, tokenizer."""
+        """A hash of architecture, weights to the bit, preprocessing and tokenizer, which determine exact embeddings."""
         return fingerprint(self.model, self.preprocess, self.tokenizer.fingerprint)
 
     def save(self, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
@@ -339,17 +343,21 @@ def facts_of(embedder: Embedder) -> list[tuple[str, str]]:
     ]
 
 
-def load(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> Embedder:
+def load(
+    spec: str | os.PathLike[str], device: str | torch.device | None = None, precision: Precision = "fp32"
+) -> Embedder:
     """Load a dual encoder.
 
     Args:
         spec: a model directory; a run directory (its `best/`, or else `last/`); `hf-hub:owner/name[@revision]`; or a
             model of open_clip, `open_clip:ARCH/PRETRAINED`, see `dualenc.inference.open_clip.load_open_clip`.
         device: device of the weights; None for CUDA if available, else the CPU.
+        precision: see `Embedder`.
 
     Raises:
         ModelError: If a file is missing, has a newer format or does not match the others, or open_clip does not have
             the model; the message names it.
+        ValueError: If there is no such precision, or this machine does not have the device.
 
     Example:
         >>> import tempfile
@@ -367,6 +375,7 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
         >>> loaded.fingerprint == embedder.fingerprint
         True
     """
+    check_precision(precision)
     device, name = usable_device(device), spec_name(spec)
     if name.startswith("open_clip:"):
         try:
@@ -375,7 +384,7 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
             raise
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from None
-        return Embedder(peer.to(device), peer_tokenizer, transform, name)
+        return Embedder(peer.to(device), peer_tokenizer, transform, name, precision)
     path, config, preprocess = read_config(spec)
     text = config.text
     tokenizer = Tokenizer.from_file(path / "tokenizer.json", text.context_length, text.pad_to, text.pad_id)
@@ -388,7 +397,7 @@ def load(spec: str | os.PathLike[str], device: str | torch.device | None = None)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ModelError(f"{path / 'config.json'}: {error}") from None
     _load_state(model, state, path / "model.safetensors")
-    return Embedder(model.to(device).eval(), tokenizer, preprocess, name)
+    return Embedder(model.to(device).eval(), tokenizer, preprocess, name, precision)
 
 
 def check_spec(spec: str | os.PathLike[str]) -> None:
@@ -494,43 +503,6 @@ def difference(first: Embedder, second: Embedder, apart: Collection[str] = ()) -
             if x != y and name not in apart:
                 return f"{name} {x!r} and {y!r}"
     return None
-
-
-def interpolate(first: Embedder, second: Embedder, alpha: float) -> Embedder:
-    """Interpolate the weights of two models: (1 - alpha) * first + alpha * second (Wortsman et al. 2022, section 3).
-
-    Args:
-        first: the first model, whose architecture, tokenizer and preprocessing the result has.
-        second: a model that differs from it in weights and dropout only, such as the first after fine-tuning.
-        alpha: weight of the second model; 0 and 1 give the weights of the first and the second to the bit.
-
-    Raises:
-        ModelError: If the models differ in more, or alpha is not between 0 and 1.
-    """
-    if not 0 <= alpha <= 1:
-        raise ModelError(f"alpha {alpha} must lie between 0 and 1")
-    found = difference(first, second, apart=["text.dropout"])
-    if not found and first.tokenizer.fingerprint != second.tokenizer.fingerprint:
-        found = "their tokenizers"
-    if found:
-        raise ModelError(
-            f"{first.name} and {second.name} differ: {found}; only models of one architecture can be interpolated"
-        )
-    others, weights = second.dual_encoder.state_dict(), {}
-    for name, x in first.dual_encoder.state_dict().items():
-        y = others[name].to(x.device)
-        if not x.is_floating_point():
-            if not torch.equal(x, y):
-                raise ModelError(f"{first.name} and {second.name} differ: {name}, which is not a weight")
-            weights[name] = x
-        elif alpha in (0, 1):  # The weighted sum would lose the sign of a zero.
-            weights[name] = y if alpha else x
-        else:
-            weights[name] = ((1 - alpha) * x.double() + alpha * y.double()).to(x.dtype)
-    model = copy.deepcopy(first.dual_encoder)
-    model.load_state_dict(weights)
-    name = f"{1 - alpha:g} {first.name} + {alpha:g} {second.name}"
-    return Embedder(model, first.tokenizer, first.preprocess, name=name)
 
 
 def _load_state(model: DualEncoder, state: dict[str, Tensor], path: Path) -> None:

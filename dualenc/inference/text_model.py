@@ -22,6 +22,7 @@ from dualenc.inference.answering import find_answers
 from dualenc.inference.embedder import fingerprint, parameters_of
 from dualenc.inference.embedding import described_vectors, embedding_dim, facts_of_embedding, prompt_text
 from dualenc.inference.filling import Filler, Filling
+from dualenc.inference.precision import embedding
 from dualenc.inference.tagging import TaggedEntity, tag_texts
 from dualenc.models.heads import Examples, HeadConfig, TextModel
 from dualenc.models.heads.vectors import shortened
@@ -29,7 +30,7 @@ from dualenc.models.text_encoder import TextConfig
 from dualenc.models.tower import evaluating
 from dualenc.report.card import Card, text_model_program, write_card
 from dualenc.tokens import Tokens
-from dualenc.utils.arguments import check_batch_size, strings, usable_device
+from dualenc.utils.arguments import Precision, check_batch_size, check_precision, strings, usable_device
 from dualenc.utils.files import FORMAT, atomic_folder, write_json
 from dualenc.utils.text import millions, plural, quoted
 
@@ -52,9 +53,12 @@ class TextPredictor:
         model: encoder and heads.
         tokenizer: tokenizer whose ids fit the encoder's vocabulary.
         name: name for messages and the model card.
+        precision: "bf16" for vectors (`embed`, `embed_tokens`) that are computed in bf16, then normalized and returned
+            in fp32; heads are in fp32.
 
     Raises:
         ModelError: If model and tokenizer do not fit together.
+        ValueError: If there is no such precision.
 
     Example:
         >>> import dualenc
@@ -69,8 +73,12 @@ class TextPredictor:
         torch.Size([2, 16])
     """
 
-    def __init__(self, model: TextModel, tokenizer: Tokenizer, name: str = "model") -> None:
+    def __init__(
+        self, model: TextModel, tokenizer: Tokenizer, name: str = "model", precision: Precision = "fp32"
+    ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        check_precision(precision)
+        self.precision: Precision = precision
         check_tokenizer(tokenizer, model.config)
 
     @property
@@ -231,7 +239,7 @@ class TextPredictor:
             raise ValueError("there are no texts to embed")
         before = prompt_text(self.model.vectors, prompt, self.name)
         out = torch.zeros(len(texts), embedding_dim(self.model.vectors, dim, self.model.embedding_width, self.name))
-        with evaluating(self.model):
+        with embedding(self.model, self.precision):
             for part, tokens in self._batches([before + text for text in texts], batch_size, without_tokens=True):
                 out[part] = shortened(self.model.embed(self.model.encoder(tokens), tokens), out.shape[1]).float().cpu()
         return out
@@ -243,7 +251,7 @@ class TextPredictor:
         """
         texts = strings(texts, "texts", one=True)
         out: list[tuple[list[str], Tensor]] = [([], torch.empty(0, self.model.config.width))] * len(texts)
-        with evaluating(self.model):
+        with embedding(self.model, self.precision):
             for part, tokens in self._batches(texts, 64, without_tokens=True):
                 hidden = self.model.encoder(tokens).float().cpu()
                 ids, offsets = tokens.ids.tolist(), tokens.offsets.tolist()
@@ -440,15 +448,19 @@ def hub_config(
     return {**config, "dtype": "float32"}
 
 
-def load_text(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> TextPredictor:
+def load_text(
+    spec: str | os.PathLike[str], device: str | torch.device | None = None, precision: Precision = "fp32"
+) -> TextPredictor:
     """Load a text model.
 
     Args:
         spec: see `open_text`.
         device: device of the weights; None for CUDA where it is available, else the CPU.
+        precision: see `TextPredictor`.
 
     Raises:
         ModelError: If the model cannot be read or computed; the message names the file and the key.
+        ValueError: If there is no such precision, or this machine does not have the device.
 
     Example:
         >>> import tempfile
@@ -464,6 +476,7 @@ def load_text(spec: str | os.PathLike[str], device: str | torch.device | None = 
         >>> loaded.classify(["a good film"]) == predictor.classify(["a good film"])
         True
     """
+    check_precision(precision)
     device = usable_device(device)
     checkpoint = open_text(spec)
-    return TextPredictor(checkpoint.model().to(device), checkpoint.tokenizer(), checkpoint.spec)
+    return TextPredictor(checkpoint.model().to(device), checkpoint.tokenizer(), checkpoint.spec, precision)

@@ -14,6 +14,7 @@ from dualenc.inference.embedder import Embedder, check_spec, load
 from dualenc.inference.embedding import embedding_dim, prompt_text
 from dualenc.inference.text_model import TextPredictor, load_text
 from dualenc.models.heads.vectors import EmbeddingConfig
+from dualenc.utils.arguments import Precision
 from dualenc.utils.errors import ModelError
 
 QUERY_PROMPTS, DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")  # names in sentence-transformers
@@ -38,6 +39,11 @@ class TextTower:
     def fingerprint(self) -> str:
         """A hash of all that determines the embeddings."""
         return self.source.fingerprint
+
+    @property
+    def precision(self) -> Precision:
+        """The precision in which the embeddings are computed."""
+        return self.source.precision
 
     @property
     def model(self) -> nn.Module:
@@ -94,17 +100,20 @@ class TextTower:
         return found if kept == found.shape[1] else F.normalize(found[:, :kept], dim=-1)
 
 
-def load_text_tower(spec: str | os.PathLike[str], device: str | torch.device | None = None) -> TextTower:
+def load_text_tower(
+    spec: str | os.PathLike[str], device: str | torch.device | None = None, precision: Precision = "fp32"
+) -> TextTower:
     """Load an embedder of texts.
 
     Args:
         spec: a spec of `dualenc.load_text`, or of `dualenc.load` for the text tower of a dual encoder.
         device: device of the weights; None for CUDA where it is available, else the CPU.
+        precision: see `Embedder`.
 
     Raises:
         ModelError: If the model cannot be read.
     """
-    return TextTower(load(spec, device) if _is_dual(spec) else load_text(spec, device))
+    return TextTower((load if _is_dual(spec) else load_text)(spec, device, precision))
 
 
 def check_text_tower(spec: str | os.PathLike[str]) -> None:

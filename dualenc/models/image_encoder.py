@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import timm
+import torch
 from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -64,6 +65,9 @@ class ImageEncoder(Tower):
             for module in self.vit.modules():
                 if isinstance(module, nn.LayerNorm):
                     module.eps = config.norm_eps
+        for module in self.vit.modules():
+            if getattr(module, "fused_attn", False):
+                module.register_forward_pre_hook(_choose_attention)
         self.width: int = self.vit.num_features
 
     def forward(self, images: Tensor) -> Tensor:
@@ -128,6 +132,19 @@ class ImageEncoder(Tower):
         # classifier of the weights: otherwise timm loads without strictness, and tensors that do not fit stay random.
         state = _create(self.config, weights, num_classes=classes, pretrained=True).state_dict()
         self.vit.load_state_dict({name: state[name] for name in self.vit.state_dict()})
+
+
+def _choose_attention(attention: Any, inputs: tuple[Any, ...]) -> None:
+    """Set the implementation of a module of timm for its inputs: plain products for bf16 on a CPU, otherwise SDPA.
+
+    This is a hook before the module's forward pass, so that a pass that is computed again chooses the same.
+    """
+    x: Tensor = inputs[0]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    # torch's fused kernel for CPUs is the slower one in bf16, above all in its backward pass.
+    fused = x.device.type != "cpu" or dtype != torch.bfloat16
+    if attention.fused_attn != fused:  # Without a change torch.compile has no side effect to trace.
+        attention.fused_attn = fused
 
 
 def _create(config: ImageConfig, weights: dict[str, Any] | None = None, **kwargs: Any) -> Any:

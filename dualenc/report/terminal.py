@@ -102,13 +102,18 @@ def _print_line(name: str, text: str, style: str = "bold") -> None:
 
 
 def _remarks(results: Sequence[Result], several: bool) -> Iterator[tuple[str, str]]:
-    """Yield the name of a set, and of the model if there are several, with its verdict, its prompts and its notes."""
+    """Yield the name of a set, and of the model if there are several, with each sentence about its result."""
     for result in results:
         name = printable(result["dataset"])
         if verdict := result.get("verdict"):
             yield f"{name}, {printable(result['model'])}" if several else name, printable(verdict)
         if prompts := result.get("prompts"):
             yield name, printable(f"prompts: {prompts}")
+        if (precision := result.get("precision", "fp32")) != "fp32":
+            yield name, printable(f"precision: {precision}")
+        if changed := result.get("changed"):
+            counts = [f"{count:,} of {total:,} {noun}" for noun, (count, total) in changed.items()]
+            yield name, printable(f"with another answer: {', '.join(counts)}")
         for note in result.get("notes", ()):
             yield name, printable(note)
 

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dualenc.utils.text import printable, quoted, reason
 
 if TYPE_CHECKING:
     import torch
 
+Precision = Literal["fp32", "bf16"]  # in which a model computes embeddings
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which tokenizers cannot read
 
 
@@ -50,6 +51,12 @@ def check_batch_size(batch_size: int) -> None:
     """Raise a ValueError if a batch size is not a positive number."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is {shown_value(batch_size)}: it must be a number of at least 1")
+
+
+def check_precision(precision: str) -> None:
+    """Raise a ValueError if a precision is not one of `Precision`."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {shown_value(precision)}: choose one of {', '.join(get_args(Precision))}")
 
 
 def usable_device(device: "str | int | torch.device | None") -> "torch.device":

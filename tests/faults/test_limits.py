@@ -60,7 +60,7 @@ def paths(index, folder, seed):
     """Return functions that read the same pictures on each path that passes tensors of workers."""
     embedder = tiny_embedder(seed)
     sets = write_benchmark(folder / "set", seed)
-    about = {"what": "features", "made_by": "test", "model": "test", "captions": None, "dims": 2}
+    about = {"what": "features", "made_by": "test", "precision": "fp32", "model": "test", "captions": None, "dims": 2}
 
     def embed():
         embed_shards(

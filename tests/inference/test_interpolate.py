@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import dualenc
 from dualenc import ModelError, Tokenizer
 from dualenc.cli import main
-from dualenc.inference.embedder import Embedder, interpolate
+from dualenc.inference.embedder import Embedder
+from dualenc.inference.interpolation import interpolate
 
 
 def pair(seed: int, **config: object) -> tuple[Embedder, Embedder]:

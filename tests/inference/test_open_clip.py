@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dualenc import ModelError, load
 from dualenc.data import decode_image
-from dualenc.inference.embedder import interpolate
+from dualenc.inference.interpolation import interpolate
 from dualenc.inference.open_clip import OpenClip, OpenClipTokenizer, OpenClipTransform, check_name
 
 VISION = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualenc.models.image_encoder import ImageConfig, ImageEncoder
@@ -173,3 +174,73 @@ def test_models_that_are_not_vision_transformers_are_refused(name):
 def test_the_error_of_an_unknown_override_names_it():
     with pytest.raises(ValueError, match="dept"):
         ImageEncoder(ImageConfig(NAME, SIZE, {"dept": 1}))
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Return a list that grows with each call of torch's fused attention."""
+    calls, fused = [], F.scaled_dot_product_attention
+
+    def counted(query, *args, **options):
+        calls.append(query.device.type)
+        return fused(query, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    return calls
+
+
+@pytest.mark.parametrize("name", [NAME, "vit_relpos_small_patch16_224", "vit_base_patch16_siglip_224"])
+def test_fused_attention_is_left_out_in_bf16_on_a_cpu_only(name, fused_calls):
+    model, x = ImageEncoder(ImageConfig(name, SIZE, {"depth": 2})).eval(), images()
+
+    def embed(**autocast):
+        fused_calls.clear()
+        with torch.no_grad(), torch.autocast("cpu", **autocast):
+            return model(x).float(), len(fused_calls)
+
+    exact, calls = embed(enabled=False)
+    assert calls >= 2  # a block has one call, and pooling may have another
+    rounded, calls_in_bf16 = embed(dtype=torch.bfloat16)
+    assert not calls_in_bf16
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
+    again, calls_after = embed(enabled=False)
+    assert calls_after == calls
+    assert torch.equal(again, exact)
+    assert embed(dtype=torch.float16)[1] == calls  # which the measurement was not about
+
+
+def test_fused_attention_stays_in_bf16_on_cuda(fused_calls):
+    model, x = ImageEncoder(config(depth=2)).bfloat16(), images(dtype=torch.bfloat16)
+    model(x)
+    assert not fused_calls  # control
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.cuda()(x.cuda())
+    assert fused_calls == ["cuda"] * 2
+
+
+def test_a_block_that_is_computed_again_has_the_same_attention(fused_calls):
+    model, x = build(depth=2), images()
+    model.set_grad_checkpointing()
+
+    def gradients(between):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        between()
+        fused_calls.clear()
+        out.float().square().sum().backward()
+        assert not fused_calls
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients(lambda: None)
+    assert all(map(torch.equal, gradients(lambda: model(x)), plain))  # an fp32 pass before the backward pass
+
+
+def test_the_choice_of_attention_compiles_without_a_break(fused_calls):
+    model, x = build(depth=1).eval(), images()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            expected = model(x)
+            assert torch.equal(compiled(x), expected)
+    torch.compiler.reset()

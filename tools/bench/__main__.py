@@ -3,6 +3,7 @@
 from jsonargparse import auto_cli
 
 from tools.bench.checkpoint import checkpoint
+from tools.bench.evaluation import evaluation
 from tools.bench.fit import fit
 from tools.bench.index import index
 from tools.bench.loader import loader
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     programs = {
         "answering": answering,
         "checkpoint": checkpoint,
+        "evaluation": evaluation,
         "fit": fit,
         "index": index,
         "loader": loader,
