@@ -80,7 +80,7 @@ def flash_attention(
         return torch.cat(outs)
     left = -1 if window is None else window
     sides = (left, 0 if causal else left)
-    # By itself torch takes cuDNN on Hopper and Blackwell, which plans anew for every number of texts and tokens.
+    # By itself torch takes cuDNN on Hopper and Blackwell, which makes a new plan for every number of texts and tokens.
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         out = varlen_attn(q, k, v, offsets, offsets, max_len, max_len, window_size=sides)
     assert isinstance(out, Tensor)  # It is a tuple only where auxiliary outputs are requested.

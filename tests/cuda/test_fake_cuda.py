@@ -305,6 +305,24 @@ def test_a_step_on_texts_stays_on_the_device(device, tmp_path, name):
     assert device.has("_varlen_attn")
 
 
+def test_dropout_of_a_step_is_seeded_on_host_and_device(device, monkeypatch):
+    """Both generators have the seed that torch.manual_seed would give them, another one in each step."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    task, drawn = attach(TextTask({"mlm": HEADS["mlm"]}, TEXT)), []
+    monkeypatch.setattr(type(task), "device", CUDA)
+    for step in (0, 1, 0):
+        task.trainer.global_step = step
+        task.on_train_batch_start(SimpleNamespace(rows=torch.arange(2)), 0)
+        drawn.append(torch.rand(3))
+        torch.manual_seed(seeds[-1])
+        assert torch.equal(torch.rand(3), drawn[-1])
+        seeds[:] = [*dict.fromkeys(seeds)]
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert len(seeds) == 2
+
+
 def test_clipping_and_averaging_stay_on_the_device(device):
     model, average = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), EMA()
     with device:

@@ -7,7 +7,7 @@ from tools.bench.index import index
 from tools.bench.loader import loader
 from tools.bench.loss import loss
 from tools.bench.memory import memory
-from tools.bench.precision import precision
+from tools.bench.precision import precision, rounding
 from tools.bench.retrieval import retrieval
 from tools.bench.text import text
 from tools.bench.text_tasks import answering, tagging
@@ -23,6 +23,7 @@ if __name__ == "__main__":
         "memory": memory,
         "precision": precision,
         "retrieval": retrieval,
+        "rounding": rounding,
         "tagging": tagging,
         "text": text,
         "zeroshot": zeroshot,
