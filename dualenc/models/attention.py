@@ -72,12 +72,10 @@ def flash_attention(
         # The host waits for the device here. A batch of this size takes the device much longer.
         bounds = [*offsets[:-1:FLASH_TEXTS].tolist(), len(q)]
         sizes = [end - start for start, end in pairwise(bounds)]
-        parts = zip(*(x.split(sizes) for x in (q, k, v)), range(0, len(offsets) - 1, FLASH_TEXTS))
-        outs = []
-        for *qkv, first in parts:
-            own = offsets[first : first + FLASH_TEXTS + 1]
-            outs.append(flash_attention(*qkv, own - own[0], max_len, causal, window))
-        return torch.cat(outs)
+        starts = range(0, len(offsets) - 1, FLASH_TEXTS)
+        owns = [offsets[start : start + FLASH_TEXTS + 1] - offsets[start] for start in starts]
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), owns, strict=True)
+        return torch.cat([flash_attention(*part, max_len, causal, window) for part in parts])
     left = -1 if window is None else window
     sides = (left, 0 if causal else left)
     # By itself torch takes cuDNN on Hopper and Blackwell, which makes a new plan for every number of texts and tokens.

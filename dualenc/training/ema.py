@@ -63,7 +63,7 @@ class EMA(Callback):
         averages = [pair[0] for pair in pairs]
         weights = [weight.to(average.dtype) for average, weight in pairs]
         # A skipped step has the factor 0, computed on the device: the host need not wait to know whether it was.
-        factor = new if skipped is None else ((~skipped).double() * new).to(averages[0].dtype)
+        factor: Any = new if skipped is None else ((~skipped).double() * new).to(averages[0].dtype)
         for part in _parts(averages):
             # One kernel for many tensors each. torch._foreach_lerp_ would take one kernel for each tensor, since the
             # factor is a tensor on the device and does not have the shape of the weights.
