@@ -9,7 +9,7 @@ from tools.bench.index import index
 from tools.bench.loader import loader
 from tools.bench.loss import loss
 from tools.bench.memory import memory
-from tools.bench.precision import precision
+from tools.bench.precision import precision, rounding
 from tools.bench.quality import quality
 from tools.bench.retrieval import retrieval
 from tools.bench.text import text
@@ -29,6 +29,7 @@ if __name__ == "__main__":
         "precision": precision,
         "quality": quality,
         "retrieval": retrieval,
+        "rounding": rounding,
         "tagging": tagging,
         "text": text,
         "zeroshot": zeroshot,

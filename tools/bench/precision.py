@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualenc.losses import clip_loss, siglip_loss
 
@@ -40,6 +41,63 @@ def precision(batch: int = 2048, dim: int = 512, draws: int = 5) -> None:
                         found[side].append(error(loss, EXACT[name], inputs, mixed))
                 shown = (f"{median(x):.1e} ({max(x):.1e})" for x in found.values())
                 print(f"| {kind} | {name} | {'bf16-mixed' if mixed else '32-true'} | {' | '.join(shown)} |")
+
+
+class RoundedOperands(TorchDispatchMode):
+    """A mode that rounds the operands of fp32 matrix products, as a device does that multiplies in fewer bits.
+
+    Args:
+        rounded: function that rounds a tensor.
+    """
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rounded, self.products = rounded, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_) and args[-1].dtype == torch.float32:
+            self.products += 1
+            args = *args[:-2], *(self.rounded(x) for x in args[-2:])
+        return func(*args, **(kwargs or {}))
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """Round to the nearest number with the 10 bits of TF32's mantissa, ties to even."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
+ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "fp32": lambda x: x,
+    "TF32": to_tf32,
+    "bf16": lambda x: x.bfloat16().float(),
+}
+
+
+def rounding(batch: int = 1024, dim: int = 512, draws: int = 5) -> None:
+    """Print the relative error of the embeddings' gradients at scale 100 if products took operands of fewer bits.
+
+    The median and the largest of some draws; sums are in fp32, as on a GPU.
+
+    Args:
+        batch: pairs in the batch, B.
+        dim: width of the embeddings, E.
+        draws: draws of embeddings.
+    """
+    print(f"| embeddings | loss | {' | '.join(ROUNDED)} |\n|---|---|{'---|' * len(ROUNDED)}")
+    for kind in KINDS:
+        for name, loss in {"clip": clip_loss, "siglip": siglip_loss}.items():
+            shown = []
+            for rounded in ROUNDED.values():
+                found = []
+                for draw in range(draws):
+                    torch.manual_seed(draw)
+                    inputs = [*embeddings(kind, batch, dim), torch.tensor([100.0]), torch.tensor([-10.0])]
+                    with RoundedOperands(rounded) as mode:
+                        found.append(error(loss, EXACT[name], inputs))
+                    assert mode.products >= 3
+                shown.append(f"{median(found):.1e} ({max(found):.1e})")
+            print(f"| {kind} | {name} | {' | '.join(shown)} |", flush=True)
 
 
 def embeddings(kind: str, count: int, dim: int) -> tuple[Tensor, Tensor]:
