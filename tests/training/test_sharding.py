@@ -3,15 +3,18 @@
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import SIZE
+from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import in_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dualenc.training.contrastive as contrastive
 from dualenc.losses import clip_loss
 from dualenc.models import DualEncoder, ImageConfig, TextConfig, embed_micro_batches
 from dualenc.tokens import Tokens
@@ -150,3 +153,30 @@ def test_the_next_block_is_gathered_while_a_block_computes(tmp_path: Path, seed:
     for of_rank in run(tmp_path, seed, half=True):
         # When the first block is done, its tower's own weights, its own and those of the second block are gathered.
         assert of_rank["ahead"] == [3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("precision", "micro_batch_size", "expected"),
+    [("bf16-mixed", None, torch.bfloat16), ("bf16-mixed", 4, None), ("32-true", None, None)],
+)
+def test_a_task_gathers_in_half_precision_where_autocast_does(
+    monkeypatch: pytest.MonkeyPatch, precision: str, micro_batch_size: int | None, expected: torch.dtype | None
+) -> None:
+    given = []
+    monkeypatch.setattr(contrastive, "shard", lambda model, mesh, half: given.append(half))
+    contrastive.ContrastiveTask.configure_model(task_of(precision, micro_batch_size))
+    assert given == [expected]
+
+
+def test_scaled_gradients_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.precision 16-mixed"):
+        contrastive.ContrastiveTask.configure_model(task_of("16-mixed", None))
+
+
+def task_of(precision: str, micro_batch_size: int | None) -> Any:
+    """Return what `configure_model` reads of a task."""
+    data = SimpleNamespace(micro_batch_size=micro_batch_size)
+    strategy = ModelParallelStrategy()
+    trainer = SimpleNamespace(strategy=strategy, precision=precision, world_size=1, datamodule=data)
+    mesh = {"data_parallel": SimpleNamespace(size=lambda: 1)}
+    return SimpleNamespace(trainer=trainer, auxiliary=[], device_mesh=mesh, model=None)
