@@ -36,6 +36,7 @@ from dualenc.models import (
 )
 from dualenc.models.heads import TextModel
 from dualenc.models.heads.vectors import EmbeddingConfig
+from dualenc.models.tower import compile_blocks
 from dualenc.report import Section
 from dualenc.tokens import Tokens
 from dualenc.training.auxiliary import auxiliary_losses
@@ -174,6 +175,7 @@ class ContrastiveTask(Task):
         text_tuning: parts of the text tower that are trained, and their learning rates.
         patch_dropout: share of image patches left out in training.
         grad_checkpointing: recompute activations in the backward pass, to save memory.
+        compile: compile the blocks of the towers by `torch.compile`; see `compile_blocks`.
         resize: conversion of images to squares in evaluation; see `Preprocess`.
         max_skipped: number of consecutive steps with a non-finite loss or gradient that ends the run.
         seed: seed of dropout; the command line passes `seed_everything`.
@@ -202,6 +204,7 @@ class ContrastiveTask(Task):
         text_tuning: Tuning = PLAIN,
         patch_dropout: float = 0.0,
         grad_checkpointing: bool = False,
+        compile: bool = False,
         resize: Literal["shortest", "squash", "longest"] = "shortest",
         max_skipped: int = 20,
         seed: int = 0,
@@ -220,6 +223,8 @@ class ContrastiveTask(Task):
         super().__init__(model, optimizer, scheduler, seed, max_skipped)
         self.text_checkpoint = found.text_checkpoint
         self.model.set_grad_checkpointing(grad_checkpointing)
+        if compile:
+            compile_blocks(self.model)
         self.tunings = {"image": image_tuning, "text": text_tuning}
         for name, tuning in self.tunings.items():
             tuning.freeze(getattr(model, name), f"model.{name}_tuning")

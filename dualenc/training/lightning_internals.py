@@ -122,7 +122,7 @@ def find_unused_parameters(strategy: DDPStrategy) -> None:
 def raise_timeout(strategy: Strategy, timeout: timedelta) -> None:
     """Let collectives wait for at least as long as `timeout`, from before the process group exists.
 
-    Strategies on one device have no timeout, and stay as they are.
+    Strategies on one device have no timeout, and stay unchanged.
     """
     if hasattr(strategy, "_timeout"):
         strategy._timeout = max(strategy._timeout or timeout, timeout)  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ def shard(model: DualEncoder, mesh: DeviceMesh, half: torch.dtype | None) -> Non
         model: model, on the device of the mesh or on the CPU.
         mesh: the ranks.
         half: dtype in which autocast multiplies, in which the matrices of the blocks are gathered; None to gather all
-            weights as they are. Gradients are reduced in the dtype of the weights.
+            weights in their own. Gradients are reduced in the dtype of the weights.
     """
     towers = ((model.image, model.image.vit.blocks), (model.text, model.text.blocks))
     # Evaluation has no backward pass that would shard the weights again, so the forward pass does.
@@ -44,7 +44,7 @@ def shard(model: DualEncoder, mesh: DeviceMesh, half: torch.dtype | None) -> Non
 def _matrices_in(half: torch.dtype | None) -> MixedPrecisionPolicy:
     """Return the policy that gathers matrices in half precision, as autocast would round them for each product.
 
-    Vectors stay as they are: the residual stream and the LayerNorms, with their gains near 1, are not rounded either.
+    Vectors stay unchanged: the residual stream and the LayerNorms, with their gains near 1, are not rounded either.
     """
     # Versions of torch before 2.15 round all weights of a block or none.
     if half is None or "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:
@@ -60,8 +60,8 @@ def _matrices_in(half: torch.dtype | None) -> MixedPrecisionPolicy:
 def whole_weights(task: Any) -> Iterator[None]:
     """Put a copy of the model with whole weights in place of a sharded one inside the block.
 
-    The weights are gathered once, because ranks may embed different numbers of batches; and as they are, because
-    evaluation multiplies in their precision.
+    The weights are gathered once, because ranks may embed different numbers of batches, and in their own dtype, in which
+    evaluation multiplies.
 
     Args:
         task: task with a `model`, changed inside the block; nothing is done if its weights are not sharded.

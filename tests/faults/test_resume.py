@@ -255,3 +255,21 @@ def test_configuration_of_many_nodes(tmp_path):
     bare = json.dumps({"class_path": variant["class_path"]})
     assert set(run(fit, tmp_path / "bare", 2, bare)) <= {1, 2}
     assert "data_parallel_size" in (tmp_path / "bare" / "log-0").read_text()
+
+
+@pytest.mark.slow
+def test_killed_run_with_compiled_blocks(uninterrupted, tmp_path):
+    """Dropout is on. The names in checkpoints are those of plain blocks, by which such a run continues too."""
+    fit = [*uninterrupted.fit, "--model.compile", "true", "--trainer.max_epochs", "1"]
+    assert run(fit, tmp_path / "whole") == [0], (tmp_path / "whole" / "log-0").read_text()
+    part = tmp_path / "part"
+    kill = [*with_callbacks(uninterrupted, ("Kill", {"step": 5})), *fit[-4:]]
+    assert run(kill, part) == [KILLED]
+    shutil.copytree(part, tmp_path / "plain")
+    assert run([*fit, "--ckpt_path", "auto"], part) == [0], (part / "log-0").read_text()
+    assert_same(part, tmp_path / "whole")
+    plain = [*fit, "--model.compile", "false", "--ckpt_path", "auto"]
+    assert run(plain, tmp_path / "plain") == [0], (tmp_path / "plain" / "log-0").read_text()
+    weights = [load_file(tmp_path / name / "run" / "last" / "model.safetensors") for name in ("whole", "plain")]
+    assert weights[0].keys() == weights[1].keys()
+    assert load(tmp_path / "whole" / "run" / "last", "cpu").embed_texts(["a red hat"]).isfinite().all()
