@@ -60,8 +60,8 @@ def _matrices_in(half: torch.dtype | None) -> MixedPrecisionPolicy:
 def whole_weights(task: Any) -> Iterator[None]:
     """Put a copy of the model with whole weights in place of a sharded one inside the block.
 
-    The weights are gathered once, because ranks may embed different numbers of batches, and in their own dtype, in which
-    evaluation multiplies.
+    The weights are gathered once, because ranks may embed different numbers of batches, and in their own dtype, in
+    which evaluation multiplies.
 
     Args:
         task: task with a `model`, changed inside the block; nothing is done if its weights are not sharded.

@@ -258,6 +258,7 @@ def test_configuration_of_many_nodes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own tensors
 def test_killed_run_with_compiled_blocks(uninterrupted, tmp_path):
     """Dropout is on. The names in checkpoints are those of plain blocks, by which such a run continues too."""
     fit = [*uninterrupted.fit, "--model.compile", "true", "--trainer.max_epochs", "1"]

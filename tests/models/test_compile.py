@@ -17,7 +17,7 @@ from dualenc.tokens import Tokens
 # Torch looks at the gradients of its own fake tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
-VIT = {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
+VIT = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "clip": {"norm": "pre", "pool": "last", "causal": True},
     "bert": {"types": 2},
@@ -42,7 +42,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacken
 
 def model_of(family: str = "clip", dropout: float = 0.0, stochastic_depth: float = 0.0) -> DualEncoder:
     """Return a model whose parameters are all perturbed."""
-    text = TextConfig(60, width=16, layers=4, heads=2, context_length=24, dropout=dropout, **FAMILIES[family])
+    text = TextConfig(60, width=16, layers=3, heads=2, context_length=24, dropout=dropout, **FAMILIES[family])
     image = ImageConfig("vit_tiny_patch16_224", SIZE, {**VIT, "drop_path_rate": stochastic_depth})
     model = DualEncoder(image, text, embed_dim=8, patch_dropout=dropout)
     with torch.no_grad():
@@ -98,18 +98,14 @@ def test_one_graph_serves_all_shapes(graphs: CompileCounterWithBackend, family: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_plain_blocks(
-    graphs: CompileCounterWithBackend, family: str, checkpointing: bool, seed: int
-) -> None:
-    """In float64, with and without micro-batches."""
-    model, batches = model_of(family).double(), [pairs_of(5, 9), pairs_of(4, 12)]
+def test_equals_the_plain_blocks(graphs: CompileCounterWithBackend, seed: int) -> None:
+    """In float64, for a whole batch and for micro-batches with gradient checkpointing."""
+    model, batches = model_of("modernbert").double(), [pairs_of(5, 9), pairs_of(4, 12)]
     batches = [(images.double(), tokens) for images, tokens in batches]
     whole, parts = gradients_of(model, batches[0]), gradients_of(model, *batches)
-    model.set_grad_checkpointing(checkpointing)
     tower.compile_blocks(model)
     assert_close(gradients_of(model, batches[0]), whole, 1e-10)
+    model.set_grad_checkpointing()
     assert_close(gradients_of(model, *batches), parts, 1e-10)
     assert graphs.frame_count
 
