@@ -367,7 +367,7 @@ class ContrastiveTask(Task):
         return [found.section]
 
     def configure_model(self) -> None:
-        """Shard the weights over the ranks where the strategy is ModelParallelStrategy (FSDP2).
+        """Distribute the weights over the ranks where the strategy is ModelParallelStrategy (FSDP2).
 
         Raises:
             ValueError: If the strategy or the precision does not suit the task.

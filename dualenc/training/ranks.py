@@ -70,10 +70,11 @@ class RankFlags:
 
     Args:
         world: number of ranks.
-        timeout: longest wait for another rank; see `collective_timeout`.
+        stall_seconds: see `collective_timeout`.
     """
 
-    def __init__(self, world: int, timeout: timedelta) -> None:
+    def __init__(self, world: int, stall_seconds: float) -> None:
+        timeout = collective_timeout(stall_seconds)
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
         self._flags: Tensor | None = None
         self._work: Any = None

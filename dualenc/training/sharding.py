@@ -15,7 +15,7 @@ from dualenc.models import DualEncoder
 
 
 def shard(model: DualEncoder, mesh: DeviceMesh, half: torch.dtype | None) -> None:
-    """Shard the weights of a dual encoder over the ranks, in place, block by block.
+    """Distribute the weights of a dual encoder over the ranks, in place, block by block.
 
     Each block is gathered before it runs, while the block before it still computes. Each part whose forward is called
     alone, as in evaluation, is sharded by itself.

@@ -127,7 +127,7 @@ def test_gradients_equal_those_of_whole_weights(tmp_path: Path, seed: int, half:
 
 @pytest.mark.long
 def test_micro_batches_would_sum_in_half_precision(tmp_path: Path, seed: int) -> None:
-    """The reason why a task with micro-batches gathers all weights as they are."""
+    """The reason why a task with micro-batches gathers all weights in fp32."""
     (first, _) = run(tmp_path, seed, half=True, size=2)
     errors = [(a - b).norm() / a.norm() for a, b in zip(first["whole"], first["sharded"]) if a.any()]
     assert max(errors) > 1e-4
