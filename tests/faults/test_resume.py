@@ -259,8 +259,13 @@ def test_configuration_of_many_nodes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own tensors
-def test_killed_run_with_compiled_blocks(uninterrupted, tmp_path):
-    """Dropout is on. The names in checkpoints are those of plain blocks, by which such a run continues too."""
+def test_killed_run_with_compiled_blocks(uninterrupted, tmp_path, monkeypatch):
+    """Dropout is on. The names in checkpoints are those of plain blocks, by which such a run continues too.
+
+    Autograd is traced, and no machine code is made: that takes long, and gives the same code each time.
+    """
+    real = torch.compile  # The runs are forked from this process.
+    monkeypatch.setattr(torch, "compile", lambda call, **how: real(call, **{**how, "backend": "aot_eager"}))
     fit = [*uninterrupted.fit, "--model.compile", "true", "--trainer.max_epochs", "1"]
     assert run(fit, tmp_path / "whole") == [0], (tmp_path / "whole" / "log-0").read_text()
     part = tmp_path / "part"
