@@ -75,6 +75,11 @@ class ImageEncoder(Tower):
         return self.vit(images)
 
     @property
+    def blocks(self) -> Any:
+        """The blocks of the vision transformer; None where timm names its layers otherwise."""
+        return getattr(self.vit, "blocks", None)
+
+    @property
     def layers(self) -> int:
         """Number of blocks."""
         return self._timm_depths()["above"] - 1

@@ -1,12 +1,14 @@
-"""The base class of both towers: a depth for each parameter, and frozen layers."""
+"""The base class of both towers: a depth for each parameter, frozen layers, and compiled blocks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from types import MethodType
+from typing import Any, Self
 
 import torch
-from torch import nn
+from timm.layers import DropPath
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -56,3 +58,49 @@ class Tower(nn.Module, ABC):
                 for part in module.modules():
                     part.training = False
         return self
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile the blocks of all towers of a model by `torch.compile`, for training.
+
+    Blocks of one tower share their compiled code, which serves all numbers of samples, tokens and positions. It is
+    compiled by the first step. Names of parameters stay. Without gradients, as in evaluation, nothing is compiled.
+
+    Args:
+        model: model, changed in place.
+        backend: see `torch.compile`.
+
+    Raises:
+        ValueError: If a tower has no blocks, as some models of timm.
+    """
+    for tower in model.modules():
+        if not isinstance(tower, Tower):
+            continue
+        blocks = getattr(tower, "blocks", None)
+        if blocks is None:
+            raise ValueError("model.compile needs towers of plain blocks, which this one lacks: set it to false")
+        for block in blocks:
+            for part in block.modules():
+                if isinstance(part, DropPath):
+                    part.forward = MethodType(_drop_path, part)  # type: ignore[method-assign]
+            # Not `block.compile()`, which would compile the hooks of FSDP2 with it.
+            block.forward = _InTraining(block.forward, torch.compile(block.forward, dynamic=True, backend=backend))
+
+
+class _InTraining:
+    """A forward method that is compiled where gradients are computed."""
+
+    def __init__(self, plain: Any, compiled: Any) -> None:
+        self.plain, self.compiled = plain, compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled if torch.is_grad_enabled() else self.plain)(*args, **kwargs)
+
+
+def _drop_path(self: DropPath, x: Tensor) -> Tensor:
+    """Drop samples as timm does, by code that does not depend on the rate, which each block has for itself."""
+    if not self.training or not self.drop_prob:
+        return x
+    keep = 1 - self.drop_prob
+    kept = (torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) < keep).to(x.dtype)
+    return x * (kept / keep if self.scale_by_keep else kept)

@@ -16,6 +16,7 @@ from dualenc.metrics.text import replaced_metrics
 from dualenc.models import TextConfig
 from dualenc.models.electra import DISCRIMINATOR, ReplacedTokenModel, generator_config, replaced_token_losses
 from dualenc.models.heads import HEADS, Measured
+from dualenc.models.tower import compile_blocks
 from dualenc.report import Section
 from dualenc.training.contrastive import adamw
 from dualenc.training.optim import WarmupCosine
@@ -41,6 +42,7 @@ class ReplacedTokenTask(LanguageTask):
             takes it from the data.
         optimizer: function of parameter groups, see `parameter_groups`.
         scheduler: class of the schedule, from the optimizer and the number of steps.
+        compile: compile the blocks of both encoders by `torch.compile`; see `compile_blocks`.
         max_skipped: number of consecutive steps with a non-finite loss or gradient that ends the run.
         seed: seed of dropout and of the generator's draws; the command line passes `seed_everything`.
     """
@@ -53,12 +55,15 @@ class ReplacedTokenTask(LanguageTask):
         tokenizer: str | None = None,
         optimizer: Callable[[Iterable], Optimizer] = adamw,
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
+        compile: bool = False,
         max_skipped: int = 20,
         seed: int = 0,
     ) -> None:
         text = with_vocabulary(text, tokenizer)
         model = ReplacedTokenModel(text, generator_config(text, generator_size))
         super().__init__(model, {"rtd": DISCRIMINATOR}, text, optimizer, scheduler, seed, max_skipped)
+        if compile:
+            compile_blocks(self.model)
         self.discriminator_weight = discriminator_weight
         self._frequent: Tensor | None = None  # (V,)
 

@@ -15,7 +15,7 @@ from dualenc.training.optim import WarmupCosine
 from dualenc.training.task import Task, rank_zero_print
 
 # The checkpoint has the weights, so it does not matter where the first ones came from.
-_MODEL_IGNORED = ("pretrained", "text_from", "grad_checkpointing", "max_skipped", "seed", "scored_tokens")
+_MODEL_IGNORED = ("pretrained", "text_from", "grad_checkpointing", "compile", "max_skipped", "seed", "scored_tokens")
 # Data are compared by content, in the state of the loader. The others do not change what is trained.
 _DATA_BY_CONTENT = ("train", "val", "test", "predict", "tokenizer", "select", "features")
 _DATA_IGNORED = ("workers", "timeout", "bad_samples", "cache_gb", "seed")

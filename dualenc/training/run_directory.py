@@ -245,7 +245,7 @@ class RunDirectory(Checkpoint):
                 rank_zero_print(f"resuming after step {trainer.global_step:,}")
         disable_sigterm_broadcast(trainer)
         disable_child_observer(trainer)
-        self._rank_flags = RankFlags(trainer.world_size)
+        self._rank_flags = RankFlags(trainer.world_size, self.stall_seconds)
         if trainer.world_size > 1:
             self._watchdog = pl_module.watchdog = Watchdog(trainer.global_rank, trainer.world_size, self.stall_seconds)
             self._watchdog.start()

@@ -20,6 +20,7 @@ from dualenc.formats.huggingface.text_checkpoint import TextCheckpoint, open_tex
 from dualenc.inference.text_model import TextPredictor
 from dualenc.models import HeadConfig, TextConfig, TextModel
 from dualenc.models.heads import Examples, Head, HeldOut, LoadedHeads, Measured, import_head, make_head
+from dualenc.models.tower import compile_blocks
 from dualenc.report import Section, verdict
 from dualenc.tokens import Tokens
 from dualenc.training.contrastive import BASE, PLAIN, adamw
@@ -230,6 +231,7 @@ class TextTask(LanguageTask):
         scheduler: class of the schedule, from the optimizer and the number of steps.
         tuning: parts of the encoder that are trained, and their learning rates.
         grad_checkpointing: recompute activations in the backward pass, to save memory.
+        compile: compile the blocks of the encoder by `torch.compile`; see `compile_blocks`.
         scored_tokens: number of tokens of the held-out texts of "mlm" that `dualenc test` masks one by one for the
             pseudo-perplexity.
         max_skipped: number of consecutive steps with a non-finite loss or gradient that ends the run.
@@ -246,6 +248,7 @@ class TextTask(LanguageTask):
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
         tuning: Tuning = PLAIN,
         grad_checkpointing: bool = False,
+        compile: bool = False,
         scored_tokens: int = 20_000,
         max_skipped: int = 20,
         seed: int = 0,
@@ -260,6 +263,8 @@ class TextTask(LanguageTask):
         self.kinds = model.kinds
         self.text_checkpoint, self.scored_tokens = checkpoint, scored_tokens
         self.model.encoder.grad_checkpointing = grad_checkpointing
+        if compile:
+            compile_blocks(self.model)
         self.tunings = {"encoder": tuning}
         tuning.freeze(self.model.encoder, "model.tuning")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
