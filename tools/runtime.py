@@ -55,8 +55,8 @@ def build(folder: Path) -> Path:
     words = [f"#define {word}\n" for word in WORDS]
     words += [f"#define {word}(n) __attribute__((aligned(n)))\n" for word in ("__align__", "__builtin_align__")]
     (folder / "crt" / "host_defines.h").write_text("".join(words))
-    defined = set(re.findall(r"\b((?:__cuda|cuda|cublas|nccl|cu)[A-Z_]\w*)\(", SOURCE.read_text()))
-    wanted = _wanted() - defined
+    own = r"(?m)^(?:int|unsigned|void|void \*\*|const char \*)\s?((?:__cuda|cuda|cublas|nccl|cu)[A-Z]\w*)\("
+    wanted = _wanted() - set(re.findall(own, SOURCE.read_text()))
     products = re.compile(r"cublas.*([Gg]em[mv]|[Dd]ot|[Tt]rsm|Matmul$)")
     lines = [f"{'PRODUCT' if products.match(name) else 'NOTHING'}({name})\n" for name in sorted(wanted)]
     (folder / "missing.h").write_text("".join(lines))
@@ -129,7 +129,7 @@ class Asked:
         waits: number of waits of the host by their reason. A wait for an event that was recorded before `clear` is
             none: the host waits for what it has asked for earlier.
         copies: number of copies by their direction.
-        collectives: collectives in their order, such as "all_reduce float32 4".
+        collectives: collectives in their order, such as "all_reduce float32 4", with their bytes.
     """
 
     kernels: dict[str, int]
@@ -178,7 +178,7 @@ def asked() -> Asked:
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(None)  # it is preloaded
+    library = ctypes.CDLL(None)  # It is preloaded.
     library.runtime_events.restype = ctypes.POINTER(_Event)
     library.runtime_written.restype = ctypes.c_long
     library.runtime_kernel.restype = ctypes.c_char_p

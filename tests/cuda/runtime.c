@@ -416,19 +416,33 @@ int cublasLtMatmulAlgoGetHeuristic(
 /* NCCL: the other ranks do what this one does, so each rank takes its own part for all others' and waits for nobody. */
 
 struct id { char bytes[128]; };
+struct communicator { int world, rank; };
 
-static int communicator(void **made, long world)
+static int communicator(void **made, int world, int rank)
 {
-    *made = malloc(sizeof world);
-    *(long *)*made = world;
+    struct communicator *of = *made = malloc(sizeof *of);
+    *of = (struct communicator){world, rank};
     return 0;
 }
 
+static int world_of(const void *in) { return ((const struct communicator *)in)->world; }
+static int rank_of(const void *in) { return ((const struct communicator *)in)->rank; }
+
+int ncclCommInitRank(void **made, int world, struct id id, int rank) { return communicator(made, world, rank); }
+
+int ncclCommInitRankConfig(void **made, int world, struct id id, int rank, void *how)
+{
+    return communicator(made, world, rank);
+}
+
+int ncclCommSplit(void *whole, int color, int key, void **made, void *how)
+{
+    return communicator(made, world_of(whole), rank_of(whole));
+}
+
 int ncclGetVersion(int *version) { return value_of(version, 22700); }
-int ncclCommInitRank(void **made, int world, struct id id, int rank) { return communicator(made, world); }
-int ncclCommInitRankConfig(void **made, int world, struct id id, int rank, void *how) { return communicator(made, world); }
-int ncclCommSplit(void *whole, int color, int key, void **made, void *how) { return communicator(made, *(long *)whole); }
-int ncclCommCount(void *in, int *world) { return value_of(world, (int)*(long *)in); }
+int ncclCommCount(void *in, int *world) { return value_of(world, world_of(in)); }
+int ncclCommUserRank(void *in, int *rank) { return value_of(rank, rank_of(in)); }
 int ncclCommGetAsyncError(void *in, int *error) { return zero(error); }
 const char *ncclGetErrorString(int error) { return "no error"; }
 const char *ncclGetLastError(void *in) { return ""; }
@@ -442,9 +456,9 @@ static size_t width(int type)
 int ncclAllGather(const void *from, void *to, size_t count, int type, void *in, void *stream)
 {
     size_t size = count * width(type);
-    for (long rank = 0; rank < *(long *)in; rank++)
+    for (int rank = 0; rank < world_of(in); rank++)
         move((char *)to + rank * size, from, size);
-    return note("collective", "all_gather", *(long *)in * size, type);
+    return note("collective", "all_gather", world_of(in) * size, type);
 }
 
 int ncclAllReduce(const void *from, void *to, size_t count, int type, int how, void *in, void *stream)
@@ -456,18 +470,43 @@ int ncclAllReduce(const void *from, void *to, size_t count, int type, int how, v
 int ncclReduceScatter(const void *from, void *to, size_t count, int type, int how, void *in, void *stream)
 {
     move(to, from, count * width(type));
-    return note("collective", "reduce_scatter", *(long *)in * count * width(type), type);
+    return note("collective", "reduce_scatter", world_of(in) * count * width(type), type);
+}
+
+/* Torch gathers a list of tensors by a group of broadcasts, one from each rank. */
+
+static _Thread_local struct { void *to[64]; const void *sent; size_t size; int count; } group;
+
+int ncclGroupStart(void)
+{
+    group.sent = 0;
+    group.count = 0;
+    return 0;
 }
 
 int ncclBroadcast(const void *from, void *to, size_t count, int type, int root, void *in, void *stream)
 {
-    move(to, from, count * width(type));
-    return note("collective", "broadcast", count * width(type), type);
+    size_t size = count * width(type);
+    move(to, from, size);
+    if (root == rank_of(in)) {
+        group.sent = from;
+        group.size = size;
+    } else if (group.count < 64) {
+        group.to[group.count++] = to;
+    }
+    return note("collective", "broadcast", size, type);
 }
 
 int ncclBcast(void *buffer, size_t count, int type, int root, void *in, void *stream)
 {
     return ncclBroadcast(buffer, buffer, count, type, root, in, stream);
+}
+
+int ncclGroupEnd(void)
+{
+    for (int i = 0; group.sent && i < group.count; i++)
+        move(group.to[i], group.sent, group.size);
+    return ncclGroupStart();
 }
 
 /* All other functions: products of cuBLAS are launches, the rest does nothing. */

@@ -4,6 +4,7 @@ from jsonargparse import auto_cli
 
 from tools.bench.checkpoint import checkpoint
 from tools.bench.index import index
+from tools.bench.launches import launches
 from tools.bench.loader import loader
 from tools.bench.loss import loss
 from tools.bench.memory import memory
@@ -18,6 +19,7 @@ if __name__ == "__main__":
         "answering": answering,
         "checkpoint": checkpoint,
         "index": index,
+        "launches": launches,
         "loader": loader,
         "loss": loss,
         "memory": memory,
