@@ -14,7 +14,6 @@ is a cosine times up to 100.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from dualenc.utils.precision import full_fp32
 
 Group = Any  # torch.distributed.ProcessGroup, absent from builds of torch without it
 Duplicates = Literal["ignore", "mask", "positive"]
@@ -150,24 +151,6 @@ def _promote(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Convert both to their common dtype, fp32 at least."""
     dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
     return image.to(dtype), text.to(dtype)
-
-
-@contextmanager
-def _full_precision(x: Tensor) -> Iterator[None]:
-    """Disable autocast and, outside of a compiled graph, TF32, whatever the caller has chosen for the towers."""
-    with torch.autocast(x.device.type, enabled=False):
-        if torch.compiler.is_compiling():  # A compiled graph uses one setting of TF32 for all of its products.
-            yield
-            return
-        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        before = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before):
-                backend.fp32_precision = precision
 
 
 class _GlobalBatch(NamedTuple):
@@ -363,7 +346,7 @@ class _Clip(torch.autograd.Function):
         duplicates: Duplicates,
         negative_ids: Tensor | None,
     ) -> Tensor:
-        with _full_precision(image):
+        with full_fp32(image.device):
             batch = _gather_batch(text, ids, duplicates, group, negatives, negative_ids)
             rows, columns = _softmax_terms(image, text, batch, scale, duplicates, group)
             loss = rows.losses().sum() + columns.losses()[batch.local].sum()
@@ -380,7 +363,7 @@ class _Clip(torch.autograd.Function):
         image, scale, bias, texts, ids, negative_ids, *terms = ctx.saved_tensors
         batch = _GlobalBatch(texts, ctx.size, ids, negative_ids, *ctx.split)
         rows, columns = _SoftmaxTerms(*terms[:4]), _SoftmaxTerms(*terms[4:])
-        with _full_precision(image):
+        with full_fp32(image.device):
             grad_image, grad_text = torch.empty_like(image), torch.zeros_like(texts)
             row_lse, column_lse = rows.log_sum_exp().to(image.dtype), columns.log_sum_exp().to(image.dtype)
             grad_own = (rows.own_grad(row_lse) + columns.own_grad(column_lse)[batch.local]).to(image.dtype)
@@ -422,7 +405,7 @@ class _Siglip(torch.autograd.Function):
         duplicates: Duplicates,
         differentiate: bool,
     ) -> Tensor:
-        with _full_precision(image):
+        with full_fp32(image.device):
             batch = _gather_batch(text, ids, duplicates, group)
             grad_image, grad_text = (torch.zeros_like(x) if differentiate else x for x in (image, batch.texts))
             loss = grad_bias = image.new_zeros((), dtype=torch.float64)

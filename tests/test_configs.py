@@ -43,6 +43,15 @@ def with_marks(configs: list[Path]) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize(
+    "path", [*SHIPPED, *(path for path in EVERY if path not in SHIPPED)], ids=lambda path: path.stem
+)
+def test_every_optimizer_is_fused(path: Path) -> None:
+    """An optimizer that is not fused takes hundreds of kernels more in each step on a GPU."""
+    settings = yaml.safe_load(path.read_text())["model"]["init_args"]["optimizer"]
+    assert settings["init_args"]["fused"] is True
+
+
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """Yield the names of parameters without a gradient, or in no group of the optimizer, filled in during training.

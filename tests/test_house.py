@@ -115,6 +115,35 @@ def test_no_file_is_over_550_lines_and_no_function_over_65() -> None:
     assert {name: lines for name, lines in functions.items() if lines > 65} == {}
 
 
+def unmarked(tree: ast.Module) -> list[str]:
+    """Return the tests of a module that ask whether there is a CUDA device, and do not carry the gpu mark."""
+    asking = "is_available"
+    names = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign) and asking in ast.unparse(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTION) and node.name.startswith("test_"):
+            marks = [ast.unparse(mark) for mark in node.decorator_list]
+            skips = any("skipif" in mark and asking in mark for mark in marks) or bool(names & set(marks))
+            if skips and "pytest.mark.gpu" not in marks:
+                found.append(node.name)
+    return found
+
+
+def test_tests_that_need_a_device_carry_the_gpu_mark() -> None:
+    skip = '@pytest.mark.skipif(not torch.cuda.is_available(), reason="")'
+    code = f"needs = {skip[1:]}\n@needs\ndef test_a(): pass\n{skip}\ndef test_b(): pass\n@pytest.mark.gpu\n@needs\n"
+    assert unmarked(ast.parse(f"{code}def test_c(): pass\ndef test_d(): pass")) == ["test_a", "test_b"]
+    texts = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    trees = {name: ast.parse(text) for name, text in texts.items() if "is_available" in text}
+    assert {name: found for name, tree in trees.items() if (found := unmarked(tree))} == {}
+
+
 @pytest.mark.long
 def test_only_training_and_cli_import_the_trainer() -> None:
     """Everything except training and cli imports without lightning, transformers and libraries that import them."""

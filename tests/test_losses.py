@@ -218,44 +218,6 @@ def test_no_tensor_holds_all_scores(name, duplicates, gradients):
         assert largest(reference(name)) == count * count  # control
 
 
-class Precision(TorchDispatchMode):
-    """A mode that records the fp32 precision of matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "mm" in func.__name__:
-            self.seen.append(torch.backends.cuda.matmul.fp32_precision)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("api", ["old", "new"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_scores_are_computed_without_tf32(name, api):
-    """Both of torch's APIs for TF32 are overridden, and restored afterwards, also where the loss fails."""
-    arguments, backend = inputs(torch.float32), torch.backends.cuda.matmul
-    torch.set_float32_matmul_precision("highest")
-    try:
-        if api == "old":
-            torch.set_float32_matmul_precision("high")
-        else:
-            backend.fp32_precision = "tf32"
-        with Precision() as precision:
-            LOSSES[name](*arguments).backward()
-        assert len(precision.seen) >= 3
-        assert set(precision.seen) == {"ieee"}
-        assert backend.fp32_precision == "tf32"
-        with pytest.raises(RuntimeError):
-            LOSSES[name](arguments[0], arguments[1][:, :3], *arguments[2:])
-        assert backend.fp32_precision == "tf32"
-        assert api == "new" or torch.get_float32_matmul_precision() == "high"
-    finally:
-        backend.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-        torch.set_float32_matmul_precision("highest")
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_dtype_of_the_scale_and_any_layout(name):
     image, text, scale, bias = inputs(torch.float32)

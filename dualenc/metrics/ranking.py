@@ -10,11 +10,12 @@ Scores less than `TIE` apart are equal.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dualenc.utils.precision import full_fp32
 
 TIE = 1e-12  # in units of the score; the float64 rounding of a product of unit vectors is below 1e-13
 GROUP, SMALL_GROUP = 32, 8  # candidates that are reduced to one number before any of them is examined
@@ -213,7 +214,7 @@ def score_blocks(
             scores, spare = memory[shape], scratch[shape]
             if r < height or c < width:
                 scores[r:] = scores[:, c:] = -torch.inf
-            with _full_precision():
+            with full_fp32(device):  # The error of TF32 would make every comparison undecided.
                 torch.mm(rows, columns.T, out=scores[:r, :c])
             here = (masked_columns >= j) & (masked_columns < j + c)
             scores[masked_rows[here], masked_columns[here] - j] = -torch.inf
@@ -389,14 +390,3 @@ def _group_members(scores: Tensor, size: int, query: Tensor, group: Tensor) -> T
 def max_per_query(query: Tensor, score: Tensor, size: int) -> Tensor:
     """Compute the maximum (size,) of each query's scores (n,)."""
     return score.new_full((size,), -torch.inf).scatter_reduce_(0, query.to(score.device), score, "amax")
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Disable TF32, whose error would make every comparison undecided."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

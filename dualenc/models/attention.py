@@ -4,17 +4,20 @@ There are three implementations, chosen by the device and dtype of the tensors:
 
 - CPU: texts of equal length (neighbors, since `Tokens` sorts them) share one SDPA call. This is a custom op, because
   the loop over groups depends on the data: torch.compile sees one node and never a graph break.
-- CUDA, fp16 or bf16: torch's varlen attention, which has its own backward and its own meta kernel.
+- CUDA, fp16 or bf16: torch's varlen attention, which has its own backward and its own meta kernel, by the kernel of
+  FlashAttention.
 - All others (CUDA fp32, older GPUs, odd head sizes): padding to the longest text, inside the attention only.
 """
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
 from dualenc.tokens import padding_index
@@ -23,6 +26,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # This build of torch lacks it, and `padded_attention` is used.
     varlen_attn = None
+
+FLASH_TEXTS = (1 << 16) - 1  # texts that a call of the kernel can take: it counts them in a dimension of CUDA's grid
 
 
 def ragged_attention(
@@ -47,11 +52,7 @@ def ragged_attention(
     if q.device.type == "cpu":
         return grouped_attention(q, k, v, offsets, causal, window)
     if varlen_attn is not None and _flash_supports(q):
-        left = -1 if window is None else window
-        sides = (left, 0 if causal else left)
-        out = varlen_attn(q, k, v, offsets, offsets, max_len, max_len, window_size=sides)
-        assert isinstance(out, Tensor)  # It is a tuple only where auxiliary outputs are requested.
-        return out
+        return flash_attention(q, k, v, offsets, max_len, causal, window)
     return padded_attention(q, k, v, offsets, max_len, causal, window)
 
 
@@ -60,6 +61,30 @@ def _flash_supports(q: Tensor) -> bool:
     size = q.shape[-1]
     half = q.dtype in (torch.float16, torch.bfloat16)
     return q.is_cuda and half and size % 8 == 0 and size <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int, causal: bool = False, window: int | None = None
+) -> Tensor:
+    """Compute `ragged_attention` by the varlen kernel of FlashAttention (Dao 2023)."""
+    assert varlen_attn is not None
+    if len(offsets) - 1 > FLASH_TEXTS:
+        # The host waits for the device here. A batch of this size takes the device much longer.
+        bounds = [*offsets[:-1:FLASH_TEXTS].tolist(), len(q)]
+        sizes = [end - start for start, end in pairwise(bounds)]
+        parts = zip(*(x.split(sizes) for x in (q, k, v)), range(0, len(offsets) - 1, FLASH_TEXTS))
+        outs = []
+        for *qkv, first in parts:
+            own = offsets[first : first + FLASH_TEXTS + 1]
+            outs.append(flash_attention(*qkv, own - own[0], max_len, causal, window))
+        return torch.cat(outs)
+    left = -1 if window is None else window
+    sides = (left, 0 if causal else left)
+    # By itself torch takes cuDNN on Hopper and Blackwell, which plans anew for every number of texts and tokens.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = varlen_attn(q, k, v, offsets, offsets, max_len, max_len, window_size=sides)
+    assert isinstance(out, Tensor)  # It is a tuple only where auxiliary outputs are requested.
+    return out
 
 
 def _attention_mask(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:

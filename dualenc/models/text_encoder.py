@@ -15,7 +15,7 @@ Decisions:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +166,10 @@ class TextConfig:
         """Return whether a layer, counted from 0, attends to the whole text."""
         return self.window is None or layer % self.global_every == 0
 
+    def theta_of(self, whole: bool) -> float:
+        """Return the base of the rotary angles in layers that attend to the whole text, or in local ones."""
+        return self.theta if whole or self.local_theta is None else self.local_theta
+
 
 class Attention(nn.Module):
     """Multi-head self-attention; the caller's `attend` decides which tokens attend to each other."""
@@ -261,18 +265,29 @@ class TextEmbeddings(nn.Module):
         return self.projection(self.dropout(self.norm(x)))
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotate pairs of features (i, i + Dh/2) by angles proportional to the position (Su et al. 2021, section 3.4).
+class Rotation(NamedTuple):
+    """Cosine and sine of the angles of each token, in fp32; see `rotary_angles`."""
+
+    cos: Tensor  # (..., 1, Dh/2)
+    sin: Tensor  # (..., 1, Dh/2)
+
+
+def rotary_angles(positions: Tensor, theta: float, size: int) -> Rotation:
+    """Compute the angles by which `rotate` rotates, proportional to the position (Su et al. 2021, section 3.4).
 
     Args:
-        x: (..., H, Dh) queries or keys.
         positions: (...) position of each token in its text.
         theta: base of the angles; feature pair i is rotated by position / theta ** (2 i / Dh).
+        size: Dh, the size of a head.
     """
-    size = x.shape[-1]
-    frequency = theta ** -(torch.arange(0, size, 2, device=x.device, dtype=torch.float32) / size)  # (Dh/2,)
+    frequency = theta ** -(torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)  # (Dh/2,)
     angle = positions[..., None, None].float() * frequency  # (..., 1, Dh/2)
-    cos, sin = angle.cos(), angle.sin()
+    return Rotation(angle.cos(), angle.sin())
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate pairs of features (i, i + Dh/2) of queries or keys (..., H, Dh)."""
+    cos, sin = rotation
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
@@ -375,13 +390,18 @@ class TextEncoder(Tower):
             window = None if whole or config.window is None else config.window // 2
             if config.positions == "learned":
                 return partial(attend, window=window)
-            theta = config.theta if whole or config.local_theta is None else config.local_theta
-            rotary = partial(rotate, positions=positions, theta=theta)
-            return lambda q, k, v: attend(rotary(q), rotary(k), v, window)
+            rotation = rotations[config.theta_of(whole)]
+            return lambda q, k, v: attend(rotate(q, rotation), rotate(k, rotation), v, window)
 
-        attend_of = {whole: attend_in(whole) for whole in (True, False)}
-        for step, number in enumerate(self.schedule):
-            block, block_attend = self.blocks[number], attend_of[config.sees_all(step)]
+        kinds = [config.sees_all(step) for step in range(len(self.schedule))]
+        rotations: dict[float, Rotation] = {}
+        if config.positions == "rotary":
+            # Once for all layers: an encoder has one base of the angles or two.
+            for theta in {config.theta_of(whole) for whole in kinds}:
+                rotations[theta] = rotary_angles(positions, theta, config.width // config.heads)
+        attend_of = {whole: attend_in(whole) for whole in kinds}
+        for number, whole in zip(self.schedule, kinds):
+            block, block_attend = self.blocks[number], attend_of[whole]
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, block_attend, use_reentrant=False)  # type: ignore[assignment]
             else:

@@ -87,7 +87,7 @@ class MaskedLanguageLoss(AuxiliaryLoss):
 
         masked = [(piece.tokens, piece.masked) for piece in pieces if piece.masked is not None]
         number = sum(len(one.masked_positions) for _, one in masked)
-        mean = mean_over_ranks(torch.stack(map_micro_batches(summed_loss, masked)).sum(), number, world)
+        mean = mean_over_ranks(torch.stack(map_micro_batches(summed_loss, masked)).sum(), [number], world)
         self.latest = mean.detach()
         return mean
 

@@ -67,8 +67,7 @@ class ReplacedTokenTask(LanguageTask):
         assert batch.masked is not None
         out = self.model(batch.tokens, batch.masked.ids, batch.masked.masked_positions)
         sums = torch.stack(replaced_token_losses(out, batch.masked.labels))
-        numbers = torch.tensor([float(len(out.guesses)), float(len(out.logits))], device=sums.device)
-        guessed, judged = mean_over_ranks(sums, numbers, self.trainer.world_size)
+        guessed, judged = mean_over_ranks(sums, [len(out.guesses), len(out.logits)], self.trainer.world_size)
         weights = {"generator": 1.0, "discriminator": self.discriminator_weight}
         return {"generator": guessed, "discriminator": judged}, weights, len(batch.tokens.rows)
 

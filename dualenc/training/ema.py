@@ -1,6 +1,6 @@
 """An exponential moving average of the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+PART = 1 << 24  # weights that are averaged at a time, whose differences take 64 MiB
 
 
 class EMA(Callback):
@@ -61,8 +63,13 @@ class EMA(Callback):
         averages = [pair[0] for pair in pairs]
         weights = [weight.to(average.dtype) for average, weight in pairs]
         # A skipped step has the factor 0, computed on the device: the host need not wait to know whether it was.
-        factor = torch.tensor(new, dtype=torch.float64) if skipped is None else (~skipped).double() * new
-        torch._foreach_lerp_(averages, weights, [factor.to(average.dtype) for average in averages])
+        factor = new if skipped is None else ((~skipped).double() * new).to(averages[0].dtype)
+        for part in _parts(averages):
+            # One kernel for many tensors each. torch._foreach_lerp_ would take one kernel for each tensor, since the
+            # factor is a tensor on the device and does not have the shape of the weights.
+            changes = torch._foreach_sub(weights[part], averages[part])
+            torch._foreach_mul_(changes, factor if skipped is None else factor.to(changes[0].dtype))
+            torch._foreach_add_(averages[part], changes)
 
     @property
     def has_average(self) -> bool:
@@ -118,6 +125,17 @@ class EMA(Callback):
 def _local(x: Tensor) -> Tensor:
     """Return this rank's part of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x.detach()
+
+
+def _parts(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """Yield the slices of a list that have about `PART` elements each, or one tensor."""
+    start, size = 0, 0
+    for i, tensor in enumerate(tensors):
+        if size and size + tensor.numel() > PART:
+            yield slice(start, i)
+            start, size = i, 0
+        size += tensor.numel()
+    yield slice(start, len(tensors))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -144,19 +145,23 @@ def raise_together(error: str, world: int) -> None:
         raise DataError(found)
 
 
-def mean_over_ranks(total: Tensor, number: float | Tensor, world: int) -> Tensor:
+def mean_over_ranks(total: Tensor, numbers: Sequence[float | Tensor], world: int) -> Tensor:
     """Compute the mean over the summands of all ranks, for a loss whose gradient is averaged over the ranks.
 
+    The host does not wait for the device.
+
     Args:
-        total: sums of this rank, of any shape.
-        number: number of summands of each sum, or the sum of their weights.
+        total: (S,) sums of this rank; or 0-d, a single one.
+        numbers: S numbers of summands of each sum, or sums of their weights; tensors are 0-d and on the device.
         world: number of ranks.
 
     Returns:
         The mean over the summands of all ranks, 0 where there are none. Its gradient is this rank's share times
         `world`, which the averaging over the ranks divides by.
     """
-    both = torch.stack([total.detach(), torch.as_tensor(number, device=total.device).to(total.dtype).expand_as(total)])
+    # The device fills a tensor with a number. Copying a tensor from the host would wait for the work that runs there.
+    filled = [n.to(total.dtype) if isinstance(n, Tensor) else total.new_full((), n) for n in numbers]
+    both = torch.stack([total.detach(), torch.stack(filled).view_as(total)])
     if world > 1:
         dist.all_reduce(both)
     number = both[1].masked_fill(both[1] == 0, 1)

@@ -298,8 +298,8 @@ class TextTask(LanguageTask):
                 sums[name] = head.sums(self._examples(name, hidden, batch), group)
             else:  # The sums over the ranks must have every head on every rank.
                 sums[name] = hidden.new_zeros((), dtype=torch.float32), 0
-        numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=hidden.device) for _, n in sums.values()])
-        means = mean_over_ranks(torch.stack([total for total, _ in sums.values()]), numbers, world)
+        totals, numbers = zip(*sums.values())
+        means = mean_over_ranks(torch.stack(totals), numbers, world)
         met = [name for name in sums if world > 1 or name in batch.parts] or list(sums)  # all of them if all are bad
         losses = {name: mean for name, mean in zip(sums, means) if name in met}
         return losses, {name: head.weight for name, head in self.heads.items()}, len(batch.tokens.rows)

@@ -100,16 +100,6 @@ def test_ranks_do_not_depend_on_the_blocks():
     assert torch.equal(match_ranks(queries, candidates[order], moved), expected)
 
 
-def test_matmul_precision_is_ignored_and_restored():
-    torch.set_float32_matmul_precision("medium")
-    try:
-        queries, candidates, positives = unit(9, 40).float(), unit(30, 40).float(), torch.randint(30, (9,))
-        assert match_ranks(queries, candidates, positives).tolist() == brute_force(queries, candidates, positives)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 def test_a_positive_named_twice_counts_once():
     queries, candidates = unit(6, 8), unit(9, 8)
     positives = torch.randint(9, (6,))
@@ -289,6 +279,7 @@ def test_few_pairs_are_gathered_where_all_scores_are_undecided(monkeypatch, kind
     assert sum(gathered) < 300 * 640 / 10
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_equals_cpu(kind):

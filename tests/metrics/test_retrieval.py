@@ -556,6 +556,7 @@ def test_no_tensor_holds_the_whole_product(monkeypatch, kind, max_counted):
     assert seen.most < 500 * 1000 / 8
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_counted", [0, 64])

@@ -24,7 +24,7 @@ def mean_loss(config, logits, labels, train=None):
     head = make_head(config)
     head.prepare(lambda: train)
     total, number = head.sums(Examples(logits, labels, len(logits)))
-    return mean_over_ranks(total, number, 1)
+    return mean_over_ranks(total, [number], 1)
 
 
 def test_weights_of_one_label_a_text_are_those_of_torch(seed):

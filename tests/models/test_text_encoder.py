@@ -5,16 +5,32 @@ import torch
 import torch._dynamo
 import torch._dynamo.testing
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualenc.models.attention import grouped_attention, grouped_attention_backward, padded_attention, ragged_attention
-from dualenc.models.text_encoder import TextConfig, TextEncoder, rotate
+from dualenc.models.text_encoder import TextConfig, TextEncoder, rotary_angles, rotate
 from dualenc.tokens import Tokens
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 VOCAB, CONTEXT, WIDTH, HEADS, MLP = 40, 16, 24, 3, 44
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class Operations(TorchDispatchMode):
+    """A mode that counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name):
+        return self.names.count(name)
 
 
 def build(dtype=torch.float64, **changes):
@@ -538,14 +554,28 @@ def test_rotary_positions_are_rotations_of_complex_numbers():
     pairs = torch.complex(x[..., :4], x[..., 4:])  # feature i with i + 4
     angles = positions[:, None].double() * 10.0 ** -(torch.arange(4) / 4).double()
     product = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-    got = rotate(x, positions, 10.0)
+    got = rotate(x, rotary_angles(positions, 10.0, 8))
     torch.testing.assert_close(got, torch.cat([product.real, product.imag], -1), rtol=1e-4, atol=1e-5)
     # The score of two tokens depends only on their distance.
     q, k = torch.randn(2, 1, HEADS, 8, dtype=torch.float64)
-    first, later = (
-        (rotate(q, torch.tensor([a]), 10.0) * rotate(k, torch.tensor([a + 3]), 10.0)).sum(-1) for a in (0, 9)
-    )
+    rotations = [[rotary_angles(torch.tensor([at]), 10.0, 8) for at in (a, a + 3)] for a in (0, 9)]
+    first, later = ((rotate(q, one) * rotate(k, other)).sum(-1) for one, other in rotations)
     torch.testing.assert_close(first, later, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("local_theta", "thetas"), [(None, 1), (5.0, 2)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_angles_are_computed_once_a_forward(local_theta, thetas, checkpointing):
+    """Neither each layer nor the recomputation in the backward pass computes them again."""
+    model = build(layers=6, positions="rotary", window=4, global_every=3, local_theta=local_theta)
+    model.grad_checkpointing = checkpointing
+    tokens = Tokens.pack(draw(ragged())[0])
+    with Operations() as seen:
+        model.pool(model(tokens), tokens).sum().backward()
+    assert seen.count("aten.cos.default") == seen.count("aten.sin.default") == thetas
+    with Operations() as seen:
+        model.forward_padded(*tokens.padded())
+    assert seen.count("aten.cos.default") == thetas
 
 
 def test_shared_layers_equal_copies_of_the_blocks():

@@ -7,7 +7,9 @@ import pytest
 import torch
 from fits import SMOKE, small_fit
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import dualenc.training.ema as ema_module
 from dualenc.training import EMA
 from dualenc.training.checkpoint import list_checkpoints, read_checkpoint
 
@@ -40,6 +42,46 @@ def test_average_equals_the_formula(seed, dtype, decay):
     with ema.applied(module):
         assert all(torch.equal(p, ema.average[name].to(dtype)) for name, p in module.named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+class Operations(TorchDispatchMode):
+    """A mode that records operations, and how many elements each of them returns or changes in lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func).removeprefix("aten.").split(".")[0])
+        if isinstance(out, list | tuple):
+            self.largest = max(self.largest, sum(x.numel() for x in out))
+        return out
+
+
+@pytest.mark.parametrize("skipped", [False, None])
+def test_a_step_takes_a_few_operations_on_lists_of_bounded_size(seed, monkeypatch, skipped):
+    """Not one for each tensor; the tensors are of all sizes, also larger than a list may be."""
+    monkeypatch.setattr(ema_module, "PART", 500)
+    sizes = [*torch.randint(1, 200, (30,)).tolist(), 700, 1, 650]
+    module = torch.nn.ParameterList(torch.randn(size) for size in sizes)
+    ema, trainer = EMA(0.9), SimpleNamespace(global_step=100, callbacks=[])
+    ema.on_train_start(trainer, module)
+    expected = [0.9 * p.detach() for p in module]
+    with torch.no_grad():
+        for p, value in zip(module, expected):
+            p.add_(torch.randn_like(p))
+            value += 0.1 * p
+    module.skip = None if skipped is None else torch.tensor(skipped)
+    with Operations() as seen:
+        ema.on_train_batch_end(trainer, module, None, None, 0)
+    torch.testing.assert_close(list(ema.average.values()), expected)
+    lists = [name for name in seen.names if name.startswith("_foreach")]
+    parts = len(lists) // 3
+    assert lists == ["_foreach_sub", "_foreach_mul_", "_foreach_add_"] * parts
+    assert sum(sizes) / 500 <= parts < 2 * sum(sizes) / 500 + 2
+    assert len([name for name in seen.names if name != "detach"]) <= len(lists) + 5
+    assert seen.largest <= 700
 
 
 @pytest.mark.slow

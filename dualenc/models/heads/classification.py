@@ -240,7 +240,7 @@ class Classification(Head):
     def sums(self, examples: Examples, group: Any = None) -> tuple[Tensor, Tensor | int]:
         """See `Head.sums`."""
         assert examples.labels is not None
-        if self.weights is not None and self.weights.device != examples.logits.device:
+        if self.weights is not None:  # They stay on the device: a copy in each step would wait for its work.
             self.weights = self.weights.to(examples.logits.device)
         return self.problem.sums(examples.logits.float(), examples.labels, self.weights)
 

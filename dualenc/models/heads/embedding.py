@@ -69,7 +69,7 @@ class Negatives(PairProblem):
         more: dict[str, Any] = {"negatives": examples.negatives, "negative_ids": examples.negative_ids}
         if examples.ids is not None:
             more |= {"ids": examples.ids, "duplicates": "mask"}
-        return clip_loss(first, second, first.new_tensor(scale), group=group, **more) * len(first)
+        return clip_loss(first, second, first.new_full((), scale), group=group, **more) * len(first)
 
     def metrics(self, examples: Examples, scale: float) -> Measured:
         """Compute retrieval metrics: "first_..." finds the first texts by the second ones, "second_..." the reverse."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dualenc.data.text.windows import Windows
 from dualenc.data.text.words import KeptWords, WordReader, WordSequence
 from dualenc.metrics.entities import entity_bootstrap, entity_metrics, outside_baseline, type_scores
-from dualenc.models.heads.base import Examples, HeldOut, Measured
+from dualenc.models.heads.base import Examples, HeadConfig, HeldOut, Measured
 from dualenc.models.heads.class_weights import cross_entropy_sums
 from dualenc.models.heads.token_head import TokenHead
 from dualenc.models.text_encoder import TextConfig
@@ -39,6 +39,11 @@ class TokenClassification(TokenHead):
     task = "token-classification"
     result_kind = "tags"
     description = Description("sentences", "named entities", ("f1", "precision", "recall", "accuracy"))
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        given = config.class_weights
+        self.weights = torch.tensor(given) if isinstance(given, tuple) else None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -82,9 +87,9 @@ class TokenClassification(TokenHead):
     def sums(self, examples: Examples, group: Any = None) -> tuple[Tensor, Tensor | int]:
         """Return the sum of the loss, in which words are weighted by their tags, and that of the weights."""
         assert examples.labels is not None
-        given = self.config.class_weights
-        weights = None if given is None else torch.tensor(given, device=examples.logits.device)
-        return cross_entropy_sums(examples.logits.float(), examples.labels, weights)
+        if self.weights is not None:  # They stay on the device: a copy in each step would wait for its work.
+            self.weights = self.weights.to(examples.logits.device)
+        return cross_entropy_sums(examples.logits.float(), examples.labels, self.weights)
 
     def observe(self, examples: Examples) -> MeasuredTags:
         """Return the sentences with their predicted tags; see `Head.observe`."""
