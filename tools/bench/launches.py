@@ -11,6 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,14 +161,8 @@ def _phases(settings: dict[str, Any]) -> Callable[[], dict[str, list[float]]]:
     module.named_parameters = model.named_parameters
     average.on_train_start(trainer, module)  # type: ignore[arg-type]
 
-    try:
-        from dualenc.models.tower import WeightCast
-        from functools import partial
-        cast0 = partial(WeightCast(model).applied, "cuda")
-    except ImportError:
-        from contextlib import nullcontext
-        cast0 = nullcontext
-    from contextlib import contextmanager
+    cast = _weight_cast(model)
+
     def step() -> dict[str, list[float]]:
         found: dict[str, list[float]] = {}
 
@@ -180,18 +176,12 @@ def _phases(settings: dict[str, Any]) -> Callable[[], dict[str, list[float]]]:
             row[:] = row[0] + asked.launches, row[1] + sum(asked.waits.values()), row[2] + spent
             return value
 
-        @contextmanager
-        def cast():
-            c = cast0()
-            phase("cast", c.__enter__)
-            yield
-            phase("cast", c.__exit__, None, None, None)
-
         def move() -> list[tuple[Tensor, Tokens]]:
             return [(x.to("cuda", non_blocking=True), t.to("cuda", non_blocking=True)) for x, t in zip(images, texts)]
 
         def embed(x: Tensor, tokens: Tokens) -> Embeddings:
-            return model(preprocess.normalize(x), tokens)
+            with cast():
+                return model(preprocess.normalize(x), tokens)
 
         def finish() -> Tensor:
             norm = clip_gradients(parameters, 1.0, None)
@@ -210,9 +200,11 @@ def _phases(settings: dict[str, Any]) -> Callable[[], dict[str, list[float]]]:
                 out = phase("forward of both towers", embed_micro_batches, embed, batch)
             else:
                 ((x, tokens),) = batch
-                with cast():
-                    image = phase("forward, images", lambda: model.encode_image(preprocess.normalize(x)))
-                    out = Embeddings(image, phase("forward, texts", model.encode_text, tokens), *model.logits())
+                weights = cast()
+                phase("weights to bf16", weights.__enter__)
+                image = phase("forward, images", lambda: model.encode_image(preprocess.normalize(x)))
+                out = Embeddings(image, phase("forward, texts", model.encode_text, tokens), *model.logits())
+                phase("weights to bf16", weights.__exit__, None, None, None)
             loss = phase("loss", lambda: clip_loss(*out))
         phase("backward", loss.backward)
         phase("gradient norm", finish)
@@ -222,6 +214,15 @@ def _phases(settings: dict[str, Any]) -> Callable[[], dict[str, list[float]]]:
         return found
 
     return step
+
+
+def _weight_cast(model: Any) -> Callable[[], Any]:
+    """Return a function that makes the context of the model's forward pass in training."""
+    try:
+        from dualenc.models.tower import WeightCast
+    except ImportError:  # An earlier checkout leaves all weights to autocast.
+        return nullcontext
+    return partial(WeightCast(model).applied, "cuda")
 
 
 if __name__ == "__main__":
