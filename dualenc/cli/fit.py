@@ -27,9 +27,9 @@ from dualenc.models import ImageEncoder
 from dualenc.training.checkpoint import list_checkpoints, newest_checkpoint, verify_checkpoint
 from dualenc.training.contrastive import ContrastiveTask, is_model
 from dualenc.training.csv_logger import MetricsFile
-from dualenc.training.lightning_internals import BaseCLI, after_process_group, rank_from_environment
+from dualenc.training.lightning_internals import BaseCLI, after_process_group, raise_timeout, rank_from_environment
 from dualenc.training.progress import Progress
-from dualenc.training.ranks import STOPPED, Stopped, use_new_store_after_restart
+from dualenc.training.ranks import STOPPED, Stopped, collective_timeout, use_new_store_after_restart
 from dualenc.training.run_directory import RunDirectory
 from dualenc.training.run_lock import RunLock
 from dualenc.training.task import RunError, rank_zero_print
@@ -131,6 +131,7 @@ class CLI(BaseCLI):
             )
         run = self.instance("run")
         run.may_exist, run.lock = bool(checkpoint) or self.is_new_run, self.lock
+        raise_timeout(self.trainer.strategy, collective_timeout(run.stall_seconds))
         after_process_group(self.trainer, partial(run.take_lock, self.trainer))
         if checkpoint and hasattr(self.model, "pretrained"):
             self.model.pretrained = False  # the checkpoint has all weights, and the pretrained file may be gone

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -43,6 +42,7 @@ from dualenc.tokens import Tokens
 from dualenc.training.auxiliary import auxiliary_losses
 from dualenc.training.metrics import PairEmbeddings
 from dualenc.training.optim import Tuning, WarmupCosine
+from dualenc.training.sharding import shard
 from dualenc.training.task import Task, describe_text_encoder, rank_zero_print, with_vocabulary
 from dualenc.utils.errors import DataError, ModelError
 from dualenc.utils.text import millions, plain
@@ -364,9 +364,10 @@ class ContrastiveTask(Task):
         return [found.section]
 
     def configure_model(self) -> None:
-        """Distribute the weights over the ranks, block by block, where the strategy is ModelParallelStrategy (FSDP2).
+        """Shard the weights over the ranks where the strategy is ModelParallelStrategy (FSDP2).
 
-        Each part whose forward is called alone, as in evaluation, is sharded by itself.
+        Raises:
+            ValueError: If the strategy or the precision does not suit the task.
         """
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             # The layers of an auxiliary loss may need the token embeddings, which are whole only inside the tower.
@@ -380,13 +381,17 @@ class ContrastiveTask(Task):
                     f"ModelParallelStrategy shards the weights over {mesh.size()} of {self.trainer.world_size} ranks: "
                     "set its data_parallel_size to all of them, tensor_parallel_size to 1"
                 )
-            model = self.model
-            blocks = [*model.image.vit.blocks, *model.text.blocks]
-            parts = [model.image, model.text, model.image_projection, model.text_projection, model.logits]
+            if str(self.trainer.precision) == "16-mixed":
+                raise ValueError(
+                    "trainer.precision 16-mixed cannot be used with ModelParallelStrategy, since each rank would scale "
+                    "and skip steps by its own part of the gradients: set bf16-mixed, or use trainer.strategy ddp"
+                )
             # The outputs of the parts are never changed in place.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-            for part in (*blocks, *parts):
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)  # Evaluation has no backward to do it.
+            # The gradients of micro-batches would be summed in half precision.
+            whole = getattr(self.trainer.datamodule, "micro_batch_size", None) is None
+            half = torch.bfloat16 if whole and str(self.trainer.precision) == "bf16-mixed" else None
+            shard(self.model, mesh, half)
 
     def on_train_start(self) -> None:
         """Print the number of parameters, and how many are trained."""

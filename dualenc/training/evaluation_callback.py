@@ -1,12 +1,9 @@
 """Evaluation sets during training."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from dualenc.data.eval_sets.base import NO_OPTIONS, SetOptions
 from dualenc.data.eval_sets.beir import DocumentSet, is_document_folder, open_documents
@@ -19,6 +16,7 @@ from dualenc.training.contrastive import ContrastiveTask
 from dualenc.training.ema import averaged
 from dualenc.training.progress import primary_metrics
 from dualenc.training.ranks import all_gather_object, raise_together
+from dualenc.training.sharding import whole_weights
 from dualenc.training.task import Task, rank_zero_print
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import did_you_mean
@@ -91,7 +89,7 @@ class Measurement(Callback):
         assert isinstance(pl_module, Task)
         measured = {name.rpartition("/")[0] for name in trainer.callback_metrics}
         if not self._measured and measured & self._names():
-            with averaged(trainer), _unsharded(pl_module):
+            with averaged(trainer), whole_weights(pl_module):
                 self._metrics(trainer, pl_module)
 
     def _names(self) -> set[str]:
@@ -100,7 +98,7 @@ class Measurement(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Task)  # `setup` has checked it.
         pl_module.pause_clock()
-        with averaged(trainer), _unsharded(pl_module):
+        with averaged(trainer), whole_weights(pl_module):
             metrics = self._metrics(trainer, pl_module)
         pl_module.publish(trainer.strategy.broadcast(metrics), printed=primary_metrics(self.sections))
         pl_module.start_clock()
@@ -252,18 +250,3 @@ def _comes(every_n_epochs: int | None, trainer: Trainer) -> bool:
     """Return whether a run has at least a number of epochs, as far as its settings tell."""
     epochs = trainer.max_epochs
     return every_n_epochs is None or epochs is None or epochs < 1 or every_n_epochs <= epochs
-
-
-@contextmanager
-def _unsharded(module: nn.Module) -> Iterator[None]:
-    """Gather weights that FSDP2 shards onto every rank, since ranks may embed different numbers of batches."""
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()

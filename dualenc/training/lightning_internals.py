@@ -7,6 +7,7 @@ Lightning changes what the function relies on.
 import os
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.fabric.utilities import rank_zero
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 # Loops
 
@@ -116,6 +117,15 @@ def find_unused_parameters(strategy: DDPStrategy) -> None:
     another step than in an uninterrupted run.
     """
     strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+
+def raise_timeout(strategy: Strategy, timeout: timedelta) -> None:
+    """Let collectives wait for at least as long as `timeout`, from before the process group exists.
+
+    Strategies on one device have no timeout, and stay as they are.
+    """
+    if hasattr(strategy, "_timeout"):
+        strategy._timeout = max(strategy._timeout or timeout, timeout)  # type: ignore[attr-defined]
 
 
 def rank_from_environment() -> int:

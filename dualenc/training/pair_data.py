@@ -1,6 +1,7 @@
 """The data module of image-text pairs: shards, split, tokenizer and loaders."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -18,6 +19,7 @@ from dualenc.data.text.masking import Masking
 from dualenc.models import TextConfig
 from dualenc.training.ranks import all_gather_object
 from dualenc.training.task import rank_zero_print
+from dualenc.training.transfer import copy_beside
 from dualenc.utils.errors import DataError
 from dualenc.utils.files import atomic_write
 
@@ -334,9 +336,12 @@ class PairData(TokenData):
         return self.val_dataloader()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Copy a batch to the device without waiting for the copies. The names of the samples stay on the host."""
+        """Copy a batch to the device while it computes. The names of the samples stay on the host."""
+        return copy_beside(partial(self._copied, batch, device), device)
+
+    def _copied(self, batch: Any, device: torch.device) -> Any:
         if isinstance(batch, list):
-            return [self.transfer_batch_to_device(micro_batch, device, dataloader_idx) for micro_batch in batch]
+            return [self._copied(micro_batch, device) for micro_batch in batch]
         images, tokens, ids = (x.to(device, non_blocking=True) for x in (batch.images, batch.tokens, batch.ids))
         masked = batch.masked and batch.masked.to(device, non_blocking=True)
         return batch._replace(images=images, tokens=tokens, ids=ids, masked=masked)

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -70,10 +71,11 @@ class RankFlags:
 
     Args:
         world: number of ranks.
+        timeout: longest wait for another rank; see `collective_timeout`.
     """
 
-    def __init__(self, world: int) -> None:
-        self._group: Any = dist.new_group(backend="gloo") if world > 1 else None
+    def __init__(self, world: int, timeout: timedelta) -> None:
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
         self._flags: Tensor | None = None
         self._work: Any = None
 
@@ -328,6 +330,15 @@ class Watchdog(threading.Thread):
     def _end(self, why: str) -> NoReturn:
         print(f"dualenc: error: {why}; resume with --ckpt_path auto", file=sys.stderr, flush=True)
         _exit()
+
+
+def collective_timeout(stall_seconds: float) -> timedelta:
+    """Return a timeout of collectives that lets the watchdog end a stalled run first, since it names the stalled rank.
+
+    Args:
+        stall_seconds: see `Watchdog`.
+    """
+    return timedelta(seconds=Watchdog.SLOW_PHASES * stall_seconds + 60)  # The watchdog needs some seconds to end a run.
 
 
 def _is_network_error(error: BaseException) -> bool:

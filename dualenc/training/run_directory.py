@@ -39,7 +39,15 @@ from dualenc.training.lightning_internals import (
     validates_by_time,
     validation_follows,
 )
-from dualenc.training.ranks import RankFlags, Signals, Stopped, Watchdog, all_gather_object, raise_together
+from dualenc.training.ranks import (
+    RankFlags,
+    Signals,
+    Stopped,
+    Watchdog,
+    all_gather_object,
+    collective_timeout,
+    raise_together,
+)
 from dualenc.training.resume import (
     Changes,
     OldOptimizer,
@@ -245,7 +253,7 @@ class RunDirectory(Checkpoint):
                 rank_zero_print(f"resuming after step {trainer.global_step:,}")
         disable_sigterm_broadcast(trainer)
         disable_child_observer(trainer)
-        self._rank_flags = RankFlags(trainer.world_size)
+        self._rank_flags = RankFlags(trainer.world_size, collective_timeout(self.stall_seconds))
         if trainer.world_size > 1:
             self._watchdog = pl_module.watchdog = Watchdog(trainer.global_rank, trainer.world_size, self.stall_seconds)
             self._watchdog.start()

@@ -1,6 +1,7 @@
 """The Lightning data module of texts, which trains and measures the heads of a text encoder on files of lines."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -18,6 +19,7 @@ from dualenc.models import TextConfig
 from dualenc.models.heads import HeadConfig, make_head
 from dualenc.training.pair_data import Source, TokenData, stage_name
 from dualenc.training.task import rank_zero_print
+from dualenc.training.transfer import copy_beside
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import did_you_mean
 
@@ -354,8 +356,8 @@ class TextData(TokenData):
         return self._loader("predict")
 
     def transfer_batch_to_device(self, batch: Texts, device: torch.device, dataloader_idx: int) -> Texts:
-        """Copy a batch to a device without waiting; rows and bad samples stay on the host."""
-        return batch.to(device, non_blocking=True)
+        """Copy a batch to a device while it computes; rows and bad samples stay on the host."""
+        return copy_beside(partial(batch.to, device, non_blocking=True), device)
 
     def _loader(self, part: Split) -> Loader:
         train, index = part == "train", self._joined(part)

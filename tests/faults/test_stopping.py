@@ -6,12 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
+import fits
 import pytest
+import torch
+from helpers import write_shards
 from runs import begin, callbacks, data, end, everything, logged, run
+from torch.distributed.constants import default_pg_timeout
 
+from dualenc.cli import main
 from dualenc.training.checkpoint import checkpoint_path, list_checkpoints, verify_checkpoint
-from dualenc.training.ranks import STOPPED
+from dualenc.training.ranks import STOPPED, Watchdog
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +153,26 @@ def test_torchrun_restarts_a_killed_run(tmp_path, uninterrupted):
     assert [start["step"] for start in record["starts"]] == [0, 6]
     assert logged(part) == logged(whole)
     assert end(part) == end(whole)
+
+
+class Reached(Exception):
+    """Stops a run where its process group would begin."""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "lightning.pytorch.strategies.ModelParallelStrategy"])
+@pytest.mark.parametrize("stall_seconds", [5.0, 900.0])
+def test_collectives_wait_longer_than_the_watchdog(tmp_path, monkeypatch, strategy, stall_seconds):
+    """The watchdog names the rank that stalls, so it must be the first to end a run, in evaluation and saving too."""
+    found = []
+
+    def begin_group(*args, timeout, **options):
+        found.append(timeout)
+        raise Reached
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin_group)
+    write_shards(tmp_path / "shards", [20], 3)
+    spread = strategy if strategy == "ddp" else json.dumps({"class_path": strategy})
+    with pytest.raises(Reached):
+        main(fits.fit(tmp_path, "--trainer.strategy", spread, "--run.stall_seconds", str(stall_seconds)))
+    (timeout,) = found
+    assert timeout >= max(default_pg_timeout, timedelta(seconds=Watchdog.SLOW_PHASES * stall_seconds + 30))

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.utils.data import DataLoader
 
@@ -221,6 +222,17 @@ def test_find_unused_parameters() -> None:
     strategy = DDPStrategy(find_unused_parameters=False)
     internals.find_unused_parameters(strategy)
     assert strategy._ddp_kwargs == {"find_unused_parameters": False}
+
+
+@pytest.mark.parametrize("kind", [DDPStrategy, ModelParallelStrategy])
+def test_raise_timeout(kind: Any) -> None:
+    """A longer timeout of the user's stays. `test_collectives_wait_longer_than_the_watchdog` has its effect."""
+    hour, day = timedelta(hours=1), timedelta(days=1)
+    for given, expected in (({}, hour), ({"timeout": None}, hour), ({"timeout": day}, day)):
+        strategy = kind(**given)
+        internals.raise_timeout(strategy, hour)
+        assert strategy._timeout == expected
+    internals.raise_timeout(SingleDeviceStrategy(torch.device("cpu")), hour)  # This one has no process group.
 
 
 def test_base_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
