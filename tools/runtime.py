@@ -23,7 +23,8 @@ EVENTS = 1 << 20  # of the log, as in the source
 LAUNCHES = ("kernel", "product", "fill")
 # Words of CUDA's headers that mean something to its own compiler only.
 WORDS = ("CUDARTAPI", "__device_builtin__", "__device_builtin_texture_type__", "__device_builtin_surface_type__")
-DTYPES = "int8 uint8 int32 uint32 int64 uint64 float16 float32 float64 bfloat16".split()  # by NCCL's numbers
+# By NCCL's numbers.
+DTYPES = ("int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "bfloat16")
 
 
 def reason_against() -> str | None:

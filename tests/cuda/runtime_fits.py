@@ -1,7 +1,7 @@
 """Runs of `dualenc fit` over the CUDA runtime without a device, in a process of their own.
 
-`python runtime_fits.py OUT NAME=ARGUMENTS...`, where ARGUMENTS are JSON, runs the command once for each name, and writes
-to OUT, as JSON, what each step asked of the runtime.
+`python runtime_fits.py OUT NAME=ARGUMENTS...`, where ARGUMENTS are JSON, runs the command once for each name, and
+writes to OUT, as JSON, what each step asked of the runtime.
 """
 
 import dataclasses

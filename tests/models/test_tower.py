@@ -205,8 +205,12 @@ def test_weights_are_cast_under_autocast_only_and_restored_after_an_error(seed):
     weight = linear.weight
     with WeightCast(model).applied("cpu"):
         assert linear.weight is weight
-    with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16), WeightCast(model).applied("cpu"):
+
+    def fail():
         assert linear.weight.dtype == torch.bfloat16
         assert dict(linear.named_parameters())["weight"] is weight
         raise KeyError
+
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError), WeightCast(model).applied("cpu"):
+        fail()
     assert linear.weight is weight

@@ -1,7 +1,7 @@
 """Launches, waits and host time of a training step by phase, over a CUDA runtime without a device.
 
-Run as `python -m tools.bench.launches SETTINGS`, where SETTINGS are JSON, this file is one side of the comparison: it runs
-a round for each line of its input and answers by a line of JSON.
+Run as `python -m tools.bench.launches SETTINGS`, where SETTINGS are JSON, this file is one side of the comparison: it
+runs a round for each line of its input and answers by a line of JSON.
 """
 
 import json
@@ -35,8 +35,8 @@ def launches(
 ) -> None:
     """Print launches, waits and milliseconds of the host of a step in bf16-mixed by phase, without a GPU.
 
-    Kernels do nothing, so the time is that of Python, torch's dispatcher and autograd alone: the time below which a step
-    cannot fall on any device. It is CPU time of one thread, the least of the steps of a round.
+    Kernels do nothing, so the time is that of Python, torch's dispatcher and autograd alone: a step on a device cannot
+    take less. It is CPU time of all threads, the least of the steps of a round.
 
     Args:
         before: another checkout of dualenc to compare with, whose rounds alternate with this one's.

@@ -1,0 +1,63 @@
+"""Collectives of a training step on two ranks, over a CUDA runtime without a device."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from fits import SMALL, SMOKE
+from helpers import tiny_tokenizer, write_shards
+from runs import free_port
+from runtime_runs import FITS, begin, finish
+
+from tools import runtime
+
+EMBEDDINGS = 8 * 32  # numbers of a rank's embeddings: half of 16 pairs, 32 dimensions
+FSDP = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+}
+
+
+def collectives(library: Path, folder: Path, seed: int, strategy: str) -> list[str]:
+    """Train for a few steps on two ranks, and return the collectives of a warm step, which are those of both ranks."""
+    write_shards(folder / "shards", [40, 30, 27], seed)
+    tiny_tokenizer(24).save(folder / "tokenizer.json")
+    arguments = [
+        "fit", "--config", str(SMOKE), *SMALL, "--trainer.accelerator", "gpu", "--trainer.devices", "2",
+        "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "4", "--trainer.log_every_n_steps", "0",
+        "--data.train", str(folder / "shards"), "--data.val", "null", "--trainer.strategy", strategy,
+        "--data.tokenizer", str(folder / "tokenizer.json"), "--trainer.default_root_dir", str(folder / "run"),
+    ]  # fmt: skip
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torchrun = {**ranks, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    outs, logs, processes = [], [], []
+    for rank in ("0", "1"):
+        outs.append(folder / f"rank-{rank}.json")
+        logs.append(folder / f"rank-{rank}.log")
+        environment = {**runtime.environment(library, devices=2), **torchrun, "RANK": rank, "LOCAL_RANK": rank}
+        program = [str(FITS), str(outs[-1]), f"fit={json.dumps(arguments)}"]
+        processes.append(begin(program, environment, logs[-1]))
+    finish(processes, logs)
+    first, second = ([step["collectives"] for step in json.loads(out.read_text())["fit"]] for out in outs)
+    assert first == second  # Ranks with other collectives, or another order, would wait for each other for ever.
+    assert first[2] == first[3]
+    print(os.linesep.join(first[2]))
+    return first[2]
+
+
+LOSS = [
+    f"all_gather float32 {2 * 4 * EMBEDDINGS}",  # the texts of all ranks
+]
+
+
+@pytest.mark.long
+def test_collectives_of_ddp(library, tmp_path, seed):
+    found = collectives(library, tmp_path, seed, "ddp")
+    print(found)
+
+
+@pytest.mark.long
+def test_collectives_of_fsdp2(library, tmp_path, seed):
+    found = collectives(library, tmp_path, seed, json.dumps(FSDP))
+    print(found)
