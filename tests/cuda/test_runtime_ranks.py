@@ -46,18 +46,26 @@ def collectives(library: Path, folder: Path, seed: int, strategy: str) -> list[s
     return first[2]
 
 
-LOSS = [
-    f"all_gather float32 {2 * 4 * EMBEDDINGS}",  # the texts of all ranks
+# Of 8 pairs a rank in 32 dimensions; the statistics of the softmax are in float64.
+FORWARD = [
+    f"all_gather float32 {4 * 2 * EMBEDDINGS}",  # the texts
+    f"all_reduce float64 {8 * 16}",  # of each text, the largest log-sum-exp of a rank
+    f"all_reduce float64 {8 * 4 * 16}",  # and the sums: its own score, its other positives, their number, the others
+    "all_reduce float64 8",  # the loss
 ]
+BACKWARD = f"reduce_scatter float32 {4 * 2 * EMBEDDINGS}"  # the gradient of the texts
 
 
 @pytest.mark.long
 def test_collectives_of_ddp(library, tmp_path, seed):
-    found = collectives(library, tmp_path, seed, "ddp")
-    print(found)
+    """The loss has its own collectives, and all gradients fit one bucket."""
+    *loss, gradients = collectives(library, tmp_path, seed, "ddp")
+    assert loss == [*FORWARD, BACKWARD]
+    assert gradients.startswith("all_reduce float32 ")
 
 
 @pytest.mark.long
 def test_collectives_of_fsdp2(library, tmp_path, seed):
+    """Weights are gathered for each block, forward and backward; gradients are reduced in fp32."""
     found = collectives(library, tmp_path, seed, json.dumps(FSDP))
     print(found)
