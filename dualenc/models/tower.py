@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class WeightCast:
         dtype = torch.get_autocast_dtype(device)
         try:
             for group in self.groups:
-                weights = [module._parameters[name] for module, name in group]
+                weights = [cast(Tensor, module._parameters[name]) for module, name in group]
                 if any(isinstance(weight, DTensor) or weight.dtype != torch.float32 for weight in weights):
                     continue  # Autocast converts what FSDP2 gathers, and leaves float64 alone.
                 for (module, name), half in zip(group, _Cast.apply(dtype, *weights), strict=True):
