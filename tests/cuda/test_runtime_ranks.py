@@ -15,7 +15,7 @@ from tools import runtime
 EMBEDDINGS = 8 * 32  # numbers of a rank's embeddings: half of 16 pairs, 32 dimensions
 FSDP = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
 }
 
 
