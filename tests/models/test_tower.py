@@ -214,3 +214,13 @@ def test_weights_are_cast_under_autocast_only_and_restored_after_an_error(seed):
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError), WeightCast(model).applied("cpu"):
         fail()
     assert linear.weight is weight
+
+
+def test_frozen_weights_need_no_gradient_when_they_are_cast():
+    """Otherwise the backward pass would compute gradients down to the first block for nothing."""
+    model = Both(2)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    trained = [linear.weight.requires_grad for linear in linears]
+    assert {True, False} == set(trained)
+    with torch.autocast("cpu", torch.bfloat16), WeightCast(model).applied("cpu"):
+        assert [linear.weight.requires_grad for linear in linears] == trained
