@@ -2,7 +2,7 @@
 
 The B x B matrix of scores is never held in memory. Scores are computed in blocks of rows. A softmax needs only sums
 over the rows and columns of all scores. Where the gradient depends on these sums, the scores are computed a second
-time.
+time, except for those of a small batch, which are kept.
 
 With `group`, each rank passes its own part of the batch and computes the scores of its own images with all texts. Every
 rank returns the loss of the whole batch. The mean of the gradients over the ranks, which DDP computes, is the gradient
@@ -205,10 +205,10 @@ def _all_gather_parts(x: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def _all_reduce(x: Tensor, group: Group | None) -> Tensor:
-    """Sum a tensor over the ranks, in place."""
+def _all_reduce(x: Tensor, group: Group | None, op: Any = None) -> Tensor:
+    """Sum a tensor over the ranks in place, or reduce it by another operation of `torch.distributed.ReduceOp`."""
     if group is not None:
-        dist.all_reduce(x, group=group)
+        dist.all_reduce(x, op or dist.ReduceOp.SUM, group=group)
     return x
 
 
@@ -227,20 +227,29 @@ class _Block(NamedTuple):
         return x[:, self.columns].diagonal()
 
 
-def _blocks(image: Tensor, batch: _GlobalBatch, scale: Tensor) -> Iterator[_Block]:
-    """Yield all scores of this rank's images, a block of rows at a time; each block overwrites the one before."""
+def _blocks(image: Tensor, batch: _GlobalBatch, scale: Tensor, kept: Tensor | None = None) -> Iterator[_Block]:
+    """Yield all scores of this rank's images, a block of rows at a time; each block overwrites the one before.
+
+    Args:
+        image: (b, E) embeddings of this rank.
+        batch: the batch of all ranks.
+        scale: factor on the cosines.
+        kept: (b, B + M) scores of an earlier call, which had one block: they are yielded again.
+    """
     count = max(1, (GPU_SCORES if image.is_cuda else CPU_SCORES) // len(batch.texts))
-    memory = image.new_empty(2, min(count, len(image)), len(batch.texts))
+    shape = min(count, len(image)), len(batch.texts)
+    memory, scratch = image.new_empty(shape) if kept is None else kept, image.new_empty(shape)
     ids = None if batch.ids is None else batch.ids[batch.local]
     known = None  # keys of the pairs, sorted, to be compared with those of the negatives
-    if batch.ids is not None and batch.negative_ids is not None:
+    if kept is None and batch.ids is not None and batch.negative_ids is not None:
         known = _keys(*batch.ids.unbind(1)).sort().values
     for first in range(0, len(image), count):
         part = image[first : first + count]
         rows = slice(first, first + len(part))
         columns = slice(batch.local.start + first, batch.local.start + rows.stop)
-        scores, buffer = memory[:, : len(part)]
-        torch.mm(part * scale.to(part.dtype), batch.texts.T, out=scores)
+        scores, buffer = memory[: len(part)], scratch[: len(part)]
+        if kept is None:
+            torch.mm(part * scale.to(part.dtype), batch.texts.T, out=scores)
         shared = None
         if ids is not None and batch.ids is not None:
             shared = (ids[rows, :1] == batch.ids[:, 0]) | (ids[rows, 1:] == batch.ids[:, 1])
@@ -296,8 +305,13 @@ def _log_sum_exp(scores: Tensor, dim: int, buffer: Tensor) -> Tensor:
 
 def _softmax_terms(
     image: Tensor, text: Tensor, batch: _GlobalBatch, scale: Tensor, duplicates: Duplicates, group: Group | None
-) -> tuple[_SoftmaxTerms, _SoftmaxTerms]:
-    """Compute the terms of this rank's rows, and of all columns."""
+) -> tuple[_SoftmaxTerms, _SoftmaxTerms, Tensor | None]:
+    """Compute the terms of this rank's rows, and of all columns.
+
+    Returns:
+        Both, and the scores (b, B + M) if they are one block: -inf for the pairs themselves and where a term leaves
+        them out.
+    """
     # In float64, because a score near 100 has only five digits after the decimal point in single precision. The split
     # keeps the float64 copies of the embeddings small.
     own = torch.cat([(a.double() * b.double()).sum(1) for a, b in zip(image.split(4096), text.split(4096))])
@@ -305,7 +319,9 @@ def _softmax_terms(
     rows = _SoftmaxTerms(torch.empty_like(own), own, torch.zeros_like(own), torch.ones_like(own))
     zeros = own.new_zeros(batch.size)
     others, other_positives, positives = zeros.log(), zeros.clone(), zeros + 1  # of the columns
+    kept = None
     for block in _blocks(image, batch, scale):
+        kept = block.scores if len(block.image) == len(image) else None
         scores, buffer = block.scores[:, : batch.size], block.buffer[:, : batch.size]  # without the negatives
         if block.shared is not None and duplicates == "positive":
             chosen = torch.where(block.shared, scores, 0.0)
@@ -321,17 +337,23 @@ def _softmax_terms(
         rows.others[block.rows] = _log_sum_exp(block.scores, 1, block.buffer)
         others = torch.logaddexp(others, _log_sum_exp(scores, 0, buffer))
     if group is None:
-        return rows, _SoftmaxTerms(others, own, other_positives, positives)
+        return rows, _SoftmaxTerms(others, own, other_positives, positives), kept
     local = zeros.clone()
     local[batch.local] = own
-    own, other_positives, positives = _all_reduce(torch.stack([local, other_positives, positives - 1]), group)
-    others = _all_gather(others[None], group).logsumexp(0)  # over the ranks of (W, B)
-    # The pair itself was taken off above, because the sum over the ranks would count it once a rank.
-    return rows, _SoftmaxTerms(others, own, other_positives, positives + 1)
+    largest = _all_reduce(others.clone(), group, dist.ReduceOp.MAX)
+    largest = torch.where(largest == -math.inf, 0.0, largest)  # -inf - -inf would be NaN.
+    # The pair itself is taken off, because the sum over the ranks would count it once a rank.
+    sums = torch.stack([local, other_positives, positives - 1, (others - largest).exp_()])
+    own, other_positives, positives, sums_of_others = _all_reduce(sums, group)
+    others = sums_of_others.log() + largest
+    return rows, _SoftmaxTerms(others, own, other_positives, positives + 1), kept
 
 
 class _Clip(torch.autograd.Function):
-    """See `clip_loss`. Four products of B x (B + M) x E: scores, scores again in the backward pass, two gradients."""
+    """See `clip_loss`. Four products of B x (B + M) x E: scores, scores again in the backward pass, two gradients.
+
+    Scores that are one block are kept for the backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -348,11 +370,10 @@ class _Clip(torch.autograd.Function):
     ) -> Tensor:
         with full_fp32(image.device):
             batch = _gather_batch(text, ids, duplicates, group, negatives, negative_ids)
-            rows, columns = _softmax_terms(image, text, batch, scale, duplicates, group)
+            rows, columns, kept = _softmax_terms(image, text, batch, scale, duplicates, group)
             loss = rows.losses().sum() + columns.losses()[batch.local].sum()
             loss = _all_reduce(loss / (2 * batch.size), group)
-        kept = batch.texts, batch.ids, batch.negative_ids
-        ctx.save_for_backward(image, scale, bias, *kept, *rows, *columns)
+        ctx.save_for_backward(image, scale, bias, kept, batch.texts, batch.ids, batch.negative_ids, *rows, *columns)
         ctx.group, ctx.duplicates, ctx.size, ctx.has_negatives = group, duplicates, batch.size, negatives is not None
         ctx.split = batch.local, batch.world_size, batch.counts
         return loss.to(image.dtype)
@@ -360,7 +381,7 @@ class _Clip(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        image, scale, bias, texts, ids, negative_ids, *terms = ctx.saved_tensors
+        image, scale, bias, kept, texts, ids, negative_ids, *terms = ctx.saved_tensors
         batch = _GlobalBatch(texts, ctx.size, ids, negative_ids, *ctx.split)
         rows, columns = _SoftmaxTerms(*terms[:4]), _SoftmaxTerms(*terms[4:])
         with full_fp32(image.device):
@@ -369,13 +390,14 @@ class _Clip(torch.autograd.Function):
             grad_own = (rows.own_grad(row_lse) + columns.own_grad(column_lse)[batch.local]).to(image.dtype)
             row_target = (1 / rows.positives).to(image.dtype)[:, None]
             column_target = (1 / columns.positives).to(image.dtype)
-            for block in _blocks(image, batch, scale):
+            for block in _blocks(image, batch, scale, kept):
                 scores = block.scores[:, : batch.size]  # without the negatives
-                if block.shared is not None and ctx.duplicates == "mask":
+                if kept is None and block.shared is not None and ctx.duplicates == "mask":
                     scores.masked_fill_(block.shared, -math.inf)
                 grad = torch.sub(block.scores, row_lse[block.rows, None], out=block.buffer).exp_()
                 of_texts = grad[:, : batch.size]
-                of_texts += scores.sub_(column_lse).exp_()
+                # Another backward pass may need the scores that were kept.
+                of_texts += torch.sub(scores, column_lse, out=scores if kept is None else None).exp_()
                 if block.shared is not None and ctx.duplicates == "positive":
                     of_texts -= (row_target[block.rows] + column_target) * block.shared
                 block.own(grad).copy_(grad_own[block.rows])

@@ -218,6 +218,36 @@ def test_no_tensor_holds_all_scores(name, duplicates, gradients):
         assert largest(reference(name)) == count * count  # control
 
 
+class Products(TorchDispatchMode):
+    """A mode that counts the products of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "mm" in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("duplicates", ["ignore", "mask", "positive"])
+@pytest.mark.parametrize(("scores", "blocks"), [(32 * 41, 1), (32 * 41 - 1, 2), (8 * 41, 4)])
+def test_scores_of_one_block_are_computed_once(monkeypatch, duplicates, scores, blocks):
+    """They are kept for the backward pass, which may run again; those of several blocks are not kept."""
+    monkeypatch.setattr(losses, "CPU_SCORES", scores)
+    (image, text, scale, _), ids = inputs(count=32), draw_ids(32)
+    negatives, own = draw_negatives(32, 9, ids)
+    leaves, kept = [image, text, scale, negatives], []
+    more = {"ids": ids, "duplicates": duplicates, "negatives": negatives, "negative_ids": own}
+    with Products() as products, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = clip_loss(image, text, scale, **more)
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert products.count == (3 if blocks == 1 else 4 * blocks)
+    assert (max(x.untyped_storage().nbytes() for x in kept) == 8 * 32 * 41) == (blocks == 1)
+    assert all(map(torch.equal, torch.autograd.grad(loss, leaves), first))
+    close([loss, *first], evaluate(lambda *x: loop(*x, ids, own, duplicates), leaves))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_dtype_of_the_scale_and_any_layout(name):
     image, text, scale, bias = inputs(torch.float32)
@@ -306,6 +336,49 @@ def test_split_batch_equals_whole_batch(world, tmp_path):
             for key in want:
                 assert (alone[key] - want[key]).abs().max() > 1e-6, f"{name} {key}"
             assert result["largest"] <= count * count / 4
+
+
+def collectives_of_rank(folder, rank, world):
+    import torch.distributed as dist
+
+    seen = []
+
+    def record(name):
+        function = getattr(dist, name)
+
+        def recorded(out, *args, **kwargs):
+            seen.append([name, str(out.dtype), out.numel()])
+            return function(out, *args, **kwargs)
+
+        return recorded
+
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(dist, name, record(name))
+    image, text, ids, scale = torch.load(folder / "inputs.pt", weights_only=True)
+    leaves = [x.chunk(world)[rank].clone().requires_grad_() for x in (image, text)]
+    clip_loss(*leaves, scale, group=dist.group.WORLD).backward()
+    values = []
+    for some in (ids, torch.zeros_like(ids)):
+        more = {"ids": some.chunk(world)[rank], "duplicates": "mask"}
+        values.append(clip_loss(*leaves, scale, group=dist.group.WORLD, **more).detach())
+    return {"seen": seen, "masked": values}
+
+
+@pytest.mark.long
+def test_terms_of_the_columns_are_reduced_not_gathered(tmp_path):
+    """The memory of the float64 terms does not grow with the number of ranks."""
+    (image, text, scale, _), ids = inputs(torch.float32, 24), torch.arange(48).view(24, 2)
+    ids[:8, 0] = -1  # All pairs of the first rank share an image: their columns have no other score on that rank.
+    torch.save([x.detach() for x in (image, text, ids, scale)], tmp_path / "inputs.pt")
+    found = in_ranks(collectives_of_rank, tmp_path, 3)
+    double = [one for one in found[0]["seen"] if one[1] == "torch.float64"]
+    assert double
+    assert {name for name, _, _ in double} == {"all_reduce"}
+    assert max(size for _, _, size in double) <= 4 * 24
+    want = dense("clip", image.double(), text.double(), scale.double(), None, ids, "mask")
+    for rank in found:
+        torch.testing.assert_close(rank["masked"][0].double(), want, rtol=1e-5, atol=1e-6)
+        assert rank["masked"][1] == 0  # No column has another score on any rank.
 
 
 # Hard negatives

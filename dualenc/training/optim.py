@@ -123,7 +123,7 @@ def clip_gradients(
     norm = norm if scale is None else norm / scale.to(norm.device)
     own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     if value and algorithm == "value":
-        bound = norm.new_tensor(value) * (1.0 if scale is None else scale.to(norm.device))
+        bound = norm.new_full((), value) * (1.0 if scale is None else scale.to(norm.device))
         for gradient in own:
             gradient.clamp_(-bound, bound)
     elif value:
