@@ -66,6 +66,17 @@ def test_collectives_of_ddp(library, tmp_path, seed):
 
 @pytest.mark.long
 def test_collectives_of_fsdp2(library, tmp_path, seed):
-    """Weights are gathered for each block, forward and backward; gradients are reduced in fp32."""
+    """Weights are gathered for each block, forward and backward, before gradients are reduced in fp32."""
     found = collectives(library, tmp_path, seed, json.dumps(FSDP))
-    print(found)
+    assert found[-1].startswith("all_reduce float32 ")  # the gradient norm
+    start = next(i for i in range(len(found)) if found[i : i + len(FORWARD)] == FORWARD)
+    before, after = found[:start], found[start + len(FORWARD) :]
+    assert after[0] == BACKWARD
+    halves = [one for one in before if one.startswith("all_gather uint8 ")]  # matrices in bf16, vectors in fp32
+    assert len(halves) == 4  # of two blocks in each tower
+    assert all(one.startswith("all_gather ") for one in before)
+    assert [one for one in after if one.startswith("all_gather uint8 ")] == halves
+    reduced = [one for one in after[1:] if one.startswith("reduce_scatter ")]
+    assert all(one.startswith("reduce_scatter float32 ") for one in reduced)
+    # The bytes of a block's gradients are those of its weights in fp32, of which the gather had the matrices in half.
+    assert len([one for one in reduced if int(one.split()[-1]) > 1.9 * int(halves[0].split()[-1])]) == 4
