@@ -98,7 +98,7 @@ def environment(library: Path, devices: int = 1, capability: int = 90) -> dict[s
 def prepare_torch() -> None:
     """Make torch use nothing that asks the device for more than the runtime has; call it before anything is run.
 
-    cuDNN is not used. A convolution whose patches do not overlap is one product, as it is one kernel of cuDNN.
+    cuDNN is not used. A convolution whose patches do not overlap is one product here, where cuDNN has one kernel.
     """
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -123,7 +123,7 @@ class _Event(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Asked:
-    """What the runtime was asked to do since `clear`.
+    """Requests to the runtime since `clear`.
 
     Attributes:
         kernels: number of launches by the name of the kernel, which is mangled, or of the product.
