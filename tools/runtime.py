@@ -123,7 +123,7 @@ class _Event(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Asked:
-    """Requests to the runtime since `clear`.
+    """The calls of the runtime since `clear` that cost time.
 
     Attributes:
         kernels: number of launches by the name of the kernel, which is mangled, or of the product.
