@@ -4,11 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+CAST_TOGETHER = 1 << 25  # largest number of weights that are converted at once: 128 MiB of gradients in fp32
 
 
 @contextmanager
@@ -21,6 +25,77 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+class _Cast(torch.autograd.Function):
+    """Conversion of several tensors to one dtype, and of their gradients back, by one kernel each way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        out = [torch.empty_like(x, dtype=dtype) for x in tensors]
+        torch._foreach_copy_(out, tensors)
+        # Otherwise the backward pass would reach down to frozen weights.
+        ctx.mark_non_differentiable(*(half for half, x in zip(out, ctx.needs_input_grad[1:]) if not x))
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        known = [grad for grad in grads if grad is not None]
+        out = [torch.empty_like(grad, dtype=ctx.dtype) for grad in known]
+        torch._foreach_copy_(out, known)
+        left = iter(out)
+        return None, *(None if grad is None else next(left) for grad in grads)
+
+
+class WeightCast:
+    """Conversion of the weights of all linear layers for autocast together, instead of each where it is used.
+
+    Values and gradients are those of autocast. A GPU takes longer to launch the small kernels that convert one tensor
+    than to run them, and a dual encoder has about 200 such tensors, forward and backward. Weights of FSDP2 are left to
+    it. The gradients of weights that are converted together come together, so there are several groups: the all-reduce
+    of one overlaps with the backward pass of the next.
+
+    Args:
+        model: module whose linear layers are converted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        self.groups: list[list[tuple[nn.Module, str]]] = []
+        room = 0
+        for module in linears:
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.numel() > room:
+                    self.groups.append([])
+                    room = CAST_TOGETHER
+                self.groups[-1].append((module, name))
+                room -= weight.numel()
+
+    @contextmanager
+    def applied(self, device: str) -> Iterator[None]:
+        """Convert the weights inside the block if autocast is enabled.
+
+        Args:
+            device: type of the device of the weights.
+        """
+        if not torch.is_autocast_enabled(device):
+            yield
+            return
+        dtype = torch.get_autocast_dtype(device)
+        try:
+            for group in self.groups:
+                weights = [cast(Tensor, module._parameters[name]) for module, name in group]
+                if any(isinstance(weight, DTensor) or weight.dtype != torch.float32 for weight in weights):
+                    continue  # Autocast converts what FSDP2 gathers, and leaves float64 alone.
+                for (module, name), half in zip(group, _Cast.apply(dtype, *weights), strict=True):
+                    module.__dict__[name] = half  # An attribute of the object itself is found before its parameter.
+            yield
+        finally:
+            for module, name in (one for group in self.groups for one in group):
+                module.__dict__.pop(name, None)
 
 
 class Tower(nn.Module, ABC):

@@ -36,7 +36,7 @@ from dualenc.models import (
 )
 from dualenc.models.heads import TextModel
 from dualenc.models.heads.vectors import EmbeddingConfig
-from dualenc.models.tower import compile_blocks
+from dualenc.models.tower import WeightCast, compile_blocks
 from dualenc.report import Section
 from dualenc.tokens import Tokens
 from dualenc.training.auxiliary import auxiliary_losses
@@ -221,6 +221,7 @@ class ContrastiveTask(Task):
             patch_dropout=patch_dropout,
         )
         super().__init__(model, optimizer, scheduler, seed, max_skipped)
+        self.weight_cast = WeightCast(model)
         self.text_checkpoint = found.text_checkpoint
         self.model.set_grad_checkpointing(grad_checkpointing)
         if compile:
@@ -428,7 +429,8 @@ class ContrastiveTask(Task):
         return self.record_batch(loss, self._rows, (size, real, padded, bad), (out.image, out.text))
 
     def _embed(self, images: Tensor, tokens: Tokens) -> Embeddings:
-        return self.model(self._normalized(images), tokens)
+        with self.weight_cast.applied(images.device.type):
+            return self.model(self._normalized(images), tokens)
 
     def _normalized(self, images: Tensor) -> Tensor:
         dtype = next(self.model.parameters()).dtype
@@ -458,8 +460,8 @@ class ContrastiveTask(Task):
     def validation_step(self, batch: Pairs, batch_idx: int) -> None:
         """Embed held-out pairs."""
         out = self._embed(batch.images, batch.tokens)
-        good = batch.rows >= 0
-        here = good.to(self.device)
+        good = (batch.rows >= 0).cpu().nonzero().squeeze(1)
+        here = good.to(self.device)  # A mask would make the host wait for the device to count its entries.
         self._held_out.update(out.image[here], out.text[here], batch.rows[good], batch.ids[here])
 
     def on_validation_epoch_end(self) -> None:

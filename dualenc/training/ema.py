@@ -31,6 +31,7 @@ class EMA(Callback):
         self.decay, self.evaluate = decay, evaluate
         self.average: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}  # from a checkpoint, until the model is on its device
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # averages and weights, since their names take long to look up
         self._weights: dict[str, Tensor] = {}  # copy of the trained weights while the average is in the model
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,6 +51,7 @@ class EMA(Callback):
                 whole = distribute_tensor(whole, average.device_mesh, average.placements)
             average.copy_(whole)
         self._loaded = {}
+        self._pairs = [(self.average[name], weight) for name, weight in module.named_parameters()]
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -59,9 +61,8 @@ class EMA(Callback):
         step = trainer.global_step
         new = 1 - min(self.decay, (1 + step) / (10 + step))
         skipped = getattr(pl_module, "skip", None)
-        pairs = [(_local(self.average[name]), _local(weight)) for name, weight in pl_module.named_parameters()]
-        averages = [pair[0] for pair in pairs]
-        weights = [weight.to(average.dtype) for average, weight in pairs]
+        averages = [_local(average) for average, _ in self._pairs]
+        weights = [_local(weight).to(average.dtype) for average, weight in self._pairs]
         # A skipped step has the factor 0, computed on the device: the host need not wait to know whether it was.
         factor: Any = new if skipped is None else ((~skipped).double() * new).to(averages[0].dtype)
         for part in _parts(averages):

@@ -1,12 +1,15 @@
 """Depths of parameters, and towers that are frozen in whole or in part."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+import dualenc.models.tower as tower_module
 from dualenc import Tokens
 from dualenc.models import ImageConfig, ImageEncoder, TextConfig, TextEncoder
+from dualenc.models.tower import WeightCast
 
 SIZE, LAYERS = 32, 3
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": LAYERS, "num_heads": 2}
@@ -164,3 +167,60 @@ def test_gradient_checkpointing_of_frozen_layers(kind, below, seed):
     plain, again = gradients(False), gradients(True)
     assert len(plain) == len(again) >= 2
     assert all(map(torch.equal, plain, again))
+
+
+class Both(torch.nn.Module):
+    """Both towers with random weights, the text tower with frozen blocks or none."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.image, self.text = image(), text()
+        self.text.freeze(frozen + 1 if frozen else 0)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+def half_gradients(model, together):
+    """Return outputs under bf16 autocast, and the gradients of their cosines."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16), WeightCast(model).applied("cpu") if together else nullcontext():
+        out = run(model.image), run(model.text)
+    sum(x.float().cos().sum() for x in out).backward()
+    return [*out, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_weights_that_are_cast_together_give_the_same_gradients(seed, monkeypatch, frozen):
+    monkeypatch.setattr(tower_module, "CAST_TOGETHER", 2_000)
+    model = Both(frozen)
+    assert len(WeightCast(model).groups) > 3
+    for ours, autocast in zip(half_gradients(model, True), half_gradients(model, False), strict=True):
+        assert (ours is None) == (autocast is None)
+        assert ours is None or torch.equal(ours, autocast)
+
+
+def test_weights_are_cast_under_autocast_only_and_restored_after_an_error(seed):
+    model = Both(0)
+    linear = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    weight = linear.weight
+    with WeightCast(model).applied("cpu"):
+        assert linear.weight is weight
+
+    def fail():
+        assert linear.weight.dtype == torch.bfloat16
+        assert dict(linear.named_parameters())["weight"] is weight
+        raise KeyError
+
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError), WeightCast(model).applied("cpu"):
+        fail()
+    assert linear.weight is weight
+
+
+def test_frozen_weights_need_no_gradient_when_they_are_cast():
+    """Otherwise the backward pass would compute gradients down to the first block for nothing."""
+    model = Both(2)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    trained = [linear.weight.requires_grad for linear in linears]
+    assert {True, False} == set(trained)
+    with torch.autocast("cpu", torch.bfloat16), WeightCast(model).applied("cpu"):
+        assert [linear.weight.requires_grad for linear in linears] == trained

@@ -6,6 +6,7 @@ from tools.bench.checkpoint import checkpoint
 from tools.bench.evaluation import evaluation
 from tools.bench.fit import fit
 from tools.bench.index import index
+from tools.bench.launches import launches
 from tools.bench.loader import loader
 from tools.bench.loss import loss
 from tools.bench.memory import memory
@@ -23,6 +24,7 @@ if __name__ == "__main__":
         "evaluation": evaluation,
         "fit": fit,
         "index": index,
+        "launches": launches,
         "loader": loader,
         "loss": loss,
         "memory": memory,
