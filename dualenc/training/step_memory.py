@@ -95,12 +95,14 @@ def step_memory(task: Task, batch: Any, precision: str) -> StepMemory:
 def optimizer_memory(task: Task) -> OptimizerMemory:
     """Return the memory of a task's optimizer on one GPU."""
     with fake_gpu() as memory, _fake_parameters(task):
-        optimizer = task.configure_optimizers()["optimizer"]
+        weights = memory.now
+        optimizer = task.configure_optimizers()["optimizer"]  # Some optimizers make their state here.
+        before = memory.now
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             parameter.grad = torch.empty_like(parameter)
-        before = memory.now
+        gradients = memory.now - before
         optimizer.step()
-        state = memory.now - before
+        state = memory.now - weights - gradients
         memory.peak = memory.now
         optimizer.step()  # The first step has made the state.
         return OptimizerMemory(state, memory.peak - memory.now)
