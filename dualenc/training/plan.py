@@ -6,18 +6,27 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from dualenc.data.loading.epoch_plan import EpochPlan
+from torch.utils._pytree import tree_leaves
+
+from dualenc.data.loading.epoch_plan import EpochPlan, RoundRobinPlan
 from dualenc.data.workers import PREFETCH, SHARED_MEMORY, tensor_bytes, usable_cores
 from dualenc.training.fake_batches import fake_batch
 from dualenc.training.pair_data import PairData
 from dualenc.training.step_memory import AUTOCAST, StepMemory, optimizer_memory, step_memory
 from dualenc.training.task import Task
 from dualenc.utils.errors import DataError
-from dualenc.utils.text import clock_time, millions
+from dualenc.utils.text import clock_time, millions, plural
 
 GB, GIB = 1e9, 2**30
 RESERVE = 2 * GIB  # bytes of a GPU that the plan leaves to CUDA, the workspaces of its kernels and fragmentation
 KEPT_PER_DIMENSION = 32  # bytes of a micro-batched pair: two fp32 embeddings by micro-batch and whole, and gradients
+TOWERS = {  # parts of the models that a task may have, and their names in the plan
+    "image": "image tower",
+    "text": "text tower",
+    "encoder": "encoder",
+    "generator": "generator",
+    "discriminator": "discriminator",
+}
 PRECISIONS = (*AUTOCAST, "32-true", "32")
 
 
@@ -78,14 +87,12 @@ class Peak:
         always: bytes that do not depend on the step: weights, optimizer state, averages, buckets.
         gradients: bytes of the gradients, which the trainer keeps during the next forward pass.
         extra: bytes of the parts of a larger batch that are on the GPU in the meantime.
-        count: number of micro-batches of the measured steps, of equal size.
     """
 
     steps: Mapping[int, StepMemory]
     always: int
     gradients: int
     extra: int = 0
-    count: int = 1
 
     def _of(self, step: StepMemory) -> int:
         return self.always + self.extra + max(self.gradients + step.forward, step.backward)
@@ -136,7 +143,9 @@ class Plan:
                 f"{self.task.text_config.context_length}"
             )
         state = SimpleNamespace(fn="validate")  # for which the data train no tokenizer
-        self._trainer = _OneRank(state=state, default_root_dir=".", datamodule=self.data)  # Lightning keeps a weak reference.
+        self._trainer = _OneRank(
+            state=state, lightning_module=self.task, default_root_dir=".", datamodule=self.data
+        )  # Lightning keeps a weak reference.
         self.task.trainer = self.data.trainer = self._trainer
 
     # Sizes
@@ -165,7 +174,7 @@ class Plan:
         for name, parameter in self.task.named_parameters():
             names = name.split(".")
             part = names[1] if names[0] == "model" else names[0]
-            part = {"image": "image tower", "text": "text tower", "encoder": "encoder"}.get(part, "heads")
+            part = TOWERS.get(part, "heads")
             counts[part] = counts.get(part, 0) + parameter.numel()
         return counts
 
@@ -194,7 +203,7 @@ class Plan:
         return parts
 
     def _largest_block(self) -> int:
-        towers = [getattr(self.task.model, name, None) for name in ("image", "text", "encoder")]
+        towers = [getattr(self.task.model, name, None) for name in TOWERS]
         blocks = [block for tower in towers if tower is not None for block in getattr(tower, "vit", tower).blocks]
         return max(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
 
@@ -211,12 +220,12 @@ class Plan:
             batch = fake_batch(self.task, self.data, size, self.tokens)
             batch = batch if whole else [batch] * count
             steps[size] = step_memory(self.task, batch, self.options.precision)
-        # Two micro-batches are measured; the others are there as inputs and embeddings.
-        extra = 0 if whole else self.of_sample * self.rank_batch
-        if not whole:  # which then hold the inputs and embeddings of all micro-batches
+        extra = 0
+        if not whole:  # Two micro-batches are counted; of the others there are inputs and embeddings.
+            extra = self.of_sample * self.rank_batch
             steps = {n: _without(step, count * n * self.of_sample) for n, step in steps.items()}
         gradients = fixed["gradients"]
-        return Peak(steps, sum(fixed.values()) - gradients, gradients, extra, count)
+        return Peak(steps, sum(fixed.values()) - gradients, gradients, extra)
 
     @cached_property
     def of_sample(self) -> int:
@@ -273,22 +282,33 @@ class Plan:
         left = f"{RESERVE / GIB:g} of {device_memory:g} GiB are left to CUDA, an assumption"
         fits = self.planned.at(micro) <= free
         yield Line("fits", "yes" if fits else "no", left)
-        most = self.planned.fitting(free)
+        most = self._largest(self.planned, micro == batch, free)
         if micro == batch:
             yield Line("largest batch", f"{max(0, most):,}", f"{noun} of a rank, embedded in one piece")
         if micro == batch and (most >= batch or not isinstance(self.data, PairData)):
             return
         if micro == batch:  # Micro-batches are for a batch that does not fit.
-            most = self.peak(max(1, most // 2), whole=False).fitting(free)
+            most = self._largest(self.peak(max(1, most // 4), whole=False), False, free)
         found = f"{min(most, batch):,}" if most > 0 else "none"
         way_out = "" if most > 0 else "; set model.grad_checkpointing, or use more ranks"
         yield Line("largest micro-batch", found, f"data.micro_batch_size for {batch:,} {noun} of a rank{way_out}")
 
+    def _largest(self, peak: Peak, whole: bool, free: float) -> int:
+        """Return the largest number of samples that fits, counted again near it: a peak far from there is another one.
+
+        Args:
+            peak: peak of other numbers of samples.
+            whole: see `peak`.
+            free: bytes of a GPU that a step may take.
+        """
+        most = peak.fitting(free)
+        return most if most <= max(peak.steps) else self.peak(most // 2, whole).fitting(free)
+
     def _data_lines(self) -> Iterator[Line]:
         of_rank, micro, workers, devices = self.rank_batch, self.micro_batch, self.data.workers, self.options.devices
         cores = usable_cores()
-        note = f"{cores} cores here; a rank has at most as many workers as there are cores"
-        yield Line("workers", f"{workers * devices:,}", f"{workers} for each of {devices} ranks of a machine; {note}")
+        own = f"{workers} for each of {plural(devices, 'rank')} of a machine"
+        yield Line("workers", f"{workers * devices:,}", f"{own}, a core each; this machine has {plural(cores, 'core')}")
         if not isinstance(self.data, PairData) or self.data.features_path is not None or not workers:
             return
         size = tensor_bytes(self.data.augment) * micro
@@ -300,13 +320,17 @@ class Plan:
     def _run_lines(self) -> Iterator[Line]:
         """Yield the number of steps, the bytes that are read, and the time."""
         batch, noun = self.data.batch_size, self.task.noun
-        yield Line("batch", f"{batch:,}", f"{noun} of {self.options.ranks} ranks")
-        steps, problem = self._steps_of_epoch()
-        if steps is not None:
-            yield Line("steps of an epoch", f"{steps:,}", f"{len(self.data.train_index):,} {noun}")
-        if steps is not None and isinstance(self.data, PairData):
-            size = sum(part.facts["size"] for part in self.data.train_index.parts)
-            yield Line("shards", _gb(size), f"{len(self.data.train_index.parts):,} files, read once in an epoch")
+        yield Line("batch", f"{batch:,}", f"{noun} of {plural(self.options.ranks, 'rank')}")
+        steps, problem = None, ""
+        try:
+            steps, samples = self._epoch()
+            yield Line("steps of an epoch", f"{steps:,}", f"{samples:,} {noun}")
+        except (DataError, ValueError) as error:
+            problem = str(error)
+        if steps is not None and isinstance(self.data, PairData) and self.data.train_index is not None:
+            shards = self.data.train_index.parts
+            size = sum(part.facts["size"] for part in shards)
+            yield Line("shards", _gb(size), f"{plural(len(shards), 'file')}, read once in an epoch")
         total = total_steps(steps, self.options.max_epochs, self.options.max_steps)
         if total is None:
             yield Line("steps", "not known", problem or "set trainer.max_epochs or trainer.max_steps")
@@ -316,17 +340,26 @@ class Plan:
         if rate := self.options.samples_per_second:
             yield Line("time", clock_time(total * batch / rate), f"at {rate:,.6g} {noun} a second, as given")
 
-    def _steps_of_epoch(self) -> tuple[int | None, str]:
-        """Return the number of steps of an epoch, or None and the reason why it is not known."""
-        if not isinstance(self.data, PairData):
-            return None, "the lines of text are counted when the run begins"
-        try:
-            self.data.prepare_data()
-            counts = self.data.train_index.counts()  # type: ignore[union-attr]
-            data = self.data
-            return len(EpochPlan(counts, data.seed, 0, data.batch_size, data.window, data._weights)), ""
-        except (DataError, ValueError) as error:
-            return None, str(error)
+    def _epoch(self) -> tuple[int, int]:
+        """Return the numbers of steps and of samples of an epoch.
+
+        Raises:
+            DataError: If the data are not there, or are counted only when the run begins.
+        """
+        data = self.data
+        if isinstance(data, PairData):
+            data.prepare_data()
+            assert data.train_index is not None
+            counts, sources = data.train_index.counts(), data._weights
+            return len(EpochPlan(counts, data.seed, 0, data.batch_size, data.window, sources)), len(data.train_index)
+        if any(head.masking is not None for head in data.heads.values()):
+            raise DataError("plain text is cut into pieces, which are counted when the run begins")
+        data._read("train")
+        indexes = data._raw["train"]
+        counts = [count for index in indexes.values() for count in index.counts()]
+        weights = [(len(index.parts), data.given["train"][name].get("weight", 1.0)) for name, index in indexes.items()]
+        plan = EpochPlan if data.mix == "together" else RoundRobinPlan
+        return len(plan(counts, data.seed, 0, data.batch_size, sources=weights)), sum(counts)
 
 
 class _OneRank(SimpleNamespace):
@@ -355,8 +388,6 @@ def _without(step: StepMemory, size: int) -> StepMemory:
 
 
 def _tensors(batch: Any) -> list[Any]:
-    from torch.utils._pytree import tree_leaves
-
     return [x for x in tree_leaves(batch) if hasattr(x, "nbytes")]
 
 
