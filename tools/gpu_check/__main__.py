@@ -6,8 +6,11 @@ written after each step.
 
 import argparse
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from functools import partial
 from multiprocessing.connection import Connection
@@ -24,13 +27,13 @@ STEPS: dict[str, tuple[Callable[[Machine], list[Finding]], int]] = {
     "losses": (exact.losses, 120),
     "attention kernel": (exact.attention_kernel, 60),
     "waits": (exact.waits, 120),
-    "training step": (speed.training_step, 420),
+    "training step": (speed.training_step, 360),
     "packed texts": (speed.packed_texts, 120),
     "large losses": (speed.large_losses, 180),
-    "resume": (exact.resume, 300),
-    "compile": (speed.compiled, 300),
-    "memory": (exact.memory, 180),
-    "loader": (speed.loader, 120),
+    "resume": (exact.resume, 240),
+    "compile": (speed.compiled, 240),
+    "memory": (exact.memory, 120),
+    "loader": (speed.loader, 60),
 }
 
 
@@ -83,12 +86,15 @@ def in_process(function: Callable[[], Any], seconds: float) -> Any:
         process.join()
         result = f"the process ended with status {process.exitcode}"
     finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that a step has started
         process.kill()
         process.join()
     return result
 
 
 def _send(function: Callable[[], Any], sender: Connection) -> None:
+    os.setsid()
     try:
         sender.send(function())
     except Exception as error:
