@@ -12,7 +12,7 @@ from dualenc.cli.common import UsageError
 from dualenc.cli.fit import CLI, check_settings, plain_message, start_cli
 from dualenc.cli.fit_help import PLAN_OPTIONS
 from dualenc.training import EMA
-from dualenc.training.plan import Options, Plan
+from dualenc.training.plan import PlanOptions, Plan
 from dualenc.utils.text import did_you_mean, print_message
 
 
@@ -40,7 +40,7 @@ class PlanCLI(CLI):
         trainer = self.instance("trainer")
         callbacks = trainer["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        options = Options(
+        options = PlanOptions(
             precision=str(trainer["precision"] or "32-true"),
             devices=_device_count(trainer["devices"]),
             nodes=trainer["num_nodes"],

@@ -30,8 +30,8 @@ TOWERS = {  # parts of the models that a task may have, and their names in the p
 PRECISIONS = (*AUTOCAST, "32-true", "32")
 
 
-class Line(NamedTuple):
-    """Line of the printed plan."""
+class PlanLine(NamedTuple):
+    """PlanLine of the printed plan."""
 
     name: str
     value: str
@@ -39,7 +39,7 @@ class Line(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Options:
+class PlanOptions:
     """Settings of a run that the trainer holds, and what only the user knows.
 
     Attributes:
@@ -129,7 +129,7 @@ class Plan:
 
     task: Task
     data: Any
-    options: Options
+    options: PlanOptions
     _trainer: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -241,33 +241,33 @@ class Plan:
 
     # Text
 
-    def sections(self) -> Iterator[tuple[str, list[Line]]]:
+    def sections(self) -> Iterator[tuple[str, list[PlanLine]]]:
         """Yield the sections of the printed plan: a title with its lines."""
         counts = self.parameters()
         trained = sum(p.numel() for p in self.task.parameters() if p.requires_grad)
         total = sum(counts.values())
         note = "" if trained == total else f"{millions(trained)} trained"
-        lines = [Line(name, millions(count)) for name, count in counts.items()]
-        yield "Parameters", [*lines, Line("together", millions(total), note)]
+        lines = [PlanLine(name, millions(count)) for name, count in counts.items()]
+        yield "Parameters", [*lines, PlanLine("together", millions(total), note)]
         yield f"Memory of a GPU, {self.options.precision}", list(self._memory_lines())
         yield "Data", list(self._data_lines())
         yield "Run", list(self._run_lines())
 
-    def _memory_lines(self) -> Iterator[Line]:
+    def _memory_lines(self) -> Iterator[PlanLine]:
         peak, micro, batch = self.planned, self.micro_batch, self.rank_batch
         for name, size in self.fixed.items():
-            yield Line(name, _gb(size), self._fixed_note(name))
+            yield PlanLine(name, _gb(size), self._fixed_note(name))
         noun = self.task.noun
         inputs = peak.extra or peak.steps[min(peak.steps)].inputs
-        yield Line("batch", _gb(inputs), f"{batch:,} {noun}" + (" and their embeddings" if micro < batch else ""))
+        yield PlanLine("batch", _gb(inputs), f"{batch:,} {noun}" + (" and their embeddings" if micro < batch else ""))
         rest = peak.at(micro) - sum(self.fixed.values()) - inputs
         given = "" if self.options.tokens else ", the longest text; --tokens N for the mean"
-        yield Line(
+        yield PlanLine(
             "activations",
             _gb(rest),
             f"{micro:,} {noun} of {self.tokens} tokens{given}; {peak.per_sample / 1e6:.3g} MB each",
         )
-        yield Line("peak", _gb(peak.at(micro)), "without CUDA itself, workspaces of kernels and fragmentation")
+        yield PlanLine("peak", _gb(peak.at(micro)), "without CUDA itself, workspaces of kernels and fragmentation")
         if self.options.device_memory is not None:
             yield from self._fitting_lines(self.options.device_memory)
 
@@ -276,22 +276,22 @@ class Plan:
             return ""
         return "by arithmetic, not counted" if name == "gathered weights" else f"a share of {self.options.ranks}"
 
-    def _fitting_lines(self, device_memory: float) -> Iterator[Line]:
+    def _fitting_lines(self, device_memory: float) -> Iterator[PlanLine]:
         """Yield the largest batch and micro-batch for a GPU."""
         free, micro, batch, noun = device_memory * GIB - RESERVE, self.micro_batch, self.rank_batch, self.task.noun
         left = f"{RESERVE / GIB:g} of {device_memory:g} GiB are left to CUDA, an assumption"
         fits = self.planned.at(micro) <= free
-        yield Line("fits", "yes" if fits else "no", left)
+        yield PlanLine("fits", "yes" if fits else "no", left)
         most = self._largest(self.planned, micro == batch, free)
         if micro == batch:
-            yield Line("largest batch", f"{max(0, most):,}", f"{noun} of a rank, embedded in one piece")
+            yield PlanLine("largest batch", f"{max(0, most):,}", f"{noun} of a rank, embedded in one piece")
         if micro == batch and (most >= batch or not isinstance(self.data, PairData)):
             return
         if micro == batch:  # Micro-batches are for a batch that does not fit.
             most = self._largest(self.peak(max(1, most // 4), whole=False), False, free)
         found = f"{min(most, batch):,}" if most > 0 else "none"
         way_out = "" if most > 0 else "; set model.grad_checkpointing, or use more ranks"
-        yield Line("largest micro-batch", found, f"data.micro_batch_size for {batch:,} {noun} of a rank{way_out}")
+        yield PlanLine("largest micro-batch", found, f"data.micro_batch_size for {batch:,} {noun} of a rank{way_out}")
 
     def _largest(self, peak: Peak, whole: bool, free: float) -> int:
         """Return the largest number of samples that fits, counted again near it: a peak far from there is another one.
@@ -304,41 +304,43 @@ class Plan:
         most = peak.fitting(free)
         return most if most <= max(peak.steps) else self.peak(most // 2, whole).fitting(free)
 
-    def _data_lines(self) -> Iterator[Line]:
+    def _data_lines(self) -> Iterator[PlanLine]:
         of_rank, micro, workers, devices = self.rank_batch, self.micro_batch, self.data.workers, self.options.devices
         cores = usable_cores()
         own = f"{workers} for each of {plural(devices, 'rank')} of a machine"
-        yield Line("workers", f"{workers * devices:,}", f"{own}, a core each; this machine has {plural(cores, 'core')}")
+        yield PlanLine(
+            "workers", f"{workers * devices:,}", f"{own}, a core each; this machine has {plural(cores, 'core')}"
+        )
         if not isinstance(self.data, PairData) or self.data.features_path is not None or not workers:
             return
         size = tensor_bytes(self.data.augment) * micro
         held = 2 * -(-of_rank // micro)
         most, least = (size * (workers * ahead + held) * devices for ahead in (PREFETCH, 1))
         note = f"{PREFETCH} batches ahead of {size / 1e6:,.0f} MB for each worker; at least {_gb(least)}"
-        yield Line(SHARED_MEMORY, _gb(most), f"{note} (docker run --shm-size)")
+        yield PlanLine(SHARED_MEMORY, _gb(most), f"{note} (docker run --shm-size)")
 
-    def _run_lines(self) -> Iterator[Line]:
+    def _run_lines(self) -> Iterator[PlanLine]:
         """Yield the number of steps, the bytes that are read, and the time."""
         batch, noun = self.data.batch_size, self.task.noun
-        yield Line("batch", f"{batch:,}", f"{noun} of {plural(self.options.ranks, 'rank')}")
+        yield PlanLine("batch", f"{batch:,}", f"{noun} of {plural(self.options.ranks, 'rank')}")
         steps, problem = None, ""
         try:
             steps, samples = self._epoch()
-            yield Line("steps of an epoch", f"{steps:,}", f"{samples:,} {noun}")
+            yield PlanLine("steps of an epoch", f"{steps:,}", f"{samples:,} {noun}")
         except (DataError, ValueError) as error:
             problem = str(error)
         if steps is not None and isinstance(self.data, PairData) and self.data.train_index is not None:
             shards = self.data.train_index.parts
             size = sum(part.facts["size"] for part in shards)
-            yield Line("shards", _gb(size), f"{plural(len(shards), 'file')}, read once in an epoch")
+            yield PlanLine("shards", _gb(size), f"{plural(len(shards), 'file')}, read once in an epoch")
         total = total_steps(steps, self.options.max_epochs, self.options.max_steps)
         if total is None:
-            yield Line("steps", "not known", problem or "set trainer.max_epochs or trainer.max_steps")
+            yield PlanLine("steps", "not known", problem or "set trainer.max_epochs or trainer.max_steps")
             return
         epochs = "" if steps is None else f"{total / steps:,.4g} epochs, "
-        yield Line("steps", f"{total:,}", f"{epochs}{total * batch:,} {noun}")
+        yield PlanLine("steps", f"{total:,}", f"{epochs}{total * batch:,} {noun}")
         if rate := self.options.samples_per_second:
-            yield Line("time", clock_time(total * batch / rate), f"at {rate:,.6g} {noun} a second, as given")
+            yield PlanLine("time", clock_time(total * batch / rate), f"at {rate:,.6g} {noun} a second, as given")
 
     def _epoch(self) -> tuple[int, int]:
         """Return the numbers of steps and of samples of an epoch.
@@ -363,7 +365,7 @@ class Plan:
 
 
 class _OneRank(SimpleNamespace):
-    """What a task and its data ask of a trainer, for one rank."""
+    """Stand-in for a trainer of one rank, with what a task and its data ask of it."""
 
     world_size = 1
     estimated_stepping_batches = 1

@@ -15,7 +15,7 @@ from dualenc.models import HeadConfig, ImageConfig, TextConfig
 from dualenc.training import ContrastiveTask, PairData, TextData, TextTask
 from dualenc.training.fake_batches import fake_batch
 from dualenc.training.optim import Tuning
-from dualenc.training.plan import Options, Peak, Plan, total_steps
+from dualenc.training.plan import PlanOptions, Peak, Plan, total_steps
 from dualenc.training.step_memory import ROUND, StepMemory, _backward, fake_gpu, optimizer_memory, step_memory
 
 IMAGE = ImageConfig("vit_tiny_patch16_224", 32, {"depth": 2, "embed_dim": 48, "num_heads": 2, "patch_size": 8})
@@ -83,7 +83,7 @@ def test_saved_activations_are_those_of_a_real_graph(seed):
     """Compare the slope of the forward pass with the tensors that a graph on the CPU saves, in fp32."""
     sizes = (32, 64)
     task = contrastive("cpu")
-    plan = Plan(task, pair_data(), Options())
+    plan = Plan(task, pair_data(), PlanOptions())
     assert plan.tokens == 16
     saved = []
     for size in sizes:
@@ -111,7 +111,7 @@ def test_saved_activations_are_those_of_a_real_graph(seed):
 def test_optimizer_memory_is_that_of_a_real_optimizer(name):
     kind = getattr(torch.optim, name)
     task = contrastive("cpu", optimizer=lambda groups: kind(groups, lr=0.1))
-    plan = Plan(task, pair_data(), Options())
+    plan = Plan(task, pair_data(), PlanOptions())
     optimizer = task.configure_optimizers()["optimizer"]
     for parameter in task.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -124,7 +124,7 @@ def test_optimizer_memory_is_that_of_a_real_optimizer(name):
 
 
 def test_parameters_and_weights_are_those_of_the_built_model():
-    plan = Plan(contrastive(), pair_data(), Options(averaged=True))
+    plan = Plan(contrastive(), pair_data(), PlanOptions(averaged=True))
     real = contrastive("cpu")
     parts = plan.parameters()
     assert parts["image tower"] == sum(p.numel() for p in real.model.image.parameters())
@@ -135,16 +135,16 @@ def test_parameters_and_weights_are_those_of_the_built_model():
 
 
 def test_frozen_weights_have_no_gradients():
-    plan = Plan(contrastive(image_tuning=Tuning(locked=True)), pair_data(), Options())
+    plan = Plan(contrastive(image_tuning=Tuning(locked=True)), pair_data(), PlanOptions())
     image = plan.parameters()["image tower"] * 4
     assert plan.fixed["weights"] - plan.fixed["gradients"] == image
-    everything = Plan(contrastive(), pair_data(), Options())
+    everything = Plan(contrastive(), pair_data(), PlanOptions())
     assert plan.planned.at(64) < everything.planned.at(64) - image
 
 
 @pytest.mark.parametrize("micro", [None, 16])
 def test_the_largest_batch_fits_and_one_more_does_not(micro, seed):
-    plan = Plan(contrastive(), pair_data(micro_batch_size=micro), Options(precision="bf16-mixed"))
+    plan = Plan(contrastive(), pair_data(micro_batch_size=micro), PlanOptions(precision="bf16-mixed"))
     peak, rng, before = plan.planned, random.Random(seed), 0
     for memory in sorted(rng.uniform(2, 500) * peak.at(1) for _ in range(20)):
         most = peak.fitting(memory)
@@ -155,15 +155,15 @@ def test_the_largest_batch_fits_and_one_more_does_not(micro, seed):
 
 
 def test_other_sizes_are_on_the_line_of_the_two_that_were_counted():
-    plan = Plan(contrastive(), pair_data(), Options(precision="bf16-mixed"))
+    plan = Plan(contrastive(), pair_data(), PlanOptions(precision="bf16-mixed"))
     for size in (96, 256, 512):
         again = plan.peak(size, whole=True)
         assert plan.planned.at(size) == pytest.approx(again.at(size), rel=0.02)
 
 
 def test_micro_batches_take_less_and_their_parts_add_up():
-    whole = Plan(contrastive(), pair_data(batch_size=256), Options())
-    parts = Plan(contrastive(), pair_data(batch_size=256, micro_batch_size=32), Options())
+    whole = Plan(contrastive(), pair_data(batch_size=256), PlanOptions())
+    parts = Plan(contrastive(), pair_data(batch_size=256, micro_batch_size=32), PlanOptions())
     assert parts.micro_batch == 32
     assert parts.planned.at(32) < whole.planned.at(256) / 3
     # Eight real micro-batches, where the plan has counted two.
@@ -174,15 +174,17 @@ def test_micro_batches_take_less_and_their_parts_add_up():
 
 
 def test_checkpointing_takes_less():
-    sizes = {flag: Plan(contrastive(grad_checkpointing=flag), pair_data(), Options()).planned for flag in (False, True)}
+    sizes = {
+        flag: Plan(contrastive(grad_checkpointing=flag), pair_data(), PlanOptions()).planned for flag in (False, True)
+    }
     assert sizes[True].per_sample < 0.8 * sizes[False].per_sample
 
 
 def test_sharding_divides_and_buckets_add():
-    one, many = (Plan(contrastive(), pair_data(), Options(devices=n, sharded=n > 1)) for n in (1, 4))
+    one, many = (Plan(contrastive(), pair_data(), PlanOptions(devices=n, sharded=n > 1)) for n in (1, 4))
     assert many.fixed["optimizer state"] == one.fixed["optimizer state"] // 4
     assert many.fixed["gathered weights"] > 0
-    ddp, views = (Plan(contrastive(), pair_data(), Options(devices=2, bucket_views=flag)) for flag in (False, True))
+    ddp, views = (Plan(contrastive(), pair_data(), PlanOptions(devices=2, bucket_views=flag)) for flag in (False, True))
     assert sum(ddp.fixed.values()) - sum(views.fixed.values()) == ddp.fixed["gradients"]
 
 
@@ -197,7 +199,7 @@ def test_text_heads_have_a_plan(kind):
         task = TextTask(heads, text)
     source = {"files": "x.tsv"} | ({"pair": "other"} if kind == "embedding" else {})
     data = TextData({"head": source}, text, heads, batch_size=32)  # type: ignore[dict-item]
-    plan = Plan(task, data, Options(device_memory=80))
+    plan = Plan(task, data, PlanOptions(device_memory=80))
     assert plan.planned.at(32) > sum(plan.fixed.values())
     assert plan.planned.per_sample > 16 * 32 * 4 * task.model.encoder.layers  # more than one activation a layer
     assert [title for title, _ in plan.sections()][-1] == "Run"
@@ -206,7 +208,7 @@ def test_text_heads_have_a_plan(kind):
 def test_steps_are_those_of_the_epoch_plan(seed, tmp_path):
     write_shards(tmp_path / "shards", [20, 15, 13], seed)
     data = PairData(str(tmp_path / "shards"), Preprocess(32), TEXT, val=None, batch_size=8, workers=0)
-    plan = Plan(contrastive(), data, Options(max_epochs=3, samples_per_second=2.0))
+    plan = Plan(contrastive(), data, PlanOptions(max_epochs=3, samples_per_second=2.0))
     lines = {line.name: line for _, lines in plan.sections() for line in lines}
     epoch = len(EpochPlan([20, 15, 13], 0, 0, 8))
     assert lines["steps of an epoch"].value == str(epoch)
@@ -232,11 +234,11 @@ def test_the_peak_is_the_larger_one_of_both_passes():
 
 def test_wrong_settings():
     with pytest.raises(ValueError, match="multiple of the 3 ranks"):
-        Plan(contrastive(), pair_data(), Options(devices=3))
+        Plan(contrastive(), pair_data(), PlanOptions(devices=3))
     with pytest.raises(ValueError, match="context_length 16"):
-        Plan(contrastive(), pair_data(), Options(tokens=17))
+        Plan(contrastive(), pair_data(), PlanOptions(tokens=17))
     with pytest.raises(ValueError, match="bf16-true"):
-        Options(precision="bf16-true")
+        PlanOptions(precision="bf16-true")
 
 
 def test_fake_gpu_leaves_nothing_behind():

@@ -17,7 +17,7 @@ from dualenc.training.task import Task
 
 
 class OneRank(SimpleNamespace):
-    """What a task asks of a trainer, for one rank."""
+    """Stand-in for a trainer of one rank, with what a task asks of it."""
 
     world_size = 1
     estimated_stepping_batches = 1

@@ -1,4 +1,4 @@
-"""What the steps of the check find, and the tables of it."""
+"""Findings of the steps of the check, and their tables."""
 
 import json
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the figures of this machine mean.
+    """Machine of the check, which tells what its figures mean.
 
     Attributes:
         device: "cuda" where torch finds such a device, else "cpu".
@@ -50,13 +50,13 @@ class Machine:
         return self.device == "cuda" and self.computes and not self.quick
 
     def value(self, step: str, what: str, value: float, form: str, most: float, note: str = "") -> Finding:
-        """Judge a figure that depends on computed values: it must be at most `most`."""
+        """Compare a figure that depends on computed values with its bound: it must be at most `most`."""
         if not self.computes:
             return Finding(step, what, "", f"at most {most:g}", "not measured", "the device does not compute")
         return Finding(step, what, f"{value:{form}}", f"at most {most:g}", "pass" if value <= most else "fail", note)
 
     def speed(self, step: str, what: str, value: float, form: str, least: float | None, note: str = "") -> Finding:
-        """Judge a rate or a ratio of rates: it must be at least `least`; without one there is no expectation yet."""
+        """Compare a rate, or a ratio of rates, with its bound: it must be at least `least`; without one there is no expectation yet."""
         expected = "" if least is None else f"at least {least:g}"
         if not self.times_mean_something:
             why = "small sizes" if self.device == "cuda" and self.computes else "times mean nothing on this device"

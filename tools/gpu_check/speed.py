@@ -1,4 +1,4 @@
-"""The timed steps: training steps beside open_clip's, packed texts, large losses, compilation, the loader."""
+"""The timed steps: training steps next to open_clip's, packed texts, large losses, compilation, the loader."""
 
 import inspect
 import statistics
