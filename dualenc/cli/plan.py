@@ -12,7 +12,7 @@ from dualenc.cli.common import UsageError
 from dualenc.cli.fit import CLI, check_settings, plain_message, start_cli
 from dualenc.cli.fit_help import PLAN_OPTIONS
 from dualenc.training import EMA
-from dualenc.training.plan import PlanOptions, Plan
+from dualenc.training.plan import Plan, PlanOptions
 from dualenc.utils.text import did_you_mean, print_message
 
 

@@ -15,7 +15,7 @@ from dualenc.models import HeadConfig, ImageConfig, TextConfig
 from dualenc.training import ContrastiveTask, PairData, TextData, TextTask
 from dualenc.training.fake_batches import fake_batch
 from dualenc.training.optim import Tuning
-from dualenc.training.plan import PlanOptions, Peak, Plan, total_steps
+from dualenc.training.plan import Peak, Plan, PlanOptions, total_steps
 from dualenc.training.step_memory import ROUND, StepMemory, _backward, fake_gpu, optimizer_memory, step_memory
 
 IMAGE = ImageConfig("vit_tiny_patch16_224", 32, {"depth": 2, "embed_dim": 48, "num_heads": 2, "patch_size": 8})
