@@ -13,7 +13,6 @@ from dualenc.data.workers import PREFETCH, SHARED_MEMORY, tensor_bytes, usable_c
 from dualenc.training.fake_batches import fake_batch
 from dualenc.training.pair_data import PairData
 from dualenc.training.step_memory import AUTOCAST, StepMemory, optimizer_memory, step_memory
-from dualenc.training.task import Task
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import clock_time, millions, plural
 
@@ -119,7 +118,7 @@ class Plan:
     """Plan of a run.
 
     Args:
-        task: task of the run, whose parameters may be without content, on device "meta".
+        task: `Task` of the run, whose parameters may be without content, on device "meta".
         data: data module of the run.
         options: the rest.
 
@@ -127,7 +126,7 @@ class Plan:
         ValueError: If the settings contradict each other, or a plan does not know them.
     """
 
-    task: Task
+    task: Any
     data: Any
     options: PlanOptions
     _trainer: Any = field(init=False)

@@ -174,7 +174,7 @@ def _on_gpu(x: Any) -> Any:
 
 
 @torch.no_grad()
-def _backward(losses: list[Tensor]) -> None:
+def _backward(losses: list[Any]) -> None:
     """Backpropagate a loss, and leave the gradients in `grad` of the parameters.
 
     Args:
