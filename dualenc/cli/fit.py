@@ -227,11 +227,13 @@ def heads_as_dicts(configs: dict[str, Any]) -> dict[str, Any]:
     return {name: asdict(config) for name, config in configs.items()}
 
 
-def trainer_command(arguments: list[str]) -> None:
-    """Run `fit`, `validate`, `test` or `predict`.
+def start_cli(kind: type[CLI], words: list[str], callbacks: list[Callback]) -> None:
+    """Parse the words of a command line, and run its subcommand.
 
     Args:
-        arguments: the subcommand and its options.
+        kind: class of the command line.
+        words: the subcommand and its options, checked.
+        callbacks: callbacks of the trainer, besides those of the configuration.
     """
     # Lightning enables URLs here. A configuration is code, so it must be a local file, and a shard's URL must not be
     # taken for a configuration.
@@ -241,23 +243,29 @@ def trainer_command(arguments: list[str]) -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "The number of training batches")  # about its own logging, which is not used
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # about its own use of torch
+    kind(
+        parser_class=Parser,
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": callbacks},
+        seed_everything_default=0,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        load_from_checkpoint_support=False,
+        args=words,
+    )
+
+
+def trainer_command(arguments: list[str]) -> None:
+    """Run `fit`, `validate`, `test` or `predict`.
+
+    Args:
+        arguments: the subcommand and its options.
+    """
     use_new_store_after_restart()
     recorder = StartRecorder()
     try:
-        CLI(
-            parser_class=Parser,
-            trainer_defaults={
-                **TRAINER_DEFAULTS,
-                "callbacks": [recorder],
-            },
-            seed_everything_default=0,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            load_from_checkpoint_support=False,
-            args=[arguments[0], *check_settings(arguments[0], arguments[1:])],
-        )
+        start_cli(CLI, [arguments[0], *check_settings(arguments[0], arguments[1:])], [recorder])
     except Stopped as stop:
         rank_zero_print(f"dualenc: {stop}")
         raise SystemExit(STOPPED) from None

@@ -23,6 +23,11 @@ GENERAL = {
     "--seed_everything N": "seed of weights, order, augmentation and dropout",
     "--print_config": "print all settings with their values, and do nothing else",
 }
+PLAN_OPTIONS = {  # of `plan` alone
+    "--device_memory GIB": "memory of a GPU, for the largest batch and micro-batch that fit",
+    "--tokens N": "mean number of tokens of a text; by default the longest text is planned for",
+    "--samples_per_second RATE": "rate of all ranks, for the time of the run",
+}
 # The keys that have a line of their own in the short help.
 MAIN = {
     "model": ("image", "text", "embed_dim", "pretrained", "text_from", "loss", "optimizer"),
@@ -83,7 +88,7 @@ def trainer_help(command: str, summary: str, width: int, whole: bool = False) ->
     """Return the help of a command of the trainer.
 
     Args:
-        command: fit, validate, test or predict.
+        command: fit, plan, validate, test or predict.
         summary: what the command does, in a sentence.
         width: number of columns.
         whole: whether to print all keys of all classes with their whole descriptions.
@@ -94,7 +99,7 @@ def trainer_help(command: str, summary: str, width: int, whole: bool = False) ->
         summary,
         "Each key of the file is an option too, without init_args: --data.batch_size 64",
         "",
-        *_rows(GENERAL, width, whole),
+        *_rows({**(PLAN_OPTIONS if command == "plan" else {}), **GENERAL}, width, whole),
     ]
     for section, names in {"model": TASKS, "data": DATA, "run": ("RunDirectory",)}.items():
         for name in names if whole else names[:1]:

@@ -27,6 +27,7 @@ from dualenc.utils.text import did_you_mean, one_line, shorten
 
 TRAINER_COMMANDS = {
     "fit": "Train a model as a configuration says, or continue a run.",
+    "plan": "Print what a run needs, before it: memory of the GPU, workers, steps, time.",
     "validate": "Measure a checkpoint of a run on the held-out data of its configuration.",
     "test": "Measure a checkpoint of a run on the test data of its configuration.",
     "predict": "Write the predictions of a text model of a run.",
@@ -97,7 +98,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _run_trainer(command: str, options: list[str]) -> None:
-    """Run `fit`, `validate`, `test` or `predict`, or print its help. A broken file is refused before torch loads."""
+    """Run a command of the trainer, or print its help. A broken file is refused before torch loads."""
     if asked := [option for option in options if option in ("-h", "--help", "--help=all")]:
         from dualenc.cli.fit_help import trainer_help
 
@@ -106,6 +107,11 @@ def _run_trainer(command: str, options: list[str]) -> None:
     from dualenc.cli.settings import read_configs
 
     read_configs(options)
+    if command == "plan":
+        from dualenc.cli.plan import plan_command
+
+        plan_command(options)
+        return
     from dualenc.cli.fit import trainer_command
 
     trainer_command([command, *options])
