@@ -1,15 +1,16 @@
 """Distribution of a dual encoder's weights over the ranks by FSDP2 (Zhao et al. 2023)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from dualenc.models import DualEncoder
 
@@ -35,7 +36,7 @@ def shard(model: DualEncoder, mesh: DeviceMesh, half: torch.dtype | None) -> Non
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     root = fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for _, blocks in towers:
-        for block, following in pairwise(blocks):
+        for block, following in pairwise(cast("Iterable[FSDPModule]", blocks)):
             block.set_modules_to_forward_prefetch([following])
     # Otherwise the first module that runs becomes the root, which is a tower where that is locked or evaluated first.
     root._get_fsdp_state()._lazy_init()
@@ -72,10 +73,10 @@ def whole_weights(task: Any) -> Iterator[None]:
         return
     devices = [task.device] if task.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(task.device):  # Random weights come first.
-        task.model = DualEncoder.from_config(sharded.config).eval()
-    with torch.no_grad():
-        for name, weight in sharded.state_dict().items():
-            task.model.get_parameter(name).copy_(weight.full_tensor())
+        task.model = DualEncoder.from_config(cast(DualEncoder, sharded).config).eval()
+    own = task.model.state_dict()
+    for name, x in cast(nn.Module, sharded).state_dict().items():
+        own[name].copy_(x.full_tensor() if isinstance(x, DTensor) else x)
     try:
         yield
     finally:
