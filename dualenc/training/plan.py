@@ -219,19 +219,25 @@ class Plan:
             batch = fake_batch(self.task, self.data, size, self.tokens)
             batch = batch if whole else [batch] * count
             steps[size] = step_memory(self.task, batch, self.options.precision)
+        # The next batch is copied to the GPU in the meantime.
         extra = 0
-        if not whole:  # Two micro-batches are counted; of the others there are inputs and embeddings.
-            extra = self.of_sample * self.rank_batch
-            steps = {n: _without(step, count * n * self.of_sample) for n, step in steps.items()}
+        if whole:
+            steps = {n: _with(step, step.inputs) for n, step in steps.items()}
+        else:  # Two micro-batches are counted; of the others there are inputs and embeddings.
+            extra = (self.of_sample + self.inputs_of_sample) * self.rank_batch
+            steps = {n: _with(step, -count * n * self.of_sample) for n, step in steps.items()}
         gradients = fixed["gradients"]
         return Peak(steps, sum(fixed.values()) - gradients, gradients, extra)
 
     @cached_property
     def of_sample(self) -> int:
         """Bytes that a sample of a rank's batch takes on the GPU while other micro-batches are embedded."""
-        batch = fake_batch(self.task, self.data, 64, self.tokens)
-        inputs = sum(x.nbytes for x in _tensors(batch)) // 64
-        return inputs + KEPT_PER_DIMENSION * self.task.model.embed_dim
+        return self.inputs_of_sample + KEPT_PER_DIMENSION * self.task.model.embed_dim
+
+    @cached_property
+    def inputs_of_sample(self) -> int:
+        """Bytes of a sample's inputs."""
+        return sum(x.nbytes for x in _tensors(fake_batch(self.task, self.data, 64, self.tokens))) // 64
 
     @cached_property
     def planned(self) -> Peak:
@@ -257,8 +263,9 @@ class Plan:
         for name, size in self.fixed.items():
             yield PlanLine(name, _gb(size), self._fixed_note(name))
         noun = self.task.noun
-        inputs = peak.extra or peak.steps[min(peak.steps)].inputs
-        yield PlanLine("batch", _gb(inputs), f"{batch:,} {noun}" + (" and their embeddings" if micro < batch else ""))
+        inputs = peak.extra or 2 * peak.steps[min(peak.steps)].inputs
+        kept = ", with their embeddings," if micro < batch else ""
+        yield PlanLine("batches", _gb(inputs), f"{batch:,} {noun}{kept} and the next ones, copied in the meantime")
         rest = peak.at(micro) - sum(self.fixed.values()) - inputs
         given = "" if self.options.tokens else ", the longest text; --tokens N for the mean"
         yield PlanLine(
@@ -384,8 +391,8 @@ def total_steps(steps_of_epoch: int | None, max_epochs: int | None, max_steps: i
     return min(limits, default=None)
 
 
-def _without(step: StepMemory, size: int) -> StepMemory:
-    return StepMemory(step.inputs, step.forward - size, step.backward - size)
+def _with(step: StepMemory, size: int) -> StepMemory:
+    return StepMemory(step.inputs, step.forward + size, step.backward + size)
 
 
 def _tensors(batch: Any) -> list[Any]:
