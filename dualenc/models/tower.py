@@ -11,6 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental import _config as shapes
 
 CAST_TOGETHER = 1 << 25  # largest number of weights that are converted at once: 128 MiB of gradients in fp32
 
@@ -148,6 +149,9 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     Raises:
         ValueError: If a tower has no blocks, as some models of timm.
     """
+    # Otherwise dimensions that are equal in the first batch share one symbol, and another batch needs a second code,
+    # which fits the first batch too. A checkpoint that computes a block again could then take the other one.
+    shapes.use_duck_shape = False
     for tower in model.modules():
         if not isinstance(tower, Tower):
             continue
