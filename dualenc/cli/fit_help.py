@@ -23,6 +23,7 @@ GENERAL = {
     "--seed_everything N": "seed of weights, order, augmentation and dropout",
     "--print_config": "print all settings with their values, and do nothing else",
 }
+NOT_PLANNED = ("--ckpt_path auto", "--print_config")  # options that `plan` ignores
 PLAN_OPTIONS = {  # of `plan` alone
     "--device_memory GIB": "memory of a GPU, for the largest batch and micro-batch that fit",
     "--tokens N": "mean number of tokens of a text; by default the longest text is planned for",
@@ -93,13 +94,16 @@ def trainer_help(command: str, summary: str, width: int, whole: bool = False) ->
         width: number of columns.
         whole: whether to print all keys of all classes with their whole descriptions.
     """
+    general = GENERAL
+    if command == "plan":
+        general = PLAN_OPTIONS | {name: what for name, what in GENERAL.items() if name not in NOT_PLANNED}
     lines = [
         f"usage: dualenc {command} --config FILE [--KEY VALUE ...]",
         "",
         summary,
         "Each key of the file is an option too, without init_args: --data.batch_size 64",
         "",
-        *_rows({**(PLAN_OPTIONS if command == "plan" else {}), **GENERAL}, width, whole),
+        *_rows(general, width, whole),
     ]
     for section, names in {"model": TASKS, "data": DATA, "run": ("RunDirectory",)}.items():
         for name in names if whole else names[:1]:

@@ -150,7 +150,8 @@ def _entries(result: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]
     """Return entries of a result, and the options of its set as a text, such as "templates simple"."""
     given = result.get("options", {}).items()  # of which the command chooses `kind`
     options = ", ".join(f"{name} {value}" for name, value in sorted(given) if name != "kind")
-    return {name: result[name] for name in fields} | {"options": options}
+    known = {"precision": "fp32", **result}  # Results of the first release do not name it.
+    return {name: known[name] for name in fields} | {"options": options}
 
 
 def _described(entries: Mapping[str, Any]) -> str:

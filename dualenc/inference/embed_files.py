@@ -234,11 +234,12 @@ def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / ABOUT, plan, indent=1)
         return plan
+    begun = {"precision": "fp32", **begun}  # Folders of the first release do not name it.
     same = "in weights, architecture or preprocessing"
     descriptions = {
         "what": {"features": "--features", "images": "image files"}.get(begun["what"], "shards and no --features"),
         "made_by": f"another model ({begun['model']}, which differs {same})",
-        "precision": f"--precision {begun.get('precision')}",
+        "precision": f"--precision {begun['precision']}",
         "members": f"--image {';'.join(begun['members'])}",
         "inputs": "other images, or images that have changed since"
         if begun["what"] == "images"

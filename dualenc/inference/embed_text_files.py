@@ -133,7 +133,7 @@ def _bad_lines(path: Path, about: Mapping[str, Any]) -> list[BadRecord]:
     """
     try:
         with safe_open(path, "numpy") as file:
-            kept = json.loads(file.metadata()[KEY])
+            kept = {"precision": "fp32", **json.loads(file.metadata()[KEY])}  # The first release does not name it.
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{path} is damaged, or dualenc embed did not write it: remove it, or name a new folder"

@@ -32,13 +32,14 @@ class _Cast(torch.autograd.Function):
     """Conversion of several tensors to one dtype, and of their gradients back, by one kernel each way."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, dtype = arguments  # Tensors are first, as the count of memory relies on.
         ctx.dtype = tensors[0].dtype
         ctx.set_materialize_grads(False)
         out = [torch.empty_like(x, dtype=dtype) for x in tensors]
         torch._foreach_copy_(out, tensors)
         # Otherwise the backward pass would reach down to frozen weights.
-        ctx.mark_non_differentiable(*(half for half, x in zip(out, ctx.needs_input_grad[1:]) if not x))
+        ctx.mark_non_differentiable(*(half for half, x in zip(out, ctx.needs_input_grad) if not x))
         return tuple(out)
 
     @staticmethod
@@ -48,7 +49,7 @@ class _Cast(torch.autograd.Function):
         out = [torch.empty_like(grad, dtype=ctx.dtype) for grad in known]
         torch._foreach_copy_(out, known)
         left = iter(out)
-        return None, *(None if grad is None else next(left) for grad in grads)
+        return *(None if grad is None else next(left) for grad in grads), None
 
 
 class WeightCast:
@@ -91,7 +92,7 @@ class WeightCast:
                 weights = [cast(Tensor, module._parameters[name]) for module, name in group]
                 if any(isinstance(weight, DTensor) or weight.dtype != torch.float32 for weight in weights):
                     continue  # Autocast converts what FSDP2 gathers, and leaves float64 alone.
-                for (module, name), half in zip(group, _Cast.apply(dtype, *weights), strict=True):
+                for (module, name), half in zip(group, _Cast.apply(*weights, dtype), strict=True):
                     module.__dict__[name] = half  # An attribute of the object itself is found before its parameter.
             yield
         finally:

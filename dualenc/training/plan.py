@@ -18,6 +18,7 @@ from dualenc.utils.text import clock_time, millions, plural
 
 GB, GIB = 1e9, 2**30
 RESERVE = 2 * GIB  # bytes of a GPU that the plan leaves to CUDA, the workspaces of its kernels and fragmentation
+COUNTED = 1 << 14  # samples of the largest step that is counted: blocks of scores grow with the square of the batch
 KEPT_PER_DIMENSION = 32  # bytes of a micro-batched pair: two fp32 embeddings by micro-batch and whole, and gradients
 TOWERS = {  # parts of the models that a task may have, and their names in the plan
     "image": "image tower",
@@ -308,7 +309,7 @@ class Plan:
             free: bytes of a GPU that a step may take.
         """
         most = peak.fitting(free)
-        return most if most <= max(peak.steps) else self.peak(most // 2, whole).fitting(free)
+        return most if most <= max(peak.steps) else self.peak(min(most // 2, COUNTED), whole).fitting(free)
 
     def _data_lines(self) -> Iterator[PlanLine]:
         of_rank, micro, workers, devices = self.rank_batch, self.micro_batch, self.data.workers, self.options.devices

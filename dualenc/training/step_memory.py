@@ -28,22 +28,26 @@ ROUND = 512  # bytes to whose multiples torch's allocator rounds a tensor on a G
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counter of the bytes on the GPU of all tensors made within the mode; a storage counts once.
+    """Counter of the bytes on a device of all tensors made within the mode; a storage counts once.
+
+    Args:
+        device: type of the device.
 
     Attributes:
         now: bytes of the tensors that are alive.
         peak: largest value of `now` so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda") -> None:
         super().__init__()
+        self.device = device
         self.alive: dict[int, int] = {}  # storage -> its bytes
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            storage = x.untyped_storage() if isinstance(x, Tensor) and x.device.type == "cuda" else None
+            storage = x.untyped_storage() if isinstance(x, Tensor) and x.device.type == self.device else None
             if storage is not None and storage._cdata not in self.alive:
                 self.alive[storage._cdata] = -(-storage.nbytes() // ROUND) * ROUND
                 self.now += self.alive[storage._cdata]
@@ -208,7 +212,10 @@ def _backward(losses: list[Any]) -> None:
 
 
 def _call(node: Any, given: dict[int, Tensor]) -> list[Tensor | None]:
-    """Return the gradients of the inputs of a function, given those of its outputs by their numbers."""
+    """Return the gradients of the inputs of a function, given those of its outputs by their numbers.
+
+    Functions of Python return a gradient for other arguments too: those must come after the tensors.
+    """
     if not given:
         return [None] * len(node.next_functions)
     grads = [given.pop(i, None) for i in range(len(node._input_metadata))]

@@ -29,7 +29,7 @@ from dualenc.data.text.masking import Masked
 from dualenc.losses import _Clip, _Siglip, clip_loss, siglip_loss
 from dualenc.models import DualEncoder, HeadConfig, ImageConfig, TextConfig
 from dualenc.tokens import Tokens
-from dualenc.training import EMA, ContrastiveTask, ReplacedTokenTask, TextTask
+from dualenc.training import EMA, ContrastiveTask, ReplacedTokenTask, TextTask, pair_data, text_data
 from dualenc.training.optim import clip_gradients
 from dualenc.training.pair_data import PairData
 from dualenc.training.ranks import mean_over_ranks
@@ -115,6 +115,8 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    for data in (pair_data, text_data):  # A stream needs a driver.
+        monkeypatch.setattr(data, "copy_beside", lambda copy, device: copy())
     return Device()
 
 

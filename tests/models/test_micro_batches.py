@@ -11,7 +11,7 @@ import dualenc.losses as losses
 from dualenc.losses import clip_loss, siglip_loss
 from dualenc.models import DualEncoder, ImageConfig, TextConfig, embed_micro_batches
 from dualenc.tokens import Tokens
-from tools.bench.memory import PeakMemory
+from dualenc.training.step_memory import PeakMemory
 
 LOSSES = {"clip": clip_loss, "siglip": siglip_loss}
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -126,7 +126,7 @@ def test_memory_of_one_micro_batch(count, monkeypatch):
     def peak(embed, micro_batches):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        with PeakMemory() as live:
+        with PeakMemory("cpu") as live:
             clip_loss(*embed(model, micro_batches)).backward()
         return live.peak
 
