@@ -308,8 +308,12 @@ class Plan:
             whole: see `peak`.
             free: bytes of a GPU that a step may take.
         """
-        most = peak.fitting(free)
-        return most if most <= max(peak.steps) else self.peak(min(most // 2, COUNTED), whole).fitting(free)
+        for _ in range(3):
+            most, large = peak.fitting(free), max(peak.steps)
+            if min(peak.steps) <= most <= large or most > large >= 2 * COUNTED:
+                break
+            peak = self.peak(min(max(1, most // 2), COUNTED), whole)
+        return peak.fitting(free)
 
     def _data_lines(self) -> Iterator[PlanLine]:
         of_rank, micro, workers, devices = self.rank_batch, self.micro_batch, self.data.workers, self.options.devices
