@@ -129,9 +129,8 @@ def grouped_attention(
 ) -> Tensor:
     """Compute `ragged_attention` by one SDPA call for each group of texts of equal length."""
     out = torch.empty(q.shape, dtype=q.dtype)  # (N, H, Dh)
-    dtype = torch.promote_types(q.dtype, torch.float32)  # On CPUs the kernel for bf16 is slower than the one for fp32.
     for tokens, rows, length in _groups(offsets):
-        queries, keys, values = (_group_view(x, tokens, rows, length).to(dtype) for x in (q, k, v))
+        queries, keys, values = (_group_view(x, tokens, rows, length) for x in (q, k, v))
         mask = _attention_mask(length, causal, window, q.device)
         part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         _group_view(out, tokens, rows, length).copy_(part)
