@@ -58,7 +58,7 @@ def build(folder: Path) -> Path:
     (folder / "crt" / "host_defines.h").write_text("".join(words))
     own = r"(?m)^(?:int|unsigned|void|void \*\*|const char \*)\s?((?:__cuda|cuda|cublas|nccl|cu)[A-Z]\w*)\("
     wanted = _wanted() - set(re.findall(own, SOURCE.read_text()))
-    products = re.compile(r"cublas.*([Gg]em[mv]|[Dd]ot|[Tt]rsm|Matmul$)")
+    products = re.compile(r"cublas.*([Gg]em[mv]|Dot|dot|[Tt]rsm|Matmul$)")
     lines = [f"{'PRODUCT' if products.match(name) else 'NOTHING'}({name})\n" for name in sorted(wanted)]
     (folder / "missing.h").write_text("".join(lines))
     library = folder / "runtime.so"
