@@ -57,7 +57,7 @@ class Embedder:
 
     Raises:
         ModelError: If the parts do not fit together.
-        ValueError: If there is no such precision.
+        ValueError: If the precision is unknown.
 
     Example:
         >>> import dualenc
@@ -357,7 +357,7 @@ def load(
     Raises:
         ModelError: If a file is missing, has a newer format or does not match the others, or open_clip does not have
             the model; the message names it.
-        ValueError: If there is no such precision, or this machine does not have the device.
+        ValueError: If the precision is unknown, or this machine lacks the device.
 
     Example:
         >>> import tempfile

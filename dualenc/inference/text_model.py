@@ -58,7 +58,7 @@ class TextPredictor:
 
     Raises:
         ModelError: If model and tokenizer do not fit together.
-        ValueError: If there is no such precision.
+        ValueError: If the precision is unknown.
 
     Example:
         >>> import dualenc
@@ -460,7 +460,7 @@ def load_text(
 
     Raises:
         ModelError: If the model cannot be read or computed; the message names the file and the key.
-        ValueError: If there is no such precision, or this machine does not have the device.
+        ValueError: If the precision is unknown, or this machine lacks the device.
 
     Example:
         >>> import tempfile

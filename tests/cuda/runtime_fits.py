@@ -62,7 +62,7 @@ def objects_over_gloo() -> None:
 
 
 def values_from_the_host() -> None:
-    """Compute on the host what decides whether a run goes on, since what kernels compute is wrong."""
+    """Compute the values that a run depends on from host copies, because the kernels compute nothing."""
     check, ranked = run_directory.check_finite, contrastive.retrieval_metrics
 
     def check_finite(weights: dict[str, Any]) -> None:

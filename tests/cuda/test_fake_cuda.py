@@ -175,7 +175,7 @@ def text_batch(folder, name, head):
 
 
 class Trainer(SimpleNamespace):
-    """What a step asks of a trainer."""
+    """A trainer with the attributes that a step reads."""
 
     __hash__ = object.__hash__
 
@@ -240,7 +240,7 @@ def test_towers_and_losses_stay_on_the_device(device, name, half):
 
 
 class Context:
-    """What a function keeps for its backward pass."""
+    """The tensors and attributes that a function keeps for its backward pass."""
 
     needs_input_grad = (True,) * 10
 

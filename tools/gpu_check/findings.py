@@ -17,7 +17,7 @@ class Finding:
         step: step that found it.
         what: what was measured.
         value: the figure as text, with its unit.
-        expected: the expected figure as text; empty if there is no expectation yet.
+        expected: the expected figure as text; empty if none is known.
         verdict: whether the figure is as expected, or why nothing can be said.
         note: how it was measured, or why it was not.
     """
@@ -56,7 +56,7 @@ class Machine:
         return Finding(step, what, f"{value:{form}}", f"at most {most:g}", "pass" if value <= most else "fail", note)
 
     def speed(self, step: str, what: str, value: float, form: str, least: float | None, note: str = "") -> Finding:
-        """Compare a rate, or a ratio of rates, with its bound `least`; None if there is no expectation yet."""
+        """Compare a rate, or a ratio of rates, with its bound `least`; None if no bound is known."""
         expected = "" if least is None else f"at least {least:g}"
         if not self.times_mean_something:
             why = "small sizes" if self.device == "cuda" and self.computes else "times mean nothing on this device"
