@@ -235,7 +235,7 @@ def test_towers_and_losses_stay_on_the_device(device, name, half):
         found = [loss(*out) for loss in (clip_loss, siglip_loss)]
     assert all_on_device([out, found])
     assert device.waits == []
-    assert device.has("_varlen_attn") == half
+    assert device.has("_flash_attention_forward") == half
     assert device.has("grouped_attention") is False
 
 
@@ -286,7 +286,7 @@ def test_a_contrastive_step_stays_on_the_device(device, micro_batches):
         loss = task.training_step(batch, 0)
     assert all_on_device(loss)
     assert device.waits == []
-    assert device.has("_varlen_attn")
+    assert device.has("_flash_attention_forward")
 
 
 @pytest.mark.parametrize("name", [*HEADS, "rtd"])
@@ -304,7 +304,7 @@ def test_a_step_on_texts_stays_on_the_device(device, tmp_path, name):
         loss = task.training_step(batch, 0)
     assert all_on_device(loss)
     assert device.waits == []
-    assert device.has("_varlen_attn")
+    assert device.has("_flash_attention_forward")
 
 
 def test_dropout_of_a_step_is_seeded_on_host_and_device(device, monkeypatch):
