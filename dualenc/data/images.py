@@ -4,11 +4,8 @@ Images are uint8 until they are on the device: a quarter of the bytes of float32
 resize of uint8 in channels-last layout is also the fastest on a CPU. Normalization runs on the device.
 """
 
-import io
 import math
 import os
-import typing
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,39 +14,20 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from dualenc.data.image_notes import cut, find_notes
+from dualenc.data.image_pixels import ImageError, center_start, decode_pixels, resize_plan, to_pixels
 from dualenc.utils.arguments import shown_value
 from dualenc.utils.text import quoted, reason
 from dualenc.utils.urls import is_remote, shown
 
 # Forms of an image that `open_image` and `dualenc.Embedder` take, for messages.
 IMAGE_FORMS = "paths, Pillow images, arrays (H, W, 3) of uint8, tensors (3, H, W), bytes or open files"
-MAX_PIXELS = 1 << 27  # 134 million: more than any photo has, less than a header may claim to exhaust memory
-MAX_ASPECT = 50  # largest ratio of the sides that is resized; longer images are cropped first
-
-
-class ImageError(ValueError):
-    """The error of an image that cannot be decoded, or must not be.
-
-    Attributes:
-        cause: the problem, in the same words for all images that have it.
-        detail: details of this image.
-    """
-
-    def __init__(self, cause: str, detail: str = "") -> None:
-        super().__init__(f"{cause} ({detail})" if detail else cause)
-        self.cause, self.detail = cause, detail
 
 
 def decode_image(data: bytes) -> Tensor:
-    """Decode JPEG, PNG or WebP as a viewer shows it: RGB, upright, and on white where it is transparent.
-
-    Notes of a file (color profiles, XMP, texts, previews, later frames of an animated PNG) change no pixel. They are
-    neither unpacked nor checked, so that a large or broken note does not refuse the image. Only the orientation is read
-    from them. If it cannot be read, the image stays as stored.
+    """Decode JPEG, PNG or WebP as a viewer shows it; see `decode_pixels`.
 
     Returns:
         uint8 (3, H, W), stored channels last.
@@ -57,128 +35,16 @@ def decode_image(data: bytes) -> Tensor:
     Raises:
         ImageError: If the format is another, the data is broken, or the header declares more than `MAX_PIXELS` pixels.
     """
-    places, notes = find_notes(data)
-    if data[:3] == b"\xff\xd8\xff" and places is not None and _is_upright(notes):
-        try:
-            height, width, color, _ = simplejpeg.decode_jpeg_header(data)
-            if int(height) * int(width) <= MAX_PIXELS and color in ("YCbCr", "Gray", "RGB"):
-                return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
-        except ValueError:  # Rare valid JPEGs fail too, not only broken ones: Pillow decides.
-            pass
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of large images, which MAX_PIXELS limits, and of broken tags.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(cut(data, places or [])), formats=("JPEG", "PNG", "WEBP")) as image:
-                image.info.update(notes)
-                return to_tensor(image)
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit is above MAX_PIXELS.
-        raise ImageError(f"has more than {MAX_PIXELS:,} pixels", str(error)) from None
-    except UnidentifiedImageError:
-        raise ImageError("cannot be decoded as JPEG, PNG or WebP") from None
-    except Exception as error:  # Pillow's decoders raise nearly any error on broken data.
-        raise ImageError("cannot be decoded", f"{type(error).__name__}: {error}") from error
-
-
-def _is_upright(notes: dict[str, Any]) -> bool:
-    """Return whether no note tells that the image is rotated, which simplejpeg would ignore."""
-    image = Image.Image()
-    image.info.update(notes)
-    return not notes or _orientation(image) not in _TO_UPRIGHT
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the orientation in the EXIF or XMP of a loaded image; 1, upright, if there is none or it is broken."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow warns of broken tags.
-            return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises nearly any error on broken notes, which cannot refuse the image.
-        return 1
+    return torch.from_numpy(decode_pixels(data)).permute(2, 0, 1)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert a Pillow image of any mode with a known range to uint8 (3, H, W), stored channels last.
 
-    The image becomes upright, and is put on white where it is transparent; see `decode_image`. 16-bit gray is scaled to
-    8 bits.
-
     Raises:
-        ImageError: If the image has too many pixels, or the mode is I or F, for which Pillow has no range: the same
-            values may mean 0 to 1, 0 to 255 or 0 to 65,535.
+        ImageError: See `to_pixels`.
     """
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"has more than {MAX_PIXELS:,} pixels", f"{image.width} x {image.height}")
-    if image.mode in ("I", "F"):
-        raise ImageError(
-            f"has Pillow's mode {image.mode}, whose range is not defined",
-            "scale the values to 0 to 255 and convert to mode L, or to 0 to 65,535 and to mode I;16",
-        )
-    shown = _on_white(image)
-    method = _TO_UPRIGHT.get(_orientation(image))
-    shown = shown if method is None else shown.transpose(method)
-    return torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(
-        shown.height, shown.width, 3
-    ).permute(2, 0, 1)  # fmt: skip
-
-
-_TO_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Load an image, and return it as RGB, on white where it is transparent.
-
-    A PNG declares its transparent color in the units of the file, and Pillow leaves it so. But it scales gray of 2 and
-    4 bits to 8, and keeps the high bytes of colors of 16 bits.
-    """
-    color, stored = image.info.get("transparency"), _raw_mode(image)
-    opaque = _opaque_16(image) if color is not None and stored == "RGB;16B" else None  # (H, W) bool
-    image.load()
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips to 255.
-        gray = np.asarray(image)
-        opaque = gray != color if isinstance(color, int) else None
-        image = Image.fromarray((gray / 257).round().astype(np.uint8))
-    elif isinstance(color, int) and stored in ("L;2", "L;4"):
-        image = image.copy()
-        image.info["transparency"] = color * (85 if stored == "L;2" else 17)
-    elif image.mode == "La":  # Pillow converts premultiplied gray to LA only.
-        image = image.convert("LA")
-    if opaque is not None:
-        image = image.convert("RGB")
-        image.info.pop("transparency", None)
-        image.putalpha(Image.fromarray(opaque))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.new("RGBA", rgba.size, "white")
-        image.alpha_composite(rgba)
-    return image.convert("RGB")
-
-
-def _raw_mode(image: Image.Image) -> str:
-    """Return the layout of pixels in the file of a PNG that is not loaded yet, as Pillow names it; otherwise ""."""
-    tiles = getattr(image, "tile", None)
-    return str(tiles[0].args) if image.format == "PNG" and tiles else ""
-
-
-def _opaque_16(image: Image.Image) -> np.ndarray:
-    """Compare the colors of a PNG of 16 bits a channel with its transparent one, (H, W): True where they differ.
-
-    Pillow keeps only the high byte of a color. Read in the other byte order, the same file gives the low byte.
-    """
-    file = typing.cast(Any, image).fp
-    place = file.tell()
-    file.seek(0)
-    low = typing.cast(Any, Image.open(file, formats=("PNG",)))
-    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
-    colors = np.asarray(low).astype(np.uint16)  # (H, W, 3)
-    file.seek(place)
-    colors += np.asarray(image).astype(np.uint16) << 8
-    return (colors != np.array(image.info["transparency"])).any(-1)
+    return torch.from_numpy(to_pixels(image)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -213,17 +79,8 @@ class Preprocess:
     def __call__(self, image: Tensor) -> Tensor:
         """Transform uint8 (3, H, W) of any size to uint8 (3, size, size)."""
         height, width = image.shape[-2:]
-        if self.resize == "shortest" and max(height, width) > MAX_ASPECT * min(height, width):
-            # Only the center square is used. Otherwise an image of 1 x 20,000 would be resized to 224 x 4,480,000.
-            image = center_crop(image, min(height, MAX_ASPECT * width), min(width, MAX_ASPECT * height))
-            height, width = image.shape[-2:]
-        if self.resize == "squash":
-            target = (self.size, self.size)
-        else:
-            side = (max if self.resize == "longest" else min)(height, width)
-            # torchvision, and so open_clip, rounds down where the shorter side is given.
-            to_int = round if self.resize == "longest" else int
-            target = (max(1, to_int(height * self.size / side)), max(1, to_int(width * self.size / side)))
+        center, target = resize_plan(height, width, self.size, self.resize)
+        image = center_crop(image, *center)
         return center_crop(resize(image, target, self.interpolation), self.size, self.size)
 
     def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -267,10 +124,11 @@ def resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tenso
 
 def center_crop(image: Tensor, height: int, width: int) -> Tensor:
     """Crop the center of an image (3, H, W); a smaller image is padded with black."""
-    rows, columns = max(0, height - image.shape[-2]), max(0, width - image.shape[-1])  # to pad
-    if rows or columns:
+    top, left = center_start(image.shape[-2], height), center_start(image.shape[-1], width)
+    if top < 0 or left < 0:
+        rows, columns = max(0, height - image.shape[-2]), max(0, width - image.shape[-1])  # to pad
         image = F.pad(image, [columns // 2, (columns + 1) // 2, rows // 2, (rows + 1) // 2])
-    top, left = round((image.shape[-2] - height) / 2), round((image.shape[-1] - width) / 2)
+        top, left = max(0, top), max(0, left)
     return image[..., top : top + height, left : left + width]
 
 

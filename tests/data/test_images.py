@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional as TF
 
+import dualenc.data.image_pixels as image_pixels
 import dualenc.data.images as images_module
 from dualenc.data import Augment, ImageError, Preprocess, decode_image
 from dualenc.data.image_notes import find_notes
@@ -116,7 +117,7 @@ def test_the_orientation_of_a_jpeg_equals_pillows(seed):
 def is_upright(data):
     """Return whether `decode_image` takes a JPEG for upright; None where the structure is left to Pillow."""
     places, notes = find_notes(data)
-    return None if places is None else images_module._is_upright(notes)
+    return None if places is None else image_pixels._is_upright(notes)
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
@@ -222,7 +223,7 @@ def test_pixel_cap_is_read_from_the_header(monkeypatch):
         decode_image(forged_png(60_000, 60_000))
     with pytest.raises(ImageError, match="pixels"):
         decode_image(forged_png(2**31 - 1, 2**31 - 1))
-    monkeypatch.setattr(images_module, "MAX_PIXELS", 200)
+    monkeypatch.setattr(image_pixels, "MAX_PIXELS", 200)
     for kind in ("jpeg", "png", "webp"):
         decode_image(encode(np.zeros((10, 20, 3), np.uint8), kind))
         with pytest.raises(ImageError, match=r"10 x 21|21 x 10"):
