@@ -1,0 +1,1 @@
+"""The service: a model, or an index with its model, over HTTP."""
