@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dualenc.models.dual_encoder import DualEncoder
     from dualenc.models.image_encoder import ImageConfig
     from dualenc.models.text_encoder import TextConfig
+    from dualenc.search.index import Index
     from dualenc.tokens import Tokens
     from dualenc.utils.errors import DataError, ModelError
 
@@ -33,6 +34,7 @@ __all__ = [
     "Embedder",
     "EpochPlan",
     "ImageConfig",
+    "Index",
     "ModelError",
     "Preprocess",
     "ShardIndex",
@@ -59,6 +61,7 @@ _named, __dir__ = lazy_names(
         "Embedder": "inference.embedder",
         "EpochPlan": "data.loading.epoch_plan",
         "ImageConfig": "models.image_encoder",
+        "Index": "search.index",
         "ModelError": "utils.errors",
         "Preprocess": "data.images",
         "ShardIndex": "data.shards.index",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -163,17 +163,13 @@ def embed_shards(
     captions = about["captions"] if of_texts else None
     if captions is not None:
         caption_members(captions)  # raises if it is not understood
-    if batch_size < 1 or workers < 0:
-        raise DataError(f"batch_size {batch_size} must be 1 or more, workers {workers} 0 or more")
+    check_loading(batch_size, workers)
     inputs = _inputs(index)
     plan = _begin(out, {**about, "members": list(index.images)}, inputs)
     todo = [number for number, name in enumerate(inputs) if not _finished(out, name, plan)]
-    reader = _Reader(index, transform, captions, batch_size)
-    with reader.batches(todo, workers, track) as batches:
-        for number in todo:
-            shard = index.parts[number]
-            parts = [_embed(next(batches), about["dims"], of_images, of_texts) for _ in reader.requests(number)]
-            _write_shard(out, shard, about, parts)
+    embed = Towers(transform, of_images, about["dims"], of_texts, captions)
+    for number, parts in embed_parts(index, todo, embed, workers=workers, batch_size=batch_size, track=track):
+        _write_shard(out, index.parts[number], about, parts)
     files = [EmbeddingFile(out / file_name(name)) for name in inputs]
     bad = _write_bad(out, index, files)
     texts = sum(file.rows("text").get_shape()[0] for file in files if "text" in file.names)
@@ -192,6 +188,60 @@ def embed_shards(
         seconds=time.monotonic() - began,
         images=index.images,
     )
+
+
+def check_loading(batch_size: int, workers: int) -> None:
+    """Refuse a number of images at once, or of workers, that is out of range.
+
+    Raises:
+        DataError: If it is.
+    """
+    if batch_size < 1 or workers < 0:
+        raise DataError(f"batch_size {batch_size} must be 1 or more, workers {workers} 0 or more")
+
+
+class Towers(NamedTuple):
+    """The functions that embed the content of samples.
+
+    Attributes:
+        transform: function from uint8 (3, H, W) to uint8 (3, S, S).
+        of_images: function from uint8 (B, 3, S, S) to (B, dims).
+        dims: dimensions of each vector.
+        of_texts: function from n strings to (n, dims); None to embed images only.
+        captions: source of the captions for it.
+    """
+
+    transform: Callable[[Tensor], Tensor]
+    of_images: Callable[[Tensor], Tensor]
+    dims: int
+    of_texts: Callable[[list[str]], Tensor] | None = None
+    captions: str | None = None
+
+
+def embed_parts(
+    index: ShardIndex | FileParts,
+    numbers: Sequence[int],
+    towers: Towers,
+    *,
+    workers: int = 2,
+    batch_size: int = 64,
+    track: Track = lambda items, total: items,
+) -> Iterator[tuple[int, list["EmbeddedBatch"]]]:
+    """Embed shards, or parts of image files, and yield the number of each with its batches, which end with it.
+
+    Args:
+        index: index of complete shards, or image files in parts.
+        numbers: numbers of the parts to embed.
+        towers: functions that embed.
+        workers, batch_size, track: see `embed_shards`.
+
+    Raises:
+        DataError: If a shard cannot be read.
+    """
+    reader = _Reader(index, towers.transform, towers.captions, batch_size)
+    with reader.batches(numbers, workers, track) as batches:
+        for number in numbers:
+            yield number, [_embed(next(batches), towers) for _ in reader.requests(number)]
 
 
 def _write_bad(out: Path, index: ShardIndex | FileParts, files: Sequence[EmbeddingFile]) -> list[BadRecord]:
@@ -268,13 +318,14 @@ def _finished(out: Path, name: str, plan: dict[str, Any]) -> bool:
 
 
 @dataclass
-class _Read:
+class ReadBatch:
     """Consecutive samples of a shard, decoded.
 
     Attributes:
         first: number of the first sample in its shard.
         images: images of the good samples, uint8 (G, 3, S, S).
         good: numbers of the samples with an image.
+        sizes: height and width of the good images before the transform.
         hashes: hash of the image file of each sample; 0 for a bad one.
         texts: captions of all samples.
         text_rows: number of the sample of each caption.
@@ -284,13 +335,14 @@ class _Read:
     first: int
     images: Tensor
     good: list[int]
+    sizes: list[tuple[int, int]]
     hashes: list[int]
     texts: list[str]
     text_rows: list[int]
     bad: list[tuple[int, str, str]]
 
 
-class _Reader(Dataset["_Read"]):
+class _Reader(Dataset["ReadBatch"]):
     """Reader of shards in batches that end with their shard."""
 
     def __init__(
@@ -311,7 +363,7 @@ class _Reader(Dataset["_Read"]):
         return [(number, range(first, min(first + self.batch_size, stop))) for first in firsts]
 
     @contextmanager
-    def batches(self, numbers: Sequence[int], workers: int, track: Track) -> Iterator[Iterator["_Read"]]:
+    def batches(self, numbers: Sequence[int], workers: int, track: Track) -> Iterator[Iterator["ReadBatch"]]:
         """Give an iterator over the batches of shards, shard by shard."""
         requests = [request for number in numbers for request in self.requests(number)]
         workers = workers if requests else 0
@@ -325,10 +377,10 @@ class _Reader(Dataset["_Read"]):
         finally:
             loader.close()
 
-    def __getitem__(self, request: tuple[int, range]) -> _Read:
+    def __getitem__(self, request: tuple[int, range]) -> ReadBatch:
         shard, rows = request
         start = self.index.starts[shard]
-        out = _Read(rows.start - start, torch.empty(0), [], [], [], [], [])
+        out = ReadBatch(rows.start - start, torch.empty(0), [], [], [], [], [], [])
         images = []
         for row in rows:
             self.current_sample.start(row)
@@ -337,6 +389,7 @@ class _Reader(Dataset["_Read"]):
                 image, image_hash = decode_and_hash(sample)
                 images.append(self.transform(image))
                 out.good.append(number)
+                out.sizes.append((image.shape[-2], image.shape[-1]))
                 out.hashes.append(image_hash)
             except BadSample as error:
                 out.bad.append((number, error.cause, error.detail))
@@ -362,7 +415,7 @@ class _Reader(Dataset["_Read"]):
 
 
 @dataclass
-class _Part:
+class EmbeddedBatch:
     """Embeddings of consecutive samples of a shard.
 
     Attributes:
@@ -373,31 +426,26 @@ class _Part:
 
     images: np.ndarray
     texts: np.ndarray | None
-    read: _Read
+    read: ReadBatch
 
 
-def _embed(
-    read: _Read,
-    dims: int,
-    of_images: Callable[[Tensor], Tensor],
-    of_texts: Callable[[list[str]], Tensor] | None,
-) -> _Part:
+def _embed(read: ReadBatch, towers: Towers) -> EmbeddedBatch:
     """Embed a batch, and mark samples whose embedding is non-finite as bad."""
-    images = np.full((len(read.hashes), dims), np.nan, np.float32)
+    images = np.full((len(read.hashes), towers.dims), np.nan, np.float32)
     if read.good:
-        images[np.array(read.good) - read.first] = of_images(read.images).numpy()
+        images[np.array(read.good) - read.first] = towers.of_images(read.images).numpy()
         for number in read.good:
             if not np.isfinite(images[number - read.first]).all():
                 images[number - read.first] = np.nan
                 read.bad.append((number, "the embedding is non-finite", ""))
     texts = None
-    if of_texts is not None:
-        texts = of_texts(read.texts).numpy() if read.texts else np.zeros((0, dims), np.float32)
+    if towers.of_texts is not None:
+        texts = towers.of_texts(read.texts).numpy() if read.texts else np.zeros((0, towers.dims), np.float32)
     read.images = torch.empty(0)  # This frees the memory before the shard is complete.
-    return _Part(images, texts, read)
+    return EmbeddedBatch(images, texts, read)
 
 
-def _write_shard(out: Path, shard: Shard | FilePart, about: Mapping[str, Any], parts: list[_Part]) -> None:
+def _write_shard(out: Path, shard: Shard | FilePart, about: Mapping[str, Any], parts: list[EmbeddedBatch]) -> None:
     """Write the file of a shard."""
     reads = [part.read for part in parts]
     arrays = {"piece": np.array([x for read in reads for x in read.hashes], np.uint64).view(np.int64)}

@@ -114,7 +114,7 @@ def _write_texts(
     for n, first in track(chunks, total=len(chunks)):
         file, path, about = todo[n]
         tokens, use = about["what"] == "tokens", Use("", about["column"])
-        rows, texts = _read_lines(file, use, range(first, min(first + CHUNK, len(file))), bad_of_file)
+        rows, texts = read_lines(file, use, range(first, min(first + CHUNK, len(file))), bad_of_file)
         parts.append(_vectors(predictor, rows, texts, min(CHUNK, len(file) - first), tokens, options))
         if first + CHUNK >= len(file):
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -143,7 +143,7 @@ def _bad_lines(path: Path, about: Mapping[str, Any]) -> list[BadRecord]:
     return [BadRecord(*item) for item in kept["bad"]]
 
 
-def _read_lines(file: TextFile, use: Use, numbers: range, bad: list[BadRecord]) -> tuple[list[int], list[str]]:
+def read_lines(file: TextFile, use: Use, numbers: range, bad: list[BadRecord]) -> tuple[list[int], list[str]]:
     """Return the row numbers and texts of the readable lines, and add the others to `bad`."""
     index = TextIndex([file])
     rows, texts = [], []

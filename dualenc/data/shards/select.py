@@ -113,6 +113,10 @@ class Expression:
             fields = sample.read_json()
         except BadSample as error:
             return error.cause
+        return self.failure_of(fields)
+
+    def failure_of(self, fields: Any) -> str | None:
+        """Return why parsed JSON does not meet the condition, or None if it does; see `failure`."""
         found = {}
         for name in self.names:
             try:
