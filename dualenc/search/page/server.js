@@ -1,0 +1,85 @@
+// Requests to the server, with the key if it asks for one.
+
+import { $ } from "./dom.js";
+
+let key = sessionStorage.getItem("key");
+let prompting = null; // several requests wait for one prompt
+
+/** A failure with a message for people; `type` is what the server says of its kind. */
+export class Failure extends Error {
+  constructor(message, type = "") {
+    super(message);
+    this.type = type;
+  }
+}
+
+/** Send a request; ask for a key when the server refuses it, and throw a Failure when it cannot be answered. */
+async function ask(path, body, signal) {
+  for (;;) {
+    const used = key;
+    const response = await send(path, body, signal);
+    if (response.ok) return response;
+    if (response.status !== 401) throw await failure(response);
+    if (key === used) await renewKey(used !== null);
+  }
+}
+
+async function send(path, body, signal) {
+  const headers = {};
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body) headers["Content-Type"] = "application/json";
+  try {
+    return await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Failure("The server does not answer. Is dualenc serve still running?", "gone");
+  }
+}
+
+async function failure(response) {
+  const { error } = await response.json().catch(() => ({}));
+  return new Failure(error?.message ?? `The server answered with status ${response.status}.`, error?.type);
+}
+
+/** Return the answer to a request; with a body it is a POST. */
+export async function askJson(path, body, signal) {
+  return (await ask(path, body, signal)).json();
+}
+
+function renewKey(refused) {
+  prompting ??= new Promise((resolve, reject) => {
+    sessionStorage.removeItem("key");
+    $("refused").textContent = refused ? "The server refused this key." : "";
+    $("key").value = "";
+    $("locked").returnValue = "";
+    $("locked").showModal();
+    $("locked").addEventListener("close", () => {
+      prompting = null;
+      if ($("locked").returnValue === "send") {
+        key = $("key").value;
+        sessionStorage.setItem("key", key);
+        resolve();
+      } else {
+        key = null;
+        reject(new Failure("This server answers only with a key.", "key"));
+      }
+    }, { once: true });
+  });
+  return prompting;
+}
+
+/** Show a picture of the server in an <img>; with a key it is fetched, because an <img> cannot send the header. */
+export async function setPicture(img, path) {
+  img.dataset.path = path;
+  if (!key) {
+    img.src = path;
+    return;
+  }
+  try {
+    const url = URL.createObjectURL(await (await ask(path)).blob());
+    for (const event of ["load", "error"]) img.addEventListener(event, () => URL.revokeObjectURL(url), { once: true });
+    if (img.dataset.path === path) img.src = url;
+  } catch {
+    img.removeAttribute("src"); // The alternative text is shown.
+  }
+}
