@@ -65,7 +65,11 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _unknown(request: Request, error: Exception) -> Response:
     """Answer a request for a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
-    what = {404: f"there is no {quoted(request.url.path)} here", 405: f"{request.method} is not for this path"}
+    known = ", ".join(route.path for route in request.app.routes)
+    what = {
+        404: f"there is no {quoted(request.url.path)} here: the paths are {known}",
+        405: f"{quoted(request.method, 20)} is not for {quoted(request.url.path)}",
+    }
     return Refusal(error.status_code, what.get(error.status_code, error.detail), error.headers).response()
 
 
@@ -117,7 +121,8 @@ class Routes:
 
     def respond(self, answer: Answer) -> Response:
         """Return an answer with the name and the fingerprint of the model."""
-        return Response(to_json({**self.service.facts, **answer}), media_type="application/json")
+        content = to_json({**self.service.facts, **answer})
+        return Response(content, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     async def health(self, request: Request) -> Response:
         """Return what is served."""

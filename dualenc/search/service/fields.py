@@ -3,7 +3,6 @@
 import base64
 import binascii
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -125,7 +124,7 @@ class Fields:
         if given is None:
             return None
         number = isinstance(given, int | float) and not isinstance(given, bool)
-        if not number or not math.isfinite(given) or not low <= given <= high:
+        if not number or not low <= given <= high:  # NaN is not
             raise Refusal(400, f"{name} is {_shown(given)}: it must be a number from {low:g} to {high:g}")
         return float(given)
 

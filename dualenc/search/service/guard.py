@@ -20,6 +20,7 @@ HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
 )
+MAX_HEADER = 32 * 1024  # bytes of a request before its body
 
 
 class Guard:
@@ -54,7 +55,11 @@ class Guard:
         await self.app(scope, receive, send_with_headers)
 
     def _check(self, scope: Scope) -> None:
-        """Raise a `Refusal` of a request to another host, or without a key."""
+        """Raise a `Refusal` of a request with a long header, to another host, or without a key."""
+        # uvicorn limits what it keeps of an incomplete header, not one that comes at once.
+        length = len(scope["raw_path"]) + len(scope["query_string"])
+        if length + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER:
+            raise Refusal(431, f"the header of the request is longer than {MAX_HEADER:,} bytes")
         headers = dict(reversed(scope["headers"]))  # the first one of a name counts
         host = headers.get(b"host", b"").decode("latin-1")
         if self.hosts and host_name(host) not in self.hosts:

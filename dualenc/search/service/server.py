@@ -14,13 +14,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dualenc.search.service.app import OPEN_PATHS, build_app
 from dualenc.search.service.core import Service
-from dualenc.search.service.guard import Guard
+from dualenc.search.service.guard import MAX_HEADER, Guard
 from dualenc.search.service.refusals import Refusal, busy
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import reason
 
 MAX_CONNECTIONS = 1000
-MAX_HEADER = 32 * 1024  # bytes of a request before its body
 LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 
 

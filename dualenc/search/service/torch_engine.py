@@ -25,8 +25,8 @@ class TorchEngine(Engine):
         self.model, self.tower, self.name, self.fingerprint = model, TextTower(model), name, model.fingerprint
         self.images = isinstance(model, Embedder)
         if isinstance(model, Embedder):
-            scale, bias = model.model.logits()
-            self.scale, self.bias = float(scale), None if bias is None else float(bias)
+            scale, bias = (None if x is None else float(x.detach()) for x in model.model.logits())
+            self.scale, self.bias = scale, bias
             self.dims = model.model.embed_dim
         else:
             settings = model.model.vectors
