@@ -124,11 +124,10 @@ def resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tenso
 
 def center_crop(image: Tensor, height: int, width: int) -> Tensor:
     """Crop the center of an image (3, H, W); a smaller image is padded with black."""
-    top, left = center_start(image.shape[-2], height), center_start(image.shape[-1], width)
-    if top < 0 or left < 0:
-        rows, columns = max(0, height - image.shape[-2]), max(0, width - image.shape[-1])  # to pad
+    rows, columns = max(0, height - image.shape[-2]), max(0, width - image.shape[-1])  # to pad
+    if rows or columns:
         image = F.pad(image, [columns // 2, (columns + 1) // 2, rows // 2, (rows + 1) // 2])
-        top, left = max(0, top), max(0, left)
+    top, left = center_start(image.shape[-2], height), center_start(image.shape[-1], width)
     return image[..., top : top + height, left : left + width]
 
 

@@ -594,3 +594,11 @@ def test_thumbnail_of_a_view_that_is_not_contiguous(seed):
     image = to_tensor(Image.fromarray(smooth(np.random.default_rng(seed), 50, 60))).transpose(1, 2)[:, 5:45:2, 3:40]
     found = np.asarray(Image.open(io.BytesIO(thumbnail(image)))).astype(int)
     assert np.abs(found - image.permute(1, 2, 0).numpy()).mean() < 3
+
+
+@pytest.mark.parametrize("resize", ["shortest", "squash", "longest"])
+def test_the_output_is_square_for_every_shape(seed, resize):
+    rng = np.random.default_rng(seed)
+    for height, width in [(7, 9), (9, 7), (1, 30), *rng.integers(1, 60, (40, 2)).tolist()]:
+        image = to_tensor(Image.fromarray(smooth(rng, height, width)))
+        assert Preprocess(24, resize=resize)(image).shape == (3, 24, 24), (height, width)

@@ -109,7 +109,7 @@ def preprocessed(pixels: np.ndarray, how: dict[str, Any]) -> np.ndarray:
         how: the content of `preprocess.json`.
 
     Returns:
-        uint8 (S, S, 3). A pixel may differ by 1 of 255 from that of `Preprocess`, whose resizing rounds elsewhere.
+        uint8 (S, S, 3). Pixels of photos differ by at most 2 of 255 from those of `Preprocess`, which rounds elsewhere.
     """
     size, method = how["size"], Image.Resampling[how["interpolation"].upper()]
     height, width = pixels.shape[:2]
