@@ -133,7 +133,7 @@ def _overview() -> str:
     return "\n".join([
         *lines,
         "",
-        "`dualenc COMMAND --help` prints its options; dashes and underscores are the same.",
+        "`dualenc COMMAND --help` prints its options; in these, dashes equal underscores.",
     ])  # fmt: skip
 
 
@@ -226,7 +226,8 @@ def _function_parser(function: Callable[..., None]) -> tuple[_Parser, list[str]]
         else:
             word = metavar(inspect.formatannotation(kind))
             about |= {"metavar": word, "type": partial(_convert, f"--{name}", kind), "default": default}
-            optional.add_argument(f"--{name}", **about)
+            short = [f"-{name}"] if len(name) == 1 else []
+            optional.add_argument(f"--{name}", *short, **about)
     optional.add_argument("-h", "--help", action="help", help="print this text")
     return parser, [*(f"--{name}" for name in parameters if name not in places), "--help"]
 

@@ -28,13 +28,13 @@ from dualenc.search.folder import ABOUT, ANN, FORMAT, SEGMENTS, building, read_a
 from dualenc.search.segments import Rows, Segment, write_segment
 from dualenc.search.sources import (
     PICTURES,
+    CaptionsToSearch,
     EarlierRows,
-    Part,
-    PictureFiles,
+    FilesToSearch,
+    LinesToSearch,
+    PicturesToSearch,
     SearchSource,
-    ShardCaptions,
-    ShardPictures,
-    TextLines,
+    SourcePart,
 )
 from dualenc.utils.arguments import Precision
 from dualenc.utils.errors import DataError
@@ -48,7 +48,7 @@ _NAMES = {bool: "true or false", int: "number", float: "number", str: "text", li
 
 @dataclass
 class BuiltSearch:
-    """What `build_search` did.
+    """Result of `build_search`.
 
     Attributes:
         out: the folder.
@@ -178,20 +178,20 @@ class _Job:
             query, document = embedder.prompt(prompts[0], QUERY_PROMPTS), embedder.prompt(prompts[1], DOCUMENT_PROMPTS)
             of_texts = partial(_embed_texts, embedder, document)
             if isinstance(found, TextIndex):
-                self.source, kept = TextLines(found, of_texts, self.column), {"column": self.column}
+                self.source, kept = LinesToSearch(found, of_texts, self.column), {"column": self.column}
             else:
                 assert isinstance(found, ShardIndex)
-                self.source, kept = ShardCaptions(found, of_texts, self.captions), {"captions": self.captions}
+                self.source, kept = CaptionsToSearch(found, of_texts, self.captions), {"captions": self.captions}
             dims = of_texts(["a"]).shape[1]
         else:
             dims = int(embedder.model.embed_dim)
             of_images = partial(embedder.embed_images, batch_size=options["batch_size"])
             towers = Towers(embedder.preprocess, of_images, dims)
             if isinstance(found, ShardIndex):
-                self.source, kept = ShardPictures(found, towers, self.captions, options), {"captions": self.captions}
+                self.source, kept = PicturesToSearch(found, towers, self.captions, options), {"captions": self.captions}
             else:
                 assert isinstance(found, list)
-                self.source, kept = PictureFiles(found, towers, options), {}
+                self.source, kept = FilesToSearch(found, towers, options), {}
         if isinstance(found, ShardIndex):
             kept["image"] = ";".join(image_members(self.image))
         check_spec(self.index, dims)
@@ -249,7 +249,7 @@ class _Job:
         names = ("kind", "fingerprint", "precision", "prompts", "options")
         check_same(self.out, before, {name: self.about[name] for name in names}, words)
 
-    def _file(self, part: Part) -> str:
+    def _file(self, part: SourcePart) -> str:
         """Return the name of the file of a segment, which differs if its content does."""
         made_by = [self.about[name] for name in ("fingerprint", "precision", "prompts", "options")]
         digest = hashlib.blake2b(json.dumps([part.digest, made_by]).encode(), digest_size=8)
