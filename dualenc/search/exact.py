@@ -7,7 +7,7 @@ module needs numpy alone, so that a search does not load torch.
 
 import numpy as np
 
-from dualenc.search.segments import Rows
+from dualenc.search.segments import BLOCK, Rows
 
 TIE = 1e-12  # scores less than this apart are equal; the float64 rounding of a product of unit vectors is below 1e-13
 LONGEST = 1.01  # bound of the length of a row, which is 1 before it is rounded to fp16
@@ -35,7 +35,7 @@ def nearest_rows(
     error = np.linalg.norm(queries.astype(np.float64), axis=1) * LONGEST * error / (1 - 3 * error) + TIE  # (Q,)
     searches = [_Search(k, 2 * float(one)) for one in error]
     low = np.full(len(queries), _LEAST, np.float32)
-    most = max(64, (1 << 20) // max(1, max(rows.dims, len(queries))))
+    most = max(64, BLOCK // max(rows.dims, len(queries), 1))
     for first, block in rows.blocks(most):
         scores = queries @ block.T  # (Q, n)
         if allowed is not None:

@@ -1,4 +1,4 @@
-"""What an index is built from: pictures or captions of shards, picture files, lines of text files; in parts."""
+"""Sources of an index, in parts: pictures or captions of shards, picture files, lines of text files."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ PICTURES, TEXTS = "images", "texts"  # kinds of an index
 EmbedTexts = Callable[[list[str]], np.ndarray]  # from n texts to (n, E)
 
 
-class Part(NamedTuple):
+class SourcePart(NamedTuple):
     """A part of a source, which becomes one segment.
 
     Attributes:
@@ -95,7 +95,7 @@ class SearchSource(ABC):
     """
 
     kind: ClassVar[str]
-    parts: list[Part]
+    parts: list[SourcePart]
 
     @abstractmethod
     def embed(self, numbers: Sequence[int], earlier: EarlierRows, track: Track) -> Iterator[Contents]:
@@ -108,7 +108,7 @@ class SearchSource(ABC):
         """
 
 
-class ShardPictures(SearchSource):
+class PicturesToSearch(SearchSource):
     """The pictures of shards.
 
     Args:
@@ -137,7 +137,7 @@ class ShardPictures(SearchSource):
             yield Contents(embeddings, records, content, keys)
 
 
-class ShardCaptions(SearchSource):
+class CaptionsToSearch(SearchSource):
     """The captions of shards, each of which is a row.
 
     Args:
@@ -170,7 +170,7 @@ class ShardCaptions(SearchSource):
             yield _embedded_texts(texts, records, bad, self.of_texts, earlier)
 
 
-class PictureFiles(SearchSource):
+class FilesToSearch(SearchSource):
     """Picture files, in parts of `PART`.
 
     A file that has not changed keeps its embedding, however the parts have moved.
@@ -189,7 +189,7 @@ class PictureFiles(SearchSource):
         self._states = {path: _state(path) for path in paths}
         self.pieces = [paths[start : start + PART] for start in range(0, len(paths), PART)]
         self.parts = [
-            Part(f"images-{number:05d}", _digest([[path, *self._states[path]] for path in piece]), {"source": ""})
+            SourcePart(f"images-{number:05d}", _digest([[path, *self._states[path]] for path in piece]), {"source": ""})
             for number, piece in enumerate(self.pieces)
         ]
 
@@ -232,7 +232,7 @@ class PictureFiles(SearchSource):
             return 0
 
 
-class TextLines(SearchSource):
+class LinesToSearch(SearchSource):
     """Lines of text files, in parts of `LINES`.
 
     In a table with the columns `_id` and `title`, as BEIR's corpora have them, the title comes before the text.
@@ -318,14 +318,14 @@ def _joined(
 ) -> tuple[np.ndarray, list[int], list[tuple[int, int]], list[tuple[int, str, str]]]:
     """Return the embeddings (n, E) of the usable pictures of a part, their numbers and sizes, and the bad ones."""
     images = np.concatenate([batch.images for batch in batches])
-    finite = np.isfinite(images).all(1)
+    finite = set(np.flatnonzero(np.isfinite(images).all(1)).tolist())
     read = [(i, size) for batch in batches for i, size in zip(batch.read.good, batch.read.sizes, strict=True)]
-    good = [(i, size) for i, size in read if finite[i]]
+    good = [(i, size) for i, size in read if i in finite]
     bad = sorted(item for batch in batches for item in batch.read.bad)
     return images[[i for i, _ in good]], [i for i, _ in good], [size for _, size in good], bad
 
 
-def _shard_part(shard: Shard) -> Part:
+def _shard_part(shard: Shard) -> SourcePart:
     """Return the part that a shard is."""
     facts = {name: value for name, value in shard.facts.items() if name not in ("samples", "extensions")}
     digest = hashlib.blake2b(json.dumps([facts["digest"], facts["etag"], facts["content"]]).encode(), digest_size=16)
@@ -334,10 +334,10 @@ def _shard_part(shard: Shard) -> Part:
             digest.update(array.tobytes())
     url = shard.url if is_remote(shard.url) else os.path.abspath(shard.url)
     about = {"source": shown(url), "shard": {"url": url, **facts}}
-    return Part(facts["name"].removesuffix(".tar"), digest.hexdigest(), about)
+    return SourcePart(facts["name"].removesuffix(".tar"), digest.hexdigest(), about)
 
 
-def _lines_part(file: TextFile, lines: range) -> Part:
+def _lines_part(file: TextFile, lines: range) -> SourcePart:
     """Return the part that some lines of a file are."""
     start, stop = int(file.starts[lines.start]), int(file.starts[lines.stop - 1] + file.sizes[lines.stop - 1])
     digest = hashlib.blake2b(digest_size=16)
@@ -349,7 +349,7 @@ def _lines_part(file: TextFile, lines: range) -> Part:
             start += len(piece)
     path = os.path.abspath(file.url)
     name = f"{os.path.basename(path)}-{lines.start // LINES:05d}"
-    return Part(name, digest.hexdigest(), {"source": path})
+    return SourcePart(name, digest.hexdigest(), {"source": path})
 
 
 def _state(path: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from tools.bench.memory import memory
 from tools.bench.precision import precision, rounding
 from tools.bench.quality import quality
 from tools.bench.retrieval import retrieval
+from tools.bench.search import search
 from tools.bench.serve import serve
 from tools.bench.text import text
 from tools.bench.text_tasks import answering, tagging
@@ -33,6 +34,7 @@ if __name__ == "__main__":
         "quality": quality,
         "retrieval": retrieval,
         "rounding": rounding,
+        "search": search,
         "serve": serve,
         "tagging": tagging,
         "text": text,
