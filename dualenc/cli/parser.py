@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, Union
 
-from dualenc.cli import data, demo, evaluate, models, serve
+from dualenc.cli import data, demo, evaluate, models, search, serve
 from dualenc.cli.annotations import choices, fits, members, metavar, must_be
 from dualenc.cli.common import UsageError, WorkError
 from dualenc.utils.errors import DataError, ModelError
@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
         evaluate.sets,
         evaluate.compare,
     ),
-    "Search": (serve.serve,),
+    "Search": (search.build_search, search.search, serve.serve),
     "Use and exchange models": (
         models.embed,
         models.interpolate,
@@ -133,8 +133,7 @@ def _overview() -> str:
     return "\n".join([
         *lines,
         "",
-        "`dualenc COMMAND --help` prints the options of a command.",
-        "Dashes and underscores in the names of options are the same.",
+        "`dualenc COMMAND --help` prints its options; dashes and underscores are the same.",
     ])  # fmt: skip
 
 

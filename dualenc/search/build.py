@@ -23,6 +23,7 @@ from dualenc.inference.embedder import Embedder, load
 from dualenc.inference.image_files import find_images
 from dualenc.inference.text_model import TextPredictor
 from dualenc.inference.text_tower import DOCUMENT_PROMPTS, QUERY_PROMPTS, TextTower, load_text_tower
+from dualenc.search.ann import GOOD, build_ann, check_spec, choose_spec, covers
 from dualenc.search.folder import ABOUT, ANN, FORMAT, SEGMENTS, building, read_about
 from dualenc.search.segments import Rows, Segment, write_segment
 from dualenc.search.sources import (
@@ -76,7 +77,7 @@ class BuiltSearch:
             f"by {self.about['model']}"
         )
         if self.new < rows:
-            lines.append(f"{'all' if not self.new else f'{rows - self.new:,}'} of them were there before")
+            lines.append(f"{'all' if not self.new else f'{rows - self.new:,}'} of these were there before")
         if self.dropped:
             lines.append(f"{plural(len(self.dropped), 'segment')} no longer in the source: removed")
         if bad:
@@ -138,7 +139,7 @@ def build_search(
         ModelError: If the model cannot be read, or does not fit the source.
     """
     check_loading(batch_size, workers)
-    job = _Job(Path(out), captions=captions, image=image, column=column, precision=precision)
+    job = _Job(Path(out), index, captions=captions, image=image, column=column, precision=precision)
     job.open(
         model, list(source), texts, (query_prompt, document_prompt), {"workers": workers, "batch_size": batch_size}
     )
@@ -150,8 +151,12 @@ def build_search(
 class _Job:
     """The state of `build_search`."""
 
-    def __init__(self, out: Path, *, captions: str, image: str | None, column: str, precision: Precision) -> None:
-        self.out, self.captions, self.column, self.precision = out, captions, column, precision
+    def __init__(
+        self, out: Path, index: str, *, captions: str, image: str | None, column: str, precision: Precision
+    ) -> None:
+        self.index = index
+        self.out, self.captions, self.column = out, captions, column
+        self.precision: Precision = precision
         self.image = image
         self.source: SearchSource
         self.about: dict[str, Any] = {}
@@ -189,6 +194,7 @@ class _Job:
                 self.source, kept = PictureFiles(found, towers, options), {}
         if isinstance(found, ShardIndex):
             kept["image"] = ";".join(image_members(self.image))
+        check_spec(self.index, dims)
         self.about = {
             "format": FORMAT,
             "kind": self.source.kind,
@@ -226,11 +232,12 @@ class _Job:
             built.new += len(content.records)
         for _ in contents:  # An exhausted iterator closes its progress bar.
             pass
-        self._describe(files, built)
+        rows = self._describe(files, built)
+        self.about["ann"] = self._approximate(rows, files, before, built)
         write_json(self.out / ABOUT, self.about, indent=1)
         built.dropped = [name for name in known if name not in files]
         for path in [*folder.iterdir(), *self.out.glob(ANN)]:
-            if path.name not in files:
+            if path.name not in files and path.name != (self.about["ann"] or {}).get("file"):
                 path.unlink()
         return built
 
@@ -248,8 +255,8 @@ class _Job:
         digest = hashlib.blake2b(json.dumps([part.digest, made_by]).encode(), digest_size=8)
         return f"{part.name}-{digest.hexdigest()}.safetensors"
 
-    def _describe(self, files: list[str], built: BuiltSearch) -> None:
-        """Add to the description what depends on the segments."""
+    def _describe(self, files: list[str], built: BuiltSearch) -> Rows:
+        """Add to the description what depends on the segments, and return their rows."""
         segments = [Segment(self.out / SEGMENTS / name) for name in files]
         self.about["segments"] = [
             {"name": part.name, "file": name, "digest": part.digest, "rows": len(segment), "bad": len(segment.bad)}
@@ -271,7 +278,30 @@ class _Job:
         places = np.unique(np.linspace(0, len(examples) - 1, min(len(examples), EXAMPLES)).astype(int))
         self.about["examples"] = list(dict.fromkeys(examples[i] for i in places.tolist()))
         self.about["fields"] = [{"name": name, "type": kind} for name, kind in fields.items()]
-        self.about["ann"] = None
+        return rows
+
+    def _approximate(
+        self, rows: Rows, files: list[str], before: dict[str, Any] | None, built: BuiltSearch
+    ) -> dict[str, Any] | None:
+        """Return the facts of the file of approximate search, which is written if it is missing or of other rows."""
+        spec = choose_spec(self.index, len(rows))
+        if spec is None:
+            return None
+        path = self.out / f"ann-{covers(spec, files)}.faiss"
+        facts = before["ann"] if before else None
+        if facts is None or facts["file"] != path.name or not path.is_file() or path.stat().st_size != facts["size"]:
+            facts = build_ann(spec, rows, path)
+        recall = facts["recall@10"]
+        built.notes.append(
+            f"approximate search by faiss ({spec}), {facts['size'] / 1e6:,.1f} MB: it finds {recall:.1%} of the exact "
+            "10 nearest"
+        )
+        if recall < GOOD:
+            built.notes.append(
+                f"warning: more than {1 - GOOD:.0%} of the nearest rows are missed: run it again with --index auto or "
+                "exact, which keeps the embeddings"
+            )
+        return facts
 
 
 def _find(

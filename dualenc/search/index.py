@@ -12,6 +12,7 @@ import numpy as np
 from dualenc.data.shards.remote import Cache
 from dualenc.data.shards.select import Expression
 from dualenc.data.shards.shard import Shard
+from dualenc.search.ann import AnnIndex
 from dualenc.search.exact import nearest_rows
 from dualenc.search.folder import SEGMENTS, read_about
 from dualenc.search.segments import Rows, Segment
@@ -104,8 +105,9 @@ class Index:
     def __init__(self, out: Path, about: dict[str, Any], segments: Sequence[Segment]) -> None:
         self.out, self.about, self.segments = out, about, list(segments)
         self.vectors = Rows([segment.embeddings for segment in self.segments], about["dims"])
-        self._model: Any = None
+        self._model: Embedder | TextTower | None = None
         self._device: Any = None
+        self._ann: AnnIndex | None = None
         self._masks: OrderedDict[str, np.ndarray] = OrderedDict()
         self._shards: dict[int, Shard] = {}
 
@@ -136,7 +138,7 @@ class Index:
             raise DataError(f"{out} has segments of other dimensions than {index.dims}: build it again")
         index._device = device
         if model is not None:
-            index._take(model)
+            index._model = index._checked_model(model)
         return index
 
     def __len__(self) -> int:
@@ -168,7 +170,7 @@ class Index:
             ModelError: If it cannot be loaded, or is another one than the index was made with.
         """
         if self._model is None:
-            self._take(self.about["model"])
+            self._model = self._checked_model(self.about["model"])
         return self._model
 
     # Queries
@@ -186,6 +188,7 @@ class Index:
         """
         model, found = self.model, [np.zeros((0, self.dims), np.float32)]
         texts, images = [texts] if isinstance(texts, str) else list(texts), list(images)
+        from dualenc.inference.text_model import TextPredictor
         from dualenc.inference.text_tower import TextTower
 
         embedder = model.source if isinstance(model, TextTower) else model
@@ -193,7 +196,7 @@ class Index:
             words = model.embed(texts, self.query_prompt) if isinstance(model, TextTower) else model.embed_texts(texts)
             found.append(words.numpy())
         if images:
-            if not hasattr(embedder, "embed_images"):
+            if isinstance(embedder, TextPredictor):
                 raise ModelError(f"{model.name} embeds texts only: search with words")
             found.append(embedder.embed_images(images).numpy())
         return np.concatenate(found)
@@ -353,9 +356,13 @@ class Index:
     def _candidates(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the first k rows of each query and their scores."""
+        """Return the first k rows of each query and their scores, by exact search where only some rows are allowed."""
         if not len(self):
             return [(np.zeros(0, np.int64), np.zeros(0))] * len(queries)
+        if allowed is None and (facts := self.about["ann"]):
+            if self._ann is None:
+                self._ann = AnnIndex.read(self.out / facts["file"], facts["size"])
+            return self._ann.search(self.vectors, queries, k)
         return nearest_rows(self.vectors, queries, k, allowed)
 
     # Rows
@@ -414,14 +421,17 @@ class Index:
                 raise DataError(f"row {row} does not exist: the index has {len(self):,} rows, from 0")
         return np.array(list(rows), np.int64)
 
-    def _take(self, model: Any) -> None:
-        """Use a model, or load it by its spec, after a check that the index was made with it."""
+    def _checked_model(self, model: Any) -> "Embedder | TextTower":
+        """Return a model, or load it by its spec, after a check that the index was made with it."""
         from dualenc.inference.embedder import Embedder, load
         from dualenc.inference.text_model import TextPredictor
         from dualenc.inference.text_tower import TextTower, load_text_tower
 
+        found: Embedder | TextTower
+        if isinstance(model, TextPredictor) and self.kind == "images":
+            raise ModelError(f"{self.out} is an index of pictures, and {model.name} is a text model")
         if isinstance(model, Embedder | TextPredictor):
-            found = model if self.kind == "images" else TextTower(model)
+            found = model if self.kind == "images" and isinstance(model, Embedder) else TextTower(model)
         else:
             try:
                 found = (load if self.kind == "images" else load_text_tower)(
@@ -434,7 +444,7 @@ class Index:
                 f"{self.out} was made with {self.about['model']}, and {found.name} differs from it in weights, "
                 "architecture or tokenizer: name that model, or build an index with the other one in a new folder"
             )
-        self._model = found
+        return found
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

@@ -139,7 +139,7 @@ def _mapped(path: Path) -> tuple[Mapping[str, Any], dict[str, np.ndarray]]:
 def _checksum(arrays: Sequence[np.ndarray]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
-        digest.update(memoryview(array.view(np.uint8).reshape(-1)))
+        digest.update(array.view(np.uint8).reshape(-1).data)
     return digest.hexdigest()
 
 

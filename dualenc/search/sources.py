@@ -318,7 +318,7 @@ def _joined(
 ) -> tuple[np.ndarray, list[int], list[tuple[int, int]], list[tuple[int, str, str]]]:
     """Return the embeddings (n, E) of the usable pictures of a part, their numbers and sizes, and the bad ones."""
     images = np.concatenate([batch.images for batch in batches])
-    finite = np.isfinite(images).all(1)
+    finite: list[bool] = np.isfinite(images).all(axis=1).tolist()
     read = [(i, size) for batch in batches for i, size in zip(batch.read.good, batch.read.sizes, strict=True)]
     good = [(i, size) for i, size in read if finite[i]]
     bad = sorted(item for batch in batches for item in batch.read.bad)
