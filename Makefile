@@ -4,11 +4,16 @@ READY := .venv/ready
 
 SIDE_BY_SIDE := -n $(shell nproc 2>/dev/null || echo 2) --dist worksteal
 
-.PHONY: demo quick test slow lint format clean
+.PHONY: demo demo-search quick test slow lint format clean
 
 demo: $(READY)  ## draw scenes, train on them, measure
 	rm -rf demo
 	.venv/bin/dualenc demo demo
+
+demo-search: $(READY)  ## search emoji of ../shared/data on a page, or the scenes, with the model of the demo, which is made if missing
+	test -d demo/run/best || $(MAKE) demo
+	.venv/bin/dualenc build-search demo/run $(firstword $(wildcard ../shared/data/emoji) demo/scenes) demo/search
+	.venv/bin/dualenc serve demo/search
 
 quick: $(READY)  ## what tells soonest that something broke: no training, in under 90 seconds on two cores
 	.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not long" $(addprefix tests/,test_house.py test_losses.py \

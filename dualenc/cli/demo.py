@@ -39,13 +39,17 @@ def demo(out: Path = Path("demo")) -> None:
     ])  # fmt: skip
     note = f"{TRAIN:,} drawn for training; left out of them: {', '.join(UNSEEN)}"
     report, images = _evaluate(out, root, sets, note)
+    index = shlex.quote(str(out / "search"))
+    build = f"dualenc build-search {shlex.quote(str(root))} {shlex.quote(str(scenes))} {index}"
     print(
         f"\nEach image of the first two sets shows one of {len(NAMES)} pairs of color and shape: pairs of the "
         f"training data,\nand pairs that it does not have. The third set matches {images} new scenes with captions.\n\n"
         f"The report is {report}, the model {root / 'best'}. Next steps:\n\n"
         f"  dualenc zeroshot {shlex.quote(str(root))} {shlex.quote(str(scenes / 'zeroshot_unseen'))}\n"
         f"  dualenc make-shards your_captions.csv shards\n"
-        f"  dualenc configs vit_b32_bert_base > run.yaml\n"
+        f"  dualenc configs vit_b32_bert_base > run.yaml\n\n"
+        f"To search the scenes on a page:\n\n"
+        f"  {build} && dualenc serve {index}\n"
     )
 
 

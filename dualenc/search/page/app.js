@@ -9,6 +9,7 @@ import { Failure, askJson, setPicture } from "./server.js";
 const PAGE = 60; // hits asked for at first, and added by each "Show more"
 const DISTINCT = 0.95; // cosine from which two hits are near-duplicates
 const GLIMPSE = 24; // samples shown before the first search
+const EXAMPLES = 8; // captions to try
 
 let about = null; // what the server says of the collection
 let query = EMPTY; // the query whose hits are shown
@@ -310,7 +311,7 @@ function showAbout() {
   $("fields").replaceChildren(...about.fields.map(({ name }) => Object.assign(document.createElement("option"), { value: name })));
   const [field] = about.fields;
   if (field) $("where").placeholder = field.type === "number" ? `${field.name} >= 200` : `${field.name} == "\u2026"`;
-  $("examples").querySelector("ul").replaceChildren(...about.examples.map((text) => {
+  $("examples").querySelector("ul").replaceChildren(...about.examples.slice(0, EXAMPLES).map((text) => {
     const item = document.createElement("li");
     const button = Object.assign(element("button", text), { type: "button", className: "example" });
     button.addEventListener("click", () => go({ ...typed(), text: typedFor(text) }));

@@ -35,8 +35,10 @@ export async function openDetail(hit, kind) {
 function showSample(hit, captions, fields) {
   const known = { row: number(hit.row), source: hit.source };
   const facts = hit.score === undefined ? known : { score: score(hit.score), ...known };
-  const pairs = [...Object.entries(facts), ...Object.entries(fields)];
   const written = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  const shown = [written(captions), ...captions]; // A field that holds the captions says nothing new.
+  const others = Object.entries(fields).filter(([, value]) => !shown.includes(written(value)));
+  const pairs = [...Object.entries(facts), ...others];
   $("captions").replaceChildren(...captions.filter(Boolean).map((text) => element("li", text)));
   $("sample").replaceChildren(...pairs.flatMap(([name, value]) => [element("dt", name), element("dd", written(value))]));
 }
