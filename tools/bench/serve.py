@@ -9,6 +9,7 @@ import http.client
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 import statistics
@@ -83,12 +84,16 @@ def serve(
     for name, found in (("one at a time", single), (f"{clients} clients", many)):
         print(
             f"{name}: {found['requests']:,} requests, {found['rate']:.0f} a second; median {found['median_ms']:.1f} "
-            f"ms, p99 {found['p99_ms']:.1f} ms; {found['errors']} errors, {found['wrong']} wrong answers"
+            f"ms, p99 {found['p99_ms']:.1f} ms; {found['cpu_ms']:.1f} CPU ms of the server each; {found['errors']} "
+            f"errors, {found['wrong']} wrong answers"
         )
-    print(f"ratio {ratio:.2f}; own memory {many['memory'][0]:.0f} MiB after 10 s, {many['memory'][-1]:.0f} at the end")
+    cpu = single["cpu_ms"] / many["cpu_ms"]
+    print(
+        f"ratio {ratio:.2f}, by CPU time {cpu:.2f}; own memory {many['memory'][0]:.0f} MiB after 10 s, {many['memory'][-1]:.0f} at the end"
+    )
     out.mkdir(parents=True, exist_ok=True)
     about = {"date": str(date.today()), "clients": clients, "seconds": seconds, "rows": rows, "questions": questions}
-    facts = {**about, "single": single, "many": many, "ratio": ratio, "memory_growth": growth}
+    facts = {**about, "single": single, "many": many, "ratio": ratio, "cpu_ratio": cpu, "memory_growth": growth}
     (out / "serve.json").write_text(json.dumps(facts, indent=2))
     failed = many["errors"] + many["wrong"] + single["errors"] + single["wrong"]
     if failed or ratio < 2 or abs(growth) > 0.1:
@@ -155,7 +160,7 @@ def _measure(index: Path, asked: list[Question], clients: int, seconds: float, *
             assert line, "the server did not start"
             port = int(found[1]) if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)) else 0
         memory: list[float] = []
-        started = time.monotonic()
+        started, cpu = time.monotonic(), _cpu(server.pid)
         context = multiprocessing.get_context("spawn")
         results = context.Queue()
         process = context.Process(target=_clients, args=(port, asked, clients, seconds, results))
@@ -165,6 +170,7 @@ def _measure(index: Path, asked: list[Question], clients: int, seconds: float, *
             if time.monotonic() - started >= min(10, seconds / 2) and time.monotonic() - started < seconds:
                 memory.append(_memory(server.pid))
         latencies, errors, wrong, length = results.get()
+        cpu = _cpu(server.pid) - cpu
         process.join()
         server.terminate()
         server.communicate()
@@ -175,10 +181,17 @@ def _measure(index: Path, asked: list[Question], clients: int, seconds: float, *
         "median_ms": 1000 * statistics.median(latencies),
         "p99_ms": 1000 * float(np.quantile(latencies, 0.99)),
         "largest_ms": 1000 * max(latencies),
+        "cpu_ms": 1000 * cpu / len(latencies),
         "errors": errors,
         "wrong": wrong,
         "memory": memory,
     }
+
+
+def _cpu(pid: int) -> float:
+    """Return the CPU seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory(pid: int) -> float:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_HITS = 1000  # hits of a search
 THUMBNAIL = 320  # pixels of the longer side
-DECODERS = 2  # pictures decoded at once: one of 134 million pixels takes 1.5 GB while it is decoded
+DECODERS = 2  # pictures decoded at once: one of 134 million pixels takes 2 GB meanwhile
 MIB = 1 << 20
 
 T = TypeVar("T")
