@@ -94,7 +94,10 @@ def test_the_links_of_the_package_page_are_absolute(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
         metadata = message_from_bytes(archive.read(name))
-        assert any(name.startswith("dualenc/configs/") for name in archive.namelist())
+        names = set(archive.namelist())
+    assert any(name.startswith("dualenc/configs/") for name in names)
+    files = {f"dualenc/search/page/{path.name}" for path in (ROOT / "dualenc" / "search" / "page").iterdir()}
+    assert "dualenc/search/page/index.html" in files <= names
     page = str(metadata.get_payload())
     targets = re.findall(r"\]\(([^)\s]+)\)", page)
     assert len(targets) > 10

@@ -1,11 +1,9 @@
 """The search page in Chromium, on the service itself: an index of drawn scenes, some of them with hostile texts."""
 
-import asyncio
 import base64
 import json
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +13,16 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
-from helpers import encode, tiny_embedder, write_tar
+from helpers import encode, tiny_embedder, tiny_tokenizer, write_tar
+from serving import served
 
 from dualenc.data import ShardIndex
 from dualenc.data.prepare.scenes import draw_scene
+from dualenc.inference.text_model import TextPredictor
+from dualenc.models import HeadConfig, TextConfig, TextModel
 from dualenc.search.build import build_search
+from dualenc.search.service.core import Limits
+from dualenc.search.service.opening import open_service
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SAMPLES = 90  # more than one page of hits
@@ -37,11 +40,13 @@ def samples(seed: int) -> list[dict[str, Any]]:
     rng, found = np.random.default_rng(seed), []
     for i in range(SAMPLES):
         scene = draw_scene(rng, pixels=24)
-        captions = (
-            [HOSTILE, "<script>window.ran = 1</script>"] if i == 0 else [f"{scene.caption} {i}", f"second of {i}"]
-        )
-        fields = {"captions": captions, "number": i, "license": "<i>mine</i>" if i == 0 else "cc0"}
-        key = '<u onclick="1">key' if i == 0 else f"{i:06d}"
+        key, captions, license = f"{i:06d}", [f"{scene.caption} {i}", f"second of {i}"], "cc0"
+        if i == 0:
+            key, license = '<u onclick="1">key', "<i>mine</i>"
+            captions = [HOSTILE, "<script>window.ran = 1</script>"]
+        elif i == 3:  # words that no line can hold
+            key, license, captions = "y" * 90, "z" * 300, ["x" * 300, "x" * 500]
+        fields = {"captions": captions, "number": i, "license": license}
         found.append({"__key__": key, "png": encode(scene.image), "json": json.dumps(fields).encode()})
     return found
 
@@ -52,15 +57,16 @@ class Collection:
     def __init__(self, folder: Path, seed: int) -> None:
         self.samples = samples(seed)
         self.shards = [write_tar(folder / f"part-{i}.tar", self.samples[i * 50 : i * 50 + 50]) for i in range(2)]
+        self.folder = folder
         tiny_embedder(seed).save(folder / "model")
-        self.folder, self.indexes = folder, {}
-        (folder / "passages.jsonl").write_text(
-            "".join(
-                json.dumps({"id": i, "text": f"{HOSTILE} {i}" if i < 2 else f"passage {i}"}) + "\n" for i in range(9)
-            )
-        )
-        for kind, source in (("images", self.shards), ("texts", [str(folder / "passages.jsonl")])):
-            build_search(str(folder / "model"), source, folder / kind, texts=kind == "texts", workers=0)
+        tokenizer = tiny_tokenizer()
+        config = TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=12)
+        heads = {"vector": HeadConfig("embedding", problem="cosine")}
+        TextPredictor(TextModel(config, heads).eval(), tokenizer).save(folder / "text_model")
+        texts = [{"id": i, "text": f"{HOSTILE} {i}" if i < 2 else f"passage {i}"} for i in range(9)]
+        (folder / "passages.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in texts))
+        build_search(str(folder / "model"), self.shards, folder / "images", workers=0)
+        build_search(str(folder / "text_model"), [str(folder / "passages.jsonl")], folder / "texts")
 
     def picture(self, i: int) -> Path:
         """Return a file with the picture of a sample."""
@@ -71,23 +77,9 @@ class Collection:
 
 @contextmanager
 def serving(folder: Path, keys: Sequence[str] = ()) -> Iterator[str]:
-    """Serve an index in a thread; yield the address."""
-    from dualenc.search.service.core import Limits
-    from dualenc.search.service.opening import open_service
-    from dualenc.search.service.server import address_of, bind, build_server, names_of
-
-    with bind("127.0.0.1", 0) as bound, open_service(str(folder), Limits()) as service:
-        server = build_server(service, names_of("127.0.0.1", bound), keys)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.01)
-            yield address_of(bound)
-        finally:
-            server.should_exit = True
-            thread.join()
+    """Serve an index; yield the address."""
+    with served(open_service(str(folder), Limits()), keys) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +271,7 @@ def test_an_example_is_searched_for_as_it_is(browser: Any, address: str) -> None
 
 
 def test_pictures_are_chosen_dropped_and_pasted(browser: Any, collection: Collection, address: str) -> None:
-    with opened(browser, address) as tab:
+    with opened(browser, address, allowed="status of 400") as tab:
         page = tab.page
         body, answer = tab.search(lambda: page.set_input_files("#file", collection.picture(7)))
         assert body["images"] == ["data:image/png;base64," + base64.b64encode(collection.samples[7]["png"]).decode()]
@@ -308,6 +300,10 @@ def test_pictures_are_chosen_dropped_and_pasted(browser: Any, collection: Collec
         assert "Add it again" in tab.text("#message")
         page.evaluate(GIVE, ["drop", "dataTransfer", "", "text/plain"])
         tab.wait("document.querySelector('#message').innerText.includes('not a picture')")
+        # The service refuses what is not a picture inside, and there is nothing to try again.
+        tab.search(lambda: page.evaluate(GIVE, ["drop", "dataTransfer", "AAAA", "image/png"]))
+        assert "cannot be decoded" in tab.text("#message")
+        assert not page.locator("#message button").is_visible()
 
 
 GIVE = """([event, field, data, type]) => {
@@ -574,7 +570,7 @@ def test_a_server_that_is_gone_and_slow_answers(browser: Any, address: str) -> N
         assert tab.text("#count") == "Searching\u2026"
         _, answer = tab.type("a blue ring")
         assert (tab.hits(), given_up) == (written(answer), [["a green square"]])
-        busy = {"error": {"message": "too many requests wait: try again", "type": "busy"}}
+        busy = {"error": {"message": "Too many requests wait: try again", "type": "busy"}}
         page.route("**/api/search", lambda route: route.fulfill(status=503, json=busy))
         page.fill("#typed", "a pink cross")
         page.press("#typed", "Enter")
@@ -590,6 +586,7 @@ def test_passages_are_shown_as_text(browser: Any, collection: Collection) -> Non
         assert tab.hits() == written(answer)
         assert page.locator(".hit .text").all_inner_texts() == [hit["caption"] for hit in answer["hits"]]
         assert page.locator(".hit img").count() == 0
+        assert not page.locator("#add").is_visible()  # the model knows no pictures
         page.click(".hit >> nth=2 >> .open")
         page.wait_for_selector("#captions li")
         assert tab.text("#captions") == answer["hits"][2]["caption"]

@@ -22,6 +22,7 @@ let retry = null; // what the button of the message does
 /** Make a changed query the page's address and show it; the one before is a step back. */
 function go(changes) {
   const next = { ...query, min: null, ...changes };
+  next.pictures = next.pictures.filter((id) => pictures.has(id)); // Those given before the page was loaded are lost.
   history.pushState({ pictures: next.pictures }, "", toAddress(next));
   show(next);
 }
@@ -84,7 +85,7 @@ async function load(status, again, work) {
   try {
     outcome = await work(mine.signal);
   } catch (error) {
-    outcome = () => report(error, again);
+    outcome = () => report(error, error.passing && again);
   }
   if (mine !== running) return;
   $("results").setAttribute("aria-busy", "false");
@@ -326,7 +327,7 @@ async function start() {
   try {
     about = await askJson("api/about");
   } catch (error) {
-    report(error, start);
+    report(error, error.passing && start);
     return;
   }
   showAbout();

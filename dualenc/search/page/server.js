@@ -5,11 +5,12 @@ import { $ } from "./dom.js";
 let key = sessionStorage.getItem("key");
 let prompting = null; // several requests wait for one prompt
 
-/** A failure with a message for people; `type` is what the server says of its kind. */
+/** A failure with a message for people, its kind as the server names it, and if the same request may succeed later. */
 export class Failure extends Error {
-  constructor(message, type = "") {
+  constructor(message, type = "", passing = false) {
     super(message);
     this.type = type;
+    this.passing = passing;
   }
 }
 
@@ -32,13 +33,15 @@ async function send(path, body, signal) {
     return await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Failure("The server does not answer. Is dualenc serve still running?", "gone");
+    throw new Failure("The server does not answer. Is dualenc serve still running?", "gone", true);
   }
 }
 
 async function failure(response) {
   const { error } = await response.json().catch(() => ({}));
-  return new Failure(error?.message ?? `The server answered with status ${response.status}.`, error?.type);
+  const told = error?.message ?? `the server answered with status ${response.status}`;
+  const message = response.status === 413 ? `the pictures cannot be sent: ${told}` : told;
+  return new Failure(message[0].toUpperCase() + message.slice(1), error?.type, response.status >= 500);
 }
 
 /** Return the answer to a request; with a body it is a POST. */
@@ -61,7 +64,7 @@ function renewKey(refused) {
         resolve();
       } else {
         key = null;
-        reject(new Failure("This server answers only with a key.", "key"));
+        reject(new Failure("This server answers only with a key.", "key", true));
       }
     }, { once: true });
   });
