@@ -2,7 +2,8 @@
 
 import json
 import math
-import sys
+import os
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,18 @@ def load_faiss() -> Any:
     Raises:
         DataError: If it is not installed.
     """
-    with_torch = "torch" in sys.modules
     try:
         import faiss
     except ImportError:
         raise DataError("approximate search needs faiss: pip install 'dualenc[search]'") from None
-    if not with_torch:
-        # Each library brings threads of its own. Where faiss comes first, a forked worker that uses both would hang.
-        faiss.omp_set_num_threads(1)
+    _use_one_thread_after_fork(faiss)
     return faiss
+
+
+@cache
+def _use_one_thread_after_fork(faiss: Any) -> None:
+    """Let faiss use one thread in forked processes, since the threads it waits for exist in their parent only."""
+    os.register_at_fork(after_in_child=partial(faiss.omp_set_num_threads, 1))
 
 
 def check_spec(spec: str, dims: int) -> None:
