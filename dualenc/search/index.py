@@ -319,13 +319,13 @@ class Index:
         if (known := self._masks.get(condition)) is not None:
             self._masks.move_to_end(condition)
             return known
-        expression = Expression(condition)
+        expression = Expression(condition, "where")
         failures = [
             expression.failure_of(segment.record(i)["fields"]) for segment in self.segments for i in range(len(segment))
         ]
         mask = np.array([failure is None for failure in failures], bool)
         if not mask.any():
-            raise DataError(f"{condition!r} is met by 0 of {len(self):,} rows: {self._why_none(failures)}")
+            raise DataError(f"where {condition!r} is met by 0 of {len(self):,} rows: {self._why_none(failures)}")
         self._masks[condition] = mask
         while len(self._masks) > _MASKS:
             self._masks.popitem(last=False)

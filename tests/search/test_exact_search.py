@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dualenc.search.exact import TIE, nearest_rows
-from dualenc.search.segments import Rows
+from dualenc.search.segments import Rows, to_fp32
 
 
 def brute_force(
@@ -94,6 +94,13 @@ def test_rows_are_found_and_taken_across_segments(seed: int) -> None:
         assert (rows.arrays[segment][i] == matrix[row]).all()
     with pytest.raises(IndexError):
         rows.find(50)
+
+
+def test_every_finite_fp16_number_is_converted_exactly() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)]
+    assert len(every) == 63488
+    assert (to_fp32(every).view(np.int32) == every.astype(np.float32).view(np.int32)).all()
 
 
 def test_neither_torch_nor_faiss_is_loaded_to_search() -> None:

@@ -36,7 +36,7 @@ def failure(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     [
         ([], "SOURCE"),
         (["nothing/here"], "nothing/here"),
-        (["."], "."),
+        (["."], "neither an index nor a model"),
         (["m", "--port", "70000"], "--port is 70000"),
         (["m", "--port", "-1"], "--port is -1"),
         (["m", "--port", "http"], "port"),

@@ -88,9 +88,8 @@ def serve(
             f"errors, {found['wrong']} wrong answers"
         )
     cpu = single["cpu_ms"] / many["cpu_ms"]
-    print(
-        f"ratio {ratio:.2f}, by CPU time {cpu:.2f}; own memory {many['memory'][0]:.0f} MiB after 10 s, {many['memory'][-1]:.0f} at the end"
-    )
+    first, last = many["memory"][0], many["memory"][-1]
+    print(f"ratio {ratio:.2f}, by CPU time {cpu:.2f}; own memory {first:.0f} MiB after 10 s, {last:.0f} at the end")
     out.mkdir(parents=True, exist_ok=True)
     about = {"date": str(date.today()), "clients": clients, "seconds": seconds, "rows": rows, "questions": questions}
     facts = {**about, "single": single, "many": many, "ratio": ratio, "cpu_ratio": cpu, "memory_growth": growth}

@@ -83,6 +83,7 @@ class Expression:
     Args:
         text: the expression. Names, which may be dotted, stand for fields; it may have constants, lists, comparisons,
             `and`, `or`, `not`, `-` and `len(...)`.
+        option: name of the option that the text is from, for messages; `select` may be a file of keys, too.
 
     Attributes:
         names: names of the fields.
@@ -91,9 +92,9 @@ class Expression:
         DataError: If the text cannot be parsed, or contains something else.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, option: str = "select") -> None:
         self.names: list[str] = []
-        self._text = text
+        self._text, self._option = text, option
         try:
             self._value = self._compiled(ast.parse(text, mode="eval").body)
         except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
@@ -170,9 +171,9 @@ class Expression:
         raise self._refusal(f"{ast.unparse(node)!r} is not understood")
 
     def _refusal(self, problem: str) -> DataError:
+        kind = "neither a file of keys nor" if self._option == "select" else "not"
         return DataError(
-            f"select {self._text!r} is neither a file of keys nor an expression: {problem}; "
-            f"an expression has {UNDERSTOOD}"
+            f"{self._option} {self._text!r} is {kind} an expression: {problem}; an expression has {UNDERSTOOD}"
         )
 
 

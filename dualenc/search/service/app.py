@@ -63,7 +63,7 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
-    """Answer a request for a path or a method that does not exist."""
+    """Return the answer to a request for a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
     known = ", ".join(route.path for route in request.app.routes)
     what = {
@@ -74,7 +74,7 @@ async def _unknown(request: Request, error: Exception) -> Response:
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    """Answer a request that failed by a mistake of the program, whose traceback the server logs."""
+    """Return the answer to a request that failed by a mistake of the program, whose traceback the server logs."""
     return Refusal(500, f"the request failed in the server ({type(error).__name__}), whose log says more").response()
 
 

@@ -52,7 +52,7 @@ class Batcher:
         self._thread.start()
 
     def submit(self, job: Job) -> Future[Any]:
-        """Queue a job, and return its answer to wait for.
+        """Append a job to the queue, and return its answer to wait for.
 
         Raises:
             Refusal: If the queue is full, or the service stops.

@@ -68,7 +68,7 @@ class BodyReader:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do work for a client, or drop it when the client goes away.
+    """Run the work for a client, or drop it when the client goes away.
 
     Args:
         request: the request, whose body was read.

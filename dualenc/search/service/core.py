@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the service.
+    """The limits of the service.
 
     Attributes:
         max_batch: texts and pictures that are embedded together.
@@ -94,7 +94,7 @@ class Service:
         self.batcher = Batcher(self.compute, limits.max_batch, limits.wait_ms / 1000, limits.queue)
 
     def close(self) -> None:
-        """Answer what was taken, and end the threads."""
+        """Finish what was taken, and end the threads."""
         self._pool.shutdown()
         self.batcher.close()
 
@@ -102,12 +102,12 @@ class Service:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let `close` answer and end."""
+        """Close the service."""
         self.close()
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What every answer has: the name and the fingerprint of the model."""
+        """The name and the fingerprint of the model, which every answer has."""
         return {"model": self.engine.name, "fingerprint": self.engine.fingerprint}
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -145,7 +145,7 @@ class Service:
             raise Refusal(400, f"picture {number} (from 0) {error}") from None
 
     async def answer(self, items: dict[str, list[Any]], search: Search | None = None) -> Any:
-        """Queue a job, and return its result.
+        """Append a job to the queue, and return its result.
 
         Raises:
             Refusal: If the queue is full, or the job is refused.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dualenc.search.service.core import Limits, Service
-from dualenc.utils.errors import DataError
+from dualenc.utils.errors import DataError, ModelError
 from dualenc.utils.text import reason
 
 INDEX, ONNX = "search.json", "onnx.json"  # files that tell what a folder is
@@ -31,9 +31,13 @@ def open_service(source: str, limits: Limits, model: str | None = None) -> Servi
         return Service(OnnxEngine(folder, model_name(source)), limits=limits)
     if (folder / INDEX).is_file():
         return _open_index(folder, limits, model)
+    from dualenc.formats.model_folder import detect, other_content
     from dualenc.inference.text_tower import load_text_tower
     from dualenc.search.service.torch_engine import TorchEngine
 
+    if folder.is_dir() and not detect(folder).kinds:
+        other = other_content(folder)
+        raise ModelError(f"{source} is neither an index nor a model{f': it is {other}' if other else ''}")
     return Service(TorchEngine(load_text_tower(source).source, model_name(source)), limits=limits)
 
 

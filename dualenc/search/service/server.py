@@ -19,7 +19,7 @@ from dualenc.search.service.refusals import Refusal, busy
 from dualenc.utils.errors import DataError
 from dualenc.utils.text import reason
 
-MAX_CONNECTIONS = 1000
+MAX_CONNECTIONS = 500  # fewer than the 1,024 open files that many systems allow a process
 LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 
 
@@ -73,7 +73,7 @@ class PatientProtocol(H11Protocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not a request of HTTP, in place of uvicorn's plain text."""
+        """Send a refusal of what is not a request of HTTP, in place of uvicorn's plain text."""
         self._refuse(Refusal(400, "this is not a request of HTTP, or its header is too long"), b"400 Bad Request")
 
     def _wait_for_header(self) -> None:
