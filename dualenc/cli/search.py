@@ -173,8 +173,8 @@ def _show(index: "Index", hits: "Hits", as_json: bool) -> None:
 
     table = Table(box=None, pad_edge=False)
     columns: list[tuple[str, dict[str, Any]]] = [("", {"justify": "right"}), ("score", {"justify": "right"})]
-    columns += [("row", {"justify": "right"}), ("key", {"overflow": "fold"})]
     captions = any(hits.captions)
+    columns += [("row", {"justify": "right"}), ("key", {"no_wrap": True} if captions else {"overflow": "fold"})]
     columns += [("caption" if index.kind == "images" else "text", {"overflow": "ellipsis", "no_wrap": True})] * captions
     for name, style in columns:
         table.add_column(name, **style)

@@ -37,7 +37,7 @@ from dualenc.search.sources import (
     SourcePart,
 )
 from dualenc.utils.arguments import Precision
-from dualenc.utils.errors import DataError
+from dualenc.utils.errors import DataError, ModelError
 from dualenc.utils.files import write_json
 from dualenc.utils.text import plural
 from dualenc.utils.urls import is_remote, redact
@@ -331,7 +331,12 @@ def _load(
         return TextTower(model), model.name
     name = os.fspath(model)
     name = os.path.abspath(os.path.expanduser(name)) if os.path.exists(os.path.expanduser(name)) else name
-    return (load if pictures else load_text_tower)(model, precision=precision), name
+    if not pictures:
+        return load_text_tower(model, precision=precision), name
+    try:
+        return load(model, precision=precision), name
+    except ModelError as error:
+        raise ModelError(f"{error}; with a text model, --texts indexes the captions of shards") from None
 
 
 def _embed_texts(tower: TextTower, prompt: str, texts: list[str]) -> np.ndarray:
