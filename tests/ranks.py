@@ -36,7 +36,7 @@ def _rank(module: str, name: str, folder: Path, rank: int, world: int) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
     torch.save(getattr(importlib.import_module(module), name)(folder, rank, world), folder / f"rank-{rank}.pt")
     dist.barrier()
@@ -51,5 +51,5 @@ if __name__ == "__main__":
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(600)
     sys.exit(any(process.exitcode != 0 for process in ranks))

@@ -75,7 +75,7 @@ def flash_attention(
 def _flash_kernel(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, max_len: int, causal: bool, window: tuple[int, int]
 ) -> Tensor:
-    """Call the kernel, with the largest distances to the left and to the right; -1 is no limit.
+    """Call the kernel, with the largest distances to the left and to the right; -1 sets none.
 
     `torch.nn.attention.varlen` would take cuDNN on Hopper and Blackwell, which makes a new plan for every number of
     texts and tokens. Its custom op costs the host 0.1 ms a call, forward and backward each, and this call 0.01 ms.

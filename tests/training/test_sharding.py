@@ -12,11 +12,13 @@ from helpers import SIZE
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import in_ranks
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualenc.training.contrastive as contrastive
 from dualenc.losses import clip_loss
 from dualenc.models import DualEncoder, ImageConfig, TextConfig, embed_micro_batches
+from dualenc.models.tower import compile_blocks
 from dualenc.tokens import Tokens
 from dualenc.training.sharding import shard
 
@@ -72,7 +74,7 @@ def on_a_rank(folder: Path, rank: int, world: int) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
     saved = torch.load(folder / "settings.pt", weights_only=True)
-    seed, half, size = saved["seed"], saved["half"], saved["size"]
+    seed, half, size, compiled = (saved[name] for name in ("seed", "half", "size", "compiled"))
     dtype = torch.float32 if half else torch.float64
     model = model_of(seed, dtype)
     images, texts = pairs_of(seed, dtype)
@@ -81,11 +83,14 @@ def on_a_rank(folder: Path, rank: int, world: int) -> dict[str, Any]:
     for gradient in whole:
         dist.all_reduce(gradient)
     model.zero_grad()
+    if compiled:
+        compile_blocks(model, backend="aot_eager")  # It traces autograd, and makes no machine code.
     shard(model, init_device_mesh("cpu", (world,)), torch.bfloat16 if half else None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
         model.image(own[0][:2])  # Alone and first, as where it is locked.
     ahead = []  # number of gathers when each block of the image tower is done
-    with Collectives() as collectives:
+    collectives = Collectives()
+    with nullcontext() if compiled else collectives:  # Nothing is compiled where calls are recorded.
         for block in model.image.vit.blocks:
             block.register_forward_hook(lambda *_: ahead.append(len(collectives.found)))
         sharded = gradients_of(model, own, size, half, dist.group.WORLD)
@@ -95,11 +100,12 @@ def on_a_rank(folder: Path, rank: int, world: int) -> dict[str, Any]:
         "found": collectives.found,
         "ahead": ahead,
         "dtypes": [str(parameter.dtype) for parameter in model.parameters()],
+        "graphs": counters["stats"]["unique_graphs"],
     }
 
 
-def run(folder: Path, seed: int, half: bool, size: int = PAIRS) -> list[dict[str, Any]]:
-    torch.save({"seed": seed, "half": half, "size": size}, folder / "settings.pt")
+def run(folder: Path, seed: int, half: bool, size: int = PAIRS, compiled: bool = False) -> list[dict[str, Any]]:
+    torch.save({"seed": seed, "half": half, "size": size, "compiled": compiled}, folder / "settings.pt")
     return in_ranks(on_a_rank, folder, 2)
 
 
@@ -115,11 +121,16 @@ def block_sizes() -> tuple[int, int]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("half", "size"), [(False, PAIRS), (False, 2), (True, PAIRS)])
-def test_gradients_equal_those_of_whole_weights(tmp_path: Path, seed: int, half: bool, size: int) -> None:
+@pytest.mark.parametrize(
+    ("half", "size", "compiled"), [(False, PAIRS, False), (False, 2, False), (True, PAIRS, False), (False, 3, True)]
+)
+def test_gradients_equal_those_of_whole_weights(
+    tmp_path: Path, seed: int, half: bool, size: int, compiled: bool
+) -> None:
     """Autocast rounds the same matrices that are gathered in half precision, so nothing else is rounded."""
     tolerance = 1e-6 if half else 1e-10
-    for of_rank in run(tmp_path, seed, half, size):
+    for of_rank in run(tmp_path, seed, half, size, compiled):
+        assert (of_rank["graphs"] > 0) == compiled
         assert set(of_rank["dtypes"]) == {"torch.float32" if half else "torch.float64"}
         for whole, sharded in zip(of_rank["whole"], of_rank["sharded"], strict=True):
             torch.testing.assert_close(sharded, whole, rtol=tolerance, atol=tolerance)
