@@ -50,13 +50,15 @@ def load_faiss() -> Any:
         import faiss
     except ImportError:
         raise DataError("approximate search needs faiss: pip install 'dualenc[search]'") from None
-    _use_one_thread_after_fork(faiss)
+    _use_one_thread_after_fork()
     return faiss
 
 
 @cache
-def _use_one_thread_after_fork(faiss: Any) -> None:
+def _use_one_thread_after_fork() -> None:
     """Let faiss use one thread in forked processes, since the threads it waits for exist in their parent only."""
+    import faiss
+
     os.register_at_fork(after_in_child=partial(faiss.omp_set_num_threads, 1))
 
 

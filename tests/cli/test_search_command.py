@@ -69,7 +69,7 @@ def test_pictures_and_keys_are_written(built: Path, tmp_path: Path) -> None:
         (["OUT", "a cat", "-k", "0"], "--k 0 must be at least 1"),
         (["OUT", "a cat", "--weights", "1", "2"], "--weights must be 1 numbers"),
         (["OUT", "a cat", "--where", "width >"], "where 'width >' is not an expression"),
-        (["OUT", "a cat", "--where", "hieght > 3"], "no field 'hieght'"),
+        (["OUT", "a cat", "--where", "wide > 3"], "no field 'wide'"),
         (["OUT", "a cat", "--minus", "a cat"], "cancel each other"),
         (["OUT", "OUT/search.json"], "cannot be decoded"),
         (["OUT", "a cat", "--model", "nowhere/model"], "nowhere/model"),

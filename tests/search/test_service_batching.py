@@ -57,7 +57,7 @@ def test_jobs_that_wait_are_computed_together_in_order() -> None:
     assert [list(map(len, batch)) for batch in gated.batches] == [[1], [3, 4, 1], [1], [20], [2, 6], [1]]
 
 
-def test_a_job_that_was_cancelled_is_not_computed() -> None:
+def test_a_job_that_was_canceled_is_not_computed() -> None:
     gated = Gated()
     made = batcher(gated)
     answers = submit(made, 1, 2, 3)

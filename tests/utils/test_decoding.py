@@ -172,6 +172,11 @@ EXEMPT = {
     "dualenc.interop.references": {"*"},  # exchanged with a process of dualenc
     "dualenc.report.formatting": {"*"},  # base64
     "dualenc.report.plots": {"*"},  # metrics of a run
+    "dualenc.search.folder": {"read_about"},  # search.json
+    "dualenc.search.segments": {"_mapped"},  # files of `dualenc build-search`
+    "dualenc.search.service.app": {"_encoded"},  # base64
+    "dualenc.search.service.fields": {"parse_object"},  # JSON, which has no other encoding
+    "dualenc.search.service.guard": {"_check"},  # headers, which may have any bytes
     "dualenc.training.ranks": {"*"},  # addresses of ranks
     "dualenc.training.run_lock": {"*"},  # the process that holds a run
     "dualenc.training.run_record": {"*"},  # records of a run

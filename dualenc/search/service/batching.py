@@ -75,7 +75,7 @@ class Batcher:
 
     def _run(self) -> None:
         while jobs := self._take():
-            # The answer of a job whose caller went away is cancelled: it is not computed.
+            # The answer of a job whose caller went away is canceled: it is not computed.
             if jobs := [job for job in jobs if job.answer.set_running_or_notify_cancel()]:
                 self.batches += 1
                 self._answer(jobs)

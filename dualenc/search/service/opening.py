@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dualenc.search.service.core import Limits, Service
+from dualenc.utils.decoding import read_text
 from dualenc.utils.errors import DataError, ModelError
-from dualenc.utils.text import reason
 
 INDEX, ONNX = "search.json", "onnx.json"  # files that tell what a folder is
 SHORTEST_KEY = 16  # characters
@@ -74,9 +74,9 @@ def read_keys(path: Path) -> list[str]:
         DataError: If the file cannot be read, or has no key, or a short one.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--api-key-file {path} cannot be read: {reason(error)}") from None
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except DataError as error:
+        raise DataError(f"--api-key-file {error}") from None
     keys = [line for line in lines if line and not line.startswith("#")]
     way_out = f"write one with: openssl rand -hex 32 > {path}"
     if not keys:
