@@ -86,7 +86,7 @@ def test_a_missing_library_is_named(
         (b"tooshort\n", "key 1"),
         (f"{KEY}\nwith blanks between them\n".encode(), "key 2"),
         ("ключ-ключ-ключ-ключ".encode(), "key 1"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "is not UTF-16"),
     ],
 )
 def test_wrong_keys(content: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
