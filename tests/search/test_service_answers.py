@@ -76,6 +76,24 @@ def test_hits_are_those_of_the_index(collection: Any, port: int, query: dict[str
     assert (answer["model"], answer["fingerprint"]) == ("tiny", embedder.fingerprint)
 
 
+def test_answers_do_not_name_folders_of_the_server(tmp_path: Path, seed: int) -> None:
+    embedder: Any = tiny_embedder(seed)
+    paths = [tmp_path / "pictures" / "a.png", tmp_path / "pictures" / "inner" / "b.png", tmp_path / "c.png"]
+    (tmp_path / "pictures" / "inner").mkdir(parents=True)
+    for number, path in enumerate(paths):
+        path.write_bytes(picture(seed + number))
+    build_search(embedder, [str(tmp_path / "pictures"), str(paths[2])], tmp_path / "index", workers=0)
+    index = dualenc.Index.open(tmp_path / "index", embedder)
+    with served(Service(TorchEngine(embedder, "tiny"), index, "things")) as port:
+        hits = post(port, "/api/search", texts=["a cat"])["hits"]
+        assert {(hit["key"], hit["source"]) for hit in hits} == {
+            ("a.png", "a.png"), ("inner/b.png", "b.png"), ("c.png", "c.png")
+        }  # fmt: skip
+        for hit in hits:
+            sample = ask(port, "GET", f"/api/sample/{hit['row']}")[2]
+            assert str(tmp_path) not in str(sample)
+
+
 def test_facts_are_those_of_the_index(collection: Any, port: int) -> None:
     index, embedder = collection
     facts = {"model": "tiny", "fingerprint": embedder.fingerprint, "rows": len(index), "kind": "images", "dims": 8}
