@@ -90,7 +90,7 @@ class Index:
         >>> import dualenc
         >>> from dualenc.search.build import build_search
         >>> tokenizer = dualenc.Tokenizer.train(["a cat", "a dog"], vocab_size=40, context_length=8)
-        >>> config = dualenc.TextConfig(tokenizer.vocab_size, width=16, layers=1, heads=2, context_length=8)
+        >>> config = dualenc.TextConfig(tokenizer.vocab_size, width=8, layers=1, heads=2, context_length=8, pool="mean")
         >>> model = dualenc.TextPredictor(dualenc.models.TextModel(config, {}).eval(), tokenizer)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with open(f"{folder}/texts.txt", "w") as file:
