@@ -27,7 +27,7 @@ class FewRows:
 
     def __init__(self) -> None:
         self.vectors = known_vectors([f"row {i}" for i in range(6)])
-        self.about = {"examples": ["row 1"], "fields": []}
+        self.about = {"examples": ["row 1"], "fields": [], "source": []}
         self.reads: list[int] = []
 
     def __len__(self) -> int:
