@@ -1,6 +1,7 @@
 """The dual encoder: an image and a text tower that project into one space (CLIP, Radford et al. 2021)."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -172,6 +173,9 @@ class DualEncoder(nn.Module):
         self.image_projection = self._projection("image", image_projection, self.image.width)
         self.text_projection = self._projection("text", text_projection, text.width)
         self.logits = Logits(logit_bias, init_scale or (10.0 if logit_bias else 1 / 0.07), init_bias)
+        draw_blocks(self.text)
+        if "weight_init" not in image.overrides:
+            draw_blocks(self.image)
 
     @classmethod
     def from_config(cls, config: DualConfig) -> "DualEncoder":
@@ -235,6 +239,37 @@ class DualEncoder(nn.Module):
         """Save memory in both towers by recomputing activations in the backward pass."""
         self.image.set_grad_checkpointing(enable)
         self.text.grad_checkpointing = enable
+
+
+# Linear layers of a block, by the ends of their names in timm's towers and in ours.
+_QKV = re.compile(r"(^|\.)blocks\.\d+\.(attn|attention)\.qkv$")
+_HIDDEN = re.compile(r"(^|\.)blocks\.\d+\.mlp\.(fc1|0)$")
+_TO_RESIDUAL = re.compile(r"(^|\.)blocks\.\d+\.(attn\.proj|attention\.out|mlp\.(fc2|2))$")
+
+
+def draw_blocks(tower: ImageEncoder | TextEncoder) -> None:
+    """Draw the weights of a tower's blocks as CLIP does: the smaller the width, the larger they are.
+
+    The standard deviations for width D and L blocks are D**-0.5 for queries, keys and values, (2 D)**-0.5 for the first
+    layer of the MLP, and (2 L D)**-0.5 for the layers whose output is added to the residual stream (Radford et al.
+    2021, the published code). Position embeddings of the image tower get D**-0.5. The 0.02 of BERT and timm, with which
+    the towers begin, suits widths of about 768; with smaller ones a dual encoder learns less from each sample.
+
+    Args:
+        tower: the tower, whose weights are replaced.
+    """
+    for name, module in tower.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if _QKV.search(name):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif _HIDDEN.search(name):
+            nn.init.normal_(module.weight, std=(2 * module.in_features) ** -0.5)
+        elif _TO_RESIDUAL.search(name):
+            nn.init.normal_(module.weight, std=(2 * tower.layers * module.out_features) ** -0.5)
+    positions = getattr(getattr(tower, "vit", None), "pos_embed", None)
+    if isinstance(positions, nn.Parameter):
+        nn.init.normal_(positions, std=positions.shape[-1] ** -0.5)
 
 
 def embed_micro_batches(embed: Callable[..., Embeddings], micro_batches: Sequence[tuple[Any, ...]]) -> Embeddings:

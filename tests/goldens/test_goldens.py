@@ -101,8 +101,10 @@ def test_augmentation() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", list(NUMBERS["runs"]))
-def test_twenty_steps(kind: str, files: Path) -> None:
+def test_twenty_steps(kind: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train for 20 steps and compare the samples of each step and all logged metrics."""
+    # That version began with the weights of timm and BERT; the run is a fork of this process.
+    monkeypatch.setattr("dualenc.models.dual_encoder.draw_blocks", lambda tower: None)
     golden.fit(kind, Path("again"))
     now, then = golden.numbers_of_run(Path("again"), kind), NUMBERS["runs"][kind]
     assert now["rows"] == then["rows"]

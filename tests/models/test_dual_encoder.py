@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dualenc.losses import clip_loss, siglip_loss
-from dualenc.models import DualConfig, DualEncoder, Embeddings, ImageConfig, TextConfig
+from dualenc.models import DualConfig, DualEncoder, Embeddings, ImageConfig, ImageEncoder, TextConfig
 from dualenc.models.dual_encoder import Logits
 from dualenc.tokens import Tokens
 
@@ -65,6 +65,43 @@ def test_texts_in_the_callers_order():
     alone = torch.cat([model.encode_text(Tokens.pack([text])) for text in texts])
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
     assert torch.pdist(alone).min() > 1e-3  # control: different texts differ
+
+
+def spread(model: torch.nn.Module, *ends: str) -> list[float]:
+    """The standard deviation of each weight whose name has one of these ends."""
+    return [float(x.detach().std()) for name, x in model.named_parameters() if name.endswith(ends)]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_relpos_small_patch16_224"])
+def test_blocks_begin_as_those_of_open_clip(name):
+    from open_clip.transformer import TextTransformer
+
+    width, layers = 96, 3
+    image = ImageConfig(name, 16, {"depth": layers, "patch_size": 8, "embed_dim": width, "num_heads": 2})
+    model = DualEncoder(image, TextConfig(VOCAB, width, layers, 2, norm="pre"), DIM)
+    peer = TextTransformer(context_length=12, vocab_size=VOCAB, width=width, heads=2, layers=layers)
+    same = {
+        ".attn.in_proj_weight": (".attn.qkv.weight", ".attention.qkv.weight"),
+        ".attn.out_proj.weight": (".attn.proj.weight", ".attention.out.weight"),
+        ".mlp.c_fc.weight": ("0.mlp.fc1.weight", "1.mlp.fc1.weight", ".mlp.0.weight"),
+        ".mlp.c_proj.weight": ("0.mlp.fc2.weight", "1.mlp.fc2.weight", ".mlp.2.weight"),
+    }
+    for theirs, ours in same.items():
+        found = [one for tower in (model.image.vit, model.text) for one in spread(tower, *ours)]
+        assert len(found) >= 5
+        assert found == pytest.approx([spread(peer, theirs)[0]] * len(found), rel=0.05), theirs
+
+
+def test_what_is_outside_of_blocks_begins_as_before():
+    usual = {"depth": 1, "patch_size": 8, "embed_dim": 24, "num_heads": 2}
+    model = DualEncoder(ImageConfig("vit_relpos_small_patch16_224", SIZE, usual), TEXT, DIM)
+    alone = ImageEncoder(model.config.image)
+    # The network that computes relative positions has an MLP, too.
+    for end in (".rel_pos.mlp.fc2.weight", "patch_embed.proj.weight"):
+        assert spread(model.image, end) == pytest.approx(spread(alone, end), rel=0.2)
+    assert spread(model.text, "token_embeddings.weight") == pytest.approx([0.02], rel=0.1)
+    own = DualEncoder(ImageConfig("vit_tiny_patch16_224", SIZE, {**usual, "weight_init": "jax"}), TEXT, DIM)
+    torch.testing.assert_close(spread(own.image, ".qkv.weight"), [(2 / (24 + 3 * 24)) ** 0.5], rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize(("bias", "scale"), [(False, 1 / 0.07), (True, 10.0)])

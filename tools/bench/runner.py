@@ -208,6 +208,8 @@ class _Running:
         context = multiprocessing.get_context("spawn")
         self.name, self.peak = side.name, 0
         self.pipe, child_pipe = context.Pipe()
+        # numpy's BLAS counts the cores of the machine when it is loaded, and its threads would wait for each other.
+        os.environ["OPENBLAS_NUM_THREADS"] = str(len(cores))
         # The process is not a daemon, since daemons cannot start workers.
         self.process = context.Process(target=_serve, args=(side, cores, child_pipe))
         self.process.start()
