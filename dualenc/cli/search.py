@@ -12,6 +12,8 @@ from dualenc.utils.progress import progress
 if TYPE_CHECKING:
     from dualenc.search.index import Hits, Index
 
+_CAPTION = 20  # least number of columns for a caption
+
 
 def build_search(
     model: str,
@@ -165,6 +167,7 @@ def _show(index: "Index", hits: "Hits", as_json: bool) -> None:
     if not len(hits):
         print(f"no hits among {len(index):,} rows")
         return
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -172,16 +175,20 @@ def _show(index: "Index", hits: "Hits", as_json: bool) -> None:
     from dualenc.utils.text import printable
 
     table = Table(box=None, pad_edge=False)
-    columns: list[tuple[str, dict[str, Any]]] = [("", {"justify": "right"}), ("score", {"justify": "right"})]
+    console, names = Console(highlight=False), ["", "score", "row", "key"]
+    rows = [[f"{rank}", f"{hit.score:.3f}", f"{hit.row}", printable(hit.key)] for rank, hit in enumerate(hits, 1)]
     captions = any(hits.captions)
-    columns += [("row", {"justify": "right"}), ("key", {"no_wrap": True} if captions else {"overflow": "fold"})]
-    columns += [("caption" if index.kind == "images" else "text", {"overflow": "ellipsis", "no_wrap": True})] * captions
-    for name, style in columns:
-        table.add_column(name, **style)
-    for rank, hit in enumerate(hits, 1):
-        cells = [f"{rank}", f"{hit.score:.3f}", f"{hit.row}", printable(hit.key)]
-        table.add_row(*cells, *([Text(printable(hit.caption))] * captions))
-    Console(highlight=False).print(table)
+    names += ["caption" if index.kind == "images" else "text"] * captions
+    widths = [max(cell_len(row[i]) for row in [names, *rows]) + 2 for i in range(4)]
+    for name in names:
+        fold = "fold" if name == "key" else "ellipsis"
+        table.add_column(name, justify="right" if name in names[:3] else "left", overflow=fold)
+    for row, caption in zip(rows, hits.captions):
+        text = Text(printable(caption))
+        # A long caption takes the rest of its line; the table would shrink the numbers too.
+        text.truncate(max(console.width - sum(widths), _CAPTION), overflow="ellipsis")
+        table.add_row(*row, *([text] * captions))
+    console.print(table)
 
 
 def _save(index: "Index", hits: "Hits", folder: Path) -> None:

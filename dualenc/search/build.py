@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -43,6 +44,7 @@ from dualenc.utils.text import plural
 from dualenc.utils.urls import is_remote, redact
 
 EXAMPLES = 12  # captions that the index keeps to show what a query may be
+LONGEST_EXAMPLE = 80  # characters, of which longer captions and passages give the first words
 _NAMES = {bool: "true or false", int: "number", float: "number", str: "text", list: "list", dict: "object"}
 
 
@@ -271,7 +273,7 @@ class _Job:
         for row in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 10 * EXAMPLES)).astype(int)).tolist():
             segment, i = rows.find(row)
             record = segments[segment].record(i)
-            examples += record["captions"][:1]
+            examples += [textwrap.wrap(text, LONGEST_EXAMPLE)[0] for text in record["captions"][:1]]
             for name, value in record["fields"].items():
                 if value is not None:
                     fields.setdefault(name, _NAMES[type(value)])

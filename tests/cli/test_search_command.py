@@ -47,6 +47,27 @@ def test_words_and_pictures_make_one_query(
     assert capsys.readouterr().out == "no hits among 15 rows\n"
 
 
+def test_long_captions_leave_room_for_the_scores(
+    tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    text = "a small red square and a green circle " * 20
+    embedder, out = tiny_embedder(seed), tmp_path / "out"
+    embedder.save(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("".join(f"{i} {text}\n" for i in range(3)))
+    main(["build-search", str(tmp_path / "model"), str(tmp_path / "texts.txt"), str(out)])
+    example = f"0 {text}"[:78].rsplit(" ", 1)[0]
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f'next: dualenc search {out} "{example}')
+    assert all(len(one) <= 80 and text.startswith(one.split(" ", 1)[1]) for one in Index.open(out).about["examples"])
+    main(["search", str(out), "a cat"])
+    head, *lines = capsys.readouterr().out.splitlines()
+    hits = list(Index.open(out).search(texts=["a cat"]))
+    assert head.split() == ["score", "row", "key", "text"]
+    for rank, (line, hit) in enumerate(zip(lines, hits, strict=True), 1):
+        assert " ".join(line.split()).startswith(f"{rank} {hit.score:.3f} {hit.row} {hit.key} {hit.caption[:10]}")
+    assert all(len(line) <= 60 for line in lines)
+
+
 def test_pictures_and_keys_are_written(built: Path, tmp_path: Path) -> None:
     main([
         "search", str(built), "a cat", "-k", "11", "--save", str(tmp_path / "saved"),
