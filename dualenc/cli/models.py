@@ -195,40 +195,80 @@ def embed(
         workers: processes that decode images.
         batch_size: images or texts embedded at once.
     """
-    from dualenc.data.text.files import KINDS
     from dualenc.inference.image_files import FileParts, find_images
 
-    divided = [name for name, value in (("--part", part), ("--check", check)) if value]
     of_text: dict[str, Any] = {"tokens": tokens or None, "prompt": prompt, "dim": dim}
+    paths = find_images(shards)
+    kind = None if paths else _kind_of_texts(shards)
+    _check_options(shards, paths, kind, features, image, of_text, "--part" if part else "--check" if check else None)
+    if kind:
+        of_text |= {"tokens": tokens, "batch_size": batch_size}
+        return _embed_text_files(model, precision, shards, out, column, of_text)
+    chosen = _part(part)
+    if check:
+        from dualenc import ShardIndex
+
+        index = FileParts(paths) if paths else ShardIndex.build(shards, image=image, workers=workers)
+        return _check_embedded(index, out)
+    options: dict[str, Any] = {"part": chosen, "workers": workers, "batch_size": batch_size}
+    if paths:
+        return _embed_images(model, precision, paths, out, options)
+    _embed_shards(model, precision, shards, out, features, captions, image, options)
+
+
+def _kind_of_texts(shards: list[str]) -> str | None:
+    """Return the first name of a text file, or None."""
+    from dualenc.data.text.files import KINDS
+
+    return next((name for name in shards if name.lower().endswith(KINDS)), None)
+
+
+def _check_options(
+    shards: list[str],
+    paths: list[str] | None,
+    text: str | None,
+    features: bool,
+    image: str | None,
+    of_text: dict[str, Any],
+    divided: str | None,
+) -> None:
+    """Refuse options that do not belong to what is embedded."""
+    from dualenc.data.text.files import KINDS
+
     given = [f"--{name}" for name, value in of_text.items() if value is not None]
-    if paths := find_images(shards):
-        if features or given or image is not None:
-            raise UsageError(f"{shards[0]} names images: --features, --image and options of texts are not for them")
-        if check:
-            return _check_embedded(FileParts(paths), out)
-        return _embed_images(model, precision, paths, out, _part(part), workers, batch_size)
-    if texts := [name for name in shards if name.lower().endswith(KINDS)]:
-        if len(texts) < len(shards) or features:
-            raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
-        if tokens and len(given) > 1:
+    if paths and (features or given or image is not None):
+        raise UsageError(f"{shards[0]} names images: --features, --image and options of texts are not for them")
+    if paths:
+        return
+    if text:
+        if features or not all(name.lower().endswith(KINDS) for name in shards):
+            raise UsageError(f"{text} is a text file: embed text files alone, without --features")
+        if of_text["tokens"] and len(given) > 1:
             raise UsageError(f"{given[1]} is not for --tokens, which writes hidden states without a prompt")
         if divided:
-            raise UsageError(f"{divided[0]} is for shards and images: give each process text files of its own")
-        of_text |= {"tokens": tokens, "batch_size": batch_size}
-        return _embed_text_files(model, precision, texts, out, column, of_text)
-    if given:
+            raise UsageError(f"{divided} is for shards and images: give each process text files of its own")
+    elif given:
         raise UsageError(f"{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
+
+
+def _embed_shards(
+    model: str,
+    precision: Precision,
+    shards: list[str],
+    out: Path,
+    features: bool,
+    captions: str,
+    image: str | None,
+    options: dict[str, Any],
+) -> None:
+    """Write the embeddings of shards, or their image features."""
     from dualenc import ShardIndex
     from dualenc.inference.embed_files import write_embeddings
 
-    if check:
-        return _check_embedded(ShardIndex.build(shards, image=image, workers=workers), out)
-    chosen = _part(part)
-    about, preprocess, of_images, of_texts = _towers(model, precision, features, captions, batch_size)
+    about, preprocess, of_images, of_texts = _towers(model, precision, features, captions, options["batch_size"])
     with writing(out):
-        index, bar = ShardIndex.build(shards, image=image, workers=workers), progress("images")
-        options: dict[str, Any] = {"part": chosen, "workers": workers, "batch_size": batch_size, "track": bar}
-        made = write_embeddings(index, out, about, preprocess, of_images, of_texts, **options)
+        index = ShardIndex.build(shards, image=image, workers=options["workers"])
+        made = write_embeddings(index, out, about, preprocess, of_images, of_texts, track=progress("images"), **options)
     print("\n".join(made.lines()))
 
 
@@ -251,18 +291,16 @@ def _check_embedded(index: Any, out: Path) -> None:
         sys.exit(1)
 
 
-def _embed_images(
-    model: str, precision: Precision, paths: list[str], out: Path, part: tuple[int, int], workers: int, batch_size: int
-) -> None:
+def _embed_images(model: str, precision: Precision, paths: list[str], out: Path, options: dict[str, Any]) -> None:
     """Write the embeddings of image files."""
     from dualenc.inference.embed_files import write_embeddings
     from dualenc.inference.image_files import FileParts
 
-    about, preprocess, of_images, _ = _towers(model, precision, False, "", batch_size)
+    about, preprocess, of_images, _ = _towers(model, precision, False, "", options["batch_size"])
     about |= {"what": "images", "captions": None}
     with writing(out):
-        options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": progress("images")}
-        made = write_embeddings(FileParts(paths), out, about, preprocess, of_images, part=part, **options)
+        parts = FileParts(paths)
+        made = write_embeddings(parts, out, about, preprocess, of_images, track=progress("images"), **options)
     print("\n".join(made.lines()))
 
 

@@ -183,6 +183,19 @@ def write_embeddings(
     embed = Towers(transform, of_images, about["dims"], of_texts, captions)
     for number, parts in embed_parts(index, todo, embed, workers=workers, batch_size=batch_size, track=track):
         _write_shard(out, index.parts[number], about, parts)
+    return _embedded(index, out, about, plan, todo, began)
+
+
+def _embedded(
+    index: ShardIndex | FileParts,
+    out: Path,
+    about: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    todo: Sequence[int],
+    began: float,
+) -> Embedded:
+    """Return what the folder holds after this call has embedded `todo`, and write the totals if nothing is missing."""
+    names = [part.facts["name"] for part in index.parts]
     there = [number for number, name in enumerate(names) if _finished(out, name, plan)]
     files = {number: EmbeddingFile(out / file_name(names[number])) for number in there}
     bad = _bad_samples(index, files)
@@ -370,7 +383,7 @@ def _create(out: Path, plan: Mapping[str, Any]) -> Mapping[str, Any]:
     return plan
 
 
-def _finished(out: Path, name: str, plan: dict[str, Any]) -> bool:
+def _finished(out: Path, name: str, plan: Mapping[str, Any]) -> bool:
     """Return whether an earlier call wrote the file of a shard."""
     path = out / file_name(name)
     if not path.exists():
