@@ -12,7 +12,7 @@ from dualenc.utils.progress import progress
 def score(
     shards: list[str],
     out: Path,
-    model: list[str],
+    model: tuple[str, ...] = (),
     captions: str = "auto",
     image: str | None = None,
     part: str = "0/1",
@@ -54,7 +54,7 @@ def score(
 
 def filter(
     table: Path,
-    out: Path,
+    out: Path = Path("kept.select"),
     where: str | None = None,
     dedup: float | None = None,
     against: tuple[str, ...] = (),
