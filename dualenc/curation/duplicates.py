@@ -73,7 +73,7 @@ def normalized(vectors: np.ndarray) -> np.ndarray:
 
 
 def _centroids(vectors: Vectors, counts: Sequence[int], cells: int) -> np.ndarray | None:
-    """Learn centroids (K, D) of unit length from a sample of the rows; None if no row has an embedding."""
+    """Fit centroids (K, D) of unit length from a sample of the rows; None if no row has an embedding."""
     random = np.random.default_rng(_SEED)
     share = min(1.0, cells * ROWS_A_CELL / max(1, sum(counts)))
     parts = []

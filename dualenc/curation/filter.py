@@ -27,7 +27,7 @@ from dualenc.utils.text import plural
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-class Rule(NamedTuple):
+class FilterRule(NamedTuple):
     """A part of a filter.
 
     Attributes:
@@ -61,7 +61,7 @@ class Leak(NamedTuple):
 
 @dataclass
 class FilterResult:
-    """Samples that a filter keeps.
+    """Result of a filter.
 
     Attributes:
         table: folder of the scores.
@@ -76,7 +76,7 @@ class FilterResult:
     table: Path
     shards: ShardIndex
     columns: Mapping[str, np.ndarray]
-    rules: list[Rule]
+    rules: list[FilterRule]
     kept: np.ndarray
     leaks: list[Leak] = field(default_factory=list)
     threshold: dict[str, float] = field(default_factory=dict)
@@ -172,7 +172,7 @@ def filter_table(
             found = find_leaks(table, shards, columns, location, embedder, against_similarity, workers, track)
             clean = np.ones(len(shards), bool)
             clean[[leak.row for leak in found]] = False
-            rules.append(Rule(f"against {location}", clean))
+            rules.append(FilterRule(f"against {location}", clean))
             leaks += found
     threshold = {} if dedup is None else {"dedup": dedup}
     threshold |= {"against": against_similarity} if against else {}
@@ -180,12 +180,12 @@ def filter_table(
     return FilterResult(table, shards, columns, rules, kept, leaks, threshold)
 
 
-def row_rules(columns: Columns, conditions: Conditions | None, dedup: float | None) -> list[Rule]:
+def row_rules(columns: Columns, conditions: Conditions | None, dedup: float | None) -> list[FilterRule]:
     """Return the rules on columns; `dedup` keeps rows without a duplicate, whose similarity is null."""
-    rules = [Rule(*rule) for rule in conditions.rules(columns)] if conditions is not None else []
+    rules = [FilterRule(*rule) for rule in conditions.rules(columns)] if conditions is not None else []
     if dedup is not None:
         # The similarity is stored in fp32, so that 0.95 is compared with what 0.95 is there.
-        rules.append(Rule(f"dedup < {dedup}", ~(columns["duplicate_similarity"] >= np.float32(dedup))))
+        rules.append(FilterRule(f"dedup < {dedup}", ~(columns["duplicate_similarity"] >= np.float32(dedup))))
     return rules
 
 
@@ -252,7 +252,7 @@ def _embed_set(data: BenchmarkSet, embedder: Embedder, workers: int, track: Trac
 
 
 def _item_hash(data: BenchmarkSet, item: int) -> int:
-    """Return the hash of a picture's file as `image_hash` has it, int64; 0 if it cannot be read."""
+    """Return the hash of a picture's file as in the column `image_hash`, int64; 0 if it cannot be read."""
     try:
         source: Any = data.source
         is_sharded = isinstance(source, ShardImages)

@@ -39,7 +39,7 @@ _WHOLE = ("captions", "tokens", "width", "height")  # columns of whole numbers, 
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredShards:
     """Tables that `score_shards` wrote.
 
     Attributes:
@@ -82,7 +82,7 @@ def score_shards(
     workers: int = 2,
     batch_size: int = 64,
     track: Track = lambda items, total: items,
-) -> Scored:
+) -> ScoredShards:
     """Write a table of scores for each shard, and once all are there, the columns that depend on all shards.
 
     Tables and embeddings that exist are kept: the same call resumes a stopped one, and a call with further models
@@ -135,7 +135,7 @@ def score_shards(
     if not missing:
         names = [shard.facts["name"] for shard in index.parts]
         bad = finish(out, names, lambda i: embeddings_of(out, names[i]))
-    return Scored(out, len(index), len(index.parts), len(mine) - len(todo), missing, bad)
+    return ScoredShards(out, len(index), len(index.parts), len(mine) - len(todo), missing, bad)
 
 
 def _begin(out: Path, index: ShardIndex, captions: str) -> dict[str, Any]:
