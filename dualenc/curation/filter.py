@@ -24,7 +24,7 @@ from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import write_json
 from dualenc.utils.text import plural
 
-Track = Callable[[Iterable[Any]], Iterable[Any]]
+Track = Callable[[Any], Iterable[Any]]  # wraps batches that have a length
 
 
 class FilterRule(NamedTuple):
