@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, Union
 
-from dualenc.cli import data, demo, evaluate, models, search, serve
+from dualenc.cli import curate, data, demo, evaluate, models, search, serve
 from dualenc.cli.annotations import choices, fits, members, metavar, must_be
 from dualenc.cli.common import UsageError, WorkError
 from dualenc.utils.errors import DataError, ModelError
@@ -44,6 +44,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
         evaluate.sets,
         evaluate.compare,
     ),
+    "Curation": (curate.score, curate.filter),
     "Search": (search.build_search, search.search, serve.serve),
     "Use and exchange models": (
         models.embed,

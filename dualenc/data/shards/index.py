@@ -23,6 +23,7 @@ from dualenc.data.shards.patterns import Patterns, expand_shards
 from dualenc.data.shards.remote import Cache, fetch_small
 from dualenc.data.shards.sample import Sample, image_members
 from dualenc.data.shards.select import Expression
+from dualenc.data.shards.selection import Selection, read_selection
 from dualenc.data.shards.shard import (
     FILE_NAME,
     IMAGE_EXTENSIONS,
@@ -34,7 +35,6 @@ from dualenc.data.shards.shard import (
     scan,
     write_index,
 )
-from dualenc.utils.decoding import lines_of, read_text
 from dualenc.utils.errors import BadSample, DataError
 from dualenc.utils.files import atomic_write, stand_in
 from dualenc.utils.text import plural, printable
@@ -215,37 +215,31 @@ class ShardIndex:
             digest.update(json.dumps(self.images).encode())
         return digest.hexdigest()
 
-    def select(self, choice: str | Sequence[str]) -> "ShardIndex":
-        """Return the index of the samples with the given keys, or of those whose `.json` fields meet a condition.
+    def select(self, choice: str | Sequence[str] | Selection) -> "ShardIndex":
+        """Return the index of the samples of a list, or of those whose `.json` fields meet a condition.
 
         Args:
-            choice: a list of keys; the path of a text file with one key per line; or an expression such as
+            choice: a list of keys; the path of a list: a text file with one key per line, a `.select` of
+                `dualenc filter`, or a `.npy` of DataComp's uids; or an expression such as
                 `meta.width >= 200 and license in ["cc0", "cc-by"]` of field names, literals, comparisons, `and`, `or`,
                 `not`, `in`, `len(...)`. A sample that lacks a field of the expression, or whose `.json` cannot be read,
                 is not selected.
 
         Raises:
-            DataError: If no sample is selected, a key is unknown, or the expression cannot be parsed.
+            DataError: If no sample is selected, a key is unknown, a shard has changed since it was selected from, or
+                the expression cannot be parsed.
         """
-        if isinstance(choice, str) and os.path.isfile(choice):
-            option = f"select {choice}"
-            choice = [line for line in lines_of(read_text(choice)) if line]
-        else:
-            option = f"select {choice!r}" if isinstance(choice, str) else "select"
-        if isinstance(choice, str):
-            condition = Expression(choice)
+        selection = read_selection(choice)
+        if isinstance(selection, str):
+            condition, option = Expression(selection), f"select {selection!r}"
             failures = [condition.failure(sample) for sample in self]
-            rows = [i for i, failure in enumerate(failures) if failure is None]
-            why = "" if rows else f": {condition.explain(self.__getitem__, failures)}"
+            rows = np.array([i for i, failure in enumerate(failures) if failure is None], np.int64)
+            why = "" if len(rows) else f": {condition.explain(self.__getitem__, failures)}"
         else:
-            wanted = set(choice)
-            keys, why = [self.key(i) for i in range(len(self))], ""
-            rows = [i for i, key in enumerate(keys) if key in wanted]
-            if unknown := sorted(wanted - set(keys)):
-                raise DataError(f"{option}: {len(unknown)} keys are in no shard, such as {unknown[0]!r}")
-        if not rows:
+            option, rows, why = selection.source, selection.rows(self), ""
+        if not len(rows):
             raise DataError(f"{option} selects 0 of {len(self)} samples{why}")
-        return self.take(np.array(rows, dtype=np.int64))
+        return self.take(rows)
 
     def split(self, share: float) -> tuple["ShardIndex", "ShardIndex"]:
         """Split the samples by the content of their images: about `1 - share` and `share` of them.
