@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dualenc.cli.common import UsageError, writing
+from dualenc.cli.common import parse_part, writing
 from dualenc.utils.arguments import Precision
 from dualenc.utils.progress import progress
 
@@ -15,7 +15,7 @@ def score(
     model: tuple[str, ...] = (),
     captions: str = "auto",
     image: str | None = None,
-    part: str = "0/1",
+    part: str | None = None,
     precision: Precision = "fp32",
     workers: int = 2,
     batch_size: int = 64,
@@ -26,12 +26,12 @@ def score(
         shards: paths, globs, brace patterns or folders of shards.
         out: folder for tables in Parquet and embeddings; the same command continues a stopped one, and one with further
             models computes only theirs.
-        model: models that score, as a list: model directory, run directory, or hf-hub:owner/name[@revision]; the first
-            one's embeddings find near-duplicates.
+        model: models that score, named after one another or by repeating the option: model directory, run directory, or
+            hf-hub:owner/name[@revision]; the first one's embeddings find near-duplicates.
         captions: "auto" for json.captions, as `make-shards` writes them, or else txt; or "txt"; or "json.FIELD".
         image: member that is the image, such as "input.jpg"; by default the .jpg, .jpeg, .png or .webp.
-        part: I/N to score only the shards whose number is I modulo N, from 0 to N-1; the call that completes the tables
-            also finds the near-duplicates.
+        part: "I/N" to score a part of the shards only, such as 0/8 to 7/8 by eight processes; the call that completes
+            the tables also finds the near-duplicates.
         precision: bf16 to compute the towers in it, which is faster.
         workers: processes that decode images.
         batch_size: images embedded at once.
@@ -40,13 +40,11 @@ def score(
     from dualenc.curation.score import score_shards
     from dualenc.curation.tables import parquet
 
-    first, _, count = part.partition("/")
-    if not (first.isdecimal() and count.isdecimal()):
-        raise UsageError(f"--part {part} must be I/N, such as 0/8")
+    chosen = parse_part(part)
     parquet()  # raises before the work if it is not installed
     with writing(out):
         index = ShardIndex.build(shards, image=image, workers=workers)
-        options: dict[str, Any] = {"captions": captions, "part": (int(first), int(count)), "track": progress("images")}
+        options: dict[str, Any] = {"captions": captions, "part": chosen, "track": progress("images")}
         options |= {"workers": workers, "batch_size": batch_size}
         made = score_shards(index, out, model, partial(load, precision=precision), **options)
     print("\n".join(made.lines()))

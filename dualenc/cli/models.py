@@ -1,6 +1,5 @@
 """The commands that use, change and exchange models: plain functions, parsed by `dualenc.cli.parser`."""
 
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dualenc.cli.common import UsageError, WorkError, writing
+from dualenc.cli.common import UsageError, WorkError, parse_part, writing
 from dualenc.utils.arguments import Precision
 from dualenc.utils.progress import progress
 from dualenc.utils.text import plural
@@ -204,7 +203,7 @@ def embed(
     if kind:
         of_text |= {"tokens": tokens, "batch_size": batch_size}
         return _embed_text_files(model, precision, shards, out, column, of_text)
-    chosen = _part(part)
+    chosen = parse_part(part)
     if check:
         from dualenc import ShardIndex
 
@@ -270,14 +269,6 @@ def _embed_shards(
         index = ShardIndex.build(shards, image=image, workers=options["workers"])
         made = write_embeddings(index, out, about, preprocess, of_images, of_texts, track=progress("images"), **options)
     print("\n".join(made.lines()))
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    """Return the part of the work that --part names, (0, 1) without it."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
-    if found is None or int(found[1]) >= int(found[2]):
-        raise UsageError(f"--part {text} must be I/N with I from 0 to N - 1, such as 0/8")
-    return int(found[1]), int(found[2])
 
 
 def _check_embedded(index: Any, out: Path) -> None:
