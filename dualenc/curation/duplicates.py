@@ -16,7 +16,7 @@ import numpy as np
 
 ITERATIONS = 10  # of k-means
 ROWS_A_CELL = 64  # rows from which k-means learns each centroid
-BLOCK = 1 << 23  # products computed at once
+BLOCK = 1 << 20  # products computed at once; they stay in the cache
 _SEED = 0
 
 Vectors = Callable[[int], np.ndarray]  # embeddings (n, D) of a part by its number; a row of NaN has no embedding
@@ -154,10 +154,11 @@ def _best_before(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     while first < len(rows):
         last = min(len(rows), first + max(1, BLOCK // len(rows)))
         products = rows[first:last] @ rows[: last - 1].T
-        later = np.arange(last - 1) >= np.arange(first, last)[:, None]
-        products[later] = -np.inf
-        near[first:last] = products.argmax(1)
-        similarity[first:last] = products.max(1)
+        # Row `first + i` may see the rows before it: of the last columns, those below the diagonal.
+        square = products[:, first:]
+        square[~np.tri(*square.shape, -1, dtype=bool)] = -np.inf
+        best = products.argmax(1)
+        near[first:last], similarity[first:last] = best, products[np.arange(last - first), best]
         first = last
     return near, np.clip(similarity, -1, 1)
 
