@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, Union
 
-from dualenc.cli import data, demo, evaluate, models, search, serve
+from dualenc.cli import curate, data, demo, evaluate, models, search, serve
 from dualenc.cli.annotations import choices, fits, members, metavar, must_be
 from dualenc.cli.common import UsageError, WorkError
 from dualenc.utils.errors import DataError, ModelError
@@ -35,6 +35,7 @@ TRAINER_COMMANDS = {
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Train": (data.configs, demo.demo),
     "Prepare data": (data.make_shards, data.doctor, data.index, data.shrink, data.tokenizer, models.mine),
+    "Curation": (curate.reshard,),
     "Evaluate": (
         evaluate.zeroshot,
         evaluate.retrieval,
