@@ -6,7 +6,9 @@ from dualenc.cli.common import writing
 from dualenc.utils.progress import progress
 
 
-def reshard(shards: list[str], out: Path, select: str | None = None, shuffle: int | None = None, size: int = 1000) -> None:
+def reshard(
+    shards: list[str], out: Path, select: str | None = None, shuffle: int | None = None, size: int = 1000
+) -> None:
     """Write the selected samples of shards into new shards, byte for byte, in their order or shuffled.
 
     Args:

@@ -112,13 +112,7 @@ def reshard(
     lines = _resume(out, begun, options)
     finished_before = len(lines) == len(writer) and not (out / JOURNAL).exists()
     if not finished_before:
-        for number in track([i for i in range(len(writer)) if writer.name(i) not in lines]):
-            line = writer.write(number)
-            append_lines(out / JOURNAL, [json.dumps(line)], sync=True)
-            lines[line["shard"]] = line
-        _check_all(out, writer, lines)
-        write_json(out / ABOUT, {**options, "shards": [lines[name] for name in sorted(lines)]}, indent=1)
-        (out / JOURNAL).unlink()
+        _write_rest(out, writer, lines, options, track)
     return Resharded(
         out=out,
         shards=len(writer),
@@ -131,6 +125,23 @@ def reshard(
         renamed=bool(writer.folders),
         finished_before=finished_before,
     )
+
+
+def _write_rest(
+    out: Path,
+    writer: "_Writer",
+    lines: dict[str, dict[str, Any]],
+    options: dict[str, Any],
+    track: Callable[[Iterable[Any]], Iterable[Any]],
+) -> None:
+    """Write the new shards that `lines` lacks, and add their lines; then check and describe the whole folder."""
+    for number in track([i for i in range(len(writer)) if writer.name(i) not in lines]):
+        line = writer.write(number)
+        append_lines(out / JOURNAL, [json.dumps(line)], sync=True)
+        lines[line["shard"]] = line
+    _check_all(out, writer, lines)
+    write_json(out / ABOUT, {**options, "shards": [lines[name] for name in sorted(lines)]}, indent=1)
+    (out / JOURNAL).unlink()
 
 
 def _check_cache(index: ShardIndex, cache: Cache, shuffle: int | None) -> None:
