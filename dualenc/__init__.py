@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dualenc.data.shards.index import ShardIndex
     from dualenc.data.text.tokenizer import Tokenizer
     from dualenc.evaluation.score import evaluate
+    from dualenc.inference.embed_shards import embed_shards
     from dualenc.inference.embedder import Embedder, load
     from dualenc.inference.text_model import TextPredictor, load_text
     from dualenc.losses import clip_loss, siglip_loss
@@ -43,6 +44,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "clip_loss",
+    "embed_shards",
     "evaluate",
     "load",
     "load_text",
@@ -70,6 +72,7 @@ _named, __dir__ = lazy_names(
         "Tokenizer": "data.text.tokenizer",
         "Tokens": "tokens",
         "clip_loss": "losses",
+        "embed_shards": "inference.embed_shards",
         "evaluate": "evaluation.score",
         "load": "inference.embedder",
         "load_text": "inference.text_model",

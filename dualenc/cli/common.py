@@ -1,5 +1,6 @@
 """Helpers of the commands: errors, output folders, and the command line as text."""
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -61,3 +62,15 @@ def config_folder() -> Path:
     """Return the folder of the package's configurations: inside the package, or next to it in a checkout."""
     package = Path(__file__).parents[1]
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def parse_part(text: str | None) -> tuple[int, int]:
+    """Return the part (i, n) of the work that --part names; (0, 1) without it.
+
+    Raises:
+        UsageError: If it is not I/N with I from 0 to N - 1.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UsageError(f"--part {text} must be I/N with I from 0 to N - 1, such as 0/8")
+    return int(found[1]), int(found[2])

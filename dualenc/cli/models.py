@@ -1,5 +1,6 @@
 """The commands that use, change and exchange models: plain functions, parsed by `dualenc.cli.parser`."""
 
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -7,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dualenc.cli.common import UsageError, WorkError, writing
+from dualenc.cli.common import UsageError, WorkError, parse_part, writing
 from dualenc.utils.arguments import Precision
 from dualenc.utils.progress import progress
+from dualenc.utils.text import plural
 
 if TYPE_CHECKING:
     from dualenc import Embedder
@@ -161,6 +163,8 @@ def embed(
     prompt: str | None = None,
     dim: int | None = None,
     precision: Precision = "fp32",
+    part: str | None = None,
+    check: bool = False,
     workers: int = 2,
     batch_size: int = 64,
 ) -> None:
@@ -184,55 +188,117 @@ def embed(
             with a blank or a colon at its end; "" for nothing; by default the model's own.
         dim: for text files: dimensions to keep, the first ones; by default the model's own.
         precision: bf16 to compute the towers in it, which is faster; embeddings stay fp32. Not for --features.
+        part: "I/N" to embed a part of the shards only, such as 0/8 to 7/8 by eight processes, at once or one after the
+            other, on any machines that see OUT.
+        check: say which shards have no embeddings in OUT yet, and load no model.
         workers: processes that decode images.
         batch_size: images or texts embedded at once.
     """
-    from dualenc.data.text.files import KINDS
-    from dualenc.inference.image_files import find_images
+    from dualenc.inference.image_files import FileParts, find_images
 
     of_text: dict[str, Any] = {"tokens": tokens or None, "prompt": prompt, "dim": dim}
-    given = [f"--{name}" for name, value in of_text.items() if value is not None]
-    if paths := find_images(shards):
-        if features or given or image is not None:
-            raise UsageError(f"{shards[0]} names images: --features, --image and options of texts are not for them")
-        return _embed_images(model, precision, paths, out, workers, batch_size)
-    if texts := [name for name in shards if name.lower().endswith(KINDS)]:
-        if len(texts) < len(shards) or features:
-            raise UsageError(f"{texts[0]} is a text file: embed text files alone, without --features")
-        if tokens and len(given) > 1:
-            raise UsageError(f"{given[1]} is not for --tokens, which writes hidden states without a prompt")
+    paths = find_images(shards)
+    kind = None if paths else _kind_of_texts(shards)
+    _check_options(shards, paths, kind, features, image, of_text, "--part" if part else "--check" if check else None)
+    if kind:
         of_text |= {"tokens": tokens, "batch_size": batch_size}
-        return _embed_text_files(model, precision, texts, out, column, of_text)
-    if given:
-        raise UsageError(f"{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
-    from dualenc import ShardIndex
-    from dualenc.inference.embed_files import embed_shards
+        return _embed_text_files(model, precision, shards, out, column, of_text)
+    chosen = parse_part(part)
+    if check:
+        from dualenc import ShardIndex
 
-    about, preprocess, of_images, of_texts = _towers(model, precision, features, captions, batch_size)
+        index = FileParts(paths) if paths else ShardIndex.build(shards, image=image, workers=workers)
+        return _check_embedded(index, out)
+    options: dict[str, Any] = {"part": chosen, "workers": workers, "batch_size": batch_size}
+    if paths:
+        return _embed_images(model, precision, paths, out, options)
+    _embed_shards(model, precision, shards, out, features, captions, image, options)
+
+
+def _kind_of_texts(shards: list[str]) -> str | None:
+    """Return the first name of a text file, or None."""
+    from dualenc.data.text.files import KINDS
+
+    return next((name for name in shards if name.lower().endswith(KINDS)), None)
+
+
+def _check_options(
+    shards: list[str],
+    paths: list[str] | None,
+    text: str | None,
+    features: bool,
+    image: str | None,
+    of_text: dict[str, Any],
+    divided: str | None,
+) -> None:
+    """Refuse options that do not belong to what is embedded."""
+    from dualenc.data.text.files import KINDS
+
+    given = [f"--{name}" for name, value in of_text.items() if value is not None]
+    if paths and (features or given or image is not None):
+        raise UsageError(f"{shards[0]} names images: --features, --image and options of texts are not for them")
+    if paths:
+        return
+    if text:
+        if features or not all(name.lower().endswith(KINDS) for name in shards):
+            raise UsageError(f"{text} is a text file: embed text files alone, without --features")
+        if of_text["tokens"] and len(given) > 1:
+            raise UsageError(f"{given[1]} is not for --tokens, which writes hidden states without a prompt")
+        if divided:
+            raise UsageError(f"{divided} is for shards and images: give each process text files of its own")
+    elif given:
+        raise UsageError(f"{given[0]} is for text files only: {shards[0]} must end with {', '.join(KINDS)}")
+
+
+def _embed_shards(
+    model: str,
+    precision: Precision,
+    shards: list[str],
+    out: Path,
+    features: bool,
+    captions: str,
+    image: str | None,
+    options: dict[str, Any],
+) -> None:
+    """Write the embeddings of shards, or their image features."""
+    from dualenc import ShardIndex
+    from dualenc.inference.embed_files import write_embeddings
+
+    about, preprocess, of_images, of_texts = _towers(model, precision, features, captions, options["batch_size"])
     with writing(out):
-        index, bar = ShardIndex.build(shards, image=image, workers=workers), progress("images")
-        options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": bar}
-        made = embed_shards(index, out, about, preprocess, of_images, of_texts, **options)
+        index = ShardIndex.build(shards, image=image, workers=options["workers"])
+        made = write_embeddings(index, out, about, preprocess, of_images, of_texts, track=progress("images"), **options)
     print("\n".join(made.lines()))
 
 
-def _embed_images(model: str, precision: Precision, paths: list[str], out: Path, workers: int, batch_size: int) -> None:
+def _check_embedded(index: Any, out: Path) -> None:
+    """Print which shards have no embeddings in a folder yet; exit with 1 if there are any."""
+    from dualenc.inference.embed_files import missing_files
+
+    missing, count = missing_files(out, index), len(index.parts)
+    print("\n".join([f"{out}: embeddings of {count - len(missing):,} of {plural(count, 'shard')}", *missing]))
+    if missing:
+        print("the same command without --check, or with --part, writes the missing ones")
+        sys.exit(1)
+
+
+def _embed_images(model: str, precision: Precision, paths: list[str], out: Path, options: dict[str, Any]) -> None:
     """Write the embeddings of image files."""
-    from dualenc.inference.embed_files import embed_shards
+    from dualenc.inference.embed_files import write_embeddings
     from dualenc.inference.image_files import FileParts
 
-    about, preprocess, of_images, _ = _towers(model, precision, False, "", batch_size)
+    about, preprocess, of_images, _ = _towers(model, precision, False, "", options["batch_size"])
     about |= {"what": "images", "captions": None}
     with writing(out):
-        options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "track": progress("images")}
-        made = embed_shards(FileParts(paths), out, about, preprocess, of_images, **options)
+        parts = FileParts(paths)
+        made = write_embeddings(parts, out, about, preprocess, of_images, track=progress("images"), **options)
     print("\n".join(made.lines()))
 
 
 def _towers(
     model: str, precision: Precision, features: bool, captions: str, batch_size: int
 ) -> tuple[dict[str, Any], Any, Any, Any]:
-    """Return arguments of `embed_shards`: facts about the model, its preprocessing, and functions that embed."""
+    """Return arguments of `write_embeddings`: facts about the model, its preprocessing, and functions that embed."""
     import torch
 
     from dualenc import Preprocess, load

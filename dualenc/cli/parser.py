@@ -35,7 +35,6 @@ TRAINER_COMMANDS = {
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Train": (data.configs, demo.demo),
     "Prepare data": (data.make_shards, data.doctor, data.index, data.shrink, data.tokenizer, models.mine),
-    "Curation": (curate.reshard,),
     "Evaluate": (
         evaluate.zeroshot,
         evaluate.retrieval,
@@ -45,6 +44,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
         evaluate.sets,
         evaluate.compare,
     ),
+    "Curation": (curate.score, curate.filter, curate.reshard),
     "Search": (search.build_search, search.search, serve.serve),
     "Use and exchange models": (
         models.embed,
@@ -146,6 +146,14 @@ class _Formatter(argparse.HelpFormatter):
         return [line.replace(UNBROKEN, "-") for line in lines]
 
 
+class _Several(argparse.Action):
+    """Action of an option that takes several values, at once or by repeating it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is self.default else before), *values])
+
+
 class _Parser(argparse.ArgumentParser):
     """Parser that raises its errors, so that `run` prints them."""
 
@@ -227,6 +235,7 @@ def _function_parser(function: Callable[..., None]) -> tuple[_Parser, list[str]]
         else:
             word = metavar(inspect.formatannotation(kind))
             about |= {"metavar": word, "type": partial(_convert, f"--{name}", kind), "default": default}
+            about |= {"action": _Several} if several else {}
             short = [f"-{name}"] if len(name) == 1 else []
             optional.add_argument(f"--{name}", *short, **about)
     optional.add_argument("-h", "--help", action="help", help="print this text")

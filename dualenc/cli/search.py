@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dualenc.cli.common import UsageError, make_folder, writing
 from dualenc.utils.arguments import Precision

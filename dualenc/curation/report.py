@@ -1,17 +1,18 @@
 """The report of a filter: a page with what each rule removes, and pictures of the pairs that it concerns."""
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from dualenc.curation.filter import FilterResult
 from dualenc.data.eval_sets.clip_benchmark import BenchmarkSet
 from dualenc.data.images import thumbnail
 from dualenc.data.pairs import AUTO, captions_of, decode_sample
-from dualenc.data.shards.index import ShardIndex
 from dualenc.report.formatting import percent
 from dualenc.report.html import write_page
 from dualenc.report.plots import histogram
@@ -24,54 +25,19 @@ ROW = 6  # pictures at a quantile
 GROUPS, MEMBERS = 12, 5  # groups of near duplicates that are shown, and pictures of each
 LEAKS = 24  # pairs of a training and an evaluation picture that are shown
 SHARE = 0.3  # of the pairs that two scorers are asked to agree on, as DataComp's best filter keeps
+Show = Callable[[int, str], dict[str, Any]]  # a row and its label -> what the template shows
 SIMILAR = 0.9  # near duplicates are shown from this similarity on where the filter removes none
 
 
-class RuleLike(Protocol):
-    """A rule of a filter."""
-
-    name: str
-    kept: np.ndarray  # (N,) bool
-
-
-class LeakLike(Protocol):
-    """A sample whose picture is in an evaluation set."""
-
-    row: int
-    set: str  # path of the evaluation set
-    item: int  # number of the picture in the set
-    key: str
-    similarity: float
-    equal: bool  # whether the files are equal
-
-
-class Filtered(Protocol):
-    """The result of a filter, as far as the report needs it."""
-
-    table: Path
-    shards: ShardIndex
-    columns: Mapping[str, np.ndarray]
-    kept: np.ndarray  # (N,) bool
-    threshold: Mapping[str, Any]
-
-    @property
-    def rules(self) -> Sequence[RuleLike]:
-        """The rules that were applied."""
-        ...
-
-    @property
-    def leaks(self) -> Sequence[LeakLike]:
-        """The samples that evaluation sets have, too."""
-        ...
-
-
-def write_report(result: Filtered, folder: str | os.PathLike[str]) -> Path:
+def write_report(result: FilterResult, folder: str | os.PathLike[str], captions: str = AUTO) -> Path:
     """Write `report.html` about a filter into a folder, made if missing, and return its path.
 
     Args:
         result: result of the filter.
         folder: folder of the page.
+        captions: source of the captions; see `captions_of`.
     """
+    show = partial(_sample, result, captions)
     total, kept = len(result.kept), int(result.kept.sum())
     removed = total - kept
     cards = [
@@ -87,36 +53,25 @@ def write_report(result: Filtered, folder: str | os.PathLike[str]) -> Path:
         f"Filter of {Path(result.table).name}",
         {"table": result.table, **{name: value for name, value in result.threshold.items() if value is not None}},
         cards=cards,
-        rules=_rules(result),
+        rules=[
+            {"name": name, "removed": count, "share": count / max(total, 1), "alone": alone}
+            for name, count, alone in result.removed()
+        ],
         total=removed,
         share=removed / max(total, 1),
         plots=_plots(result),
-        quantiles=_quantiles(result),
-        scorers=[_scorers(result, name) for name in _further_scores(result.columns)],
-        duplicates=_duplicates(result),
-        leaks=_leaks(result),
+        quantiles=_quantiles(result, show),
+        scorers=[_scorers(result, name, show) for name in _further_scores(result.columns)],
+        duplicates=_duplicates(result, show),
+        leaks=_leaks(result, show),
     )
-
-
-def _rules(result: Filtered) -> list[dict[str, Any]]:
-    """Return what each rule removes, and what it alone removes."""
-    failing = np.sum([~rule.kept for rule in result.rules], axis=0, dtype=np.int64)  # (N,) number of rules
-    return [
-        {
-            "name": rule.name,
-            "removed": int((~rule.kept).sum()),
-            "share": float((~rule.kept).mean()) if len(rule.kept) else 0.0,
-            "alone": int((~rule.kept & (failing == 1)).sum()),
-        }
-        for rule in result.rules
-    ]
 
 
 def _further_scores(columns: Mapping[str, np.ndarray]) -> list[str]:
     return [name for name in columns if name.startswith(f"{SCORE}_")]
 
 
-def _plots(result: Filtered) -> list[dict[str, Any]]:
+def _plots(result: FilterResult) -> list[dict[str, Any]]:
     """Return a histogram of each column, before and after the filter."""
     plots = []
     for name in (*PLOTTED, *_further_scores(result.columns)):
@@ -132,27 +87,21 @@ def _plots(result: Filtered) -> list[dict[str, Any]]:
     return plots
 
 
-def _sample(result: Filtered, row: int, label: str, caption: bool = True) -> dict[str, Any]:
+def _sample(result: FilterResult, captions: str, row: int, label: str) -> dict[str, Any]:
     """Return the picture of a sample with a label and its first caption; without a picture if it is broken."""
-    sample = result.shards[row]
-    try:
+    sample, picture, text = result.shards[row], None, ""
+    with suppress(BadSample):
         picture = thumbnail(decode_sample(sample))
-    except BadSample:
-        picture = None
-    text = ""
-    if caption:
-        try:
-            text = captions_of(sample, getattr(result, "captions", AUTO))[0]
-        except (BadSample, IndexError):
-            text = ""
+    with suppress(BadSample, IndexError):
+        text = captions_of(sample, captions)[0]
     return {"picture": picture, "label": label, "caption": text, "tone": "yes" if result.kept[row] else "no"}
 
 
-def _state(result: Filtered, row: int) -> str:
+def _state(result: FilterResult, row: int) -> str:
     return "kept" if result.kept[row] else "removed"
 
 
-def _quantiles(result: Filtered) -> list[dict[str, Any]]:
+def _quantiles(result: FilterResult, show: Show) -> list[dict[str, Any]]:
     """Return the samples around each of the `LEVELS` of the score."""
     scores = result.columns.get(SCORE)
     if scores is None or not np.isfinite(scores).any():
@@ -164,12 +113,12 @@ def _quantiles(result: Filtered) -> list[dict[str, Any]]:
         start = min(max(0, middle - ROW // 2), max(0, len(order) - ROW))
         rows = order[start : start + ROW].tolist()
         name = {0.0: "lowest", 0.5: "median", 1.0: "highest"}.get(level, f"quantile {level:g}")
-        samples = [_sample(result, row, f"{scores[row]:.3f} {_state(result, row)}") for row in rows]
+        samples = [show(row, f"{scores[row]:.3f} {_state(result, row)}") for row in rows]
         found.append({"name": f"{name}: {scores[order[middle]]:.3f}", "samples": samples})
     return found
 
 
-def _scorers(result: Filtered, name: str) -> dict[str, Any]:
+def _scorers(result: FilterResult, name: str, show: Show) -> dict[str, Any]:
     """Return how far two scores agree, and pairs on which they do not."""
     first, second = result.columns[SCORE], result.columns[name]
     rows = np.flatnonzero(np.isfinite(first) & np.isfinite(second))
@@ -194,9 +143,7 @@ def _scorers(result: Filtered, name: str) -> dict[str, Any]:
             (f"best by {name} alone", "b", top - both),
             ("neither", "", len(rows) - 2 * top + both),
         ],
-        "samples": [
-            [_sample(result, row, f"{first[row]:.3f}, {second[row]:.3f}") for row in side.tolist()] for side in sides
-        ],
+        "samples": [[show(row, f"{first[row]:.3f}, {second[row]:.3f}") for row in side.tolist()] for side in sides],
     }
 
 
@@ -215,7 +162,7 @@ def find_groups(duplicate: np.ndarray, linked: np.ndarray) -> list[np.ndarray]:
     return sorted((group for group in groups if len(group) > 1), key=len, reverse=True)
 
 
-def _duplicates(result: Filtered) -> dict[str, Any] | None:
+def _duplicates(result: FilterResult, show: Show) -> dict[str, Any] | None:
     """Return groups of near duplicates: the largest, and some of each similarity."""
     if not {"duplicate_row", "duplicate_similarity"} <= result.columns.keys():
         return None
@@ -235,7 +182,7 @@ def _duplicates(result: Filtered) -> dict[str, Any] | None:
         labels = [
             f"{similarity[row]:.3f} {_state(result, row)}" if linked[row] else _state(result, row) for row in rows
         ]
-        samples.append([_sample(result, row, label) for row, label in list(zip(rows, labels))[:MEMBERS]])
+        samples.append([show(row, label) for row, label in list(zip(rows, labels))[:MEMBERS]])
     count, least = sum(len(group) - 1 for group in groups), SIMILAR if cut is None else cut
     note = (
         f"{count:,} pairs are as similar as {least:g} or more to a better one, in {len(groups):,} groups, of which "
@@ -245,7 +192,7 @@ def _duplicates(result: Filtered) -> dict[str, Any] | None:
     return {"note": note, "samples": samples}
 
 
-def _leaks(result: Filtered) -> dict[str, Any] | None:
+def _leaks(result: FilterResult, show: Show) -> dict[str, Any] | None:
     """Return training pictures next to the pictures of evaluation sets that they repeat."""
     if not result.leaks:
         return None
@@ -258,7 +205,7 @@ def _leaks(result: Filtered) -> dict[str, Any] | None:
         what = "the same file" if leak.equal else f"similarity {leak.similarity:.3f}"
         other = {"picture": _evaluation_picture(opened(leak.set), leak.item), "caption": leak.key, "tone": "soft"}
         name = Path(leak.set).name
-        samples.append([_sample(result, leak.row, f"{what}, {_state(result, leak.row)}"), {**other, "label": name}])
+        samples.append([show(leak.row, f"{what}, {_state(result, leak.row)}"), {**other, "label": name}])
     rows, equal = len({leak.row for leak in result.leaks}), sum(leak.equal for leak in result.leaks)
     note = (
         f"{rows:,} training pictures are in an evaluation set: {equal:,} pairs are the same file, "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ Track = Callable[..., Iterable[Any]]  # wraps an iterable whose length is `total
 
 @dataclass(frozen=True)
 class Embedded:
-    """Files that `embed_shards`, for shards or images, or `embed_text_files` wrote.
+    """Files that `write_embeddings`, for shards or images, or `embed_text_files` wrote.
 
     Attributes:
         out: the folder.
@@ -62,6 +63,8 @@ class Embedded:
         done: number of samples or texts that this call embedded.
         seconds: duration of this call.
         images: members of the shards that may hold an image.
+        missing: names of the shards, or parts of the images, that have no file yet; other parts of the work write them.
+            Until they do, `samples`, `texts`, `bad` and `bytes` are those of the files that are there.
     """
 
     out: Path
@@ -76,6 +79,7 @@ class Embedded:
     done: int
     seconds: float
     images: tuple[str, ...] = IMAGE_EXTENSIONS
+    missing: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Return a summary for the terminal, with the next command."""
@@ -109,7 +113,11 @@ class Embedded:
             )
         elif self.bad:
             text.append(f"{len(self.bad):,} texts could not be read: {causes(self.bad)}")
-        if self.what == "features":
+        if self.missing:
+            names = ", ".join(file_name(name) for name in self.missing[:3])
+            more = ", ..." if len(self.missing) > 3 else ""
+            text.append(f"{plural(len(self.missing), 'file')} still missing, which other parts write: {names}{more}")
+        elif self.what == "features":
             text.append(
                 f"next: dualenc fit --config run.yaml --model.image_tuning.locked true "
                 f"--data.features {quote(str(self.out))}{image_argument(self.images)}"
@@ -127,7 +135,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: Mapping[str, 
 # Shards
 
 
-def embed_shards(
+def write_embeddings(
     index: ShardIndex | FileParts,
     out: str | os.PathLike[str],
     about: Mapping[str, Any],
@@ -135,13 +143,15 @@ def embed_shards(
     of_images: Callable[[Tensor], Tensor],
     of_texts: Callable[[list[str]], Tensor] | None = None,
     *,
+    part: tuple[int, int] = (0, 1),
     workers: int = 2,
     batch_size: int = 64,
     track: Track = lambda items, total: items,
 ) -> Embedded:
     """Write image features, or embeddings of images and captions, for every sample of shards, or for image files.
 
-    A resumed call writes the same files as one without a stop, since batches end with their shard.
+    A resumed call writes the same files as one without a stop, since batches end with their shard. So do several
+    processes, each with a part of the shards: whoever finds the files of all shards writes the totals.
 
     Args:
         index: index of complete shards, or image files in parts.
@@ -152,6 +162,7 @@ def embed_shards(
         transform: function from uint8 (3, H, W) to uint8 (3, S, S).
         of_images: function from uint8 (B, 3, S, S) to (B, dims).
         of_texts: function from n strings to (n, dims); None for features and image files.
+        part: (i, n) to embed only the shards whose number is i modulo n.
         workers: processes that decode; 0 to decode in this process.
         batch_size: images per forward pass.
         track: wraps the batches, whose number is `total`, for a progress bar.
@@ -165,29 +176,78 @@ def embed_shards(
         caption_members(captions)  # raises if it is not understood
     check_loading(batch_size, workers)
     inputs = _inputs(index)
+    mine = part_numbers(part, len(inputs))
     plan = _begin(out, {**about, "members": list(index.images)}, inputs)
-    todo = [number for number, name in enumerate(inputs) if not _finished(out, name, plan)]
+    names = list(inputs)
+    todo = [number for number in mine if not _finished(out, names[number], plan)]
     embed = Towers(transform, of_images, about["dims"], of_texts, captions)
     for number, parts in embed_parts(index, todo, embed, workers=workers, batch_size=batch_size, track=track):
         _write_shard(out, index.parts[number], about, parts)
-    files = [EmbeddingFile(out / file_name(name)) for name in inputs]
-    bad = _write_bad(out, index, files)
-    texts = sum(file.rows("text").get_shape()[0] for file in files if "text" in file.names)
-    write_json(out / ABOUT, {**plan, "samples": len(index), "texts": texts, "bad": len(bad)}, indent=1)
+    return _embedded(index, out, about, plan, todo, began)
+
+
+def _embedded(
+    index: ShardIndex | FileParts,
+    out: Path,
+    about: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    todo: Sequence[int],
+    began: float,
+) -> Embedded:
+    """Return what the folder holds after this call has embedded `todo`, and write the totals if nothing is missing."""
+    names = [part.facts["name"] for part in index.parts]
+    there = [number for number, name in enumerate(names) if _finished(out, name, plan)]
+    files = {number: EmbeddingFile(out / file_name(names[number])) for number in there}
+    bad = _bad_samples(index, files)
+    texts = sum(file.rows("text").get_shape()[0] for file in files.values() if "text" in file.names)
+    if len(there) == len(names):
+        _finish(out, {**plan, "samples": len(index), "texts": texts, "bad": len(bad)}, bad)
     return Embedded(
         out=out,
         what=about["what"],
         dims=about["dims"],
-        samples=len(index),
+        samples=sum(len(index.parts[number]) for number in there),
         texts=texts,
-        files=len(files),
-        before=len(files) - len(todo),
+        files=len(there),
+        before=len(there) - len(todo),
         bad=bad,
-        bytes=sum(file.path.stat().st_size for file in files),
+        bytes=sum(file.path.stat().st_size for file in files.values()),
         done=sum(len(index.parts[number]) for number in todo),
         seconds=time.monotonic() - began,
         images=index.images,
+        missing=tuple(name for number, name in enumerate(names) if number not in files),
     )
+
+
+def part_numbers(part: tuple[int, int], count: int) -> range:
+    """Return the numbers below `count` that are i modulo n, for a part (i, n) of the work.
+
+    Raises:
+        DataError: If i is not from 0 to n - 1.
+    """
+    first, step = part
+    if not 0 <= first < step:
+        raise DataError(f"part {first}/{step} must be I/N with I from 0 to N - 1")
+    return range(first, count, step)
+
+
+def missing_files(out: str | os.PathLike[str], index: ShardIndex | FileParts) -> list[str]:
+    """Return the names of the shards, or parts of the images, whose embeddings a folder lacks.
+
+    Args:
+        out: folder of `write_embeddings`.
+        index: index of the shards, or image files in parts.
+
+    Raises:
+        DataError: If the folder was not begun, or with other shards, or a file is damaged.
+    """
+    out = Path(out)
+    plan = read_about(out)
+    if plan is None:
+        raise DataError(f"{out} holds no {ABOUT}: nothing was embedded there")
+    inputs = dict(sorted(_inputs(index).items()))
+    check_same(out, plan, {"inputs": inputs}, {"inputs": other_inputs(plan["inputs"], inputs)})
+    return [name for name in _inputs(index) if not _finished(out, name, plan)]
 
 
 def check_loading(batch_size: int, workers: int) -> None:
@@ -233,7 +293,7 @@ def embed_parts(
         index: index of complete shards, or image files in parts.
         numbers: numbers of the parts to embed.
         towers: functions that embed.
-        workers, batch_size, track: see `embed_shards`.
+        workers, batch_size, track: see `write_embeddings`.
 
     Raises:
         DataError: If a shard cannot be read.
@@ -244,17 +304,23 @@ def embed_parts(
             yield number, [_embed(next(batches), towers) for _ in reader.requests(number)]
 
 
-def _write_bad(out: Path, index: ShardIndex | FileParts, files: Sequence[EmbeddingFile]) -> list[BadRecord]:
-    """Write OUT/bad.jsonl, if the files name samples that could not be embedded, and return them."""
-    bad = [
-        BadRecord(start + place, str(shard), shard.key(place), *why)
-        for shard, file, start in zip(index.parts, files, index.starts)
+def _bad_samples(index: ShardIndex | FileParts, files: Mapping[int, EmbeddingFile]) -> list[BadRecord]:
+    """Return the samples that could not be embedded, which the files name, by the number of their shard."""
+    return [
+        BadRecord(index.starts[number] + place, str(index.parts[number]), index.parts[number].key(place), *why)
+        for number, file in files.items()
         for place, why in file.bad.items()
     ]
+
+
+def _finish(out: Path, about: Mapping[str, Any], bad: Sequence[BadRecord]) -> None:
+    """Write the totals and the list of bad samples, and remove partial files; several processes may do so at once."""
     if bad:
         lines = ({"shard": x.shard, "key": x.key, "cause": x.cause, "detail": x.detail} for x in bad)
         write_text(out / BAD, "".join(json.dumps(line) + "\n" for line in lines))
-    return bad
+    write_json(out / ABOUT, about, indent=1)
+    for partial in out.glob("*.part"):
+        partial.unlink(missing_ok=True)
 
 
 def _inputs(index: ShardIndex | FileParts) -> dict[str, str]:
@@ -270,20 +336,9 @@ def _inputs(index: ShardIndex | FileParts) -> dict[str, str]:
 
 
 def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
-    """Create the folder with its `embed.json`, or check that it was begun with the same options; return these.
-
-    Partial files that a stopped call left are removed.
-    """
+    """Create the folder with its `embed.json`, or check that it was begun with the same options; return these."""
     plan = {"format": FORMAT, **about, "inputs": dict(sorted(inputs.items()))}
-    begun = read_about(out)
-    if begun is None:
-        if out.exists() and not out.is_dir():
-            raise DataError(f"{out} must be a folder")
-        if out.exists() and any(path.suffix != ".part" for path in out.iterdir()):
-            raise DataError(f"{out} holds files that embed did not write: name a new folder")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / ABOUT, plan, indent=1)
-        return plan
+    begun = read_about(out) or _create(out, plan)
     begun = {"precision": "fp32", **begun}  # Folders of the first release do not name it.
     same = "in weights, architecture or preprocessing"
     descriptions = {
@@ -301,12 +356,34 @@ def _begin(out: Path, about: dict[str, Any], inputs: dict[str, str]) -> dict[str
         {name: plan[name] for name in ("format", "what", "captions", "members", "made_by", "precision", "inputs")},
         descriptions,
     )
-    for partial in out.glob("*.part"):
-        partial.unlink()
     return plan
 
 
-def _finished(out: Path, name: str, plan: dict[str, Any]) -> bool:
+def _create(out: Path, plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Create the folder with its `embed.json`, unless another process does so first; return its content."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} must be a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if any(path.suffix != ".part" for path in out.iterdir()):
+        begun = read_about(out)  # Another process may have written it since it was looked for.
+        if begun is None:
+            raise DataError(f"{out} holds files that embed did not write: name a new folder")
+        return begun
+    temporary = out / f".{ABOUT}-{uuid4().hex}.part"
+    write_json(temporary, plan, indent=1)
+    try:
+        # A link fails where the file exists, which may have the totals of another process by then.
+        os.link(temporary, out / ABOUT)
+    except FileExistsError:
+        return read_about(out) or plan
+    except OSError:  # some file systems have no links
+        os.replace(temporary, out / ABOUT)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return plan
+
+
+def _finished(out: Path, name: str, plan: Mapping[str, Any]) -> bool:
     """Return whether an earlier call wrote the file of a shard."""
     path = out / file_name(name)
     if not path.exists():
@@ -463,4 +540,10 @@ def _write_shard(out: Path, shard: Shard | FilePart, about: Mapping[str, Any], p
         "keys": [shard.key(number) for number in range(len(shard))],
         "bad": [once[number] for number in sorted(once)],
     }
-    write_arrays(out / file_name(shard.facts["name"]), arrays, metadata)
+    path = out / file_name(shard.facts["name"])
+    try:
+        write_arrays(path, arrays, metadata)
+    except FileNotFoundError:
+        # A process that finished the folder has removed the temporary file, since this shard has its file.
+        if not path.exists():
+            raise

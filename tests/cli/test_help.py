@@ -11,7 +11,7 @@ from dualenc import training
 from dualenc.cli import main
 from dualenc.cli.fit import CLI
 from dualenc.cli.fit_help import DATA, LINKED, TASKS, TRAINER, find_definition, trainer_keys
-from dualenc.cli.parser import COMMANDS, TRAINER_COMMANDS
+from dualenc.cli.parser import COMMANDS, TRAINER_COMMANDS, _parse
 
 UGLY = re.compile(r"<class|typing\.|Optional|Union\[|Literal|\bNone\b|likewise")
 
@@ -30,7 +30,7 @@ def printed(
 @pytest.mark.parametrize("columns", [80, 100, 200])
 def test_the_overview_lists_each_command_once_on_one_screen(columns, capsys, monkeypatch) -> None:
     lines = printed(["--help"], capsys, monkeypatch, columns).splitlines()
-    assert len(lines) <= 42
+    assert len(lines) <= 48
     listed = [line.split()[0] for line in lines if re.match(r"  \S", line)]
     assert sorted(listed) == sorted([*TRAINER_COMMANDS, *COMMANDS])
 
@@ -115,3 +115,18 @@ def test_choices_and_defaults_are_those_of_the_source(capsys, monkeypatch) -> No
         (key,) = [key for key in trainer_keys() if key.name == name]
         assert key.default == repr(parameter.default).replace('"', "'")
     assert find_definition("dualenc.training", "no such name")[1] is None
+
+
+def test_values_of_a_repeated_option_come_together() -> None:
+    def command(place: str, sizes: tuple[int, ...] = (7,), names: tuple[str, ...] = ()) -> None:
+        """Run.
+
+        Args:
+            place: a place.
+            sizes: sizes.
+            names: names.
+        """
+
+    words = ["here", "--names", "a", "--sizes", "1", "2", "--names", "b", "c", "--sizes", "3"]
+    assert _parse(command, words) == {"place": "here", "sizes": [1, 2, 3], "names": ["a", "b", "c"]}
+    assert _parse(command, ["here"]) == {"place": "here", "sizes": (7,), "names": ()}

@@ -1,15 +1,16 @@
 """The page of a filter: its figures against brute force, on drawn shards, scores and rules."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import write_benchmark, write_shards, write_tar
 
+from dualenc.curation.filter import FilterResult, FilterRule, Leak
 from dualenc.curation.report import find_groups, write_report
 from dualenc.data import ShardIndex
 
@@ -37,7 +38,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
-def draw(folder: Path, seed: int, **changes: Any) -> SimpleNamespace:
+def draw(folder: Path, seed: int, **changes: Any) -> FilterResult:
     """Return a result of a filter on shards, of which some samples are broken, and its evaluation set."""
     rng = np.random.default_rng(seed)
     write_shards(folder / "shards", [30, 25], seed)
@@ -60,21 +61,18 @@ def draw(folder: Path, seed: int, **changes: Any) -> SimpleNamespace:
         "duplicate_similarity": similarity,
     }
     rules = [
-        SimpleNamespace(name="clip_score > <i>0.2", kept=np.nan_to_num(score, nan=-1) > 0.2),
-        SimpleNamespace(name="tokens in 3..20", kept=columns["tokens"] <= 20),
-        SimpleNamespace(name="dedup < 0.9", kept=~(np.nan_to_num(similarity) >= 0.9)),
+        FilterRule(name="clip_score > <i>0.2", kept=np.nan_to_num(score, nan=-1) > 0.2),
+        FilterRule(name="tokens in 3..20", kept=columns["tokens"] <= 20),
+        FilterRule(name="dedup < 0.9", kept=~(np.nan_to_num(similarity) >= 0.9)),
     ]
     kept = np.all([rule.kept for rule in rules], axis=0)
     sets = write_benchmark(folder / "set", seed, "retrieval")
     leaks = [
-        SimpleNamespace(row=i, set=str(sets), item=i % 7, key=f"s{i}", similarity=0.9 + i / 1000, equal=i % 2 == 0)
+        Leak(row=i, set=str(sets), item=i % 7, key=f"s{i}", similarity=0.9 + i / 1000, equal=i % 2 == 0)
         for i in range(5)
     ]
-    found = SimpleNamespace(
-        table=folder / "scores", shards=index, columns=columns, rules=rules, kept=kept, leaks=leaks,
-        threshold={"dedup": 0.9, "against": 0.95},
-    )  # fmt: skip
-    return SimpleNamespace(**{**vars(found), **changes})
+    found = FilterResult(folder / "scores", index, columns, rules, kept, leaks, {"dedup": 0.9, "against": 0.95})
+    return replace(found, **changes)
 
 
 def test_the_figures_of_rules_are_counts(tmp_path: Path, seed: int) -> None:
@@ -105,8 +103,8 @@ def test_the_agreement_of_two_scores(tmp_path: Path, seed: int) -> None:
     text = " ".join(Page(write_report(result, tmp_path / "page")).texts)
     assert f"Of the {top} best pairs by each, {len(best[0] & best[1])} are the same" in text
     for sign, correlation, same in ((1, "1.000", top), (-1, "-1.000", 0)):
-        result.columns["clip_score_2"] = sign * first
-        text = " ".join(Page(write_report(result, tmp_path / "page")).texts)
+        other = replace(result, columns={**result.columns, "clip_score_2": sign * first})
+        text = " ".join(Page(write_report(other, tmp_path / "page")).texts)
         assert f"rank correlation of {correlation}" in text
         assert f"Of the {top} best pairs by each, {same} are the same" in text
 
@@ -150,9 +148,8 @@ def test_sections_that_have_nothing_are_left_out(tmp_path: Path, seed: int) -> N
 def test_leaks_are_side_by_side_with_the_picture_of_the_set(tmp_path: Path, seed: int, broken: int) -> None:
     """A set that is gone gives no pictures, and the page is still written."""
     result = draw(tmp_path, seed)
-    leaks = [SimpleNamespace(**{**vars(leak), "set": str(tmp_path / "gone")}) for leak in result.leaks]
-    none = Page(write_report(SimpleNamespace(**{**vars(result), "leaks": []}), tmp_path / "none"))
-    shown = SimpleNamespace(**{**vars(result), "leaks": leaks if broken else result.leaks})
-    page = Page(write_report(shown, tmp_path / "page"))
+    leaks = [leak._replace(set=str(tmp_path / "gone")) for leak in result.leaks]
+    none = Page(write_report(replace(result, leaks=[]), tmp_path / "none"))
+    page = Page(write_report(replace(result, leaks=leaks if broken else result.leaks), tmp_path / "page"))
     assert page.pictures - none.pictures == (5 if broken else 10)
     assert "3 pairs are the same file" in " ".join(page.texts)

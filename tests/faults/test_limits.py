@@ -21,7 +21,7 @@ from dualenc.cli.parser import COMMANDS
 from dualenc.data import Loader, PairDataset, ShardIndex
 from dualenc.data.prepare.pictures import PictureFiles
 from dualenc.data.workers import item_loader, prefetch_that_fits, tensor_bytes
-from dualenc.inference.embed_files import embed_shards
+from dualenc.inference.embed_files import write_embeddings
 from dualenc.utils.errors import DataError
 from dualenc.utils.limits import hits_file_limit
 from dualenc.utils.text import one_line
@@ -63,7 +63,7 @@ def paths(index, folder, seed):
     about = {"what": "features", "made_by": "test", "precision": "fp32", "model": "test", "captions": None, "dims": 2}
 
     def embed():
-        embed_shards(
+        write_embeddings(
             index, folder / "out", about, embedder.preprocess, lambda images: torch.zeros(len(images), 2), workers=2
         )
 

@@ -3,6 +3,7 @@
 from jsonargparse import auto_cli
 
 from tools.bench.checkpoint import checkpoint
+from tools.bench.curate import curate
 from tools.bench.evaluation import evaluation
 from tools.bench.fit import fit
 from tools.bench.index import index
@@ -23,6 +24,7 @@ if __name__ == "__main__":
     programs = {
         "answering": answering,
         "checkpoint": checkpoint,
+        "curate": curate,
         "evaluation": evaluation,
         "fit": fit,
         "index": index,

@@ -96,7 +96,7 @@ class Expression:
         self.names: list[str] = []
         self._text, self._option = text, option
         try:
-            self._value = self._compiled(ast.parse(text, mode="eval").body)
+            self._value = self._compiled(self._parse(text))
         except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
@@ -145,7 +145,13 @@ class Expression:
             causes.append("there is no file of this name")
         return "; ".join(causes) or "there are none"
 
-    def _compiled(self, node: ast.expr) -> Callable[[dict[str, Any]], Any]:
+    understood = UNDERSTOOD
+
+    def _parse(self, text: str) -> ast.expr:
+        """Parse the text as an expression of Python."""
+        return ast.parse(text, mode="eval").body
+
+    def _compiled(self, node: ast.expr) -> Callable[[Any], Any]:
         """Return the function that computes a node of the expression from the fields in `names`."""
         match node:
             case ast.Constant(value):
@@ -173,7 +179,7 @@ class Expression:
     def _refusal(self, problem: str) -> DataError:
         kind = "neither a file of keys nor" if self._option == "select" else "not"
         return DataError(
-            f"{self._option} {self._text!r} is {kind} an expression: {problem}; an expression has {UNDERSTOOD}"
+            f"{self._option} {self._text!r} is {kind} an expression: {problem}; an expression has {self.understood}"
         )
 
 
