@@ -1,4 +1,4 @@
-"""Commands that score samples and choose among them."""
+"""Commands that score samples, choose among them, and write new shards of the chosen ones."""
 
 from functools import partial
 from pathlib import Path
@@ -64,8 +64,8 @@ def filter(
 
     Args:
         table: folder that `dualenc score` wrote.
-        out: selection to write: .select for bits of each shard, .txt for keys, .npy for uids; and a record next to it,
-            with the suffix .json.
+        out: selection to write: .select for bits of each shard, .txt for keys, .npy for uids; next to it a record with
+            the suffix .json, and a folder with the suffix .report for report.html.
         where: conditions on the columns, such as "clip_score > q(0.7) and tokens in 3..64".
         dedup: similarity from which a sample is a duplicate of a better one, such as 0.95.
         against: evaluation sets whose pictures must not be among the samples.
@@ -75,6 +75,8 @@ def filter(
     """
     from dualenc import load
     from dualenc.curation.filter import filter_table
+    from dualenc.curation.report import write_report
+    from dualenc.curation.tables import read_scores
 
     bar = progress("images")
     with writing(out):
@@ -83,4 +85,25 @@ def filter(
             track=lambda batches: bar(batches, total=len(batches)),
         )  # fmt: skip
         result.save(out)
-    print("\n".join(result.lines(out)))
+        page = write_report(result, out.with_suffix(".report"), read_scores(table)["captions"])
+    print("\n".join([*result.lines(out), f"report: {page}"]))
+
+
+def reshard(
+    shards: list[str], out: Path, select: str | None = None, shuffle: int | None = None, size: int = 1000
+) -> None:
+    """Write the selected samples of shards into new shards, byte for byte, in their order or shuffled.
+
+    Args:
+        shards: paths, URLs, globs, brace patterns or folders.
+        out: folder for 000000.tar ..., their index and reshard.json; repeat the command to continue an interrupted one.
+        select: samples to keep: a .select file of `filter`, a .npy of uids, a text file with one key a line, or an
+            expression over the fields of .json; by default all of them.
+        shuffle: seed of the order of the samples over all shards; by default they keep their order.
+        size: samples in each new shard.
+    """
+    from dualenc.curation.reshard import reshard as write_shards
+
+    with writing(out):
+        summary = write_shards(shards, out, select, shuffle=shuffle, size=size, track=progress("shards"))
+    print("\n".join(summary.lines()))

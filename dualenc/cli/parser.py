@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
         evaluate.sets,
         evaluate.compare,
     ),
-    "Curation": (curate.score, curate.filter),
+    "Curation": (curate.score, curate.filter, curate.reshard),
     "Search": (search.build_search, search.search, serve.serve),
     "Use and exchange models": (
         models.embed,

@@ -100,12 +100,13 @@ def _lines(lines: Mapping[str, list[tuple[int, float]]], axes: Any) -> None:
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
 
-def histogram(values: np.ndarray, mark: float | None) -> Markup:
+def histogram(values: np.ndarray, mark: float | None = None, part: np.ndarray | None = None) -> Markup:
     """Plot the histogram of some values, on a logarithmic axis if they span more than a factor of 100.
 
     Args:
         values: the values (N,).
         mark: value at which a vertical line is drawn; None for no line.
+        part: values (K,) of those that a filter keeps, which are drawn in front; None for no filter.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -120,7 +121,12 @@ def histogram(values: np.ndarray, mark: float | None) -> Markup:
         else:
             bins = np.arange(low, high + 2) - 0.5 if whole and high - low < 60 else np.linspace(low, high, 40)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
-        axes.hist(values, bins=bins, color=LINE_COLORS[0])
+        if part is None:
+            axes.hist(values, bins=bins, color=LINE_COLORS[0])
+        else:
+            axes.hist(values, bins=bins, color=LINE_COLORS[5], alpha=0.45, label="before")
+            axes.hist(part, bins=bins, color=LINE_COLORS[0], label="after")
+            axes.legend(frameon=False, labelcolor=INK, fontsize=9)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -14,6 +14,7 @@ from dualenc.data.image_features import Features
 from dualenc.data.loading.loader import BatchDataset
 from dualenc.data.pairs import AUTO, all_captions, only_pairs
 from dualenc.data.shards.patterns import distinct
+from dualenc.data.shards.selection import Selection, read_selection
 from dualenc.data.text.masking import Masking
 from dualenc.data.text.training_texts import MAX_TEXTS, draw_texts, spread_samples
 from dualenc.models import TextConfig
@@ -50,8 +51,12 @@ class TokenData(LightningDataModule):
     Args:
         text: architecture of the text encoder.
         tokenizer: path of a tokenizer; absent, that of the task's text checkpoint is used, or one is trained.
+
+    Attributes:
+        selection: list that the training samples were chosen by; None for all of them, or for an expression.
     """
 
+    selection: Selection | None = None
     trainer: Any  # Lightning declares fewer attributes than its Trainer has
     seed: int
     workers: int
@@ -179,7 +184,8 @@ class PairData(TokenData):
             "json.meta.caption". One of several captions is drawn at each step.
         image: member that is the image, such as "input.jpg" where samples have several images; several names are
             separated by ";"; null for the `.jpg`, `.jpeg`, `.png` or `.webp`.
-        select: keys or an expression over `.json` fields; see `ShardIndex.select`.
+        select: a list of the training samples: keys, or the path of a `.select`, `.npy` or text file; or an expression
+            over `.json` fields, which applies to held-out shards too. See `ShardIndex.select`.
         tokenizer: `tokenizer.json`, `vocab.txt` or a folder with one of them; absent, that of the checkpoint from which
             the task takes its text tower; without one, a tokenizer of `text.vocab_size` entries is trained on the
             training captions, at most a million of them, and written to the run directory.
@@ -239,7 +245,8 @@ class PairData(TokenData):
             Source(**item) if isinstance(item, dict) else Source(shards=item) for item in items
         ]
         self.val_shards, self.bad_samples, self.cache = val, bad_samples, Cache(int(cache_gb * 1e9))
-        self.preprocess, self.captions, self.image, self.selection = preprocess, captions, image, select
+        self.preprocess, self.captions, self.image = preprocess, captions, image
+        self.select = select
         self.batch_size, self.window, self.workers, self.seed = batch_size, window, workers, seed
         self.micro_batch_size, self.timeout, self.mask = micro_batch_size, timeout, mask
         self.augment = augment(preprocess.size) if augment else preprocess
@@ -286,7 +293,10 @@ class PairData(TokenData):
         if self.train_index is not None:
             return
         held_out = isinstance(self.val_shards, float | int)
-        train, sizes = self._index([source["shards"] for source in self.sources], ("piece",) if held_out else ())
+        choice = None if self.select is None else read_selection(self.select)
+        self.selection = choice if isinstance(choice, Selection) else None
+        shards = [source["shards"] for source in self.sources]
+        train, sizes = self._index(shards, choice, ("piece",) if held_out else ())
         self._weights = list(zip(sizes, (source.get("weight", 1.0) for source in self.sources)))
         if held_out:
             assert isinstance(self.val_shards, float | int)
@@ -294,7 +304,8 @@ class PairData(TokenData):
                 raise DataError(f"data.val {self.val_shards} must lie between 0 and 1, or be shards, or null")
             train, self.val_index = train.split(self.val_shards)
         elif self.val_shards is not None:
-            self.val_index, _ = self._index([self.val_shards])
+            # A list names training samples; an expression says which pairs are wanted, of the held-out ones too.
+            self.val_index, _ = self._index([self.val_shards], None if self.selection else choice)
         # Validation outside of `fit` decodes images: its checkpoint may have another image tower than the features.
         if self.features_path is not None and self.trainer.state.fn == "fit":
             self.features = Features(self.features_path, self.image)
@@ -305,8 +316,10 @@ class PairData(TokenData):
         path = root / "bad_samples.jsonl" if self.trainer.state.fn == "fit" else None
         self.bad_sample_log = BadSampleLog(total, path, self.bad_samples)
 
-    def _index(self, shards: list[Any], hashes: tuple[str, ...] = ()) -> tuple[ShardIndex, list[int]]:
-        """Return one index of the pairs in several lists of shards, and the number of shards in each list."""
+    def _index(
+        self, shards: list[Any], choice: str | Selection | None, hashes: tuple[str, ...] = ()
+    ) -> tuple[ShardIndex, list[int]]:
+        """Return one index of the chosen pairs in several lists of shards, and the number of shards in each list."""
         options: dict[str, Any] = {"hashes": hashes, "workers": self.workers, "cache": self.cache}
         parts = [ShardIndex.build(urls, image=self.image, **options) for urls in shards]
         index = ShardIndex.join(parts)
@@ -320,7 +333,7 @@ class PairData(TokenData):
                 f"{len(left_out):,} samples have no image or no caption and are left out, such as "
                 f"{', '.join(map(repr, left_out[:3]))}"
             )
-        index = index.select(self.selection) if self.selection is not None else index
+        index = index.select(choice) if choice is not None else index
         return index, [len(part.parts) for part in parts]
 
     def train_dataloader(self) -> Loader:

@@ -86,6 +86,7 @@ class RunRecord:
             f"train_{task.noun}": len(data.train_index),
             f"held_out_{task.noun}": len(data.val_index) if data.val_index else 0,
             "fingerprint": data.train_index.fingerprint,
+            "selection": data.selection.digest if data.selection else None,
             "step": trainer.global_step,
             "samples_seen": state.samples,
             "best": state.best,

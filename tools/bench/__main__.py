@@ -11,6 +11,7 @@ from tools.bench.launches import launches
 from tools.bench.loader import loader
 from tools.bench.loss import loss
 from tools.bench.memory import memory
+from tools.bench.noise import noise
 from tools.bench.precision import precision, rounding
 from tools.bench.quality import quality
 from tools.bench.retrieval import retrieval
@@ -32,6 +33,7 @@ if __name__ == "__main__":
         "loader": loader,
         "loss": loss,
         "memory": memory,
+        "noise": noise,
         "precision": precision,
         "quality": quality,
         "retrieval": retrieval,

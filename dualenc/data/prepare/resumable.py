@@ -19,6 +19,31 @@ def read_lines(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
+def read_begun(about: Path, command: str) -> dict[str, Any]:
+    """Return what an earlier call of a command wrote about its output folder; an empty dict for a new folder.
+
+    Args:
+        about: file in the folder that describes it.
+        command: name of the command, for messages.
+
+    Raises:
+        DataError: If the folder holds files of something else.
+    """
+    out = about.parent
+    if not about.exists():
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out} must be a folder")
+        if out.exists() and any(path.suffix != ".part" for path in out.iterdir()):
+            raise DataError(f"{out} holds files that {command} did not write: name a new folder")
+        return {}
+    try:
+        begun = json.loads(about.read_text("utf-8"))
+        begun["inputs"] = dict(begun["inputs"])
+        return begun
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f"{about} was not written by {command}: name a new folder") from None
+
+
 def check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any], descriptions: Mapping[str, str]) -> None:
     """Refuse to resume with other options than the folder was begun with.
 

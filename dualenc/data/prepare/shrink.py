@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from dualenc.data.images import ImageError, decode_image, resize
 from dualenc.data.pairs import no_images
-from dualenc.data.prepare.resumable import JOURNAL, check_same, other_inputs, read_lines
+from dualenc.data.prepare.resumable import JOURNAL, check_same, other_inputs, read_begun, read_lines
 from dualenc.data.shards.index import ShardIndex
 from dualenc.data.shards.sample import Sample, image_argument, image_members
 from dualenc.data.shards.shard import IMAGE_EXTENSIONS
@@ -217,19 +217,10 @@ def _shrunk(
 
 def _begun(out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Read OUT/shrink.json of an earlier call; return an empty dict for a new folder."""
-    about = out / "shrink.json"
-    if not about.exists():
-        if out.exists() and not out.is_dir():
-            raise DataError(f"{out} must be a folder")
-        if out.exists() and any(path.suffix != ".part" for path in out.iterdir()):
-            raise DataError(f"{out} holds files that shrink did not write: name a new folder")
+    begun = read_begun(out / "shrink.json", "shrink")
+    if not begun:
         return {}
-    try:
-        begun = json.loads(about.read_text("utf-8"))
-        begun["inputs"] = dict(begun["inputs"])
-        begun.setdefault("members", list(IMAGE_EXTENSIONS))  # Older versions read these only, and did not say so.
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{about} was not written by shrink: name a new folder") from None
+    begun.setdefault("members", list(IMAGE_EXTENSIONS))  # Older versions read these only, and did not say so.
     check_same(out, begun, options, {"members": f"--image {';'.join(begun['members'])}"})
     return begun
 

@@ -301,7 +301,7 @@ class _MemberTable:
 
     def add(self, member: Member) -> None:
         """Add the next member, except if webdataset skips it."""
-        name, offset, size, header = member
+        name, offset, size, header, _ = member
         self.digest.update(header)
         folder, slash, base = name.rpartition(b"/")
         stem, dot, extension = base.partition(b".")

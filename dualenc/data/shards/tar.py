@@ -27,6 +27,7 @@ class Member(NamedTuple):
     offset: int  # bytes from the start of the file to its data
     size: int  # bytes
     header: bytes  # the 512-byte block that describes it
+    start: int  # bytes from the start of the file to the first of its headers, which a long name adds to the block
 
 
 def members(file: BinaryIO) -> Iterator[Member]:
@@ -47,6 +48,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
     at = 0
     name: bytes | None = None  # given by a GNU or PAX header for the member after it
     true_size: int | None = None
+    start: int | None = None
     while True:
         block = read(at, BLOCK)
         if not block.rstrip(b"\0"):
@@ -60,7 +62,8 @@ def members(file: BinaryIO) -> Iterator[Member]:
         kind, length, data = block[156:157], _number(block[124:136], at), at + BLOCK
         if kind in b"LKxgX":
             name, true_size = _extended(reader, kind, length, at, name, true_size)
-            at = data + _padded(length)
+            start = None if kind == b"g" else at if start is None else start  # a "g" is about all members after it
+            at = data + padded(length)
             continue
         if kind == b"S":
             raise TarError(f"the member at byte {at:,} is stored sparse: pack it without --sparse")
@@ -70,9 +73,9 @@ def members(file: BinaryIO) -> Iterator[Member]:
         if data + length > size:
             raise TarError(f"it is cut off inside {name.decode('utf-8', 'replace')!r}")
         if kind in _REGULAR and not (kind == b"\0" and name.endswith(b"/")):  # v7 tars have no type for folders
-            yield Member(name, data, length, block)
-        at = data + _padded(length)
-        name, true_size = None, None
+            yield Member(name, data, length, block, at if start is None else start)
+        at = data + padded(length)
+        name, true_size, start = None, None, None
 
 
 class _Reader:
@@ -104,7 +107,7 @@ def _extended(
     if kind == b"L":
         name, end, _ = content.partition(b"\0")
         # Without an end mark, bytes other than zeros in the padding would continue the name.
-        if not end and reader.read(data, _padded(length))[length:].strip(b"\0"):
+        if not end and reader.read(data, padded(length))[length:].strip(b"\0"):
             raise TarError(f"the header at byte {at:,} is broken")
     elif kind != b"K":
         fields = _pax(content, at)
@@ -126,7 +129,8 @@ def _short_name(block: bytes) -> bytes:
     return name
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
+    """Return the bytes that data of this length takes in a tar, a multiple of `BLOCK`."""
     return -(-length // BLOCK) * BLOCK
 
 

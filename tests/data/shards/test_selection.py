@@ -77,6 +77,10 @@ def test_a_saved_selection_selects_the_same_samples(tmp_path: Path, seed: int, f
         if len(rows):
             assert keys_of(index.select(str(tmp_path / f"chosen{form}"))) == [index.key(int(i)) for i in rows]
             assert keys_of(index.select(again)) == [index.key(int(i)) for i in rows]
+        # Written of a part, a selection has the samples of the part alone.
+        inside = rows[np.isin(rows, part)]
+        selection.save(tmp_path / f"part{form}", index.take(part))
+        assert Selection.read(tmp_path / f"part{form}").rows(index).tolist() == inside.tolist()
         if form == ".npy":
             assert np.load(tmp_path / "chosen.npy").tobytes() == datacomp([uids[i] for i in rows]).tobytes()
         if form == ".txt":
