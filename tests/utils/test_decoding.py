@@ -158,11 +158,12 @@ EXEMPT = {
     "dualenc.cli.fit_help": {"_parse"},  # modules of Python
     "dualenc.inference.image_files": {"_listed"},  # the extension of a file name
     "dualenc.cli.data": {"configs"},  # the configurations of the package
+    "dualenc.curation.tables": {"read_scores"},  # scores.json
     "dualenc.data.image_features": {"read_about"},  # files of `dualenc embed`
     "dualenc.data.image_notes": {"_png_content"},  # letters that stand for bytes
     "dualenc.data.prepare.caption_sources": {"clean"},  # a string in place of bytes
     "dualenc.data.prepare.make_shards": {"_finished"},  # summary.json
-    "dualenc.data.prepare.shrink": {"_begun"},  # shrink.json
+    "dualenc.data.prepare.resumable": {"read_begun"},  # shrink.json, reshard.json
     "dualenc.data.shards.shard": {"key", "scan", "add"},  # names of members, which may have any bytes
     "dualenc.data.shards.tar": {"members"},  # names of members
     "dualenc.data.text.formats": {"texts", "_paragraphs"},  # bytes as letters, to find records of a CSV and of JSON
