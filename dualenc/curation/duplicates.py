@@ -156,7 +156,7 @@ def _best_before(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         products = rows[first:last] @ rows[: last - 1].T
         # Row `first + i` may see the rows before it: of the last columns, those below the diagonal.
         square = products[:, first:]
-        square[~np.tri(*square.shape, -1, dtype=bool)] = -np.inf
+        square[~np.tri(len(square), square.shape[1], -1, dtype=bool)] = -np.inf
         best = products.argmax(1)
         near[first:last], similarity[first:last] = best, products[np.arange(last - first), best]
         first = last
