@@ -185,7 +185,7 @@ def test_indexing_out_of_range(tmp_path, seed):
 def test_many_extensions(tmp_path, monkeypatch):
     """Names such as img.001.jpg give every member another extension; the index stores up to 2^16 of them."""
     monkeypatch.setattr(
-        index_module, "members", lambda _: [Member(b"img.%d.jpg" % i, i % 512, 1, b"") for i in range(n)]
+        index_module, "members", lambda _: [Member(b"img.%d.jpg" % i, i % 512, 1, b"", 0) for i in range(n)]
     )
     n = 60_000
     index = ShardIndex.build(raw_tar(tmp_path / "s.tar", []))
