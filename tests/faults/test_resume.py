@@ -161,6 +161,15 @@ FSDP = json.dumps({
 })  # fmt: skip
 
 
+def without_key_biases(name, weight):
+    """Return a weight without the biases of keys.
+
+    A key's bias adds the same to all scores of a query, which the softmax takes away. Its gradient is rounding alone, and
+    Adam makes steps of full size of it.
+    """
+    return torch.cat([weight.chunk(3)[0], weight.chunk(3)[2]]) if name.endswith("qkv.bias") else weight
+
+
 @pytest.mark.slow
 def test_killed_run_with_sharded_weights(uninterrupted, tmp_path):
     """FSDP2 equals DDP up to rounding, and a killed run resumes bit-equal.
@@ -184,7 +193,8 @@ def test_killed_run_with_sharded_weights(uninterrupted, tmp_path):
         assert one == pytest.approx(other, rel=1e-3), name
     weights = [load_file(folder / "run" / "last" / "model.safetensors") for folder in (tmp_path / "ddp", whole)]
     for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
+        one, other = (without_key_biases(name, x) for x in (weight, weights[1][name]))
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
     kill = [*with_callbacks(uninterrupted, sets, ("Kill", {"step": 7, "rank": 1})), *more]
     assert run(kill, part, 2, FSDP) == [1, KILLED]
     assert run([*fit, "--ckpt_path", "auto"], part, 2, FSDP) == [0, 0], (part / "log-0").read_text()
