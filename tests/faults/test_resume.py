@@ -164,8 +164,8 @@ FSDP = json.dumps({
 def without_key_biases(name, weight):
     """Return a weight without the biases of keys.
 
-    A key's bias adds the same to all scores of a query, which the softmax takes away. Its gradient is rounding alone, and
-    Adam makes steps of full size of it.
+    A key's bias adds the same to all scores of a query, which the softmax takes away. Its gradient is rounding alone,
+    and Adam makes steps of full size of it.
     """
     return torch.cat([weight.chunk(3)[0], weight.chunk(3)[2]]) if name.endswith("qkv.bias") else weight
 
